@@ -1,0 +1,1 @@
+"""From files to modules: folders, single files, hub ids, adapters; and the embedded model in `shapes/`."""
