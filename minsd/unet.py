@@ -1,0 +1,249 @@
+"""The noise-predicting network of Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al. 2020).
+
+A U of residual blocks with transformer blocks between them: down the levels keeping what each layer made, through the
+middle, and up again with the kept tensors joined on. Read from `UNet` at the bottom upwards. Attribute names are those
+of diffusers' UNet2DConditionModel checkpoints, so a state dict loads without a table.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minsd.attention import Attention, AttentionRecorder
+from minsd.config import UNetConfig
+
+
+def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sinusoids of t (B,) at `dim/2` frequencies from 1 to 1/10000, cosines first -> (B, dim) float32."""
+    frequencies = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10000.0) / (dim // 2)))
+    angles = t.float()[:, None] * frequencies  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, dim_out)
+        self.linear_2 = nn.Linear(dim_out, dim_out)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, twice, around a skip; the time embedding shifts every channel in between."""
+
+    def __init__(self, c_in: int, c_out: int, dim_time: int, config: UNetConfig):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_groups, c_in, eps=config.norm_eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(dim_time, c_out)
+        self.norm2 = nn.GroupNorm(config.norm_groups, c_out, eps=config.norm_eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x, temb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(temb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by another (Shazeer 2020)."""
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * dim_out)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])  # [1]: dropout's place
+
+    def forward(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Cells look at one another, then at the text, then think."""
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, num_heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x, context, grid, record):
+        x = x + self.attn1(self.norm1(x), grid=grid, record=record)  # (B, h*w, C)
+        x = x + self.attn2(self.norm2(x), context, grid=grid, record=record)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """A transformer block on the cells of a feature map, between two projections, around a skip."""
+
+    def __init__(self, dim: int, num_heads: int, config: UNetConfig):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_groups, dim, eps=1e-6)
+        self.linear = config.linear_projection
+        self.proj_in = nn.Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, num_heads, config.context_dim)])
+        self.proj_out = nn.Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, context, record=None):
+        grid = tuple(x.shape[-2:])  # (h, w)
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        h = self.proj_in(h) if self.linear else h
+        for block in self.transformer_blocks:
+            h = block(h, context, grid, record)
+        h = self.proj_out(h) if self.linear else h
+        h = h.transpose(1, 2).unflatten(2, grid)  # (B, C, h, w)
+        h = h if self.linear else self.proj_out(h)
+        return x + h
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size):
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Block(nn.Module):
+    """One level's layers by name. Their order of running is written out in `UNet.forward`, where it can be seen whole."""
+
+    def __init__(self, resnets, attentions, downsampler=None, upsampler=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if attentions:  # absent, not empty, at levels without: as in the checkpoints
+            self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
+        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
+
+    def layers(self):
+        """(resnet, transformer or None) pairs."""
+        return zip(self.resnets, getattr(self, "attentions", None) or [None] * len(self.resnets))
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v, by the checkpoint) in latents. An empty network: `minsd.load` fills and freezes one."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, n = config.block_out_channels, config.layers_per_block
+        last, dim_time = len(widths) - 1, 4 * widths[0]
+
+        def resnet(c_in, c_out):
+            return ResnetBlock(c_in, c_out, dim_time, config)
+
+        def transformers(level, count):
+            if not config.cross_attention[level]:
+                return []
+            return [Transformer(widths[level], config.num_heads[level], config) for _ in range(count)]
+
+        self.time_embedding = TimestepEmbedding(widths[0], dim_time)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+
+        self.down_blocks = nn.ModuleList()
+        skips, c = [widths[0]], widths[0]  # channels of every tensor kept on the way down; channels now
+        for level, width in enumerate(widths):
+            resnets = [resnet(c if i == 0 else width, width) for i in range(n)]
+            down = Downsample(width) if level < last else None
+            self.down_blocks.append(Block(resnets, transformers(level, n), downsampler=down))
+            skips += [width] * (n + (level < last))
+            c = width
+
+        self.mid_block = Block(
+            [resnet(c, c), resnet(c, c)],
+            [Transformer(c, config.num_heads[-1], config)],
+        )
+
+        self.up_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            resnets = [resnet((c if i == 0 else width) + skips.pop(), width) for i in range(n + 1)]
+            up = Upsample(width) if level > 0 else None
+            self.up_blocks.append(Block(resnets, transformers(level, n + 1), upsampler=up))
+            c = width
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+        attention_blocks = [(2 * n + 1) * on for on in config.cross_attention]
+        attention_blocks[-1] += 1  # the middle's
+        self.attention_blocks = attention_blocks  # transformer blocks at each level
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: int | float | torch.Tensor,
+        context: torch.Tensor,
+        *,
+        record: AttentionRecorder | None = None,
+    ) -> torch.Tensor | None:
+        """x (B,4,h,w) latents, t a training timestep or (B,) of them, context (B,77,D) text states -> (B,4,h,w).
+
+        `record` collects attention maps on the way; with `record.only` the pass ends after the last layer that records
+        and returns None. h and w may be any size: the way up takes each size from what was kept on the way down.
+        """
+        if record is not None:
+            h, w = x.shape[-2:]
+            record.begin([(-(-h // 2**i), -(-w // 2**i)) for i in range(len(self.down_blocks))], self.attention_blocks)
+        t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
+        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        temb = F.silu(temb)  # every resnet applies it first: once here  # (B, 4*C0)
+
+        x = self.conv_in(x)  # (B, C0, h, w)
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(x, temb)
+                if transformer is not None:
+                    x = transformer(x, context, record)
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)  # (B, C, h/2, w/2)
+                skips.append(x)
+        if record is not None and record.done:
+            return None
+
+        x = self.mid_block.resnets[0](x, temb)
+        x = self.mid_block.attentions[0](x, context, record)
+        x = self.mid_block.resnets[1](x, temb)
+        if record is not None and record.done:
+            return None
+
+        for block in self.up_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+                if transformer is not None:
+                    x = transformer(x, context, record)
+                    if record is not None and record.done:
+                        return None
+            for upsample in block.upsamplers:
+                x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or one less where the size was odd
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
