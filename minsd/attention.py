@@ -32,7 +32,8 @@ class AttentionRecorder:
         """Called by the UNet: the query grid of each level, finest first, and how many transformer blocks work on it."""
         levels = [level for level, n in enumerate(counts) if n]
         if self.wanted is None:
-            large = [level for level in levels if min(grids[level]) >= 16]
+            # Where the middle's single block is all there is (SD's coarsest level), one layer makes a poor mean.
+            large = [level for level in levels if min(grids[level]) >= 16 and counts[level] > 1]
             self.resolution = grids[large[-1] if large else levels[0]]
         else:
             self.resolution = tuple(self.wanted)

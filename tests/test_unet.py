@@ -1,0 +1,184 @@
+"""The UNet against diffusers' on the same random weights, at full size one network at a time."""
+
+import gc
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from minsd.attention import Attention, AttentionRecorder
+from minsd.config import MODELS, UNetConfig
+from minsd.unet import UNet
+
+SMALL = UNetConfig(
+    block_out_channels=(32, 64, 96), layers_per_block=2, cross_attention=(True, True, False),
+    num_heads=(2, 4, 4), context_dim=48, norm_groups=16, sample_size=16,
+)
+
+
+def diffusers_unet(config: UNetConfig) -> UNet2DConditionModel:
+    kinds = [("CrossAttn" if cross else "") for cross in config.cross_attention]
+    return UNet2DConditionModel(
+        sample_size=config.sample_size, block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        attention_head_dim=config.num_heads, cross_attention_dim=config.context_dim,
+        norm_num_groups=config.norm_groups, use_linear_projection=config.linear_projection,
+        upcast_attention=config.upcast_attention,
+    ).eval()
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+@torch.no_grad()
+def test_full_size_parity(name):
+    """One set of weights in memory: ours are assigned from theirs, not copied."""
+    config = MODELS[name].unet
+    torch.manual_seed(0)
+    theirs = diffusers_unet(config)
+    with torch.device("meta"):
+        ours = UNet(config)
+    ours.load_state_dict(theirs.state_dict(), assign=True)  # strict: the same names, every one
+    x, context, t = torch.randn(1, 4, 32, 32), torch.randn(1, 77, config.context_dim), torch.tensor([481])
+    assert relative(ours(x, 481, context), theirs(x, t, context).sample) <= 1e-5
+    del theirs, ours
+    gc.collect()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("size", [(16, 16), (13, 22), (1, 3)], ids=str)  # odd sizes: the way up must meet each skip
+@torch.no_grad()
+def test_sizes_and_timesteps(linear, size):
+    config = UNetConfig(**{**SMALL.__dict__, "linear_projection": linear})
+    torch.manual_seed(1)
+    theirs, ours = diffusers_unet(config), UNet(config)
+    ours.load_state_dict(theirs.state_dict())
+    x, context = torch.randn(3, 4, *size), torch.randn(3, 77, 48)
+    t = torch.tensor([1, 500, 999])
+    expected = theirs(x, t, context).sample
+    assert relative(ours(x, t, context), expected) <= 1e-5
+    assert relative(ours(x[1:2], 500, context[1:2]), expected[1:2]) <= 1e-5  # an int serves the whole batch
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(2)
+    unet = UNet(SMALL)
+    return unet.requires_grad_(False), torch.randn(2, 4, 16, 16), torch.randn(2, 77, 48)
+
+
+def whole_softmax(unet, x, t, context, grid):
+    """Head- and layer-mean maps by hooks on to_q and to_k: independent of the recorder and of the kernels."""
+    sums, counts, inputs = {}, {}, {}
+
+    def keep(name, which):
+        return lambda module, args, out: inputs.setdefault(name, {}).update({which: out})
+
+    handles = []
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention):
+            handles += [module.to_q.register_forward_hook(keep(name, "q")), module.to_k.register_forward_hook(keep(name, "k"))]
+    unet(x, t, context)
+    for handle in handles:
+        handle.remove()
+    for name, qk in inputs.items():
+        heads = unet.get_submodule(name).num_heads
+        q, k = (qk[which].unflatten(-1, (heads, -1)).transpose(1, 2) for which in "qk")  # (B, heads, N, d)
+        if q.shape[2] != grid[0] * grid[1]:
+            continue
+        kind = name[-5:]
+        p = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        sums[kind], counts[kind] = sums.get(kind, 0) + p, counts.get(kind, 0) + 1
+    return {kind: (sums[kind] / counts[kind]).unflatten(1, grid) for kind in sums}
+
+
+@pytest.mark.parametrize("resolution", [None, (16, 16), (8, 8)], ids=str)
+def test_recorder_equals_whole_softmax(small, resolution):
+    unet, x, context = small
+    grid = resolution or (16, 16)
+    recorder = AttentionRecorder(resolution)
+    unet(x, 300, context, record=recorder)
+    expected = whole_softmax(unet, x, 300, context, grid)
+    assert recorder.resolution == grid
+    torch.testing.assert_close(recorder.cross, expected["attn2"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(recorder.self, expected["attn1"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(recorder.self.sum(-1), torch.ones(2, *grid))
+
+
+@torch.no_grad()
+def test_recording_leaves_the_output_alone(small):
+    unet, x, context = small
+    plain = unet(x, 300, context)
+    recorded = unet(x, 300, context, record=AttentionRecorder())
+    assert relative(recorded, plain) < 1e-6
+
+
+def test_early_stop_gives_the_same_maps_and_gradients(small):
+    unet, x, context = small
+    results = []
+    for only in (False, True):
+        recorder, leaf = AttentionRecorder(only=only), x.clone().requires_grad_()
+        out = unet(leaf, 300, context, record=recorder)
+        assert (out is None) == only
+        loss = recorder.cross[..., 5].amax() + (recorder.self**2).sum()
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert results[1][1].abs().sum() > 0
+    assert all(p.grad is None for p in unet.parameters())
+
+
+def test_early_stop_runs_nothing_after_the_last_layer_that_records(small):
+    unet, x, context = small
+    ran = []
+    handles = [
+        m.register_forward_hook(lambda module, args, out, name=name: ran.append(name))
+        for name, m in unet.named_modules() if isinstance(m, Attention)
+    ]
+    unet(x, 300, context, record=AttentionRecorder((8, 8), only=True))
+    for handle in handles:
+        handle.remove()
+    assert not [name for name in ran if name.startswith("up_blocks.2")]  # the finest level, the dearest
+    assert [name for name in ran if name.startswith("up_blocks.1")]
+
+
+def test_default_resolution_of_the_families():
+    """Counts and grids only: SD1.x at 512x512 records 16x16, from 5 cross- and 5 self-attention layers."""
+    recorder, full = AttentionRecorder(), UNetConfig()
+    with torch.device("meta"):
+        counts = UNet(full).attention_blocks
+    for (h, w), grid in (((64, 64), (16, 16)), ((96, 64), (24, 16)), ((128, 128), (32, 32)), ((32, 32), (16, 16)), ((8, 8), (8, 8))):
+        recorder.begin([(-(-h // 2**i), -(-w // 2**i)) for i in range(4)], counts)
+        assert recorder.resolution == grid
+        assert recorder.total == 5
+
+
+def test_recorder_says_what_is_wrong(small):
+    unet, x, context = small
+    with pytest.raises(ValueError, match="16x16, 8x8"):
+        unet(x, 300, context, record=AttentionRecorder((32, 32)))
+    with pytest.raises(ValueError, match="nothing is recorded"):
+        AttentionRecorder().cross  # noqa: B018
+
+
+@torch.no_grad()
+def test_fused_projections_are_views_and_give_the_same(small):
+    unet, x, context = small
+    fused = UNet(SMALL)
+    fused.load_state_dict(unet.state_dict())
+    names = set(fused.state_dict())
+    for module in fused.modules():
+        if isinstance(module, Attention):
+            module.fuse()
+    assert set(fused.state_dict()) == names
+    assert relative(fused(x, 300, context), unet(x, 300, context)) < 1e-6
+    attention = fused.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    for move in (lambda m: m, lambda m: m.double(), lambda m: m.float()):  # a move must not part views and buffer
+        attention = move(attention)
+        storage = attention.fused.untyped_storage().data_ptr()
+        assert {w.untyped_storage().data_ptr() for w in (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)} == {storage}
+    attention.to_k.weight.zero_()  # what an adapter does
+    assert relative(fused(x, 300, context), unet(x, 300, context)) > 1e-4
