@@ -2,16 +2,28 @@
 
 import torch.nn.functional as F
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
+from . import reference
+
+BACKENDS = ("auto", "sdpa", "reference")
 
 
 def attention(q, k, v, *, scale=None, bias=None, probs=None, backend="auto"):
-    """PLACEHOLDER signature, being written."""
-    s = scale if scale is not None else q.shape[-1] ** -0.5
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=s
-    ).transpose(1, 2)
-    if probs is None:
-        return out, None
-    p = (q.transpose(1, 2).float() @ k.transpose(1, 2).float().transpose(-1, -2) * s).softmax(-1).mean(1)
-    return out, p
+    """softmax(q k^T scale + bias) v, per head.
+
+    q (B,N,H,d), k and v (B,M,H,d) as projections leave them; `scale` defaults to d**-0.5; `bias` is added to the scores
+    (B,H,N,M), -inf hiding a key; a row with every key hidden gives 0. With `probs="mean"` the mean over heads of the
+    softmax comes too, (B,N,M) float32. Returns (out (B,N,H,d), probs or None); both are differentiable.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
+    if probs not in (None, "mean"):
+        raise ValueError(f"probs must be None or 'mean', not {probs!r}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference" or (bias is not None and q.device.type == "cpu"):
+        return reference.whole(q, k, v, scale, bias, probs == "mean")
+    if probs is None or backend == "sdpa":
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=scale
+        ).transpose(1, 2)
+        return out, reference.whole(q, k, v, scale, bias, True)[1] if probs else None
+    return reference.whole(q, k, v, scale, bias, True)

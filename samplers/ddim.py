@@ -1,0 +1,64 @@
+"""DDIM (Song, Meng & Ermon 2021), and its inversion.
+
+With eps the predicted noise at abar_t, the clean latents are x0 = (x - sqrt(1 - abar_t) eps) / sqrt(abar_t); a step to
+the next level b mixes them with the same noise again: x' = sqrt(b) x0 + sqrt(1 - b - sigma^2) eps + sigma z (equation
+12). sigma = eta sqrt((1 - b) / (1 - a)) sqrt(1 - a / b): none at eta 0, that of DDPM at eta 1 (equation 16).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from minsd.noise.initial import draw
+
+from .schedule import Schedule
+
+
+def step(x: torch.Tensor, eps: torch.Tensor, a: float, b: float) -> torch.Tensor:
+    """One deterministic step from level abar = a to level b, in either direction."""
+    return (b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps
+
+
+def sample(
+    predict: Callable,
+    x: torch.Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    eta: float = 0.0,
+    generator: Sequence[torch.Generator] | None = None,
+    refine: Callable | None = None,
+    final: str | None = None,
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Unit noise x (B,4,h,w) -> latents, in `steps` steps. `eta` in 0..1 draws fresh noise from `generator`, one an image."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 to 1, not {eta}")
+    timesteps = schedule.timesteps(steps)
+    levels = [schedule.abar(t) for t in timesteps] + [schedule.final_abar(final)]
+    for i, t in enumerate(timesteps):
+        a, b = levels[i], levels[i + 1]
+        if refine is not None:
+            x = refine(i, t, x)
+        eps = predict(x, t)
+        if eta == 0:
+            x = step(x, eps, a, b)
+        else:
+            sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+            x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+            x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + sigma * draw(generator, x)
+        yield i, t, x
+
+
+def invert(
+    predict: Callable, x: torch.Tensor, schedule: Schedule, steps: int, *, final: str | None = None
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Latents x (B,4,h,w) -> the noise DDIM would have made them from: the same steps backwards, least noise first.
+
+    Each step needs eps at a level not yet reached; it is taken at the current x and the target's timestep.
+    """
+    timesteps = schedule.timesteps(steps)
+    levels = [schedule.abar(t) for t in timesteps] + [schedule.final_abar(final)]
+    for i, t in enumerate(reversed(timesteps)):
+        k = steps - 1 - i
+        x = step(x, predict(x, t), levels[k + 1], levels[k])
+        yield i, t, x

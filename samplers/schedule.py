@@ -1,0 +1,67 @@
+"""The noise levels a model was trained on, and the timesteps at which a sampler visits them.
+
+The forward process (Ho et al. 2020) mixes a picture's latents with noise: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,
+abar the running product of 1 - beta. Everything here lives on the CPU as Python numbers or small tensors, so that a
+sampling loop never waits for the GPU.
+"""
+
+import math
+
+import torch
+
+from minsd.config import ScheduleConfig
+
+
+class Schedule:
+    """`alphas_cumprod` (1000,) float32 as diffusers computes it; `abar(t)` one of them as a Python float."""
+
+    def __init__(self, config: ScheduleConfig):
+        self.config, self.prediction_type, n = config, config.prediction_type, config.num_train_timesteps
+        if config.beta_schedule == "scaled_linear":  # linear in sqrt(beta): what every Stable Diffusion was trained on
+            betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, n) ** 2
+        elif config.beta_schedule == "linear":
+            betas = torch.linspace(config.beta_start, config.beta_end, n)
+        else:
+            raise ValueError(f"beta_schedule {config.beta_schedule!r} is not known: scaled_linear or linear")
+        if config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type {config.prediction_type!r} is not known: epsilon or v_prediction")
+        self.betas = betas  # (1000,)
+        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)  # (1000,)
+        self._abar = self.alphas_cumprod.double().tolist()
+
+    def abar(self, t: int | float) -> float:
+        """abar at timestep t; between two whole timesteps (Karras levels) log sigma is interpolated."""
+        low = min(max(int(t), 0), len(self._abar) - 1)
+        if t == low:
+            return self._abar[low]
+        high, part = min(low + 1, len(self._abar) - 1), t - low
+        log_sigma = [0.5 * math.log((1 - a) / a) for a in (self._abar[low], self._abar[high])]
+        return 1 / (1 + math.exp(2 * ((1 - part) * log_sigma[0] + part * log_sigma[1])))
+
+    def final_abar(self, final: str | None = None) -> float:
+        """The level below the last timestep. `final` is "abar0", "zero" (no noise), or None for the model's own."""
+        if final not in (None, "abar0", "zero"):
+            raise ValueError(f"final must be 'abar0' or 'zero', not {final!r}")
+        if final is None:
+            final = "zero" if self.config.set_alpha_to_one else "abar0"
+        return 1.0 if final == "zero" else self._abar[0]
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The training timesteps of a run of `steps`, most noise first, by the model's spacing."""
+        n = self.config.num_train_timesteps
+        if not isinstance(steps, int) or not 1 <= steps <= n:
+            raise ValueError(f"steps must be a whole number from 1 to {n}, not {steps}")
+        spacing = self.config.timestep_spacing
+        if spacing == "leading":
+            return [i * (n // steps) + self.config.steps_offset for i in range(steps)][::-1]
+        if spacing == "linspace":
+            return [round((n - 1) * i / max(steps - 1, 1)) for i in range(steps)][::-1]
+        if spacing == "trailing":
+            return [round(n - i * n / steps) - 1 for i in range(steps)]
+        raise ValueError(f"timestep_spacing {spacing!r} is not known: leading, linspace or trailing")
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
+        """x_t of clean latents x0 and unit noise (B,4,h,w) at timesteps t, an int or (B,)."""
+        abar = self.alphas_cumprod.to(x0.device)[torch.as_tensor(t, device=x0.device).expand(len(x0))]
+        abar = abar.to(x0.dtype).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
