@@ -84,7 +84,7 @@ class StableDiffusion:
         noise = draw_noise(seeds, (4, height // 8, width // 8)) if noise is None else noise
         prompts = [prompt] * len(noise) if isinstance(prompt, str) else list(prompt)
         if not len(prompts) == len(noise) == len(seeds):
-            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(noise)} noises do not go together: one of each a picture")
+            raise ValueError(f"one prompt, seed and noise a picture: not {len(prompts)} prompts, {len(seeds)} seeds, {len(noise)} noises")
 
         pictures, size = [], self.batch_size(height, width)
         for start in range(0, len(noise), size):
@@ -124,10 +124,10 @@ class StableDiffusion:
         uncond = self.encode_prompt([negative_prompt])
         predict = self.predictor(cond, uncond, guidance_scale)
 
-        x = noise.to(self.device, self.dtype)
+        start = noise.to(self.device, self.dtype)
         generator = make_generators(range(len(noise)) if seeds is None else seeds, skip=noise.shape[1:])
         steps = self.config.steps if steps is None else steps
-        for i, t, x in SAMPLERS[sampler](predict, x, self.schedule, steps, generator=generator, refine=refine):  # noqa: B007
+        for i, t, x in SAMPLERS[sampler](predict, start, self.schedule, steps, generator=generator, refine=refine):  # noqa: B007
             if progress is not None:
                 progress(i, t)
         return x

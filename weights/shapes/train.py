@@ -18,7 +18,6 @@ import os
 import time
 from pathlib import Path
 
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -132,7 +131,8 @@ class Run:
                 shown[k] = 0.98 * shown.get(k, loss.item()) + 0.02 * loss.item()
             if self.step % 50 == 0 or self.step == self.steps:
                 rate = (self.step - first) * self.batch * self.workers.world / (time.time() - start)
-                self.workers.say(f"{self.name} {self.step}/{self.steps}", *(f"{k} {v:.4f}" for k, v in shown.items()), f"{rate:.0f} samples/s")
+                figures = [f"{k} {v:.4f}" for k, v in shown.items()]
+                self.workers.say(f"{self.name} {self.step}/{self.steps}", *figures, f"{rate:.0f} samples/s")
             stop = torch.tensor([time.time() > deadline, time.time() - saved > 120], dtype=torch.int32)
             if self.workers.world > 1:
                 dist.broadcast(stop, 0)
@@ -314,6 +314,7 @@ def export(vae, unet, text, scale, folder):
 
     def weights(path, state):
         save_file({k: p.detach().half().cpu().contiguous() for k, p in state.items()}, folder / path, {"format": "pt"})
+        (folder / path).chmod(0o644)  # save_file makes them their owner's alone
 
     write("model_index.json", index)
     write("unet/config.json", unet_config)
@@ -341,7 +342,8 @@ def work(rank, world, device, args):
     if not done:
         return
     store = latents_of(vae, workers, args.run, PICTURES // (4 if args.quick else 1))
-    moments = torch.stack([store["latents"].double().sum(), store["latents"].double().square().sum(), torch.tensor(store["latents"].numel()).double()])
+    z = store["latents"].double()
+    moments = torch.stack([z.sum(), z.square().sum(), torch.tensor(z.numel(), dtype=torch.float64)])
     if world > 1:
         dist.all_reduce(moments)
     mean, square = moments[0] / moments[2], moments[1] / moments[2]

@@ -1,0 +1,106 @@
+"""Pictures in and out: PIL <-> tensors, PNG files with their settings inside, contact sheets."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures of one size -> (B,3,H,W) float32 in -1..1."""
+    if len({p.size for p in pictures}) != 1:
+        raise ValueError(f"pictures of one batch must have one size, not {sorted({p.size for p in pictures})}")
+    pixels = np.stack([np.asarray(p.convert("RGB")) for p in pictures])  # (B, H, W, 3)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def from_tensor(x: torch.Tensor) -> list[Image.Image]:
+    """(B,3,H,W) about -1..1 -> pictures; values beyond are clipped."""
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def parameters(settings: dict) -> str:
+    """Settings in the text form that other Stable Diffusion tools write and read."""
+    pairs = {
+        "Steps": settings["steps"], "Sampler": settings["sampler"].upper(), "CFG scale": settings["guidance_scale"],
+        "Seed": settings["seed"], "Size": f"{settings['width']}x{settings['height']}",
+        "Model hash": settings.get("model_hash"), "Model": settings["model"],
+    }
+    line = ", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None)
+    negative = f"Negative prompt: {settings['negative_prompt']}\n" if settings["negative_prompt"] else ""
+    return f"{settings['prompt']}\n{negative}{line}"
+
+
+def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
+    """Write `NNNNN-SEED.png` with its settings; NNNNN goes on from the highest there. Whole or not at all.
+
+    The picture is written under a temporary name in the same folder and then linked to its number, which fails where
+    another process took that number first: then the next one is tried.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("minsd", json.dumps(settings, ensure_ascii=False))
+    info.add_itxt("parameters", parameters(settings))
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, format="PNG", pnginfo=info)
+        os.chmod(temporary, 0o666 & ~_umask())
+        number = 1 + max((int(m[1]) for name in os.listdir(folder) if (m := re.match(r"(\d+)-\d+\.png$", name))), default=-1)
+        taken = {name.split("-")[0] for name in os.listdir(folder)}
+        while True:
+            path = folder / f"{number:05d}-{settings['seed']}.png"
+            number += 1
+            if f"{number - 1:05d}" in taken:
+                continue
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                continue
+            return path
+    finally:
+        os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_settings(path: Path) -> dict:
+    """The settings inside a picture that minsd wrote. ValueError when there are none."""
+    try:
+        with Image.open(path) as picture:
+            text = getattr(picture, "text", {})
+            settings = json.loads(text["minsd"])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no picture {path}") from None
+    except (OSError, SyntaxError):
+        raise ValueError(f"{path} is not a picture that can be read") from None
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote")
+    return settings
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:
+    """Pictures of one size in rows, each with a line of caption below it."""
+    w, h = pictures[0].size
+    line = 14 if captions else 0
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (w + 4), rows * (h + line + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pictures):
+        x, y = (i % columns) * (w + 4) + 2, (i // columns) * (h + line + 4) + 2
+        sheet.paste(picture, (x, y))
+        if captions:
+            draw.text((x, y + h + 1), captions[i], fill="black")
+    return sheet
