@@ -1,5 +1,6 @@
 """Pictures in and out: PIL <-> tensors, PNG files with their settings inside, contact sheets."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
@@ -38,12 +44,22 @@ def parameters(settings: dict) -> str:
     return f"{settings['prompt']}\n{negative}{line}"
 
 
-def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
-    """Write `NNNNN-SEED.png` with its settings; NNNNN goes on from the highest there. Whole or not at all.
+@contextlib.contextmanager
+def locked(folder: Path):
+    """The folder is this process's alone while the block runs (among minsd's processes, where the system can lock)."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # and with it the lock
 
-    The picture is written under a temporary name in the same folder and then linked to its number, which fails where
-    another process took that number first: then the next one is tried.
-    """
+
+def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
+    """Write `NNNNN-SEED.png` with its settings; NNNNN goes on from the highest there. Whole or not at all."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("minsd", json.dumps(settings, ensure_ascii=False))
     info.add_itxt("parameters", parameters(settings))
@@ -51,27 +67,16 @@ def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             picture.save(file, format="PNG", pnginfo=info)
-        os.chmod(temporary, 0o666 & ~_umask())
-        number = 1 + max((int(m[1]) for name in os.listdir(folder) if (m := re.match(r"(\d+)-\d+\.png$", name))), default=-1)
-        taken = {name.split("-")[0] for name in os.listdir(folder)}
-        while True:
-            path = folder / f"{number:05d}-{settings['seed']}.png"
-            number += 1
-            if f"{number - 1:05d}" in taken:
-                continue
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                continue
-            return path
-    finally:
-        os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        os.chmod(temporary, 0o644)  # mkstemp makes it its owner's alone
+        with locked(folder):
+            present = [int(m[1]) for name in os.listdir(folder) if (m := re.match(r"(\d+)-\d+\.png$", name))]
+            path = folder / f"{max(present, default=-1) + 1:05d}-{settings['seed']}.png"
+            os.replace(temporary, path)
+        return path
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 def read_settings(path: Path) -> dict:
