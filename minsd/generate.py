@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 
 from minsd import __version__
-from minsd.config import MODELS
 
 SAMPLERS = ("ddim",)
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
@@ -133,7 +132,8 @@ def read_noise(path: Path, shape: tuple[int, ...]):
         raise ValueError(f"{path} holds {', '.join(sorted(tensors)[:3])}; a noise file holds one tensor called noise")
     noise = tensors["noise"].float()
     if noise.ndim != 4 or tuple(noise.shape[1:]) != shape:
-        raise ValueError(f"{path} holds noise of shape {tuple(noise.shape)}; this model and size need (pictures, {', '.join(map(str, shape))})")
+        wanted = f"(pictures, {', '.join(map(str, shape))})"
+        raise ValueError(f"{path} holds noise of shape {tuple(noise.shape)}; this model and size need {wanted}")
     if not noise.isfinite().all():
         raise ValueError(f"{path} holds noise that is not finite")
     return noise
@@ -205,20 +205,20 @@ def run(args) -> int:
             seeds = args.seeds[start : start + size]
             begin = time.perf_counter()
             evaluations.clear()
-            bar.set_description(f"picture {start + 1} of {len(args.seeds)}" if len(seeds) == 1 else
-                                f"pictures {start + 1}-{start + len(seeds)} of {len(args.seeds)}")
+            count, last = len(seeds), start + len(seeds)
+            bar.set_description(f"picture {last}/{len(args.seeds)}" if count == 1 else f"pictures {start + 1}-{last}/{len(args.seeds)}")
             latents = sd.sample(
                 args.prompt, draw_noise(seeds, shape) if noise is None else noise[start : start + size], seeds=seeds,
                 negative_prompt=args.negative_prompt, steps=common["steps"], sampler=common["sampler"],
-                guidance_scale=common["guidance_scale"], progress=lambda i, t, n=len(seeds): bar.update(n),
+                guidance_scale=common["guidance_scale"], progress=lambda i, t: bar.update(count),  # noqa: B023 (called within this turn)
             )
             pictures = sd.decode(latents)
-            seconds = (time.perf_counter() - begin) / len(seeds)
+            seconds = (time.perf_counter() - begin) / count
             args.out.mkdir(parents=True, exist_ok=True)
             for picture, seed in zip(pictures, seeds):
                 settings = {**common, "seed": seed}
                 path = save_numbered(picture, args.out, settings)
-                line = {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": sum(evaluations) // len(seeds)}
+                line = {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": sum(evaluations) // count}
                 with (args.out / "runs.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 args.made += 1

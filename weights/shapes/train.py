@@ -1,6 +1,6 @@
 """Trains the embedded model on minsd's own networks and writes it beside this file in the diffusers folder layout.
 
-    python -m minsd.weights.shapes.train [--quick] [--samples 400000] [--minutes M] [--out DIR]
+    python -m minsd.weights.shapes.train [--quick] [--samples N] [--minutes M] [--export] [--out DIR]
 
 First the VAE (Kingma & Welling 2014), then the UNet and the text encoder together (Ho et al. 2020, Rombach et al. 2022)
 on its latents. Runs on every CPU core as processes of one thread (gradients averaged over gloo) or on one GPU by itself.
@@ -38,7 +38,7 @@ SEED = 2026
 VAE_BATCH, UNET_BATCH = 32, 96  # over all processes
 PICTURES = 48_000  # different pictures seen; the UNet goes over their latents several times
 VAE_SAMPLES = {"full": 40_000, "quick": 20_000}
-UNET_SAMPLES = {"full": 360_000, "quick": 80_000}
+UNET_SAMPLES = {"full": 300_000, "quick": 80_000}
 LEVELS = (0.10, 0.20)  # of attention wanted at the cells of an object: its colour word, its shape word
 ATTENTION_WEIGHT, ATTENTION_UNTIL = 0.05, 1 / 3  # falls linearly to 0 at this share of the run
 EMA = 0.999
@@ -328,6 +328,17 @@ def export(vae, unet, text, scale, folder):
     weights("text_encoder/model.safetensors", state)
 
 
+def export_checkpoint(run, out):
+    """The folder from the newest checkpoint of a run that is not finished."""
+    vae, unet, text = VAE(ROW.vae), UNet(ROW.unet), text_model()
+    state = torch.load(run / "unet.pt", map_location="cpu", weights_only=True)
+    unet.load_state_dict(state["average"]["unet"])
+    text.load_state_dict(state["average"]["text"])
+    vae.load_state_dict(torch.load(run / "vae.pt", map_location="cpu", weights_only=True)["average"]["vae"])
+    export(vae, unet, text, json.loads((run / "scale.json").read_text()), out)
+    print(f"written to {out} from step {state['step']}")
+
+
 def work(rank, world, device, args):
     if device == "cpu":
         torch.set_num_threads(1)
@@ -348,6 +359,8 @@ def work(rank, world, device, args):
         dist.all_reduce(moments)
     mean, square = moments[0] / moments[2], moments[1] / moments[2]
     scale = round(float((square - mean**2) ** -0.5), 5)
+    if rank == 0:
+        (args.run / "scale.json").write_text(json.dumps(scale))
     workers.say(f"latents: scaling_factor {scale}, {time.time() - start:.0f} s so far")
     unet_samples = args.samples or UNET_SAMPLES[kind]
     done, average = train_unet(workers, unet_samples, args.run, deadline, scale, store)
@@ -364,8 +377,11 @@ def main():
     parser.add_argument("--minutes", type=float, help="stop after so long, to be resumed by the same command")
     parser.add_argument("--run", type=Path, default=HERE / "run", help="checkpoints")
     parser.add_argument("--out", type=Path, default=HERE, help="where the finished folder goes")
+    parser.add_argument("--export", action="store_true", help="write the folder from the newest checkpoint, and stop")
     parser.add_argument("--workers", type=int, help="processes (default: one a core, or one GPU)")
     args = parser.parse_args()
+    if args.export:
+        return export_checkpoint(args.run, args.out)
     args.run.mkdir(parents=True, exist_ok=True)
     args.token = time.time_ns()
     if torch.cuda.is_available():

@@ -1,0 +1,202 @@
+"""The command line as a user meets it: files, settings inside them, exit codes, one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from minsd.generate import main
+from minsd.noise.initial import noise
+
+PROMPT = "a red circle and a blue square"
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Three pictures of three steps, once for all tests that only look."""
+    out = tmp_path_factory.mktemp("made")
+    assert main([PROMPT, "--seeds", "3,5-6", "--steps", "3", "--out", str(out), "--save-noise", str(out / "n.safetensors"), "--quiet"]) == 0
+    return out
+
+
+def test_pictures_and_lines(made):
+    assert sorted(p.name for p in made.glob("*.png")) == ["00000-3.png", "00001-5.png", "00002-6.png"]
+    assert not list(made.glob("*.tmp"))
+    rows = lines(made)
+    assert [(r["file"], r["seed"]) for r in rows] == [("00000-3.png", 3), ("00001-5.png", 5), ("00002-6.png", 6)]
+    for row in rows:
+        assert row["prompt"] == PROMPT and row["steps"] == 3 and row["sampler"] == "ddim" and row["model"] == "shapes"
+        assert row["unet_rows"] == 6  # three steps, both halves of guidance
+        assert row["seconds"] > 0 and row["versions"]["torch"] == torch.__version__
+    assert Image.open(made / "00000-3.png").size == (128, 128)
+
+
+def test_settings_inside_the_picture(made):
+    text = Image.open(made / "00001-5.png").text
+    inside, row = json.loads(text["minsd"]), lines(made)[1]
+    assert inside.items() <= row.items() and inside["seed"] == 5
+    first, last = text["parameters"].splitlines()
+    assert first == PROMPT
+    assert last.startswith("Steps: 3, Sampler: DDIM, CFG scale: 5.0, Seed: 5, Size: 128x128") and last.endswith("Model: shapes")
+
+
+def test_saved_noise_is_the_seeds_own(made):
+    assert torch.equal(load_file(made / "n.safetensors")["noise"], noise([3, 5, 6], (4, 16, 16)))
+
+
+def test_like_makes_the_same_picture_again(made, tmp_path):
+    assert main(["--like", str(made / "00001-5.png"), "--out", str(tmp_path), "--quiet"]) == 0
+    again = pixels(tmp_path / "00000-5.png")
+    assert np.abs(again - pixels(made / "00001-5.png")).max() <= 2  # made alone now, in a batch of three then
+    assert main(["--like", str(tmp_path / "00000-5.png"), "--out", str(tmp_path), "--quiet"]) == 0
+    assert np.array_equal(pixels(tmp_path / "00001-5.png"), again)
+    assert main(["--like", str(made / "00001-5.png"), "--seed", "9", "--steps", "2", "--out", str(tmp_path), "--quiet"]) == 0
+    assert lines(tmp_path)[-1]["seed"] == 9 and lines(tmp_path)[-1]["steps"] == 2
+
+
+def test_noise_from_a_file_is_what_the_picture_begins_from(made, tmp_path):
+    save_file({"noise": noise([5], (4, 16, 16))}, tmp_path / "five.safetensors")
+    args = [PROMPT, "--seed", "77", "--noise", str(tmp_path / "five.safetensors"), "--steps", "3", "--out", str(tmp_path), "--quiet"]
+    assert main(args) == 0
+    assert np.abs(pixels(tmp_path / "00000-77.png") - pixels(made / "00001-5.png")).max() <= 2
+
+
+def test_numbers_go_on_and_nothing_is_overwritten(tmp_path):
+    (tmp_path / "00041-7.png").write_bytes(b"mine")
+    for _ in range(2):
+        assert main([PROMPT, "--seed", "7", "--steps", "1", "--out", str(tmp_path), "--quiet"]) == 0
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["00041-7.png", "00042-7.png", "00043-7.png"]
+    assert (tmp_path / "00041-7.png").read_bytes() == b"mine"
+
+
+def test_json_output_and_sizes_and_an_empty_prompt(tmp_path, capfd):
+    assert main(["", "--seed", "1", "--num-images", "2", "--steps", "1", "--height", "72", "--width", "136", "--out", str(tmp_path), "--json"]) == 0
+    out, err = capfd.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]  # nothing else there
+    assert [r["seed"] for r in rows] == [1, 2] and rows == lines(tmp_path)
+    assert Image.open(tmp_path / rows[0]["file"]).size == (136, 72)
+    assert "seeds 1 to 2" in err
+
+
+def test_a_random_seed_is_printed_and_kept(tmp_path, capfd):
+    for _ in range(2):
+        assert main([PROMPT, "--steps", "1", "--out", str(tmp_path)]) == 0
+    first, second = (row["seed"] for row in lines(tmp_path))
+    assert first != second and f"seed {first}" in capfd.readouterr().err
+
+
+def test_list_tokens(capfd, tmp_path):
+    assert main([PROMPT, "--list-tokens", "--out", str(tmp_path / "none")]) == 0
+    out = capfd.readouterr().out.splitlines()
+    assert out[0].split() == ["0", "<|startoftext|>"] and out[3].split() == ["3", "circle</w>"]
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_cut_prompt_is_said(tmp_path, capfd):
+    assert main(["a red circle and " * 20, "--steps", "1", "--out", str(tmp_path)]) == 0
+    assert "cut off" in capfd.readouterr().err
+
+
+def bad(*args, says):
+    return pytest.param(args, says, id=says)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        bad(says="a prompt is needed"),
+        bad("x", "--height", "100", says="multiple of 8, not 100; the nearest is 96"),
+        bad("x", "--width", "0", says="--width must be a positive multiple of 8"),
+        bad("x", "--steps", "-3", says="--steps must be from 1 to 1000, not -3"),
+        bad("x", "--steps", "ten", says="invalid int value: 'ten'"),
+        bad("x", "--sampler", "magic", says="invalid choice: 'magic'"),
+        bad("x", "--guidance-scale", "nan", says="--guidance-scale must be a number"),
+        bad("x", "--seed", "-1", says="--seed must be from 0"),
+        bad("x", "--seeds", "1-", says="--seeds takes numbers and ranges"),
+        bad("x", "--seeds", "1-4", "--seed", "2", says="--seeds already says"),
+        bad("x", "--num-images", "0", says="--num-images must be 1 or more"),
+        bad("x", "--modle", "y", says="unrecognized arguments: --modle"),
+        bad("x", "--model", "nosuch", says="there is no model 'nosuch'"),
+        bad("x", "--noise", "nosuch.safetensors", says="no noise file nosuch.safetensors"),
+        bad("--like", "nosuch.png", says="no picture nosuch.png"),
+        bad("x", "--save-noise", "no/such/folder/n.safetensors", says="there is no folder"),
+        pytest.param(("x", "--device", "cuda"), "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(args, says, tmp_path, capfd):
+    out = tmp_path / "out"
+    try:
+        code = main([*args, "--out", str(out)])
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    stdout, stderr = capfd.readouterr()
+    assert code == 2 and stdout == ""
+    assert stderr.startswith("minsd: error: ") and stderr.count("\n") == 1 and says in stderr
+    assert not out.exists()
+
+
+def test_out_that_cannot_be_written(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert main(["x", "--out", str(tmp_path / "file" / "sub")]) == 2
+    assert "--out" in capfd.readouterr().err
+
+
+def test_bad_noise_and_pictures(tmp_path, capfd):
+    save_file({"noise": torch.zeros(1, 4, 8, 8)}, tmp_path / "small.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"noise": torch.full((1, 4, 16, 16), torch.nan)}, tmp_path / "nan.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "small.safetensors").read_bytes()[:-9])
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, says in {"small": "(1, 4, 8, 8)", "other": "one tensor called noise", "nan": "not finite", "cut": "truncated"}.items():
+        assert main(["x", "--noise", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "out")]) == 2
+        assert says in capfd.readouterr().err
+    for name, says in {"plain": "carries no minsd settings", "text": "not a picture"}.items():
+        assert main(["--like", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / "out")]) == 2
+        assert says in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupt_keeps_what_is_done(tmp_path, capfd, monkeypatch):
+    from minsd import pipeline
+
+    decode, calls = pipeline.StableDiffusion.decode, []
+    monkeypatch.setattr(pipeline.StableDiffusion, "batch_size", lambda *args: 1)
+
+    def interrupted(self, latents):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    monkeypatch.setattr(pipeline.StableDiffusion, "decode", interrupted)
+    assert main(["x", "--seeds", "0-3", "--steps", "1", "--out", str(tmp_path), "--quiet"]) == 130
+    assert "1 of 4 pictures are done" in capfd.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".jsonl"] == ["00000-0.png"] and len(lines(tmp_path)) == 1
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, minsd.generate\n"
+        "try: minsd.generate.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy imports'"
+    )
+    import minsd
+
+    root = minsd.__path__[-1] if len(minsd.__path__) > 1 else minsd.__path__[0] + "/.."
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0 and "--negative-prompt" in result.stdout, result.stderr
