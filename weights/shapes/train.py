@@ -14,6 +14,7 @@ captions that sometimes name what is not there (data.py), and attention maps sup
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -109,7 +110,7 @@ class Run:
         first, shown = self.step, {}
         while self.step < self.steps:
             for group in self.optimizer.param_groups:
-                rest = 0.5 * (1 + np.cos(np.pi * self.step / self.steps))
+                rest = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
                 group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * rest)
             # Everything random in a step comes from its number: a resumed run draws what an unbroken one would.
             key = (SEED, self.step, self.workers.rank)
