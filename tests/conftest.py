@@ -1,0 +1,63 @@
+"""A small random Stable Diffusion saved by diffusers itself, for loading and whole-pipeline parity."""
+
+import shutil
+
+import pytest
+import torch
+
+import minsd
+
+
+@pytest.fixture(scope="session")
+def shapes_folder():
+    from minsd.weights.load import SHAPES_FOLDER
+
+    return SHAPES_FOLDER
+
+
+def small_pipeline(tokenizer_folder, prediction_type="epsilon", sd2=False):
+    """diffusers' own StableDiffusionPipeline with small random networks (its classes, its initialisation)."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    if sd2:
+        tokenizer.pad_token = "!"  # id 0
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=(2, 4, 4) if sd2 else 4, use_linear_projection=sd2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_act="gelu" if sd2 else "quick_gelu", bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    ))
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction_type,
+    )
+    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory, shapes_folder):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    small_pipeline(shapes_folder / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken_folder(small_folder, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(small_folder, tmp_path / "broken")
+
+
+@pytest.fixture(scope="session")
+def small(small_folder):
+    return minsd.load(str(small_folder), "cpu")

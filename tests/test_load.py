@@ -1,0 +1,206 @@
+"""Loading: what diffusers saved comes back tensor for tensor, and what is wrong is refused in one line."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minsd
+from minsd.weights.load import read_header
+
+
+def tensors(folder):
+    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+    return load_file(folder / f"{stem}.safetensors")
+
+
+def refused(folder, capfd=None):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        minsd.load(str(folder), "cpu")
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_tensor_is_what_the_file_holds(small_folder, small):
+    for part, module in (("unet", small.unet), ("vae", small.vae)):
+        own, file = module.state_dict(), tensors(small_folder / part)
+        assert own.keys() == file.keys()
+        assert all(torch.equal(own[name], file[name]) for name in file)
+    own = {k.removeprefix("text_model."): v for k, v in small.text.model.state_dict().items()}
+    file = {k.removeprefix("text_model."): v for k, v in tensors(small_folder / "text_encoder").items()}
+    assert own.keys() == file.keys() and all(torch.equal(own[name], file[name]) for name in file)
+    for module in (small.unet, small.vae, small.text.model):
+        assert not module.training and not any(p.requires_grad or p.is_meta for p in module.parameters())
+
+
+def test_text_positions_are_rebuilt(small):
+    """Made on the meta device, this buffer would be garbage and text states silently wrong."""
+    buffers = {name: b for name, b in small.text.model.named_buffers() if name.endswith("position_ids")}
+    assert buffers and all(torch.equal(b[0], torch.arange(77)) for b in buffers.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_fp16_variant_and_casts(small_folder, broken_folder, small, dtype):
+    for part in ("unet", "vae", "text_encoder"):
+        for path in list((broken_folder / part).glob("*.safetensors")):
+            save_file({k: v.half() for k, v in load_file(path).items()}, path.with_name(path.stem + ".fp16.safetensors"))
+            path.unlink()
+    sd = minsd.load(str(broken_folder), "cpu", dtype)
+    assert {p.dtype for m in (sd.unet, sd.vae, sd.text.model) for p in m.parameters()} == {dtype}
+    expected = small.unet.conv_in.weight.half().to(dtype)
+    assert torch.equal(sd.unet.conv_in.weight, expected)
+
+
+def test_shards(broken_folder, small):
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        whole = tensors(broken_folder / part)
+        names = sorted(whole)
+        halves = {f"{stem}-00001-of-00002.safetensors": names[::2], f"{stem}-00002-of-00002.safetensors": names[1::2]}
+        for file, part_names in halves.items():
+            save_file({name: whole[name] for name in part_names}, broken_folder / part / file)
+        index = {"metadata": {}, "weight_map": {name: file for file, part_names in halves.items() for name in part_names}}
+        (broken_folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+        (broken_folder / part / f"{stem}.safetensors").unlink()
+    sd = minsd.load(str(broken_folder), "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values()))
+    (broken_folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    assert "00002-of-00002.safetensors is missing" in refused(broken_folder)
+
+
+def test_the_old_names_of_the_vae_attention(broken_folder, small):
+    path = broken_folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in load_file(path).items():
+        for new, before in old.items():
+            if f"attentions.0.{new}." in name:
+                name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+                value = value[:, :, None, None].contiguous() if value.ndim == 2 else value
+        renamed[name] = value
+    save_file(renamed, path)
+    sd = minsd.load(str(broken_folder), "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(sd.vae.state_dict().values(), small.vae.state_dict().values()))
+
+
+def test_text_names_with_and_without_prefix(broken_folder, small):
+    path = broken_folder / "text_encoder" / "model.safetensors"
+    bare = {k.removeprefix("text_model."): v for k, v in load_file(path).items()}
+    for prefix in ("", "text_model."):
+        extra = {f"{prefix}embeddings.position_ids": torch.arange(77)[None]}  # older files carry it
+        save_file({prefix + k: v.clone() for k, v in bare.items()} | extra, path)
+        sd = minsd.load(str(broken_folder), "cpu")
+        assert torch.equal(sd.encode_prompt("a star"), small.encode_prompt("a star"))
+
+
+def test_names_first_shapes_and_reasons_of_a_misfit(broken_folder):
+    path = broken_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    good = load_file(path)
+    save_file({k: v for k, v in good.items() if k != "conv_in.bias"}, path)
+    assert "1 missing (conv_in.bias)" in refused(broken_folder)
+    save_file(good | {"extra.weight": torch.zeros(1)}, path)
+    assert "1 unexpected (extra.weight)" in refused(broken_folder)
+    save_file(good | {"conv_in.bias": torch.zeros(5)}, path)
+    assert "mis-shaped (conv_in.bias (5,), not (32,))" in refused(broken_folder)
+    save_file(good | {"conv_in.bias": torch.zeros(32, dtype=torch.int32)}, path)
+    assert "dtype I32" in refused(broken_folder)
+    save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(1)}, path)
+    assert "looks like a LoRA" in refused(broken_folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("unet/config.json", {"in_channels": 9}, "inpainting"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "SDXL"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("unet/config.json", {"down_block_types": ["Strange"] * 3}, "Strange"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
+        ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "StableDiffusionInpaintPipeline"),
+        ("vae/config.json", {"latent_channels": 16}, "4 latent channels"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "beta_schedule"),
+    ],
+)
+def test_models_of_another_kind(broken_folder, part, change, says):
+    path = broken_folder / part
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert says in refused(broken_folder)
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer"])
+def test_missing_parts_are_named(broken_folder, part):
+    path = broken_folder / part
+    path.rename(path.with_name("away"))
+    message = refused(broken_folder)
+    assert "missing" in message and path.name.split(".")[0] in message
+
+
+def test_pickles_are_refused(broken_folder, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
+    assert "pickle" in refused(tmp_path / "model.ckpt")
+    (broken_folder / "unet" / "diffusion_pytorch_model.safetensors").rename(broken_folder / "unet" / "diffusion_pytorch_model.bin")
+    assert "pickle" in refused(broken_folder)
+
+
+def test_bad_json(broken_folder):
+    (broken_folder / "unet" / "config.json").write_text('{"sample_size": 16,}')
+    assert "not valid JSON" in refused(broken_folder) and "line 1" in refused(broken_folder)
+
+
+def hostile(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x00" * 4, hostile(b"{}", length=2**63), hostile(b"{}", length=200 * 2**20), hostile(b"not json"), hostile(b"[1]"),
+        hostile(b"[" * 100_000), hostile(b'{"a": 1}'), hostile(b'{"a": {}}'), hostile(b'{"a": {"dtype": "F32"}}'),
+        hostile(json.dumps({"a": entry(dtype="X")}).encode(), b"1234"),
+        hostile(json.dumps({"a": entry(shape=(-1,))}).encode(), b"1234"),
+        hostile(json.dumps({"a": entry(shape=(2**62, 2**62))}).encode(), b"1234"),
+        hostile(json.dumps({"a": entry(offsets=(0, 8))}).encode(), b"1234"),
+        hostile(json.dumps({"a": entry(), "b": entry()}).encode(), b"1234"),  # overlapping
+        hostile(json.dumps({"a": entry(), "b": entry(offsets=(8, 12))}).encode(), b"123412341234"),  # a gap
+        hostile(json.dumps({"a": entry()}).encode(), b"123"), hostile(json.dumps({"a": entry()}).encode(), b"12345"),
+    ],
+    ids=range(18),
+)
+def test_hostile_headers_are_refused(tmp_path, content):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a sound safetensors file") as error:
+        read_header(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sound_header_is_read(small_folder):
+    path = small_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert {name: tuple(e["shape"]) for name, e in read_header(path).items()} == {k: tuple(v.shape) for k, v in load_file(path).items()}
+
+
+def test_a_cut_file_is_refused(broken_folder):
+    path = broken_folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "truncated" in refused(broken_folder)
+
+
+@pytest.mark.parametrize("name", ["nosuch", "sd15", "someone/something", "./nosuch.safetensors"])
+def test_models_that_are_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(name)
+
+
+def test_a_single_file_says_what_it_is(tmp_path):
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "one.safetensors")
+    assert "single-file checkpoint in the original layout" in refused(tmp_path / "one.safetensors")
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    assert "LoRA" in refused(tmp_path / "lora.safetensors")

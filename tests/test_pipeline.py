@@ -1,0 +1,122 @@
+"""Whole guided trajectories against diffusers' pipeline; seeds, batches, refine, decoding."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_pipeline
+
+import minsd
+from minsd.noise.initial import noise
+
+PROMPT, NEGATIVE = "a red circle and a blue square", "a green star"
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_guided_ddim_trajectory_equals_diffusers(kind, shapes_folder, tmp_path):
+    """SD1-like with eps, SD2-like with v (linear projections, padding with id 0): the same latents, the same picture."""
+    theirs = small_pipeline(shapes_folder / "tokenizer", kind, sd2=kind == "v_prediction")
+    theirs.save_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    sd = minsd.load(str(tmp_path), "cpu")
+    start = noise([3, 4], (4, 16, 16))
+    options = {"negative_prompt": [NEGATIVE] * 2, "num_inference_steps": 10, "guidance_scale": 7.5, "latents": start.clone()}
+    expected = theirs([PROMPT] * 2, output_type="latent", **options).images
+    latents = sd.sample(PROMPT, start, negative_prompt=NEGATIVE, steps=10, guidance_scale=7.5)
+    assert (latents - expected).norm() / expected.norm() <= 1e-4
+    pictures = theirs([PROMPT] * 2, output_type="np", **options).images
+    for ours, picture in zip(sd.decode(latents), pictures):
+        assert np.abs(np.asarray(ours) / 255 - picture).max() <= 1.01 / 255
+
+
+def test_same_seed_same_noise_and_the_same_picture_whatever_the_batch(small):
+    assert torch.equal(noise([7], (4, 16, 16))[0], noise([5, 6, 7], (4, 16, 16))[2])
+    three = small(PROMPT, seeds=[5, 6, 7], steps=3)
+    again = small(PROMPT, seeds=[5, 6, 7], steps=3)
+    alone = small(PROMPT, seeds=7, steps=3)[0]
+    assert np.array_equal(np.asarray(three[2]), np.asarray(again[2]))
+    assert np.abs(np.asarray(three[2]).astype(int) - np.asarray(alone)).max() <= 2
+    assert np.abs(np.asarray(three[2]).astype(int) - np.asarray(three[1])).max() > 2
+
+
+def test_noise_instead_of_seeds_and_a_prompt_a_picture(small):
+    by_seed = small([PROMPT, NEGATIVE], seeds=[1, 2], steps=2)
+    by_noise = small([PROMPT, NEGATIVE], noise=noise([1, 2], (4, 16, 16)), steps=2)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(by_seed, by_noise))
+    other = small(PROMPT, seeds=[2], steps=2)[0]
+    assert not np.array_equal(np.asarray(other), np.asarray(by_seed[1]))
+
+
+def test_guidance_of_one_runs_the_conditional_half_alone(small):
+    rows = []
+    handle = small.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    small.sample(PROMPT, noise([0], (4, 16, 16)), steps=2, guidance_scale=1.0)
+    small.sample(PROMPT, noise([0], (4, 16, 16)), steps=2, guidance_scale=2.0)
+    handle.remove()
+    assert rows == [1, 1, 2, 2]
+
+
+def test_refine_sees_every_step_and_may_differentiate(small):
+    seen = []
+
+    def refine(i, t, x):
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(small.unet(leaf, t, small.encode_prompt(PROMPT)).square().sum(), leaf)
+        seen.append((i, t, float(gradient.abs().sum())))
+        return x - 0.01 * gradient
+
+    changed = small.sample(PROMPT, noise([0], (4, 16, 16)), steps=4, refine=refine)
+    plain = small.sample(PROMPT, noise([0], (4, 16, 16)), steps=4)
+    assert [(i, t) for i, t, _ in seen] == [(0, 751), (1, 501), (2, 251), (3, 1)] and all(g > 0 for *_, g in seen)
+    assert not torch.equal(changed, plain)
+    assert all(p.grad is None and not p.requires_grad for m in (small.unet, small.vae, small.text.model) for p in m.parameters())
+
+
+def test_any_size_that_is_a_multiple_of_8(small):
+    assert small(PROMPT, steps=1, height=72, width=136)[0].size == (136, 72)
+
+
+def test_encode_then_decode_is_the_vae_there_and_back(small):
+    picture = small(PROMPT, steps=1)[0]
+    latents = small.encode(picture)
+    x = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    mean, _ = small.vae.encode(x)
+    torch.testing.assert_close(latents, mean * small.config.vae.scaling_factor)
+    assert small.decode(latents)[0].size == picture.size
+
+
+def test_overflow_is_never_a_black_picture(small, monkeypatch):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        small.decode(torch.full((1, 4, 16, 16), torch.inf))
+    expected = np.asarray(small.decode(torch.ones(1, 4, 16, 16))[0])
+    decode, calls = type(small.vae).decode, []
+
+    def overflowing(self, z):  # the first decode overflows, as float16 does on real VAEs
+        calls.append(z.dtype)
+        return decode(self, z) * (torch.inf if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(type(small.vae), "decode", overflowing)
+    with pytest.warns(UserWarning, match="decoded again in float32"):
+        again = np.asarray(small.decode(torch.ones(1, 4, 16, 16))[0])
+    assert np.array_equal(again, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"height": 100}, "multiples of 8"), ({"steps": 0}, "from 1 to 1000"), ({"steps": 2000}, "from 1 to 1000"),
+        ({"sampler": "magic"}, "no sampler is called 'magic'"), ({"guidance_scale": float("nan")}, "must be a number"),
+        ({"seeds": [-1]}, "a seed must be"), ({"seeds": [1, 2], "noise": torch.zeros(1, 4, 16, 16)}, "one prompt, seed and noise"),
+    ],
+)
+def test_what_a_caller_gets_wrong(small, options, says):
+    with pytest.raises(ValueError, match=says):
+        small(PROMPT, **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_half_precision_on_the_gpu_stays_near_the_cpu(small_folder, small):
+    gpu = minsd.load(str(small_folder), "cuda")
+    assert gpu.dtype == torch.float16
+    a, b = (np.asarray(sd(PROMPT, seeds=1, steps=10)[0]).astype(int) for sd in (gpu, small))
+    assert np.abs(a - b).mean() < 2
