@@ -53,7 +53,10 @@ class Schedule:
             raise ValueError(f"steps must be a whole number from 1 to {n}, not {steps}")
         spacing = self.config.timestep_spacing
         if spacing == "leading":
-            return [i * (n // steps) + self.config.steps_offset for i in range(steps)][::-1]
+            timesteps = [i * (n // steps) + self.config.steps_offset for i in range(steps)][::-1]
+            if timesteps[0] >= n:
+                raise ValueError(f"{steps} steps at leading spacing begin beyond the last timestep, {n - 1}: take fewer")
+            return timesteps
         if spacing == "linspace":
             return [round((n - 1) * i / max(steps - 1, 1)) for i in range(steps)][::-1]
         if spacing == "trailing":

@@ -1,0 +1,128 @@
+"""Schedule and samplers against diffusers' schedulers over whole trajectories, with a fixed nonlinear predictor."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from minsd.config import ScheduleConfig
+from minsd.noise.initial import draw, generators, noise
+from minsd.samplers import SAMPLERS, ddim
+from minsd.samplers.schedule import Schedule
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
+      "steps_offset": 1}
+
+
+def predict(x, t):
+    """Neither linear nor even in x, and different at every t."""
+    return torch.tanh(1.3 * x + 0.2 * torch.roll(x, 1, -1)) + 0.1 * torch.cos(x * (1 + t / 500))
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_published_constants():
+    """abar[0, 1, 981, 999] and the grids of 50 and 10 steps, of SD1.x."""
+    schedule = Schedule(ScheduleConfig())
+    expected = [0.99915, 0.998296, 0.00577550, 0.00466010]
+    assert [schedule.abar(t) for t in (0, 1, 981, 999)] == pytest.approx(expected, rel=1e-5)
+    assert schedule.timesteps(50) == list(range(981, 0, -20))
+    assert schedule.timesteps(10)[0] == 901 and schedule.timesteps(10)[-1] == 1
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("steps", [1, 3, 10, 25, 50, 999])
+def test_timesteps_equal_diffusers(spacing, steps):
+    theirs = DDIMScheduler(**SD, timestep_spacing=spacing)
+    theirs.set_timesteps(steps)
+    assert Schedule(ScheduleConfig(timestep_spacing=spacing)).timesteps(steps) == theirs.timesteps.tolist()
+
+
+def test_betas_equal_diffusers():
+    for kind in ("scaled_linear", "linear"):
+        theirs = DDIMScheduler(**{**SD, "beta_schedule": kind})
+        assert torch.equal(Schedule(ScheduleConfig(beta_schedule=kind)).alphas_cumprod, theirs.alphas_cumprod)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [10, 25, 50])
+def test_ddim_equals_diffusers(steps, eta):
+    theirs = DDIMScheduler(**SD)
+    theirs.set_timesteps(steps)
+    start = noise([0, 1], (4, 8, 8))
+    x, twins = start, generators([10, 11])
+    for t in theirs.timesteps:
+        drawn = draw(twins, x) if eta else None
+        x = theirs.step(predict(x, int(t)), t, x, eta=eta, variance_noise=drawn).prev_sample
+    *_, (i, t, ours) = ddim.sample(predict, start, Schedule(ScheduleConfig()), steps, eta=eta, generator=generators([10, 11]))
+    assert (i, t) == (steps - 1, 1)
+    assert relative(ours, x) <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.float64, 1e-13)], ids=str)
+def test_inversion_with_the_same_eps_returns(dtype, bound):
+    """With eps a function of t alone, the way back is exactly the way there."""
+    schedule, start = Schedule(ScheduleConfig()), noise([0], (4, 8, 8)).to(dtype)
+    fixed = {t: noise([t], (4, 8, 8)).to(dtype) for t in schedule.timesteps(10)}
+    *_, (_, _, x0) = ddim.sample(lambda x, t: fixed[t], start, schedule, 10)
+    *_, (_, _, back) = ddim.invert(lambda x, t: fixed[t], x0, schedule, 10)
+    assert relative(back, start) <= bound
+
+
+def test_final_level():
+    schedule, start = Schedule(ScheduleConfig()), noise([0], (4, 8, 8))
+    *_, (_, _, x) = ddim.sample(predict, start, schedule, 4, final="zero")
+    *_, (_, _, default) = ddim.sample(predict, start, schedule, 4)
+    theirs = DDIMScheduler(**{**SD, "set_alpha_to_one": True})
+    theirs.set_timesteps(4)
+    y = start
+    for t in theirs.timesteps:
+        y = theirs.step(predict(y, int(t)), t, y).prev_sample
+    assert relative(x, y) <= 1e-5 and relative(x, default) > 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_contract(name):
+    """Yields (i, t, x) after every step, refines before each listed timestep, keeps grad mode, dtype and graph."""
+    schedule, start, seen = Schedule(ScheduleConfig()), noise([0, 1], (4, 8, 8)).double().requires_grad_(), []
+
+    def refine(i, t, x):
+        seen.append((i, t))
+        return x * 1.0
+
+    steps = list(SAMPLERS[name](predict, start, schedule, 5, generator=generators([0, 1]), refine=refine))
+    assert seen == [(i, t) for i, t, _ in steps] and torch.is_grad_enabled()
+    x = steps[-1][2]
+    assert x.dtype == torch.float64 and torch.autograd.grad(x.sum(), start)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5])
+def test_wrong_steps(steps):
+    with pytest.raises(ValueError, match="from 1 to 1000"):
+        Schedule(ScheduleConfig()).timesteps(steps)
+
+
+def test_leading_spacing_ends_before_the_table_does():
+    with pytest.raises(ValueError, match="take fewer"):
+        Schedule(ScheduleConfig()).timesteps(1000)
+
+
+def test_what_else_is_refused():
+    schedule, x = Schedule(ScheduleConfig()), noise([0], (4, 8, 8))
+    with pytest.raises(ValueError, match="eta"):
+        next(ddim.sample(predict, x, schedule, 5, eta=2))
+    with pytest.raises(ValueError, match="one generator per image"):
+        next(ddim.sample(predict, x, schedule, 5, eta=1))
+    with pytest.raises(ValueError, match="final"):
+        next(ddim.sample(predict, x, schedule, 5, final="one"))
+
+
+def test_noise_depends_on_the_seed_alone():
+    batch = noise([5, 6, 7], (4, 8, 8))
+    assert torch.equal(batch[2], noise([7], (4, 8, 8))[0]) and not torch.equal(batch[0], batch[1])
+    assert torch.equal(batch[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)))  # what everyone draws
+    later = draw(generators([5], skip=(4, 8, 8)), batch[:1])
+    g = torch.Generator().manual_seed(5)
+    torch.randn(4, 8, 8, generator=g)
+    assert torch.equal(later[0], torch.randn(4, 8, 8, generator=g))
