@@ -123,7 +123,7 @@ def _inner(mask: np.ndarray) -> np.ndarray:
 def find(picture: np.ndarray | Image.Image) -> list[Found]:
     """Every body of a picture (H,W,3), 8-bit RGB, on a light ground; largest first."""
     pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture).astype(np.float32)
-    rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    rim = np.concatenate([side.reshape(-1, 3) for side in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])])
     foreground = np.linalg.norm(pixels - np.median(rim, 0), axis=-1) > FOREGROUND
     distance = np.linalg.norm(pixels[:, :, None] - PALETTE, axis=-1)  # (H, W, colours)
     nearest, found = distance.argmin(-1), []

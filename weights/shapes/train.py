@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -327,6 +328,8 @@ def export(vae, unet, text, scale, folder):
     # Checkpoints carry the prefix "text_model."; newer transformers' modules do not.
     state = {f"text_model.{k.removeprefix('text_model.')}": p for k, p in text.state_dict().items() if "position_ids" not in k}
     weights("text_encoder/model.safetensors", state)
+    if folder.resolve() != HERE.resolve():
+        shutil.copytree(HERE / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
 
 
 def export_checkpoint(run, out):
