@@ -17,15 +17,14 @@ import os
 import time
 from pathlib import Path
 
-from bench import print_table, wilson, write_csv  # first: it settles the import path
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-
-import minsd  # noqa: E402
-from minsd.samplers import SAMPLERS  # noqa: E402
-from minsd.weights.shapes import data, detector  # noqa: E402
+import minsd
+from bench import print_table, wilson, write_csv
+from minsd.samplers import SAMPLERS
+from minsd.weights.shapes import data, detector
 
 SEED = 7  # of the prompts; picture k of a group starts from noise seed k
 GROUPS = ("one", "two", "three", "held-out", "held-out-pair")
