@@ -77,14 +77,19 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.fused = None
 
-    def fuse(self) -> None:
+    def fuse(self, device=None, dtype=None) -> None:
         """Lay the projections that share an input side by side in one buffer, so that one product serves them all.
 
-        The weights stay where they were by name, as views of that buffer: what writes to them (a state dict, an
-        adapter) writes to it. For frozen weights only: gradients would not find their way back to the views.
+        The weights stay where they were by name, as views of that buffer: what writes to them (a loader, an adapter)
+        writes to it. For frozen weights only: gradients would not find their way back to the views. A module on the
+        meta device gets an empty buffer on `device` in `dtype`, to be filled through the weights.
         """
         layers = (self.to_k, self.to_v) if self.is_cross else (self.to_q, self.to_k, self.to_v)
-        self.fused = torch.cat([layer.weight.detach() for layer in layers])
+        weights = [layer.weight.detach() for layer in layers]
+        if weights[0].is_meta:
+            self.fused = torch.empty(sum(map(len, weights)), weights[0].shape[1], device=device, dtype=dtype)
+        else:
+            self.fused = torch.cat(weights)
         for layer, weight in zip(layers, self.fused.chunk(len(layers))):
             layer.weight = nn.Parameter(weight, requires_grad=False)
 

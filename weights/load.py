@@ -74,11 +74,11 @@ def load_folder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Lo
 
     with torch.device("meta"):
         unet, vae = UNet(config.unet), VAE(config.vae)
-    fill(unet, Tensors(folder / "unet", "diffusion_pytorch_model", dtype), device, dtype)
-    fill(vae, Tensors(folder / "vae", "diffusion_pytorch_model", dtype), device, dtype, rename=vae_name)
     for module in unet.modules():
         if isinstance(module, Attention):
-            module.fuse()
+            module.fuse(device, dtype)
+    fill(unet, Tensors(folder / "unet", "diffusion_pytorch_model", dtype), device, dtype)
+    fill(vae, Tensors(folder / "vae", "diffusion_pytorch_model", dtype), device, dtype, rename=vae_name)
 
     clip = empty_clip(config.text)
     fill(clip, Tensors(folder / "text_encoder", "model", dtype), device, dtype, rename=clip_name)
@@ -304,8 +304,10 @@ def clip_name(name: str) -> str | None:
     return None if name.endswith("position_ids") else name.removeprefix("text_model.")
 
 
+@torch.no_grad()
 def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename=lambda name: name) -> None:
-    """Give each parameter of a module on the meta device its tensor, on `device` in `dtype`, frozen."""
+    """Give each parameter its tensor, on `device` in `dtype`, frozen. What is on the meta device is put in place, mapped
+    where the file has the dtype already; what has memory of its own (a part of a fused buffer) is written to."""
     own = {rename(name): name for name, _ in module.named_parameters()}
     sources, twice = {}, []
     for name in tensors:
@@ -330,9 +332,13 @@ def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename
         reason = guess(tensors.files)
         raise ValueError(f"{tensors.where} does not fit its config: {'; '.join(problems)}" + (f": it {reason}" if reason else ""))
     for key, name in own.items():
-        tensor = tensors[sources[key]].to(device, dtype).reshape(module.get_parameter(name).shape)
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+        tensor, parameter = tensors[sources[key]], module.get_parameter(name)
+        if parameter.is_meta:
+            tensor = tensor.to(device, dtype).reshape(parameter.shape)
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            parameter.copy_(tensor.reshape(parameter.shape))
     for name, buffer in module.named_buffers():
         if name.endswith("position_ids"):  # not in the files, and garbage after the meta device
             parent, _, leaf = name.rpartition(".")
