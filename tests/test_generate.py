@@ -83,7 +83,8 @@ def test_numbers_go_on_and_nothing_is_overwritten(tmp_path):
 
 
 def test_json_output_and_sizes_and_an_empty_prompt(tmp_path, capfd):
-    assert main(["", "--seed", "1", "--num-images", "2", "--steps", "1", "--height", "72", "--width", "136", "--out", str(tmp_path), "--json"]) == 0
+    size = ["--height", "72", "--width", "136"]
+    assert main(["", "--seed", "1", "--num-images", "2", "--steps", "1", *size, "--out", str(tmp_path), "--json"]) == 0
     out, err = capfd.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]  # nothing else there
     assert [r["seed"] for r in rows] == [1, 2] and rows == lines(tmp_path)
@@ -134,7 +135,7 @@ def bad(*args, says):
         bad("--like", "nosuch.png", says="no picture nosuch.png"),
         bad("x", "--save-noise", "no/such/folder/n.safetensors", says="there is no folder"),
         pytest.param(("x", "--device", "cuda"), "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
-    ],
+        pytest.param(("x", "--device", "cuda"), "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
 )
 def test_bad_input_is_one_line_and_exit_2(args, says, tmp_path, capfd):
     out = tmp_path / "out"

@@ -99,7 +99,7 @@ def test_a_package_called_kernels_is_not_shadowed(source, tmp_path, where):
 
 
 def test_importing_minsd_loads_nothing_heavy(source):
-    code = "import sys, minsd\nassert not {'torch', 'transformers', 'numpy', 'triton'} & set(sys.modules)\nprint(sorted(dir(minsd))[:1] != [])"
+    code = "import sys, minsd\nassert not {'torch', 'transformers', 'numpy', 'triton'} & set(sys.modules)\nprint('load' in dir(minsd))"
     assert run("-c", code, cwd=source) == "True"
 
 
