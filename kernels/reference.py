@@ -22,10 +22,10 @@ def _softmax(q, k, scale, bias, region, length):
     if region is not None:
         text = torch.arange(k.shape[2], device=k.device) // length  # (M,): the text each key belongs to
         s = s.masked_fill((text != region[:, :, None])[:, None], -torch.inf)
-    p = s.softmax(dim=-1)
-    if bias is not None or region is not None:
-        p = p.masked_fill((s == -torch.inf).all(dim=-1, keepdim=True), 0.0)
-    return p
+    if bias is None and region is None:
+        return s.softmax(dim=-1)
+    dead = (s == -torch.inf).all(dim=-1, keepdim=True)  # masked before and after: softmax would give NaN, values and gradients
+    return s.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
 
 
 def whole(q, k, v, scale, bias=None, region=None, length=0):

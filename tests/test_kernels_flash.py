@@ -1,0 +1,208 @@
+"""The Triton kernels: in Triton's interpreter on the CPU against float64 autograd, and for real where there is a GPU.
+
+Triton decides between the two when a kernel is decorated, so the interpreter gets a process of its own in which this
+file runs again. Small shapes, each awkward for a reason: lengths beside and across the blocks of 32 and 64, 77 keys.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minsd  # noqa: F401  (settles the import path)
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETING else "cuda"
+HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
+DTYPES = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative norm
+# B, N, M, heads: N below a block, across two; M = 77, N itself, one more than a block
+SHAPES = {8: (2, 33, 77, 3), 16: (1, 64, 64, 2), 32: (1, 100, 65, 1), 40: (2, 33, 77, 3), 64: (1, 50, 50, 2),
+          80: (1, 33, 154, 2), 160: (1, 65, 77, 2)}
+here = pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason="needs a CUDA device (or TRITON_INTERPRET=1)")
+
+
+@pytest.mark.skipif(INTERPRETING, reason="this is the interpreter's process")
+def test_in_the_interpreter():
+    import numpy
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("Triton before 3.7 cannot interpret loops with NumPy 2.4 or later")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    process = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert process.returncode == 0 and " passed" in process.stdout, process.stdout[-5000:] + process.stderr[-2000:]
+
+
+def inputs(shape, d, dtype, masked=False, generator_seed=0):
+    """q, k, v strided as a fused projection leaves them, gradients of out and map, a bias with dead rows or None."""
+    b, n, m, h = shape
+    g = torch.Generator().manual_seed(generator_seed)
+    q, k, v = torch.randn(b, max(n, m), 3, h, d, generator=g).to(DEVICE, dtype).unbind(2)
+    weights = torch.randn(b, n, h, d, generator=g).to(DEVICE, dtype), torch.randn(b, n, m, generator=g).to(DEVICE)
+    bias = None
+    if masked:
+        bias = torch.randn(b, 1, n, m, generator=g).masked_fill(torch.rand(b, 1, n, m, generator=g) < 0.3, -torch.inf)
+        bias[0, :, 2] = -torch.inf
+        bias = bias.to(DEVICE)
+    return (q[:, :n], k[:, :m], v[:, :m]), weights, bias
+
+
+def exact(q, k, v, bias=None):
+    """The definition in float64, for autograd. A dead row's scores are replaced before the softmax and its row after."""
+    s = torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5
+    if bias is not None:
+        s = s + bias.double()
+        dead = torch.isneginf(s).all(-1, keepdim=True)
+        p = torch.where(dead, 0.0, torch.where(dead, 0.0, s).softmax(-1))
+    else:
+        p = s.softmax(-1)
+    return torch.einsum("bhnm,bmhd->bnhd", p, v), p.mean(1)
+
+
+def run(f, qkv, weights, parts=("out", "map"), **kwargs):
+    leaves = [y.detach().clone(memory_format=torch.preserve_format).requires_grad_() for y in qkv]
+    out, maps = f(*leaves, **kwargs)
+    loss = 0.0
+    if "out" in parts:
+        loss = loss + (out * weights[0].to(out.dtype)).sum()
+    if "map" in parts:
+        loss = loss + (maps * weights[1].to(maps.dtype)).sum()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return out, maps, *(torch.zeros_like(y) if g is None else g for g, y in zip(grads, leaves))
+
+
+def ours(q, k, v, **kwargs):
+    from minsd.kernels import attention
+
+    return attention(q, k, v, probs="mean", backend="triton", **kwargs)
+
+
+def assert_close(results, truths, tolerance, names=("out", "map", "dq", "dk", "dv")):
+    for name, result, truth in zip(names, results, truths):
+        error = (result.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_against_float64_autograd(d, dtype, masked):
+    qkv, weights, bias = inputs(SHAPES[d], d, dtype, masked)
+    assert not qkv[0].is_contiguous()
+    truth = run(exact, [y.double() for y in qkv], weights, bias=bias)
+    assert_close(run(ours, qkv, weights, bias=bias), truth, DTYPES[dtype])
+
+
+@here
+@pytest.mark.parametrize("parts", [("out",), ("map",)])
+def test_one_gradient_without_the_other(parts):
+    qkv, weights, _ = inputs((1, 33, 77, 3), 40, torch.float32)
+    truth = run(exact, [y.double() for y in qkv], weights, parts)
+    assert_close(run(ours, qkv, weights, parts)[2:], truth[2:], 5e-7, ("dq", "dk", "dv"))
+
+
+@here
+def test_frozen_text_and_map_alone():
+    """Keys without gradient; and sdpa's map, computed from q and k alone by the kernels."""
+    from minsd import kernels
+
+    (q, k, v), weights, _ = inputs((2, 33, 77, 3), 16, torch.float32)
+    truth = run(exact, [y.double() for y in (q, k, v)], weights)
+    q = q.detach().requires_grad_()
+    out, maps = ours(q, k, v)
+    (dq,) = torch.autograd.grad((out * weights[0]).sum() + (maps * weights[1]).sum(), q)
+    assert_close([dq], [truth[2]], 5e-7)
+    _, maps = kernels._differentiable(q, k, None, q.shape[-1] ** -0.5, None, None, 77, True, "triton")
+    (dq,) = torch.autograd.grad((maps * weights[1]).sum(), q)
+    assert_close([maps, dq], [truth[1], run(exact, [y.double() for y in (q, k, v)], weights, ("map",))[2]], 5e-7)
+
+
+@here
+def test_bias_of_every_broadcast_and_dead_rows():
+    qkv, weights, _ = inputs((2, 33, 40, 3), 16, torch.float32)
+    for sizes in ((1, 1, 1, 40), (2, 1, 1, 40), (1, 3, 33, 1), (1, 1, 1, 1), (2, 3, 33, 40)):
+        bias = torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        assert_close(run(ours, qkv, weights, bias=bias), run(exact, [y.double() for y in qkv], weights, bias=bias), 5e-7)
+    bias = torch.zeros(1, 1, 33, 1, device=DEVICE)
+    bias[:, :, 7] = -torch.inf
+    out, maps, dq, _, _ = run(ours, qkv, weights, bias=bias)
+    assert not out[:, 7].any() and not maps[:, 7].any() and not dq[:, 7].any()
+    assert torch.allclose(maps.sum(-1)[:, 8:], torch.ones(2, 25, device=DEVICE), atol=1e-6)
+
+
+@here
+def test_nan_rows_stay_in_their_rows_and_large_logits_stay_finite():
+    (q, k, v), weights, _ = inputs((1, 40, 77, 2), 32, torch.float32)
+    clean_out, clean_map = ours(q, k, v)
+    spoilt = q.clone()
+    spoilt[:, 5, 0] = torch.nan
+    out, maps = ours(spoilt, k, v)
+    assert out[:, 5, 0].isnan().all() and maps[:, 5].isnan().all()
+    out, maps = out.clone(), maps.clone()
+    out[:, 5, 0], maps[:, 5] = clean_out[:, 5, 0], clean_map[:, 5]
+    assert torch.equal(out, clean_out) and torch.equal(maps, clean_map)
+
+    factor = 1e4 / torch.einsum("bnhd,bmhd->bhnm", q, k).abs().max() * 32**0.5  # the largest logit is 1e4
+    results = run(ours, (q * factor, k, v), weights)
+    assert all(y.isfinite().all() for y in results)
+    assert_close(results[:2], run(exact, [y.double() for y in (q * factor, k, v)], weights), 1e-3)
+
+
+@here
+def test_same_bits_every_time():
+    qkv, weights, bias = inputs((1, 33, 40, 2), 16, torch.float16, masked=True)
+    first = run(ours, qkv, weights, bias=bias)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(run(ours, qkv, weights, bias=bias), first))
+
+
+@here
+def test_region_attention_is_attention_of_each_region():
+    texts, length = 3, 21
+    (q, k, v), weights, _ = inputs((2, 40, texts * length, 2), 40, torch.float32)
+    k, v = k.unflatten(1, (texts, length)), v.unflatten(1, (texts, length))
+    weights = weights[0], weights[1][..., :length]
+    region = torch.randint(0, texts, (2, 40), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    result = run(ours, (q, k, v), weights, region=region)
+    leaves = [y.detach().double().requires_grad_() for y in (q, k, v)]
+    loss = 0.0
+    for b in range(2):
+        for text in range(texts):
+            rows = region[b] == text
+            out, maps = exact(leaves[0][b : b + 1, rows], leaves[1][b : b + 1, text], leaves[2][b : b + 1, text])
+            assert_close([result[0][b : b + 1, rows], result[1][b : b + 1, rows]], [out, maps], 5e-7)
+            loss = loss + (out * weights[0][b, rows]).sum() + (maps * weights[1][b, rows]).sum()
+    assert_close(result[2:], torch.autograd.grad(loss, leaves), 5e-7, ("dq", "dk", "dv"))
+
+
+@here
+def test_opcheck_of_the_custom_operator():
+    from minsd.kernels import forward_op
+
+    (q, k, v), _, bias = inputs((1, 17, 20, 2), 16, torch.float32, masked=True)
+    q, k, v = (y.detach().requires_grad_() for y in (q, k, v))
+    torch.library.opcheck(forward_op, (q, k, v, 0.25, bias, None, 20, True, "triton"))
+
+
+@pytest.mark.skipif(INTERPRETING or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n, m, h, d", [(4096, 4096, 8, 40), (1024, 77, 8, 80), (256, 256, 8, 160)])
+def test_gpu_sizes_of_the_model_and_cuda_graph(n, m, h, d):
+    qkv, weights, _ = inputs((2, n, m, h), d, torch.float16)
+    truth = run(exact, [y.double() for y in qkv], weights)
+    assert_close(run(ours, qkv, weights), truth, 2e-3)
+    ours(*qkv)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out, maps = ours(*qkv)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_close([out, maps], truth, 2e-3)
