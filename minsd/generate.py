@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minsd import __version__
 
-SAMPLERS = ("ddim",)
+SAMPLERS = ("ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lcm")  # samplers.SAMPLERS, without its imports
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 
 
@@ -200,7 +200,7 @@ def run(args) -> int:
     handle = sd.unet.register_forward_pre_hook(lambda module, inputs: evaluations.append(len(inputs[0])))
     say(args, f"seed {args.seeds[0]}" if len(args.seeds) == 1 else f"seeds {args.seeds[0]} to {args.seeds[-1]}, {len(args.seeds)} pictures")
     size = sd.batch_size(height, width)
-    with tqdm(total=len(args.seeds) * common["steps"], unit="step", disable=args.quiet, file=sys.stderr) as bar:
+    with tqdm(total=len(args.seeds) * (common["steps"] + (common["sampler"] == "pndm")), unit="step", disable=args.quiet, file=sys.stderr) as bar:
         for start in range(0, len(args.seeds), size):
             seeds = args.seeds[start : start + size]
             begin = time.perf_counter()

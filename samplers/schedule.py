@@ -46,6 +46,21 @@ class Schedule:
             final = "zero" if self.config.set_alpha_to_one else "abar0"
         return 1.0 if final == "zero" else self._abar[0]
 
+    def sigma(self, t: int | float) -> float:
+        """Noise against signal at t: sqrt((1 - abar) / abar), the level in the samplers that solve dy/dsigma = eps."""
+        return ((1 - self.abar(t)) / self.abar(t)) ** 0.5
+
+    def sigmas(self, timesteps: list[int], final: str | None = None) -> list[float]:
+        """sigma at each timestep, and the last level: 0 unless `final` is "abar0"."""
+        last = self.final_abar(final or "zero")
+        return [self.sigma(t) for t in timesteps] + [((1 - last) / last) ** 0.5]
+
+    def solver_timesteps(self, steps: int) -> list[int]:
+        """The grid of the multistep solvers (DPM++, UniPC): cut one step finer, its least noisy timestep left out."""
+        if self.config.timestep_spacing == "trailing":
+            return self.timesteps(steps)
+        return self.timesteps(steps + 1)[:-1] if steps >= 1 else self.timesteps(steps)
+
     def timesteps(self, steps: int) -> list[int]:
         """The training timesteps of a run of `steps`, most noise first, by the model's spacing."""
         n = self.config.num_train_timesteps
@@ -68,3 +83,12 @@ class Schedule:
         abar = self.alphas_cumprod.to(x0.device)[torch.as_tensor(t, device=x0.device).expand(len(x0))]
         abar = abar.to(x0.dtype).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def to_y(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Variance-preserving latents x to y = x0 + sigma eps: see `samplers/__init__.py`."""
+    return x * (1 + sigma**2) ** 0.5
+
+
+def to_x(y: torch.Tensor, sigma: float) -> torch.Tensor:
+    return y / (1 + sigma**2) ** 0.5

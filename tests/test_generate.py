@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from minsd import generate
 from minsd.generate import main
 from minsd.noise.initial import noise
+from minsd.samplers import SAMPLERS
 
 PROMPT = "a red circle and a blue square"
 
@@ -99,6 +101,10 @@ def test_a_random_seed_is_printed_and_kept(tmp_path, capfd):
     assert first != second and f"seed {first}" in capfd.readouterr().err
 
 
+def test_the_samplers_offered_are_those_there_are():
+    assert generate.SAMPLERS == tuple(SAMPLERS)
+
+
 def test_list_tokens(capfd, tmp_path):
     assert main([PROMPT, "--list-tokens", "--out", str(tmp_path / "none")]) == 0
     out = capfd.readouterr().out.splitlines()
@@ -134,8 +140,8 @@ def bad(*args, says):
         bad("x", "--noise", "nosuch.safetensors", says="no noise file nosuch.safetensors"),
         bad("--like", "nosuch.png", says="no picture nosuch.png"),
         bad("x", "--save-noise", "no/such/folder/n.safetensors", says="there is no folder"),
-        pytest.param(("x", "--device", "cuda"), "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
         pytest.param(("x", "--device", "cuda"), "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+    ],
 )
 def test_bad_input_is_one_line_and_exit_2(args, says, tmp_path, capfd):
     out = tmp_path / "out"

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from minsd.config import ScheduleConfig
 from minsd.noise.initial import draw, generators, noise
@@ -58,6 +67,77 @@ def test_ddim_equals_diffusers(steps, eta):
     *_, (i, t, ours) = ddim.sample(predict, start, Schedule(ScheduleConfig()), steps, eta=eta, generator=generators([10, 11]))
     assert (i, t) == (steps - 1, 1)
     assert relative(ours, x) <= 1e-5
+
+
+LEADING = {k: v for k, v in SD.items() if k != "clip_sample" and k != "set_alpha_to_one"} | {"timestep_spacing": "leading"}
+
+
+def relatives(name, prediction_type="epsilon", **more):
+    """diffusers' class of that name, from the same config."""
+    make = {
+        "pndm": lambda c: PNDMScheduler(**c, skip_prk_steps=True, set_alpha_to_one=False),
+        "euler": lambda c: EulerDiscreteScheduler(**c), "euler_a": lambda c: EulerAncestralDiscreteScheduler(**c),
+        "heun": lambda c: HeunDiscreteScheduler(**c), "dpmpp_2m": lambda c: DPMSolverMultistepScheduler(**c),
+        "unipc": lambda c: UniPCMultistepScheduler(**c, solver_order=2, solver_type="bh2"),
+        "lcm": lambda c: LCMScheduler(**{**c, "steps_offset": 0}, clip_sample=False),
+    }
+    return make[name](LEADING | {"prediction_type": prediction_type} | more)
+
+
+def as_v(x, t, alphas_cumprod):
+    """The same predictor as a v-predicting network would say it: v = (eps - sqrt(1 - abar) x) / sqrt(abar)."""
+    abar = alphas_cumprod[int(t)].double()
+    return (predict(x, int(t)) - (1 - abar).sqrt() * x) / abar.sqrt()
+
+
+def diffusers_trajectory(scheduler, start, steps, v=False):
+    """diffusers' loop as its pipelines write it, from latents that are `start` in variance-preserving scale."""
+    scheduler.set_timesteps(steps)
+    x = start
+    if hasattr(scheduler, "sigmas") and scheduler.init_noise_sigma != 1:  # Euler and Heun keep y = x sqrt(1 + sigma^2)
+        x = start * (float(scheduler.sigmas[0]) ** 2 + 1) ** 0.5
+    for t in scheduler.timesteps:
+        y = scheduler.scale_model_input(x, t)
+        x = scheduler.step(as_v(y, t, scheduler.alphas_cumprod) if v else predict(y, int(t)), t, x).prev_sample
+    return x
+
+
+DETERMINISTIC = ("pndm", "euler", "heun", "dpmpp_2m", "unipc")
+
+
+@pytest.mark.parametrize("v", [False, True], ids=["eps", "v"])
+@pytest.mark.parametrize("steps", [10, 25, 50])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_whole_trajectories_equal_diffusers(name, steps, v):
+    theirs = relatives(name, "v_prediction" if v and name != "pndm" else "epsilon")  # PNDM: against converted eps
+    start = noise([0, 1], (4, 8, 8)).double()
+    expected = diffusers_trajectory(theirs, start, steps, v and name != "pndm")
+    out = list(SAMPLERS[name](predict, start, Schedule(ScheduleConfig()), steps))
+    assert len(out) == steps + (name == "pndm")
+    grid = [int(t) for t in theirs.timesteps]
+    assert [t for _, t, _ in out] == (grid if name != "heun" else grid[:1] + grid[1::2])
+    assert relative(out[-1][2], expected) <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+@pytest.mark.parametrize("name", ["euler_a", "lcm"])
+def test_stochastic_ones_equal_diffusers_on_the_same_noise(name, steps, monkeypatch):
+    module = {"euler_a": "scheduling_euler_ancestral_discrete", "lcm": "scheduling_lcm"}[name]
+    twins, theirs = generators([10, 11]), relatives(name)
+    start = noise([0, 1], (4, 8, 8)).double()
+    monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda shape, **k: draw(twins, start))
+    expected = diffusers_trajectory(theirs, start, steps)
+    *_, (_, _, ours) = SAMPLERS[name](predict, start, Schedule(ScheduleConfig()), steps, generator=generators([10, 11]))
+    assert relative(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_the_last_level_can_be_abar0(name):
+    theirs, start = relatives(name, final_sigmas_type="sigma_min"), noise([0], (4, 8, 8)).double()
+    for steps in (5, 20):
+        expected = diffusers_trajectory(theirs, start, steps)
+        *_, (_, _, ours) = SAMPLERS[name](predict, start, Schedule(ScheduleConfig()), steps, final="abar0")
+        assert relative(ours, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.float64, 1e-13)], ids=str)

@@ -1,0 +1,31 @@
+"""DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): a second-order step out of two predicted clean pictures.
+
+In y and sigma (explained in `samplers/__init__.py`) and with lambda = -log sigma, the exact solution under a clean
+picture D that did not change is y' = (s'/s) y + (1 - s'/s) D. D is extrapolated to the middle of the step in lambda
+from this prediction and the one before.
+"""
+
+import math
+
+from .schedule import to_x, to_y
+
+
+def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+    """Unit noise x (B,4,h,w) -> latents. First order at the first step and at the last where it ends at sigma 0 or the
+    run is shorter than 15 steps: extrapolation would not be stable there."""
+    timesteps = schedule.solver_timesteps(steps)
+    sigmas = schedule.sigmas(timesteps, final)
+    before = None
+    for i, t in enumerate(timesteps):
+        s, s_next = sigmas[i], sigmas[i + 1]
+        if refine is not None:
+            x = refine(i, t, x)
+        y = to_y(x, s)
+        clean = y - s * predict(x, t)
+        d, last = clean, i == steps - 1
+        if before is not None and not (last and (s_next == 0 or steps < 15)):
+            r = math.log(sigmas[i - 1] / s) / math.log(s / s_next)  # the step before against this one, in lambda
+            d = clean + (clean - before) / (2 * r)
+        x = to_x(s_next / s * y + (1 - s_next / s) * d, s_next)
+        before = clean
+        yield i, t, x

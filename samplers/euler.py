@@ -1,0 +1,35 @@
+"""Euler's rule for dy/dsigma = eps, plain and ancestral (Karras et al. 2022, algorithm 1 without its second half;
+ancestral steps as in Song et al. 2021, written in sigma). The variables are explained in `samplers/__init__.py`."""
+
+from minsd.noise.initial import draw
+
+from .schedule import to_x, to_y
+
+
+def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+    """Unit noise x (B,4,h,w) -> latents: along the tangent from each level to the next."""
+    timesteps = schedule.timesteps(steps)
+    sigmas = schedule.sigmas(timesteps, final)
+    for i, t in enumerate(timesteps):
+        if refine is not None:
+            x = refine(i, t, x)
+        y = to_y(x, sigmas[i]) + (sigmas[i + 1] - sigmas[i]) * predict(x, t)
+        x = to_x(y, sigmas[i + 1])
+        yield i, t, x
+
+
+def sample_ancestral(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+    """As `sample`, but each step goes further down and climbs back with fresh noise from `generator`, one an image."""
+    timesteps = schedule.timesteps(steps)
+    sigmas = schedule.sigmas(timesteps, final)
+    for i, t in enumerate(timesteps):
+        s, s_next = sigmas[i], sigmas[i + 1]
+        up = (s_next**2 * (s**2 - s_next**2) / s**2) ** 0.5  # the posterior's standard deviation
+        down = (s_next**2 - up**2) ** 0.5
+        if refine is not None:
+            x = refine(i, t, x)
+        y = to_y(x, s) + (down - s) * predict(x, t)
+        if up > 0:
+            y = y + up * draw(generator, x)
+        x = to_x(y, s_next)
+        yield i, t, x
