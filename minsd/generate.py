@@ -200,7 +200,8 @@ def run(args) -> int:
     handle = sd.unet.register_forward_pre_hook(lambda module, inputs: evaluations.append(len(inputs[0])))
     say(args, f"seed {args.seeds[0]}" if len(args.seeds) == 1 else f"seeds {args.seeds[0]} to {args.seeds[-1]}, {len(args.seeds)} pictures")
     size = sd.batch_size(height, width)
-    with tqdm(total=len(args.seeds) * (common["steps"] + (common["sampler"] == "pndm")), unit="step", disable=args.quiet, file=sys.stderr) as bar:
+    total = len(args.seeds) * (common["steps"] + (common["sampler"] == "pndm"))  # which visits one timestep twice
+    with tqdm(total=total, unit="step", disable=args.quiet, file=sys.stderr) as bar:
         for start in range(0, len(args.seeds), size):
             seeds = args.seeds[start : start + size]
             begin = time.perf_counter()
