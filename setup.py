@@ -25,7 +25,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "safetensors>=0.4.3",
-        "transformers>=4.48",
+        "transformers>=4.49",
         "huggingface_hub",
         "tqdm",
         "numpy",
