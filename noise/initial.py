@@ -27,8 +27,8 @@ def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[
 
 def draw(generator: Sequence[torch.Generator] | None, like: torch.Tensor) -> torch.Tensor:
     """Fresh unit noise of the shape, device and dtype of `like` (B,...), image b's from generator b."""
-    if generator is None or len(generator) != len(like):
-        have = "none" if generator is None else len(generator)
+    if not isinstance(generator, Sequence) or len(generator) != len(like):
+        have = len(generator) if isinstance(generator, Sequence) else "none" if generator is None else "a single one"
         raise ValueError(f"this sampler draws noise: give one generator per image, {len(like)}, not {have}")
     drawn = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generator])
     return drawn.to(like.device, like.dtype)

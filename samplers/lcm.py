@@ -7,7 +7,10 @@ SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of the boundary condition, as distil
 
 
 def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
-    """Unit noise x (B,4,h,w) -> latents, in 1 to 50 steps (made for 1 to 8); draws from `generator`, one an image."""
+    """Unit noise x (B,4,h,w) -> latents, in 1 to 50 steps (made for 1 to 8); draws from `generator`, one an image. It
+    always ends at the clean latents."""
+    if final not in (None, "zero"):
+        raise ValueError(f"the lcm sampler ends at the clean latents: final must be 'zero' or left out, not {final!r}")
     if not 1 <= steps <= TRAINED_STEPS:
         raise ValueError(f"the lcm sampler takes 1 to {TRAINED_STEPS} steps, not {steps}")
     stride = schedule.config.num_train_timesteps // TRAINED_STEPS

@@ -194,6 +194,10 @@ def test_what_else_is_refused():
         next(ddim.sample(predict, x, schedule, 5, eta=2))
     with pytest.raises(ValueError, match="one generator per image"):
         next(ddim.sample(predict, x, schedule, 5, eta=1))
+    with pytest.raises(ValueError, match="one generator per image"):
+        next(ddim.sample(predict, x, schedule, 5, eta=1, generator=torch.Generator()))
+    with pytest.raises(ValueError, match="final"):
+        next(SAMPLERS["lcm"](predict, x, schedule, 5, final="abar0"))
     with pytest.raises(ValueError, match="final"):
         next(ddim.sample(predict, x, schedule, 5, final="one"))
 
