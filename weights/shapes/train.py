@@ -40,10 +40,10 @@ SEED = 2026
 VAE_BATCH, UNET_BATCH = 32, 96  # over all processes
 PICTURES = 48_000  # different pictures seen; the UNet goes over their latents several times
 VAE_SAMPLES = {"full": 40_000, "quick": 20_000}
-UNET_SAMPLES = {"full": 300_000, "quick": 80_000}
+UNET_SAMPLES = {"full": 420_000, "quick": 80_000}
 LEVELS = (0.10, 0.20)  # of attention wanted at the cells of an object: its colour word, its shape word
 ATTENTION_WEIGHT, ATTENTION_UNTIL = 0.05, 1 / 3  # falls linearly to 0 at this share of the run
-EMA = 0.999
+EMA = 0.995
 VOCABULARY = json.loads((HERE / "tokenizer" / "vocab.json").read_text())
 
 
