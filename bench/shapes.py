@@ -107,7 +107,7 @@ def summary(results) -> dict:
     neglected = sum(kind in ("missing", "hybrid", "mixed") for kind in failed)
     row = {"n": n}
     for name, count in (("strict", strict), ("no_neglect", kept)):
-        low, high = wilson(count, n)
+        low, high = (abs(bound) for bound in wilson(count, n))  # no minus zero
         row |= {name: round(count / n, 3), f"{name}_95": f"{low:.3f}-{high:.3f}"}
     row |= {kind.replace(" ", "_"): kinds[kind] for kind in detector.KINDS}
     return row | {"subjects_failed": len(failed), "of_these_neglected": round(neglected / len(failed), 3) if failed else ""}
@@ -132,7 +132,7 @@ def codec(sd, n: int) -> list[dict]:
                 shapes = [k for k in data.SHAPES if k != s[i][1]]
                 changed[i] = (str(rng.choice(colours)), s[i][1]) if rng.random() < 0.5 else (s[i][0], str(rng.choice(shapes)))
                 wrong += detector.judge(p, changed).strict
-            (a, b), (c, d) = wilson(passed, len(these)), wilson(wrong, len(these))
+            a, b, c, d = (abs(bound) for k in (passed, wrong) for bound in wilson(k, len(these)))  # no minus zero
             rows.append({"pictures": name, "objects": count, "n": len(these), "accepted": round(passed / len(these), 4),
                          "accepted_95": f"{a:.3f}-{b:.3f}", "false_accepts": wrong, "false_95": f"{c:.3f}-{d:.3f}"})
     mse = np.mean([np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(renders, coded)])
