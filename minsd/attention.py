@@ -68,6 +68,8 @@ class AttentionRecorder:
 class Attention(nn.Module):
     """Multi-head attention of image cells, to one another (`attn1`) or to the text (`attn2`, with `context_dim`)."""
 
+    attend = staticmethod(attention)  # training, whose weights take gradients, has its own
+
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
         self.num_heads, self.is_cross, self.backend = num_heads, context_dim is not None, "auto"
@@ -112,7 +114,7 @@ class Attention(nn.Module):
     def forward(self, x, context=None, *, grid=None, record: AttentionRecorder | None = None):
         q, k, v = self.project(x, x if context is None else context)
         recording = record is not None and record.wants(grid)
-        out, probs = attention(q, k, v, probs="mean" if recording else None, backend=self.backend)  # (B, N, heads, d)
+        out, probs = self.attend(q, k, v, probs="mean" if recording else None, backend=self.backend)  # (B, N, heads, d)
         if recording:
             (record.cross_layers if self.is_cross else record.self_layers).append(probs)  # (B, N, M)
         return self.to_out[0](out.flatten(2))

@@ -119,7 +119,7 @@ MODELS: dict[str, ModelConfig] = {
                 hidden_size=128, intermediate_size=512, num_layers=2, num_heads=4, vocab_size=635,
                 pad_token_id=634, eos_token_id=634,
             ),
-            schedule=ScheduleConfig(beta_end=0.0065),
+            schedule=ScheduleConfig(beta_end=0.0085),
             guidance_scale=5.0,
         ),
     )
