@@ -111,10 +111,12 @@ class Attention(nn.Module):
             projected = F.linear(x, self.fused).chunk(3, dim=-1)
         return (y.unflatten(-1, (self.num_heads, -1)) for y in projected)
 
-    def forward(self, x, context=None, *, grid=None, record: AttentionRecorder | None = None):
+    def forward(self, x, context=None, *, grid=None, record: AttentionRecorder | None = None, region: torch.Tensor | None = None):
+        """x (B,N,C); context (B,M,D), or with `region` (B,N), each cell's text among several, (B,R,M,D)."""
         q, k, v = self.project(x, x if context is None else context)
         recording = record is not None and record.wants(grid)
-        out, probs = self.attend(q, k, v, probs="mean" if recording else None, backend=self.backend)  # (B, N, heads, d)
+        more = {} if region is None else {"region": region}
+        out, probs = self.attend(q, k, v, probs="mean" if recording else None, backend=self.backend, **more)  # (B, N, heads, d)
         if recording:
             (record.cross_layers if self.is_cross else record.self_layers).append(probs)  # (B, N, M)
         return self.to_out[0](out.flatten(2))

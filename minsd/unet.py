@@ -84,9 +84,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x, context, grid, record):
+    def forward(self, x, context, grid, record, region):
         x = x + self.attn1(self.norm1(x), grid=grid, record=record)  # (B, h*w, C)
-        x = x + self.attn2(self.norm2(x), context, grid=grid, record=record)
+        x = x + self.attn2(self.norm2(x), context, grid=grid, record=record, region=region)
         return x + self.ff(self.norm3(x))
 
 
@@ -101,14 +101,16 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, num_heads, config.context_dim)])
         self.proj_out = nn.Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x, context, record=None):
+    def forward(self, x, context, record=None, region=None):
         grid = tuple(x.shape[-2:])  # (h, w)
+        if region is not None:
+            region = region[grid]  # (B, h*w)
         h = self.norm(x)
         h = h if self.linear else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, h*w, C)
         h = self.proj_in(h) if self.linear else h
         for block in self.transformer_blocks:
-            h = block(h, context, grid, record)
+            h = block(h, context, grid, record, region)
         h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, grid)  # (B, C, h, w)
         h = h if self.linear else self.proj_out(h)
@@ -197,6 +199,10 @@ class UNet(nn.Module):
         attention_blocks[-1] += 1  # the middle's
         self.attention_blocks = attention_blocks  # transformer blocks at each level
 
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(rows, columns) of every level, finest first, for latents of `size`."""
+        return [(-(-size[0] // 2**i), -(-size[1] // 2**i)) for i in range(len(self.down_blocks))]
+
     def forward(
         self,
         x: torch.Tensor,
@@ -204,15 +210,20 @@ class UNet(nn.Module):
         context: torch.Tensor,
         *,
         record: AttentionRecorder | None = None,
+        region: dict[tuple[int, int], torch.Tensor] | None = None,
+        control: tuple[list[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
         """x (B,4,h,w) latents, t a training timestep or (B,) of them, context (B,77,D) text states -> (B,4,h,w).
 
         `record` collects attention maps on the way; with `record.only` the pass ends after the last layer that records
         and returns None. h and w may be any size: the way up takes each size from what was kept on the way down.
+
+        With `region`, context is (B,R,77,D), R texts for each picture, and every cell looks at one of them:
+        `region[grid]` is (B, rows*columns) integers 0..R-1 for the grid of each level with cross-attention (`grids`).
+        `control` is what a ControlNet adds: one tensor for each skip, in the order of `skips` below, and one for the middle.
         """
         if record is not None:
-            h, w = x.shape[-2:]
-            record.begin([(-(-h // 2**i), -(-w // 2**i)) for i in range(len(self.down_blocks))], self.attention_blocks)
+            record.begin(self.grids(x.shape[-2:]), self.attention_blocks)
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
         temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
         temb = F.silu(temb)  # every resnet applies it first: once here  # (B, 4*C0)
@@ -223,7 +234,7 @@ class UNet(nn.Module):
             for resnet, transformer in block.layers():
                 x = resnet(x, temb)
                 if transformer is not None:
-                    x = transformer(x, context, record)
+                    x = transformer(x, context, record, region)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)  # (B, C, h/2, w/2)
@@ -232,16 +243,19 @@ class UNet(nn.Module):
             return None
 
         x = self.mid_block.resnets[0](x, temb)
-        x = self.mid_block.attentions[0](x, context, record)
+        x = self.mid_block.attentions[0](x, context, record, region)
         x = self.mid_block.resnets[1](x, temb)
         if record is not None and record.done:
             return None
+        if control is not None:
+            skips = [skip + add for skip, add in zip(skips, control[0], strict=True)]
+            x = x + control[1]
 
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
                 x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
                 if transformer is not None:
-                    x = transformer(x, context, record)
+                    x = transformer(x, context, record, region)
                     if record is not None and record.done:
                         return None
             for upsample in block.upsamplers:

@@ -145,13 +145,41 @@ def test_early_stop_runs_nothing_after_the_last_layer_that_records(small):
     assert [name for name in ran if name.startswith("up_blocks.1")]
 
 
+@torch.no_grad()
+def test_each_cell_looks_at_its_own_text(small):
+    """Upper half one text, lower half another: gathered row by row from ordinary attention over each text."""
+    unet, x, context = small
+    texts = torch.stack([context, context.flip(0)], dim=1)  # (B, R, 77, D)
+    one = {grid: torch.ones(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((16, 16))}
+    assert relative(unet(x, 300, texts, region=one), unet(x, 300, texts[:, 1])) < 1e-6
+
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    cells, half = torch.randn(2, 256, 32), (torch.arange(256) // 128).expand(2, -1)
+    mixed = block(cells, texts, region=half)
+    expected = torch.cat([block(cells, texts[:, 0])[:, :128], block(cells, texts[:, 1])[:, 128:]], dim=1)
+    assert relative(mixed, expected) < 1e-6
+
+
+@torch.no_grad()
+def test_control_enters_as_in_diffusers():
+    torch.manual_seed(3)
+    theirs, ours = diffusers_unet(SMALL), UNet(SMALL)
+    ours.load_state_dict(theirs.state_dict())
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 48)
+    shapes = [(32, 16)] * 3 + [(32, 8)] + [(64, 8)] * 2 + [(64, 4)] + [(96, 4)] * 2
+    skips, middle = [torch.randn(2, c, n, n) for c, n in shapes], torch.randn(2, 96, 4, 4)
+    expected = theirs(x, 300, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle).sample
+    assert relative(ours(x, 300, context, control=(skips, middle)), expected) <= 1e-5
+    assert relative(ours(x, 300, context), expected) > 1e-2
+
+
 def test_default_resolution_of_the_families():
     """Counts and grids only: SD1.x at 512x512 records 16x16, from 5 cross- and 5 self-attention layers."""
     recorder, full = AttentionRecorder(), UNetConfig()
     with torch.device("meta"):
-        counts = UNet(full).attention_blocks
+        unet = UNet(full)
     for (h, w), grid in (((64, 64), (16, 16)), ((96, 64), (24, 16)), ((128, 128), (32, 32)), ((32, 32), (16, 16)), ((8, 8), (8, 8))):
-        recorder.begin([(-(-h // 2**i), -(-w // 2**i)) for i in range(4)], counts)
+        recorder.begin(unet.grids((h, w)), unet.attention_blocks)
         assert recorder.resolution == grid
         assert recorder.total == 5
 
