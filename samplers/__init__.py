@@ -1,8 +1,10 @@
 """Samplers: generator functions that walk latents down a schedule's noise levels, one file each.
 
-Every one has the shape `sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None)`:
+Every one has the shape `sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None)`:
 
 - `predict(x, t) -> eps`, the noise predictor; `x` (B,4,h,w) unit noise, or latents at the first level.
+- Image to image: with `init`, the latents (B,4,h,w) of a picture, the run begins there instead, noised by x to the
+  level of step `start`; the steps before are left out.
 - It yields `(i, t, x)` after every step: the step's number, its timestep, the latents after it, always in
   variance-preserving scale (x = sqrt(abar) x0 + sqrt(1 - abar) eps) whatever the sampler keeps inside.
 - `refine(i, t, x) -> x` may change the latents before the prediction at each listed timestep.

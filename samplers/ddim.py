@@ -26,6 +26,8 @@ def sample(
     steps: int,
     *,
     eta: float = 0.0,
+    init: torch.Tensor | None = None,
+    start: int = 0,
     generator: Sequence[torch.Generator] | None = None,
     refine: Callable | None = None,
     final: str | None = None,
@@ -33,10 +35,10 @@ def sample(
     """Unit noise x (B,4,h,w) -> latents, in `steps` steps. `eta` in 0..1 draws fresh noise from `generator`, one an image."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
-    timesteps = schedule.timesteps(steps)
-    levels = [schedule.abar(t) for t in timesteps] + [schedule.final_abar(final)]
-    for i, t in enumerate(timesteps):
-        a, b = levels[i], levels[i + 1]
+    timesteps = schedule.timesteps(steps)[start:]
+    levels = [(schedule.abar(t), schedule.abar_below(t, steps, final)) for t in timesteps]
+    x = schedule.begin(init, x, timesteps[0])
+    for i, (t, (a, b)) in enumerate(zip(timesteps, levels)):
         if refine is not None:
             x = refine(i, t, x)
         eps = predict(x, t)

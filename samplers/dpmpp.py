@@ -10,11 +10,13 @@ import math
 from .schedule import to_x, to_y
 
 
-def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+def sample(predict, x, schedule, steps, *, karras=False, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents. First order at the first step and at the last where it ends at sigma 0 or the
-    run is shorter than 15 steps: extrapolation would not be stable there."""
-    timesteps = schedule.solver_timesteps(steps)
+    run is shorter than 15 steps: extrapolation would not be stable there. `karras` spaces the levels closer together
+    where there is little noise (`Schedule.karras_timesteps`)."""
+    timesteps = (schedule.karras_timesteps(steps) if karras else schedule.solver_timesteps(steps))[start:]
     sigmas = schedule.sigmas(timesteps, final)
+    x = schedule.begin(init, x, timesteps[0])
     before = None
     for i, t in enumerate(timesteps):
         s, s_next = sigmas[i], sigmas[i + 1]
@@ -22,7 +24,7 @@ def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=No
             x = refine(i, t, x)
         y = to_y(x, s)
         clean = y - s * predict(x, t)
-        d, last = clean, i == steps - 1
+        d, last = clean, i == len(timesteps) - 1
         if before is not None and not (last and (s_next == 0 or steps < 15)):
             r = math.log(sigmas[i - 1] / s) / math.log(s / s_next)  # the step before against this one, in lambda
             d = clean + (clean - before) / (2 * r)

@@ -6,10 +6,11 @@ from minsd.noise.initial import draw
 from .schedule import to_x, to_y
 
 
-def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents: along the tangent from each level to the next."""
-    timesteps = schedule.timesteps(steps)
+    timesteps = schedule.timesteps(steps, fractional=True)[start:]
     sigmas = schedule.sigmas(timesteps, final)
+    x = schedule.begin(init, x, timesteps[0])
     for i, t in enumerate(timesteps):
         if refine is not None:
             x = refine(i, t, x)
@@ -18,10 +19,11 @@ def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=No
         yield i, t, x
 
 
-def sample_ancestral(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+def sample_ancestral(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """As `sample`, but each step goes further down and climbs back with fresh noise from `generator`, one an image."""
-    timesteps = schedule.timesteps(steps)
+    timesteps = schedule.timesteps(steps, fractional=True)[start:]
     sigmas = schedule.sigmas(timesteps, final)
+    x = schedule.begin(init, x, timesteps[0])
     for i, t in enumerate(timesteps):
         s, s_next = sigmas[i], sigmas[i + 1]
         up = (s_next**2 * (s**2 - s_next**2) / s**2) ** 0.5  # the posterior's standard deviation

@@ -4,17 +4,18 @@ with the mean of the slopes at both ends. The variables are explained in `sample
 from .schedule import to_x, to_y
 
 
-def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents, two predictions a step but at the last, where sigma is 0."""
-    timesteps = schedule.timesteps(steps)
+    timesteps = schedule.timesteps(steps, fractional=True)[start:]
     sigmas = schedule.sigmas(timesteps, final)
+    x = schedule.begin(init, x, timesteps[0])
     for i, t in enumerate(timesteps):
         s, s_next = sigmas[i], sigmas[i + 1]
         if refine is not None:
             x = refine(i, t, x)
         y, slope = to_y(x, s), predict(x, t)
         y_next = y + (s_next - s) * slope
-        if i + 1 < steps:
+        if i + 1 < len(timesteps):
             slope_next = predict(to_x(y_next, s_next), timesteps[i + 1])
             y_next = y + (s_next - s) * (slope + slope_next) / 2
         x = to_x(y_next, s_next)

@@ -6,7 +6,7 @@ TRAINED_STEPS = 50  # the DDIM grid that consistency models are distilled on
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of the boundary condition, as distilled
 
 
-def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents, in 1 to 50 steps (made for 1 to 8); draws from `generator`, one an image. It
     always ends at the clean latents."""
     if final not in (None, "zero"):
@@ -15,7 +15,8 @@ def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=No
         raise ValueError(f"the lcm sampler takes 1 to {TRAINED_STEPS} steps, not {steps}")
     stride = schedule.config.num_train_timesteps // TRAINED_STEPS
     trained = [stride * (k + 1) - 1 for k in range(TRAINED_STEPS)][::-1]
-    timesteps = [trained[i * TRAINED_STEPS // steps] for i in range(steps)]
+    timesteps = [trained[i * TRAINED_STEPS // steps] for i in range(start, steps)]
+    x = schedule.begin(init, x, timesteps[0])
     for i, t in enumerate(timesteps):
         a = schedule.abar(t)
         if refine is not None:
@@ -25,6 +26,6 @@ def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=No
         scaled = t * TIMESTEP_SCALING
         skip, out = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
         clean = skip * x + out * clean
-        b = schedule.abar(timesteps[i + 1]) if i + 1 < steps else 1.0
+        b = schedule.abar(timesteps[i + 1]) if i + 1 < len(timesteps) else 1.0
         x = b**0.5 * clean + (1 - b) ** 0.5 * draw(generator, x) if b < 1 else clean
         yield i, t, x

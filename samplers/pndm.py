@@ -4,23 +4,23 @@ from the Adams-Bashforth formula over the last four predictions. What Stable Dif
 from .ddim import step
 
 
-def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents. Yields steps + 1 times: the second timestep is visited twice, first to complete
     the first step as the mean of its two ends. (That second visit starts anew from where the first began, so what
     `refine` does there acts on its prediction alone, as in the published program.)"""
-    grid = schedule.timesteps(steps)
+    grid = schedule.timesteps(steps)[start:]
     timesteps = grid[:1] + grid[1:2] + grid[1:]
     stride = schedule.config.num_train_timesteps // steps
-    start, past = x, []
+    x = schedule.begin(init, x, grid[0])
+    begin, past = x, []
     for i, t in enumerate(timesteps):
         if refine is not None:
             x = refine(i, t, x)
         if i == 0:
-            start = x
+            begin = x
         eps = predict(x, t)
-        t_from, t_to = (t + stride, t) if i == 1 else (t, t - stride)
         if i == 1:
-            x, eps = start, (eps + past[-1]) / 2
+            x, eps = begin, (eps + past[-1]) / 2
         else:
             past = [*past[-3:], eps]
             if len(past) == 2:
@@ -29,5 +29,6 @@ def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=No
                 eps = (23 * past[-1] - 16 * past[-2] + 5 * past[-3]) / 12
             elif len(past) == 4:
                 eps = (55 * past[-1] - 59 * past[-2] + 37 * past[-3] - 9 * past[-4]) / 24
-        x = step(x, eps, schedule.abar(t_from), schedule.abar(t_to) if t_to >= 0 else schedule.final_abar(final))
+        a, b = (schedule.abar(t + stride), schedule.abar(t)) if i == 1 else (schedule.abar(t), schedule.abar_below(t, steps, final))
+        x = step(x, eps, a, b)
         yield i, t, x

@@ -5,6 +5,7 @@ abar the running product of 1 - beta. Everything here lives on the CPU as Python
 sampling loop never waits for the GPU.
 """
 
+import bisect
 import math
 
 import torch
@@ -46,6 +47,12 @@ class Schedule:
             final = "zero" if self.config.set_alpha_to_one else "abar0"
         return 1.0 if final == "zero" else self._abar[0]
 
+    def abar_below(self, t: int, steps: int, final: str | None = None) -> float:
+        """Where DDIM's and PNDM's step from t ends: 1000 // steps timesteps lower (which linspace spacing does not quite
+        visit next: these samplers were published so), or at the last level."""
+        below = t - self.config.num_train_timesteps // steps
+        return self.abar(below) if below >= 0 else self.final_abar(final)
+
     def sigma(self, t: int | float) -> float:
         """Noise against signal at t: sqrt((1 - abar) / abar), the level in the samplers that solve dy/dsigma = eps."""
         return ((1 - self.abar(t)) / self.abar(t)) ** 0.5
@@ -61,8 +68,24 @@ class Schedule:
             return self.timesteps(steps)
         return self.timesteps(steps + 1)[:-1] if steps >= 1 else self.timesteps(steps)
 
-    def timesteps(self, steps: int) -> list[int]:
-        """The training timesteps of a run of `steps`, most noise first, by the model's spacing."""
+    def karras_timesteps(self, steps: int) -> list[float]:
+        """Levels even in sigma^(1/7) from the most noise to the least (Karras et al. 2022, equation 5), as timesteps:
+        fractions of them, at which `sigma` gives just these levels."""
+        self.timesteps(steps)  # refuses what is no number of steps
+        top, bottom = (self.sigma(t) ** (1 / 7) for t in (len(self._abar) - 1, 0))
+        sigmas = [(top + i / max(steps - 1, 1) * (bottom - top)) ** 7 for i in range(steps)]
+        log_sigmas = [math.log(self.sigma(t)) for t in range(len(self._abar))]
+        timesteps = []
+        for sigma in sigmas:
+            high = min(max(bisect.bisect_left(log_sigmas, math.log(sigma)), 1), len(log_sigmas) - 1)
+            low = high - 1
+            part = (math.log(sigma) - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
+            timesteps.append(low + min(max(part, 0.0), 1.0))
+        return timesteps
+
+    def timesteps(self, steps: int, fractional: bool = False) -> list[int]:
+        """The training timesteps of a run of `steps`, most noise first, by the model's spacing. Some samplers leave those
+        of linspace unrounded (`fractional`), as the classes that models were published with do."""
         n = self.config.num_train_timesteps
         if not isinstance(steps, int) or not 1 <= steps <= n:
             raise ValueError(f"steps must be a whole number from 1 to {n}, not {steps}")
@@ -73,10 +96,16 @@ class Schedule:
                 raise ValueError(f"{steps} steps at leading spacing begin beyond the last timestep, {n - 1}: take fewer")
             return timesteps
         if spacing == "linspace":
-            return [round((n - 1) * i / max(steps - 1, 1)) for i in range(steps)][::-1]
+            timesteps = [(n - 1) * i / max(steps - 1, 1) for i in range(steps)][::-1]
+            return timesteps if fractional else [round(t) for t in timesteps]
         if spacing == "trailing":
             return [round(n - i * n / steps) - 1 for i in range(steps)]
         raise ValueError(f"timestep_spacing {spacing!r} is not known: leading, linspace or trailing")
+
+    def begin(self, init: torch.Tensor | None, noise: torch.Tensor, t: int | float) -> torch.Tensor:
+        """Where a run begins: unit noise, or with `init` (latents of a picture) these, noised to the level of t."""
+        abar = self.abar(t)
+        return noise if init is None else abar**0.5 * init + (1 - abar) ** 0.5 * noise
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
         """x_t of clean latents x0 and unit noise (B,4,h,w) at timesteps t, an int or (B,)."""

@@ -9,10 +9,11 @@ import math
 from .schedule import to_x, to_y
 
 
-def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=None):
+def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents. First order at the first step and the last."""
-    timesteps = schedule.solver_timesteps(steps)
+    timesteps = schedule.solver_timesteps(steps)[start:]
     sigmas = schedule.sigmas(timesteps, final)
+    x = schedule.begin(init, x, timesteps[0])
     y_last, clean, before = None, None, None  # where the last step began, the clean pictures predicted there and earlier
     for i, t in enumerate(timesteps):
         s, s_next = sigmas[i], sigmas[i + 1]
@@ -34,7 +35,7 @@ def sample(predict, x, schedule, steps, *, generator=None, refine=None, final=No
                 d = clean + a * (before - clean) / r + b * (now - clean)
             y = ratio * y_last + (1 - ratio) * d + y_refined
         d = now
-        if 0 < i < steps - 1:
+        if 0 < i < len(timesteps) - 1:
             r = math.log(sigmas[i - 1] / s) / -math.log(s / s_next)
             d = now + 0.5 * (clean - now) / r
         ratio = s_next / s
