@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 try:
     import fcntl
@@ -30,6 +30,11 @@ def from_tensor(x: torch.Tensor) -> list[Image.Image]:
     """(B,3,H,W) about -1..1 -> pictures; values beyond are clipped."""
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of a picture in the proportions of width x height, scaled to them (pixels)."""
+    return ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
 
 
 def parameters(settings: dict) -> str:

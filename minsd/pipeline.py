@@ -6,8 +6,10 @@ schedule's levels (samplers/), and the VAE's decoder. `load` makes one from file
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -18,6 +20,7 @@ from minsd.noise.initial import generators as make_generators
 from minsd.noise.initial import noise as draw_noise
 from minsd.samplers import SAMPLERS
 from minsd.samplers.schedule import Schedule
+from minsd.vae import decode_tiled, encode_tiled, memory_needed
 
 
 def load(model: str = "shapes", device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "StableDiffusion":
@@ -68,12 +71,17 @@ class StableDiffusion:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        init_image: Image.Image | None = None,
+        strength: float = 0.8,
+        karras: bool = False,
         refine: Callable | None = None,
     ) -> list[Image.Image]:
         """Pictures, one per seed (default: seed 0) or per unit noise (B,4,height/8,width/8).
 
         Whatever is None takes the model's own default. Height and width are pixels, multiples of 8. With several
         prompts, one per picture. `refine(i, t, x) -> x` may change the latents before each step's prediction.
+        `init_image` is where image to image begins, cut and scaled to height x width, and `strength` the share of the
+        steps that it goes through. `karras`: the level spacing of that name, for dpmpp_2m.
         """
         height, width = height or self.config.size, width or self.config.size
         if height % 8 or width % 8 or height < 8 or width < 8:
@@ -86,35 +94,27 @@ class StableDiffusion:
         if not len(prompts) == len(noise) == len(seeds):
             raise ValueError(f"one prompt, seed and noise a picture: not {len(prompts)} prompts, {len(seeds)} seeds, {len(noise)} noises")
 
+        init = None if init_image is None else self.encode(image.fit(init_image, width, height))
         pictures, size = [], self.batch_size(height, width)
         for start in range(0, len(noise), size):
             part = slice(start, start + size)
             latents = self.sample(
                 prompts[part], noise[part], seeds=seeds[part], negative_prompt=negative_prompt, steps=steps,
-                sampler=sampler, guidance_scale=guidance_scale, refine=refine,
+                sampler=sampler, guidance_scale=guidance_scale, init=init, strength=strength, karras=karras, refine=refine,
             )
             pictures += self.decode(latents)
         return pictures
 
-    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[str] | str,
         noise: torch.Tensor,
         *,
-        seeds: Sequence[int] | None = None,
         negative_prompt: str = "",
-        steps: int | None = None,
-        sampler: str | None = None,
         guidance_scale: float | None = None,
-        refine: Callable | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        **how,
     ) -> torch.Tensor:
-        """Unit noise (B,4,h,w) -> latents (B,4,h,w), as one batch. `seeds` feed samplers that draw noise on the way;
-        `progress(i, t)` is called after every step."""
-        sampler = sampler or self.config.sampler
-        if sampler not in SAMPLERS:
-            raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
+        """Unit noise (B,4,h,w) -> latents (B,4,h,w), as one batch; `how` goes to `denoise`."""
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
@@ -122,12 +122,42 @@ class StableDiffusion:
         same = len(set(prompts)) == 1  # encode a shared prompt once
         cond = self.encode_prompt(prompts[:1] if same else prompts)
         uncond = self.encode_prompt([negative_prompt])
-        predict = self.predictor(cond, uncond, guidance_scale)
+        return self.denoise(self.predictor(cond, uncond, guidance_scale), noise, **how)
 
+    @torch.no_grad()
+    def denoise(
+        self,
+        predict: guidance.Predictor,
+        noise: torch.Tensor,
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        karras: bool = False,
+        init: torch.Tensor | None = None,
+        strength: float = 0.8,
+        refine: Callable | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """The loop that everything shares: unit noise (B,4,h,w) -> latents, with any noise predictor.
+
+        `seeds` feed samplers that draw noise on the way. With `init`, latents (B or 1,4,h,w) of a picture, that share
+        `strength` of the steps is run which it needs less of. `progress(i, t)` is called after every step.
+        """
+        sampler = sampler or self.config.sampler
+        if sampler not in SAMPLERS:
+            raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
+        steps = self.config.steps if steps is None else steps
+        options = {}
+        if karras:
+            if sampler != "dpmpp_2m":
+                raise ValueError(f"karras levels are for the sampler dpmpp_2m, not {sampler}")
+            options["karras"] = True
+        if init is not None:
+            options |= {"init": init.to(self.device, self.dtype).expand(len(noise), -1, -1, -1), "start": first_step(steps, strength)}
         start = noise.to(self.device, self.dtype)
         generator = make_generators(range(len(noise)) if seeds is None else seeds, skip=noise.shape[1:])
-        steps = self.config.steps if steps is None else steps
-        for i, t, x in SAMPLERS[sampler](predict, start, self.schedule, steps, generator=generator, refine=refine):  # noqa: B007
+        for i, t, x in SAMPLERS[sampler](predict, start, self.schedule, steps, generator=generator, refine=refine, **options):  # noqa: B007
             if progress is not None:
                 progress(i, t)
         return x
@@ -146,8 +176,10 @@ class StableDiffusion:
         x = image.to_tensor([pictures] if isinstance(pictures, Image.Image) else list(pictures))
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             raise ValueError(f"a picture to encode must have sides that are multiples of 8, not {x.shape[-1]}x{x.shape[-2]}")
-        mean, _ = self.vae.encode(x.to(self.device, self.dtype))
-        return mean * self.config.vae.scaling_factor
+        x = x.to(self.device, self.dtype)
+        size, encode = self._vae_batch(*x.shape[-2:]), lambda vae, x: vae.encode(x)[0]
+        parts = [(encode if size else encode_tiled)(self.vae, part) for part in x.split(size or 1)]  # (b, 4, h, w) each
+        return torch.cat(parts).to(self.dtype) * self.config.vae.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
@@ -155,15 +187,45 @@ class StableDiffusion:
         if not latents.isfinite().all():
             raise FloatingPointError(f"the latents are not finite: sampling in {latents.dtype} overflowed; try --dtype float32 or bfloat16")
         z = latents.to(self.dtype) / self.config.vae.scaling_factor
-        pixels = []
-        for part in z.split(self.batch_size(8 * z.shape[-2], 8 * z.shape[-1])):
-            x = self.vae.decode(part)  # (b, 3, 8h, 8w)
+        size, pixels = self._vae_batch(8 * z.shape[-2], 8 * z.shape[-1]), []
+        decode = (lambda vae, z: vae.decode(z)) if size else decode_tiled
+        for part in z.split(size or 1):
+            x = decode(self.vae, part)  # (b, 3, 8h, 8w)
             if not x.isfinite().all():  # activations beyond float16's 65504, seen with real SD VAEs
                 warnings.warn(f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2)
-                x = copy.deepcopy(self.vae).float().decode(part.float())
+                x = decode(copy.deepcopy(self.vae).float(), part.float())
             pixels.append(x)
         return image.from_tensor(torch.cat(pixels))
+
+    def _vae_batch(self, height: int, width: int) -> int:
+        """How many pictures the VAE may take at once; 0, with a warning, where one must be coded tile by tile."""
+        need, free = memory_needed(self.config.vae, height, width, self.dtype), 0.9 * free_memory(self.device)
+        if need > free:
+            size = f"{width}x{height} at once would take {need / 2**30:.1f} GB, {free / 2**30:.1f} GB are free"
+            warnings.warn(f"the VAE works in overlapping tiles: {size}", stacklevel=3)
+            return 0
+        return int(min(self.batch_size(height, width), free // need))
 
     def batch_size(self, height: int, width: int) -> int:
         """Pictures that go through the networks at once: as many as fill the latent cells of four at 512x512."""
         return max(1, 4 * 64 * 64 // ((height // 8) * (width // 8)))
+
+
+def first_step(steps: int, strength: float) -> int:
+    """How many of `steps` image to image leaves out at the noisy end, for a strength in 0..1. ValueError if none is left."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
+    run = math.floor(steps * strength + 1e-9)
+    if run < 1:
+        raise ValueError(f"strength {strength} leaves none of {steps} steps: the least that runs one is {1 / steps:.3g}")
+    return steps - run
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes free on the device, those that PyTorch holds and does not use included; infinite where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    info = Path("/proc/meminfo")
+    if device.type == "cpu" and info.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1])
+    return math.inf

@@ -4,6 +4,9 @@ Pictures (B,3,H,W) in -1..1 become latents (B,4,H/8,W/8) and back. Read from `VA
 Attribute names are those of diffusers' AutoencoderKL checkpoints, so a state dict loads without a table.
 """
 
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -155,3 +158,93 @@ class VAE(nn.Module):
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B,4,h,w) -> pictures (B,3,8h,8w), about -1..1, not clipped."""
         return self.decoder(self.post_quant_conv(z))
+
+
+# --- large pictures -------------------------------------------------------------------------------------------------
+# The finest level holds about nine feature maps of block_out_channels[0] channels for every pixel at once (measured on a
+# CPU: 4.5 GB in float32 at 1024x1024). Where memory would not do, a picture is coded in overlapping tiles of the size
+# that VAEs were trained on. A tile of plain sky alone would be normalised into something else than sky beside a tree, so
+# every GroupNorm takes its statistics from the whole picture made small; and over the overlap each tile fades into the
+# next, so that no edge is left of what still differs (attention sees one tile).
+
+
+def memory_needed(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that coding one picture of height x width pixels takes at its peak, about."""
+    return 9 * config.block_out_channels[0] * height * width * dtype.itemsize
+
+
+def _starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles of one size begin, evenly spread so that neighbours share at least `overlap`; the last ends at `size`."""
+    count = max(1, -(-(size - overlap) // (tile - overlap)))
+    return [round(i * (size - tile) / max(count - 1, 1)) for i in range(count)] if size > tile else [0]
+
+
+def _fade(start: int, tile: int, size: int, overlap: int) -> torch.Tensor:
+    """A tile's weight along one axis (tile,): full at the picture's own edges; elsewhere nothing in the outer quarter of the
+    overlap, where the convolutions' padding shows, rising to full over the next half."""
+    distance = 2 * (torch.arange(tile) + 0.5) - overlap / 2
+    rise = distance if start > 0 else torch.full((tile,), float(overlap))
+    fall = distance.flip(0) if start + tile < size else torch.full((tile,), float(overlap))
+    return (torch.minimum(rise, fall) / overlap).clamp(0.0, 1.0)
+
+
+@contextmanager
+def _statistics_of(vae: nn.Module, run, x: torch.Tensor):
+    """While the block runs, every GroupNorm of the VAE normalises by what it saw in run(x)."""
+    norms = [module for module in vae.modules() if isinstance(module, nn.GroupNorm)]
+    seen = {}
+
+    def look(norm, inputs):
+        g = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2).float()  # (B, groups, C/groups * h*w)
+        var, mean = torch.var_mean(g, dim=2, correction=0)
+        seen[norm] = mean, (var + norm.eps).rsqrt()
+
+    def normalise(norm, x):
+        mean, scale = (y.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)[..., None, None] for y in seen[norm])
+        weight, bias = (p[:, None, None].float() for p in (norm.weight, norm.bias))
+        return ((x.float() - mean) * (scale * weight) + bias).to(x.dtype)
+
+    handles = [norm.register_forward_pre_hook(look) for norm in norms]
+    try:
+        run(x)
+        for handle in handles:
+            handle.remove()
+        for norm in seen:
+            norm.forward = partial(normalise, norm)
+        yield
+    finally:
+        for norm in seen:
+            norm.__dict__.pop("forward", None)
+
+
+def _tiled(vae, run, x: torch.Tensor, cell_in: int, cell_out: int, tile: int, overlap: int) -> torch.Tensor:
+    """run(tile of x) for overlapping tiles, blended. A latent cell is `cell_in` wide in x and `cell_out` in the result."""
+    height, width = (n // cell_in for n in x.shape[-2:])  # latent cells
+    rows, columns = min(tile, height), min(tile, width)
+    small = F.interpolate(x, size=(rows * cell_in, columns * cell_in), mode="nearest-exact")
+    out = total = None
+    with _statistics_of(vae, run, small):
+        for top in _starts(height, tile, overlap):
+            for left in _starts(width, tile, overlap):
+                a, b = slice(top * cell_in, (top + rows) * cell_in), slice(left * cell_in, (left + columns) * cell_in)
+                y = run(x[..., a, b]).float()
+                if out is None:
+                    shape = (*y.shape[:2], height * cell_out, width * cell_out)
+                    out, total = y.new_zeros(shape), y.new_zeros(shape[2:])
+                down = _fade(top * cell_out, rows * cell_out, height * cell_out, overlap * cell_out)
+                across = _fade(left * cell_out, columns * cell_out, width * cell_out, overlap * cell_out)
+                weight = (down[:, None] * across).to(y.device)
+                a, b = slice(top * cell_out, (top + rows) * cell_out), slice(left * cell_out, (left + columns) * cell_out)
+                out[..., a, b] += weight * y
+                total[a, b] += weight
+    return out / total
+
+
+def decode_tiled(vae: VAE, z: torch.Tensor, tile: int = 64, overlap: int = 16) -> torch.Tensor:
+    """As `VAE.decode`, in tiles of `tile` latent cells that share at least `overlap`. -> (B,3,8h,8w) float32."""
+    return _tiled(vae, vae.decode, z, 1, 8, tile, overlap)
+
+
+def encode_tiled(vae: VAE, images: torch.Tensor, tile: int = 64, overlap: int = 16) -> torch.Tensor:
+    """As the mean of `VAE.encode`, in tiles. -> (B,4,H/8,W/8) float32."""
+    return _tiled(vae, lambda x: vae.encode(x)[0], images, 8, 1, tile, overlap)

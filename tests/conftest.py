@@ -61,3 +61,9 @@ def broken_folder(small_folder, tmp_path):
 @pytest.fixture(scope="session")
 def small(small_folder):
     return minsd.load(str(small_folder), "cpu")
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """The embedded model."""
+    return minsd.load("shapes", device="cpu")

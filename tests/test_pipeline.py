@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_pipeline
+from PIL import Image
 
 import minsd
+from minsd import image, pipeline
 from minsd.noise.initial import noise
 
 PROMPT, NEGATIVE = "a red circle and a blue square", "a green star"
@@ -85,6 +87,29 @@ def test_encode_then_decode_is_the_vae_there_and_back(small):
     assert small.decode(latents)[0].size == picture.size
 
 
+def test_image_to_image(small):
+    """Little strength keeps the picture; at strength 1 it is noise that matters; size and proportions are the run's."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 200, 3), np.uint8)).resize((400, 128))
+    latents = small.encode(image.fit(picture, 128, 128))
+    start, rows = noise([1], (4, 16, 16)), []
+    handle = small.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    near = small.sample(PROMPT, start, steps=10, init=latents, strength=0.1)
+    far = small.sample(PROMPT, start, steps=10, init=latents, strength=1.0)
+    handle.remove()
+    assert len(rows) == 1 + 10
+    assert (near - latents).norm() < 0.5 * (far - latents).norm()
+    whole = small(PROMPT, seeds=1, steps=10, init_image=picture, strength=0.1)[0]
+    assert whole.size == (128, 128)
+    assert np.abs(np.asarray(whole).astype(int) - np.asarray(small.decode(near)[0])).max() <= 2
+
+
+def test_too_large_for_memory_goes_in_tiles_and_says_so(small, monkeypatch):
+    latents = torch.randn(1, 4, 72, 72, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 2**20)
+    with pytest.warns(UserWarning, match="overlapping tiles: 576x576"):
+        assert small.decode(latents)[0].size == (576, 576)
+
+
 def test_overflow_is_never_a_black_picture(small, monkeypatch):
     with pytest.raises(FloatingPointError, match="not finite"):
         small.decode(torch.full((1, 4, 16, 16), torch.inf))
@@ -106,6 +131,8 @@ def test_overflow_is_never_a_black_picture(small, monkeypatch):
     [
         ({"height": 100}, "multiples of 8"), ({"steps": 0}, "from 1 to 1000"), ({"steps": 2000}, "from 1 to 1000"),
         ({"sampler": "magic"}, "no sampler is called 'magic'"), ({"guidance_scale": float("nan")}, "must be a number"),
+        ({"karras": True}, "dpmpp_2m"), ({"init_image": Image.new("RGB", (9, 9)), "strength": 0.0}, "above 0"),
+        ({"init_image": Image.new("RGB", (9, 9)), "strength": 0.01}, "leaves none of 50 steps"),
         ({"seeds": [-1]}, "a seed must be"), ({"seeds": [1, 2], "noise": torch.zeros(1, 4, 16, 16)}, "one prompt, seed and noise"),
     ],
 )
