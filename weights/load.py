@@ -182,7 +182,8 @@ def folder_config(folder: Path) -> ModelConfig:
     """The folder's own networks and schedule, with the defaults of the family they belong to."""
     unet, schedule = unet_config(folder / "unet" / "config.json"), schedule_config(folder / "scheduler" / "scheduler_config.json")
     family = next(
-        (row for row in reversed(MODELS.values()) if row.unet == unet and row.schedule.prediction_type == schedule.prediction_type), None
+        (row for row in reversed(MODELS.values()) if row.unet == unet and (row.schedule.prediction_type, row.schedule.timestep_spacing)
+         == (schedule.prediction_type, schedule.timestep_spacing)), None
     )
     row = family or ModelConfig(folder.resolve().name)
     # The family says how many steps and how much guidance; whose weights these are, the folder's name says.
