@@ -1,17 +1,18 @@
 """The command line: python -m minsd.generate "a red circle and a blue square"
 
-Reads from top to bottom: `main` parses and checks what needs no model, then `run` loads one and draws. Heavy imports
-wait until the arguments are known to be good, so that --help and most errors answer at once.
+`main` parses; `check` finds everything that can be known wrong before a model is loaded, and makes of the arguments (and
+of each line of a prompts file) what one prompt is drawn with; minsd/run.py draws. Heavy imports wait until the arguments
+are known to be good, so that --help and most errors answer at once.
 """
 
 import argparse
+import copy
 import json
 import os
 import random
 import re
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -23,39 +24,59 @@ EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"minsd: error: {message} (--help lists the options)\n")
+        raise ValueError(f"{message} (--help lists the options)")
 
 
 def parser() -> Parser:
     p = Parser(prog="python -m minsd.generate", description="Draw pictures from a prompt.", epilog=f"example: {EXAMPLE}",
                allow_abbrev=False)
-    p.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw; may be empty (\"\")")
-    p.add_argument("--model", metavar="NAME|DIR", help="shapes (the embedded model, default) or a folder in the diffusers layout")
-    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    p.add_argument("--seed", metavar="N", type=int, help="seed of the first picture (default: a random one, printed)")
-    p.add_argument("--seeds", metavar="LIST", help="one picture a seed, such as 0-9,12")
-    p.add_argument("--num-images", metavar="N", type=int, help="how many pictures, from consecutive seeds (default: 1)")
-    p.add_argument("--steps", metavar="N", type=int, help="sampling steps (default: the model's, mostly 50)")
-    p.add_argument("--guidance-scale", metavar="G", type=float, help="how strongly the prompt steers (default: the model's)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: the model's")
-    p.add_argument("--height", metavar="H", type=int, help="pixels, a multiple of 8 (default: the model's)")
-    p.add_argument("--width", metavar="W", type=int, help="pixels, a multiple of 8 (default: the model's)")
-    p.add_argument("--noise", metavar="FILE", type=Path, help="initial noise from a file that --save-noise wrote")
-    p.add_argument("--save-noise", metavar="FILE", type=Path, help="write the initial noise (safetensors)")
-    p.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, else float32")
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("outputs"), help="where pictures go (default: outputs)")
-    p.add_argument("--like", metavar="PNG", type=Path, help="make this picture again; other options override its settings")
-    p.add_argument("--list-tokens", action="store_true", help="print the prompt's tokens and their positions, and stop")
-    p.add_argument("--quiet", action="store_true", help="no progress, no notes")
-    p.add_argument("--json", action="store_true", help="one JSON object a picture on standard output")
-    p.add_argument("--debug", action="store_true", help="tracebacks for errors")
-    p.add_argument("--version", action="version", version=f"minsd {__version__}")
+    a = p.add_argument_group("what to draw (each also a key of a line of --prompts FILE.jsonl)").add_argument
+    a("prompt", nargs="?", metavar="PROMPT", help="what to draw; may be empty (\"\")")
+    a("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    a("--seed", metavar="N", type=int, help="seed of the first picture (default: a random one, printed)")
+    a("--seeds", metavar="LIST", help="one picture a seed, such as 0-9,12")
+    a("--num-images", metavar="N", type=int, help="how many pictures, from consecutive seeds (default: 1)")
+    a("--steps", metavar="N", type=int, help="sampling steps (default: the model's, mostly 50)")
+    a("--guidance-scale", metavar="G", type=float, help="how strongly the prompt steers (default: the model's)")
+    a("--sampler", choices=SAMPLERS, help="default: the model's, mostly ddim")
+    a("--karras", action="store_true", default=None, help="levels closer together where there is little noise (dpmpp_2m)")
+    a("--height", metavar="H", type=int, help="pixels, a multiple of 8 (default: the model's)")
+    a("--width", metavar="W", type=int, help="pixels, a multiple of 8 (default: the model's)")
+    a("--init-image", metavar="FILE", type=Path, help="begin from this picture, cut and scaled to the size")
+    a("--strength", metavar="S", type=float, help="how far to go from --init-image, above 0 to 1 (default: 0.8)")
+    a("--noise", metavar="FILE", type=Path, help="initial noise from a file that --save-noise wrote")
+    a = p.add_argument_group("with what").add_argument
+    a("--model", metavar="NAME|DIR|FILE|ID", help="shapes (the embedded model, default), a diffusers folder, a .safetensors file, a hub id")
+    a("--vae", metavar="DIR|FILE", type=Path, help="another VAE than the model's own")
+    a("--tokenizer", metavar="DIR", type=Path, help="for single files: a folder with vocab.json and merges.txt")
+    a("--prediction-type", choices=("epsilon", "v_prediction"), help="what the network predicts, where its files do not say")
+    a("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
+    a("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, else float32")
+    a("--attention", choices=("auto", "triton", "sdpa", "reference"), default="auto", help="who computes attention (default: auto)")
+    a = p.add_argument_group("many pictures, files, messages").add_argument
+    a("--prompts", metavar="FILE", type=Path, help="a prompt a line (.txt), or an object of options a line (.jsonl)")
+    a("--resume", action="store_true", help="leave out what --out holds already")
+    a("--out", metavar="DIR", type=Path, default=Path("outputs"), help="where pictures go (default: outputs)")
+    a("--save-noise", metavar="FILE", type=Path, help="write the initial noise (safetensors)")
+    a("--like", metavar="PNG", type=Path, help="make this picture again; other options override its settings")
+    a("--list-tokens", action="store_true", help="print the prompt's tokens and their positions, and stop")
+    a("--quiet", action="store_true", help="no progress, no notes")
+    a("--json", action="store_true", help="one JSON object a picture on standard output")
+    a("--debug", action="store_true", help="tracebacks for errors")
+    a("--version", action="version", version=f"minsd {__version__}")
     return p
 
 
-# What a picture is made from: these keys go into it, and --like takes them from it.
-SETTINGS = ("prompt", "model", "negative_prompt", "seed", "steps", "guidance_scale", "sampler", "height", "width", "dtype", "device")
+# The options that a line of a prompts file may set; the others hold for the whole run.
+PER_LINE = (
+    "prompt", "negative_prompt", "seed", "seeds", "num_images", "steps", "guidance_scale", "sampler", "karras", "height", "width",
+    "init_image", "strength", "noise",
+)
+# What --like takes from a picture, by its name there (as here, where not said otherwise).
+LIKE = {key: key for key in (
+    "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "steps", "guidance_scale", "sampler", "karras", "height",
+    "width", "init_image", "strength", "dtype", "device",
+)}
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -71,44 +92,150 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def check(args) -> None:
-    """Everything that can be known wrong before a model is loaded; fills in the settings of --like and the seeds."""
-    if args.like is not None:
-        from minsd.image import read_settings
+def take_from_picture(args) -> None:
+    """--like: what the command line leaves open is as in the picture."""
+    from minsd.image import read_settings
 
-        settings = read_settings(args.like)
-        if settings.get("noise_file") and args.noise is None:
-            raise ValueError(f"{args.like} began from the noise file {settings['noise_file']}: give it with --noise")
-        for key in SETTINGS:
-            if getattr(args, key) is None and not (key == "seed" and args.seeds is not None):
-                setattr(args, key, settings.get(key))
-    if args.prompt is None:
-        raise ValueError(f"a prompt is needed, for example: {EXAMPLE}")
+    settings = read_settings(args.like)
+    if settings.get("noise_file") and args.noise is None:
+        raise ValueError(f"{args.like} began from the noise file {settings['noise_file']}: give it with --noise")
+    for key, name in LIKE.items():
+        if getattr(args, name) is None and settings.get(key) is not None and not (key == "seed" and args.seeds is not None):
+            setattr(args, name, Path(settings[key]) if key in ("vae", "init_image") else settings[key])
+
+
+def check(args) -> list[argparse.Namespace]:
+    """Everything that can be known wrong before a model is loaded; -> the arguments of each prompt, its seeds a list."""
+    if args.like is not None:
+        take_from_picture(args)
     args.model = args.model or "shapes"
-    args.negative_prompt = args.negative_prompt or ""
+    if args.prompts is not None:
+        if args.prompt is not None:
+            raise ValueError("give a prompt or --prompts FILE, not both")
+        lines = read_prompts(args)
+    elif args.prompt is None:
+        raise ValueError(f"a prompt is needed, for example: {EXAMPLE}")
+    else:
+        lines = [args]
+    if args.resume and any(line.seed is None and line.seeds is None for line in lines):
+        raise ValueError("--resume needs --seed or --seeds: without, every run draws seeds of its own and nothing is done twice")
+    if args.save_noise is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--save-noise is for one process: seeds give the same noise anywhere")
+    chance = random.SystemRandom().randrange(2**32)  # one for all prompts: they can be compared
+    for line in lines:
+        try:
+            check_line(line, chance)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{line.where}{error}") from None
+    if not args.list_tokens:
+        check_out(args)
+    return lines
+
+
+def read_prompts(args) -> list[argparse.Namespace]:
+    """The lines of --prompts FILE over the command line's own options."""
+    path = args.prompts
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"--prompts takes a .txt file (a prompt a line) or a .jsonl file (an object a line), not {path.name}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no prompts file {path}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
+    options, lines = {a.dest: a for a in parser()._actions}, []
+    for number, content in enumerate(text.split("\n"), 1):
+        content = content.strip()
+        if not content or (path.suffix == ".txt" and content.startswith("#")):
+            continue
+        line = copy.copy(args)
+        line.where = f"{path}, line {number}: "
+        if path.suffix == ".txt":
+            line.prompt = content
+        else:
+            try:
+                given = json.loads(content)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{line.where}not JSON: {error.msg} at column {error.colno}") from None
+            if not isinstance(given, dict):
+                raise ValueError(f"{line.where}a line must be an object, such as {{\"prompt\": \"a red circle\", \"seeds\": \"0-3\"}}")
+            if not any(key in given for key in ("prompt", "layout")):
+                raise ValueError(f"{line.where}there is no \"prompt\"")
+            if "seeds" in given or "seed" in given:  # these replace the command line's seeds of either kind
+                line.seed = line.seeds = line.num_images = None
+            for key, value in given.items():
+                set_option(line, options, key, value)
+        lines.append(line)
+    if not lines:
+        raise ValueError(f"{path} holds no prompts")
+    return lines
+
+
+def set_option(line, options: dict, key: str, value) -> None:
+    """One key of an object in a prompts file, as if it had been given on the command line."""
+    name = key.replace("-", "_")
+    if name not in PER_LINE:
+        if name in options:
+            raise ValueError(f"{line.where}{key!r} holds for the whole run: give it on the command line")
+        raise ValueError(f"{line.where}unknown key {key!r}; known are {', '.join(PER_LINE)}")
+    action = options[name]
+    if isinstance(value, list) and action.type is None:
+        value = ",".join(map(str, value))
+    kind = bool if action.nargs == 0 else (float, int) if action.type is float else int if action.type is int else str
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = {bool: "true or false", int: "a whole number", str: "text"}.get(kind, "a number")
+        raise ValueError(f"{line.where}{key!r} must be {wanted}, not {json.dumps(value)}")
+    if action.choices and value not in action.choices:
+        raise ValueError(f"{line.where}{key!r} must be one of {', '.join(action.choices)}, not {value!r}")
+    setattr(line, name, Path(value) if action.type is Path else value)
+
+
+def check_line(line, chance: int) -> None:
+    """What one prompt is drawn with: ranges, files, contradictions; its seeds become a list."""
     for name in ("height", "width"):
-        value = getattr(args, name)
+        value = getattr(line, name)
         if value is not None and (value < 8 or value % 8):
             raise ValueError(f"--{name} must be a positive multiple of 8, not {value}; the nearest is {max(8, round(value / 8) * 8)}")
-    if args.steps is not None and not 1 <= args.steps <= 1000:
-        raise ValueError(f"--steps must be from 1 to 1000, not {args.steps}")
-    if args.guidance_scale is not None and not abs(args.guidance_scale) <= 1000:
-        raise ValueError(f"--guidance-scale must be a number such as 7.5, not {args.guidance_scale}")
-    if args.num_images is not None and args.num_images < 1:
-        raise ValueError(f"--num-images must be 1 or more, not {args.num_images}")
-    if args.seeds is not None and (args.seed is not None or args.num_images is not None):
+    if line.steps is not None and not 1 <= line.steps <= 1000:
+        raise ValueError(f"--steps must be from 1 to 1000, not {line.steps}")
+    if line.guidance_scale is not None and not abs(line.guidance_scale) <= 1000:
+        raise ValueError(f"--guidance-scale must be a number such as 7.5, not {line.guidance_scale}")
+    if line.karras and line.sampler != "dpmpp_2m":
+        raise ValueError("--karras is for --sampler dpmpp_2m")
+    if line.strength is not None and line.init_image is None:
+        raise ValueError("--strength is for --init-image")
+    if line.strength is not None and not 0 < line.strength <= 1:
+        raise ValueError(f"--strength must be above 0 and at most 1, not {line.strength}")
+    if line.init_image is not None:
+        check_picture(line.init_image)
+    if line.num_images is not None and line.num_images < 1:
+        raise ValueError(f"--num-images must be 1 or more, not {line.num_images}")
+    if line.seeds is not None and (line.seed is not None or line.num_images is not None):
         raise ValueError("--seeds already says how many pictures and from which seeds: leave out --seed and --num-images")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
-    if args.seeds is not None:
-        args.seeds = parse_seeds(args.seeds)
+    if line.seed is not None and not 0 <= line.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2^63 - 1, not {line.seed}")
+    if line.seeds is not None:
+        line.seeds = parse_seeds(line.seeds)
     else:
-        first = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
-        args.seeds = list(range(first, first + (args.num_images or 1)))
-    if args.noise is not None and not args.noise.is_file():
-        raise FileNotFoundError(f"there is no noise file {args.noise}")
-    if args.list_tokens:
-        return
+        first = chance if line.seed is None else line.seed
+        line.seeds = list(range(first, first + (line.num_images or 1)))
+    if line.noise is not None and not line.noise.is_file():
+        raise FileNotFoundError(f"there is no noise file {line.noise}")
+
+
+def check_picture(path: Path) -> None:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no picture {path}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(f"{path} is not a picture that can be read") from None
+
+
+def check_out(args) -> None:
     folder = args.out
     while not folder.exists():  # made only when the first picture is ready
         folder = folder.parent
@@ -120,127 +247,55 @@ def check(args) -> None:
         raise FileNotFoundError(f"--save-noise: there is no folder {args.save_noise.absolute().parent}")
 
 
-def read_noise(path: Path, shape: tuple[int, ...]):
-    """Initial noise (B,4,h,w) from a safetensors file, of the given shape per picture."""
-    from safetensors.torch import load_file
-
-    from minsd.weights.load import read_header
-
-    read_header(path)
-    tensors = load_file(path)
-    if list(tensors) != ["noise"]:
-        raise ValueError(f"{path} holds {', '.join(sorted(tensors)[:3])}; a noise file holds one tensor called noise")
-    noise = tensors["noise"].float()
-    if noise.ndim != 4 or tuple(noise.shape[1:]) != shape:
-        wanted = f"(pictures, {', '.join(map(str, shape))})"
-        raise ValueError(f"{path} holds noise of shape {tuple(noise.shape)}; this model and size need {wanted}")
-    if not noise.isfinite().all():
-        raise ValueError(f"{path} holds noise that is not finite")
-    return noise
-
-
-def versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    return {"minsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def say(args, *words) -> None:
     if not args.quiet:
         print("minsd:", *words, file=sys.stderr)
 
 
-def run(args) -> int:
-    """Load, draw, save; the number of pictures made is in `args.made`."""
+def go(args, lines) -> None:
+    """Load the model and draw."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     import torch
-    from tqdm import tqdm
 
     import minsd
-    from minsd.image import save_numbered
-    from minsd.noise.initial import noise as draw_noise
+    from minsd.run import plan, run
 
-    sd = minsd.load(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU a process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    sd = minsd.load(args.model, device, dtype, vae=args.vae, tokenizer=args.tokenizer, prediction_type=args.prediction_type)
+    sd.set_attention(args.attention)
+    if int(os.environ.get("RANK", 0)):
+        args.quiet = True
     for note in sd.notes:
         say(args, note)
     if args.list_tokens:
-        for position, token in enumerate(sd.text.tokens(args.prompt)):
-            print(f"{position:3d}  {token}" + ("  (cut off)" if position >= sd.text.max_length - 1 else ""))
-        return 0
-
-    height, width = args.height or sd.config.size, args.width or sd.config.size
-    shape = (4, height // 8, width // 8)
-    if args.noise is not None:
-        noise = read_noise(args.noise, shape)
-        if len(args.seeds) == 1:
-            args.seeds = list(range(args.seeds[0], args.seeds[0] + len(noise)))
-        if len(noise) != len(args.seeds):
-            raise ValueError(f"{args.noise} holds {len(noise)} noises and {len(args.seeds)} seeds were given: one a picture")
-    else:
-        noise = None  # drawn batch by batch: a million seeds must not need a million noises at once
-    if args.save_noise is not None:
-        from safetensors.torch import save_file
-
-        temporary = args.save_noise.with_name(args.save_noise.name + ".tmp")
-        save_file({"noise": draw_noise(args.seeds, shape) if noise is None else noise}, temporary)
-        os.replace(temporary, args.save_noise)
-
-    common = {
-        "prompt": args.prompt, "negative_prompt": args.negative_prompt, "model": args.model, "model_hash": sd.model_hash,
-        "sampler": args.sampler or sd.config.sampler, "steps": args.steps or sd.config.steps,
-        "guidance_scale": sd.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        "height": height, "width": width, "noise_method": "random", "noise_file": str(args.noise) if args.noise else None,
-        "device": sd.device.type, "dtype": str(sd.dtype).removeprefix("torch."), "versions": versions(),
-    }
-    evaluations = []
-    handle = sd.unet.register_forward_pre_hook(lambda module, inputs: evaluations.append(len(inputs[0])))
-    say(args, f"seed {args.seeds[0]}" if len(args.seeds) == 1 else f"seeds {args.seeds[0]} to {args.seeds[-1]}, {len(args.seeds)} pictures")
-    size = sd.batch_size(height, width)
-    total = len(args.seeds) * (common["steps"] + (common["sampler"] == "pndm"))  # which visits one timestep twice
-    with tqdm(total=total, unit="step", disable=args.quiet, file=sys.stderr) as bar:
-        for start in range(0, len(args.seeds), size):
-            seeds = args.seeds[start : start + size]
-            begin = time.perf_counter()
-            evaluations.clear()
-            count, last = len(seeds), start + len(seeds)
-            bar.set_description(f"picture {last}/{len(args.seeds)}" if count == 1 else f"pictures {start + 1}-{last}/{len(args.seeds)}")
-            latents = sd.sample(
-                args.prompt, draw_noise(seeds, shape) if noise is None else noise[start : start + size], seeds=seeds,
-                negative_prompt=args.negative_prompt, steps=common["steps"], sampler=common["sampler"],
-                guidance_scale=common["guidance_scale"], progress=lambda i, t: bar.update(count),  # noqa: B023 (called within this turn)
-            )
-            pictures = sd.decode(latents)
-            seconds = (time.perf_counter() - begin) / count
-            args.out.mkdir(parents=True, exist_ok=True)
-            for picture, seed in zip(pictures, seeds):
-                settings = {**common, "seed": seed}
-                path = save_numbered(picture, args.out, settings)
-                line = {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": sum(evaluations) // count}
-                with (args.out / "runs.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                args.made += 1
-                if args.json:
-                    print(json.dumps(line, ensure_ascii=False), flush=True)
-                elif not args.quiet:
-                    bar.write(f"minsd: {path}", file=sys.stderr)
-    handle.remove()
-    return 0
+        for line in lines:
+            for position, token in enumerate(sd.text.tokens(line.prompt)):
+                print(f"{position:3d}  {token}" + ("  (cut off)" if position >= sd.text.max_length - 1 else ""))
+        return
+    jobs = plan(sd, args, lines)
+    first, last = jobs[0]["seed"], jobs[-1]["seed"]
+    many = f", {len(jobs)} pictures" + (f" of {len(lines)} prompts" if len(lines) > 1 else "")
+    say(args, f"seed {first}" if len(jobs) == 1 else f"seeds {first} to {last}" + many)
+    run(sd, args, jobs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    args.made = 0
+    args = argparse.Namespace(debug=False)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest, **more: print(f"minsd: warning: {message}", file=sys.stderr)
-            check(args)
-            return run(args)
+            args = parser().parse_args(argv)
+            args.made, args.wanted, args.where = 0, 0, ""
+            go(args, check(args))
+        return 0
     except KeyboardInterrupt:
-        print(f"minsd: stopped: {args.made} of {len(args.seeds)} pictures are done", file=sys.stderr)
+        print(f"minsd: stopped: {args.made} of {args.wanted} pictures are done", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
@@ -249,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
+        so_far = f"{args.made} of {args.wanted} pictures are done; " if args.made else ""
+        message, code = f"{so_far}{type(error).__name__}: {error} (--debug shows where)", 1
     print("minsd: error: " + " ".join(message.split()), file=sys.stderr)
     return code
 

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from minsd import guidance, image
+from minsd.attention import Attention
 from minsd.config import ModelConfig
+from minsd.kernels import BACKENDS
 from minsd.noise.initial import generators as make_generators
 from minsd.noise.initial import noise as draw_noise
 from minsd.samplers import SAMPLERS
@@ -23,10 +25,14 @@ from minsd.samplers.schedule import Schedule
 from minsd.vae import decode_tiled, encode_tiled, memory_needed
 
 
-def load(model: str = "shapes", device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "StableDiffusion":
+def load(
+    model: str = "shapes", device: str | torch.device | None = None, dtype: torch.dtype | None = None, *,
+    vae: str | Path | None = None, tokenizer: str | Path | None = None, prediction_type: str | None = None,
+) -> "StableDiffusion":
     """A model by name ("shapes", or a row of `minsd.config.MODELS`), folder, file or hub id, frozen and ready.
 
-    Device: CUDA where there is one, else the CPU. dtype: float16 on CUDA, else float32.
+    Device: CUDA where there is one, else the CPU. dtype: float16 on CUDA, else float32. `vae`, a folder or file, takes the
+    place of the model's own; `tokenizer`, a folder, and `prediction_type` serve single files, which hold neither.
     ValueError or FileNotFoundError, in one line, for what cannot be loaded.
     """
     from minsd.weights.load import load_model
@@ -37,7 +43,8 @@ def load(model: str = "shapes", device: str | torch.device | None = None, dtype:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps was asked for, but PyTorch finds none here: use cpu")
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    loaded = load_model(model, device=device, dtype=dtype)
+    files = {"vae": vae, "tokenizer": tokenizer, "prediction_type": prediction_type}
+    loaded = load_model(model, device=device, dtype=dtype, **{key: value for key, value in files.items() if value is not None})
     sd = StableDiffusion(loaded.config, loaded.unet, loaded.vae, loaded.text)
     sd.name, sd.model_hash, sd.notes = loaded.name, loaded.sha256, loaded.notes
     return sd
@@ -58,6 +65,14 @@ class StableDiffusion:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
+
+    def set_attention(self, backend: str) -> None:
+        """Who computes attention in the UNet: a backend of `minsd.kernels.attention`."""
+        if backend not in BACKENDS:
+            raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
+        for module in self.unet.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def __call__(
         self,

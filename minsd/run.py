@@ -1,0 +1,249 @@
+"""Jobs to pictures: batches, files, what is done already, several processes.
+
+A job is a dict: everything that one picture is made from, resolved to the last default. It goes into the picture, and
+into the line of runs.jsonl that is appended once the picture is in place, so that a line means a picture. Work is split
+over processes (torchrun's, or a Slurm job's) batch by batch from the full list of jobs, which every process knows: no
+two ever talk while they draw. Each writes a file of lines of its own; the first merges them at the end.
+"""
+
+import datetime
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from minsd import __version__, image
+from minsd.noise.initial import noise as draw_noise
+from minsd.pipeline import StableDiffusion, first_step
+
+# What tells one picture from another; all else in a line is how it went.
+IDENTITY = (
+    "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "sampler", "karras", "steps", "guidance_scale", "height",
+    "width", "init_image", "strength", "noise_file", "noise_index", "dtype",
+)
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {"minsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+# --- what is to be done, and what is done ----------------------------------------------------------------------------
+
+
+def plan(sd: StableDiffusion, args, lines) -> list[dict]:
+    """One job a picture, in the order of the prompts and their seeds. `lines`: checked arguments, one for each prompt."""
+    once = {
+        "model": args.model, "model_hash": sd.model_hash, "vae": args.vae and str(args.vae), "prediction_type": args.prediction_type,
+        "device": sd.device.type, "dtype": str(sd.dtype).removeprefix("torch."), "versions": versions(),
+    }
+    jobs = []
+    for line in lines:
+        settings = {
+            "prompt": line.prompt, "negative_prompt": line.negative_prompt or "", **once,
+            "sampler": line.sampler or sd.config.sampler, "karras": bool(line.karras),
+            "steps": sd.config.steps if line.steps is None else line.steps,
+            "guidance_scale": sd.config.guidance_scale if line.guidance_scale is None else line.guidance_scale,
+            "height": line.height or sd.config.size, "width": line.width or sd.config.size, "init_noise": "random",
+        }
+        if line.init_image is not None:
+            settings |= {"init_image": str(line.init_image), "strength": 0.8 if line.strength is None else line.strength}
+            first_step(settings["steps"], settings["strength"])
+        seeds = line.seeds
+        if line.noise is not None:
+            count = len(read_noise(line.noise, (4, settings["height"] // 8, settings["width"] // 8)))
+            seeds = list(range(seeds[0], seeds[0] + count)) if len(seeds) == 1 else seeds
+            if count != len(seeds):
+                raise ValueError(f"{line.noise} holds {count} noises and {len(seeds)} seeds were given: one a picture")
+        for k, seed in enumerate(seeds):
+            more = {"noise_file": str(line.noise), "noise_index": k} if line.noise is not None else {}
+            jobs.append(settings | more | {"seed": seed})
+    return jobs
+
+
+def identity(row: dict) -> str:
+    return json.dumps([row.get(key) for key in IDENTITY])
+
+
+def recorded(folder: Path) -> Iterator[dict]:
+    """Every whole line of runs.jsonl and of the files of processes; what a kill left half written is passed over."""
+    for path in sorted(folder.glob("runs*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                if isinstance(row := json.loads(line), dict) and "file" in row:
+                    yield row
+
+
+def done(folder: Path, write) -> set[str]:
+    """Identities of the pictures in a folder. One whose line was lost gets it back, from the settings inside the picture."""
+    rows = {row["file"]: row for row in recorded(folder)}
+    present = {name for name in os.listdir(folder) if re.fullmatch(r"\d+-\d+\.png", name)}
+    for name in sorted(present - rows.keys()):
+        with suppress(ValueError):  # another program's picture
+            rows[name] = {"file": name, **image.read_settings(folder / name), "seconds": None, "unet_rows": None}
+            write(rows[name])
+    return {identity(row) for name, row in rows.items() if name in present}
+
+
+class Lines:
+    """A file of JSON lines, appended to one whole line at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, row: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")  # a kill cut the last line
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def merge(folder: Path) -> None:
+    """All lines into runs.jsonl, each picture once, and the files of processes away. Broken off, it can be done again."""
+    rows = {row["file"]: row for row in recorded(folder)}
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows))
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, folder / "runs.jsonl")
+    for path in folder.glob("runs-*.jsonl"):
+        path.unlink()
+
+
+def batches(jobs: list[dict], sd: StableDiffusion) -> list[list[dict]]:
+    """Neighbours that differ in prompt and seed at most, as many as fit the networks at once."""
+    parts, last = [], None
+    for job in jobs:
+        key = {k: v for k, v in job.items() if k not in ("prompt", "seed", "noise_index")}
+        if key == last and len(parts[-1]) < sd.batch_size(job["height"], job["width"]):
+            parts[-1].append(job)
+        else:
+            parts.append([job])
+        last = key
+    return parts
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def read_noise(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """Initial noise (B,4,h,w) from a safetensors file, of the given shape per picture."""
+    from safetensors.torch import load_file
+
+    from minsd.weights.load import read_header
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no noise file {path}")
+    read_header(path)
+    tensors = load_file(path)
+    if list(tensors) != ["noise"]:
+        raise ValueError(f"{path} holds {', '.join(sorted(tensors)[:3])}; a noise file holds one tensor called noise")
+    noise = tensors["noise"].float()
+    if noise.ndim != 4 or tuple(noise.shape[1:]) != shape:
+        wanted = f"(pictures, {', '.join(map(str, shape))})"
+        raise ValueError(f"{path} holds noise of shape {tuple(noise.shape)}; this model and size need {wanted}")
+    if not noise.isfinite().all():
+        raise ValueError(f"{path} holds noise that is not finite")
+    return noise
+
+
+def draw(sd: StableDiffusion, jobs: list[dict], progress) -> tuple[list[Image.Image], torch.Tensor, list[dict]]:
+    """One batch: its pictures, the noise they began from, and what is to be said of each."""
+    first, seeds = jobs[0], [job["seed"] for job in jobs]
+    shape = (4, first["height"] // 8, first["width"] // 8)
+    if first.get("noise_file"):
+        noise = read_noise(Path(first["noise_file"]), shape)[[job["noise_index"] for job in jobs]]
+    else:
+        noise = draw_noise(seeds, shape)
+    init = None
+    if first.get("init_image"):
+        with Image.open(first["init_image"]) as picture:
+            init = sd.encode(image.fit(picture, first["width"], first["height"]))
+    latents = sd.sample(
+        [job["prompt"] for job in jobs], noise, seeds=seeds, negative_prompt=first["negative_prompt"], steps=first["steps"],
+        sampler=first["sampler"], karras=first["karras"], guidance_scale=first["guidance_scale"], init=init,
+        strength=first.get("strength", 0.8), progress=progress,
+    )
+    return sd.decode(latents), noise, [{} for _ in jobs]
+
+
+def steps_of(job: dict) -> int:
+    """How often a sampler calls `progress` for a picture."""
+    steps = job["steps"] - (first_step(job["steps"], job["strength"]) if job.get("init_image") else 0)
+    return steps + (job["sampler"] == "pndm" and steps > 1)  # which visits one timestep twice
+
+
+def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
+    """Draw and save all jobs that this process has to do; the number of pictures made is kept in `args.made`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    lines = Lines(args.out / (f"runs-{rank}.jsonl" if world > 1 else "runs.jsonl"))
+    parts = batches(jobs, sd)[rank::world]
+    if args.resume and args.out.is_dir():
+        have = done(args.out, lines.write if rank == 0 else lambda row: None)
+        parts = [rest for part in parts if (rest := [job for job in part if identity(job) not in have])]
+    mine = [job for part in parts for job in part]
+    args.wanted = len(mine)
+    if args.resume and not args.quiet:
+        print(f"minsd: {len(mine)} of {len(jobs)} pictures are still to be made" + (" by this process" * (world > 1)), file=sys.stderr)
+    kept, evaluations = [], []
+    handle = sd.unet.register_forward_pre_hook(lambda module, inputs: evaluations.append(len(inputs[0])))
+    with tqdm(total=sum(map(steps_of, mine)), unit="step", disable=args.quiet or rank > 0, file=sys.stderr) as bar:
+        while parts:
+            part, begin = parts.pop(0), time.perf_counter()
+            numbers = f"picture {args.made + 1}" if len(part) == 1 else f"pictures {args.made + 1}-{args.made + len(part)}"
+            bar.set_description(f"{numbers}/{len(mine)}")
+            evaluations.clear()
+            at = bar.n
+            try:
+                pictures, noise, notes = draw(sd, part, lambda i, t: bar.update(len(part)))  # noqa: B023 (called within this turn)
+            except torch.cuda.OutOfMemoryError:
+                if len(part) == 1:
+                    size = f"{part[0]['width']}x{part[0]['height']}"
+                    raise ValueError(f"not even one picture of {size} fits the GPU's memory: make it smaller") from None
+                torch.cuda.empty_cache()
+                parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+                bar.n = at
+                continue
+            seconds = (time.perf_counter() - begin) / len(part)
+            args.out.mkdir(parents=True, exist_ok=True)
+            for job, picture, note in zip(part, pictures, notes):
+                settings = {**job, **note}
+                path = image.save_numbered(picture, args.out, settings)
+                row = {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": sum(evaluations) // len(part)}
+                lines.write(row)
+                args.made += 1
+                if args.json:
+                    print(json.dumps(row, ensure_ascii=False), flush=True)
+                elif not args.quiet:
+                    bar.write(f"minsd: {path}", file=sys.stderr)
+            if args.save_noise is not None:
+                kept.append(noise)
+    handle.remove()
+    if kept:
+        from safetensors.torch import save_file
+
+        temporary = args.save_noise.with_name(args.save_noise.name + ".tmp")
+        save_file({"noise": torch.cat(kept)}, temporary)
+        os.replace(temporary, args.save_noise)
+    if world > 1:
+        wait_for_all()
+        if rank == 0:
+            merge(args.out)
+
+
+def wait_for_all() -> None:
+    """Until every process of the job is here. The only time that they meet, so it may take as long as the slowest."""
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

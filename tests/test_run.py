@@ -1,0 +1,142 @@
+"""Many pictures: prompts files, resuming, several processes, kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import minsd
+from minsd import pipeline
+from minsd import run as running
+from minsd.generate import main
+
+
+def rows(folder, name="runs.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def by_job(folder):
+    return {(r["prompt"], r["seed"]): pixels(folder / r["file"]) for r in rows(folder)}
+
+
+def test_prompts_of_a_text_file_share_batches(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("# shapes\na red circle\n\n  a blue square and a green star \n")
+    sizes, sample = [], pipeline.StableDiffusion.sample
+    monkeypatch.setattr(pipeline.StableDiffusion, "sample", lambda self, p, x, **how: sizes.append(len(x)) or sample(self, p, x, **how))
+    assert main(["--prompts", str(tmp_path / "p.txt"), "--seeds", "3-4", "--steps", "2", "--out", str(tmp_path / "o"), "--quiet"]) == 0
+    assert [(r["prompt"], r["seed"]) for r in rows(tmp_path / "o")] == [
+        ("a red circle", 3), ("a red circle", 4), ("a blue square and a green star", 3), ("a blue square and a green star", 4),
+    ]
+    assert sizes == [4]
+    assert main(["a blue square and a green star", "--seed", "4", "--steps", "2", "--out", str(tmp_path / "one"), "--quiet"]) == 0
+    assert np.abs(pixels(tmp_path / "one/00000-4.png") - by_job(tmp_path / "o")["a blue square and a green star", 4]).max() <= 2
+
+
+def test_objects_of_a_jsonl_file_have_options_of_their_own(tmp_path):
+    lines = [
+        {"prompt": "a red circle", "seed": 1, "num_images": 2}, {"prompt": "a red circle", "seeds": [1, 7], "sampler": "euler", "steps": 2},
+        {"prompt": "a star", "negative-prompt": "a heart", "guidance_scale": 3, "height": 64},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["--prompts", str(tmp_path / "p.jsonl"), "--seed", "5", "--steps", "1", "--out", str(tmp_path / "o"), "--quiet"]) == 0
+    made = [tuple(r[k] for k in ("seed", "sampler", "steps", "guidance_scale", "height", "negative_prompt")) for r in rows(tmp_path / "o")]
+    assert made == [
+        (1, "ddim", 1, 5.0, 128, ""), (2, "ddim", 1, 5.0, 128, ""), (1, "euler", 2, 5.0, 128, ""), (7, "euler", 2, 5.0, 128, ""),
+        (5, "ddim", 1, 3, 64, "a heart"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"prompt": "x"}\n{"prompt": "x",}', "line 2: not JSON: "), ('{"prompt": "x", "stepz": 3}', "line 1: unknown key 'stepz'"),
+        ('{"prompt": "x", "steps": "3"}', "line 1: 'steps' must be a whole number, not \"3\""),
+        ('{"prompt": "x", "karras": 1}', "'karras' must be true or false"),
+        ('{"prompt": "x", "sampler": "magic"}', "'sampler' must be one of"),
+        ('{"prompt": "x", "steps": 0}', "line 1: --steps must be from 1"), ('{"prompt": "x", "model": "y"}', "holds for the whole run"),
+        ('["x"]', "must be an object"), ('{"seed": 1}', 'there is no "prompt"'), ("\n\n", "holds no prompts"),
+        ('{"prompt": "x", "noise": "none.safetensors"}', "line 1: there is no noise file"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_loaded(tmp_path, capfd, monkeypatch, content, says):
+    monkeypatch.setattr(minsd.pipeline, "load", None)
+    (tmp_path / "p.jsonl").write_text(content)
+    assert main(["--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "o")]) == 2
+    error = capfd.readouterr().err
+    assert says in error and error.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+def test_other_bad_prompts_files(tmp_path, capfd):
+    for args, says in (
+        (["--prompts", str(tmp_path / "no.txt")], "there is no prompts file"), (["--prompts", "x.csv"], "takes a .txt"),
+        (["x", "--prompts", "x.txt"], "not both"), (["x", "--resume"], "--resume needs --seed"),
+    ):
+        assert main(args) == 2 and says in capfd.readouterr().err
+
+
+def test_resume_makes_what_is_missing_and_nothing_else(tmp_path, capfd):
+    args = ["a red circle", "--seeds", "0-5", "--steps", "1", "--out", str(tmp_path), "--resume"]
+    assert main([*args, "--quiet"]) == 0
+    first = {r["seed"]: r["file"] for r in rows(tmp_path)}
+    kept = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / first[1]).unlink()  # a picture lost
+    (tmp_path / "runs.jsonl").write_text(kept[0] + kept[1] + kept[2] + kept[4] + kept[5][:50])  # 3's line lost, 5's torn
+    (tmp_path / "tmpabc.tmp").write_bytes(b"half a picture")
+    (tmp_path / "00099-9.png").write_bytes(b"not ours")
+    assert main(args) == 0
+    assert "1 of 6 pictures are still to be made" in capfd.readouterr().err
+    good = list(running.recorded(tmp_path))
+    assert sorted(r["seed"] for r in good if (tmp_path / r["file"]).exists()) == [0, 1, 2, 3, 4, 5]
+    assert {r["seed"]: r["file"] for r in good}.items() >= {k: v for k, v in first.items() if k != 1}.items()
+    assert main([*args[:-1], "--resume", "--guidance-scale", "2", "--quiet"]) == 0  # other settings, other pictures
+    assert len(list(running.recorded(tmp_path))) == 7 + 6
+
+
+def launch(processes, *args):
+    root = minsd.__path__[-1] if len(minsd.__path__) > 1 else None
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=localhost:0", "-m", "minsd.generate", *args]
+    return subprocess.Popen(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_processes_killed_and_taken_up_again_make_each_picture_once(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\na blue square and a green star\n")
+    job = ["--prompts", str(tmp_path / "p.txt"), "--seeds", "0-11", "--steps", "6", "--quiet"]
+    out = tmp_path / "o"
+    process = launch(2, *job, "--out", str(out), "--resume")
+    while process.poll() is None and len(list(out.glob("*.png"))) < 3:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {p.name: p.read_bytes() for p in out.glob("*.png")}
+    assert 3 <= len(before) < 24
+
+    process = launch(2, *job, "--out", str(out), "--resume")
+    assert process.wait() == 0, process.stderr.read().decode()
+    assert all((out / name).read_bytes() == content for name, content in before.items())
+    assert not list(out.glob("runs-*.jsonl"))
+    many = by_job(out)
+    assert len(many) == len(rows(out)) == len(list(out.glob("*.png"))) == 24
+
+    assert main([*job, "--out", str(tmp_path / "one")]) == 0
+    one = by_job(tmp_path / "one")
+    assert one.keys() == many.keys() and all(np.abs(one[k] - many[k]).max() <= 2 for k in one)
+
+
+def test_merging_again_changes_nothing(tmp_path):
+    for name, files in (("runs.jsonl", "ab"), ("runs-0.jsonl", "bc"), ("runs-1.jsonl", "d")):
+        (tmp_path / name).write_text("".join(json.dumps({"file": f, "seed": 1}) + "\n" for f in files))
+    for _ in range(2):
+        running.merge(tmp_path)
+        assert [r["file"] for r in rows(tmp_path)] == list("abcd") and [p.name for p in tmp_path.iterdir()] == ["runs.jsonl"]
