@@ -222,8 +222,15 @@ class StableDiffusion:
         return int(min(self.batch_size(height, width), free // need))
 
     def batch_size(self, height: int, width: int) -> int:
-        """Pictures that go through the networks at once: as many as fill the latent cells of four at 512x512."""
-        return max(1, 4 * 64 * 64 // ((height // 8) * (width // 8)))
+        """Pictures that go through the networks at once.
+
+        On a CPU as many as have the latent cells of one at 512x512: more is no faster there. On a GPU as many as fit the
+        free memory, sixteen times that at most; a guided step keeps about 100 kB a cell and half of guidance in 16 bits.
+        """
+        cells, limit = (height // 8) * (width // 8), 64 * 64
+        if self.device.type == "cuda":
+            limit = min(16 * limit, 0.8 * free_memory(self.device) / (2 * 50e3 * self.dtype.itemsize))
+        return max(1, int(limit // cells))
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -2,18 +2,17 @@
 
 A job is a dict: everything that one picture is made from, resolved to the last default. It goes into the picture, and
 into the line of runs.jsonl that is appended once the picture is in place, so that a line means a picture. Work is split
-over processes (torchrun's, or a Slurm job's) batch by batch from the full list of jobs, which every process knows: no
-two ever talk while they draw. Each writes a file of lines of its own; the first merges them at the end.
+over processes (torchrun's) batch by batch from the full list of jobs, which every process knows: no two ever talk or
+wait. Each writes a file of lines of its own and merges it into runs.jsonl at its end.
 """
 
-import datetime
 import json
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,18 +74,27 @@ def identity(row: dict) -> str:
     return json.dumps([row.get(key) for key in IDENTITY])
 
 
-def recorded(folder: Path) -> Iterator[dict]:
-    """Every whole line of runs.jsonl and of the files of processes; what a kill left half written is passed over."""
-    for path in sorted(folder.glob("runs*.jsonl")):
+def recorded(paths: Iterable[Path]) -> Iterator[dict]:
+    """Every whole line of the files that there are; what a kill left half written is passed over."""
+    for path in sorted(filter(Path.exists, paths)):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(json.JSONDecodeError):
                 if isinstance(row := json.loads(line), dict) and "file" in row:
                     yield row
 
 
+def by_file(rows: Iterable[dict]) -> dict[str, dict]:
+    """One line a picture: the one that knows how long it took, where another was made up from the picture."""
+    best = {}
+    for row in rows:
+        if best.get(row["file"], {}).get("seconds") is None:
+            best[row["file"]] = row
+    return best
+
+
 def done(folder: Path, write) -> set[str]:
     """Identities of the pictures in a folder. One whose line was lost gets it back, from the settings inside the picture."""
-    rows = {row["file"]: row for row in recorded(folder)}
+    rows = by_file(recorded(folder.glob("runs*.jsonl")))
     present = {name for name in os.listdir(folder) if re.fullmatch(r"\d+-\d+\.png", name)}
     for name in sorted(present - rows.keys()):
         with suppress(ValueError):  # another program's picture
@@ -109,24 +117,26 @@ class Lines:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
-def merge(folder: Path) -> None:
-    """All lines into runs.jsonl, each picture once, and the files of processes away. Broken off, it can be done again."""
-    rows = {row["file"]: row for row in recorded(folder)}
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, folder / "runs.jsonl")
-    for path in folder.glob("runs-*.jsonl"):
-        path.unlink()
+def merge(folder: Path, paths: list[Path]) -> None:
+    """These files' lines into runs.jsonl, each picture once, and the files away. Broken off, it can be done again."""
+    with image.locked(folder):
+        rows = by_file(recorded([folder / "runs.jsonl", *paths]))
+        handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, folder / "runs.jsonl")
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
-def batches(jobs: list[dict], sd: StableDiffusion) -> list[list[dict]]:
-    """Neighbours that differ in prompt and seed at most, as many as fit the networks at once."""
-    parts, last = [], None
+def batches(jobs: list[dict], sd: StableDiffusion, world: int) -> list[list[dict]]:
+    """Neighbours that differ in prompt and seed at most, as many as fit the networks at once and leave work for every
+    process."""
+    parts, last, share = [], None, -(-len(jobs) // world)
     for job in jobs:
         key = {k: v for k, v in job.items() if k not in ("prompt", "seed", "noise_index")}
-        if key == last and len(parts[-1]) < sd.batch_size(job["height"], job["width"]):
+        if key == last and len(parts[-1]) < min(share, sd.batch_size(job["height"], job["width"])):
             parts[-1].append(job)
         else:
             parts.append([job])
@@ -188,7 +198,7 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
     """Draw and save all jobs that this process has to do; the number of pictures made is kept in `args.made`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     lines = Lines(args.out / (f"runs-{rank}.jsonl" if world > 1 else "runs.jsonl"))
-    parts = batches(jobs, sd)[rank::world]
+    parts = batches(jobs, sd, world)[rank::world]
     if args.resume and args.out.is_dir():
         have = done(args.out, lines.write if rank == 0 else lambda row: None)
         parts = [rest for part in parts if (rest := [job for job in part if identity(job) not in have])]
@@ -236,14 +246,8 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
         temporary = args.save_noise.with_name(args.save_noise.name + ".tmp")
         save_file({"noise": torch.cat(kept)}, temporary)
         os.replace(temporary, args.save_noise)
-    if world > 1:
-        wait_for_all()
-        if rank == 0:
-            merge(args.out)
-
-
-def wait_for_all() -> None:
-    """Until every process of the job is here. The only time that they meet, so it may take as long as the slowest."""
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if world > 1 and args.out.is_dir():
+        paths = [args.out / f"runs-{rank}.jsonl"]
+        if rank == 0:  # a killed run of more processes leaves files that none of these will see to
+            paths += [p for p in args.out.glob("runs-*.jsonl") if p.stem[5:].isdigit() and int(p.stem[5:]) >= world]
+        merge(args.out, paths)

@@ -26,7 +26,7 @@ def pixels(path):
 
 
 def by_job(folder):
-    return {(r["prompt"], r["seed"]): pixels(folder / r["file"]) for r in rows(folder)}
+    return {(r["prompt"], r["seed"], r["steps"]): pixels(folder / r["file"]) for r in rows(folder)}
 
 
 def test_prompts_of_a_text_file_share_batches(tmp_path, monkeypatch):
@@ -39,7 +39,7 @@ def test_prompts_of_a_text_file_share_batches(tmp_path, monkeypatch):
     ]
     assert sizes == [4]
     assert main(["a blue square and a green star", "--seed", "4", "--steps", "2", "--out", str(tmp_path / "one"), "--quiet"]) == 0
-    assert np.abs(pixels(tmp_path / "one/00000-4.png") - by_job(tmp_path / "o")["a blue square and a green star", 4]).max() <= 2
+    assert np.abs(pixels(tmp_path / "one/00000-4.png") - by_job(tmp_path / "o")["a blue square and a green star", 4, 2]).max() <= 2
 
 
 def test_objects_of_a_jsonl_file_have_options_of_their_own(tmp_path):
@@ -95,39 +95,47 @@ def test_resume_makes_what_is_missing_and_nothing_else(tmp_path, capfd):
     (tmp_path / "00099-9.png").write_bytes(b"not ours")
     assert main(args) == 0
     assert "1 of 6 pictures are still to be made" in capfd.readouterr().err
-    good = list(running.recorded(tmp_path))
+    good = list(running.recorded([tmp_path / "runs.jsonl"]))
     assert sorted(r["seed"] for r in good if (tmp_path / r["file"]).exists()) == [0, 1, 2, 3, 4, 5]
     assert {r["seed"]: r["file"] for r in good}.items() >= {k: v for k, v in first.items() if k != 1}.items()
     assert main([*args[:-1], "--resume", "--guidance-scale", "2", "--quiet"]) == 0  # other settings, other pictures
-    assert len(list(running.recorded(tmp_path))) == 7 + 6
+    assert len(list(running.recorded([tmp_path / "runs.jsonl"]))) == 7 + 6
 
 
 def launch(processes, *args):
-    root = minsd.__path__[-1] if len(minsd.__path__) > 1 else None
+    root = minsd.__path__[-1] if len(minsd.__path__) > 1 else None  # of a checkout
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0", "--rdzv-backend=c10d",
                "--rdzv-endpoint=localhost:0", "-m", "minsd.generate", *args]
     return subprocess.Popen(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def kill_all(pid):
+    """torchrun's workers are leaders of sessions of their own: killed first, by their parent's number."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    for each in (pid, *map(int, children)):
+        os.kill(each, signal.SIGKILL)
+
+
 def test_processes_killed_and_taken_up_again_make_each_picture_once(tmp_path):
-    (tmp_path / "p.txt").write_text("a red circle\na blue square and a green star\n")
-    job = ["--prompts", str(tmp_path / "p.txt"), "--seeds", "0-11", "--steps", "6", "--quiet"]
+    lines = [{"prompt": prompt, "steps": n} for n in range(6, 12) for prompt in ("a red circle", "a blue square and a green star")]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))  # six batches of six
+    job = ["--prompts", str(tmp_path / "p.jsonl"), "--seeds", "0-2", "--quiet"]
     out = tmp_path / "o"
     process = launch(2, *job, "--out", str(out), "--resume")
     while process.poll() is None and len(list(out.glob("*.png"))) < 3:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all(process.pid)
     process.wait()
     before = {p.name: p.read_bytes() for p in out.glob("*.png")}
-    assert 3 <= len(before) < 24
+    assert 3 <= len(before) < 36
 
     process = launch(2, *job, "--out", str(out), "--resume")
     assert process.wait() == 0, process.stderr.read().decode()
     assert all((out / name).read_bytes() == content for name, content in before.items())
     assert not list(out.glob("runs-*.jsonl"))
     many = by_job(out)
-    assert len(many) == len(rows(out)) == len(list(out.glob("*.png"))) == 24
+    assert len(many) == len(rows(out)) == len(list(out.glob("*.png"))) == 36
 
     assert main([*job, "--out", str(tmp_path / "one")]) == 0
     one = by_job(tmp_path / "one")
@@ -136,7 +144,9 @@ def test_processes_killed_and_taken_up_again_make_each_picture_once(tmp_path):
 
 def test_merging_again_changes_nothing(tmp_path):
     for name, files in (("runs.jsonl", "ab"), ("runs-0.jsonl", "bc"), ("runs-1.jsonl", "d")):
-        (tmp_path / name).write_text("".join(json.dumps({"file": f, "seed": 1}) + "\n" for f in files))
+        seconds = 1.0 if name == "runs.jsonl" else None
+        (tmp_path / name).write_text("".join(json.dumps({"file": f, "seconds": seconds}) + "\n" for f in files))
     for _ in range(2):
-        running.merge(tmp_path)
-        assert [r["file"] for r in rows(tmp_path)] == list("abcd") and [p.name for p in tmp_path.iterdir()] == ["runs.jsonl"]
+        running.merge(tmp_path, [tmp_path / "runs-0.jsonl", tmp_path / "runs-1.jsonl"])
+        assert [(r["file"], r["seconds"]) for r in rows(tmp_path)] == [("a", 1.0), ("b", 1.0), ("c", None), ("d", None)]
+        assert [p.name for p in tmp_path.iterdir()] == ["runs.jsonl"]
