@@ -43,7 +43,7 @@ def parser() -> Parser:
     a("--height", metavar="H", type=int, help="pixels, a multiple of 8 (default: the model's)")
     a("--width", metavar="W", type=int, help="pixels, a multiple of 8 (default: the model's)")
     a("--init-image", metavar="FILE", type=Path, help="begin from this picture, cut and scaled to the size")
-    a("--strength", metavar="S", type=float, help="how far to go from --init-image, above 0 to 1 (default: 0.8)")
+    a("--strength", metavar="S", type=float, help="how far to go from --init-image, 0 to 1 (default: 0.8)")
     a("--noise", metavar="FILE", type=Path, help="initial noise from a file that --save-noise wrote")
     a = p.add_argument_group("with what").add_argument
     a("--model", metavar="NAME|DIR|FILE|ID", help="shapes (the embedded model, default), a diffusers folder, a .safetensors file, a hub id")
@@ -204,8 +204,8 @@ def check_line(line, chance: int) -> None:
         raise ValueError("--karras is for --sampler dpmpp_2m")
     if line.strength is not None and line.init_image is None:
         raise ValueError("--strength is for --init-image")
-    if line.strength is not None and not 0 < line.strength <= 1:
-        raise ValueError(f"--strength must be above 0 and at most 1, not {line.strength}")
+    if line.strength is not None and not 0 <= line.strength <= 1:
+        raise ValueError(f"--strength must be from 0 to 1, not {line.strength}")
     if line.init_image is not None:
         check_picture(line.init_image)
     if line.num_images is not None and line.num_images < 1:

@@ -95,8 +95,8 @@ class StableDiffusion:
 
         Whatever is None takes the model's own default. Height and width are pixels, multiples of 8. With several
         prompts, one per picture. `refine(i, t, x) -> x` may change the latents before each step's prediction.
-        `init_image` is where image to image begins, cut and scaled to height x width, and `strength` the share of the
-        steps that it goes through. `karras`: the level spacing of that name, for dpmpp_2m.
+        `init_image` is where image to image begins, cut and scaled to height x width, and `strength` (0 to 1)
+        the share of the steps that it goes through. `karras`: the level spacing of that name, for dpmpp_2m.
         """
         height, width = height or self.config.size, width or self.config.size
         if height % 8 or width % 8 or height < 8 or width < 8:
@@ -156,8 +156,9 @@ class StableDiffusion:
     ) -> torch.Tensor:
         """The loop that everything shares: unit noise (B,4,h,w) -> latents, with any noise predictor.
 
-        `seeds` feed samplers that draw noise on the way. With `init`, latents (B or 1,4,h,w) of a picture, that share
-        `strength` of the steps is run which it needs less of. `progress(i, t)` is called after every step.
+        `seeds` feed samplers that draw noise on the way. With `init`, latents (B or 1,4,h,w) of a picture, the run begins
+        from these, noised, and goes through the last `strength` of the steps: at 0 none, at 1 nothing of `init` is left.
+        `progress(i, t)` is called after every step.
         """
         sampler = sampler or self.config.sampler
         if sampler not in SAMPLERS:
@@ -168,8 +169,12 @@ class StableDiffusion:
             if sampler != "dpmpp_2m":
                 raise ValueError(f"karras levels are for the sampler dpmpp_2m, not {sampler}")
             options["karras"] = True
-        if init is not None:
-            options |= {"init": init.to(self.device, self.dtype).expand(len(noise), -1, -1, -1), "start": first_step(steps, strength)}
+        first = 0 if init is None else first_step(steps, strength)
+        if first:
+            init = init.to(self.device, self.dtype).expand(len(noise), -1, -1, -1)
+            if first == steps:
+                return init
+            options |= {"init": init, "start": first}
         start = noise.to(self.device, self.dtype)
         generator = make_generators(range(len(noise)) if seeds is None else seeds, skip=noise.shape[1:])
         for i, t, x in SAMPLERS[sampler](predict, start, self.schedule, steps, generator=generator, refine=refine, **options):  # noqa: B007
@@ -234,11 +239,11 @@ class StableDiffusion:
 
 
 def first_step(steps: int, strength: float) -> int:
-    """How many of `steps` image to image leaves out at the noisy end, for a strength in 0..1. ValueError if none is left."""
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
+    """How many of `steps` image to image leaves out at the noisy end, for a strength in 0..1."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be from 0 to 1, not {strength}")
     run = math.floor(steps * strength + 1e-9)
-    if run < 1:
+    if run < 1 and strength:
         raise ValueError(f"strength {strength} leaves none of {steps} steps: the least that runs one is {1 / steps:.3g}")
     return steps - run
 

@@ -137,6 +137,11 @@ def bad(*args, says):
         bad("x", "--num-images", "0", says="--num-images must be 1 or more"),
         bad("x", "--modle", "y", says="unrecognized arguments: --modle"),
         bad("x", "--model", "nosuch", says="there is no model 'nosuch'"),
+        bad("x", "--init-image", "nosuch.png", says="there is no picture nosuch.png"),
+        bad("x", "--init-image", __file__, says="is not a picture that can be read"),
+        bad("x", "--strength", "0.5", says="--strength is for --init-image"),
+        bad("x", "--karras", says="--karras is for --sampler dpmpp_2m"),
+        bad("x", "--attention", "magic", says="invalid choice: 'magic'"),
         bad("x", "--noise", "nosuch.safetensors", says="no noise file nosuch.safetensors"),
         bad("--like", "nosuch.png", says="no picture nosuch.png"),
         bad("x", "--save-noise", "no/such/folder/n.safetensors", says="there is no folder"),
@@ -175,6 +180,16 @@ def test_bad_noise_and_pictures(tmp_path, capfd):
         assert main(["--like", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / "out")]) == 2
         assert says in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_image_to_image_and_like(tmp_path, made):
+    picture = made / "00000-3.png"
+    args = [PROMPT, "--seed", "1", "--init-image", str(picture), "--strength", "0.5", "--steps", "4", "--sampler", "dpmpp_2m", "--karras"]
+    assert main([*args, "--out", str(tmp_path), "--quiet"]) == 0
+    row = lines(tmp_path)[0]
+    assert (row["init_image"], row["strength"], row["karras"], row["unet_rows"]) == (str(picture), 0.5, True, 4)
+    assert main(["--like", str(tmp_path / row["file"]), "--out", str(tmp_path), "--quiet"]) == 0
+    assert np.array_equal(pixels(tmp_path / "00001-1.png"), pixels(tmp_path / "00000-1.png"))
 
 
 def test_interrupt_keeps_what_is_done(tmp_path, capfd, monkeypatch):
