@@ -145,21 +145,21 @@ def _differentiable(*args):
 
 def _save(ctx, inputs, output):
     q, k, v, scale, bias, region, length, _, kernel = inputs
-    out, _, lse = output
-    ctx.save_for_backward(q, k, v, bias, region, out, lse)
+    out, _, kept = output
+    ctx.save_for_backward(q, k, v, bias, region, out, kept)
     ctx.rest = scale, length, kernel
     ctx.set_materialize_grads(False)  # "no gradient" is worth knowing: whole loops are left out
 
 
 def _gradients(ctx, grad_out, grad_maps, run):
-    q, k, v, bias, region, out, lse = ctx.saved_tensors
+    q, k, v, bias, region, out, kept = ctx.saved_tensors
     scale, length, kernel = ctx.rest
     if not out.numel():
         grad_out = None
     if grad_out is None and grad_maps is None:
         return (None,) * 9
     keys = any(ctx.needs_input_grad[1:3])
-    dq, dk, dv = run(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length, keys, kernel)
+    dq, dk, dv = run(grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, length, keys, kernel)
     need = ctx.needs_input_grad
     return dq if need[0] else None, dk if need[1] else None, dv if need[2] else None, *(None,) * 6
 
@@ -187,26 +187,28 @@ def forward_op(q, k, v, scale, bias, region, length, probs, kernel):
 
 
 @torch.library.custom_op("minsd::attention_backward", mutates_args=(), schema=(
-    "(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor? v, Tensor out, Tensor lse, float scale, Tensor? bias,"
+    "(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor? v, Tensor out, Tensor kept, float scale, Tensor? bias,"
     " Tensor? region, int length, bool keys, str kernel) -> (Tensor, Tensor, Tensor)"
 ))
-def backward_op(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length, keys, kernel):
-    return _module(kernel).backward(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length, keys)
+def backward_op(grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, length, keys, kernel):
+    return _module(kernel).backward(grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, length, keys)
 
 
 @forward_op.register_fake
 def _(q, k, v, scale, bias, region, length, probs, kernel):
     b, n, h, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    whole = (b, h, n, k.shape[1])
+    kept = (b, h, n) if kernel == "triton" else whole if reference.keeps(*whole) else (0,)
     return (
         q.new_empty(q.shape if v is not None else (0,)),
         q.new_empty((b, n, k.shape[1]) if probs else (0,), dtype=wide),
-        q.new_empty((b, h, n) if kernel == "triton" else (0,), dtype=wide),
+        q.new_empty(kept, dtype=wide),
     )
 
 
 @backward_op.register_fake
-def _(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length, keys, kernel):
+def _(grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, length, keys, kernel):
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape if keys else (0,)),

@@ -2,7 +2,8 @@
 
 `whole` is the definition, differentiated by autograd. `forward` and `backward` compute the same a few rows at a time and
 hold at most `LIMIT` probabilities: softmax rows are independent, so nothing is approximated. Formulas: kernels/flash.py.
-They are written by hand because checkpointing each chunk instead leaves the allocator holding gigabytes.
+They are written by hand because checkpointing each chunk instead leaves the allocator holding gigabytes. Probabilities
+that fit the limit whole are kept for the backward pass; of others each chunk is made once more.
 """
 
 import torch
@@ -54,7 +55,8 @@ def _chunks(q, k, bias, region):
 
 
 def forward(q, k, v, scale, bias, region, length, probs):
-    """-> (out (B,N,H,d), maps (B,N,M), lse), each empty where it was not asked for (`v` None: no out)."""
+    """-> (out (B,N,H,d), maps (B,N,M), kept), each empty where it was not asked for (`v` None: no out). `kept`, for the
+    backward pass, has the probabilities (B,H,N,M) where `keeps` says so."""
     dtype, (b, n, h, d), m = q.dtype, q.shape, k.shape[1]
     q, k, v = _heads_first(q, k, v)
     out = q.new_empty((b, n, h, d) if v is not None else 0, dtype=dtype)
@@ -65,10 +67,14 @@ def forward(q, k, v, scale, bias, region, length, probs):
             out[:, rows] = (p @ v).transpose(1, 2)
         if probs:
             maps[:, rows] = p.mean(dim=1)
-    return out, maps, q.new_empty(0)
+    return out, maps, p if keeps(b, h, n, m) else q.new_empty(0)
 
 
-def backward(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length, keys):
+def keeps(b: int, h: int, n: int, m: int) -> bool:
+    return b * h * n * m <= LIMIT
+
+
+def backward(grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, length, keys):
     """-> gradients of q, k and v in their shapes; those of k and v are empty unless `keys`."""
     dtype, heads = q.dtype, q.shape[2]
     q, k, v, do = _heads_first(q, k, v, grad_out)
@@ -76,7 +82,7 @@ def backward(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length
     dk = torch.zeros_like(k) if keys else q.new_empty(0)
     dv = torch.zeros_like(v) if keys and v is not None else q.new_empty(0)
     for rows, hidden in _chunks(q, k, bias, region):
-        p = _softmax(q[:, :, rows], k, scale, *hidden, length)  # once more, rather than kept
+        p = kept if kept.numel() else _softmax(q[:, :, rows], k, scale, *hidden, length)
         dp = 0.0 if do is None else do[:, :, rows] @ v.transpose(-1, -2)  # (B, H, n, M)
         if grad_maps is not None:
             dp = dp + grad_maps[:, None, rows] / heads

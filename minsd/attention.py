@@ -101,19 +101,21 @@ class Attention(nn.Module):
             self.fuse()
         return self
 
-    def project(self, x: torch.Tensor, context: torch.Tensor):
+    def keys(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v (B,M,heads,d) of what is looked at, (B,M,D): of a text the same at every step."""
+        k, v = (self.to_k(context), self.to_v(context)) if self.fused is None else F.linear(context, self.fused).chunk(2, dim=-1)
+        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+
+    def project(self, x: torch.Tensor, context):
         """-> q (B,N,heads,d), k and v (B,M,heads,d): views of as few products as the weights allow."""
-        if self.fused is None:
-            projected = self.to_q(x), self.to_k(context), self.to_v(context)
-        elif self.is_cross:
-            projected = self.to_q(x), *F.linear(context, self.fused).chunk(2, dim=-1)
-        else:
-            projected = F.linear(x, self.fused).chunk(3, dim=-1)
-        return (y.unflatten(-1, (self.num_heads, -1)) for y in projected)
+        if context is None and self.fused is not None:
+            return [y.unflatten(-1, (self.num_heads, -1)) for y in F.linear(x, self.fused).chunk(3, dim=-1)]
+        q = self.to_q(x).unflatten(-1, (self.num_heads, -1))
+        return q, *(context if isinstance(context, tuple) else self.keys(x if context is None else context))
 
     def forward(self, x, context=None, *, grid=None, record: AttentionRecorder | None = None, region: torch.Tensor | None = None):
-        """x (B,N,C); context (B,M,D), or with `region` (B,N), each cell's text among several, (B,R,M,D)."""
-        q, k, v = self.project(x, x if context is None else context)
+        """x (B,N,C); context (B,M,D) or its `keys`; with `region` (B,N), each cell's text among several, (B,R,M,D)."""
+        q, k, v = self.project(x, context)
         recording = record is not None and record.wants(grid)
         more = {} if region is None else {"region": region}
         out, probs = self.attend(q, k, v, probs="mean" if recording else None, backend=self.backend, **more)  # (B, N, heads, d)

@@ -5,6 +5,7 @@ dataclasses by `weights.load`. Names follow the field (`num_heads`, `head_dim`);
 documented at `UNetConfig.num_heads`.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 
@@ -80,6 +81,8 @@ class ModelConfig:
     steps: int = 50
     sampler: str = "ddim"
     guidance_scale: float = 7.5
+    conflict_limit: float = 0.3  # InitNO: the self-attention conflict loss below which a noise will do (inf: it says nothing here)
+    update_scale: float = 20.0  # Attend-and-Excite and InitNO while denoising: the size of an update of the latents
 
     @property
     def size(self) -> int:
@@ -123,7 +126,7 @@ MODELS: dict[str, ModelConfig] = {
                 pad_token_id=634, eos_token_id=634,
             ),
             schedule=ScheduleConfig(beta_end=0.0085),
-            guidance_scale=5.0,
+            guidance_scale=5.0, conflict_limit=math.inf, update_scale=2.0,
         ),
     )
 }

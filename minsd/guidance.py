@@ -25,12 +25,31 @@ def eps_from_output(output: torch.Tensor, x: torch.Tensor, t: int | float, sched
     return abar**0.5 * output + (1 - abar) ** 0.5 * x
 
 
+def _keys_for(unet, contexts: list[torch.Tensor]):
+    """-> keys(n): what the network's attention makes of these texts, each for n images, one after the other; computed
+    once for all steps. Texts (1,77,D) are looked at once and repeated."""
+    known = {}
+
+    def keys(n):
+        if n not in known:
+            if any(c.requires_grad for c in contexts):  # a gradient wants its graph anew at every step
+                return torch.cat([c.expand(n, -1, -1) for c in contexts])
+            alone = all(len(c) == 1 for c in contexts)
+            each = unet.keys(torch.cat(contexts if alone else [c.expand(n, -1, -1) for c in contexts]))
+            known.clear()
+            known[n] = {m: tuple(y.repeat_interleave(n, dim=0) if alone and n > 1 else y for y in kv) for m, kv in each.items()}
+        return known[n]
+
+    return keys
+
+
 def conditional(unet, context: torch.Tensor, schedule: Schedule) -> Predictor:
     """The network under one text: context (B,77,D), or (1,77,D) for every image of the batch."""
 
+    keys = _keys_for(unet, [context])
+
     def predict(x, t):
-        output = unet(x, t, context.expand(len(x), -1, -1))
-        return eps_from_output(output, x, t, schedule)
+        return eps_from_output(unet(x, t, keys(len(x))), x, t, schedule)
 
     return predict
 
@@ -43,9 +62,11 @@ def classifier_free(unet, cond: torch.Tensor, uncond: torch.Tensor, guidance_sca
     if guidance_scale == 1:
         return conditional(unet, cond, schedule)
 
+    keys = _keys_for(unet, [uncond, cond])
+
     def predict(x, t):
-        context = torch.cat([uncond.expand(len(x), -1, -1), cond.expand(len(x), -1, -1)])  # (2B, 77, D)
-        u, c = eps_from_output(unet(torch.cat([x, x]), t, context), torch.cat([x, x]), t, schedule).chunk(2)
+        both = torch.cat([x, x])
+        u, c = eps_from_output(unet(both, t, keys(len(x))), both, t, schedule).chunk(2)
         return u + guidance_scale * (c - u)
 
     return predict

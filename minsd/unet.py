@@ -86,6 +86,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, context, grid, record, region):
         x = x + self.attn1(self.norm1(x), grid=grid, record=record)  # (B, h*w, C)
+        context = context[self.attn2] if isinstance(context, dict) else context
         x = x + self.attn2(self.norm2(x), context, grid=grid, record=record, region=region)
         return x + self.ff(self.norm3(x))
 
@@ -203,17 +204,23 @@ class UNet(nn.Module):
         """(rows, columns) of every level, finest first, for latents of `size`."""
         return [(-(-size[0] // 2**i), -(-size[1] // 2**i)) for i in range(len(self.down_blocks))]
 
+    def keys(self, context: torch.Tensor) -> dict[Attention, tuple[torch.Tensor, torch.Tensor]]:
+        """What every attention layer makes of the text states (B,77,D). It does not depend on x or t: `forward` takes it in
+        place of the context, so that a run of many steps computes it once."""
+        return {m: m.keys(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
+
     def forward(
         self,
         x: torch.Tensor,
         t: int | float | torch.Tensor,
-        context: torch.Tensor,
+        context: torch.Tensor | dict,
         *,
         record: AttentionRecorder | None = None,
         region: dict[tuple[int, int], torch.Tensor] | None = None,
         control: tuple[list[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
-        """x (B,4,h,w) latents, t a training timestep or (B,) of them, context (B,77,D) text states -> (B,4,h,w).
+        """x (B,4,h,w) latents, t a training timestep or (B,) of them, context (B,77,D) text states or their `keys`
+        -> (B,4,h,w).
 
         `record` collects attention maps on the way; with `record.only` the pass ends after the last layer that records
         and returns None. h and w may be any size: the way up takes each size from what was kept on the way down.

@@ -7,7 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from minsd.attention import Attention, AttentionRecorder
-from minsd.config import MODELS, UNetConfig
+from minsd.config import MODELS, ScheduleConfig, UNetConfig
+from minsd.guidance import classifier_free
+from minsd.samplers.schedule import Schedule
 from minsd.unet import UNet
 
 SMALL = UNetConfig(
@@ -158,6 +160,31 @@ def test_each_cell_looks_at_its_own_text(small):
     mixed = block(cells, texts, region=half)
     expected = torch.cat([block(cells, texts[:, 0])[:, :128], block(cells, texts[:, 1])[:, 128:]], dim=1)
     assert relative(mixed, expected) < 1e-6
+
+
+@torch.no_grad()
+def test_keys_stand_for_the_text(small):
+    unet, x, context = small
+    keys = unet.keys(context)
+    assert torch.equal(unet(x, 300, keys), unet(x, 300, context)) and torch.equal(unet(x, 700, keys), unet(x, 700, context))
+
+
+def test_predictors_look_at_a_text_once_unless_it_takes_a_gradient(small):
+    unet, x, context = small
+    calls, schedule = [], Schedule(ScheduleConfig())
+    layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    handle = layer.to_k.register_forward_hook(lambda *args: calls.append(1))
+    cond, uncond = context[:1].clone(), context[1:].clone()
+    predict = classifier_free(unet, cond, uncond, 3.0, schedule)
+    first, second = predict(x, 500), predict(x, 300)
+    assert len(calls) == 1 and predict(x[:1], 300).shape == (1, 4, 16, 16) and len(calls) == 2
+    u, c = unet(x, 300, uncond.expand(2, -1, -1)), unet(x, 300, cond.expand(2, -1, -1))
+    assert relative(second, u + 3 * (c - u)) < 1e-5 and relative(first, second) > 0.01
+    cond.requires_grad_()
+    predict = classifier_free(unet, cond, uncond, 3.0, schedule)
+    for t in (500, 300):
+        assert torch.autograd.grad(predict(x, t).sum(), cond)[0].abs().sum() > 0
+    handle.remove()
 
 
 @torch.no_grad()
