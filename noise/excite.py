@@ -148,7 +148,7 @@ def watch(
 
 
 def heat(values: Tensor, picture: Image.Image) -> Image.Image:
-    """A map (h,w) over a picture: dark where it is 0, and from blue by red to yellow at its largest."""
+    """A map (h,w) over a picture in grey: dark blue where it is 0, by violet and red to yellow at its largest."""
     v = (values / values.max().clamp(min=1e-12)).float()
     ramp = torch.stack([(2 * v).clamp(0, 1), (2 * v - 1).clamp(0, 1), (1 - 2 * (v - 0.3).abs()).clamp(0, 1)], dim=-1)  # (h, w, 3)
     colours = Image.fromarray((255 * ramp).round().to(torch.uint8).numpy()).resize(picture.size, Image.Resampling.BICUBIC)

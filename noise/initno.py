@@ -141,8 +141,9 @@ def optimize_batch(
             else:
                 going.append(k)
             if progress is not None:
-                where = f"last try step {image.step + 1}/{last_steps}" if image.last else (
-                    f"round {image.round}/{rounds} step {image.step + 1}/{round_steps}")
+                length = last_steps if image.last else round_steps
+                where = "last try" if image.last else f"round {image.round}/{rounds}"
+                where += f" step {image.step + 1}/{length}" if image.step < length else ", its end"
                 progress(b, f"{where} cross {cross:.2f} self {conflict:.2f}")
         if going:
             rows = live[going]
