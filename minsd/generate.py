@@ -19,6 +19,7 @@ from pathlib import Path
 from minsd import __version__
 
 SAMPLERS = ("ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lcm")  # samplers.SAMPLERS, without its imports
+METHODS = ("random", "initno", "select", "optimize")
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 
 
@@ -45,6 +46,16 @@ def parser() -> Parser:
     a("--init-image", metavar="FILE", type=Path, help="begin from this picture, cut and scaled to the size")
     a("--strength", metavar="S", type=float, help="how far to go from --init-image, 0 to 1 (default: 0.8)")
     a("--noise", metavar="FILE", type=Path, help="initial noise from a file that --save-noise wrote")
+    a = p.add_argument_group("the initial noise (each also a key of such a line)").add_argument
+    a("--init-noise", choices=METHODS, help="optimise it by attention maps (initno), select or optimise it by inversion stability")
+    a("--candidates", metavar="K", type=int, help="select: the best of K seeds from --seed on (default: 100)")
+    a("--score", choices=("stability", "attention"), help="select: by what (default: stability)")
+    a("--optimize-steps", metavar="N", type=int, help="optimize: gradient steps (default: 100)")
+    a("--optimize-mode", choices=("full", "detach"), help="optimize: through the inversion too, or not (default: full)")
+    a("--subjects", metavar="WORDS", help="what must not be neglected, such as \"cat, rabbit\" (default: found in the prompt)")
+    a("--token-indices", metavar="LIST", help="the same by token position, such as 2,5 (--list-tokens)")
+    a("--excite", action=argparse.BooleanOptionalAction, default=None,
+      help="move the latents towards the subjects while denoising (initno does; --no-excite: it does not)")
     a = p.add_argument_group("with what").add_argument
     a("--model", metavar="NAME|DIR|FILE|ID", help="shapes (the embedded model, default), a diffusers folder, a .safetensors file, a hub id")
     a("--vae", metavar="DIR|FILE", type=Path, help="another VAE than the model's own")
@@ -58,6 +69,7 @@ def parser() -> Parser:
     a("--resume", action="store_true", help="leave out what --out holds already")
     a("--out", metavar="DIR", type=Path, default=Path("outputs"), help="where pictures go (default: outputs)")
     a("--save-noise", metavar="FILE", type=Path, help="write the initial noise (safetensors)")
+    a("--attention-maps", action="store_true", help="for each picture a sheet of where its subjects' words looked, in DIR/extra")
     a("--like", metavar="PNG", type=Path, help="make this picture again; other options override its settings")
     a("--list-tokens", action="store_true", help="print the prompt's tokens and their positions, and stop")
     a("--quiet", action="store_true", help="no progress, no notes")
@@ -70,13 +82,14 @@ def parser() -> Parser:
 # The options that a line of a prompts file may set; the others hold for the whole run.
 PER_LINE = (
     "prompt", "negative_prompt", "seed", "seeds", "num_images", "steps", "guidance_scale", "sampler", "karras", "height", "width",
-    "init_image", "strength", "noise",
+    "init_image", "strength", "noise", "init_noise", "candidates", "score", "optimize_steps", "optimize_mode", "subjects",
+    "token_indices", "excite",
 )
-# What --like takes from a picture, by its name there (as here, where not said otherwise).
-LIKE = {key: key for key in (
+# What --like takes from a picture, by the same name there.
+LIKE = (
     "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "steps", "guidance_scale", "sampler", "karras", "height",
-    "width", "init_image", "strength", "dtype", "device",
-)}
+    "width", "init_image", "strength", "init_noise", "score", "optimize_steps", "optimize_mode", "dtype", "device",
+)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -99,9 +112,17 @@ def take_from_picture(args) -> None:
     settings = read_settings(args.like)
     if settings.get("noise_file") and args.noise is None:
         raise ValueError(f"{args.like} began from the noise file {settings['noise_file']}: give it with --noise")
-    for key, name in LIKE.items():
-        if getattr(args, name) is None and settings.get(key) is not None and not (key == "seed" and args.seeds is not None):
-            setattr(args, name, Path(settings[key]) if key in ("vae", "init_image") else settings[key])
+    if ranked := settings.get("candidates"):  # the search began at the first of them, and is made again
+        settings |= {"seed": ranked[0]["seed"]}
+        args.candidates = args.candidates or len(ranked)
+    if args.token_indices is None and args.subjects is None and settings.get("subjects"):
+        words = all(isinstance(subject, str) for subject in settings["subjects"])
+        setattr(args, "subjects" if words else "token_indices", ",".join(map(str, settings["subjects"])))
+    if args.excite is None and settings.get("init_noise") is not None:
+        args.excite = settings.get("excite") is not None
+    for key in LIKE:
+        if getattr(args, key) is None and settings.get(key) is not None and not (key == "seed" and args.seeds is not None):
+            setattr(args, key, Path(settings[key]) if key in ("vae", "init_image") else settings[key])
 
 
 def check(args) -> list[argparse.Namespace]:
@@ -192,6 +213,7 @@ def set_option(line, options: dict, key: str, value) -> None:
 
 def check_line(line, chance: int) -> None:
     """What one prompt is drawn with: ranges, files, contradictions; its seeds become a list."""
+    check_method(line)
     for name in ("height", "width"):
         value = getattr(line, name)
         if value is not None and (value < 8 or value % 8):
@@ -217,10 +239,50 @@ def check_line(line, chance: int) -> None:
     if line.seeds is not None:
         line.seeds = parse_seeds(line.seeds)
     else:
-        first = chance if line.seed is None else line.seed
-        line.seeds = list(range(first, first + (line.num_images or 1)))
+        first, stride = chance if line.seed is None else line.seed, line.candidates or 1  # no seed is a candidate twice
+        line.seeds = list(range(first, first + (line.num_images or 1) * stride, stride))
     if line.noise is not None and not line.noise.is_file():
         raise FileNotFoundError(f"there is no noise file {line.noise}")
+
+
+def check_method(line) -> None:
+    """How the initial noise is found, and what goes with it."""
+    method = line.init_noise = line.init_noise or "random"
+    if method != "random":
+        for name, given in (("--noise", line.noise), ("--init-image", line.init_image)):
+            if given is not None:
+                raise ValueError(f"--init-noise {method} looks for the initial noise itself: leave out {name}")
+    if method == "select":
+        line.score, line.candidates = line.score or "stability", 100 if line.candidates is None else line.candidates
+    elif line.score is not None and (method != "initno" or line.score != "attention"):
+        raise ValueError("--score is for --init-noise select (or, as attention, for initno to begin from the best of --candidates)")
+    elif line.score is None and line.candidates is not None:
+        raise ValueError("--candidates is for --init-noise select, or for initno with --score attention")
+    elif line.score is not None:
+        line.candidates = 16 if line.candidates is None else line.candidates
+    if line.candidates is not None and not 1 <= line.candidates <= 100_000:
+        raise ValueError(f"--candidates must be from 1 to 100000, not {line.candidates}")
+    for name in ("optimize_steps", "optimize_mode"):
+        if getattr(line, name) is not None and method != "optimize":
+            raise ValueError(f"--{name.replace('_', '-')} is for --init-noise optimize")
+    if method == "optimize":
+        line.optimize_steps = 100 if line.optimize_steps is None else line.optimize_steps
+        line.optimize_mode = line.optimize_mode or "full"
+        if not 0 <= line.optimize_steps <= 100_000:
+            raise ValueError(f"--optimize-steps must be from 0 to 100000, not {line.optimize_steps}")
+    if line.excite is False and method != "initno":
+        line.excite = None  # there is nothing to leave out
+    line.looks = method == "initno" or line.excite or line.attention_maps or line.score == "attention"
+    if line.subjects is not None and line.token_indices is not None:
+        raise ValueError("give --subjects or --token-indices, not both")
+    if (line.subjects is not None or line.token_indices is not None) and not line.looks:
+        raise ValueError("--subjects and --token-indices are for --init-noise initno, --excite, --score attention or --attention-maps")
+    if line.token_indices is not None:
+        if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", line.token_indices):
+            raise ValueError(f"--token-indices takes positions such as 2,5, not {line.token_indices!r}")
+        line.subjects = [int(part) for part in line.token_indices.split(",")]
+    elif line.subjects is not None:
+        line.subjects = [part.strip() for part in line.subjects.split(",")]
 
 
 def check_picture(path: Path) -> None:

@@ -63,25 +63,38 @@ def locked(folder: Path):
         os.close(handle)  # and with it the lock
 
 
+@contextlib.contextmanager
+def _temporary(picture: Image.Image, folder: Path, info=None):
+    """A path beside its place with the picture in it, to be renamed within the block: whole or not at all."""
+    handle, path = tempfile.mkstemp(suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, format="PNG", pnginfo=info)
+        os.chmod(path, 0o644)  # mkstemp makes it its owner's alone
+        yield path
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        raise
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(picture, path.parent) as temporary:
+        os.replace(temporary, path)
+
+
 def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
     """Write `NNNNN-SEED.png` with its settings; NNNNN goes on from the highest there. Whole or not at all."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("minsd", json.dumps(settings, ensure_ascii=False))
     info.add_itxt("parameters", parameters(settings))
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format="PNG", pnginfo=info)
-        os.chmod(temporary, 0o644)  # mkstemp makes it its owner's alone
-        with locked(folder):
-            present = [int(m[1]) for name in os.listdir(folder) if (m := re.match(r"(\d+)-\d+\.png$", name))]
-            path = folder / f"{max(present, default=-1) + 1:05d}-{settings['seed']}.png"
-            os.replace(temporary, path)
-        return path
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with _temporary(picture, folder, info) as temporary, locked(folder):
+        present = [int(m[1]) for name in os.listdir(folder) if (m := re.match(r"(\d+)-\d+\.png$", name))]
+        path = folder / f"{max(present, default=-1) + 1:05d}-{settings['seed']}.png"
+        os.replace(temporary, path)
+    return path
 
 
 def read_settings(path: Path) -> dict:

@@ -12,8 +12,10 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,13 +23,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from minsd import __version__, image
+from minsd.noise import excite, initno, losses
 from minsd.noise.initial import noise as draw_noise
 from minsd.pipeline import StableDiffusion, first_step
 
 # What tells one picture from another; all else in a line is how it went.
 IDENTITY = (
     "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "sampler", "karras", "steps", "guidance_scale", "height",
-    "width", "init_image", "strength", "noise_file", "noise_index", "dtype",
+    "width", "init_image", "strength", "noise_file", "noise_index", "init_noise", "score", "optimize_steps", "optimize_mode", "subjects",
+    "excite", "dtype",
 )
 
 
@@ -53,8 +57,11 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
             "sampler": line.sampler or sd.config.sampler, "karras": bool(line.karras),
             "steps": sd.config.steps if line.steps is None else line.steps,
             "guidance_scale": sd.config.guidance_scale if line.guidance_scale is None else line.guidance_scale,
-            "height": line.height or sd.config.size, "width": line.width or sd.config.size, "init_noise": "random",
+            "height": line.height or sd.config.size, "width": line.width or sd.config.size, "init_noise": line.init_noise,
         }
+        if line.looks:
+            settings |= {"subjects": subjects_of(sd, args, line), "excite": excitement(line)}
+        settings |= {key: value for key in METHOD_OPTIONS if (value := getattr(line, key)) is not None}
         if line.init_image is not None:
             settings |= {"init_image": str(line.init_image), "strength": 0.8 if line.strength is None else line.strength}
             first_step(settings["steps"], settings["strength"])
@@ -70,8 +77,34 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
     return jobs
 
 
+METHOD_OPTIONS = ("candidates", "score", "optimize_steps", "optimize_mode")
+
+
+def subjects_of(sd: StableDiffusion, args, line) -> list[str | int]:
+    """The subjects of a line, found in its prompt where it names none. ValueError for what the prompt does not have."""
+    subjects = losses.automatic_subjects(line.prompt) if line.subjects is None else line.subjects
+    try:
+        losses.resolve(sd.text, line.prompt, subjects)
+    except ValueError as error:
+        raise ValueError(f"{line.where}{error}") from None
+    if line.subjects is None and not args.quiet:
+        print(f"minsd: subjects: {', '.join(subjects)}", file=sys.stderr)
+    return subjects
+
+
+def excitement(line) -> str | None:
+    """Which updates while denoising: InitNO brings its own, and alone they are Attend-and-Excite's."""
+    if line.init_noise == "initno":
+        return None if line.excite is False else "official"
+    return "attend-and-excite" if line.excite else None
+
+
 def identity(row: dict) -> str:
-    return json.dumps([row.get(key) for key in IDENTITY])
+    """A search is known by the seed it began at and how many it looked at."""
+    ranked = row.get("candidates") or 0
+    if isinstance(ranked, list):  # of a finished picture: each seed with its score
+        row, ranked = row | {"seed": ranked[0]["seed"]}, len(ranked)
+    return json.dumps([ranked, *(row.get(key) for key in IDENTITY)])
 
 
 def recorded(paths: Iterable[Path]) -> Iterator[dict]:
@@ -135,7 +168,7 @@ def batches(jobs: list[dict], sd: StableDiffusion, world: int) -> list[list[dict
     process."""
     parts, last, share = [], None, -(-len(jobs) // world)
     for job in jobs:
-        key = {k: v for k, v in job.items() if k not in ("prompt", "seed", "noise_index")}
+        key = {k: v for k, v in job.items() if k not in ("prompt", "seed", "noise_index", "subjects")}
         if key == last and len(parts[-1]) < min(share, sd.batch_size(job["height"], job["width"])):
             parts[-1].append(job)
         else:
@@ -168,24 +201,66 @@ def read_noise(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     return noise
 
 
-def draw(sd: StableDiffusion, jobs: list[dict], progress) -> tuple[list[Image.Image], torch.Tensor, list[dict]]:
-    """One batch: its pictures, the noise they began from, and what is to be said of each."""
-    first, seeds = jobs[0], [job["seed"] for job in jobs]
+@dataclass
+class Drawn:
+    """A batch: its pictures, the noise they began from, what is to be said of each, and further pictures by name."""
+
+    pictures: list[Image.Image]
+    noise: torch.Tensor  # (B, 4, h, w)
+    notes: list[dict]
+    extras: list[dict[str, Image.Image]]
+
+
+def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tensor, list[dict]]:
+    """The initial noise (B,4,h,w) of a batch by its method, and what is to be said of each. `tell(message)` for progress."""
+    first, seeds, notes = jobs[0], [job["seed"] for job in jobs], [{} for _ in jobs]
     shape = (4, first["height"] // 8, first["width"] // 8)
     if first.get("noise_file"):
-        noise = read_noise(Path(first["noise_file"]), shape)[[job["noise_index"] for job in jobs]]
-    else:
-        noise = draw_noise(seeds, shape)
-    init = None
+        return read_noise(Path(first["noise_file"]), shape)[[job["noise_index"] for job in jobs]], notes
+    run = {key: first[key] for key in ("steps", "sampler", "karras", "height", "width")}
+    if first.get("score") == "attention":
+        for k, job in enumerate(jobs):
+            candidates = list(range(seeds[k], seeds[k] + job["candidates"]))
+            scores = initno.attention_scores(sd, job["prompt"], job["subjects"], candidates, **run)
+            seeds[k] = candidates[scores.index(min(scores))]  # losses: the least is the best
+            notes[k] = {"seed": seeds[k], "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)]}
+            tell(f"seed {seeds[k]} has the best of {len(scores)} scores, {min(scores):.3f}")
+    if first["init_noise"] == "initno":
+        results = initno.optimize_batch(
+            sd, [job["prompt"] for job in jobs], [job["subjects"] for job in jobs], seeds, **run,
+            progress=lambda b, message: tell(f"seed {seeds[b]}: {message}"),
+        )
+        for note, result in zip(notes, results):
+            note["initno"] = {"success": result.success, "rounds": result.rounds, "steps": result.steps, "losses": result.losses}
+            if result.note:
+                warnings.warn(result.note, stacklevel=2)
+        return torch.cat([result.noise for result in results]), notes
+    return draw_noise(seeds, shape), notes
+
+
+def draw(sd: StableDiffusion, jobs: list[dict], args, progress, tell) -> Drawn:
+    """One batch from its noise to its pictures."""
+    first, prompts, subjects = jobs[0], [job["prompt"] for job in jobs], [job.get("subjects") for job in jobs]
+    noise, notes = find_noise(sd, jobs, tell)
+    seeds = [note.get("seed", job["seed"]) for job, note in zip(jobs, notes)]
+    run = {key: first[key] for key in ("steps", "sampler", "karras")}
+    refine = frames = init = None
+    if first.get("excite"):
+        refine = excite.updates(sd, prompts, subjects, variant=first["excite"], **run)
+    if args.attention_maps:
+        refine, frames = excite.watch(sd, prompts, subjects, before=refine, **run)
     if first.get("init_image"):
         with Image.open(first["init_image"]) as picture:
             init = sd.encode(image.fit(picture, first["width"], first["height"]))
     latents = sd.sample(
-        [job["prompt"] for job in jobs], noise, seeds=seeds, negative_prompt=first["negative_prompt"], steps=first["steps"],
-        sampler=first["sampler"], karras=first["karras"], guidance_scale=first["guidance_scale"], init=init,
-        strength=first.get("strength", 0.8), progress=progress,
+        prompts, noise, seeds=seeds, negative_prompt=first["negative_prompt"], guidance_scale=first["guidance_scale"], init=init,
+        strength=first.get("strength", 0.8), refine=refine, progress=progress, **run,
     )
-    return sd.decode(latents), noise, [{} for _ in jobs]
+    pictures, extras = sd.decode(latents), [{} for _ in jobs]
+    if frames is not None:
+        for b, (picture, extra) in enumerate(zip(pictures, extras)):
+            extra["attention"] = excite.sheet(picture, frames, b, [str(subject) for subject in subjects[b]])
+    return Drawn(pictures, noise, notes, extras)
 
 
 def steps_of(job: dict) -> int:
@@ -216,7 +291,7 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
             evaluations.clear()
             at = bar.n
             try:
-                pictures, noise, notes = draw(sd, part, lambda i, t: bar.update(len(part)))  # noqa: B023 (called within this turn)
+                drawn = draw(sd, part, args, lambda i, t: bar.update(len(part)), bar.set_postfix_str)  # noqa: B023 (called within this turn)
             except torch.cuda.OutOfMemoryError:
                 if len(part) == 1:
                     size = f"{part[0]['width']}x{part[0]['height']}"
@@ -227,9 +302,12 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                 continue
             seconds = (time.perf_counter() - begin) / len(part)
             args.out.mkdir(parents=True, exist_ok=True)
-            for job, picture, note in zip(part, pictures, notes):
+            bar.set_postfix_str("")
+            for job, picture, note, extra in zip(part, drawn.pictures, drawn.notes, drawn.extras):
                 settings = {**job, **note}
                 path = image.save_numbered(picture, args.out, settings)
+                for name, more in extra.items():
+                    image.save(more, args.out / "extra" / f"{path.stem}-{name}.png")
                 row = {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": sum(evaluations) // len(part)}
                 lines.write(row)
                 args.made += 1
@@ -238,7 +316,7 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                 elif not args.quiet:
                     bar.write(f"minsd: {path}", file=sys.stderr)
             if args.save_noise is not None:
-                kept.append(noise)
+                kept.append(drawn.noise.cpu())
     handle.remove()
     if kept:
         from safetensors.torch import save_file

@@ -137,6 +137,15 @@ def bad(*args, says):
         bad("x", "--num-images", "0", says="--num-images must be 1 or more"),
         bad("x", "--modle", "y", says="unrecognized arguments: --modle"),
         bad("x", "--model", "nosuch", says="there is no model 'nosuch'"),
+        bad(PROMPT, "--excite", "--subjects", "cat", says="'cat' is not in the prompt"),
+        bad(PROMPT, "--excite", "--token-indices", "3,99", says="token index 99 is outside the prompt"),
+        bad(PROMPT, "--excite", "--token-indices", "3-9", says="--token-indices takes positions"),
+        bad(PROMPT, "--excite", "--token-indices", "3", "--subjects", "circle", says="not both"),
+        bad(PROMPT, "--subjects", "circle", says="--subjects and --token-indices are for"),
+        bad("x", "--init-noise", "select", "--init-image", "y.png", says="leave out --init-image"),
+        bad("x", "--candidates", "3", says="--candidates is for"),
+        bad("x", "--init-noise", "select", "--candidates", "0", says="--candidates must be from 1"),
+        bad("x", "--optimize-steps", "3", says="--optimize-steps is for --init-noise optimize"),
         bad("x", "--init-image", "nosuch.png", says="there is no picture nosuch.png"),
         bad("x", "--init-image", __file__, says="is not a picture that can be read"),
         bad("x", "--strength", "0.5", says="--strength is for --init-image"),
@@ -190,6 +199,43 @@ def test_image_to_image_and_like(tmp_path, made):
     assert (row["init_image"], row["strength"], row["karras"], row["unet_rows"]) == (str(picture), 0.5, True, 4)
     assert main(["--like", str(tmp_path / row["file"]), "--out", str(tmp_path), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "00001-1.png"), pixels(tmp_path / "00000-1.png"))
+
+
+def test_initno_with_its_maps(tmp_path, capfd):
+    args = [PROMPT, "--seed", "1", "--steps", "4", "--init-noise", "initno", "--attention-maps", "--out", str(tmp_path)]
+    assert main(args) == 0
+    assert "subjects: circle, square" in capfd.readouterr().err
+    row = lines(tmp_path)[0]
+    assert row["init_noise"] == "initno" and row["excite"] == "official" and row["subjects"] == ["circle", "square"]
+    assert row["initno"].keys() == {"success", "rounds", "steps", "losses"} and row["unet_rows"] > 8
+    assert [p.name for p in (tmp_path / "extra").iterdir()] == ["00000-1-attention.png"]
+    assert main(["--like", str(tmp_path / row["file"]), "--out", str(tmp_path), "--quiet"]) == 0
+    assert np.array_equal(pixels(tmp_path / "00001-1.png"), pixels(tmp_path / "00000-1.png"))
+
+
+def test_excite_alone_and_left_out(tmp_path):
+    save, steps = tmp_path / "n.safetensors", ["--seed", "1", "--steps", "4", "--out", str(tmp_path), "--quiet"]
+    assert main([PROMPT, "--excite", "--token-indices", "3,7", *steps]) == 0
+    assert main([PROMPT, "--init-noise", "initno", "--no-excite", "--save-noise", str(save), *steps]) == 0
+    assert main([PROMPT, "--noise", str(save), *steps]) == 0  # what InitNO found, drawn plainly
+    excited, left_out, plain = lines(tmp_path)
+    assert (excited["excite"], excited["subjects"], left_out["excite"]) == ("attend-and-excite", [3, 7], None)
+    assert np.array_equal(pixels(tmp_path / left_out["file"]), pixels(tmp_path / plain["file"]))
+
+
+def test_selection_by_attention(tmp_path):
+    args = [PROMPT, "--seed", "3", "--num-images", "2", "--steps", "4", "--init-noise", "select", "--score", "attention"]
+    args += ["--candidates", "5"]
+    assert main([*args, "--out", str(tmp_path), "--quiet"]) == 0
+    rows = lines(tmp_path)
+    for row, first in zip(rows, (3, 8)):
+        assert [c["seed"] for c in row["candidates"]] == list(range(first, first + 5))
+        assert row["seed"] == min(row["candidates"], key=lambda c: c["score"])["seed"] and row["file"].endswith(f"-{row['seed']}.png")
+    assert main([PROMPT, "--seed", str(rows[0]["seed"]), "--steps", "4", "--out", str(tmp_path), "--quiet"]) == 0
+    assert np.abs(pixels(tmp_path / lines(tmp_path)[-1]["file"]) - pixels(tmp_path / rows[0]["file"])).max() <= 2
+    assert main([*args, "--out", str(tmp_path), "--quiet", "--resume"]) == 0 and len(lines(tmp_path)) == 3
+    assert main(["--like", str(tmp_path / rows[0]["file"]), "--out", str(tmp_path), "--quiet"]) == 0
+    assert lines(tmp_path)[-1]["candidates"] == rows[0]["candidates"]
 
 
 def test_interrupt_keeps_what_is_done(tmp_path, capfd, monkeypatch):
