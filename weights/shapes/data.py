@@ -25,7 +25,7 @@ HELD_OUT = {  # colour-shape combinations never drawn or named in training: each
 HELD_OUT_PAIRS = {frozenset(("circle", "cross")), frozenset(("triangle", "heart"))}
 COMBINATIONS = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
 COUNTS = (0.2, 0.5, 0.3)  # of one, two, three objects
-ABSENT = 0.2  # of one- and two-object captions name one more
+ABSENT = 0.35  # of one- and two-object captions name one more
 RADII = {1: (20, 34), 2: (17, 27), 3: (16, 23)}  # pixels, by number of objects
 
 

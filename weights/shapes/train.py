@@ -41,7 +41,7 @@ SEED = 2026
 VAE_BATCH, UNET_BATCH = 32, 96  # over all processes
 PICTURES = 48_000  # different pictures seen; the UNet goes over their latents several times
 VAE_SAMPLES = {"full": 40_000, "quick": 20_000}
-UNET_SAMPLES = {"full": 600_000, "quick": 80_000}
+UNET_SAMPLES = {"full": 480_000, "quick": 80_000}
 LEVELS = (0.10, 0.20)  # of attention wanted at the cells of an object: its colour word, its shape word
 ATTENTION_WEIGHT, ATTENTION_UNTIL = 0.05, 1 / 3  # falls linearly to 0 at this share of the run
 EMA = 0.995
@@ -175,13 +175,25 @@ def train_vae(workers, samples, out, deadline):
 
 
 @torch.no_grad()
+def confused(vae, workers) -> list[str]:
+    """Colours that a picture loses on its way through the VAE: training can end in a state where green is black."""
+    palette, lost = torch.tensor(list(data.COLOURS.values())).float(), []
+    for index, colour in enumerate(data.COLOURS):
+        square = data.Object(colour, "square", data.SIZE / 2, data.SIZE / 2, 30.0, 0.0)
+        picture = torch.from_numpy(data.Example((square,), (238, 238, 238), (), ()).render()[0]).permute(2, 0, 1)[None]
+        seen = vae.decode(vae.encode(picture.to(workers.device).float() / 127.5 - 1)[0])[0, :, data.SIZE // 2, data.SIZE // 2]
+        if int((palette - (seen.cpu() + 1) * 127.5).square().sum(1).argmin()) != index:
+            lost.append(colour)
+    return lost
+
+
+@torch.no_grad()
 def latents_of(vae, workers, out, count):
     """This process's share of the training set, encoded once: latents, token ids, and what the maps should show."""
     path = out / f"latents-{workers.rank}-of-{workers.world}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
     store = {"latents": [], "ids": [], "masks": [], "places": []}
-    vae = vae.eval()
     for start in range(workers.rank * 64, count, 64 * workers.world):
         examples = [data.example(SEED, i) for i in range(start, start + 64)]
         rendered = [e.render() for e in examples]
@@ -369,6 +381,8 @@ def work(rank, world, device, args):
     done, vae = train_vae(workers, args.vae_samples or VAE_SAMPLES[kind], args.run, deadline)
     if not done:
         return
+    if kind == "full" and (lost := confused(vae, workers)):
+        raise SystemExit(f"the VAE cannot tell {', '.join(lost)} from other colours: take another SEED, or more samples")
     store = latents_of(vae, workers, args.run, PICTURES // (4 if args.quick else 1))
     z = store["latents"].double()
     moments = torch.stack([z.sum(), z.square().sum(), torch.tensor(z.numel(), dtype=torch.float64)])
