@@ -2,19 +2,17 @@
 
 Networks are made on the meta device, where parameters have shapes and no memory, and every tensor of the file is put in
 its place straight from the mapped file, cast one at a time. Every parameter is filled by exactly one tensor of its
-shape, or the load fails and says which were not, with a guess at the reason. File headers are checked before anything
-is mapped (https://huggingface.co/docs/safetensors, "Format"): a hostile file is refused, never executed.
+shape, or the load fails and says which were not, with a guess at the reason.
+
+Models come as folders in the diffusers layout, by hub id (hub.py), which makes such a folder, and as single files in the
+original layout (single.py). The files themselves are read in tensors.py, which lets nothing unsound pass.
 """
 
-import json
-import math
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from minsd.attention import Attention
@@ -22,10 +20,13 @@ from minsd.config import MODELS, ModelConfig, ScheduleConfig, TextConfig, UNetCo
 from minsd.text import TextEncoder
 from minsd.unet import UNet
 from minsd.vae import VAE
+from minsd.weights import hub
+from minsd.weights.ldm_keys import clip_name, newer_vae_name
+from minsd.weights.single import FileHash, original, vae_file
+from minsd.weights.tensors import ORIGINAL, PICKLES, Tensors, guess, read_json
+from minsd.weights.tensors import read_header as read_header  # others take it from here
 
 SHAPES_FOLDER = Path(__file__).parent / "shapes"
-MAX_HEADER = 100 * 2**20  # bytes; the format's own limit
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -41,70 +42,132 @@ class Loaded:
     sha256: str | None = None  # first ten hex digits, for a single file
 
 
-def load_model(model: str, *, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """A model by name or path, frozen, on `device` in `dtype`.
+def load_model(
+    model: str, *, device: torch.device, dtype: torch.dtype, vae: str | Path | None = None, tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+) -> Loaded:
+    """A model by name, path or hub id, frozen, on `device` in `dtype`.
 
+    `vae`, a folder or file, takes the place of the model's own; so does `tokenizer`, a folder, which single files have none
+    of; so does `prediction_type` ("epsilon" or "v_prediction"), which they do not tell.
     ValueError or FileNotFoundError, each in one line, for what is not there or cannot be loaded.
     """
     path = SHAPES_FOLDER if model == "shapes" else Path(model)
+    if prediction_type not in (None, "epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
+    more = {"device": device, "dtype": dtype, "vae": vae, "tokenizer": tokenizer, "prediction_type": prediction_type}
     if path.is_dir():
-        return load_folder(path, device=device, dtype=dtype)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ValueError(
-            f"{model} is a pickle, which can run code when opened: get the model's .safetensors version instead"
-        )
+        return load_folder(path, **more)
+    if path.suffix in PICKLES:
+        raise ValueError(f"{model} is a pickle, which can run code when opened: get the model's .safetensors version instead")
     if path.is_file():
-        names = read_header(path)
-        raise ValueError(f"{model} {guess(names) or 'is a single file'}: give a folder in the diffusers layout (with model_index.json)")
+        return load_file(path, **more)
+    repo = MODELS[model].hub_id if model in MODELS else str(model)
+    if path.suffix != ".safetensors" and hub.is_id(repo):
+        folder = hub.fetch(repo, wide=dtype == torch.float32, check=check_folder)
+        return load_folder(folder, name=repo.rpartition("/")[2], **more)
     known = ", ".join(MODELS)
-    if model in MODELS or (model.count("/") == 1 and not model.startswith(".")):
-        raise FileNotFoundError(f"no folder {model} here: download the model and give its folder (model_index.json, unet/, vae/, ...)")
-    raise FileNotFoundError(f"there is no model {model!r}: give a folder in the diffusers layout, or one of {known}")
+    raise FileNotFoundError(f"there is no model {model!r}: give a diffusers folder, a .safetensors file, a hub id, or one of {known}")
 
 
-def load_folder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Loaded:
+def load_folder(folder: Path, *, device, dtype, vae=None, tokenizer=None, prediction_type=None, name: str | None = None) -> Loaded:
     """A folder in the diffusers layout: model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/."""
-    from transformers import CLIPTokenizer
+    config = check_folder(folder)
+    if name is not None:
+        config = replace(config, name=name)
+    if prediction_type is not None:
+        config = replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
+    unet = Tensors(folder / "unet", "diffusion_pytorch_model", dtype)
+    vae_config, vae_tensors = find_vae(Path(vae), dtype) if vae else (config.vae, Tensors(folder / "vae", "diffusion_pytorch_model", dtype))
+    text = Tensors(folder / "text_encoder", "model", dtype)
+    if not tokenizer and not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(f"{folder / 'tokenizer'} is missing: a diffusers folder has its tokenizer there (vocab.json, merges.txt)")
+    tokenizer = read_tokenizer(Path(tokenizer or folder / "tokenizer"), config.text)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.text.pad_token_id
+    config = replace(config, vae=vae_config)
+    return assemble(config, unet, vae_tensors, text, tokenizer, pad, device, dtype)
 
+
+def check_folder(folder: Path) -> ModelConfig:
+    """What a folder's JSON files say it is; ValueError if that is no Stable Diffusion 1.x or 2.x."""
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name", "StableDiffusionPipeline")
     if kind != "StableDiffusionPipeline":
         raise ValueError(f"{folder} holds a {kind}; minsd loads Stable Diffusion 1.x and 2.x (StableDiffusionPipeline)")
-    config, notes = folder_config(folder), []
+    return folder_config(folder)
 
-    with torch.device("meta"):
-        unet, vae = UNet(config.unet), VAE(config.vae)
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.fuse(device, dtype)
-    fill(unet, Tensors(folder / "unet", "diffusion_pytorch_model", dtype), device, dtype)
-    fill(vae, Tensors(folder / "vae", "diffusion_pytorch_model", dtype), device, dtype, rename=vae_name)
 
-    clip = empty_clip(config.text)
-    fill(clip, Tensors(folder / "text_encoder", "model", dtype), device, dtype, rename=clip_name)
-    if not (folder / "tokenizer").is_dir():
-        raise FileNotFoundError(f"{folder / 'tokenizer'} is missing: a diffusers folder has its tokenizer there (vocab.json, merges.txt)")
+def load_file(path: Path, *, device, dtype, vae=None, tokenizer=None, prediction_type=None) -> Loaded:
+    """A single file in the original layout."""
+    tensors = Tensors(path, "", dtype)
+    if (what := guess(tensors)) != ORIGINAL:
+        raise ValueError(f"{path} {what or 'holds no model that minsd knows'}: give a Stable Diffusion 1.x or 2.x checkpoint")
+    config, unet, own_vae, text, notes = original(tensors, prediction_type)
+    if vae:
+        vae_config, vae_tensors = find_vae(Path(vae), dtype)
+        config = replace(config, vae=vae_config)
+    elif own_vae:
+        vae_tensors = own_vae
+    else:
+        raise ValueError(f"{path} holds no VAE: give one with --vae (a folder or file, such as sd-vae-ft-mse)")
+    tokenizer = read_tokenizer(Path(tokenizer) if tokenizer else hub.tokenizer(), config.text)
+    pad = 0 if config.unet.linear_projection else tokenizer.eos_token_id
+    hashing = FileHash(path)
+    hashing.start()  # beside the loading: hashing lets other threads run
+    loaded = assemble(config, unet, vae_tensors, text, tokenizer, pad, device, dtype)
+    hashing.join()
+    return replace(loaded, notes=notes, sha256=hashing.digest)
+
+
+def assemble(config: ModelConfig, unet: Tensors, vae: Tensors, text: Tensors, tokenizer, pad: int, device, dtype) -> Loaded:
+    """Empty networks, each filled from its tensors."""
+    parts = []
+    for kind, own, tensors, rename in (
+        (UNet, config.unet, unet, str), (VAE, config.vae, vae, newer_vae_name), (empty_clip, config.text, text, clip_name),
+    ):
+        module = empty(kind, own, tensors.where)
+        fill(module, tensors, device, dtype, rename=rename)
+        parts.append(module)
+    return Loaded(config.name, config, parts[0], parts[1], TextEncoder(parts[2], tokenizer, pad))
+
+
+def empty(kind: Callable[..., nn.Module], config, where) -> nn.Module:
+    """A network on the meta device. A config whose numbers make none is its file's fault: ValueError."""
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # torch raises many kinds, some of several lines
+        raise ValueError(f"{where}: no network has these sizes: {(str(error) or repr(error)).splitlines()[0]}") from None
+
+
+def find_vae(path: Path, dtype: torch.dtype) -> tuple[VAEConfig, Tensors]:
+    """Another VAE: a diffusers folder (or a whole model's, which has one in vae/), or a file in either layout."""
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        return vae_config(folder / "config.json"), Tensors(folder, "diffusion_pytorch_model", dtype)
+    if path.suffix in PICKLES:
+        raise ValueError(f"{path} is a pickle, which can run code when opened: get the VAE's .safetensors version instead")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no VAE {path}: give a diffusers folder (config.json, ...) or a .safetensors file")
+    return vae_file(Tensors(path, "", dtype))
+
+
+def read_tokenizer(folder: Path, config: TextConfig):
+    from transformers import CLIPTokenizer
+
+    folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: a tokenizer is a folder with vocab.json and merges.txt")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here, some of several lines
-        raise ValueError(f"{folder / 'tokenizer'} cannot be read as a CLIP tokenizer: {str(error).splitlines()[0]}") from error
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.text.pad_token_id
-    return Loaded(config.name, config, unet, vae, TextEncoder(clip, tokenizer, pad), notes)
+        raise ValueError(f"{folder} cannot be read as a CLIP tokenizer: {(str(error) or repr(error)).splitlines()[0]}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{folder} is another model's tokenizer: it has {len(tokenizer)} tokens, the text encoder {config.vocab_size}")
+    return tokenizer
 
 
 # --- configurations -------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: is {path.parent} a folder in the diffusers layout?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def per_level(value, levels: int) -> tuple[int, ...]:
@@ -194,115 +257,7 @@ def folder_config(folder: Path) -> ModelConfig:
     )
 
 
-# --- tensors --------------------------------------------------------------------------------------------------------
-
-
-def read_header(path: Path) -> dict[str, dict]:
-    """A safetensors file's header, checked to the byte: name -> {"dtype", "shape", "data_offsets"}."""
-
-    def refuse(why):
-        raise ValueError(f"{path} is not a sound safetensors file: {why}; download it again")
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            refuse("it is shorter than a header")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(size - 8, MAX_HEADER):
-            refuse(f"its header claims {length} bytes, the file has {size} (truncated, or another format?)")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
-            refuse("its header is not JSON")
-    if not isinstance(header, dict):
-        refuse("its header is not a JSON object")
-    header.pop("__metadata__", None)
-    spans = []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            refuse(f"the entry of {name!r} is malformed")
-        if dtype not in ITEM_SIZE or not whole:
-            refuse(f"the entry of {name!r} is malformed (dtype {dtype!r})")
-        if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
-            refuse(f"{name!r} has {end - begin} bytes, which its shape {shape} in {dtype} does not fill")
-        spans.append((begin, end))
-    position = 0
-    for begin, end in sorted(spans):
-        if begin != position:
-            refuse("its tensors overlap or leave gaps")
-        position = end
-    if position != size - 8 - length:
-        refuse(f"it should hold {position} bytes of tensors and holds {size - 8 - length} (truncated?)")
-    return header
-
-
-class Tensors(Mapping):
-    """Tensors by name out of one component's safetensors file or shards: `tensors[name]` maps, and reads nothing before."""
-
-    def __init__(self, folder: Path, stem: str, dtype: torch.dtype):
-        self.where, self.files = folder, {}
-        for path in self._choose(folder, stem, dtype):
-            header = read_header(path)
-            if twice := self.files.keys() & header.keys():
-                raise ValueError(f"{path} repeats the tensor {min(twice)!r} of another shard")
-            self.files |= {name: (path, entry) for name, entry in header.items()}
-        self.open = {}
-
-    @staticmethod
-    def _choose(folder: Path, stem: str, dtype: torch.dtype) -> list[Path]:
-        variants = ["", ".fp16"] if dtype == torch.float32 else [".fp16", ""]  # the nearer precision first
-        for variant in variants:
-            if (one := folder / f"{stem}{variant}.safetensors").is_file():
-                return [one]
-            if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
-                shards = read_json(index).get("weight_map")
-                if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-                    raise ValueError(f"{index} has no weight_map of file names")
-                paths = [folder / Path(name).name for name in sorted(set(shards.values()))]
-                for path in paths:
-                    if not path.is_file():
-                        raise FileNotFoundError(f"{path} is missing: {index.name} lists it as a part of the model")
-                return paths
-        pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".ckpt", ".pt")] if folder.is_dir() else []
-        if pickles:
-            raise ValueError(
-                f"{folder} has only {pickles[0]}, a pickle, which can run code when opened: get the model's {stem}.safetensors"
-            )
-        raise FileNotFoundError(f"{folder / stem}.safetensors is missing (nor is there an fp16 variant, nor shards)")
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        path, _ = self.files[name]
-        if path not in self.open:
-            self.open[path] = safe_open(path, framework="pt", device="cpu")
-        return self.open[path].get_tensor(name)
-
-    def __iter__(self):
-        return iter(self.files)
-
-    def __len__(self):
-        return len(self.files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.files[name][1]["shape"])
-
-    def dtype(self, name: str) -> str:
-        return self.files[name][1]["dtype"]
-
-
-def vae_name(name: str) -> str:
-    """The VAE's attention was once named otherwise (the files of SD1.x still are)."""
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
-    return name
-
-
-def clip_name(name: str) -> str | None:
-    """Some versions of transformers put a prefix before every name; some wrote out a buffer of position numbers."""
-    return None if name.endswith("position_ids") else name.removeprefix("text_model.")
+# --- modules --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -330,8 +285,11 @@ def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename
         for what, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped), ("doubled", twice)) if names
     ]
     if problems:
-        reason = guess(tensors.files)
+        reason = guess(tensors.files) if isinstance(tensors, Tensors) else None
         raise ValueError(f"{tensors.where} does not fit its config: {'; '.join(problems)}" + (f": it {reason}" if reason else ""))
+    for part in module.modules():
+        if isinstance(part, Attention) and part.fused is None:
+            part.fuse(device, dtype)
     for key, name in own.items():
         tensor, parameter = tensors[sources[key]], module.get_parameter(name)
         if parameter.is_meta:
@@ -351,26 +309,9 @@ def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename
 def empty_clip(config: TextConfig) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            max_position_embeddings=config.max_length, hidden_act=config.hidden_act, eos_token_id=config.eos_token_id,
-            bos_token_id=None,  # the tokenizer's business
-        ))
-
-
-def guess(names: Iterable[str]) -> str | None:
-    """What a set of tensor names probably is, when it is not what was asked for."""
-    names = dict.fromkeys(names)
-    for sign, what in {
-        "conditioner.embedders": "looks like an SDXL checkpoint", "add_embedding.": "looks like an SDXL network",
-        "double_blocks.": "looks like a Flux checkpoint", "joint_blocks.": "looks like an SD3 checkpoint",
-        "lora": "looks like a LoRA, which adapts a model and is not one",
-        "control_model.": "looks like a ControlNet", "controlnet_": "looks like a ControlNet",
-        "model.diffusion_model.": "is a single-file checkpoint in the original layout",
-        "first_stage_model.": "looks like a VAE alone", "decoder.conv_in": "looks like a VAE alone",
-    }.items():
-        if any(sign in name for name in names):
-            return what
-    return None
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        max_position_embeddings=config.max_length, hidden_act=config.hidden_act, eos_token_id=config.eos_token_id,
+        bos_token_id=None,  # the tokenizer's business
+    ))
