@@ -52,15 +52,33 @@ def sample(
 
 
 def invert(
-    predict: Callable, x: torch.Tensor, schedule: Schedule, steps: int, *, final: str | None = None
+    predict: Callable,
+    x: torch.Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    anchor: str = "target",
+    iterations: int = 0,
+    final: str | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Latents x (B,4,h,w) -> the noise DDIM would have made them from: the same steps backwards, least noise first.
 
-    Each step needs eps at a level not yet reached; it is taken at the current x and the target's timestep.
+    A step needs eps where it ends, which is not known yet. It is predicted at the latents where it begins, with the timestep
+    where it ends (`anchor="target"`) or where it begins ("source"). Each of `iterations` then predicts anew, at the end found so
+    far: a fixed point is an exact inversion, under the same guidance both ways, where the steps are small enough to converge.
+
+    Guidance is `predict`'s: none reconstructs best. Yields `(i, t, x)`, t the timestep that x has reached.
     """
+    if anchor not in ("target", "source"):
+        raise ValueError(f"anchor must be 'target' or 'source', not {anchor!r}")
+    if iterations < 0:
+        raise ValueError(f"iterations must be 0 or more, not {iterations}")
     timesteps = schedule.timesteps(steps)
-    levels = [schedule.abar(t) for t in timesteps] + [schedule.final_abar(final)]
+    stride = schedule.config.num_train_timesteps // steps
     for i, t in enumerate(reversed(timesteps)):
-        k = steps - 1 - i
-        x = step(x, predict(x, t), levels[k + 1], levels[k])
+        a, b = schedule.abar_below(t, steps, final), schedule.abar(t)
+        end = step(x, predict(x, t if anchor == "target" else max(t - stride, 0)), a, b)
+        for _ in range(iterations):
+            end = step(x, predict(end, t), a, b)
+        x = end
         yield i, t, x
