@@ -64,6 +64,7 @@ def parser() -> Parser:
     a("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
     a("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, else float32")
     a("--attention", choices=("auto", "triton", "sdpa", "reference"), default="auto", help="who computes attention (default: auto)")
+    a("--compile", action="store_true", help="torch.compile the UNet: minutes at first, faster steps after")
     a = p.add_argument_group("many pictures, files, messages").add_argument
     a("--prompts", metavar="FILE", type=Path, help="a prompt a line (.txt), or an object of options a line (.jsonl)")
     a("--resume", action="store_true", help="leave out what --out holds already")
@@ -331,6 +332,8 @@ def go(args, lines) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     sd = minsd.load(args.model, device, dtype, vae=args.vae, tokenizer=args.tokenizer, prediction_type=args.prediction_type)
     sd.set_attention(args.attention)
+    if args.compile:
+        sd.compile()
     if int(os.environ.get("RANK", 0)):
         args.quiet = True
     for note in sd.notes:

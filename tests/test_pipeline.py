@@ -110,6 +110,24 @@ def test_a_picture_of_any_size_is_cut_to_the_runs(small):
     assert np.array_equal(np.asarray(whole), np.asarray(small.decode(small.encode(Image.new("RGB", (128, 128), "red")))[0]))
 
 
+def test_compiling_changes_no_picture_and_happens_once(small_folder):
+    """Through the compiler's front end alone: what it captures is whole, and serves every timestep."""
+    sd, graphs = minsd.load(str(small_folder), "cpu"), []
+    expected = np.asarray(sd(PROMPT, seeds=1, steps=4)[0]).astype(int)
+    sd.compile(backend=lambda module, inputs: graphs.append(1) or module.forward, fullgraph=True)
+    assert np.abs(np.asarray(sd(PROMPT, seeds=1, steps=4)[0]) - expected).max() <= 2
+    assert len(graphs) == 1
+
+
+def test_attention_backends(small_folder):
+    sd = minsd.load(str(small_folder), "cpu")
+    auto = np.asarray(sd(PROMPT, seeds=1, steps=2)[0]).astype(int)
+    sd.set_attention("reference")
+    assert np.abs(np.asarray(sd(PROMPT, seeds=1, steps=2)[0]) - auto).max() <= 2
+    with pytest.raises(ValueError, match="no attention backend is called 'magic'"):
+        sd.set_attention("magic")
+
+
 def test_too_large_for_memory_goes_in_tiles_and_says_so(small, monkeypatch):
     latents = torch.randn(1, 4, 72, 72, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 2**20)
