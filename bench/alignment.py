@@ -100,13 +100,7 @@ def draw(sd, methods, prompts: list[str], seeds: list[int], how: dict) -> dict[s
 
 # --- the embedded model: right or wrong -------------------------------------------------------------------------------
 
-_sd = None
-
-
-def _start(model: str) -> None:
-    global _sd
-    torch.set_num_threads(1)
-    _sd = minsd.load(model, device="cpu")
+_sd = None  # loaded before the processes fork, which share it
 
 
 def _job(job) -> dict[str, list]:
@@ -130,8 +124,10 @@ def gain(results: list, plain: list) -> dict:
 
 def counted(args, how: dict) -> list[dict]:
     """The table of the embedded model."""
-    rows = []
-    with multiprocessing.get_context("fork").Pool(args.workers, _start, (args.model,)) as pool:
+    global _sd
+    torch.set_num_threads(1)
+    _sd, rows = minsd.load(args.model, device="cpu"), []
+    with multiprocessing.get_context("fork").Pool(args.workers) as pool:
         for group in args.groups:
             jobs = [(group, args.n, start, args.methods, how) for start in range(0, args.n, BATCH)]
             results = {method: [] for method in args.methods}
@@ -165,7 +161,7 @@ class Similarity:
     def __init__(self, folder: Path, device):
         from transformers import CLIPModel, CLIPProcessor
 
-        self.model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+        self.model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval().requires_grad_(False)
         self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()

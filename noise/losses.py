@@ -72,7 +72,8 @@ def resolve(text: TextEncoder, prompt: str, subjects: str | Sequence[str | int] 
         if places[-1] in places[:-1]:
             raise ValueError(f"subject {subject!r} is named twice")
     if len(places) == 1:
-        warnings.warn(f"a single subject, {subjects[0]!r}: there is nothing it could conflict with, so that loss is 0", stacklevel=2)
+        # From here, whoever asked: Python then says it once, though several methods resolve the same subjects.
+        warnings.warn(f"a single subject, {subjects[0]!r}: there is nothing it could conflict with, so that loss is 0", stacklevel=1)
     return places
 
 
