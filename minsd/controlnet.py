@@ -125,12 +125,13 @@ class Controlled:
     """A UNet with ControlNets beside it, to be called in its place: several add up.
 
     The rows of a batch take the control images in turn, over and over: with an image for each of R pictures, rows b and
-    R + b (the halves of guidance) take image b. Raises ValueError for a ControlNet made for another family, and for
-    images that do not fit the latents.
+    R + b (the halves of guidance) take image b. Where `index`, B integers, is set, row b of the next batches takes image
+    index[b]. Raises ValueError for a ControlNet made for another family, and for images that do not fit the latents.
     """
 
     def __init__(self, unet: UNet, controls: Sequence[Control]):
         self.unet, self.controls, self.embedded = unet, list(controls), {}
+        self.index: Sequence[int] | None = None
         for control in self.controls:
             theirs, ours = control.net.config, unet.config
             if theirs.context_dim != ours.context_dim:
@@ -157,7 +158,7 @@ class Controlled:
             if not control.counts(t):
                 continue
             added = control.net(x, t, context, self._embedding(number, x), region=region)
-            scale = self._in_turn(torch.tensor(control.scales), x)[:, None, None, None]  # (B, 1, 1, 1)
+            scale = self._for_rows(torch.tensor(control.scales), x)[:, None, None, None]  # (B, 1, 1, 1)
             added = [scale * y for y in (*added[0], added[1])]
             total = added if total is None else [a + b for a, b in zip(total, added, strict=True)]
         return self.unet(x, t, context, record=record, region=region, control=None if total is None else (total[:-1], total[-1]))
@@ -169,14 +170,15 @@ class Controlled:
             raise ValueError(f"a control image of {w}x{h} pixels does not fit a picture of {8 * x.shape[-1]}x{8 * x.shape[-2]}")
         if number not in self.embedded:
             self.embedded[number] = control.net.embed(control.pictures.to(x.device, x.dtype))  # (R, C, h, w)
-        return self._in_turn(self.embedded[number], x)
+        return self._for_rows(self.embedded[number], x)
 
-    @staticmethod
-    def _in_turn(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """One row of y (R,...) for each row of x (B,...), over and over."""
-        if len(x) % len(y):
-            raise ValueError(f"{len(y)} control images for a batch of {len(x)} rows: give one, or one a row")
-        return y.to(x.device, x.dtype).repeat(len(x) // len(y), *[1] * (y.ndim - 1))
+    def _for_rows(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """One row of y (R,...) for each row of x (B,...)."""
+        if len(x) % len(y) if self.index is None else len(x) != len(self.index):
+            told = "" if self.index is None else f" (of which {len(self.index)} were told theirs)"
+            raise ValueError(f"{len(y)} control images for a batch of {len(x)} rows{told}: give one, or one a row")
+        rows = torch.tensor([b % len(y) for b in self.index or range(len(x))])
+        return y.to(x.device, x.dtype)[rows.to(x.device)]
 
 
 def read_control_image(path: str | Path, width: int, height: int) -> torch.Tensor:

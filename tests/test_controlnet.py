@@ -108,6 +108,13 @@ def test_rows_take_their_own_image_and_scale(small, net, pictures):
     for b, scale in enumerate((0.7, 0.2)):
         alone = controlled(small, [Control(net, pictures[b : b + 1], scale)], seeds=[b])
         assert relative(both[b : b + 1], alone) < 1e-5
+    x, context = torch.randn(3, 4, 16, 16), torch.randn(3, 77, 32)
+    unet = Controlled(small.unet, [Control(net, pictures, [0.7, 0.2])])
+    unet.index = [1, 0, 1]
+    told = unet(x, 500, context)
+    for b, k in enumerate((1, 0, 1)):
+        alone = Controlled(small.unet, [Control(net, pictures[k : k + 1], (0.7, 0.2)[k])])(x[b : b + 1], 500, context[b : b + 1])
+        assert relative(told[b : b + 1], alone) < 1e-5
     off = controlled(small, [Control(net, pictures, 0.0)])
     assert torch.equal(off, controlled(small, []))
     assert relative(both, off) > 1e-2

@@ -146,6 +146,14 @@ def test_per_row_everywhere_is_merged_and_each_row_has_its_own(files, small_fold
         rows = run()
     with lora.per_row([(a, [0.9])]):
         everywhere = run()
+    order = [2, 0, 0, 3, 1]
+    with lora.per_row([(a, [p[0] for p in pairs]), (b, [p[1] for p in pairs])]) as told:
+        told.index = order
+        chosen = sd.unet(x[order], 400, context[order])
+        with pytest.raises(ValueError, match="5 rows, and the batch has 4"):
+            sd.unet(x, 400, context)
+    for k, row in zip(order, chosen):
+        assert relative(row, expected[pairs[k]][0][k]) < 1e-12
     for which in range(3):
         for row, pair in enumerate(pairs):
             assert relative(rows[which][row], expected[pair][which][row]) < 1e-12
@@ -187,6 +195,15 @@ def test_one_clear_line_for_what_does_not_fit(files, small, tmp_path, change, me
     with pytest.raises(ValueError, match=message) as error:
         lora.read(edited(files, tmp_path, change), small)
     assert "\n" not in str(error.value)
+
+
+def test_paths_with_scales():
+    assert lora.parse("a/b.safetensors") == ("a/b.safetensors", 1.0)
+    assert lora.parse("a/b.safetensors:-0.5") == ("a/b.safetensors", -0.5)
+    assert lora.parse("C:\\loras\\b") == ("C:\\loras\\b", 1.0)
+    for wrong in (":0.5", "a:nan", "a:inf"):
+        with pytest.raises(ValueError, match="PATH:SCALE"):
+            lora.parse(wrong)
 
 
 def test_what_is_not_there(small, tmp_path):

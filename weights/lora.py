@@ -70,6 +70,18 @@ class LoRA:
     parts: tuple[Part, ...]
 
 
+def parse(text: str) -> tuple[str, float]:
+    """PATH or PATH:SCALE -> (path, scale). A path whose own end looks like a scale needs one: a:2:1."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        value = float(scale) if colon else 1.0
+    except ValueError:  # a colon of the path's own
+        return text, 1.0
+    if not math.isfinite(value) or (colon and not path):
+        raise ValueError(f"a LoRA is given as PATH or PATH:SCALE, such as style.safetensors:0.8, not {text!r}")
+    return (path if colon else text), value
+
+
 def read(path: str | Path, sd) -> LoRA:
     """An adapter's file (or folder) for the networks of `sd` (`sd.unet`, `sd.text.model`).
 
@@ -230,13 +242,20 @@ def unmerge(kept: dict[nn.Module, torch.Tensor]) -> None:
         module.has_merged = False
 
 
+class Rows:
+    """Which scale each row of the next batches takes: number index[b] for row b, or all in turn where it is None."""
+
+    def __init__(self):
+        self.index: Sequence[int] | None = None
+
+
 @contextmanager
 def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
     """Within the `with` block each row of a batch has the adapters at its own scales: (LoRA, R scales) pairs.
 
-    Rows take the R scales in turn, over and over, so with R pictures rows b and R + b (the halves of guidance) take scale b.
-    Every batch must have a multiple of R rows, that of the text states too: give each row its own. The text encoder's
-    parts act on the prompts encoded within the block, one a row.
+    Rows take the R scales in turn, over and over, so with R pictures rows b and R + b (the halves of guidance) take scale b;
+    every batch must then have a multiple of R rows, that of the text states too: give each row its own. The text encoder's
+    parts act on the prompts encoded within the block, one a row. Batches of another make set `index` of the yielded `Rows`.
     """
     for _, scales in scaled:
         _check_scales(scales)
@@ -246,17 +265,19 @@ def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
     for lora, scales in scaled:
         for part in lora.parts:
             by_module.setdefault(part.module, []).append((part, scales))
-
-    known = {}  # by scales and rows of the batch
+    chosen, known = Rows(), {}  # known: by scales and rows of the batch
 
     def rows_of(scales, x, out):
         """The rows of x to adapt (None: all of them), and their scales."""
-        key = (id(scales), len(x), out.ndim)
+        key = (id(scales), len(x), out.ndim, None if chosen.index is None else tuple(chosen.index))
         if key not in known:
-            if len(x) % len(scales):
+            if chosen.index is not None and len(chosen.index) != len(x):
+                raise ValueError(f"adapters by row were told of {len(chosen.index)} rows, and the batch has {len(x)}")
+            if chosen.index is None and len(x) % len(scales):
                 raise ValueError(f"{len(scales)} scales of adapters for a batch of {len(x)} rows: the batch must be a multiple")
-            rows = [b for b in range(len(x)) if scales[b % len(scales)]]
-            scale = torch.tensor([scales[b % len(scales)] for b in rows], dtype=out.dtype, device=out.device)
+            each = [scales[b % len(scales)] for b in chosen.index or range(len(x))]
+            rows = [b for b, scale in enumerate(each) if scale]
+            scale = torch.tensor([each[b] for b in rows], dtype=out.dtype, device=out.device)
             index = None if len(rows) == len(x) else torch.tensor(rows, dtype=torch.long, device=out.device)
             known[key] = index, scale.view(-1, *[1] * (out.ndim - 1))
         return known[key]
@@ -278,7 +299,7 @@ def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
         for attention in {part.attention: None for lora, _ in scaled for part in lora.parts if part.attention is not None}:
             stack.callback(setattr, attention, "fused", attention.fused)
             attention.fused = None
-        yield
+        yield chosen
 
 
 def _check_scales(scales: Sequence[float]) -> None:
