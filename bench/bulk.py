@@ -105,7 +105,8 @@ def overhead(args, folder: Path) -> dict:
                 picture.save(folder / f"plain-{k}.png")
         plain, start = time.perf_counter() - start, time.perf_counter()
         lines = argparse.Namespace(**vars(args), made=0)
-        lines.__dict__ |= {"out": folder / f"machinery{turn}", "resume": False, "quiet": True, "json": False, "save_noise": None}
+        lines.__dict__ |= {"out": folder / f"machinery{turn}", "quiet": True, "save_noise": None, "net": None}
+        lines.__dict__ |= dict.fromkeys(("resume", "json", "attention_maps"), False)
         jobs = [
             {"prompt": "a red circle", "negative_prompt": "", "seed": s, "steps": args.steps, "sampler": "ddim", "karras": False,
              "guidance_scale": 5.0, "height": 128, "width": 128, "model": "shapes", "init_noise": "random"} for s in range(64)

@@ -7,6 +7,7 @@ are known to be good, so that --help and most errors answer at once.
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -46,6 +47,9 @@ def parser() -> Parser:
     a("--init-image", metavar="FILE", type=Path, help="begin from this picture, cut and scaled to the size")
     a("--strength", metavar="S", type=float, help="how far to go from --init-image, 0 to 1 (default: 0.8)")
     a("--noise", metavar="FILE", type=Path, help="initial noise from a file that --save-noise wrote")
+    a("--layout", metavar="FILE|DIR", type=Path, help="captions for regions of the picture: a layout.json, or a NoiseCollage folder")
+    a("--control-image", metavar="FILE", type=Path, help="what the --controlnet looks at (edges, a pose, ...), taken as it is")
+    a("--control-scale", metavar="S", type=float, help="how much the ControlNet counts (default: 1)")
     a = p.add_argument_group("the initial noise (each also a key of such a line)").add_argument
     a("--init-noise", choices=METHODS, help="optimise it by attention maps (initno), select or optimise it by inversion stability")
     a("--candidates", metavar="K", type=int, help="select: the best of K seeds from --seed on (default: 100)")
@@ -61,6 +65,8 @@ def parser() -> Parser:
     a("--vae", metavar="DIR|FILE", type=Path, help="another VAE than the model's own")
     a("--tokenizer", metavar="DIR", type=Path, help="for single files: a folder with vocab.json and merges.txt")
     a("--prediction-type", choices=("epsilon", "v_prediction"), help="what the network predicts, where its files do not say")
+    a("--controlnet", metavar="DIR|FILE", type=Path, help="a ControlNet for --control-image")
+    a("--lora", metavar="FILE[:SCALE]", action="append", help="an adapter, added to the weights; may be given several times")
     a("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
     a("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, else float32")
     a("--attention", choices=("auto", "triton", "sdpa", "reference"), default="auto", help="who computes attention (default: auto)")
@@ -70,6 +76,8 @@ def parser() -> Parser:
     a("--resume", action="store_true", help="leave out what --out holds already")
     a("--out", metavar="DIR", type=Path, default=Path("outputs"), help="where pictures go (default: outputs)")
     a("--save-noise", metavar="FILE", type=Path, help="write the initial noise (safetensors)")
+    a("--invert", metavar="FILE", type=Path, help="find the noise that draws this picture, save it, and draw from it")
+    a("--layout-preview", action="store_true", help="draw the --layout itself to DIR/extra, and stop")
     a("--attention-maps", action="store_true", help="for each picture a sheet of where its subjects' words looked, in DIR/extra")
     a("--like", metavar="PNG", type=Path, help="make this picture again; other options override its settings")
     a("--list-tokens", action="store_true", help="print the prompt's tokens and their positions, and stop")
@@ -84,13 +92,15 @@ def parser() -> Parser:
 PER_LINE = (
     "prompt", "negative_prompt", "seed", "seeds", "num_images", "steps", "guidance_scale", "sampler", "karras", "height", "width",
     "init_image", "strength", "noise", "init_noise", "candidates", "score", "optimize_steps", "optimize_mode", "subjects",
-    "token_indices", "excite",
+    "token_indices", "excite", "layout", "control_image", "control_scale",
 )
 # What --like takes from a picture, by the same name there.
 LIKE = (
     "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "steps", "guidance_scale", "sampler", "karras", "height",
-    "width", "init_image", "strength", "init_noise", "score", "optimize_steps", "optimize_mode", "dtype", "device",
+    "width", "init_image", "strength", "init_noise", "score", "optimize_steps", "optimize_mode", "layout", "controlnet", "control_image",
+    "control_scale", "lora", "invert", "dtype", "device",
 )
+PATHS = ("vae", "init_image", "layout", "controlnet", "control_image", "invert")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -123,7 +133,7 @@ def take_from_picture(args) -> None:
         args.excite = settings.get("excite") is not None
     for key in LIKE:
         if getattr(args, key) is None and settings.get(key) is not None and not (key == "seed" and args.seeds is not None):
-            setattr(args, key, Path(settings[key]) if key in ("vae", "init_image") else settings[key])
+            setattr(args, key, Path(settings[key]) if key in PATHS and isinstance(settings[key], str) else settings[key])
 
 
 def check(args) -> list[argparse.Namespace]:
@@ -135,10 +145,14 @@ def check(args) -> list[argparse.Namespace]:
         if args.prompt is not None:
             raise ValueError("give a prompt or --prompts FILE, not both")
         lines = read_prompts(args)
-    elif args.prompt is None:
+    elif args.prompt is None and args.layout is None and args.invert is None:
         raise ValueError(f"a prompt is needed, for example: {EXAMPLE}")
     else:
         lines = [args]
+    if args.layout_preview and args.layout is None:
+        raise ValueError("--layout-preview is for --layout FILE")
+    args.lora = [part if isinstance(part, str) else ":".join(map(str, part)) for part in args.lora or []]
+    args.adapters = [split_scale(text) for text in args.lora]
     if args.resume and any(line.seed is None and line.seeds is None for line in lines):
         raise ValueError("--resume needs --seed or --seeds: without, every run draws seeds of its own and nothing is done twice")
     if args.save_noise is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -152,6 +166,15 @@ def check(args) -> list[argparse.Namespace]:
     if not args.list_tokens:
         check_out(args)
     return lines
+
+
+def split_scale(text: str) -> tuple[Path, float]:
+    """"style.safetensors:0.8" -> the file and 0.8 (1 where none is said)."""
+    m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
+    try:
+        return Path(m[1]), 1.0 if m[2] is None else float(m[2])
+    except (TypeError, ValueError):
+        raise ValueError(f"--lora takes FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}") from None
 
 
 def read_prompts(args) -> list[argparse.Namespace]:
@@ -215,6 +238,8 @@ def set_option(line, options: dict, key: str, value) -> None:
 def check_line(line, chance: int) -> None:
     """What one prompt is drawn with: ranges, files, contradictions; its seeds become a list."""
     check_method(line)
+    check_layout(line)
+    check_control(line)
     for name in ("height", "width"):
         value = getattr(line, name)
         if value is not None and (value < 8 or value % 8):
@@ -286,6 +311,48 @@ def check_method(line) -> None:
         line.subjects = [part.strip() for part in line.subjects.split(",")]
 
 
+def check_layout(line) -> None:
+    """Reads the layout: its prompt and its size are the picture's."""
+    line.regions = None
+    if line.layout is None:
+        return
+    from minsd.noise import layout
+
+    line.regions = layout.load(line.layout)
+    if line.prompt is not None and line.prompt != line.regions.prompt:
+        line.regions = dataclasses.replace(line.regions, prompt=line.prompt)
+    if line.negative_prompt is not None and line.negative_prompt != line.regions.negative_prompt:
+        line.regions = dataclasses.replace(line.regions, negative_prompt=line.negative_prompt)
+    line.prompt, line.negative_prompt = line.regions.prompt, line.regions.negative_prompt
+    for name in ("width", "height"):
+        if (said := getattr(line.regions, name)) is not None:
+            if getattr(line, name) not in (None, said):
+                raise ValueError(f"the layout is for a {name} of {said} pixels: leave out --{name}")
+            setattr(line, name, said)
+
+
+def check_control(line) -> None:
+    if line.control_scale is not None and line.control_image is None:
+        raise ValueError("--control-scale is for --control-image")
+    if line.control_scale is not None and not abs(line.control_scale) <= 100:
+        raise ValueError(f"--control-scale must be a number such as 0.8, not {line.control_scale}")
+    if (line.controlnet is None) != (line.control_image is None):
+        raise ValueError("--controlnet and --control-image go together: give both")
+    if line.control_image is not None:
+        check_picture(line.control_image)
+    if line.invert is None:
+        return
+    given = {"--init-noise": line.init_noise != "random", "--noise": line.noise, "--init-image": line.init_image, "--layout": line.layout,
+             "--excite": line.excite, "--attention-maps": line.attention_maps, "--seeds": line.seeds, "--num-images": line.num_images}
+    if name := next((name for name, value in given.items() if value), None):
+        raise ValueError(f"--invert finds the noise of one picture: leave out {name}")
+    if line.sampler not in (None, "ddim"):
+        raise ValueError(f"--invert goes back the way of ddim: leave out --sampler {line.sampler}")
+    check_picture(line.invert)
+    line.prompt, line.sampler, line.init_noise = line.prompt or "", "ddim", "invert"
+    line.seed = 0 if line.seed is None else line.seed
+
+
 def check_picture(path: Path) -> None:
     from PIL import Image
 
@@ -317,6 +384,15 @@ def say(args, *words) -> None:
 
 def go(args, lines) -> None:
     """Load the model and draw."""
+    if args.layout_preview:
+        from minsd.image import save
+        from minsd.noise.layout import preview
+
+        for number, line in enumerate(lines):
+            size = {} if line.regions.width else {"size": line.width or 512}
+            save(preview(line.regions, **size), path := args.out / "extra" / f"layout-{number}.png")
+            say(args, path)
+        return
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -332,6 +408,14 @@ def go(args, lines) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     sd = minsd.load(args.model, device, dtype, vae=args.vae, tokenizer=args.tokenizer, prediction_type=args.prediction_type)
     sd.set_attention(args.attention)
+    if args.adapters:
+        from minsd.weights import lora
+
+        lora.merge([(lora.read(path, sd), scale) for path, scale in args.adapters])
+    if args.controlnet is not None:
+        from minsd.weights.control import load_controlnet
+
+        args.net = load_controlnet(args.controlnet, device=sd.device, dtype=sd.dtype)
     if args.compile:
         sd.compile()
     if int(os.environ.get("RANK", 0)):
@@ -356,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest, **more: print(f"minsd: warning: {message}", file=sys.stderr)
             args = parser().parse_args(argv)
-            args.made, args.wanted, args.where = 0, 0, ""
+            args.made, args.wanted, args.where, args.net = 0, 0, "", None
             go(args, check(args))
         return 0
     except KeyboardInterrupt:

@@ -141,14 +141,19 @@ class StableDiffusion:
         **how,
     ) -> torch.Tensor:
         """Unit noise (B,4,h,w) -> latents (B,4,h,w), as one batch; `how` goes to `denoise`."""
+        return self.denoise(self.guided(prompts, negative_prompt, guidance_scale), noise, **how)
+
+    def guided(
+        self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None,
+    ) -> guidance.Predictor:
+        """The predictor of some prompts, one an image or one for all."""
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         same = len(set(prompts)) == 1  # encode a shared prompt once
         cond = self.encode_prompt(prompts[:1] if same else prompts)
-        uncond = self.encode_prompt([negative_prompt])
-        return self.denoise(self.predictor(cond, uncond, guidance_scale), noise, **how)
+        return self.predictor(cond, self.encode_prompt([negative_prompt]), guidance_scale)
 
     @torch.no_grad()
     def denoise(

@@ -14,8 +14,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,15 +24,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from minsd import __version__, image
-from minsd.noise import excite, initno, losses
+from minsd.controlnet import Control, Controlled, read_control_image
+from minsd.noise import collage, excite, initno, losses, stability
 from minsd.noise.initial import noise as draw_noise
+from minsd.noise.layout import Layout
+from minsd.noise.layout import load as load_layout
 from minsd.pipeline import StableDiffusion, first_step
 
 # What tells one picture from another; all else in a line is how it went.
 IDENTITY = (
     "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "sampler", "karras", "steps", "guidance_scale", "height",
     "width", "init_image", "strength", "noise_file", "noise_index", "init_noise", "score", "optimize_steps", "optimize_mode", "subjects",
-    "excite", "dtype",
+    "excite", "layout", "controlnet", "control_image", "control_scale", "lora", "invert", "dtype",
 )
 
 
@@ -48,7 +52,7 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
     """One job a picture, in the order of the prompts and their seeds. `lines`: checked arguments, one for each prompt."""
     once = {
         "model": args.model, "model_hash": sd.model_hash, "vae": args.vae and str(args.vae), "prediction_type": args.prediction_type,
-        "device": sd.device.type, "dtype": str(sd.dtype).removeprefix("torch."), "versions": versions(),
+        "lora": args.lora, "device": sd.device.type, "dtype": str(sd.dtype).removeprefix("torch."), "versions": versions(),
     }
     jobs = []
     for line in lines:
@@ -62,6 +66,16 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
         if line.looks:
             settings |= {"subjects": subjects_of(sd, args, line), "excite": excitement(line)}
         settings |= {key: value for key in METHOD_OPTIONS if (value := getattr(line, key)) is not None}
+        if line.regions is not None:
+            line.regions = line.regions.sized(settings["width"], settings["height"])
+            settings["layout"] = layout_json(line.regions)
+            for note in () if args.quiet else line.regions.notes:
+                print(f"minsd: {line.where}{note}", file=sys.stderr)
+        if line.control_image is not None:
+            scale = 1.0 if line.control_scale is None else line.control_scale
+            settings |= {"controlnet": str(args.controlnet), "control_image": str(line.control_image), "control_scale": scale}
+        if line.invert is not None:
+            settings |= {"invert": str(line.invert), "guidance_scale": 1.0 if line.guidance_scale is None else line.guidance_scale}
         if line.init_image is not None:
             settings |= {"init_image": str(line.init_image), "strength": 0.8 if line.strength is None else line.strength}
             first_step(settings["steps"], settings["strength"])
@@ -78,6 +92,19 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
 
 
 METHOD_OPTIONS = ("candidates", "score", "optimize_steps", "optimize_mode")
+
+
+def layout_json(layout: Layout) -> dict:
+    """What a layout.json with this in it would hold; file names are absolute."""
+    regions = []
+    for r in layout.regions:
+        place = {"box": list(r.box)} if r.box is not None else {"mask": str(r.mask.resolve())}
+        more = {"negative_prompt": r.negative_prompt, "weight": r.weight, "lora": list(r.lora), "control_scale": r.control_scale}
+        if r.control_image is not None:
+            more["control_image"] = str(r.control_image.resolve())
+        regions.append({"prompt": r.prompt, **place, **more})
+    return {"prompt": layout.prompt, "negative_prompt": layout.negative_prompt, "width": layout.width, "height": layout.height,
+            "regions": regions}
 
 
 def subjects_of(sd: StableDiffusion, args, line) -> list[str | int]:
@@ -203,20 +230,21 @@ def read_noise(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
 
 @dataclass
 class Drawn:
-    """A batch: its pictures, the noise they began from, what is to be said of each, and further pictures by name."""
+    """A batch: its pictures, the noise they began from, what is to be said of each, and further files by name."""
 
     pictures: list[Image.Image]
     noise: torch.Tensor  # (B, 4, h, w)
     notes: list[dict]
-    extras: list[dict[str, Image.Image]]
+    extras: list[dict[str, Image.Image | torch.Tensor]]
 
 
-def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tensor, list[dict]]:
-    """The initial noise (B,4,h,w) of a batch by its method, and what is to be said of each. `tell(message)` for progress."""
-    first, seeds, notes = jobs[0], [job["seed"] for job in jobs], [{} for _ in jobs]
-    shape = (4, first["height"] // 8, first["width"] // 8)
+def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tensor, list[dict], list[dict]]:
+    """The initial noise (B,4,h,w) of a batch by its method, what is to be said of each, and files that come of it.
+    `tell(message)` for progress."""
+    first, seeds, notes, extras = jobs[0], [job["seed"] for job in jobs], [{} for _ in jobs], [{} for _ in jobs]
+    shape, method = (4, first["height"] // 8, first["width"] // 8), first["init_noise"]
     if first.get("noise_file"):
-        return read_noise(Path(first["noise_file"]), shape)[[job["noise_index"] for job in jobs]], notes
+        return read_noise(Path(first["noise_file"]), shape)[[job["noise_index"] for job in jobs]], notes, extras
     run = {key: first[key] for key in ("steps", "sampler", "karras", "height", "width")}
     if first.get("score") == "attention":
         for k, job in enumerate(jobs):
@@ -225,7 +253,24 @@ def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tenso
             seeds[k] = candidates[scores.index(min(scores))]  # losses: the least is the best
             notes[k] = {"seed": seeds[k], "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)]}
             tell(f"seed {seeds[k]} has the best of {len(scores)} scores, {min(scores):.3f}")
-    if first["init_noise"] == "initno":
+    trip = {key: first[key] for key in ("negative_prompt", "guidance_scale", "height", "width")}
+    if method == "select" and first["score"] == "stability":
+        for k, job in enumerate(jobs):
+            chosen = stability.select(sd, job["prompt"], range(seeds[k], seeds[k] + job["candidates"]), progress=tell, **trip)
+            seeds[k] = chosen.seed
+            notes[k] = {"seed": chosen.seed, "candidates": [{"seed": s, "score": round(x, 5)} for s, x in chosen.scores.items()]}
+            extras[k]["candidates"] = stability.sheet(sd, job["prompt"], chosen, **trip | run)
+    if method == "optimize":
+        results = stability.optimize_batch(
+            sd, [job["prompt"] for job in jobs], seeds, mode=first["optimize_mode"], optimize_steps=first["optimize_steps"],
+            progress=lambda b, message: tell(f"seed {seeds[b]}: {message}"), **trip,
+        )
+        for note, result in zip(notes, results):
+            note["stability"] = {"before": result.before, "after": result.score}
+            if result.note:
+                warnings.warn(result.note, stacklevel=2)
+        return torch.cat([result.noise for result in results]), notes, extras
+    if method == "initno":
         results = initno.optimize_batch(
             sd, [job["prompt"] for job in jobs], [job["subjects"] for job in jobs], seeds, **run,
             progress=lambda b, message: tell(f"seed {seeds[b]}: {message}"),
@@ -234,14 +279,37 @@ def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tenso
             note["initno"] = {"success": result.success, "rounds": result.rounds, "steps": result.steps, "losses": result.losses}
             if result.note:
                 warnings.warn(result.note, stacklevel=2)
-        return torch.cat([result.noise for result in results]), notes
-    return draw_noise(seeds, shape), notes
+        return torch.cat([result.noise for result in results]), notes, extras
+    return draw_noise(seeds, shape), notes, extras
+
+
+def invert(sd: StableDiffusion, job: dict) -> Drawn:
+    """The noise of a picture, and what is drawn from it."""
+    keys = ("negative_prompt", "steps", "guidance_scale", "height", "width")
+    with Image.open(job["invert"]) as picture:
+        found = stability.invert_picture(sd, picture, job["prompt"], **{key: job[key] for key in keys})
+    note = {"psnr": round(found.psnr, 2), "codec_psnr": round(found.codec_psnr, 2)}
+    return Drawn([found.picture], found.noise, [note], [{"noise": found.noise}])
+
+
+@contextmanager
+def controlled(sd: StableDiffusion, job: dict, net):
+    """Within the block a ControlNet stands beside the network, whatever calls it."""
+    if not job.get("control_image"):
+        yield
+        return
+    plain, pictures = sd.unet, read_control_image(job["control_image"], job["width"], job["height"])
+    sd.unet = Controlled(plain, [Control(net, pictures, job["control_scale"])])
+    try:
+        yield
+    finally:
+        sd.unet = plain
 
 
 def draw(sd: StableDiffusion, jobs: list[dict], args, progress, tell) -> Drawn:
     """One batch from its noise to its pictures."""
     first, prompts, subjects = jobs[0], [job["prompt"] for job in jobs], [job.get("subjects") for job in jobs]
-    noise, notes = find_noise(sd, jobs, tell)
+    noise, notes, extras = find_noise(sd, jobs, tell)
     seeds = [note.get("seed", job["seed"]) for job, note in zip(jobs, notes)]
     run = {key: first[key] for key in ("steps", "sampler", "karras")}
     refine = frames = init = None
@@ -252,20 +320,42 @@ def draw(sd: StableDiffusion, jobs: list[dict], args, progress, tell) -> Drawn:
     if first.get("init_image"):
         with Image.open(first["init_image"]) as picture:
             init = sd.encode(image.fit(picture, first["width"], first["height"]))
-    latents = sd.sample(
-        prompts, noise, seeds=seeds, negative_prompt=first["negative_prompt"], guidance_scale=first["guidance_scale"], init=init,
-        strength=first.get("strength", 0.8), refine=refine, progress=progress, **run,
+    if first.get("layout"):
+        predict = collage.predictor(sd, load_layout(first["layout"]), guidance_scale=first["guidance_scale"], seed=seeds)
+    else:
+        predict = sd.guided(prompts, first["negative_prompt"], first["guidance_scale"])
+    latents = sd.denoise(
+        predict, noise, seeds=seeds, init=init, strength=first.get("strength", 0.8), refine=refine, progress=progress, **run,
     )
-    pictures, extras = sd.decode(latents), [{} for _ in jobs]
+    pictures = sd.decode(latents)
     if frames is not None:
         for b, (picture, extra) in enumerate(zip(pictures, extras)):
             extra["attention"] = excite.sheet(picture, frames, b, [str(subject) for subject in subjects[b]])
     return Drawn(pictures, noise, notes, extras)
 
 
+def save_noise(noise: torch.Tensor, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({"noise": noise.float().contiguous()}, temporary)
+    os.replace(temporary, path)
+
+
+def save_extra(what: Image.Image | torch.Tensor, stem: Path) -> None:
+    """A picture, or a noise, beside the picture that it belongs to."""
+    if isinstance(what, torch.Tensor):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        save_noise(what, stem.with_name(stem.name + ".safetensors"))
+    else:
+        image.save(what, stem.with_name(stem.name + ".png"))
+
+
 def steps_of(job: dict) -> int:
     """How often a sampler calls `progress` for a picture."""
     steps = job["steps"] - (first_step(job["steps"], job["strength"]) if job.get("init_image") else 0)
+    if job.get("invert"):
+        return 0
     return steps + (job["sampler"] == "pndm" and steps > 1)  # which visits one timestep twice
 
 
@@ -291,7 +381,9 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
             evaluations.clear()
             at = bar.n
             try:
-                drawn = draw(sd, part, args, lambda i, t: bar.update(len(part)), bar.set_postfix_str)  # noqa: B023 (called within this turn)
+                with controlled(sd, part[0], args.net):
+                    step = partial(bar.update, len(part))
+                    drawn = invert(sd, part[0]) if part[0].get("invert") else draw(sd, part, args, lambda i, t: step(), bar.set_postfix_str)  # noqa: B023
             except torch.cuda.OutOfMemoryError:
                 if len(part) == 1:
                     size = f"{part[0]['width']}x{part[0]['height']}"
@@ -307,7 +399,7 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                 settings = {**job, **note}
                 path = image.save_numbered(picture, args.out, settings)
                 for name, more in extra.items():
-                    image.save(more, args.out / "extra" / f"{path.stem}-{name}.png")
+                    save_extra(more, args.out / "extra" / f"{path.stem}-{name}")
                 row = {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": sum(evaluations) // len(part)}
                 lines.write(row)
                 args.made += 1
@@ -319,11 +411,7 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                 kept.append(drawn.noise.cpu())
     handle.remove()
     if kept:
-        from safetensors.torch import save_file
-
-        temporary = args.save_noise.with_name(args.save_noise.name + ".tmp")
-        save_file({"noise": torch.cat(kept)}, temporary)
-        os.replace(temporary, args.save_noise)
+        save_noise(torch.cat(kept), args.save_noise)
     if world > 1 and args.out.is_dir():
         paths = [args.out / f"runs-{rank}.jsonl"]
         if rank == 0:  # a killed run of more processes leaves files that none of these will see to

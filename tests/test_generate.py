@@ -146,6 +146,15 @@ def bad(*args, says):
         bad("x", "--candidates", "3", says="--candidates is for"),
         bad("x", "--init-noise", "select", "--candidates", "0", says="--candidates must be from 1"),
         bad("x", "--optimize-steps", "3", says="--optimize-steps is for --init-noise optimize"),
+        bad("--layout", "nosuch.json", says="there is no layout nosuch.json"),
+        bad("x", "--layout-preview", says="--layout-preview is for --layout"),
+        bad("x", "--lora", "nosuch.safetensors:0.5", says="there is no LoRA nosuch.safetensors"),
+        bad("x", "--control-image", "y.png", says="--controlnet and --control-image go together"),
+        bad("x", "--controlnet", "nosuch", "--control-image", "tests/nosuch.png", says="there is no picture tests/nosuch.png"),
+        bad("--invert", "nosuch.png", says="there is no picture nosuch.png"),
+        bad("--invert", "y.png", "--sampler", "euler", says="leave out --sampler euler"),
+        bad("--invert", "y.png", "--seeds", "0-3", says="leave out --seeds"),
+        bad("x", "--vae", "nosuch", says="nosuch"),
         bad("x", "--init-image", "nosuch.png", says="there is no picture nosuch.png"),
         bad("x", "--init-image", __file__, says="is not a picture that can be read"),
         bad("x", "--strength", "0.5", says="--strength is for --init-image"),
@@ -236,6 +245,68 @@ def test_selection_by_attention(tmp_path):
     assert main([*args, "--out", str(tmp_path), "--quiet", "--resume"]) == 0 and len(lines(tmp_path)) == 3
     assert main(["--like", str(tmp_path / rows[0]["file"]), "--out", str(tmp_path), "--quiet"]) == 0
     assert lines(tmp_path)[-1]["candidates"] == rows[0]["candidates"]
+
+
+def test_selection_by_stability_with_its_sheet(tmp_path):
+    args = [PROMPT, "--seed", "3", "--steps", "4", "--init-noise", "select", "--candidates", "3", "--out", str(tmp_path), "--quiet"]
+    assert main(args) == 0
+    (row,) = lines(tmp_path)
+    assert row["score"] == "stability" and row["seed"] == max(row["candidates"], key=lambda c: c["score"])["seed"]
+    assert row["unet_rows"] >= 3 * 30  # ten steps down under guidance, ten up without, for each of three
+    assert [p.name for p in (tmp_path / "extra").iterdir()] == [f"00000-{row['seed']}-candidates.png"]
+
+
+def test_optimisation_by_stability(tmp_path):
+    how = ["--init-noise", "optimize", "--optimize-steps", "2", "--optimize-mode", "detach"]
+    assert main([PROMPT, "--seed", "3", "--steps", "2", *how, "--out", str(tmp_path), "--quiet"]) == 0
+    (row,) = lines(tmp_path)
+    assert row["optimize_mode"] == "detach" and row["stability"]["after"] != row["stability"]["before"]
+
+
+def test_inversion_of_a_picture(made, tmp_path):
+    picture = made / "00000-3.png"
+    assert main(["--invert", str(picture), "--steps", "20", "--out", str(tmp_path), "--quiet"]) == 0
+    (row,) = lines(tmp_path)
+    assert row["psnr"] > 20 and row["unet_rows"] == 40
+    noise_file = tmp_path / "extra" / "00000-0-noise.safetensors"
+    again = ["", "--noise", str(noise_file), "--guidance-scale", "1", "--steps", "20", "--seed", "0", "--out", str(tmp_path), "--quiet"]
+    assert main(again) == 0
+    assert np.abs(pixels(tmp_path / "00001-0.png") - pixels(tmp_path / "00000-0.png")).max() <= 2
+
+
+def test_layout_and_its_preview(tmp_path):
+    boxes = [{"prompt": "a red circle", "box": [0, 0, 0.5, 1]}, {"prompt": "a blue square", "box": [0.5, 0, 1, 1]}]
+    (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": boxes}))
+    args = ["--layout", str(tmp_path / "l.json"), "--seed", "1", "--steps", "2", "--out", str(tmp_path / "o"), "--quiet"]
+    assert main([*args, "--layout-preview"]) == 0
+    assert [p.name for p in (tmp_path / "o").rglob("*.png")] == ["layout-0.png"]
+    assert main(args) == 0
+    (row,) = lines(tmp_path / "o")
+    assert row["prompt"] == PROMPT and row["unet_rows"] == 2 * 4  # two regions, the whole, and one shared unconditional half
+    assert row["layout"]["regions"][1]["box"] == [0.5, 0, 1, 1]
+    assert main(["--like", str(tmp_path / "o" / row["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
+    assert np.array_equal(pixels(tmp_path / "o/00000-1.png"), pixels(tmp_path / "o/00001-1.png"))
+
+
+def test_adapters_and_controlnet(tmp_path, made):
+    from minsd.config import MODELS
+    from minsd.controlnet import ControlNet
+
+    g, name = torch.Generator().manual_seed(0), "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    halves = {f"{name}.lora_A.weight": torch.randn(2, 160, generator=g), f"{name}.lora_B.weight": torch.randn(160, 2, generator=g)}
+    save_file(halves, tmp_path / "style.safetensors")
+    net = ControlNet(MODELS["shapes"].unet)
+    save_file({key: 0.05 * torch.randn(p.shape, generator=g) for key, p in net.state_dict().items()}, tmp_path / "net.safetensors")
+    plain = [PROMPT, "--seed", "3", "--steps", "3", "--out", str(tmp_path), "--quiet"]
+    control = ["--controlnet", str(tmp_path / "net.safetensors"), "--control-image", str(made / "00000-3.png")]
+    nothing = [["--lora", f"{tmp_path / 'style.safetensors'}:0"], [*control, "--control-scale", "0"]]
+    something = [["--lora", f"{tmp_path / 'style.safetensors'}:0.5"], [*control, "--control-scale", "0.5"]]
+    for more in ([], *nothing, *something):
+        assert main([*plain, *more]) == 0
+    first, no_lora, no_control, lora, controlled = (pixels(tmp_path / row["file"]) for row in lines(tmp_path))
+    assert np.array_equal(first, no_lora) and np.array_equal(first, no_control)
+    assert np.abs(first - lora).max() > 2 and np.abs(first - controlled).max() > 2
+    assert lines(tmp_path)[4]["control_scale"] == 0.5 and lines(tmp_path)[3]["lora"][0].endswith(":0.5")
 
 
 def test_interrupt_keeps_what_is_done(tmp_path, capfd, monkeypatch):

@@ -31,8 +31,8 @@ def by_job(folder):
 
 def test_prompts_of_a_text_file_share_batches(tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("# shapes\na red circle\n\n  a blue square and a green star \n")
-    sizes, sample = [], pipeline.StableDiffusion.sample
-    monkeypatch.setattr(pipeline.StableDiffusion, "sample", lambda self, p, x, **how: sizes.append(len(x)) or sample(self, p, x, **how))
+    sizes, denoise = [], pipeline.StableDiffusion.denoise
+    monkeypatch.setattr(pipeline.StableDiffusion, "denoise", lambda self, p, x, **how: sizes.append(len(x)) or denoise(self, p, x, **how))
     assert main(["--prompts", str(tmp_path / "p.txt"), "--seeds", "3-4", "--steps", "2", "--out", str(tmp_path / "o"), "--quiet"]) == 0
     assert [(r["prompt"], r["seed"]) for r in rows(tmp_path / "o")] == [
         ("a red circle", 3), ("a red circle", 4), ("a blue square and a green star", 3), ("a blue square and a green star", 4),
