@@ -1,0 +1,235 @@
+"""Do layouts put what was asked for where it was asked for?
+
+    python -m bench.layout                                    # the embedded model, 210 random layouts, the pixel detector
+    python -m bench.layout --methods plain collage --boxes 2 --sheet out/layouts.png
+    python -m bench.layout --model sd15 --clip FOLDER         # real checkpoints: CLIP on what each box holds
+
+Random boxes that do not overlap, 2 to 4 in a picture, each with its own coloured shape; the picture's caption names them
+all. Every method gets the same layouts and noise. A box is right when the detector (weights/shapes/detector.py, pixels
+alone) finds a well drawn body of that shape and colour centred in it; strays are bodies centred in no box, extras further
+bodies in one. `chance` is the share of boxes that plain sampling got right: it is told what, and not where. `spill` is the
+share of everything drawn that lies outside every box. With a real checkpoint each box's content on white goes to CLIP: the
+cosine with its own caption, and how often that is nearer than the other boxes' captions are.
+
+Seconds are of one process and one thread on a CPU (its own time, whatever else the machine does), sampling alone.
+"""
+
+import argparse
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import minsd
+from bench import print_table, wilson, write_csv
+from bench.alignment import ANIMALS, OBJECTS, Similarity
+from bench.shapes import article, sentence
+from minsd.noise import collage, layout
+from minsd.noise.initial import noise
+from minsd.weights.shapes import data, detector
+
+SEED = 11  # of the layouts; layout k of a group begins from noise seed k
+SIDES = {2: (0.40, 0.55), 3: (0.36, 0.46), 4: (0.34, 0.42)}  # of boxes, as shares of the picture's side
+METHODS = {
+    "plain": None, "collage": {}, "attention-only": {"attention_only": True}, "drop 0": {"background_drop": 0.0},
+    "drop 1": {"background_drop": 1.0}, "pad 0.2": {"pad": 0.2}, "weight 0": {"background_weight": 0.0},
+    "weight 0.02": {"background_weight": 0.02}, "weight 0.3": {"background_weight": 0.3}, "weight 1": {"background_weight": 1.0},
+    "compat": {"ladder": "compat"},
+}
+
+
+def boxes(rng: np.random.Generator, n: int, gap: float = 0.02) -> list[list[float]]:
+    """n boxes [x0, y0, x1, y1] in fractions, apart from one another and inside the picture."""
+    while True:
+        placed = []
+        for _ in range(100):
+            w, h = rng.uniform(*SIDES[n], 2)
+            x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
+            if all(x > c + gap or x + w < a - gap or y > d + gap or y + h < b - gap for a, b, c, d in placed):
+                placed.append((x, y, x + w, y + h))
+                if len(placed) == n:
+                    return [[round(float(v), 3) for v in box] for box in placed]
+
+
+def cases(n: int, count: int, real: bool) -> list[tuple[list, dict]]:
+    """(subjects, layout) of `count` pictures with n boxes: coloured shapes, or for real checkpoints animals and things."""
+    rng, out = np.random.default_rng((SEED, n)), []
+    for _ in range(count):
+        if real:
+            subjects = [str(s) for s in rng.choice(ANIMALS + OBJECTS, n, replace=False)]
+            captions = [s if s == "glasses" else f"{'an' if s[0] in 'aeiou' else 'a'} {s}" for s in subjects]
+            whole = " and ".join(captions)
+        else:
+            subjects = data.draw_subjects(rng, n)
+            captions, whole = [f"{article(c)} {c} {s}" for c, s in subjects], sentence(subjects)
+        regions = [{"prompt": caption, "box": box} for caption, box in zip(captions, boxes(rng, n))]
+        out.append((subjects, {"prompt": whole, "regions": regions}))
+    return out
+
+
+def draw(sd, lay, seed: int, options: dict | None, how: dict) -> tuple[Image.Image, int, float]:
+    """-> picture, UNet rows a step, seconds of sampling."""
+    how, rows, clock = dict(how), [], time.process_time if sd.device.type == "cpu" else time.perf_counter
+    scale = how.pop("guidance_scale")
+    handle = sd.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    begin = clock()
+    if options is None:
+        predict = sd.predictor(sd.encode_prompt([lay.prompt]), sd.encode_prompt([""]), scale)
+    else:
+        predict = collage.predictor(sd, lay, guidance_scale=scale, seed=seed, **options)
+    x = sd.denoise(predict, noise([seed], (4, lay.height // 8, lay.width // 8)), seeds=[seed], **how)
+    if sd.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = clock() - begin
+    handle.remove()
+    return sd.decode(x)[0], sum(rows) // how["steps"], seconds
+
+
+def judge(picture: Image.Image, subjects, lay) -> dict:
+    """What the boxes of a picture hold."""
+    found, right, strays, extras = detector.find(picture), [], 0, 0
+    inside = [[f for f in found if x0 <= f.centre[0] < x1 and y0 <= f.centre[1] < y1] for x0, y0, x1, y1 in (r.bounds for r in lay.regions)]
+    for (colour, shape), bodies in zip(subjects, inside):
+        right.append(any(f.whole and f.shape == shape and f.colours == (colour,) for f in bodies))
+        extras += max(0, len(bodies) - 1)
+    strays = len(found) - sum(map(len, inside))
+    pixels = np.asarray(picture).astype(float)
+    ground = np.median(np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)]), 0)
+    drawn = np.linalg.norm(pixels - ground, axis=-1) > detector.FOREGROUND
+    outside = drawn & ~np.any([r.pixels for r in lay.regions], axis=0)
+    somewhere = [any(f.whole and f.shape == s and f.colours == (c,) for f in found) for c, s in subjects]
+    return {"right": right, "somewhere": somewhere, "strays": strays, "extras": extras, "spill": outside.sum() / max(1, drawn.sum())}
+
+
+_sd = None
+
+
+def _start(model: str) -> None:
+    global _sd
+    torch.set_num_threads(1)
+    _sd = minsd.load(model, device="cpu")
+
+
+def _job(job):
+    n, count, k, method, how = job
+    subjects, given = cases(n, count, False)[k]
+    lay = layout.load(given).sized(_sd.config.size, _sd.config.size)
+    picture, rows, seconds = draw(_sd, lay, k, METHODS[method], how)
+    return np.asarray(picture), rows, seconds, judge(picture, subjects, lay), subjects, lay
+
+
+def row_of(method: str, n: int, results, how: dict) -> dict:
+    judged = [r[3] for r in results]
+    right = [ok for j in judged for ok in j["right"]]
+    low, high = wilson(sum(right), len(right))
+    return {
+        "method": method, "boxes": n, **how, "layouts": len(results),
+        "boxes_right": round(np.mean(right), 3), "boxes_95": f"{low:.3f}-{high:.3f}",
+        "all_right": round(np.mean([all(j["right"]) for j in judged]), 3),
+        "drawn_anywhere": round(np.mean([ok for j in judged for ok in j["somewhere"]]), 3),
+        "strays": round(np.mean([j["strays"] for j in judged]), 3), "extras": round(np.mean([j["extras"] for j in judged]), 3),
+        "spill": round(np.mean([j["spill"] for j in judged]), 3), "rows_a_step": results[0][1],
+        "seconds": round(np.mean([r[2] for r in results]), 3),
+    }
+
+
+def framed(picture, subjects, lay, right) -> Image.Image:
+    """A picture with its boxes drawn on, green where they hold what they should, and the captions below."""
+    out = Image.new("RGB", (lay.width + 4, lay.height + 11 * len(subjects) + 6), "white")
+    out.paste(Image.fromarray(picture), (2, 2))
+    pen = ImageDraw.Draw(out)
+    for i, (subject, region, ok) in enumerate(zip(subjects, lay.regions, right)):
+        x0, y0, x1, y1 = region.bounds
+        colour = "green" if ok else "crimson"
+        pen.rectangle((x0 + 2, y0 + 2, x1 + 1, y1 + 1), outline=colour)
+        pen.text((x0 + 4, y0 + 2), str(i + 1), fill=colour)
+        pen.text((2, lay.height + 2 + 11 * i), f"{i + 1} {' '.join(subject)}", fill=colour)
+    return out
+
+
+def grid(kept: dict, path: Path, columns: int = 12) -> None:
+    """A row for each method and number of boxes: the same layouts and noise below one another."""
+    lines = {key: [framed(*(r[i] for i in (0, 4, 5)), r[3]["right"]) for r in results[:columns]] for key, results in kept.items()}
+    wide = max(len(line) for line in lines.values()) * next(iter(lines.values()))[0].width
+    out = Image.new("RGB", (110 + wide, sum(line[0].height for line in lines.values())), "white")
+    pen, y = ImageDraw.Draw(out), 0
+    for (method, n), line in lines.items():
+        pen.text((4, y + 50), f"{method}\n{n} boxes", fill="black")
+        for i, picture in enumerate(line):
+            out.paste(picture, (110 + i * picture.width, y))
+        y += line[0].height
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out.save(path, optimize=True)
+
+
+def crops(sd, args, how: dict) -> list[dict]:
+    """A real checkpoint: what each box holds, on white, against the captions, by CLIP."""
+    clip, rows = Similarity(args.clip, sd.device), []
+    for n in args.boxes:
+        for method in args.methods:
+            own, first, seconds, steps = [], [], [], 0
+            for k, (_, given) in enumerate(cases(n, args.n, True)):
+                lay = layout.load(given).sized(args.size or sd.config.size, args.size or sd.config.size)
+                picture, steps, spent = draw(sd, lay, k, METHODS[method], how)
+                seconds.append(spent)
+                captions = [region.prompt for region in lay.regions]
+                for i, region in enumerate(lay.regions):
+                    alone = np.where(region.pixels[..., None], np.asarray(picture), 255).astype(np.uint8)
+                    crop = Image.fromarray(alone).crop(region.bounds)
+                    cosines = clip([crop] * n, captions)
+                    own.append(cosines[i])
+                    first.append(cosines[i] == max(cosines))
+            rows.append({"model": args.model, "method": method, "boxes": n, **how, "layouts": args.n, "clip_crop": round(np.mean(own), 4),
+                         "nearest_own": round(np.mean(first), 3), "rows_a_step": steps, "seconds": round(np.median(seconds), 2)})
+            print_table(rows[-1:])
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="shapes")
+    parser.add_argument("--boxes", nargs="+", type=int, choices=SIDES, default=list(SIDES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("-n", type=int, default=70, help="layouts of each number of boxes")
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, help="default: the model's")
+    parser.add_argument("--size", type=int, help="pixels a side, for real checkpoints (default: the model's)")
+    parser.add_argument("--sheet", type=Path, help="a picture of the first layouts under every method")
+    parser.add_argument("--csv", action="store_true")
+    parser.add_argument("--clip", type=Path, help="folder of a CLIPModel, for real checkpoints")
+    parser.add_argument("--device", help="for real checkpoints")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    model = "shapes" if args.model == "shapes" else args.model
+    how = {"sampler": args.sampler, "steps": args.steps, "guidance_scale": args.guidance}
+    if args.clip:
+        sd = minsd.load(model, args.device)
+        how["guidance_scale"] = sd.config.guidance_scale if args.guidance is None else args.guidance
+        rows = crops(sd, args, how)
+        if args.csv:
+            write_csv("layout_clip", rows, sd.device)
+        return
+    how["guidance_scale"] = minsd.config.MODELS["shapes"].guidance_scale if args.guidance is None else args.guidance
+    rows, kept = [], {}
+    with multiprocessing.get_context("fork").Pool(args.workers, _start, (model,)) as pool:
+        for n in args.boxes:
+            for method in args.methods:
+                results = pool.map(_job, [(n, args.n, k, method, how) for k in range(args.n)], chunksize=2)
+                kept[method, n] = results
+                rows.append(row_of(method, n, results, how))
+                r = rows[-1]
+                print(f"{n} boxes {method:15} right {r['boxes_right']} [{r['boxes_95']}] all {r['all_right']} anywhere "
+                      f"{r['drawn_anywhere']} strays {r['strays']} spill {r['spill']}  {r['rows_a_step']} rows, {r['seconds']} s", flush=True)
+                if args.csv:
+                    write_csv("layout", rows[-1:])
+    if args.sheet:
+        grid(kept, args.sheet)
+
+
+if __name__ == "__main__":
+    main()
