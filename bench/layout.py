@@ -223,8 +223,8 @@ def main():
                 kept[method, n] = results
                 rows.append(row_of(method, n, results, how))
                 r = rows[-1]
-                print(f"{n} boxes {method:15} right {r['boxes_right']} [{r['boxes_95']}] all {r['all_right']} anywhere "
-                      f"{r['drawn_anywhere']} strays {r['strays']} spill {r['spill']}  {r['rows_a_step']} rows, {r['seconds']} s", flush=True)
+                print(f"{n} boxes {method:14} right {r['boxes_right']} [{r['boxes_95']}] all {r['all_right']} some"
+                      f"where {r['drawn_anywhere']} strays {r['strays']} spill {r['spill']}  {r['rows_a_step']} rows, {r['seconds']} s", flush=True)
                 if args.csv:
                     write_csv("layout", rows[-1:])
     if args.sheet:
