@@ -197,15 +197,6 @@ def test_one_clear_line_for_what_does_not_fit(files, small, tmp_path, change, me
     assert "\n" not in str(error.value)
 
 
-def test_paths_with_scales():
-    assert lora.parse("a/b.safetensors") == ("a/b.safetensors", 1.0)
-    assert lora.parse("a/b.safetensors:-0.5") == ("a/b.safetensors", -0.5)
-    assert lora.parse("C:\\loras\\b") == ("C:\\loras\\b", 1.0)
-    for wrong in (":0.5", "a:nan", "a:inf"):
-        with pytest.raises(ValueError, match="PATH:SCALE"):
-            lora.parse(wrong)
-
-
 def test_what_is_not_there(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no LoRA"):
         lora.read(tmp_path / "none.safetensors", small)

@@ -70,18 +70,6 @@ class LoRA:
     parts: tuple[Part, ...]
 
 
-def parse(text: str) -> tuple[str, float]:
-    """PATH or PATH:SCALE -> (path, scale). A path whose own end looks like a scale needs one: a:2:1."""
-    path, colon, scale = text.rpartition(":")
-    try:
-        value = float(scale) if colon else 1.0
-    except ValueError:  # a colon of the path's own
-        return text, 1.0
-    if not math.isfinite(value) or (colon and not path):
-        raise ValueError(f"a LoRA is given as PATH or PATH:SCALE, such as style.safetensors:0.8, not {text!r}")
-    return (path if colon else text), value
-
-
 def read(path: str | Path, sd) -> LoRA:
     """An adapter's file (or folder) for the networks of `sd` (`sd.unet`, `sd.text.model`).
 

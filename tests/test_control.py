@@ -1,0 +1,119 @@
+"""A collage under control images: against one guided pass after the other, and the identities of its two crops."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minsd import guidance
+from minsd.config import ScheduleConfig
+from minsd.controlnet import Control, Controlled, ControlNet
+from minsd.noise import collage, control, layout
+from minsd.noise.initial import noise
+from minsd.samplers.schedule import Schedule
+
+
+@pytest.fixture(scope="module")
+def sd(small):
+    import copy
+
+    sd = copy.copy(small)
+    sd.unet, sd.schedule = copy.deepcopy(small.unet).double(), Schedule(ScheduleConfig(prediction_type="v_prediction"))
+    return sd
+
+
+@pytest.fixture(scope="module")
+def net(sd):
+    torch.manual_seed(2)
+    net = ControlNet(sd.config.unet, (4, 4, 8, 8)).double().requires_grad_(False)
+    for p in net.controlnet_cond_embedding.parameters():
+        p.mul_(3)  # so that control images matter
+    return net
+
+
+def made(*boxes, **more):
+    regions = [{"prompt": text, "box": box, **more} for text, box in zip(("a red circle", "a blue square"), boxes)]
+    return layout.load({"prompt": "two shapes", "negative_prompt": "green", "width": 128, "height": 96, "regions": regions})
+
+
+def sized(lay):
+    return lay.sized(128, 96)
+
+
+LEFT, RIGHT, ALL = [0, 0, 64, 96], [56, 16, 128, 80], [0, 0, 128, 96]
+X = noise([1, 2], (4, 12, 16)).double()
+PICTURES = torch.rand(3, 3, 96, 128, generator=torch.Generator().manual_seed(3)).double()
+SCALES = [0.5, 1.0, 0.7]
+
+
+def one_by_one(sd, net, lay, x, t, crop, g=4.0):
+    """The definition: N+1 guided predictions by themselves, merged by weights written out for boxes of whole cells."""
+    h, w = x.shape[-2:]
+    total, merged = torch.zeros(h, w).double(), torch.zeros_like(x)
+    for k, who in enumerate((lay, *lay.regions)):
+        x0, y0, x1, y1 = (v // 8 for v in (ALL if k == 0 else who.bounds))
+        m = torch.zeros(h, w).double()
+        m[y0:y1, x0:x1] = 0.1 if k == 0 else who.weight
+        cut = (slice(None), slice(None), slice(y0, y1), slice(x0, x1)) if crop == "flex" else (slice(None),)
+        size = (8 * (y1 - y0), 8 * (x1 - x0)) if crop == "flex" else (96, 128)
+        picture = torch.nn.functional.interpolate(PICTURES[k : k + 1], size=size, mode="bilinear", antialias=True)
+        unet = Controlled(sd.unet, [Control(net, picture, SCALES[k])])
+        texts = (sd.encode_prompt(p).double() for p in (who.prompt, who.negative_prompt))
+        eps = torch.zeros_like(x)
+        eps[cut] = guidance.classifier_free(unet, *texts, g, sd.schedule)(x[cut], t)
+        merged, total = merged + m * eps, total + m
+    return merged / total
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("crop", ["fixed", "flex"])
+@torch.no_grad()
+def test_is_the_merge_of_single_passes(sd, net, crop):
+    lay = sized(made(LEFT, RIGHT))
+    predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop=crop, guidance_scale=4.0)
+    expected = one_by_one(sd, net, lay, X, 401, crop)
+    assert relative(predict(X, 401), expected) < 1e-10
+    assert relative(predict(X[:1], 401), expected[:1]) < 1e-10  # another batch size, and rows split otherwise
+    off = control.predictor(sd, lay, net, PICTURES, [0.0] * 3, crop=crop, guidance_scale=4.0)
+    assert relative(off(X, 401), expected) > 1e-3
+
+
+@torch.no_grad()
+def test_flex_with_whole_boxes_is_fixed(sd, net):
+    lay = sized(made(ALL, ALL))
+    for g in (1.0, 4.0):
+        fixed, flex = (control.predictor(sd, lay, net, PICTURES, SCALES, crop=c, guidance_scale=g)(X, 401) for c in ("fixed", "flex"))
+        assert relative(flex, fixed) < 1e-10
+
+
+@torch.no_grad()
+def test_without_scale_it_is_a_collage_of_plain_texts(sd, net):
+    """One region everywhere: M is 1/1.1 and 0.1/1.1, and pass 1 of a collage looks at its own text in every cell."""
+    lay = sized(made(ALL))
+    ours = control.predictor(sd, lay, net, PICTURES[:2], [0.0, 0.0])
+    theirs = collage.predictor(sd, lay, background_drop=0)
+    assert relative(ours(X, 401), theirs(X, 401)) < 1e-10
+
+
+def test_reading_control_images(tmp_path):
+    for name, grey in (("whole", 100), ("one", 200)):
+        Image.fromarray(np.full((96, 128), grey, np.uint8)).save(tmp_path / f"{name}.png")
+    lay = sized(made(LEFT, RIGHT, control_image=str(tmp_path / "one.png"), control_scale=0.5))
+    pictures, scales = control.read(lay, tmp_path / "whole.png", 0.8)
+    assert pictures.shape == (3, 3, 96, 128) and scales == [0.8, 0.4, 0.4]
+    assert [round(255 * p.mean().item()) for p in pictures] == [100, 200, 200]
+    assert control.read(lay)[1] == [0.0, 0.5, 0.5]  # none for the whole picture
+    assert control.read(sized(made(LEFT)), tmp_path / "whole.png")[1] == [1.0, 1.0]  # a region without takes the whole's
+    with pytest.raises(ValueError, match="needs a control image"):
+        control.read(sized(made(LEFT)))
+
+
+def test_one_clear_line(sd, net):
+    lay = sized(made(LEFT, RIGHT))
+    with pytest.raises(ValueError, match="no crop is called 'cut'"):
+        control.predictor(sd, lay, net, PICTURES, SCALES, crop="cut")
+    with pytest.raises(ValueError, match="3 control images"):
+        control.predictor(sd, lay, net, PICTURES[:2], SCALES)
