@@ -222,9 +222,8 @@ def main():
                 results = pool.map(_job, [(n, args.n, k, method, how) for k in range(args.n)], chunksize=2)
                 kept[method, n] = results
                 rows.append(row_of(method, n, results, how))
-                r = rows[-1]
-                print(f"{n} boxes {method:14} right {r['boxes_right']} [{r['boxes_95']}] all {r['all_right']} some"
-                      f"where {r['drawn_anywhere']} strays {r['strays']} spill {r['spill']}  {r['rows_a_step']} rows, {r['seconds']} s", flush=True)
+                told = ("boxes_right", "boxes_95", "all_right", "drawn_anywhere", "strays", "extras", "spill", "rows_a_step", "seconds")
+                print(f"{n} boxes {method:14}", ", ".join(f"{key} {rows[-1][key]}" for key in told), flush=True)
                 if args.csv:
                     write_csv("layout", rows[-1:])
     if args.sheet:

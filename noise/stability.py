@@ -295,7 +295,7 @@ def _descend(trip, start, part, mode, optimize_steps, lr, momentum, keep, rescal
             result.before = s if step == 0 else result.before
             if keep == "last" and last or keep == "best" and not s <= result.score:
                 result.noise, result.score = (x if step else start)[k][None].cpu(), s  # untouched noise comes back as it is
-            if not NORMAL[0] <= norm <= NORMAL[1] and not warned[k]:
+            if step and not NORMAL[0] <= norm <= NORMAL[1] and not warned[k]:
                 warned[k] = True
                 message = f"at step {step} the noise's norm is {norm:.3f} of unit noise's, outside {NORMAL[0]}..{NORMAL[1]}"
                 warnings.warn(f"{message}: a smaller lr, or rescale, keeps it there", stacklevel=4)
@@ -352,8 +352,9 @@ def invert_picture(
 ) -> Inversion:
     """A picture, cut and scaled to height x width pixels -> the noise that makes it, and its reconstruction, both by DDIM.
 
-    `iterations` of the fixed point at every step make the inversion more nearly exact. Guidance up or down other than 1
-    reconstructs badly. ValueError, before any network runs, for numbers that make no sense.
+    `iterations` of the fixed point at every step make the inversion more nearly exact where steps are small: from some 25 on;
+    among few large ones they diverge. Guidance up or down other than 1 reconstructs badly. ValueError, before any network
+    runs, for numbers that make no sense.
     """
     height, width = height or sd.config.size, width or sd.config.size
     if height % 8 or width % 8 or height < 8 or width < 8:
