@@ -3,6 +3,7 @@
     python -m bench.layout                                    # the embedded model, 210 random layouts, the pixel detector
     python -m bench.layout --methods plain collage --boxes 2 --sheet out/layouts.png
     python -m bench.layout --model sd15 --clip FOLDER         # real checkpoints: CLIP on what each box holds
+    python -m bench.layout --cost --model sd15 --boxes 2 4 8  # seconds and memory of a step, rows together or apart
 
 Random boxes that do not overlap, 2 to 4 in a picture, each with its own coloured shape; the picture's caption names them
 all. Every method gets the same layouts and noise. A box is right when the detector (weights/shapes/detector.py, pixels
@@ -12,12 +13,20 @@ share of everything drawn that lies outside every box. With a real checkpoint ea
 cosine with its own caption, and how often that is nearer than the other boxes' captions are.
 
 Seconds are of one process and one thread on a CPU (its own time, whatever else the machine does), sampling alone.
+
+`--cost` times one step of a collage on random full-size weights: its N + 2 rows as one batch, and, apart, the 2 (N + 1) rows
+that two passes for each text make, two rows at a time. Both find the same noise (`differ`: by how much, relative).
 """
 
 import argparse
+import json
 import multiprocessing
 import os
+import statistics
+import subprocess
+import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import minsd
-from bench import print_table, wilson, write_csv
+from bench import peak_rss_mb, print_table, wilson, write_csv
 from bench.alignment import ANIMALS, OBJECTS, Similarity
 from bench.shapes import article, sentence
 from minsd.noise import collage, layout
@@ -189,10 +198,70 @@ def crops(sd, args, how: dict) -> list[dict]:
     return rows
 
 
+# --- one step's seconds and memory ------------------------------------------------------------------------------------
+
+
+def cost_worker(args) -> None:
+    """Steps of one collage in a process of its own, on random weights; texts' states are drawn, equal for equal words."""
+    from bench.unet import build
+    from minsd.pipeline import StableDiffusion
+
+    torch.set_num_threads(args.threads)
+    unet, config = build("minsd", args.model, getattr(torch, args.dtype), args.device)
+
+    def encode(texts):
+        states = [torch.randn(77, config.context_dim, generator=torch.Generator().manual_seed(len(text.strip()))) for text in texts]
+        return torch.stack(states).to(args.device)
+
+    sd = StableDiffusion(minsd.config.MODELS[args.model], unet, None, types.SimpleNamespace(encode=encode))
+    (n,), size, apart = args.boxes, args.size or sd.config.size, args.cost_worker == "apart"
+    negatives = [" " if apart else ""] * n  # written otherwise than the picture's, all halves of guidance are computed
+    columns = n // 2
+    places = [(k % columns / columns, k // columns / 2) for k in range(n)]  # two rows of boxes fill the picture
+    regions = [{"prompt": "x" * (k + 2), "box": [x, y, x + 1 / columns, y + 0.5], "negative_prompt": negative}
+               for k, ((x, y), negative) in enumerate(zip(places, negatives))]
+    if apart:
+        collage.ROWS_AT_ONCE, sd.batch_size = 2 * (size // 8) ** 2, lambda height, width: 1
+    predict = collage.predictor(sd, layout.load({"prompt": "x", "width": size, "height": size, "regions": regions}))
+    x, rows, seconds = noise([0], (4, size // 8, size // 8)).to(args.device, sd.dtype), [], []
+    unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    cuda = sd.device.type == "cuda"
+    with torch.no_grad():
+        for _ in range(1 + args.runs):  # the first fills caches
+            rows.clear()
+            start, cpu = time.perf_counter(), time.process_time()
+            eps = predict(x, 481)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - start, time.process_time() - cpu))
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_rss_mb()
+    print(json.dumps({"seconds": seconds[1:], "peak_mb": peak, "rows": rows, "eps": eps.flatten().tolist()}))
+
+
+def cost(args) -> list[dict]:
+    torch.set_num_threads(args.threads)  # as the workers: the CSV says so
+    table = []
+    for n in args.boxes:
+        results = {}
+        for variant in ("apart", "together"):
+            command = [sys.executable, "-m", "bench.layout", *sys.argv[1:], "--boxes", str(n), "--cost-worker", variant]
+            results[variant] = r = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            wall, cpu = (statistics.median(column) for column in zip(*r["seconds"]))
+            size = args.size or minsd.config.MODELS[args.model].size
+            table.append({"model": args.model, "size": size, "dtype": args.dtype, "regions": n, "rows": variant,
+                          "rows_a_step": sum(r["rows"]), "passes": len(r["rows"]), "seconds": round(wall, 2), "cpu_seconds": round(cpu, 2),
+                          "peak_mb": round(r["peak_mb"])})
+        a, b = (np.array(results[variant]["eps"]) for variant in ("apart", "together"))
+        wall, cpu = (table[-1][key] / table[-2][key] for key in ("seconds", "cpu_seconds"))
+        more = {"time_ratio": round(wall, 3), "cpu_ratio": round(cpu, 3), "differ": f"{np.abs(a - b).max() / np.abs(a).max():.1e}"}
+        table[-2:] = [table[-2] | dict.fromkeys(more, ""), table[-1] | more]
+    return table
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
-    parser.add_argument("--boxes", nargs="+", type=int, choices=SIDES, default=list(SIDES))
+    parser.add_argument("--boxes", nargs="+", type=int, default=list(SIDES), help="2 to 4; with --cost any even number")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("-n", type=int, default=70, help="layouts of each number of boxes")
     parser.add_argument("--sampler", default="ddim")
@@ -202,13 +271,29 @@ def main():
     parser.add_argument("--sheet", type=Path, help="a picture of the first layouts under every method")
     parser.add_argument("--csv", action="store_true")
     parser.add_argument("--clip", type=Path, help="folder of a CLIPModel, for real checkpoints")
-    parser.add_argument("--device", help="for real checkpoints")
+    parser.add_argument("--device", help="for real checkpoints (default: CUDA if there is one) and --cost (default: cpu)")
+    parser.add_argument("--dtype", default="float32", help="for --cost")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--cost", action="store_true", help="measure one step instead")
+    parser.add_argument("--runs", type=int, default=2, help="for --cost")
+    parser.add_argument("--threads", type=int, default=1, help="for --cost")
+    parser.add_argument("--cost-worker", choices=("together", "apart"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    model = "shapes" if args.model == "shapes" else args.model
+    if args.cost:
+        args.device = args.device or "cpu"
+    if args.cost_worker:
+        return cost_worker(args)
+    if args.cost:
+        rows = cost(args)
+        print_table(rows)
+        if args.csv:
+            write_csv("layout_cost", rows, args.device)
+        return
+    if unknown := set(args.boxes) - set(SIDES):
+        parser.error(f"--boxes without --cost takes {', '.join(map(str, SIDES))}, not {unknown.pop()}")
     how = {"sampler": args.sampler, "steps": args.steps, "guidance_scale": args.guidance}
     if args.clip:
-        sd = minsd.load(model, args.device)
+        sd = minsd.load(args.model, args.device)
         how["guidance_scale"] = sd.config.guidance_scale if args.guidance is None else args.guidance
         rows = crops(sd, args, how)
         if args.csv:
@@ -216,7 +301,7 @@ def main():
         return
     how["guidance_scale"] = minsd.config.MODELS["shapes"].guidance_scale if args.guidance is None else args.guidance
     rows, kept = [], {}
-    with multiprocessing.get_context("fork").Pool(args.workers, _start, (model,)) as pool:
+    with multiprocessing.get_context("fork").Pool(args.workers, _start, (args.model,)) as pool:
         for n in args.boxes:
             for method in args.methods:
                 results = pool.map(_job, [(n, args.n, k, method, how) for k in range(args.n)], chunksize=2)
