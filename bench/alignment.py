@@ -19,6 +19,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -161,8 +162,13 @@ class Similarity:
     def __init__(self, folder: Path, device):
         from transformers import CLIPModel, CLIPProcessor
 
-        self.model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval().requires_grad_(False)
-        self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        if not (folder / "config.json").is_file():  # or it would be taken for an id to fetch, and the error would be a page
+            sys.exit(f"{folder} holds no config.json: give the folder of a CLIPModel with its processor")
+        try:
+            self.model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval().requires_grad_(False)
+            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{folder} is no CLIPModel with its processor: {str(error).splitlines()[0]}")
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image], texts: list[str]) -> list[float]:
@@ -174,13 +180,12 @@ class Similarity:
 def compared(args, how: dict) -> list[dict]:
     """The table of a real checkpoint."""
     sd = minsd.load(args.model, args.device)
+    clip, pick = (Similarity(folder, sd.device) if folder else None for folder in (args.clip, args.pickscore))
     if args.prompts:
         prompts, name = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()], args.prompts.stem
     else:
         prompts, name = attend_and_excite(args.set), args.set
     prompts = prompts[: args.n]
-    clip = Similarity(args.clip, sd.device) if args.clip else None
-    pick = Similarity(args.pickscore, sd.device) if args.pickscore else None
     kept, scores = [], {method: [] for method in args.methods}
     pairs = [(prompt, seed) for prompt in prompts for seed in range(args.seeds)]
     size = sd.batch_size(sd.config.size, sd.config.size)
@@ -234,6 +239,8 @@ def main():
     parser.add_argument("--csv", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.prompts and not args.prompts.is_file():
+        parser.error(f"there is no file {args.prompts}: --prompts takes a text file, a prompt a line")
     args.methods = [m for m in METHODS if m in args.methods or m == "plain"]  # gains are over plain
     config = minsd.config.MODELS.get(args.model, minsd.config.MODELS["sd15"])
     how = {"steps": args.steps or config.steps, "sampler": args.sampler or config.sampler,
