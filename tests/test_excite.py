@@ -121,6 +121,7 @@ def test_the_embedded_model_attends_more(shapes):
     before, after = np.array(said)[:, 0], np.array(said)[:, -1]
     assert (before > 0.2).sum() >= 2
     assert after[before > 0.2].mean() < before[before > 0.2].mean() - 0.1
+    assert all(p.grad is None and not p.requires_grad for network in (shapes.unet, shapes.text.model) for p in network.parameters())
 
 
 def test_watching_changes_nothing_and_makes_a_sheet(shapes):

@@ -147,6 +147,27 @@ def test_losses_that_are_not_finite_leave_the_seeds_noise(shapes):
     assert torch.equal(result.noise, noise([5], (4, 16, 16)))
 
 
+def test_the_projection_is_bounded_and_says_so(monkeypatch):
+    """Two of three noises are far off: each goes on alone until it is near enough, or the bound is hit."""
+    def away():
+        g = initno.Gaussians(torch.zeros(3, 4, 4, 4), lr=1e-2)
+        g.p[1:] = 0.3
+        g.p[2, :, 0] = 1.0
+        return g
+
+    rows, g = torch.arange(3), away()
+    first = g.p.clone()
+    g.project(rows, 1e-3)
+    assert (g.kl(rows)[0] <= 1e-3).all() and torch.equal(g.p[0], first[0])
+    turns = [int(n) for n in g.count]
+    assert turns[0] == 0 < turns[1] < turns[2]
+    monkeypatch.setattr(initno, "KL_TURNS", turns[1])
+    g = away()
+    with pytest.warns(UserWarning, match=f"still above 0.001 after {turns[1]} steps"):
+        g.project(rows, 1e-3)
+    assert g.kl(rows)[0].tolist()[1] <= 1e-3 < g.kl(rows)[0].tolist()[2]
+
+
 def test_progress_tells_where_it_is(shapes):
     said = []
     initno.optimize(shapes, PROMPT, None, 5, rounds=2, round_steps=2, last_steps=1, conflict_limit=0.0, progress=said.append)
