@@ -66,11 +66,19 @@ def examples(sd, count: int, draw) -> tuple[torch.Tensor, torch.Tensor, list[dat
     return latents, texts, made
 
 
-def train(sd, parameters: list[torch.Tensor], predict, latents, steps: int, batch: int, lr: float, minutes: float) -> None:
-    """Least squares of the noise, weighted as the model's own training weights it (train.py). `predict(x, t, pick)` -> eps."""
+def train(sd, parameters: list[torch.Tensor], predict, latents, args, lr: float) -> None:
+    """Least squares of the noise, weighted as the model's own training weights it (train.py). `predict(x, t, pick)` -> eps.
+    Every 50 steps it writes down where it is, for the same command to go on from."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    start, shown = time.time(), None
-    for step in range(steps):
+    steps, batch, minutes, state = args.steps, args.batch, args.minutes, args.out / f"{args.what}.state"
+    start, shown, first = time.time(), None, 0
+    if state.exists():
+        kept = torch.load(state, weights_only=True)
+        optimizer.load_state_dict(kept["optimizer"])
+        for p, value in zip(parameters, kept["parameters"], strict=True):
+            p.data.copy_(value)
+        first, shown, start = kept["step"], kept["shown"], start - kept["seconds"]
+    for step in range(first, steps):
         progress = max(step / steps, (time.time() - start) / (60 * minutes))
         if progress >= 1:
             break
@@ -91,6 +99,12 @@ def train(sd, parameters: list[torch.Tensor], predict, latents, steps: int, batc
         shown = loss.item() if shown is None else 0.97 * shown + 0.03 * loss.item()
         if (step + 1) % 25 == 0:
             print(f"{step + 1}/{steps} weighted {shown:.4f}, {time.time() - start:.0f} s", flush=True)
+        if (step + 1) % 50 == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            kept = {"step": step + 1, "shown": shown, "seconds": time.time() - start, "optimizer": optimizer.state_dict()}
+            torch.save(kept | {"parameters": [p.data for p in parameters]}, state.with_suffix(".tmp"))
+            os.replace(state.with_suffix(".tmp"), state)
+    state.unlink(missing_ok=True)
 
 
 def drop(texts: torch.Tensor, pick: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
@@ -117,7 +131,7 @@ def train_control(sd, args) -> None:
         context, pictures = drop(texts, pick, empty), images[pick, None].expand(-1, 3, -1, -1) / 255
         return sd.unet(x, t, context, control=net(x, t, context, net.embed(pictures)))
 
-    train(sd, list(net.parameters()), predict, latents, args.steps, args.batch, args.lr or 1e-3, args.minutes)
+    train(sd, list(net.parameters()), predict, latents, args, args.lr or 1e-3)
     c, folder = sd.config.unet, args.out / "outlines"
     config = {
         "_class_name": "ControlNetModel", "act_fn": "silu", "attention_head_dim": c.num_heads, "block_out_channels": c.block_out_channels,
@@ -146,8 +160,7 @@ def train_style(sd, args) -> None:
     empty = sd.encode_prompt("")
     with lora.per_row([(lora.LoRA("pierced", tuple(parts)), [1.0])]):
         parameters = [p for part in parts for p in (part.down, part.up)]
-        train(sd, parameters, lambda x, t, pick: sd.unet(x, t, drop(texts, pick, empty)), latents,
-              args.steps, args.batch, args.lr or 2e-3, args.minutes)
+        train(sd, parameters, lambda x, t, pick: sd.unet(x, t, drop(texts, pick, empty)), latents, args, args.lr or 2e-3)
     tensors = {}  # as kohya names them
     for part in parts:
         key = "lora_unet_" + part.name.replace(".", "_")
