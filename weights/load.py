@@ -23,7 +23,7 @@ from minsd.vae import VAE
 from minsd.weights import hub
 from minsd.weights.ldm_keys import clip_name, newer_vae_name
 from minsd.weights.single import FileHash, original, vae_file
-from minsd.weights.tensors import ORIGINAL, PICKLES, Tensors, guess, read_json
+from minsd.weights.tensors import ALIGNMENT, ORIGINAL, PICKLES, Tensors, copies, guess, read_json
 from minsd.weights.tensors import read_header as read_header  # others take it from here
 
 SHAPES_FOLDER = Path(__file__).parent / "shapes"
@@ -158,6 +158,8 @@ def read_tokenizer(folder: Path, config: TextConfig):
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a tokenizer is a folder with vocab.json and merges.txt")
+    if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: vocab.json or merges.txt is missing")  # transformers would make an empty one
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here, some of several lines
@@ -172,6 +174,19 @@ def read_tokenizer(folder: Path, config: TextConfig):
 
 def per_level(value, levels: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (value,) * levels
+
+
+def checked(config, path: Path):
+    """A config whose fields are of the kinds that their defaults are, and of sizes that a network can be made of in no time;
+    ValueError for the first that is not."""
+    for f in fields(config):
+        value, many = getattr(config, f.name), isinstance(f.default, tuple)
+        kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}[type(f.default[0] if many else f.default)]
+        most = 64 if "layers" in f.name else 10**6
+        values = value if many else (value,)
+        if len(values) > 16 or not all(type(x) in kinds and (isinstance(x, str) or 0 <= x <= most) for x in values):  # nor NaN
+            raise ValueError(f"{path}: {f.name} = {ascii(value)[:80]} is not what a Stable Diffusion model has there")
+    return config
 
 
 def unet_config(path: Path) -> UNetConfig:
@@ -199,37 +214,43 @@ def unet_config(path: Path) -> UNetConfig:
             raise ValueError(f"{path}: the ways down and up are not each other's mirror image")
         heads = c.get("num_attention_heads") or c.get("attention_head_dim", 8)  # both mean the number of heads here
         size = c.get("sample_size") or 64
-        return UNetConfig(
+        config = checked(UNetConfig(
             in_channels=c.get("in_channels", 4), out_channels=c.get("out_channels", 4), block_out_channels=widths,
             layers_per_block=c.get("layers_per_block", 2), cross_attention=cross, num_heads=per_level(heads, len(widths)),
             context_dim=c["cross_attention_dim"], linear_projection=bool(c.get("use_linear_projection")),
             upcast_attention=bool(c.get("upcast_attention")), norm_groups=c.get("norm_num_groups", 32),
             norm_eps=c.get("norm_eps", 1e-5), sample_size=size if isinstance(size, int) else size[0],
-        )
-    except (KeyError, TypeError) as error:
+        ), path)
+    except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} does not describe a Stable Diffusion UNet: {error} is missing or not known") from None
+    if len(config.num_heads) != len(widths) or any(n == 0 or width % n for n, width in zip(config.num_heads, widths)):
+        raise ValueError(f"{path}: {config.num_heads} heads do not divide the widths {widths}")
+    return config
 
 
 def vae_config(path: Path) -> VAEConfig:
     c = read_json(path)
-    if c.get("latent_channels", 4) != 4 or any(kind != "DownEncoderBlock2D" for kind in c.get("down_block_types", [])):
+    blocks = c.get("down_block_types", [])
+    if c.get("latent_channels", 4) != 4 or not isinstance(blocks, list) or any(kind != "DownEncoderBlock2D" for kind in blocks):
         raise ValueError(f"{path} does not describe the VAE of a Stable Diffusion 1.x or 2.x (4 latent channels, DownEncoderBlock2D)")
     if "block_out_channels" not in c:
         raise ValueError(f"{path} does not describe a VAE: block_out_channels is missing")
-    return VAEConfig(
+    if not isinstance(c["block_out_channels"], list):
+        raise ValueError(f"{path}: block_out_channels must be a list")
+    return checked(VAEConfig(
         block_out_channels=tuple(c["block_out_channels"]), layers_per_block=c.get("layers_per_block", 1),
         norm_groups=c.get("norm_num_groups", 32), scaling_factor=c.get("scaling_factor", 0.18215),
-    )
+    ), path)
 
 
 def text_config(path: Path) -> TextConfig:
     c = {**read_json(path)}
     try:
-        return TextConfig(
+        return checked(TextConfig(
             hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"], num_layers=c["num_hidden_layers"],
             num_heads=c["num_attention_heads"], vocab_size=c["vocab_size"], max_length=c.get("max_position_embeddings", 77),
-            hidden_act=c.get("hidden_act", "quick_gelu"), pad_token_id=c.get("pad_token_id", 1), eos_token_id=c.get("eos_token_id", 2),
-        )
+            hidden_act=c.get("hidden_act", "quick_gelu"), pad_token_id=c.get("pad_token_id") or 0, eos_token_id=c.get("eos_token_id") or 0,
+        ), path)
     except KeyError as error:
         raise ValueError(f"{path} does not describe a CLIP text model: {error} is missing") from None
 
@@ -238,7 +259,11 @@ def schedule_config(path: Path) -> ScheduleConfig:
     c = read_json(path)
     if c.get("trained_betas") is not None:
         raise ValueError(f"{path}: trained_betas are not supported; minsd knows scaled_linear and linear betas")
-    return ScheduleConfig(**{f.name: c[f.name] for f in fields(ScheduleConfig) if c.get(f.name) is not None})
+    config = checked(ScheduleConfig(**{f.name: c[f.name] for f in fields(ScheduleConfig) if c.get(f.name) is not None}), path)
+    if not 0 < config.beta_start <= config.beta_end < 1 or not 1 <= config.num_train_timesteps <= 10**5:
+        betas = f"betas from {config.beta_start} to {config.beta_end} in {config.num_train_timesteps} steps"
+        raise ValueError(f"{path}: {betas} make no schedule")
+    return config
 
 
 def folder_config(folder: Path) -> ModelConfig:
@@ -262,8 +287,8 @@ def folder_config(folder: Path) -> ModelConfig:
 
 @torch.no_grad()
 def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename=lambda name: name) -> None:
-    """Give each parameter its tensor, on `device` in `dtype`, frozen. What is on the meta device is put in place, mapped
-    where the file has the dtype already; what has memory of its own (a part of a fused buffer) is written to."""
+    """Give each parameter its tensor, on `device` in `dtype`, frozen. What is on the meta device is put in place, mapped where
+    the file has it in that dtype and well aligned; what has memory of its own (a part of a fused buffer) is written to."""
     own = {rename(name): name for name, _ in module.named_parameters()}
     sources, twice = {}, []
     for name in tensors:
@@ -290,14 +315,17 @@ def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename
     for part in module.modules():
         if isinstance(part, Attention) and part.fused is None:
             part.fuse(device, dtype)
-    for key, name in own.items():
-        tensor, parameter = tensors[sources[key]], module.get_parameter(name)
-        if parameter.is_meta:
-            tensor = tensor.to(device, dtype).reshape(parameter.shape)
+    found = {name: tensors[sources[key]].reshape(module.get_parameter(name).shape) for key, name in own.items()}
+    empty = [name for name in found if module.get_parameter(name).is_meta]
+    if device.type == "cpu":
+        cast = [name for name in empty if found[name].dtype != dtype or found[name].data_ptr() % ALIGNMENT]
+        found |= zip(cast, copies([found[name] for name in cast], dtype))
+    for name, tensor in found.items():
+        if name in empty:
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+            setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
         else:
-            parameter.copy_(tensor.reshape(parameter.shape))
+            module.get_parameter(name).copy_(tensor)
     for name, buffer in module.named_buffers():
         if name.endswith("position_ids"):  # not in the files, and garbage after the meta device
             parent, _, leaf = name.rpartition(".")

@@ -5,8 +5,10 @@ come from strangers: sizes, offsets, names and dtypes are checked to the byte, w
 is refused in one line. Pickles, which can run code, are not opened at all.
 """
 
+import contextlib
 import json
 import math
+import mmap
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,12 +17,17 @@ import torch
 from safetensors import safe_open
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# Bytes. Torch's own tensors start so; where they do not, as anywhere in a file, matrix products round otherwise here and there,
+# and the same weights would give another picture from another file (Intel's oneMKL guide, "Conditional Numerical Reproducibility").
+ALIGNMENT = 64
 MAX_HEADER = 32 * 2**20  # bytes. The format allows 100 MB, real ones have less than 1, and JSON grows twentyfold in memory
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def read_json(path: Path) -> dict:
     try:
+        if path.stat().st_size > MAX_HEADER:
+            raise ValueError(f"it has more than {MAX_HEADER >> 20} MiB")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: is {path.parent} a folder in the diffusers layout?") from None
@@ -57,7 +64,9 @@ def read_header(path: Path) -> dict[str, dict]:
         refuse("its header is not JSON")
     if not isinstance(header, dict):
         refuse("its header is not a JSON object")
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", None) or {}
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        refuse("its __metadata__ is not made of strings")
     spans = []
     for name, entry in header.items():
         try:
@@ -138,6 +147,28 @@ class Tensors(Mapping):
 
     def dtype(self, name: str) -> str:
         return self.files[name][1]["dtype"]
+
+
+def copies(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Casts of CPU tensors, side by side in one piece of new memory. ValueError if there is not so much.
+
+    The piece is made of huge pages where the system has them: touching new memory page by page is most of the time that a
+    load takes. Each copy starts at a multiple of ALIGNMENT bytes.
+    """
+    sizes = [-(-tensor.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        memory = mmap.mmap(-1, max(1, sum(sizes)), **private)
+    except (OSError, OverflowError):
+        raise ValueError(f"there is no memory for {sum(sizes) / 2**30:.1f} GiB of weights in {dtype}") from None
+    with contextlib.suppress(AttributeError, OSError):  # another system, or a kernel without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    placed, position = [], 0
+    for tensor, size in zip(tensors, sizes):
+        there = torch.frombuffer(memory, dtype=dtype, count=tensor.numel(), offset=position).view(tensor.shape)
+        placed.append(there.copy_(tensor))
+        position += size
+    return placed
 
 
 class Part(Mapping):

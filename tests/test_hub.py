@@ -1,0 +1,253 @@
+"""Models by hub id, against a hub of our own on localhost that counts what is asked of it, and against prepared caches."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+import minsd
+from minsd.weights import hub
+
+SHA = "a" * 40
+REPO = "someone/small"
+
+
+class Hub(ThreadingHTTPServer):
+    """repos: id -> {file name: path}; closed: ids whose files answer 403. `sent` lists what was downloaded."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos, self.closed, self.sent, self.requests = {}, {}, [], 0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status=200, body=b"", **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(body)} | headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        server, path = self.server, self.path.partition("?")[0].strip("/")
+        server.requests += 1
+        if path.startswith("api/models/"):
+            parts = path.split("/")
+            repo = "/".join(parts[2:4])
+            if repo not in server.repos:
+                return self.answer(401, b"{}", X_Error_Code="RepoNotFound")
+            files = sorted(server.repos[repo])
+            if "tree" in parts:
+                body = [{"type": "file", "path": name, "size": server.repos[repo][name].stat().st_size, "oid": "0" * 40} for name in files]
+            else:
+                body = {"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in files], "private": False}
+            return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
+        repo, _, rest = path.partition("/resolve/")
+        name = rest.partition("/")[2]
+        if repo in server.closed:
+            return self.answer(server.closed[repo], b"", X_Error_Code="GatedRepo" if server.closed[repo] == 403 else "")
+        if name not in server.repos.get(repo, {}):
+            return self.answer(404, b"", X_Error_Code="EntryNotFound" if repo in server.repos else "RepoNotFound")
+        body = server.repos[repo][name].read_bytes()
+        if self.command == "GET":
+            server.sent.append(name)
+        return self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=SHA)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda *a: True, raising=False)
+        monkeypatch.chdir(tmp_path)
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def go(on=True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", on)
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def repo(small_folder, tmp_path_factory):
+    """As repositories are: every network in two precisions, pickles, single files, and what nobody needs."""
+    where = tmp_path_factory.mktemp("repo")
+    files = {path.relative_to(small_folder).as_posix(): path for path in small_folder.rglob("*") if path.is_file()}
+    for name in [n for n in files if n.endswith(".safetensors")]:
+        half = where / name.replace("/", "-")
+        save_file({k: v.half() for k, v in load_file(files[name]).items()}, half)
+        files[name.replace(".safetensors", ".fp16.safetensors")] = half
+        files[name.replace(".safetensors", ".bin")] = half
+        files[name.replace(".safetensors", ".non_ema.safetensors")] = half
+    (where / "junk").write_text("junk")
+    for name in ("v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "README.md", ".gitattributes", "safety_checker/model.safetensors",
+                 "safety_checker/config.json", "feature_extractor/preprocessor_config.json", "unet/diffusion_flax_model.msgpack"):
+        files[name] = where / "junk"
+    return files
+
+
+def refused(model, **more):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        minsd.load(model, "cpu", **more)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def weights(server):
+    return sorted(name for name in server.sent if not name.endswith((".json", ".txt")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_only_what_is_needed_is_fetched_and_only_once(server, repo, small, offline, dtype):
+    server.repos[REPO] = repo
+    sd = minsd.load(REPO, "cpu", dtype)
+    variant = "" if dtype == torch.float32 else ".fp16"
+    assert weights(server) == [
+        f"text_encoder/model{variant}.safetensors", f"unet/diffusion_pytorch_model{variant}.safetensors",
+        f"vae/diffusion_pytorch_model{variant}.safetensors",
+    ]
+    assert not [name for name in server.sent if name.startswith(("safety_checker", "feature_extractor")) or name == "README.md"]
+    assert len(server.sent) == len(set(server.sent))
+    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values()))
+    assert sd.name == "small"
+    asked = server.requests
+    minsd.load(REPO, "cpu", dtype)
+    assert server.requests == asked  # what is whole in the cache needs no network
+    offline()
+    minsd.load(REPO, "cpu", dtype)
+
+
+def test_the_other_precision_serves_where_there_is_no_network(server, repo, offline):
+    server.repos[REPO] = repo
+    minsd.load(REPO, "cpu", torch.float16)
+    offline()
+    minsd.load(REPO, "cpu", torch.float32)
+    offline(False)
+    minsd.load(REPO, "cpu", torch.float32)
+    assert len(weights(server)) == 6
+
+
+def test_shards_are_fetched_by_their_index(server, repo, small, tmp_path):
+    whole = load_file(repo["unet/diffusion_pytorch_model.safetensors"])
+    names, files = sorted(whole), {k: v for k, v in repo.items() if not k.startswith("unet/diffusion_pytorch_model")}
+    shards = {f"diffusion_pytorch_model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
+    for file, part in shards.items():
+        save_file({name: whole[name] for name in part}, tmp_path / file)
+        files[f"unet/{file}"] = tmp_path / file
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}}))
+    files["unet/diffusion_pytorch_model.safetensors.index.json"] = index
+    server.repos[REPO] = files
+    sd = minsd.load(REPO, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values()))
+    assert sum("-of-00002" in name for name in server.sent) == 2
+
+
+def test_an_interrupted_download_goes_on(server, repo):
+    files = dict(repo)
+    server.repos[REPO] = files
+    missing = files.pop("vae/diffusion_pytorch_model.safetensors"), files.pop("vae/diffusion_pytorch_model.fp16.safetensors")
+    assert "no safetensors for all of" in refused(REPO)
+    files["vae/diffusion_pytorch_model.safetensors"] = missing[0]
+    minsd.load(REPO, "cpu")
+
+
+def test_models_of_another_kind_are_refused_before_anything_large_is_fetched(server, repo, tmp_path):
+    index = tmp_path / "index.json"
+    index.write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    server.repos[REPO] = repo | {"model_index.json": index}
+    assert "StableDiffusionXLPipeline" in refused(REPO)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(repo["unet/config.json"].read_text()) | {"in_channels": 9}))
+    server.repos["someone/paint"] = repo | {"unet/config.json": config}
+    assert "inpainting" in refused("someone/paint")
+    server.repos["someone/single"] = {"model.safetensors": repo["README.md"], "README.md": repo["README.md"]}
+    assert "download its model.safetensors" in refused("someone/single")
+    assert weights(server) == []
+
+
+def test_what_is_not_there(server, repo, offline):
+    assert "no model someone/nothing" in refused("someone/nothing")
+    server.repos[REPO], server.closed[REPO] = repo, 403
+    assert "terms" in refused(REPO)
+    server.closed[REPO] = 500
+    assert "someone/small" in refused(REPO)
+    offline()
+    assert "offline" in refused(REPO) and "offline" in refused("someone/nothing")
+
+
+@pytest.mark.parametrize("old", [*hub.MOVED])
+def test_ids_that_vanished_say_where_they_went(server, offline, old):
+    assert f"now {hub.MOVED[old]}" in refused(old)
+    offline()
+    assert f"now {hub.MOVED[old]}" in refused(old)
+
+
+def test_a_vanished_id_in_the_cache_still_works(server, repo, offline):
+    server.repos["runwayml/stable-diffusion-v1-5"] = repo
+    minsd.load("runwayml/stable-diffusion-v1-5", "cpu")
+    del server.repos["runwayml/stable-diffusion-v1-5"]
+    minsd.load("runwayml/stable-diffusion-v1-5", "cpu")
+
+
+def test_family_names_are_hub_ids(server):
+    for name, row in minsd.config.MODELS.items():
+        if row.hub_id:
+            assert row.hub_id in refused(name)
+
+
+def test_no_network(server, monkeypatch):
+    server.shutdown()
+    server.server_close()
+    message = refused(REPO)
+    assert "cannot be reached" in message and "give a folder" in message
+
+
+def test_the_tokenizer_of_single_files(server, repo, offline, small_folder):
+    """From whichever model is cached, else fetched, else an error that says how."""
+    offline()
+    with pytest.raises(FileNotFoundError, match="--tokenizer DIR"):
+        hub.tokenizer()
+    offline(False)
+    with pytest.raises(FileNotFoundError, match="--tokenizer DIR"):
+        hub.tokenizer()
+    server.repos[hub.CLIP] = {name: repo.get("tokenizer/" + name, repo["model_index.json"]) for name in hub.TOKENIZER_FILES}
+    folder = hub.tokenizer()
+    assert sorted(server.sent) == sorted(hub.TOKENIZER_FILES)
+    offline()
+    assert hub.tokenizer() == folder
+    assert (folder / "vocab.json").read_bytes() == repo["tokenizer/vocab.json"].read_bytes() if "tokenizer/vocab.json" in repo else True
+
+
+def test_the_tokenizer_out_of_a_cached_model(server, repo, offline, shapes_folder):
+    files = repo | {f"tokenizer/{name}": shapes_folder / "tokenizer" / name for name in ("vocab.json", "merges.txt")}
+    server.repos["CompVis/stable-diffusion-v1-4"] = files
+    minsd.load("sd14", "cpu")
+    offline()
+    assert (hub.tokenizer() / "vocab.json").read_bytes() == (shapes_folder / "tokenizer" / "vocab.json").read_bytes()
