@@ -18,13 +18,13 @@ REPO = "someone/small"
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: id -> {file name: path}; closed: ids whose files answer 403. `sent` lists what was downloaded."""
+    """repos: id -> {file name: path}; closed: id -> what its files answer; broken: files that do not come. `sent` lists what came."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.closed, self.sent, self.requests = {}, {}, [], 0
+        self.repos, self.closed, self.broken, self.sent, self.requests = {}, {}, set(), [], 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -62,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(server.closed[repo], b"", X_Error_Code="GatedRepo" if server.closed[repo] == 403 else "")
         if name not in server.repos.get(repo, {}):
             return self.answer(404, b"", X_Error_Code="EntryNotFound" if repo in server.repos else "RepoNotFound")
+        if name in server.broken:
+            return self.answer(451)
         body = server.repos[repo][name].read_bytes()
         if self.command == "GET":
             server.sent.append(name)
@@ -170,12 +172,19 @@ def test_shards_are_fetched_by_their_index(server, repo, small, tmp_path):
 
 
 def test_an_interrupted_download_goes_on(server, repo):
-    files = dict(repo)
-    server.repos[REPO] = files
-    missing = files.pop("vae/diffusion_pytorch_model.safetensors"), files.pop("vae/diffusion_pytorch_model.fp16.safetensors")
-    assert "no safetensors for all of" in refused(REPO)
-    files["vae/diffusion_pytorch_model.safetensors"] = missing[0]
+    server.repos[REPO] = repo
+    server.broken.add("vae/diffusion_pytorch_model.safetensors")
+    assert REPO in refused(REPO)
+    assert len(weights(server)) == 2
+    server.broken.clear()
     minsd.load(REPO, "cpu")
+    assert len(weights(server)) == 3 and len(server.sent) == len(set(server.sent))
+
+
+def test_pickles_alone_are_refused(server, repo):
+    server.repos[REPO] = {name: path for name, path in repo.items() if not name.startswith("vae/") or not name.endswith(".safetensors")}
+    assert "pickles can run code" in refused(REPO)
+    assert weights(server) == []
 
 
 def test_models_of_another_kind_are_refused_before_anything_large_is_fetched(server, repo, tmp_path):
@@ -196,7 +205,7 @@ def test_what_is_not_there(server, repo, offline):
     assert "no model someone/nothing" in refused("someone/nothing")
     server.repos[REPO], server.closed[REPO] = repo, 403
     assert "terms" in refused(REPO)
-    server.closed[REPO] = 500
+    server.closed[REPO] = 451
     assert "someone/small" in refused(REPO)
     offline()
     assert "offline" in refused(REPO) and "offline" in refused("someone/nothing")
@@ -229,7 +238,7 @@ def test_no_network(server, monkeypatch):
     assert "cannot be reached" in message and "give a folder" in message
 
 
-def test_the_tokenizer_of_single_files(server, repo, offline, small_folder):
+def test_the_tokenizer_of_single_files(server, offline, shapes_folder):
     """From whichever model is cached, else fetched, else an error that says how."""
     offline()
     with pytest.raises(FileNotFoundError, match="--tokenizer DIR"):
@@ -237,12 +246,13 @@ def test_the_tokenizer_of_single_files(server, repo, offline, small_folder):
     offline(False)
     with pytest.raises(FileNotFoundError, match="--tokenizer DIR"):
         hub.tokenizer()
-    server.repos[hub.CLIP] = {name: repo.get("tokenizer/" + name, repo["model_index.json"]) for name in hub.TOKENIZER_FILES}
+    files = {path.name: path for path in (shapes_folder / "tokenizer").iterdir()}
+    server.repos[hub.CLIP] = files | {"model.safetensors": files["vocab.json"]}
     folder = hub.tokenizer()
     assert sorted(server.sent) == sorted(hub.TOKENIZER_FILES)
     offline()
     assert hub.tokenizer() == folder
-    assert (folder / "vocab.json").read_bytes() == repo["tokenizer/vocab.json"].read_bytes() if "tokenizer/vocab.json" in repo else True
+    assert all((folder / name).read_bytes() == files[name].read_bytes() for name in hub.TOKENIZER_FILES)
 
 
 def test_the_tokenizer_out_of_a_cached_model(server, repo, offline, shapes_folder):

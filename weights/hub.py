@@ -48,7 +48,8 @@ def fetch(repo: str, *, wide: bool, check: Callable[[Path], object]) -> Path:
     if folder and weights_of(folder, files_in(folder), variants(wide)[:1]):
         return folder
     try:
-        names = set(hf.list_repo_files(repo))
+        info = hf.HfApi().model_info(repo, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)  # other calls retry for half a minute
+        names = {file.rfilename for file in info.siblings or ()}
         if "model_index.json" not in names:
             single = sorted(n for n in names if n.endswith(".safetensors"))
             files = f"download its {single[0]} and give that file" if single else "nor any .safetensors file: choose another copy"
@@ -90,12 +91,10 @@ def tokenizer() -> Path:
 
 def cached(repo: str) -> Path | None:
     """The folder of what the cache holds of `repo`, whole or not."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub as hf
 
-    try:
-        return Path(snapshot_download(repo, local_files_only=True))
-    except Exception:  # never fetched, or not an id
-        return None
+    index = hf.try_to_load_from_cache(repo, "model_index.json")
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def files_in(folder: Path) -> set[str]:
@@ -105,8 +104,8 @@ def files_in(folder: Path) -> set[str]:
 def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[str] | None:
     """The weight files of all parts among `names`, each part's in the first variant there is; None if one has none, or if
     the small files are not all there. Lists of shards are read in `folder`."""
-    small = {"model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
-    if not names >= small | {f"{part}/config.json" for part in PARTS}:
+    small = {"model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)}
+    if not names >= small or not (names >= {"tokenizer/vocab.json", "tokenizer/merges.txt"} or "tokenizer/tokenizer.json" in names):
         return None
     chosen = []
     for part, stem in PARTS.items():

@@ -289,7 +289,7 @@ def folder_config(folder: Path) -> ModelConfig:
 def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename=lambda name: name) -> None:
     """Give each parameter its tensor, on `device` in `dtype`, frozen. What is on the meta device is put in place, mapped where
     the file has it in that dtype and well aligned; what has memory of its own (a part of a fused buffer) is written to."""
-    own = {rename(name): name for name, _ in module.named_parameters()}
+    device, own = torch.device(device), {rename(name): name for name, _ in module.named_parameters()}
     sources, twice = {}, []
     for name in tensors:
         new = rename(name)
