@@ -9,6 +9,8 @@
 reference.py and flash.py offer the same two functions, `forward` and `backward`; they are joined to autograd here, twice.
 In eager mode by an autograd.Function, which costs a quarter of a custom operator per call; under torch.compile by custom
 operators, which the compiler sees as single nodes with known output shapes. There is no second derivative.
+
+Below stands what else of a UNet has a kernel: `norm_silu`, before every convolution of a residual block (groupnorm.py).
 """
 
 import importlib
@@ -16,7 +18,7 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 
@@ -220,3 +222,25 @@ forward_op.register_autograd(
     lambda ctx, grad_out, grad_maps, _: _gradients(ctx, grad_out, grad_maps, backward_op),
     setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
 )
+
+
+def norm_silu(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None) -> Tensor:
+    """SiLU(norm(x + add)): x (B,C,h,w), add (B,C) one number a picture and channel, or None.
+
+    On CUDA by the kernels of groupnorm.py, but where a gradient is wanted, which they have not, and under a compiler, which
+    joins the three by itself.
+    """
+    if _norm_is_fused(x, norm, add):
+        fused = importlib.import_module(".groupnorm", __name__)
+        return fused.forward(x, norm.num_groups, norm.weight, norm.bias, norm.eps, add)
+    return F.silu(norm(x if add is None else x + add[:, :, None, None]))
+
+
+def _norm_is_fused(x, norm, add) -> bool:
+    tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
+    return (
+        x.is_cuda and torch.version.hip is None and norm.affine and norm.num_channels // norm.num_groups <= 256
+        and len({y.dtype for y in tensors}) == 1 and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and not (torch.is_grad_enabled() and any(y.requires_grad for y in tensors))
+        and not torch.compiler.is_compiling() and _has_triton()
+    )

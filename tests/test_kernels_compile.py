@@ -14,33 +14,43 @@ import pytest
 HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
 LIGHT = {"BIAS": False, "REGION": False}
 FULL = {"BIAS": True, "REGION": True}
-# What the UNet runs (no bias, both gradients), and everything at once: the most registers a kernel can ask for.
+# What the UNet runs (no bias or region), in both dtypes; and everything at once, the most registers a kernel can ask for, in
+# one dtype a head dim, by turns: the two differ in nothing that takes registers.
 VARIANTS = {
-    "forward": [{**LIGHT, "OUT": True}, {**FULL, "OUT": True}, {**LIGHT, "OUT": False}],
+    "forward": [{**LIGHT, "OUT": True}, {**LIGHT, "OUT": False}, {**FULL, "OUT": True}],
     "mean_map": [LIGHT, FULL],
-    "grad_q": [{**LIGHT, "OUT": True, "MAP": True}, {**FULL, "OUT": True, "MAP": True}, {**LIGHT, "OUT": False, "MAP": True}],
+    "grad_q": [{**LIGHT, "OUT": True, "MAP": True}, {**LIGHT, "OUT": False, "MAP": True}, {**FULL, "OUT": True, "MAP": True}],
     "grad_kv": [{**LIGHT, "OUT": True, "MAP": True}, {**FULL, "OUT": True, "MAP": True}],
 }
+DTYPES = ("fp16", "bf16")
+# GroupNorm: channels in a group at SD's levels, the way up's joined ones included; by channels (NCHW) and by cells
+NORMS = [(size, layout) for size in (10, 30, 40, 80) for layout in ("sx_p", "sx_c")]
+LOW = ("Q", "K", "V", "Out", "dO", "dQ", "dK", "dV", "bias", "X", "Add", "Weight", "Bias", "Y")
+POINTERS = {**dict.fromkeys(("Lse", "Dsum", "Map", "G", "Mean", "M2"), "*fp32"), "region": "*i32"}
+ALIGNED = ("sq_", "sk_", "sv_", "so_", "sx_", "P", "C", "share")
 
 
-def compile_kernel(name, dtype, head_dim, flags):
-    """-> (registers, stack bytes a thread: 0 means that nothing spilled, shared bytes)"""
+def compile_kernel(name, dtype, size, flags):
+    """An attention kernel for head dim `size`, or a GroupNorm kernel for `size` channels a group
+    -> (registers, stack bytes a thread: 0 means that nothing spilled, shared bytes)"""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from minsd.kernels import flash
+    from minsd.kernels import flash, groupnorm
 
-    kernel = flash.KERNELS[name]
-    constants, options = flash.configuration(name, head_dim)
-    constants = {**constants, **flags, "PRECISION": "ieee"}
-    low = f"*{dtype}"
-    pointers = {"Lse": "*fp32", "Dsum": "*fp32", "Map": "*fp32", "G": "*fp32", "bias": low, "region": "*i32", "scale": "fp32"}
-    pointers |= dict.fromkeys(("Q", "K", "V", "Out", "dO", "dQ", "dK", "dV"), low)
+    if name in flash.KERNELS:
+        kernel, (constants, options) = flash.KERNELS[name], flash.configuration(name, size)
+        constants |= {**flags, "PRECISION": "ieee"}
+    else:
+        kernel, (constants, options) = groupnorm.KERNELS[name], groupnorm.configuration(size, 1)
+        constants |= flags
+    kinds = {**POINTERS, **dict.fromkeys(LOW, f"*{dtype}")}
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        signature[argument] = "constexpr" if argument in constants else pointers.get(argument, "i32")
-        if argument in pointers and argument != "scale" or argument[:3] in ("sq_", "sk_", "sv_", "so_"):
+        number = "fp32" if argument in ("scale", "eps") else "i32"
+        signature[argument] = "constexpr" if argument in constants else kinds.get(argument, number)
+        if argument not in constants and (argument in kinds or argument.startswith(ALIGNED)):
             attributes[i,] = [["tt.divisibility", 16]]  # what the launcher finds out of aligned tensors by itself
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
@@ -55,8 +65,15 @@ def compile_kernel(name, dtype, head_dim, flags):
     return registers, stack, compiled.metadata.shared
 
 
-def jobs(dtype, head_dim):
-    return [(name, dtype, head_dim, flags) for name, variants in VARIANTS.items() for flags in variants]
+def jobs():
+    for i, d in enumerate(HEAD_DIMS):
+        for name, variants in VARIANTS.items():
+            for flags in variants:
+                for dtype in (DTYPES[i % 2],) if flags["REGION"] else DTYPES:
+                    yield name, dtype, d, flags
+    for i, (size, layout) in enumerate(NORMS):
+        for name in ("statistics", "normalise"):
+            yield name, DTYPES[i % 2], size, {"ADD": True, layout: 1}
 
 
 @pytest.fixture(scope="module")
@@ -71,28 +88,27 @@ def compiled():
         assert process.returncode == 0, process.stderr[-3000:]
         return [json.loads(line) for line in process.stdout.splitlines()]
 
-    cases = [f"{dtype}:{d}" for d in HEAD_DIMS for dtype in ("fp16", "bf16")]
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
-        return [row for rows in pool.map(run, [cases[i::workers] for i in range(workers)]) for row in rows]
+        return [row for rows in pool.map(run, [(str(i), str(workers)) for i in range(workers)]) for row in rows]
 
 
 def main():
+    """Every n-th job from the i-th on: python -m tests.test_kernels_compile i n"""
+    first, workers = map(int, sys.argv[1:])
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # compile, rather than remember
-        for case in sys.argv[1:]:
-            dtype, d = case.split(":")
-            for job in jobs(dtype, int(d)):
-                print(json.dumps([*job, *compile_kernel(*job)]), flush=True)
+        for job in list(jobs())[first::workers]:
+            print(json.dumps([*job, *compile_kernel(*job)]), flush=True)
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", [*VARIANTS, "statistics", "normalise"])
 def test_compiles_for_sm_90_without_spills(compiled, name):
     rows = [row for row in compiled if row[0] == name]
-    assert len(rows) == len(VARIANTS[name]) * len(HEAD_DIMS) * 2
-    for _, dtype, d, flags, registers, stack, shared in rows:
-        assert stack == 0, f"{name} {dtype} d={d} {flags}: {stack} bytes of stack a thread, {registers} registers"
-        assert shared <= 232448, f"{name} {dtype} d={d} {flags}: {shared} bytes of shared memory"
+    assert len(rows) == len([job for job in jobs() if job[0] == name])
+    for _, dtype, size, flags, registers, stack, shared in rows:
+        assert stack == 0, f"{name} {dtype} {size} {flags}: {stack} bytes of stack a thread, {registers} registers"
+        assert shared <= 232448, f"{name} {dtype} {size} {flags}: {shared} bytes of shared memory"
 
 
 if __name__ == "__main__":

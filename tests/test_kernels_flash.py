@@ -1,13 +1,10 @@
-"""The Triton kernels: in Triton's interpreter on the CPU against float64 autograd, and for real where there is a GPU.
+"""The attention kernels against float64 autograd: for real where there is a GPU, else in Triton's interpreter.
 
-Triton decides between the two when a kernel is decorated, so the interpreter gets a process of its own in which this
-file runs again. Small shapes, each awkward for a reason: lengths beside and across the blocks of 32 and 64, 77 keys.
+Into which they come by way of test_kernels_interpreter.py. Small shapes, each awkward for a reason: lengths beside and
+across the blocks of 32 and 64, 77 keys.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,20 +21,6 @@ DTYPES = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # rel
 SHAPES = {8: (2, 33, 77, 3), 16: (1, 64, 64, 2), 32: (1, 100, 65, 1), 40: (2, 33, 77, 3), 64: (1, 50, 50, 2),
           80: (1, 33, 154, 2), 160: (1, 65, 77, 2)}
 here = pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason="needs a CUDA device (or TRITON_INTERPRET=1)")
-
-
-@pytest.mark.skipif(INTERPRETING, reason="this is the interpreter's process")
-def test_in_the_interpreter():
-    import numpy
-    import triton
-
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    if old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("Triton before 3.7 cannot interpret loops with NumPy 2.4 or later")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert process.returncode == 0 and " passed" in process.stdout, process.stdout[-5000:] + process.stderr[-2000:]
 
 
 def inputs(shape, d, dtype, masked=False, generator_seed=0):
@@ -158,29 +141,35 @@ def test_nan_rows_stay_in_their_rows_and_large_logits_stay_finite():
 
 @here
 def test_same_bits_every_time():
-    qkv, weights, bias = inputs((1, 33, 40, 2), 16, torch.float16, masked=True)
+    qkv, weights, bias = inputs((1, 65, 33, 2), 16, torch.float16, masked=True)  # two blocks of queries, two of keys
     first = run(ours, qkv, weights, bias=bias)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(run(ours, qkv, weights, bias=bias), first))
 
 
 @here
-def test_region_attention_is_attention_of_each_region():
-    texts, length = 3, 21
+@pytest.mark.parametrize("biased", [False, True])
+def test_region_attention_is_attention_of_each_region(biased):
+    texts, length = 3, 21  # a text ends within a block of keys
     (q, k, v), weights, _ = inputs((2, 40, texts * length, 2), 40, torch.float32)
     k, v = k.unflatten(1, (texts, length)), v.unflatten(1, (texts, length))
     weights = weights[0], weights[1][..., :length]
-    region = torch.randint(0, texts, (2, 40), generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    result = run(ours, (q, k, v), weights, region=region)
+    g = torch.Generator().manual_seed(3)
+    region = torch.randint(-1, texts + 1, (2, 40), generator=g).to(DEVICE)  # -1 and 3: no text
+    bias = torch.randn(2, 1, 40, texts * length, generator=g).to(DEVICE) if biased else None
+    result = run(ours, (q, k, v), weights, region=region, bias=bias)
     leaves = [y.detach().double().requires_grad_() for y in (q, k, v)]
     loss = 0.0
     for b in range(2):
         for text in range(texts):
-            rows = region[b] == text
-            out, maps = exact(leaves[0][b : b + 1, rows], leaves[1][b : b + 1, text], leaves[2][b : b + 1, text])
+            rows, keys = region[b] == text, slice(text * length, (text + 1) * length)
+            some = None if bias is None else bias[b : b + 1, :, rows, keys]
+            out, maps = exact(leaves[0][b : b + 1, rows], leaves[1][b : b + 1, text], leaves[2][b : b + 1, text], some)
             assert_close([result[0][b : b + 1, rows], result[1][b : b + 1, rows]], [out, maps], 5e-7)
             loss = loss + (out * weights[0][b, rows]).sum() + (maps * weights[1][b, rows]).sum()
     assert_close(result[2:], torch.autograd.grad(loss, leaves), 5e-7, ("dq", "dk", "dv"))
+    nowhere = (region < 0) | (region == texts)
+    assert nowhere.any() and not any(y[nowhere].any() for y in result[:3])
 
 
 @here
@@ -189,7 +178,8 @@ def test_opcheck_of_the_custom_operator():
 
     (q, k, v), _, bias = inputs((1, 17, 20, 2), 16, torch.float32, masked=True)
     q, k, v = (y.detach().requires_grad_() for y in (q, k, v))
-    torch.library.opcheck(forward_op, (q, k, v, 0.25, bias, None, 20, True, "triton"))
+    region = torch.arange(17, device=DEVICE)[None] % 2
+    torch.library.opcheck(forward_op, (q, k, v, 0.25, bias, region, 10, True, "triton"))
 
 
 @pytest.mark.skipif(INTERPRETING or not torch.cuda.is_available(), reason="needs a CUDA device")

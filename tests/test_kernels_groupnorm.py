@@ -1,0 +1,146 @@
+"""SiLU(GroupNorm(x + add)) in two kernels against float64: for real where there is a GPU, else in Triton's interpreter.
+
+Into which they come by way of test_kernels_interpreter.py; what needs no kernel runs anyhow.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from minsd import kernels
+from minsd.config import MODELS, ModelConfig, UNetConfig, VAEConfig
+from minsd.kernels import norm_silu
+from minsd.noise.initial import noise
+from minsd.pipeline import StableDiffusion
+from minsd.unet import UNet
+from minsd.vae import VAE
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETING else "cuda"
+here = pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason="needs a CUDA device (or TRITON_INTERPRET=1)")
+# B, C, h, w, groups: odd sizes; SD's finest level at 10 channels a group, 300 cells in two blocks; one cell; one channel a group
+SHAPES = [(2, 12, 7, 9, 4), (1, 40, 33, 50, 4), (2, 32, 1, 1, 8), (1, 4, 40, 60, 4)]
+
+
+def exact(x, norm, add):
+    x = x.double() if add is None else x.double() + add.double()[:, :, None, None]
+    g = x.unflatten(1, (norm.num_groups, -1)).flatten(2)  # (B, groups, C/groups * cells)
+    g = (g - g.mean(2, keepdim=True)) / (g.var(2, keepdim=True, correction=0) + norm.eps).sqrt()
+    y = g.view(x.shape) * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    return y * y.sigmoid()
+
+
+def case(shape, dtype, device, mean=0.0, eps=1e-5):
+    b, c, h, w, groups = shape
+    g = torch.Generator().manual_seed(0)
+    norm = torch.nn.GroupNorm(groups, c, eps=eps).requires_grad_(False)
+    norm.weight.normal_(1, 0.5, generator=g)
+    norm.bias.normal_(0, 0.5, generator=g)
+    x, add = torch.randn(b, c, h, w, generator=g) + mean, torch.randn(b, c, generator=g)
+    return x.to(device, dtype), norm.to(device, dtype), add.to(device, dtype)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The kernels wherever they can work: in the interpreter on the CPU, too."""
+    calls = []
+
+    def can(x, norm, add):
+        calls.append(tuple(x.shape))
+        return True
+
+    monkeypatch.setattr(kernels, "_norm_is_fused", can)
+    return calls
+
+
+@here
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape, layout, dtype, tolerance, fused):
+    x, norm, add = case(shape, dtype, DEVICE)
+    x = x.contiguous(memory_format=layout)
+    for more in (add, None):
+        if more is None and shape[2] == 1:
+            more = add  # one channel and cell a group would be all zeros
+        y = norm_silu(x, norm, more)
+        assert relative(y, exact(x, norm, more)) < tolerance
+        assert y.dtype == dtype and y.stride() == x.stride()
+    assert fused
+
+
+@here
+def test_a_large_mean_does_not_cancel(fused):
+    """Means a thousand standard deviations from 0: a sum of squares would leave no digit of the variance."""
+    x, norm, _ = case((1, 8, 30, 40, 2), torch.float32, DEVICE, mean=1000.0)
+    assert relative(norm_silu(x, norm), exact(x, norm, None)) < 1e-4  # x itself has 6e-5 of a standard deviation left
+
+
+@here
+def test_same_bits_every_time_and_any_strides(fused):
+    x, norm, add = case((2, 12, 7, 9, 4), torch.float16, DEVICE)
+    first = norm_silu(x, norm, add)
+    assert all(torch.equal(norm_silu(x, norm, add), first) for _ in range(5))
+    turned = x.transpose(2, 3)
+    assert torch.equal(norm_silu(turned, norm, add), norm_silu(turned.contiguous(), norm, add))
+
+
+@here
+def test_the_same_picture_as_without(fused, monkeypatch):
+    unet = UNetConfig(
+        block_out_channels=(8, 16), layers_per_block=1, cross_attention=(True, False), num_heads=(2, 2), context_dim=8,
+        norm_groups=2, sample_size=8,
+    )
+    vae = VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_groups=2)
+    torch.manual_seed(0)
+    sd = StableDiffusion(ModelConfig("tiny", unet=unet, vae=vae), UNet(unet), VAE(vae), None)
+    for network in (sd.unet, sd.vae):
+        network.requires_grad_(False).to(DEVICE)
+    context, start = torch.randn(2, 77, 8, device=DEVICE), noise([1, 2], (4, 8, 8))
+
+    def draw():
+        latents = sd.denoise(sd.predictor(context, context.flip(0), 5.0), start, steps=2, sampler="ddim")
+        return latents, [np.asarray(picture).astype(int) for picture in sd.decode(latents)]
+
+    latents, pictures = draw()
+    assert len(fused) == 2 * (2 * 8 + 1)  # in 2 steps: two a residual block and one at the end
+    monkeypatch.setattr(kernels, "_norm_is_fused", lambda *args: False)
+    plain, expected = draw()
+    assert 0 < relative(latents, plain) < 1e-5
+    assert all(np.abs(a - b).max() <= 2 for a, b in zip(pictures, expected)) and np.std(expected[0]) > 10
+
+
+@pytest.mark.skipif(INTERPRETING, reason="needs no kernel")
+def test_without_kernels_it_is_pytorch_with_gradients():
+    x, norm, add = case((2, 12, 7, 9, 4), torch.float64, "cpu")
+    assert relative(norm_silu(x, norm, add), exact(x, norm, add)) < 1e-12
+    leaf = x.requires_grad_()
+    (ours,) = torch.autograd.grad(norm_silu(leaf, norm, add).square().sum(), leaf)
+    (truth,) = torch.autograd.grad(exact(leaf, norm, add).square().sum(), leaf)
+    assert relative(ours, truth) < 1e-12
+
+
+@pytest.mark.skipif(INTERPRETING, reason="needs no kernel")
+def test_where_the_kernels_are_taken(monkeypatch):
+    """On CUDA alone, never where a gradient would be lost. Tensors that say they are on CUDA stand in for some."""
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    x, norm, add = case((2, 12, 7, 9, 4), torch.float32, "cpu")
+    assert not kernels._norm_is_fused(x, norm, add)
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    on = x.as_subclass(OnCuda)
+    assert kernels._norm_is_fused(on, norm, add) and kernels._norm_is_fused(on, norm, None)
+    assert not kernels._norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
+    with torch.no_grad():
+        assert kernels._norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
+    assert not kernels._norm_is_fused(on, norm, add.requires_grad_())
+    assert not kernels._norm_is_fused(on.double(), norm.double(), None)
+    assert MODELS["sd15"].unet.norm_groups == 32 and max(MODELS["sd15"].unet.block_out_channels) * 2 // 32 <= 256
