@@ -13,6 +13,7 @@ from torch import nn
 
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import UNetConfig
+from minsd.kernels import norm_silu
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -45,9 +46,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x, temb):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(temb)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_silu(x, self.norm1))
+        h = self.conv2(norm_silu(h, self.norm2, add=self.time_emb_proj(temb)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -267,4 +267,4 @@ class UNet(nn.Module):
                         return None
             for upsample in block.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or one less where the size was odd
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(x, self.conv_norm_out))
