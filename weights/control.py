@@ -29,7 +29,7 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
 
     ValueError or FileNotFoundError, each in one line, for what is not there or is something else.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise ValueError(f"{path} is a pickle, which can run code when opened: get the ControlNet's .safetensors version instead")
     if not path.exists():
