@@ -17,6 +17,7 @@ from PIL import Image
 from minsd import guidance, image
 from minsd.attention import Attention
 from minsd.config import ModelConfig
+from minsd.graphs import Graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import generators as make_generators
 from minsd.noise.initial import noise as draw_noise
@@ -47,6 +48,10 @@ def load(
     loaded = load_model(model, device=device, dtype=dtype, **{key: value for key, value in files.items() if value is not None})
     sd = StableDiffusion(loaded.config, loaded.unet, loaded.vae, loaded.text)
     sd.name, sd.model_hash, sd.notes = loaded.name, loaded.sha256, loaded.notes
+    if device.type == "cuda":
+        for network in (sd.unet, sd.vae):  # as the convolutions of tensor cores read: no turning round before each
+            network.to(memory_format=torch.channels_last)
+        sd.use_graphs()
     return sd
 
 
@@ -57,6 +62,7 @@ class StableDiffusion:
         self.config, self.unet, self.vae, self.text = config, unet, vae, text
         self.schedule = Schedule(config.schedule)
         self.name, self.model_hash, self.notes = config.name, None, []
+        self.graphs: Graphs | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,10 +79,21 @@ class StableDiffusion:
         for module in self.unet.modules():
             if isinstance(module, Attention):
                 module.backend = backend
+        if self.graphs is not None:
+            self.graphs.release()
+
+    def use_graphs(self, on: bool = True) -> None:
+        """Answer the UNet's evaluations from CUDA graphs (minsd/graphs.py), or no longer. `load` does on CUDA."""
+        if self.graphs is not None:
+            self.graphs.release()
+            self.unet.forward, self.graphs = self.graphs.run, None
+        if on:
+            self.unet.forward = self.graphs = Graphs(self.unet)
 
     def compile(self, **options) -> None:
         """Let torch.compile work on the UNet: minutes at the first step of each size, faster steps after. `options` are
         torch.compile's."""
+        self.use_graphs(False)
         run = torch.compile(self.unet.forward, **options)
 
         def forward(x, t, *args, **more):  # a timestep as a number would be compiled in, and every step compiled anew
@@ -236,6 +253,8 @@ class StableDiffusion:
     def _vae_batch(self, height: int, width: int) -> int:
         """How many pictures the VAE may take at once; 0, with a warning, where one must be coded tile by tile."""
         need, free = memory_needed(self.config.vae, height, width, self.dtype), 0.9 * free_memory(self.device)
+        if self.graphs is not None and need > free - self.graphs.held:  # theirs is free for graphs alone
+            self.graphs.release()
         if need > free:
             size = f"{width}x{height} at once would take {need / 2**30:.1f} GB, {free / 2**30:.1f} GB are free"
             warnings.warn(f"the VAE works in overlapping tiles: {size}", stacklevel=3)

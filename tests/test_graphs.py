@@ -1,0 +1,205 @@
+"""CUDA graphs of a network: with a stand-in for the capture on the CPU, and for real where there is a GPU.
+
+The stand-in keeps what a CUDA graph keeps: a replay runs what was captured on the captured tensors themselves, and leaves
+its output where the capture's was. Inputs that were not copied in, or an output handed out as it is, give wrong numbers.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from minsd import graphs
+from minsd.attention import AttentionRecorder
+from minsd.config import UNetConfig
+from minsd.graphs import Graphs
+from minsd.noise.initial import noise
+from minsd.unet import UNet
+
+CONFIG = UNetConfig(
+    block_out_channels=(16, 32), layers_per_block=1, cross_attention=(True, False), num_heads=(2, 2), context_dim=8,
+    norm_groups=4, sample_size=8,
+)
+
+
+class Recorded:
+    """What `graphs.capture` does, without a GPU."""
+
+    captures, replays, fail = 0, 0, None
+
+    def __call__(self, run, pool):
+        self.captures += 1
+        if self.fail is not None:
+            raise self.fail
+        output = run()
+
+        def replay():
+            self.replays += 1
+            output.copy_(run())
+
+        return replay, output
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = Recorded()
+    monkeypatch.setattr(graphs, "capture", fake)
+    return fake
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    return UNet(CONFIG).requires_grad_(False)
+
+
+def inputs(batch=2, size=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 4, size, size, generator=g), torch.randn(batch, 77, 8, generator=g)
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_every_call_is_answered_from_its_own_inputs(unet, fake):
+    plain, run = unet.forward, Graphs(unet)
+    kept = []
+    for i, t in enumerate((999, 500, 250.5, torch.tensor(3), torch.tensor([7, 900]))):
+        x, context = inputs(seed=i)
+        kept.append((run(x, t, context), plain(x, t, context)))
+    assert all(close(a, b) for a, b in kept)  # outputs of earlier calls, too, were not written over
+    assert (fake.captures, fake.replays) == (1, 2)  # 999 as it is, 500 and 250.5 by graph; the others' t is of another form, once
+
+
+def test_what_did_not_change_is_not_copied_and_what_changed_in_place_is(unet, fake):
+    plain, run = unet.forward, Graphs(unet)
+    x, context = inputs()
+    keys = unet.keys(context)
+    run(x, 900, keys)
+    run(x, 800, keys)
+    (graph,) = run.graphs.values()
+    versions = [y._version for y in graph.inputs]
+    assert close(run(x, 700, keys), plain(x, 700, keys))
+    assert [y._version - v for y, v in zip(graph.inputs, versions)] == [0, 1] + [0] * 2 * len(keys)  # t alone
+    x.mul_(0.5)
+    next(iter(keys.values()))[0].mul_(3)
+    assert close(run(x, 700, keys), plain(x, 700, keys))
+    other = unet.keys(inputs(seed=5)[1])
+    assert close(run(x, 700, other), plain(x, 700, other)) and fake.captures == 1
+
+
+def test_one_graph_for_each_form(unet, fake, monkeypatch):
+    monkeypatch.setattr(graphs, "LIMIT", 3)
+    plain, run = unet.forward, Graphs(unet)
+    x, context = inputs()
+    region = {grid: torch.zeros(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((8, 8))}
+    control = [torch.ones(2, c, n, n) for c, n in ((16, 8), (16, 8), (16, 4), (32, 4))], torch.ones(2, 32, 4, 4)
+    forms = [
+        ((x, 9, context), {}), ((x[:1], 9, context[:1]), {}), ((x, 9, context), {"control": control}),
+        ((x, 9, context[:, None].expand(-1, 2, -1, -1)), {"region": region}),
+    ]
+    for round_ in range(3):
+        for positional, more in forms[:3]:
+            assert close(run(*positional, **more), plain(*positional, **more))
+        assert fake.captures == (3 if round_ else 0)
+    for _ in range(2):
+        assert close(run(*forms[3][0], **forms[3][1]), plain(*forms[3][0], **forms[3][1]))
+    assert fake.captures == 4 and len(run.graphs) == 1  # the fourth: the others went
+    unet.to(torch.float64).to(torch.float32)  # weights at other addresses: the graph must not be taken
+    run(*forms[3][0], **forms[3][1])
+    assert fake.captures == 4
+
+
+def test_what_needs_the_network_itself_gets_it(unet, fake):
+    run = Graphs(unet)
+    x, context = inputs()
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        assert torch.autograd.grad(run(leaf, 9, context).sum(), leaf)[0].abs().sum() > 0
+        record = AttentionRecorder((8, 8))
+        run(x, 9, context, record=record)
+        assert len(record.cross_layers) == 3
+        with torch.no_grad():
+            hook = unet.mid_block.register_forward_hook(lambda *args: None)
+            run(x, 9, context)
+            hook.remove()
+    assert fake.captures == 0
+    with torch.no_grad():
+        run(leaf, 9, context)
+        assert run(leaf, 9, context).requires_grad is False
+    assert fake.captures == 1
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("full"), RuntimeError("not permitted when stream is capturing\nmore")])
+def test_without_a_graph_where_none_can_be_had(unet, fake, error, recwarn):
+    fake.fail = error
+    plain, run = unet.forward, Graphs(unet)
+    x, context = inputs()
+    for _ in range(4):
+        assert close(run(x, 9, context), plain(x, 9, context))
+    assert fake.captures == 1 and not run.graphs
+    assert [str(w.message) for w in recwarn] == (
+        [] if isinstance(error, torch.cuda.OutOfMemoryError)
+        else ["the network runs without a CUDA graph: not permitted when stream is capturing"])
+
+
+def test_graphs_go_before_the_network_runs_out_of_memory(unet, fake):
+    """A larger picture finds the memory taken by graphs: they go, and it runs; where there are none it is out of memory."""
+    plain, run = unet.forward, None
+
+    def tight(x, *rest, **more):
+        if len(x) > 2 and run.graphs or len(x) > 4:
+            raise torch.cuda.OutOfMemoryError("full")
+        return plain(x, *rest, **more)
+
+    unet.forward = tight
+    run = Graphs(unet)
+    x, context = inputs()
+    run(x, 9, context)
+    run(x, 9, context)
+    assert len(run.graphs) == 1
+    large = inputs(4)
+    assert close(run(large[0], 9, large[1]), plain(large[0], 9, large[1])) and not run.graphs
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(*(lambda x, context: (x, 9, context))(*inputs(5)))
+
+
+def test_the_same_pictures_with_graphs(small, fake):
+    expected = small("a red circle", seeds=[1, 2], steps=4)
+    small.use_graphs()
+    try:
+        ours = small("a red circle", seeds=[1, 2], steps=4)
+        assert fake.captures == 1 and fake.replays == 3
+        other = small("a blue square", seeds=[1, 2], steps=4)
+        assert fake.captures == 1 and fake.replays == 7  # another prompt by the same graph
+        small.set_attention("sdpa")
+        assert not small.graphs.graphs
+    finally:
+        small.set_attention("auto")
+        small.use_graphs(False)
+    again = small("a red circle", seeds=[1, 2], steps=4)
+    assert fake.replays == 7
+    for a, b, c, d in zip(ours, expected, other, again):
+        a, b, c, d = (np.asarray(y).astype(int) for y in (a, b, c, d))
+        assert np.abs(a - b).max() <= 2 and np.abs(d - b).max() == 0 and np.abs(c - b).max() > 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_same_picture_and_no_waiting_in_the_loop(small_folder):
+    import minsd
+
+    sd = minsd.load(str(small_folder), "cuda", torch.float16)
+    start = noise([1, 2], (4, 16, 16))
+    with_graphs = sd.sample("a red circle", start, steps=6)
+    assert len(sd.graphs.graphs) == 1 and sd.graphs.held > 0
+    predict, begin = sd.guided("a red circle"), start.to("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sd.denoise(predict, begin, steps=6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    sd.use_graphs(False)
+    plain = sd.sample("a red circle", start, steps=6)
+    for a, b in zip(sd.decode(with_graphs), sd.decode(plain)):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 2
