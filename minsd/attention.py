@@ -5,10 +5,10 @@ recorder's gets `probs="mean"`: the mean over heads only, never all heads (see m
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from minsd.kernels import attention
+from minsd.kernels.linear import Linear, linear
 
 
 class AttentionRecorder:
@@ -73,10 +73,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
         self.num_heads, self.is_cross, self.backend = num_heads, context_dim is not None, "auto"
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(context_dim or dim, dim, bias=False)
+        self.to_v = Linear(context_dim or dim, dim, bias=False)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.fused = None
 
     def fuse(self, device=None, dtype=None) -> None:
@@ -103,13 +103,13 @@ class Attention(nn.Module):
 
     def keys(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v (B,M,heads,d) of what is looked at, (B,M,D): of a text the same at every step."""
-        k, v = (self.to_k(context), self.to_v(context)) if self.fused is None else F.linear(context, self.fused).chunk(2, dim=-1)
+        k, v = (self.to_k(context), self.to_v(context)) if self.fused is None else linear(context, self.fused).chunk(2, dim=-1)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: torch.Tensor, context):
         """-> q (B,N,heads,d), k and v (B,M,heads,d): views of as few products as the weights allow."""
         if context is None and self.fused is not None:
-            return [y.unflatten(-1, (self.num_heads, -1)) for y in F.linear(x, self.fused).chunk(3, dim=-1)]
+            return [y.unflatten(-1, (self.num_heads, -1)) for y in linear(x, self.fused).chunk(3, dim=-1)]
         q = self.to_q(x).unflatten(-1, (self.num_heads, -1))
         return q, *(context if isinstance(context, tuple) else self.keys(x if context is None else context))
 

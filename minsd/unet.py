@@ -14,6 +14,7 @@ from torch import nn
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import UNetConfig
 from minsd.kernels import norm_silu
+from minsd.kernels.linear import Linear
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -26,8 +27,8 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 class TimestepEmbedding(nn.Module):
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
-        self.linear_1 = nn.Linear(dim, dim_out)
-        self.linear_2 = nn.Linear(dim_out, dim_out)
+        self.linear_1 = Linear(dim, dim_out)
+        self.linear_2 = Linear(dim_out, dim_out)
 
     def forward(self, x):
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -40,7 +41,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(config.norm_groups, c_in, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(dim_time, c_out)
+        self.time_emb_proj = Linear(dim_time, c_out)
         self.norm2 = nn.GroupNorm(config.norm_groups, c_out, eps=config.norm_eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
@@ -56,7 +57,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * dim_out)
+        self.proj = Linear(dim, 2 * dim_out)
 
     def forward(self, x):
         x, gate = self.proj(x).chunk(2, dim=-1)
@@ -66,7 +67,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])  # [1]: dropout's place
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])  # [1]: dropout's place
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
@@ -98,9 +99,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_groups, dim, eps=1e-6)
         self.linear = config.linear_projection
-        self.proj_in = nn.Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
+        self.proj_in = Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, num_heads, config.context_dim)])
-        self.proj_out = nn.Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
+        self.proj_out = Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
 
     def forward(self, x, context, record=None, region=None):
         grid = tuple(x.shape[-2:])  # (h, w)

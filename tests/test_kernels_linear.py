@@ -1,0 +1,72 @@
+"""oneDNN's product in place of MKL's: values and gradients against float64, and when PyTorch's own is taken instead."""
+
+import numpy as np
+import pytest
+import torch
+
+from minsd.kernels import linear as module
+from minsd.kernels.linear import Linear, linear
+
+there = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN operators")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often oneDNN is asked."""
+    made, product = [], module._product
+    monkeypatch.setattr(module, "_product", lambda *args: made.append(1) or product(*args))
+    return made
+
+
+def relative(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@there
+@pytest.mark.parametrize("shape, out", [((2, 33, 24), 40), ((16, 8), 1), ((3, 4, 5, 6), 7)], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_values_and_gradient_against_float64(shape, out, with_bias, calls):
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(shape, generator=g), torch.randn(out, shape[-1], generator=g)
+    bias = torch.randn(out, generator=g) if with_bias else None
+    truth = torch.einsum("...i,oi->...o", x.double(), weight.double()) + (bias.double() if with_bias else 0)
+    assert relative(linear(x, weight, bias), truth) < 1e-6 and len(calls) == 1
+    if x.ndim > 2:  # strides as they come
+        assert relative(linear(x.transpose(0, 1), weight, bias), truth.transpose(0, 1)) < 1e-6
+
+    leaf, up = x.clone().requires_grad_(), torch.randn(*shape[:-1], out, generator=g)
+    calls.clear()
+    (grad,) = torch.autograd.grad(linear(leaf, weight, bias), leaf, up)
+    assert len(calls) == 2  # there and back
+    assert relative(grad, torch.einsum("...o,oi->...i", up.double(), weight.double())) < 1e-6
+
+
+@there
+def test_where_pytorch_multiplies_itself(calls):
+    layer = Linear(8, 4)
+    x = torch.randn(20, 8)
+    layer(x).sum().backward()  # weights that learn
+    assert torch.allclose(layer.weight.grad, x.sum(0).expand(4, 8), atol=1e-5) and not calls
+    layer.requires_grad_(False)
+    assert layer(x[:2]).shape == (2, 4) and layer(x[:0]).shape == (0, 4) and not calls
+    assert Linear(8, 4).double()(x.double()).dtype == torch.float64 and not calls
+    with torch.backends.mkldnn.flags(enabled=False):
+        plain = layer(x)
+    assert not calls
+    torch.testing.assert_close(layer(x), plain)
+    assert len(calls) == 1
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain)
+    assert len(calls) == 1
+
+
+@there
+def test_the_same_picture_as_without(small, calls):
+    ours = small("a red circle", seeds=[3], steps=3)[0]
+    assert calls
+    calls.clear()
+    with torch.backends.mkldnn.flags(enabled=False):
+        plain = small("a red circle", seeds=[3], steps=3)[0]
+    assert not calls
+    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(plain))
+    assert difference.max() <= 2 and np.asarray(plain).std() > 10
