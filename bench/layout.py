@@ -227,7 +227,7 @@ def cost_worker(args) -> None:
     unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     cuda = sd.device.type == "cuda"
     with torch.no_grad():
-        for _ in range(1 + args.runs):  # the first fills caches
+        for _ in range(args.runs):
             rows.clear()
             start, cpu = time.perf_counter(), time.process_time()
             eps = predict(x, 481)
@@ -235,7 +235,7 @@ def cost_worker(args) -> None:
                 torch.cuda.synchronize()
             seconds.append((time.perf_counter() - start, time.process_time() - cpu))
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_rss_mb()
-    print(json.dumps({"seconds": seconds[1:], "peak_mb": peak, "rows": rows, "eps": eps.flatten().tolist()}))
+    print(json.dumps({"seconds": seconds[1:] or seconds, "peak_mb": peak, "rows": rows, "eps": eps.flatten().tolist()}))
 
 
 def cost(args) -> list[dict]:
@@ -275,7 +275,7 @@ def main():
     parser.add_argument("--dtype", default="float32", help="for --cost")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--cost", action="store_true", help="measure one step instead")
-    parser.add_argument("--runs", type=int, default=2, help="for --cost")
+    parser.add_argument("--runs", type=int, default=2, help="for --cost; of several the first is a warm-up")
     parser.add_argument("--threads", type=int, default=1, help="for --cost")
     parser.add_argument("--cost-worker", choices=("together", "apart"), help=argparse.SUPPRESS)
     args = parser.parse_args()

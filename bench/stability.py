@@ -1,10 +1,11 @@
 """Does inversion stability tell which noises make right pictures, and what does choosing or optimising by it cost?
 
     python -m bench.stability --csv                                  # the embedded model, the pixel detector as judge
-    python -m bench.stability --steps 5 10 --minutes 30 --csv        # what fits into half an hour
+    python -m bench.stability --scores 5:7.5/1 10:1/1 --minutes 30   # what fits into half an hour
     python -m bench.stability --cost --csv [--model sd15 --size 128] # seconds and memory of one gradient
 
-Many noises a prompt are drawn, judged and scored under every setting: T steps and guidance down/up. The rank correlation
+Many noises a prompt are drawn, judged and scored under every setting, T:DOWN/UP[:N], which is T steps, guidance down and up,
+and how many noises of a prompt are scored so (the dear ones: fewer). The rank correlation
 of score and verdict is taken within prompts (ranks among a prompt's noises, verdicts less the prompt's rate), so that easy
 prompts do not make it. The rate after taking the best of K is its expectation over all subsets of K of a prompt's N
 noises, P(the best has rank r) = C(N - r, K - 1) / C(N, K): no luck of one draw. Intervals are 95 % bootstraps over prompts;
@@ -12,7 +13,8 @@ gains are over one random noise. Attention scores (InitNO's losses at the first 
 noises. The optimised noises are compared with the very noises they began from.
 
 UNet rows are those spent on the choice, the picture's own left out. Right is `no_neglect`: nothing missing, merged, or in a
-wrong colour; `strict` is in the CSV as well. What `--minutes` cuts off is the later noises of every prompt, never prompts.
+wrong colour; `strict` is in the CSV as well. What `--minutes` cuts off is the later noises of every prompt, never prompts. With `--kept` a
+stopped run loses nothing.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,13 +36,14 @@ import minsd
 from bench import RESULTS, peak_rss_mb, print_table, write_csv
 from bench.attention_maps import rank_correlation
 from bench.shapes import cases, sentence
-from minsd.noise import stability
+from minsd.noise import initno, stability
 from minsd.noise.initial import noise
 from minsd.weights.shapes import detector
 
 GROUPS = ("two", "three")  # where there is something to lose
 BATCH = 10
-PICTURE = {"steps": 30, "sampler": "ddim"}  # at the model's own guidance
+PICTURE = {"steps": 25, "sampler": "ddim"}  # at the model's own guidance
+SCORES = ("10:7.5/1", "5:7.5/1", "20:7.5/1:50", "50:7.5/1:50", "10:5/1:50", "10:1/1:50", "10:7.5/7.5:50")  # 5: the embedded model's own
 BEST_OF = (10, 30, 100)
 PAPER_NUMBERS = 65_536  # in the latents that the paper's learning rate of 100 was meant for
 VERDICTS = ("no_neglect", "strict")
@@ -47,22 +51,20 @@ VERDICTS = ("no_neglect", "strict")
 _sd = None
 
 
-def settings(args) -> list[dict]:
-    """Guided down alone, and alike both ways, at every T."""
-    return [{"steps": T, "guidance_scale": down, "guidance_invert": up} for T in args.steps for down, up in args.guidance]
+def setting(text: str) -> tuple[dict, float]:
+    """T:DOWN/UP[:N] -> what `score` takes, and how many noises of a prompt get it."""
+    steps, guidance, *limit = text.split(":")
+    down, up = map(float, guidance.split("/"))
+    return {"steps": int(steps), "guidance_scale": down, "guidance_invert": up}, int(limit[0]) if limit else math.inf
 
 
 def name(setting: dict) -> str:
     return f"T{setting['steps']} {setting['guidance_scale']:g}/{setting['guidance_invert']:g}"
 
 
-def attention_scores(prompt, subjects, x) -> list[float] | None:
-    """The more the better, as stability; None in a minsd that has no such scores."""
-    try:
-        from minsd.noise.initno import attention_scores
-    except ImportError:
-        return None
-    return [-score for score in attention_scores(_sd, prompt, [shape for _, shape in subjects], x, steps=PICTURE["steps"])]
+def attention_scores(prompt, subjects, x) -> list[float]:
+    """The more the better, as stability."""
+    return [-score for score in initno.attention_scores(_sd, prompt, [shape for _, shape in subjects], x, steps=PICTURE["steps"])]
 
 
 def judge(prompts, x, subjects) -> list[dict]:
@@ -71,27 +73,28 @@ def judge(prompts, x, subjects) -> list[dict]:
     return [{v: float(getattr(detector.judge(p, s), v)) for v in VERDICTS} for p, s in zip(pictures, subjects)]
 
 
-def score_job(job) -> list[dict]:
-    """A part of a prompt's noises: verdicts and scores."""
-    group, prompts, number, seeds, how = job
+def run(job) -> tuple[str, list[dict]]:
+    """A part of the work -> its name and what came out."""
     torch.set_num_threads(1)
+    return json.dumps(job), {"score": score_part, "optimise": optimise_part}[job[0]](*job[1:])
+
+
+def score_part(group, prompts, number, which, how) -> list[dict]:
+    """Some of a prompt's noises: verdicts and scores."""
     subjects, rows = cases(group, prompts)[number], []
-    prompt, x = sentence(subjects), noise(seeds, (4, 16, 16))
+    prompt, x = sentence(subjects), noise([seed_of(group, number, k) for k in which], (4, 16, 16))
     out = [{"group": group, "prompt": number} | verdict for verdict in judge([prompt] * len(x), x, [subjects] * len(x))]
     for setting in how:
         result = stability.score(_sd, prompt, x, **setting)
         rows.append((name(setting), result.scores, result.rows / len(x)))
-    if (scores := attention_scores(prompt, subjects, x)) is not None:
-        rows.append(("attention", scores, 1))
+    rows.append(("attention", attention_scores(prompt, subjects, x), 1))
     for k, row in enumerate(out):
         row["scores"] = {key: (scores[k], spent) for key, scores, spent in rows}
     return out
 
 
-def optimise_job(job) -> list[dict]:
+def optimise_part(group, prompts, numbers, ways) -> list[dict]:
     """The first noise of some prompts, as it is and optimised in several ways: verdicts, scores, norms, rows."""
-    group, prompts, numbers, ways = job
-    torch.set_num_threads(1)
     subjects = [cases(group, prompts)[k] for k in numbers]
     texts, x = [sentence(s) for s in subjects], noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
     out = [{"group": group, "prompt": k, "way": "plain", "score": math.nan, "norm": 1.0, "rows": 0} | verdict
@@ -147,19 +150,23 @@ def tabulate(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     correlations, rates = [], []
     keys = list(rows[0]["scores"])
     for group in (*dict.fromkeys(r["group"] for r in rows), "all"):
-        these = [r for r in rows if group in (r["group"], "all")]
-        prompts = by_prompt(these)
-        n = min(len(g) for _, g in prompts)  # equally many of each
-        same = {"group": group, "prompts": len(prompts), "noises": len(these)}
-        base = {v: [np.mean([r[v] for r in g]) for _, g in prompts] for v in VERDICTS}
+        everything = [r for r in rows if group in (r["group"], "all")]
+        base = {v: [np.mean([r[v] for r in g]) for _, g in by_prompt(everything)] for v in VERDICTS}
+        same = {"group": group, "prompts": len(base["strict"]), "noises": len(everything)}
         rates.append(same | {"choice": "random", "k": 1, "rows": 0} | {v: round(float(np.mean(base[v])), 3) for v in VERDICTS} | {
             "gain": 0.0, "gain_95": ""})
         for key in keys:
+            these = [r for r in everything if key in r["scores"]]
+            prompts = by_prompt(these)
+            n = min(len(g) for _, g in prompts)  # equally many of each
+            same = {"group": group, "prompts": len(prompts), "noises": len(these)}
+            base = {v: [np.mean([r[v] for r in g]) for _, g in prompts] for v in VERDICTS}  # of just the noises with this score
             spread = np.array([r["scores"][key][0] for r in these])
             row = same | {"score": key, "mean": round(float(spread.mean()), 3), "sd": round(float(spread.std()), 3)}
+            half = 1.96 / max(1, len(these) - len(prompts)) ** 0.5
             for v in VERDICTS:
                 r, p = within(these, key, v)
-                row |= {f"rank_{v}": round(r, 3), f"p_{v}": f"{p:.1g}"}
+                row |= {f"rank_{v}": round(r, 3), f"rank_{v}_95": f"{r - half:+.3f}..{r + half:+.3f}", f"p_{v}": f"{p:.1g}"}
             correlations.append(row)
             cost = these[0]["scores"][key][1]
             reach = [k for k in BEST_OF if k <= n]
@@ -277,25 +284,21 @@ def cost(args) -> list[dict]:
 # --- all of it ----------------------------------------------------------------------------------------------------------
 
 
-def pair(text: str) -> tuple[float, float]:
-    down, up = text.split("/")
-    return float(down), float(up)
-
-
 def main():
     global _sd
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
-    parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], help="T of the scores")
-    parser.add_argument("--guidance", nargs="+", type=pair, default=[(7.5, 1.0), (7.5, 7.5), (1.0, 1.0)], help="DOWN/UP of the scores")
-    parser.add_argument("--prompts", type=int, default=12, help="a group")
+    parser.add_argument("--scores", nargs="+", type=setting, default=[setting(text) for text in SCORES], help="T:DOWN/UP[:N]")
+    parser.add_argument("--prompts", type=int, default=10, help="a group")
     parser.add_argument("-n", type=int, default=100, help="noises a prompt")
-    parser.add_argument("--optimised", type=int, default=40, help="noises a group to optimise")
+    parser.add_argument("--optimised", type=int, default=20, help="noises a group to optimise, each of a prompt of its own")
     parser.add_argument("--optimize-steps", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no more scoring after this long")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, with what is done")
+    parser.add_argument("--kept", type=Path, help="file for what is done: a later run goes on from it")
     parser.add_argument("--csv", action="store_true", help="also draws stability.png")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--cost", action="store_true", help="measure one gradient instead")
+    parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], help="T, for --cost")
     parser.add_argument("--size", type=int, help="pixels a side, for --cost")
     parser.add_argument("--runs", type=int, default=3, help="for --cost")
     parser.add_argument("--device", default="cpu")
@@ -313,23 +316,29 @@ def main():
     torch.set_num_threads(1)
     _sd = minsd.load(args.model, device="cpu")
     begin, own = time.time(), 100 * (4 * 16 * 16) / PAPER_NUMBERS
-    trip = {"optimize_steps": args.optimize_steps, "steps": min(args.steps), "guidance_scale": 7.5}
+    trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
     ways = [(f"{mode} lr {lr:.3g}" + " rescaled" * rescale, trip | {"mode": mode, "lr": lr, "rescale": rescale})
-            for mode, lr, rescale in (("detach", 100.0, False), ("detach", 100.0, True), ("full", own, False), ("full", own, True))]
-    rows, optimised = [], []
+            for mode, lr, rescale in (("detach", 100.0, True), ("full", own, True))]
+    jobs = []
+    for start in range(0, args.n, BATCH):  # one part of every prompt at a time, and one of what is optimised: what is done is balanced
+        how = [way for way, limit in args.scores if start < limit]
+        seeds, numbers = range(start, min(start + BATCH, args.n)), range(start // 2, min(start // 2 + BATCH // 2, args.optimised))
+        jobs += [("score", group, args.prompts, p, list(seeds), how) for p in range(args.prompts) for group in GROUPS]
+        jobs += [("optimise", group, args.optimised, list(numbers), ways) for group in GROUPS if numbers]
+    done = {}
+    if args.kept and args.kept.exists():
+        done = dict(map(json.loads, args.kept.read_text().splitlines()))
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-        jobs = [(group, max(args.optimised, args.prompts), range(k, min(k + BATCH // 2, args.optimised)), ways)
-                for k in range(0, args.optimised, BATCH // 2) for group in GROUPS]
-        for done, part in enumerate(pool.imap_unordered(optimise_job, jobs), 1):
-            optimised += part
-            print(f"optimised: {done}/{len(jobs)} parts, {time.time() - begin:.0f} s", flush=True)
-        for start in range(0, args.n, BATCH):  # one part of every prompt at a time: what is done is balanced
+        for key, part in pool.imap_unordered(run, [job for job in jobs if json.dumps(job) not in done]):
+            done[key] = part
+            if args.kept:
+                with args.kept.open("a") as file:
+                    print(json.dumps([key, part]), file=file)
+            print(f"{len(done)} of {len(jobs)} parts, {time.time() - begin:.0f} s", flush=True)
             if time.time() - begin > 60 * args.minutes:
                 break
-            jobs = [(group, args.prompts, k, [seed_of(group, k, i) for i in range(start, min(start + BATCH, args.n))], settings(args))
-                    for group in GROUPS for k in range(args.prompts)]
-            rows += [row for part in pool.imap_unordered(score_job, jobs) for row in part]
-            print(f"scored: {len(rows)} noises, {time.time() - begin:.0f} s", flush=True)
+    done = {kind: [row for job in jobs if job[0] == kind for row in done.get(json.dumps(job), [])] for kind in ("score", "optimise")}
+    rows, optimised = done["score"], done["optimise"]
     correlations, rates = tabulate(rows)
     print_table(correlations)
     print()
