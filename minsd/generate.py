@@ -8,10 +8,12 @@ are known to be good, so that --help and most errors answer at once.
 import argparse
 import copy
 import dataclasses
+import errno
 import json
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -20,6 +22,7 @@ from pathlib import Path
 from minsd import __version__
 
 SAMPLERS = ("ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lcm")  # samplers.SAMPLERS, without its imports
+LARGEST = 16384  # pixels a side
 METHODS = ("random", "initno", "select", "optimize")
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 
@@ -69,7 +72,7 @@ def parser() -> Parser:
     a("--lora", metavar="FILE[:SCALE]", action="append", help="an adapter, added to the weights; may be given several times")
     a("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
     a("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, else float32")
-    a("--attention", choices=("auto", "triton", "sdpa", "reference"), default="auto", help="who computes attention (default: auto)")
+    a("--attention", choices=("auto", "triton", "sdpa", "reference"), help="who computes attention (default: auto)")
     a("--compile", action="store_true", help="torch.compile the UNet: minutes at first, faster steps after")
     a = p.add_argument_group("many pictures, files, messages").add_argument
     a("--prompts", metavar="FILE", type=Path, help="a prompt a line (.txt), or an object of options a line (.jsonl)")
@@ -97,10 +100,11 @@ PER_LINE = (
 # What --like takes from a picture, by the same name there.
 LIKE = (
     "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "steps", "guidance_scale", "sampler", "karras", "height",
-    "width", "init_image", "strength", "init_noise", "score", "optimize_steps", "optimize_mode", "layout", "controlnet", "control_image",
-    "control_scale", "lora", "invert", "dtype", "device",
+    "width", "init_image", "strength", "layout", "controlnet", "control_image", "control_scale", "lora", "invert", "dtype", "device",
+    "tokenizer", "attention",
 )
-PATHS = ("vae", "init_image", "layout", "controlnet", "control_image", "invert")
+LIKE_METHOD = ("init_noise", "score", "optimize_steps", "optimize_mode")  # only together
+PATHS = ("vae", "tokenizer", "init_image", "layout", "controlnet", "control_image", "invert")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -123,15 +127,20 @@ def take_from_picture(args) -> None:
     settings = read_settings(args.like)
     if settings.get("noise_file") and args.noise is None:
         raise ValueError(f"{args.like} began from the noise file {settings['noise_file']}: give it with --noise")
-    if ranked := settings.get("candidates"):  # the search began at the first of them, and is made again
-        settings |= {"seed": ranked[0]["seed"]}
-        args.candidates = args.candidates or len(ranked)
-    if args.token_indices is None and args.subjects is None and settings.get("subjects"):
+    keys = LIKE
+    if args.init_noise is None and settings.get("init_noise") not in (None, "invert"):  # else this run has a method of its own
+        keys += LIKE_METHOD
+        if ranked := settings.get("candidates"):  # the search began at the first of them, and is made again
+            settings |= {"seed": ranked[0]["seed"]}
+            args.candidates = args.candidates or len(ranked)
+        if args.excite is None:
+            args.excite = settings.get("excite") is not None
+    method = (settings if "init_noise" in keys else vars(args)).get
+    looks = method("init_noise") == "initno" or method("score") == "attention" or args.excite or args.attention_maps
+    if looks and args.token_indices is None and args.subjects is None and settings.get("subjects"):
         words = all(isinstance(subject, str) for subject in settings["subjects"])
         setattr(args, "subjects" if words else "token_indices", ",".join(map(str, settings["subjects"])))
-    if args.excite is None and settings.get("init_noise") is not None:
-        args.excite = settings.get("excite") is not None
-    for key in LIKE:
+    for key in keys:
         if getattr(args, key) is None and settings.get(key) is not None and not (key == "seed" and args.seeds is not None):
             setattr(args, key, Path(settings[key]) if key in PATHS and isinstance(settings[key], str) else settings[key])
 
@@ -139,8 +148,10 @@ def take_from_picture(args) -> None:
 def check(args) -> list[argparse.Namespace]:
     """Everything that can be known wrong before a model is loaded; -> the arguments of each prompt, its seeds a list."""
     if args.like is not None:
+        if args.prompts is not None:
+            raise ValueError("--like is for one picture: leave out --prompts")
         take_from_picture(args)
-    args.model = args.model or "shapes"
+    args.model, args.attention = args.model or "shapes", args.attention or "auto"
     if args.prompts is not None:
         if args.prompt is not None:
             raise ValueError("give a prompt or --prompts FILE, not both")
@@ -155,8 +166,11 @@ def check(args) -> list[argparse.Namespace]:
     args.adapters = [split_scale(text) for text in args.lora]
     if args.resume and any(line.seed is None and line.seeds is None for line in lines):
         raise ValueError("--resume needs --seed or --seeds: without, every run draws seeds of its own and nothing is done twice")
-    if args.save_noise is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--save-noise is for one process: seeds give the same noise anywhere")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.save_noise is not None:
+            raise ValueError("--save-noise is for one process: seeds give the same noise anywhere")
+        if any(line.seed is None and line.seeds is None for line in lines):
+            raise ValueError("several processes need --seed or --seeds: without, each would draw seeds of its own")
     chance = random.SystemRandom().randrange(2**32)  # one for all prompts: they can be compared
     for line in lines:
         try:
@@ -183,11 +197,13 @@ def read_prompts(args) -> list[argparse.Namespace]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--prompts takes a .txt file (a prompt a line) or a .jsonl file (an object a line), not {path.name}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no prompts file {path}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     options, lines = {a.dest: a for a in parser()._actions}, []
     for number, content in enumerate(text.split("\n"), 1):
         content = content.strip()
@@ -202,6 +218,8 @@ def read_prompts(args) -> list[argparse.Namespace]:
                 given = json.loads(content)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{line.where}not JSON: {error.msg} at column {error.colno}") from None
+            except RecursionError:
+                raise ValueError(f"{line.where}brackets within brackets, too many") from None
             if not isinstance(given, dict):
                 raise ValueError(f"{line.where}a line must be an object, such as {{\"prompt\": \"a red circle\", \"seeds\": \"0-3\"}}")
             if not any(key in given for key in ("prompt", "layout")):
@@ -240,10 +258,14 @@ def check_line(line, chance: int) -> None:
     check_method(line)
     check_layout(line)
     check_control(line)
+    for name in ("prompt", "negative_prompt"):
+        if (getattr(line, name) or "").encode(errors="replace") != (getattr(line, name) or "").encode(errors="surrogatepass"):
+            raise ValueError(f"the {name.replace('_', ' ')} is not text in UTF-8")
     for name in ("height", "width"):
         value = getattr(line, name)
-        if value is not None and (value < 8 or value % 8):
-            raise ValueError(f"--{name} must be a positive multiple of 8, not {value}; the nearest is {max(8, round(value / 8) * 8)}")
+        if value is not None and (not 8 <= value <= LARGEST or value % 8):
+            nearest = min(max(8, round(value / 8) * 8), LARGEST)
+            raise ValueError(f"--{name} must be a multiple of 8 from 8 to {LARGEST}, not {value}; the nearest is {nearest}")
     if line.steps is not None and not 1 <= line.steps <= 1000:
         raise ValueError(f"--steps must be from 1 to 1000, not {line.steps}")
     if line.guidance_scale is not None and not abs(line.guidance_scale) <= 1000:
@@ -256,8 +278,8 @@ def check_line(line, chance: int) -> None:
         raise ValueError(f"--strength must be from 0 to 1, not {line.strength}")
     if line.init_image is not None:
         check_picture(line.init_image)
-    if line.num_images is not None and line.num_images < 1:
-        raise ValueError(f"--num-images must be 1 or more, not {line.num_images}")
+    if line.num_images is not None and not 1 <= line.num_images <= 1_000_000:
+        raise ValueError(f"--num-images must be from 1 to a million, not {line.num_images}")
     if line.seeds is not None and (line.seed is not None or line.num_images is not None):
         raise ValueError("--seeds already says how many pictures and from which seeds: leave out --seed and --num-images")
     if line.seed is not None and not 0 <= line.seed < 2**63:
@@ -267,6 +289,8 @@ def check_line(line, chance: int) -> None:
     else:
         first, stride = chance if line.seed is None else line.seed, line.candidates or 1  # no seed is a candidate twice
         line.seeds = list(range(first, first + (line.num_images or 1) * stride, stride))
+    if line.seeds[-1] + (line.candidates or 1) > 2**63 or max(line.seeds) >= 2**63:
+        raise ValueError(f"seeds go up to 2^63 - 1, not to {max(line.seeds) + (line.candidates or 1) - 1}")
     if line.noise is not None and not line.noise.is_file():
         raise FileNotFoundError(f"there is no noise file {line.noise}")
 
@@ -366,15 +390,23 @@ def check_picture(path: Path) -> None:
 
 
 def check_out(args) -> None:
-    folder = args.out
-    while not folder.exists():  # made only when the first picture is ready
-        folder = folder.parent
+    check_folder("--out", args.out, args.out)
+    if args.save_noise is not None:
+        if args.save_noise.is_dir():
+            raise ValueError(f"--save-noise {args.save_noise} is a folder: name a file in it")
+        if not args.save_noise.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--save-noise: there is no folder {args.save_noise.absolute().parent}")
+        check_folder("--save-noise", args.save_noise, args.save_noise.absolute().parent)
+
+
+def check_folder(option: str, path: Path, folder: Path) -> None:
+    """A folder, or where it will be made (only when the first picture is ready), can be written to."""
     try:
+        while not folder.exists():
+            folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"--out {args.out} cannot be written to: {folder}: {error.strerror}") from None
-    if args.save_noise is not None and not args.save_noise.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--save-noise: there is no folder {args.save_noise.absolute().parent}")
+        raise ValueError(f"{option} {str(path)[:200]} cannot be written to: {str(folder)[:200]}: {error.strerror}") from None
 
 
 def say(args, *words) -> None:
@@ -406,6 +438,8 @@ def go(args, lines) -> None:
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU a process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.attention == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("--attention triton is for a GPU: leave it out")
     sd = minsd.load(args.model, device, dtype, vae=args.vae, tokenizer=args.tokenizer, prediction_type=args.prediction_type)
     sd.set_attention(args.attention)
     if args.adapters:
@@ -424,8 +458,9 @@ def go(args, lines) -> None:
         say(args, note)
     if args.list_tokens:
         for line in lines:
-            for position, token in enumerate(sd.text.tokens(line.prompt)):
-                print(f"{position:3d}  {token}" + ("  (cut off)" if position >= sd.text.max_length - 1 else ""))
+            tokens, last = sd.text.tokens(line.prompt), sd.text.max_length - 1
+            for position, token in enumerate(tokens):
+                print(f"{position:3d}  {token}" + ("  (cut off)" if last <= position < len(tokens) - 1 else ""))
         return
     jobs = plan(sd, args, lines)
     first, last = jobs[0]["seed"], jobs[-1]["seed"]
@@ -438,7 +473,7 @@ def main(argv: list[str] | None = None) -> int:
     args = argparse.Namespace(debug=False)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *rest, **more: print(f"minsd: warning: {message}", file=sys.stderr)
+            warnings.showwarning = warn
             args = parser().parse_args(argv)
             args.made, args.wanted, args.where, args.net = 0, 0, "", None
             go(args, check(args))
@@ -446,18 +481,27 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"minsd: stopped: {args.made} of {args.wanted} pictures are done", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError) as error:
-        if args.debug:
-            raise
-        message, code = str(error), 2
     except Exception as error:
         if args.debug:
             raise
-        so_far = f"{args.made} of {args.wanted} pictures are done; " if args.made else ""
-        message, code = f"{so_far}{type(error).__name__}: {error} (--debug shows where)", 1
+        code = 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+        message = str(error) if code == 2 else f"{type(error).__name__}: {error} (--debug shows where)"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = "the disk is full: free some of it, and give the same command with --resume"
+        if wanted := getattr(args, "wanted", 0):
+            message = f"{args.made} of {wanted} pictures are done; {message}"
+        elif code == 2 and int(os.environ.get("RANK", 0)):
+            return code  # all processes find the same: one tells
     print("minsd: error: " + " ".join(message.split()), file=sys.stderr)
     return code
 
 
+def warn(message, *rest, **more) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"minsd: warning: {message}", file=sys.stderr)  # above a progress bar, not into it
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun, Slurm and timeout end a run so
     sys.exit(main())

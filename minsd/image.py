@@ -37,12 +37,19 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
 
 
+SAMPLERS_ELSEWHERE = {  # what other tools call them
+    "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC",
+    "lcm": "LCM",
+}
+
+
 def parameters(settings: dict) -> str:
     """Settings in the text form that other Stable Diffusion tools write and read."""
     pairs = {
-        "Steps": settings["steps"], "Sampler": settings["sampler"].upper(), "CFG scale": settings["guidance_scale"],
+        "Steps": settings["steps"], "Sampler": SAMPLERS_ELSEWHERE[settings["sampler"]] + " Karras" * bool(settings.get("karras")),
+        "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"], "Size": f"{settings['width']}x{settings['height']}",
-        "Model hash": settings.get("model_hash"), "Model": settings["model"],
+        "Model hash": settings.get("model_hash"), "Model": Path(settings["model"]).name,
     }
     line = ", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None)
     negative = f"Negative prompt: {settings['negative_prompt']}\n" if settings["negative_prompt"] else ""
@@ -51,16 +58,13 @@ def parameters(settings: dict) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """The folder is this process's alone while the block runs (among minsd's processes, where the system can lock)."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # and with it the lock
+    """The folder is this process's alone while the block runs, among minsd's processes and where the system can lock.
+    Yields the lock's own file, open to read and write: it holds the name of the last picture placed."""
+    with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a network file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield file  # closing it ends the lock
 
 
 @contextlib.contextmanager
@@ -86,15 +90,29 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
-    """Write `NNNNN-SEED.png` with its settings; NNNNN goes on from the highest there. Whole or not at all."""
+    """Write `NNNNN-SEED.png` with its settings; NNNNN goes on from the highest there. Whole or not at all.
+
+    A folder may hold very many, so it is listed only where the lock's file does not name a picture that is still there."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("minsd", json.dumps(settings, ensure_ascii=False))
     info.add_itxt("parameters", parameters(settings))
-    with _temporary(picture, folder, info) as temporary, locked(folder):
-        present = [int(m[1]) for name in os.listdir(folder) if (m := re.match(r"(\d+)-\d+\.png$", name))]
-        path = folder / f"{max(present, default=-1) + 1:05d}-{settings['seed']}.png"
+    with _temporary(picture, folder, info) as temporary, locked(folder) as last:
+        if not NUMBERED.match(name := last.read()) or not (folder / name).exists():
+            name = max(filter(NUMBERED.match, os.listdir(folder)), key=number, default="-1-")
+        path = folder / f"{number(name) + 1:05d}-{settings['seed']}.png"
+        while path.exists():  # two processes that could not lock
+            path = folder / f"{number(path.name) + 1:05d}-{settings['seed']}.png"
         os.replace(temporary, path)
+        last.seek(0), last.write(path.name), last.truncate()
     return path
+
+
+NUMBERED = re.compile(r"\d+-\d+\.png$")
+
+
+def number(name: str) -> int:
+    """The NNNNN of a picture's file name."""
+    return int(name.rpartition("-")[0])
 
 
 def read_settings(path: Path) -> dict:

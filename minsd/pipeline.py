@@ -39,8 +39,12 @@ def load(
     from minsd.weights.load import load_model
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {device} is not one of cpu, cuda, mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but PyTorch finds no CUDA device here: use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} was asked for, but PyTorch finds {torch.cuda.device_count()} here: no more processes than GPUs")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps was asked for, but PyTorch finds none here: use cpu")
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -126,13 +130,19 @@ class StableDiffusion:
         `init_image` is where image to image begins, cut and scaled to height x width, and `strength` (0 to 1)
         the share of the steps that it goes through. `karras`: the level spacing of that name, for dpmpp_2m.
         """
-        height, width = height or self.config.size, width or self.config.size
+        height = self.config.size if height is None else height
+        width = self.config.size if width is None else width
         if height % 8 or width % 8 or height < 8 or width < 8:
             raise ValueError(f"height and width must be positive multiples of 8, not {height}x{width}")
+        shape = (4, height // 8, width // 8)
+        if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
+            raise ValueError(f"noise (pictures, {', '.join(map(str, shape))}) is needed for {width}x{height}, not {tuple(noise.shape)}")
         if seeds is None:
             seeds = [0] if noise is None else range(len(noise))
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-        noise = draw_noise(seeds, (4, height // 8, width // 8)) if noise is None else noise
+        if not seeds:
+            raise ValueError("no seeds were given: one a picture")
+        noise = draw_noise(seeds, shape) if noise is None else noise
         prompts = [prompt] * len(noise) if isinstance(prompt, str) else list(prompt)
         if not len(prompts) == len(noise) == len(seeds):
             raise ValueError(f"one prompt, seed and noise a picture: not {len(prompts)} prompts, {len(seeds)} seeds, {len(noise)} noises")
@@ -244,9 +254,11 @@ class StableDiffusion:
         decode = (lambda vae, z: vae.decode(z)) if size else decode_tiled
         for part in z.split(size or 1):
             x = decode(self.vae, part)  # (b, 3, 8h, 8w)
-            if not x.isfinite().all():  # activations beyond float16's 65504, seen with real SD VAEs
+            if not x.isfinite().all() and self.dtype != torch.float32:  # beyond float16's 65504, seen with real SD VAEs
                 warnings.warn(f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2)
                 x = decode(copy.deepcopy(self.vae).float(), part.float())
+            if not x.isfinite().all():
+                raise FloatingPointError("the VAE's picture is not finite even in float32: its file is damaged; --vae takes another")
             pixels.append(x)
         return image.from_tensor(torch.cat(pixels))
 

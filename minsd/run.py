@@ -2,13 +2,12 @@
 
 A job is a dict: everything that one picture is made from, resolved to the last default. It goes into the picture, and
 into the line of runs.jsonl that is appended once the picture is in place, so that a line means a picture. Work is split
-over processes (torchrun's) batch by batch from the full list of jobs, which every process knows: no two ever talk or
-wait. Each writes a file of lines of its own and merges it into runs.jsonl at its end.
+over processes (torchrun's) job by job from the full list, which every process knows: no two ever talk or wait. Each
+writes a file of lines of its own and merges it into runs.jsonl at its end.
 """
 
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -30,12 +29,14 @@ from minsd.noise.initial import noise as draw_noise
 from minsd.noise.layout import Layout
 from minsd.noise.layout import load as load_layout
 from minsd.pipeline import StableDiffusion, first_step
+from minsd.samplers import SAMPLERS
 
 # What tells one picture from another; all else in a line is how it went.
 IDENTITY = (
-    "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "sampler", "karras", "steps", "guidance_scale", "height",
-    "width", "init_image", "strength", "noise_file", "noise_index", "init_noise", "score", "optimize_steps", "optimize_mode", "subjects",
-    "excite", "layout", "controlnet", "control_image", "control_scale", "lora", "invert", "dtype",
+    "prompt", "negative_prompt", "model", "vae", "tokenizer", "prediction_type", "seed", "sampler", "karras", "steps",
+    "guidance_scale", "height", "width", "init_image", "strength", "noise_file", "noise_index", "init_noise", "score",
+    "optimize_steps", "optimize_mode", "subjects", "excite", "layout", "controlnet", "control_image", "control_scale", "lora",
+    "invert", "dtype",
 )
 
 
@@ -51,44 +52,63 @@ def versions() -> dict[str, str]:
 def plan(sd: StableDiffusion, args, lines) -> list[dict]:
     """One job a picture, in the order of the prompts and their seeds. `lines`: checked arguments, one for each prompt."""
     once = {
-        "model": args.model, "model_hash": sd.model_hash, "vae": args.vae and str(args.vae), "prediction_type": args.prediction_type,
-        "lora": args.lora, "device": sd.device.type, "dtype": str(sd.dtype).removeprefix("torch."), "versions": versions(),
+        "model": args.model, "model_hash": sd.model_hash, "vae": args.vae and str(args.vae),
+        "tokenizer": args.tokenizer and str(args.tokenizer), "prediction_type": args.prediction_type, "lora": args.lora,
+        "attention": args.attention, "device": sd.device.type, "dtype": str(sd.dtype).removeprefix("torch."), "versions": versions(),
     }
     jobs = []
     for line in lines:
-        settings = {
-            "prompt": line.prompt, "negative_prompt": line.negative_prompt or "", **once,
-            "sampler": line.sampler or sd.config.sampler, "karras": bool(line.karras),
-            "steps": sd.config.steps if line.steps is None else line.steps,
-            "guidance_scale": sd.config.guidance_scale if line.guidance_scale is None else line.guidance_scale,
-            "height": line.height or sd.config.size, "width": line.width or sd.config.size, "init_noise": line.init_noise,
-        }
-        if line.looks:
-            settings |= {"subjects": subjects_of(sd, args, line), "excite": excitement(line)}
-        settings |= {key: value for key in METHOD_OPTIONS if (value := getattr(line, key)) is not None}
-        if line.regions is not None:
-            line.regions = line.regions.sized(settings["width"], settings["height"])
-            settings["layout"] = layout_json(line.regions)
-            for note in () if args.quiet else line.regions.notes:
-                print(f"minsd: {line.where}{note}", file=sys.stderr)
-        if line.control_image is not None:
-            scale = 1.0 if line.control_scale is None else line.control_scale
-            settings |= {"controlnet": str(args.controlnet), "control_image": str(line.control_image), "control_scale": scale}
-        if line.invert is not None:
-            settings |= {"invert": str(line.invert), "guidance_scale": 1.0 if line.guidance_scale is None else line.guidance_scale}
-        if line.init_image is not None:
-            settings |= {"init_image": str(line.init_image), "strength": 0.8 if line.strength is None else line.strength}
-            first_step(settings["steps"], settings["strength"])
-        seeds = line.seeds
-        if line.noise is not None:
-            count = len(read_noise(line.noise, (4, settings["height"] // 8, settings["width"] // 8)))
-            seeds = list(range(seeds[0], seeds[0] + count)) if len(seeds) == 1 else seeds
-            if count != len(seeds):
-                raise ValueError(f"{line.noise} holds {count} noises and {len(seeds)} seeds were given: one a picture")
-        for k, seed in enumerate(seeds):
-            more = {"noise_file": str(line.noise), "noise_index": k} if line.noise is not None else {}
-            jobs.append(settings | more | {"seed": seed})
+        try:
+            jobs += jobs_of(sd, args, line, once)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{line.where}{error}") from None
+    if args.save_noise is not None and len({(job["height"], job["width"]) for job in jobs}) > 1:
+        raise ValueError("--save-noise takes the noise of pictures of one size")
     return jobs
+
+
+def jobs_of(sd: StableDiffusion, args, line, once: dict) -> list[dict]:
+    """The jobs of one prompt."""
+    settings = {
+        "prompt": line.prompt, "negative_prompt": line.negative_prompt or "", **once,
+        "sampler": line.sampler or sd.config.sampler, "karras": bool(line.karras),
+        "steps": sd.config.steps if line.steps is None else line.steps,
+        "guidance_scale": sd.config.guidance_scale if line.guidance_scale is None else line.guidance_scale,
+        "height": line.height or sd.config.size, "width": line.width or sd.config.size, "init_noise": line.init_noise,
+    }
+    if line.looks:
+        settings |= {"subjects": subjects_of(sd, args, line), "excite": excitement(line)}
+    settings |= {key: value for key in METHOD_OPTIONS if (value := getattr(line, key)) is not None}
+    if line.regions is not None:
+        line.regions = line.regions.sized(settings["width"], settings["height"])
+        settings["layout"] = layout_json(line.regions)
+        for note in () if args.quiet else line.regions.notes:
+            print(f"minsd: {line.where}{note}", file=sys.stderr)
+    if line.control_image is not None:
+        scale = 1.0 if line.control_scale is None else line.control_scale
+        settings |= {"controlnet": str(args.controlnet), "control_image": str(line.control_image), "control_scale": scale}
+    if line.invert is not None:
+        settings |= {"invert": str(line.invert), "guidance_scale": 1.0 if line.guidance_scale is None else line.guidance_scale}
+    if line.init_image is not None:
+        settings |= {"init_image": str(line.init_image), "strength": 0.8 if line.strength is None else line.strength}
+        first_step(settings["steps"], settings["strength"])
+    check_steps(settings["sampler"], settings["steps"], sd.schedule)
+    seeds = line.seeds
+    if line.noise is not None:
+        count = len(read_noise(line.noise, (4, settings["height"] // 8, settings["width"] // 8)))
+        seeds = list(range(seeds[0], seeds[0] + count)) if len(seeds) == 1 else seeds
+        if count != len(seeds):
+            raise ValueError(f"{line.noise} holds {count} noises and {len(seeds)} seeds were given: one a picture")
+    return [
+        settings | ({"noise_file": str(line.noise), "noise_index": k} if line.noise is not None else {}) | {"seed": seed}
+        for k, seed in enumerate(seeds)
+    ]
+
+
+@cache
+def check_steps(sampler: str, steps: int, schedule) -> None:
+    """ValueError where a sampler does not take so many steps: it is tried on nothing."""
+    next(SAMPLERS[sampler](lambda x, t: x, torch.zeros(1, 1, 1, 1), schedule, steps, generator=[torch.Generator()]))
 
 
 METHOD_OPTIONS = ("candidates", "score", "optimize_steps", "optimize_mode")
@@ -110,10 +130,7 @@ def layout_json(layout: Layout) -> dict:
 def subjects_of(sd: StableDiffusion, args, line) -> list[str | int]:
     """The subjects of a line, found in its prompt where it names none. ValueError for what the prompt does not have."""
     subjects = losses.automatic_subjects(line.prompt) if line.subjects is None else line.subjects
-    try:
-        losses.resolve(sd.text, line.prompt, subjects)
-    except ValueError as error:
-        raise ValueError(f"{line.where}{error}") from None
+    losses.resolve(sd.text, line.prompt, subjects)
     if line.subjects is None and not args.quiet:
         print(f"minsd: subjects: {', '.join(subjects)}", file=sys.stderr)
     return subjects
@@ -136,10 +153,13 @@ def identity(row: dict) -> str:
 
 def recorded(paths: Iterable[Path]) -> Iterator[dict]:
     """Every whole line of the files that there are; what a kill left half written is passed over."""
-    for path in sorted(filter(Path.exists, paths)):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for path in sorted(paths):
+        text = ""
+        with suppress(FileNotFoundError):  # or another process has merged it by now
+            text = path.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             with suppress(json.JSONDecodeError):
-                if isinstance(row := json.loads(line), dict) and "file" in row:
+                if isinstance(row := json.loads(line), dict) and isinstance(row.get("file"), str):
                     yield row
 
 
@@ -155,12 +175,16 @@ def by_file(rows: Iterable[dict]) -> dict[str, dict]:
 def done(folder: Path, write) -> set[str]:
     """Identities of the pictures in a folder. One whose line was lost gets it back, from the settings inside the picture."""
     rows = by_file(recorded(folder.glob("runs*.jsonl")))
-    present = {name for name in os.listdir(folder) if re.fullmatch(r"\d+-\d+\.png", name)}
+    present = set(filter(image.NUMBERED.match, os.listdir(folder)))
     for name in sorted(present - rows.keys()):
         with suppress(ValueError):  # another program's picture
             rows[name] = {"file": name, **image.read_settings(folder / name), "seconds": None, "unet_rows": None}
             write(rows[name])
-    return {identity(row) for name, row in rows.items() if name in present}
+    known = set()
+    for name in present & rows.keys():
+        with suppress(TypeError, KeyError, IndexError):  # a line by another hand
+            known.add(identity(rows[name]))
+    return known
 
 
 class Lines:
@@ -171,7 +195,7 @@ class Lines:
 
     def write(self, row: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
+        with image.locked(self.path.parent), self.path.open("ab+") as file:  # another run may merge it just now
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")  # a kill cut the last line
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
@@ -182,21 +206,25 @@ def merge(folder: Path, paths: list[Path]) -> None:
     with image.locked(folder):
         rows = by_file(recorded([folder / "runs.jsonl", *paths]))
         handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, folder / "runs.jsonl")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                order = sorted(rows, key=lambda name: (len(name.partition("-")[0]), name))  # 99999-7.png before 100000-2.png
+                file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in order)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, folder / "runs.jsonl")
+        except BaseException:
+            os.unlink(temporary)
+            raise
         for path in paths:
             path.unlink(missing_ok=True)
 
 
-def batches(jobs: list[dict], sd: StableDiffusion, world: int) -> list[list[dict]]:
-    """Neighbours that differ in prompt and seed at most, as many as fit the networks at once and leave work for every
-    process."""
-    parts, last, share = [], None, -(-len(jobs) // world)
+def batches(jobs: list[dict], sd: StableDiffusion) -> list[list[dict]]:
+    """Neighbours that differ in prompt and seed at most, as many as fit the networks at once."""
+    parts, last = [], None
     for job in jobs:
         key = {k: v for k, v in job.items() if k not in ("prompt", "seed", "noise_index", "subjects")}
-        if key == last and len(parts[-1]) < min(share, sd.batch_size(job["height"], job["width"])):
+        if key == last and len(parts[-1]) < sd.batch_size(job["height"], job["width"]):
             parts[-1].append(job)
         else:
             parts.append([job])
@@ -363,11 +391,11 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
     """Draw and save all jobs that this process has to do; the number of pictures made is kept in `args.made`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     lines = Lines(args.out / (f"runs-{rank}.jsonl" if world > 1 else "runs.jsonl"))
-    parts = batches(jobs, sd, world)[rank::world]
+    mine = jobs[rank::world]  # the same split everywhere; how many fit at once is each process's own affair
     if args.resume and args.out.is_dir():
         have = done(args.out, lines.write if rank == 0 else lambda row: None)
-        parts = [rest for part in parts if (rest := [job for job in part if identity(job) not in have])]
-    mine = [job for part in parts for job in part]
+        mine = [job for job in mine if identity(job) not in have]
+    parts = batches(mine, sd)
     args.wanted = len(mine)
     if args.resume and not args.quiet:
         print(f"minsd: {len(mine)} of {len(jobs)} pictures are still to be made" + (" by this process" * (world > 1)), file=sys.stderr)
@@ -412,8 +440,9 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
     handle.remove()
     if kept:
         save_noise(torch.cat(kept), args.save_noise)
-    if world > 1 and args.out.is_dir():
-        paths = [args.out / f"runs-{rank}.jsonl"]
-        if rank == 0:  # a killed run of more processes leaves files that none of these will see to
-            paths += [p for p in args.out.glob("runs-*.jsonl") if p.stem[5:].isdigit() and int(p.stem[5:]) >= world]
+    paths = [args.out / f"runs-{rank}.jsonl"] if world > 1 else []
+    if rank == 0:  # a killed run of more processes leaves files that none of these will see to
+        others = [p for p in args.out.glob("runs-*.jsonl") if p.stem[5:].isdigit()]
+        paths += [p for p in others if int(p.stem[5:]) >= world or world == 1]
+    if paths and args.out.is_dir():
         merge(args.out, paths)

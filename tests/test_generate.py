@@ -69,6 +69,30 @@ def test_like_makes_the_same_picture_again(made, tmp_path):
     assert lines(tmp_path)[-1]["seed"] == 9 and lines(tmp_path)[-1]["steps"] == 2
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--attention-maps"], ["--excite"], ["--init-noise", "select", "--candidates", "2"],
+        ["--init-noise", "select", "--candidates", "3", "--score", "attention"],
+        ["--init-noise", "optimize", "--optimize-steps", "1", "--optimize-mode", "detach"], ["--invert"],
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_picture_can_be_made_again(made, tmp_path, how):
+    what = [*how, str(made / "00000-3.png")] if how == ["--invert"] else [PROMPT, *how, "--seed", "2"]
+    assert main([*what, "--steps", "2", "--out", str(tmp_path), "--quiet"]) == 0
+    first = lines(tmp_path)[0]
+    picture = str(tmp_path / first["file"])
+    maps = how if how == ["--attention-maps"] else []  # asked for, not a setting of the picture
+    assert main(["--like", picture, *maps, "--out", str(tmp_path), "--quiet"]) == 0
+    assert lines(tmp_path)[1] | {"file": 0, "seconds": 0} == first | {"file": 0, "seconds": 0}
+    assert np.array_equal(pixels(tmp_path / lines(tmp_path)[1]["file"]), pixels(picture))
+    if how != ["--invert"]:  # a method of its own: of the picture only its seed, not how that was found
+        assert main(["--like", picture, "--init-noise", "random", "--out", str(tmp_path), "--quiet"]) == 0
+        plain = lines(tmp_path)[2]
+        assert (plain["seed"], plain["init_noise"], plain.get("score"), plain["unet_rows"]) == (first["seed"], "random", None, 4)
+
+
 def test_noise_from_a_file_is_what_the_picture_begins_from(made, tmp_path):
     save_file({"noise": noise([5], (4, 16, 16))}, tmp_path / "five.safetensors")
     args = [PROMPT, "--seed", "77", "--noise", str(tmp_path / "five.safetensors"), "--steps", "3", "--out", str(tmp_path), "--quiet"]
@@ -125,8 +149,8 @@ def bad(*args, says):
     ("args", "says"),
     [
         bad(says="a prompt is needed"),
-        bad("x", "--height", "100", says="multiple of 8, not 100; the nearest is 96"),
-        bad("x", "--width", "0", says="--width must be a positive multiple of 8"),
+        bad("x", "--height", "100", says="multiple of 8 from 8 to 16384, not 100; the nearest is 96"),
+        bad("x", "--width", "0", says="--width must be a multiple of 8 from 8"),
         bad("x", "--steps", "-3", says="--steps must be from 1 to 1000, not -3"),
         bad("x", "--steps", "ten", says="invalid int value: 'ten'"),
         bad("x", "--sampler", "magic", says="invalid choice: 'magic'"),
@@ -134,7 +158,7 @@ def bad(*args, says):
         bad("x", "--seed", "-1", says="--seed must be from 0"),
         bad("x", "--seeds", "1-", says="--seeds takes numbers and ranges"),
         bad("x", "--seeds", "1-4", "--seed", "2", says="--seeds already says"),
-        bad("x", "--num-images", "0", says="--num-images must be 1 or more"),
+        bad("x", "--num-images", "0", says="--num-images must be from 1"),
         bad("x", "--modle", "y", says="unrecognized arguments: --modle"),
         bad("x", "--model", "nosuch", says="there is no model 'nosuch'"),
         bad(PROMPT, "--excite", "--subjects", "cat", says="'cat' is not in the prompt"),
@@ -163,6 +187,8 @@ def bad(*args, says):
         bad("x", "--noise", "nosuch.safetensors", says="no noise file nosuch.safetensors"),
         bad("--like", "nosuch.png", says="no picture nosuch.png"),
         bad("x", "--save-noise", "no/such/folder/n.safetensors", says="there is no folder"),
+        bad("x", "--save-noise", ".", says="is a folder"),
+        bad("x", "--attention", "triton", "--device", "cpu", says="for a GPU"), bad("x", "--width", "999999992", says="from 8 to 16384"),
         pytest.param(("x", "--device", "cuda"), "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
     ],
 )
@@ -179,6 +205,8 @@ def test_bad_input_is_one_line_and_exit_2(args, says, tmp_path, capfd):
 
 
 def test_out_that_cannot_be_written(tmp_path, capfd):
+    assert main(["x", "--out", "o" * 300]) == 2
+    assert "cannot be written to" in capfd.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["x", "--out", str(tmp_path / "file" / "sub")]) == 2
     assert "--out" in capfd.readouterr().err

@@ -1,5 +1,8 @@
 """Whole guided trajectories against diffusers' pipeline; seeds, batches, refine, decoding."""
 
+import copy
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -138,17 +141,23 @@ def test_too_large_for_memory_goes_in_tiles_and_says_so(small, monkeypatch):
 def test_overflow_is_never_a_black_picture(small, monkeypatch):
     with pytest.raises(FloatingPointError, match="not finite"):
         small.decode(torch.full((1, 4, 16, 16), torch.inf))
-    expected = np.asarray(small.decode(torch.ones(1, 4, 16, 16))[0])
-    decode, calls = type(small.vae).decode, []
+    short, decode, ones = copy.copy(small), type(small.vae).decode, torch.ones(1, 4, 16, 16)
+    short.unet, short.vae = copy.deepcopy(small.unet).bfloat16(), copy.deepcopy(small.vae).bfloat16()
+    z = (ones.bfloat16() / small.config.vae.scaling_factor).float()
+    expected = np.asarray(image.from_tensor(copy.deepcopy(short.vae).float().decode(z))[0])
 
-    def overflowing(self, z):  # the first decode overflows, as float16 does on real VAEs
-        calls.append(z.dtype)
-        return decode(self, z) * (torch.inf if len(calls) == 1 else 1)
+    def overflowing(self, z):  # as float16 does on real VAEs
+        return decode(self, z) * (1 if z.dtype == torch.float32 else torch.inf)
 
     monkeypatch.setattr(type(small.vae), "decode", overflowing)
     with pytest.warns(UserWarning, match="decoded again in float32"):
-        again = np.asarray(small.decode(torch.ones(1, 4, 16, 16))[0])
+        again = np.asarray(short.decode(ones)[0])
     assert np.array_equal(again, expected)
+    monkeypatch.setattr(type(small.vae), "decode", lambda self, z: decode(self, z) * torch.nan)  # of a damaged file
+    for sd in (small, short):
+        with pytest.raises(FloatingPointError, match="even in float32"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sd.decode(ones)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,9 @@ def test_objects_of_a_jsonl_file_have_options_of_their_own(tmp_path):
         ('{"prompt": "x", "steps": 0}', "line 1: --steps must be from 1"), ('{"prompt": "x", "model": "y"}', "holds for the whole run"),
         ('["x"]', "must be an object"), ('{"seed": 1}', 'there is no "prompt"'), ("\n\n", "holds no prompts"),
         ('{"prompt": "x", "noise": "none.safetensors"}', "line 1: there is no noise file"),
+        ('{"prompt": "x", "seed": 99999999999999999999}', "line 1: --seed must be from 0"), ('{"prompt": "\\ud800"}', "not text in UTF-8"),
+        ('{"prompt": "x", "seed": 9223372036854775807, "num_images": 2}', "line 1: seeds go up to"), ("[" * 100_000, "too many"),
+        ('{"prompt": "x", "width": 99999992}', "line 1: --width must be a multiple of 8 from 8 to 16384"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_is_loaded(tmp_path, capfd, monkeypatch, content, says):
@@ -80,8 +83,16 @@ def test_other_bad_prompts_files(tmp_path, capfd):
     for args, says in (
         (["--prompts", str(tmp_path / "no.txt")], "there is no prompts file"), (["--prompts", "x.csv"], "takes a .txt"),
         (["x", "--prompts", "x.txt"], "not both"), (["x", "--resume"], "--resume needs --seed"),
+        (["--prompts", str(tmp_path)], "takes a .txt"), (["--prompts", "x.txt", "--like", "x.png"], "leave out --prompts"),
     ):
         assert main(args) == 2 and says in capfd.readouterr().err
+
+
+def test_what_a_sampler_does_not_take_is_told_by_line_before_anything_is_drawn(tmp_path, capfd):
+    (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a red circle"}\n{"prompt": "a star", "sampler": "lcm", "steps": 60}')
+    assert main(["--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "o"), "--quiet"]) == 2
+    error = capfd.readouterr().err
+    assert "p.jsonl, line 2: the lcm sampler takes 1 to 50 steps" in error and error.count("\n") == 1 and not (tmp_path / "o").exists()
 
 
 def test_resume_makes_what_is_missing_and_nothing_else(tmp_path, capfd):
@@ -142,6 +153,39 @@ def test_processes_killed_and_taken_up_again_make_each_picture_once(tmp_path):
     assert one.keys() == many.keys() and all(np.abs(one[k] - many[k]).max() <= 2 for k in one)
 
 
+def test_processes_split_the_work_whatever_fits_each(tmp_path, monkeypatch):
+    args = ["a red circle", "--seeds", "0-10", "--steps", "1", "--quiet", "--out", str(tmp_path)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, size in ((0, 3), (1, 2)):  # GPUs with unequal free memory
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(pipeline.StableDiffusion, "batch_size", lambda self, h, w, size=size: size)
+        assert main(args) == 0
+    assert sorted(r["seed"] for r in rows(tmp_path)) == list(range(11))
+    assert main(["a red circle", "--num-images", "2"]) == 2  # each would draw seeds of its own
+
+
+def test_one_process_takes_up_what_several_left(tmp_path):
+    args = ["a red circle", "--seeds", "0-3", "--steps", "1", "--quiet", "--resume", "--out", str(tmp_path)]
+    assert main(args) == 0
+    one, two, three, four = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").unlink()
+    (tmp_path / "runs-0.jsonl").write_text(one + '{"file": ["a"]}\n{"file": "00000-0.png", "candidates": [1]}\n')
+    (tmp_path / "runs-3.jsonl").write_text(two + three + four[:40])
+    assert main(args) == 0
+    assert not list(tmp_path.glob("runs-*")) and [r["seed"] for r in rows(tmp_path)] == [0, 1, 2, 3]
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_a_merge_broken_off_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "runs.jsonl").write_text('{"file": "a"}\n')
+    (tmp_path / "runs-0.jsonl").write_text('{"file": "b"}\n')
+    monkeypatch.setattr(os, "replace", lambda *names: exec("raise OSError(28, 'No space left on device')"))
+    with pytest.raises(OSError, match="No space"):
+        running.merge(tmp_path, [tmp_path / "runs-0.jsonl"])
+    assert rows(tmp_path) == [{"file": "a"}] and rows(tmp_path, "runs-0.jsonl") == [{"file": "b"}]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_merging_again_changes_nothing(tmp_path):
     for name, files in (("runs.jsonl", "ab"), ("runs-0.jsonl", "bc"), ("runs-1.jsonl", "d")):
         seconds = 1.0 if name == "runs.jsonl" else None
@@ -149,4 +193,4 @@ def test_merging_again_changes_nothing(tmp_path):
     for _ in range(2):
         running.merge(tmp_path, [tmp_path / "runs-0.jsonl", tmp_path / "runs-1.jsonl"])
         assert [(r["file"], r["seconds"]) for r in rows(tmp_path)] == [("a", 1.0), ("b", 1.0), ("c", None), ("d", None)]
-        assert [p.name for p in tmp_path.iterdir()] == ["runs.jsonl"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "runs.jsonl"]
