@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minsd
+from minsd.noise.initial import draw, generators, noise
 from minsd.weights import lora
 
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
@@ -91,6 +92,28 @@ def test_parity_with_diffusers_loading_the_same_file(files, small_folder, form):
     assert relative(sd.text.model(ids).last_hidden_state, pipe.text_encoder(ids).last_hidden_state) <= 1e-5
     lora.unmerge(kept)
     assert relative(sd.unet(inputs[0], 400, inputs[2]), before) <= 1e-5
+
+
+@torch.no_grad()
+def test_an_lcm_adapter_with_the_lcm_sampler_draws_what_diffusers_draws(files, small_folder, tmp_path, monkeypatch):
+    """LCM-LoRA's make: kohya's names, every layer of the UNet, none of the text encoder. Four steps, little guidance."""
+    from diffusers import LCMScheduler
+
+    tensors = {name: p for name, p in load_file(files["kohya"]).items() if name.startswith("lora_unet_")}
+    save_file(tensors, tmp_path / "lcm.safetensors")
+    start, twins = noise([0], (4, 16, 16)), generators([0], skip=(4, 16, 16))
+    pipe = pipeline(small_folder)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.load_lora_weights(tmp_path / "lcm.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda shape, **k: draw(twins, start))
+    expected = pipe("a red circle", latents=start, num_inference_steps=4, guidance_scale=1.5, output_type="latent").images
+    sd = minsd.load(str(small_folder), "cpu")
+    how = {"seeds": [0], "steps": 4, "sampler": "lcm", "guidance_scale": 1.5}
+    without = sd.sample("a red circle", start, **how)
+    lora.merge([(lora.read(tmp_path / "lcm.safetensors", sd), 1.0)])
+    assert relative(sd.sample("a red circle", start, **how), expected) <= 1e-4
+    assert relative(without, expected) > 1e-2
 
 
 @torch.no_grad()
