@@ -22,7 +22,7 @@ class UNetConfig:
     num_heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
     linear_projection: bool = False  # Transformer2D's proj_in/out: 1x1 convolution (SD1) or linear (SD2)
-    upcast_attention: bool = False  # attention scores must be formed in fp32 (SD2.1)
+    upcast_attention: bool = False  # for other programs: every backend here forms scores in fp32
     norm_groups: int = 32
     norm_eps: float = 1e-5
     sample_size: int = 64  # latent cells a side the model was trained at
