@@ -1,7 +1,8 @@
 """Attention that can also tell where it looked: one entry, `attention()`, and the choice of a backend.
 
-    sdpa        PyTorch's fused attention. With probabilities they are computed apart from q and k ("decoupled"): the
-                gradients of the two add up, since both are functions of the same q and k.
+    sdpa        PyTorch's fused attention; on a CPU, without gradients, in blocks by a faster product (onednn.py). With
+                probabilities they are computed apart from q and k ("decoupled"): the gradients of the two add up, since
+                both are functions of the same q and k.
     triton      our kernels (flash.py): output, head-mean probabilities and gradients, nothing of size heads x N x M
     reference   plain PyTorch in bounded memory (reference.py), on any device
     auto        without probabilities sdpa; with them triton where it runs in 16 bits, else reference
@@ -20,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import onednn, reference
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 TRITON_HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, not when asked: a compiler cannot look into it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -93,9 +95,8 @@ def _check(q, k, v, bias, region):
     return texts, length
 
 
-@torch.compiler.assume_constant_result
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return HAS_TRITON
 
 
 def _check_triton(q):
@@ -120,6 +121,8 @@ def _triton_is_fast(q) -> bool:
 
 
 def _sdpa(q, k, v, scale, bias, region, length):
+    if bias is None and region is None and onednn.attends(q, k, v):
+        return onednn.attend(q, k, v, scale)
     if region is not None:
         text = torch.arange(k.shape[1], device=k.device) // length
         own = (text == region[:, :, None])[:, None]  # (B, 1, N, M)

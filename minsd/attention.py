@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minsd.kernels import attention
-from minsd.kernels.linear import Linear, linear
+from minsd.kernels.onednn import Linear, linear
 
 
 class AttentionRecorder:

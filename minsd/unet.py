@@ -14,7 +14,7 @@ from torch import nn
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import UNetConfig
 from minsd.kernels import norm_silu
-from minsd.kernels.linear import Linear
+from minsd.kernels.onednn import Linear
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from minsd.kernels import linear as module
-from minsd.kernels.linear import Linear, linear
+from minsd.kernels import attention
+from minsd.kernels import onednn as module
+from minsd.kernels.onednn import Linear, linear
 
 there = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN operators")
 
@@ -61,7 +62,38 @@ def test_where_pytorch_multiplies_itself(calls):
 
 
 @there
-def test_the_same_picture_as_without(small, calls):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 3e-4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 77, 3, 40), (1, 50, 50, 1, 8), (1, 1, 9, 2, 16)], ids=str)  # B N M heads d
+def test_attention_in_blocks_against_float64(shape, dtype, tolerance, calls, monkeypatch):
+    b, n, m, h, d = shape
+    monkeypatch.setattr(module, "LEAST", 0)
+    monkeypatch.setattr(module, "BLOCK", 20 * m)  # the last block shorter
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(b, max(n, m), 3, h, d, generator=g).to(dtype).unbind(2)
+    q, k, v = q[:, :n], k[:, :m], v[:, :m]
+    out, _ = attention(q, k, v, scale=0.3)
+    p = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()).mul(0.3).softmax(-1)
+    assert out.dtype == dtype and relative(out, torch.einsum("bhnm,bmhd->bnhd", p, v.double())) < tolerance
+    assert len(calls) == b * h * 2 * -(-n // 20)
+
+
+@there
+def test_where_attention_is_pytorchs(calls, monkeypatch):
+    q, k, v = torch.randn(3, 1, 30, 2, 8).unbind()
+    plain = attention(q, k, v)[0]
+    assert not calls  # too small
+    monkeypatch.setattr(module, "LEAST", 0)
+    bias = torch.zeros(1, 1, 1, 30)
+    torch.testing.assert_close(attention(q, k, v, bias=bias)[0], plain)
+    leaf = v.clone().requires_grad_()
+    assert torch.autograd.grad(attention(q, k, leaf)[0].sum(), leaf)[0].abs().sum() > 0 and not calls
+    torch.testing.assert_close(attention(q, k, v)[0], plain)
+    assert calls
+
+
+@there
+def test_the_same_picture_as_without(small, calls, monkeypatch):
+    monkeypatch.setattr(module, "LEAST", 0)
     ours = small("a red circle", seeds=[3], steps=3)[0]
     assert calls
     calls.clear()
