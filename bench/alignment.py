@@ -11,7 +11,8 @@ paired, picture by picture. With real checkpoints CLIP says how near a picture i
 it neglects most (the least of the two similarities), and PickScore what people would prefer.
 
 The prompts of the Attend-and-Excite paper are made from its word lists; the colours, which it drew, are drawn here anew
-(`--prompts` takes any list). UNet rows count every image of every evaluation, early-stopped ones with gradients included.
+(`--prompts` takes any list). UNet rows count every image of every evaluation, early-stopped ones with gradients included;
+on a busy machine `cpu_seconds` say more than `seconds`.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from minsd.weights.shapes import detector
 
 METHODS = ("plain", "select", "noise", "excite", "initno")
 CANDIDATES = 5
+SHOWN = 10  # rows of a sheet: the first seeds
 
 ANIMALS = ("cat", "dog", "bird", "bear", "lion", "horse", "elephant", "monkey", "frog", "turtle", "rabbit", "mouse")
 OBJECTS = ("backpack", "glasses", "crown", "suitcase", "chair", "balloon", "bow", "car", "bowl", "bench", "clock", "apple")
@@ -61,21 +63,23 @@ def attend_and_excite(name: str) -> list[str]:
     return [" and ".join(map(coloured, pair, rng.choice(COLOURS, 2, replace=False))) for pair in pairs]
 
 
-def draw(sd, methods, prompts: list[str], seeds: list[int], how: dict) -> dict[str, tuple[list[Image.Image], float, float]]:
-    """method -> (pictures, UNet rows an image, seconds an image), for a batch of prompts and their seeds."""
-    n, rows, out = len(prompts), [0], {}
+def draw(sd, methods, prompts: list[str], seeds: list[int], how: dict) -> dict[str, tuple[list[Image.Image], dict]]:
+    """method -> (pictures, what one of them cost: UNet rows, seconds, and CPU seconds), for a batch of prompts and their seeds."""
+    rows, out = [0], {}
     shape = (4, sd.config.size // 8, sd.config.size // 8)
     run = {key: how[key] for key in ("steps", "sampler")}
     subjects = [losses.automatic_subjects(prompt) for prompt in prompts]
-    plain, optimised, before = draw_noise(seeds, shape), None, (0, 0.0)
+    plain, optimised, shared = draw_noise(seeds, shape), None, 0.0
 
     def count(module, inputs):
         rows[0] += len(inputs[0])
 
+    def now():
+        return np.array([rows[0], time.perf_counter(), time.process_time()])
+
     handle = sd.unet.register_forward_pre_hook(count)
     for method in methods:
-        rows[0], start, x, refine = 0, time.perf_counter(), plain, None
-        spent = (0, 0.0)
+        start, x, refine = now(), plain, None
         if method == "select":
             chosen = []
             for prompt, words, seed in zip(prompts, subjects, seeds):
@@ -86,15 +90,15 @@ def draw(sd, methods, prompts: list[str], seeds: list[int], how: dict) -> dict[s
         if method in ("noise", "initno"):
             if optimised is None:  # once for both, and counted in both
                 optimised = torch.cat([r.noise for r in initno.optimize_batch(sd, prompts, subjects, seeds, **run)])
-                before = (rows[0], time.perf_counter() - start)
+                shared = now() - start
             else:
-                spent = before
+                start = start - shared
             x = optimised
         if method in ("excite", "initno"):
             variant = "official" if method == "initno" else "attend-and-excite"
             refine = excite.updates(sd, prompts, subjects, variant=variant, **run)
         pictures = sd.decode(sd.sample(prompts, x, seeds=seeds, refine=refine, **how))
-        out[method] = (pictures, (rows[0] + spent[0]) / n, (time.perf_counter() - start + spent[1]) / n)
+        out[method] = pictures, dict(zip(("unet_rows", "seconds", "cpu_seconds"), (now() - start) / len(prompts)))
     handle.remove()
     return out
 
@@ -105,13 +109,13 @@ _sd = None  # loaded before the processes fork, which share it
 
 
 def _job(job) -> dict[str, list]:
-    """method -> [(subjects, seed, picture, verdict, rows, seconds), ...] for a part of a group."""
+    """method -> [(subjects, seed, picture, verdict, costs), ...] for a part of a group."""
     group, n, start, methods, how = job
     numbers = list(range(start, min(start + BATCH, n)))
     subjects = [cases(group, n)[k] for k in numbers]
     drawn = draw(_sd, methods, [sentence(s) for s in subjects], numbers, how)
-    return {method: [(s, k, np.asarray(p), detector.judge(p, s), rows, seconds) for s, k, p in zip(subjects, numbers, pictures)]
-            for method, (pictures, rows, seconds) in drawn.items()}
+    return {method: [(s, k, np.asarray(p), detector.judge(p, s), costs) for s, k, p in zip(subjects, numbers, pictures)]
+            for method, (pictures, costs) in drawn.items()}
 
 
 def gain(results: list, plain: list) -> dict:
@@ -141,14 +145,14 @@ def counted(args, how: dict) -> list[dict]:
             for method in args.methods:
                 row = {"model": args.model, "group": group, "method": method, **how, **gain(results[method], results["plain"])}
                 row |= summary([r[:4] for r in results[method]])
-                new.append(row | {"unet_rows": round(np.mean([r[4] for r in results[method]]), 1),
-                                  "seconds": round(np.mean([r[5] for r in results[method]]), 2)})
+                costs = [r[4] for r in results[method]]
+                new.append(row | {key: round(np.mean([c[key] for c in costs]), 2) for key in costs[0]})
             rows += new
             if args.csv:
                 write_csv("alignment", new)
             if args.sheets:
                 pictures = [(Image.fromarray(results[m][k][2]), f"{m} {k}: {results[m][k][3].kind}")
-                            for k in range(min(16, args.n)) for m in args.methods]
+                            for k in range(min(SHOWN, args.n)) for m in args.methods]
                 save_sheet(args.sheets / f"alignment-{group}.png", pictures, len(args.methods))
     return rows
 
@@ -191,8 +195,8 @@ def compared(args, how: dict) -> list[dict]:
     size = sd.batch_size(sd.config.size, sd.config.size)
     for start in range(0, len(pairs), size):
         these, seeds = map(list, zip(*pairs[start : start + size]))
-        for method, (pictures, rows, seconds) in draw(sd, args.methods, these, seeds, how).items():
-            told = [{"unet_rows": rows, "seconds": seconds} for _ in these]
+        for method, (pictures, costs) in draw(sd, args.methods, these, seeds, how).items():
+            told = [dict(costs) for _ in these]
             if clip:
                 halves = [prompt.split(" and ", 1) for prompt in these]
                 columns = [clip(pictures, these), *(clip(pictures, [h[i if i < len(h) else 0] for h in halves]) for i in (0, 1))]
@@ -206,7 +210,7 @@ def compared(args, how: dict) -> list[dict]:
         print(f"{min(start + size, len(pairs))}/{len(pairs)}", flush=True)
     if args.sheets:
         kept.sort(key=lambda entry: (entry[0], args.methods.index(entry[1])))
-        shown = [(p.resize((256, 256)), f"{m} {pairs[k][0]} {pairs[k][1]}"[:40]) for k, m, p in kept[: 16 * len(args.methods)]]
+        shown = [(p.resize((256, 256)), f"{m} {pairs[k][0]} {pairs[k][1]}"[:40]) for k, m, p in kept[: SHOWN * len(args.methods)]]
         save_sheet(args.sheets / f"alignment-{name}.png", shown, len(args.methods))
     means = [{key: round(float(np.mean([row[key] for row in told])), 4) for key in told[0]} for told in scores.values()]
     rows = [{"model": args.model, "prompts": name, "method": method, "n": len(pairs), **how, **mean} for method, mean in zip(scores, means)]
@@ -216,8 +220,10 @@ def compared(args, how: dict) -> list[dict]:
 
 
 def save_sheet(path: Path, pictures: list, columns: int) -> None:
+    """In 128 colours, which the eye misses little of in 128x128 pictures of shapes: sheets lie in the repository."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([p for p, _ in pictures], columns, [caption for _, caption in pictures]).save(path)
+    sheet = contact_sheet([p for p, _ in pictures], columns, [caption for _, caption in pictures])
+    sheet.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main():
