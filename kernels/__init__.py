@@ -11,7 +11,7 @@ reference.py and flash.py offer the same two functions, `forward` and `backward`
 In eager mode by an autograd.Function, which costs a quarter of a custom operator per call; under torch.compile by custom
 operators, which the compiler sees as single nodes with known output shapes. There is no second derivative.
 
-Below stands what else of a UNet has a kernel: `norm_silu`, before every convolution of a residual block (groupnorm.py).
+Below stands what else of a UNet has a kernel: `group_norm`, with the SiLU that mostly follows it (groupnorm.py).
 """
 
 import importlib
@@ -227,16 +227,17 @@ forward_op.register_autograd(
 )
 
 
-def norm_silu(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None) -> Tensor:
-    """SiLU(norm(x + add)): x (B,C,h,w), add (B,C) one number a picture and channel, or None.
+def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu: bool = False) -> Tensor:
+    """norm(x + add), and SiLU of it: x (B,C,h,w), add (B,C), one number a picture and channel, or None.
 
     On CUDA by the kernels of groupnorm.py, but where a gradient is wanted, which they have not, and under a compiler, which
     joins the three by itself.
     """
     if _norm_is_fused(x, norm, add):
         fused = importlib.import_module(".groupnorm", __name__)
-        return fused.forward(x, norm.num_groups, norm.weight, norm.bias, norm.eps, add)
-    return F.silu(norm(x if add is None else x + add[:, :, None, None]))
+        return fused.forward(x, norm.num_groups, norm.weight, norm.bias, norm.eps, add, silu)
+    y = norm(x if add is None else x + add[:, :, None, None])
+    return F.silu(y) if silu else y
 
 
 def _norm_is_fused(x, norm, add) -> bool:
@@ -246,4 +247,5 @@ def _norm_is_fused(x, norm, add) -> bool:
         and len({y.dtype for y in tensors}) == 1 and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not (torch.is_grad_enabled() and any(y.requires_grad for y in tensors))
         and not torch.compiler.is_compiling() and _has_triton()
+        and not norm._forward_pre_hooks and "forward" not in norm.__dict__  # someone watches it, or took its place
     )

@@ -1,8 +1,8 @@
-"""SiLU(GroupNorm(x)) in two passes over x (Wu & He 2018; Ramachandran et al. 2017): two Triton kernels, inference only.
+"""GroupNorm and SiLU in two passes over x (Wu & He 2018; Ramachandran et al. 2017): two Triton kernels, inference only.
 
 Half of a UNet's elementwise work is this pair, before every convolution of a residual block: PyTorch reads x for the
 statistics, reads and writes it to normalise, and reads and writes it again for the SiLU. Here the second pass does both, and
-takes along what the block adds beforehand, the time embedding (one number a picture and channel):
+takes along what the block adds beforehand, the time embedding (one number a picture and channel). The SiLU may be left out:
 
     y = SiLU((x + add - mean) / sqrt(var + eps) * weight + bias)        mean, var over the channels and cells of a group
 
@@ -63,7 +63,7 @@ def _statistics(X, Add, Mean, M2, P, C, GROUPS, share, sx_b, sx_c, sx_p, CG: tl.
 
 @triton.jit
 def _normalise(X, Add, Weight, Bias, Y, Mean, M2, P, C, GROUPS, share, eps, sx_b, sx_c, sx_p, CG: tl.constexpr, BC: tl.constexpr,
-               BP: tl.constexpr, ADD: tl.constexpr, SHARES: tl.constexpr):
+               BP: tl.constexpr, ADD: tl.constexpr, SILU: tl.constexpr, SHARES: tl.constexpr):
     """One block of cells of one group. The group's mean and variance are put together from its shares by every block anew."""
     cells, g, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1), tl.program_id(2).to(tl.int64)
     s = tl.arange(0, SHARES)
@@ -81,7 +81,8 @@ def _normalise(X, Add, Weight, Bias, Y, Mean, M2, P, C, GROUPS, share, eps, sx_b
     weight = tl.load(Weight + g * CG + c, mask=c < CG, other=0.0).to(tl.float32)
     bias = tl.load(Bias + g * CG + c, mask=c < CG, other=0.0).to(tl.float32)
     y = (x - mean) * (tl.rsqrt(var + eps) * weight) + bias
-    y = y / (1.0 + tl.exp(-y))  # SiLU
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
     tl.store(Y + b * sx_b + g * CG * sx_c + c * sx_c + cells[None, :] * sx_p, y.to(Y.dtype.element_ty), mask=inside)
 
 
@@ -96,7 +97,7 @@ def configuration(channels: int, groups: int) -> tuple[dict, dict]:
     return {"CG": cg, "BC": bc, "BP": CELLS[bc], "SHARES": SHARES}, {"num_warps": 4}
 
 
-def forward(x, groups, weight, bias, eps, add=None):
+def forward(x, groups, weight, bias, eps, add, silu):
     """x (B,C,h,w) in either memory format, weight and bias (C,), add (B,C) or None -> y as x. No gradients."""
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
@@ -111,5 +112,5 @@ def forward(x, groups, weight, bias, eps, add=None):
     with torch.cuda.device(x.device if x.is_cuda else -1):
         _statistics[triton.cdiv(p, share), groups, b](x, some, mean, m2, p, c, groups, share, *sx, **constants, **options)
         _normalise[triton.cdiv(p, constants["BP"]), groups, b](
-            x, some, weight, bias, y, mean, m2, p, c, groups, share, eps, *sx, **constants, **options)
+            x, some, weight, bias, y, mean, m2, p, c, groups, share, eps, *sx, **constants, SILU=silu, **options)
     return y

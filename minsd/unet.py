@@ -13,7 +13,7 @@ from torch import nn
 
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import UNetConfig
-from minsd.kernels import norm_silu
+from minsd.kernels import group_norm
 from minsd.kernels.onednn import Linear
 
 
@@ -47,8 +47,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x, temb):
-        h = self.conv1(norm_silu(x, self.norm1))
-        h = self.conv2(norm_silu(h, self.norm2, add=self.time_emb_proj(temb)))
+        h = self.conv1(group_norm(x, self.norm1, silu=True))
+        h = self.conv2(group_norm(h, self.norm2, self.time_emb_proj(temb), silu=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
         grid = tuple(x.shape[-2:])  # (h, w)
         if region is not None:
             region = region[grid]  # (B, h*w)
-        h = self.norm(x)
+        h = group_norm(x, self.norm)
         h = h if self.linear else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, h*w, C)
         h = self.proj_in(h) if self.linear else h
@@ -268,4 +268,4 @@ class UNet(nn.Module):
                         return None
             for upsample in block.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or one less where the size was odd
-        return self.conv_out(norm_silu(x, self.conv_norm_out))
+        return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))

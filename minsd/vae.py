@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minsd.config import VAEConfig
-from minsd.kernels import attention
+from minsd.kernels import attention, group_norm
 
 
 class ResnetBlock(nn.Module):
@@ -27,8 +27,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(group_norm(x, self.norm1, silu=True))
+        h = self.conv2(group_norm(h, self.norm2, silu=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -45,7 +45,7 @@ class MidAttention(nn.Module):
 
     def forward(self, x):
         b, c, h, w = x.shape
-        y = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        y = group_norm(x, self.group_norm).flatten(2).transpose(1, 2)  # (B, h*w, C)
         q, k, v = (f(y).unsqueeze(2) for f in (self.to_q, self.to_k, self.to_v))  # (B, h*w, 1 head, C)
         y, _ = attention(q, k, v)
         y = self.to_out[0](y.squeeze(2))
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)  # (B, 128, H, W)
         for block in self.down_blocks:
             x = block(x)  # ... (B, 512, H/8, W/8)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(group_norm(self.mid_block(x), self.conv_norm_out, silu=True))
 
 
 class Decoder(nn.Module):
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))  # (B, 512, h, w)
         for block in self.up_blocks:
             x = block(x)  # ... (B, 128, 8h, 8w)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
 
 
 class VAE(nn.Module):

@@ -1,4 +1,4 @@
-"""SiLU(GroupNorm(x + add)) in two kernels against float64: for real where there is a GPU, else in Triton's interpreter.
+"""GroupNorm(x + add) and SiLU in two kernels against float64: for real where there is a GPU, else in Triton's interpreter.
 
 Into which they come by way of test_kernels_interpreter.py; what needs no kernel runs anyhow.
 """
@@ -11,7 +11,7 @@ import torch
 
 from minsd import kernels
 from minsd.config import MODELS, ModelConfig, UNetConfig, VAEConfig
-from minsd.kernels import norm_silu
+from minsd.kernels import group_norm
 from minsd.noise.initial import noise
 from minsd.pipeline import StableDiffusion
 from minsd.unet import UNet
@@ -24,12 +24,12 @@ here = pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), re
 SHAPES = [(2, 12, 7, 9, 4), (1, 40, 33, 50, 4), (2, 32, 1, 1, 8), (1, 4, 40, 60, 4)]
 
 
-def exact(x, norm, add):
+def exact(x, norm, add, silu=True):
     x = x.double() if add is None else x.double() + add.double()[:, :, None, None]
     g = x.unflatten(1, (norm.num_groups, -1)).flatten(2)  # (B, groups, C/groups * cells)
     g = (g - g.mean(2, keepdim=True)) / (g.var(2, keepdim=True, correction=0) + norm.eps).sqrt()
     y = g.view(x.shape) * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
-    return y * y.sigmoid()
+    return y * y.sigmoid() if silu else y
 
 
 def case(shape, dtype, device, mean=0.0, eps=1e-5):
@@ -66,11 +66,9 @@ def fused(monkeypatch):
 def test_against_float64(shape, layout, dtype, tolerance, fused):
     x, norm, add = case(shape, dtype, DEVICE)
     x = x.contiguous(memory_format=layout)
-    for more in (add, None):
-        if more is None and shape[2] == 1:
-            more = add  # one channel and cell a group would be all zeros
-        y = norm_silu(x, norm, more)
-        assert relative(y, exact(x, norm, more)) < tolerance
+    for more, silu in ((add, True), (None, False)):
+        y = group_norm(x, norm, more, silu=silu)
+        assert relative(y, exact(x, norm, more, silu)) < tolerance
         assert y.dtype == dtype and y.stride() == x.stride()
     assert fused
 
@@ -79,16 +77,16 @@ def test_against_float64(shape, layout, dtype, tolerance, fused):
 def test_a_large_mean_does_not_cancel(fused):
     """Means a thousand standard deviations from 0: a sum of squares would leave no digit of the variance."""
     x, norm, _ = case((1, 8, 30, 40, 2), torch.float32, DEVICE, mean=1000.0)
-    assert relative(norm_silu(x, norm), exact(x, norm, None)) < 1e-4  # x itself has 6e-5 of a standard deviation left
+    assert relative(group_norm(x, norm, silu=True), exact(x, norm, None)) < 1e-4  # x itself has 6e-5 of a standard deviation left
 
 
 @here
 def test_same_bits_every_time_and_any_strides(fused):
     x, norm, add = case((2, 12, 7, 9, 4), torch.float16, DEVICE)
-    first = norm_silu(x, norm, add)
-    assert all(torch.equal(norm_silu(x, norm, add), first) for _ in range(5))
+    first = group_norm(x, norm, add, silu=True)
+    assert all(torch.equal(group_norm(x, norm, add, silu=True), first) for _ in range(5))
     turned = x.transpose(2, 3)
-    assert torch.equal(norm_silu(turned, norm, add), norm_silu(turned.contiguous(), norm, add))
+    assert torch.equal(group_norm(turned, norm, add), group_norm(turned.contiguous(), norm, add))
 
 
 @here
@@ -104,12 +102,15 @@ def test_the_same_picture_as_without(fused, monkeypatch):
         network.requires_grad_(False).to(DEVICE)
     context, start = torch.randn(2, 77, 8, device=DEVICE), noise([1, 2], (4, 8, 8))
 
+    made = []
+
     def draw():
         latents = sd.denoise(sd.predictor(context, context.flip(0), 5.0), start, steps=2, sampler="ddim")
+        made.append(len(fused))
         return latents, [np.asarray(picture).astype(int) for picture in sd.decode(latents)]
 
     latents, pictures = draw()
-    assert len(fused) == 2 * (2 * 8 + 1)  # in 2 steps: two a residual block and one at the end
+    assert made == [2 * (2 * 8 + 4 + 1)] and len(fused) > made[0]  # in 2 steps: of 8 residual blocks, 4 transformers, the end
     monkeypatch.setattr(kernels, "_norm_is_fused", lambda *args: False)
     plain, expected = draw()
     assert 0 < relative(latents, plain) < 1e-5
@@ -119,9 +120,9 @@ def test_the_same_picture_as_without(fused, monkeypatch):
 @pytest.mark.skipif(INTERPRETING, reason="needs no kernel")
 def test_without_kernels_it_is_pytorch_with_gradients():
     x, norm, add = case((2, 12, 7, 9, 4), torch.float64, "cpu")
-    assert relative(norm_silu(x, norm, add), exact(x, norm, add)) < 1e-12
+    assert relative(group_norm(x, norm, add, silu=True), exact(x, norm, add)) < 1e-12
     leaf = x.requires_grad_()
-    (ours,) = torch.autograd.grad(norm_silu(leaf, norm, add).square().sum(), leaf)
+    (ours,) = torch.autograd.grad(group_norm(leaf, norm, add, silu=True).square().sum(), leaf)
     (truth,) = torch.autograd.grad(exact(leaf, norm, add).square().sum(), leaf)
     assert relative(ours, truth) < 1e-12
 
