@@ -7,13 +7,15 @@ noise with the same sampler, and its first picture (which warms it, or compiles)
 On a GPU in float16, on a CPU in float32 by default; there a reduced form says what the full one would:
 `--size 256 --steps 4 --batches 1`.
 
-    minsd             as it is
-    minsd compiled    `sd.compile()`
-    diffusers         StableDiffusionPipeline with its default attention (PyTorch's)
+    minsd                as it is: on a GPU by CUDA graphs
+    minsd eager          without (on a CPU there are none)
+    minsd compiled       `sd.compile()`
+    diffusers            StableDiffusionPipeline with its default attention (PyTorch's)
     diffusers compiled   its UNet under torch.compile, max-autotune, channels_last
 
 `it/s` are sampling steps of one picture a second, decoding and text included. `tflops` counts the UNet's products
 (torch.utils.flop_counter), `of_peak` is their share of what this machine's matrix product reaches in this dtype.
+`ratio` is of seconds, `cpu_ratio` of processor seconds, which on a busy machine leave out waiting for a core.
 """
 
 import argparse
@@ -27,7 +29,10 @@ import torch
 import minsd
 from bench import print_table, write_csv
 from bench.load import make_folder
+from minsd.config import MODELS
+from minsd.kernels.onednn import linear
 from minsd.noise.initial import noise
+from minsd.unet import UNet
 
 PROMPT = "a photograph of a lighthouse at dusk, waves in the foreground"
 
@@ -37,10 +42,10 @@ def matrix_peak(device, dtype) -> float:
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     times = []
-    for _ in range(10):
+    for i in range(20):
         wait(device)
         start = time.perf_counter()
-        a @ a
+        linear(a, a) if i % 2 else a @ a  # on a CPU two libraries
         wait(device)
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times)
@@ -51,20 +56,21 @@ def wait(device) -> None:
         torch.cuda.synchronize()
 
 
-def step_flops(sd, size: int) -> float:
-    """FLOPs of one guided step of one picture."""
+def step_flops(model: str, size: int) -> int:
+    """FLOPs of one guided step of one picture, counted on tensors without memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    context = sd.encode_prompt([PROMPT])
-    x = torch.randn(1, 4, size // 8, size // 8, device=sd.device, dtype=sd.dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        sd.unet(x, 500, context)
-    return 2 * counter.get_total_flops()
+    config = MODELS[model].unet
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        UNet(config)(torch.empty(2, 4, size // 8, size // 8), 500, torch.empty(2, 77, config.context_dim))
+    return counter.get_total_flops()
 
 
-def ours(folder, device, dtype, compiled):
+def ours(folder, device, dtype, how):
     sd = minsd.load(folder, device, dtype)
-    if compiled:
+    if how == "eager":
+        sd.use_graphs(False)
+    if how == "compiled":
         sd.compile()
 
     def run(start, steps, sampler):
@@ -73,12 +79,12 @@ def ours(folder, device, dtype, compiled):
     return run
 
 
-def theirs(folder, device, dtype, compiled):
+def theirs(folder, device, dtype, how):
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
-    if compiled:
+    if how == "compiled":
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.unet = torch.compile(pipe.unet, mode="max-autotune")
     classes = {"ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
@@ -108,26 +114,26 @@ def main():
     peak, rows = matrix_peak(device, dtype), []
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder), args.model)
-        providers = {"minsd": (ours, False), "diffusers": (theirs, False)}
-        if args.compile:
-            providers |= {"minsd compiled": (ours, True), "diffusers compiled": (theirs, True)}
-        runs = {name: make(folder, device, dtype, compiled) for name, (make, compiled) in providers.items()}
-        flops = step_flops(minsd.load(folder, device, dtype), args.size)
+        hows = [""] + ["eager"] * (device.type == "cuda") + ["compiled"] * args.compile
+        runs = {f"minsd {how}".strip(): ours(folder, device, dtype, how) for how in hows}
+        runs |= {f"diffusers {how}".strip(): theirs(folder, device, dtype, how) for how in hows if how != "eager"}
+        flops = step_flops(args.model, args.size)
         for sampler in args.samplers:
             for batch in args.batches:
                 start = noise(range(batch), (4, args.size // 8, args.size // 8))
-                first, times, memory = {}, {name: [] for name in runs}, {}
+                first, times, cpu, memory = {}, {name: [] for name in runs}, {name: [] for name in runs}, {}
                 for turn in range(args.runs + 1):
                     for name, run in runs.items():
                         if device.type == "cuda":
                             torch.cuda.reset_peak_memory_stats()
                         wait(device)
-                        begin = time.perf_counter()
+                        begin, cpu_begin = time.perf_counter(), time.process_time()
                         run(start, args.steps, sampler)
                         wait(device)
                         seconds = time.perf_counter() - begin
                         if turn:
                             times[name].append(seconds)
+                            cpu[name].append(time.process_time() - cpu_begin)
                         else:
                             first[name] = seconds
                         memory[name] = round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else ""
@@ -138,7 +144,8 @@ def main():
                         "model": args.model, "size": args.size, "steps": args.steps, "sampler": sampler, "batch": batch,
                         "dtype": str(dtype).removeprefix("torch."), "provider": name, "seconds": round(seconds, 3),
                         "it/s": round(args.steps * batch / seconds, 2), "first_seconds": round(first[name], 1),
-                        "ratio": round(seconds / statistics.median(times["diffusers"]), 3), "peak_mb": memory[name],
+                        "ratio": round(seconds / statistics.median(times["diffusers"]), 3),
+                        "cpu_ratio": round(statistics.median(cpu[name]) / statistics.median(cpu["diffusers"]), 3), "peak_mb": memory[name],
                         "tflops": round(rate / 1e12, 2), "of_peak": round(rate / peak, 3),
                     })
     print_table(rows)

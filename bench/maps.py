@@ -9,7 +9,8 @@ its own. They differ by one thing from line to line, and must agree in the loss 
                     differentiated, weights included
     frozen          the same without gradients of weights
     early_stop      and the UNet ends after the last layer that records
-    minsd           and only recording layers compute probabilities, in bounded memory (on a GPU: the Triton kernels)
+    minsd           and only recording layers compute probabilities, in bounded memory (on a GPU: the Triton kernels), and
+                    a CPU's linear layers are oneDNN's
 
 On a CPU one thread is used. Times are medians; on a busy machine they and their ratios are vague, and `cpu_seconds`, which
 leaves out waiting for a core, is the better guide. The first step of a process is counted only if it is the only one.
@@ -52,6 +53,7 @@ def worker(args):
     import torch
 
     from minsd import attention
+    from minsd.kernels import onednn
 
     torch.set_num_threads(1)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -60,7 +62,7 @@ def worker(args):
         for module in unet.modules():
             if isinstance(module, attention.Attention):
                 module.fused = None  # one product a projection, and weights that can take gradients
-        attention.attention = materialised
+        attention.Attention.attend, onednn.available = staticmethod(materialised), lambda *tensors: False
     unet.requires_grad_(args.worker == "research")
     generator, cells = torch.Generator().manual_seed(1), args.size // 8
     noise = torch.randn(1, 4, cells, cells, generator=generator).to(device, dtype)

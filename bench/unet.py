@@ -1,17 +1,26 @@
 """How fast is one UNet evaluation, and how much memory does it peak at, against diffusers?
 
     python -m bench.unet [--model sd15] [--size 512] [--batch 2] [--runs 5] [--device cuda --dtype float16] [--csv]
+    python -m bench.unet --size 256 512 768 1024 --batch 1 2 4 --runs 2 --csv        # cost against size
 
 Full-size networks with the same random weights, each in a process of its own so that its peak memory is its own; the
-two take turns, so that a drifting machine drifts for both. Weights are counted in the memory.
+two take turns, so that a drifting machine drifts for both. Weights are counted in the memory. Each does what it does at a
+later step of a run: minsd has the text's keys and values, diffusers computes them; on a GPU minsd replays a CUDA graph.
+Times are medians; `cpu_seconds` (of all threads) leaves out waiting for a core on a busy machine, `time_ratio` is of
+seconds, `cpu_ratio` of these. Several sizes also give `slope`, from size to size: the exponent of the time in the pixels.
 """
 
 import argparse
+import itertools
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from bench import peak_rss_mb, print_table, write_csv
 
@@ -50,44 +59,67 @@ def build(provider, model, dtype, device):
     return unet, config
 
 
+def forget_peak(device) -> None:
+    """Memory's peak begins anew; where Linux does not let it, it is the process's."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(device) -> float:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024 if status.exists() else peak_rss_mb()
+
+
 def worker(args):
-    """Build, warm up, then time one evaluation whenever a line arrives on standard input."""
+    """Build; then for every line "size batch" on standard input one evaluation, its time, peak and checksum."""
     import torch
 
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     with torch.no_grad():
         unet, config = build(args.worker, args.model, dtype, device)
-        cells = args.size // 8
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(args.batch, 4, cells, cells, generator=generator).to(device, dtype)
-        context = torch.randn(args.batch, 77, config.context_dim, generator=generator).to(device, dtype)
-        t = 481 if args.worker == "minsd" else torch.tensor(481, device=device)
+        if args.worker == "minsd" and device.type == "cuda":
+            from minsd.graphs import Graphs
 
-        def run():
-            out = unet(x, t, context)
-            return out if torch.is_tensor(out) else out.sample
-
-        for _ in range(2):
-            out = run()
-        checksum = out.float().abs().mean().item()
-        print(json.dumps({"ready": checksum}), flush=True)
-        for _ in sys.stdin:
+            unet.to(memory_format=torch.channels_last)
+            unet.forward = Graphs(unet)
+        known = {}
+        for line in sys.stdin:
+            size, batch = map(int, line.split())
+            if (size, batch) not in known:
+                generator, cells = torch.Generator().manual_seed(1), size // 8
+                x = torch.randn(batch, 4, cells, cells, generator=generator).to(device, dtype)
+                context = torch.randn(batch, 77, config.context_dim, generator=generator).to(device, dtype)
+                t = torch.tensor(481, device=device)
+                known = {(size, batch): (x, 481, unet.keys(context)) if args.worker == "minsd" else (x, t, context)}
+            forget_peak(device)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
+            start, cpu = time.perf_counter(), time.process_time()
+            out = unet(*known[size, batch])
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_rss_mb()
-            print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": peak}), flush=True)
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+            out = out if torch.is_tensor(out) else out.sample
+            check = out.float().abs().mean().item()
+            print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak_mb(device), "check": check}), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="sd15")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side")
-    parser.add_argument("--batch", type=int, default=2, help="2 is one guided picture")
+    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels a side")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2], help="2 is one guided picture")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2, help="evaluations of each shape before those that count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--csv", action="store_true", help="append to bench/results/unet.csv")
@@ -96,29 +128,46 @@ def main():
     if args.worker:
         return worker(args)
 
-    workers, results, checks = {}, {}, {}
-    for name in ("minsd", "diffusers"):
-        workers[name] = subprocess.Popen(
+    workers = {
+        name: subprocess.Popen(
             [sys.executable, "-m", "bench.unet", *sys.argv[1:], "--worker", name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        checks[name], results[name] = json.loads(workers[name].stdout.readline())["ready"], []
-    if abs(checks["minsd"] / checks["diffusers"] - 1) > (1e-4 if args.dtype == "float32" else 2e-2):
-        sys.exit(f"the two do not compute the same: mean |eps| {checks}")
-    for _ in range(args.runs):
-        for name, process in workers.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            results[name].append(json.loads(process.stdout.readline()))
+        ) for name in ("minsd", "diffusers")
+    }
+
+    def ask(name, size, batch):
+        workers[name].stdin.write(f"{size} {batch}\n")
+        workers[name].stdin.flush()
+        answer = workers[name].stdout.readline()
+        if not answer:
+            sys.exit(f"{name} failed at {size}x{size}, batch {batch}")
+        return json.loads(answer)
+
+    rows, before = [], {}
+    for batch, size in itertools.product(args.batch, args.size):
+        results = {name: [] for name in workers}
+        for run in range(-args.warmup, args.runs):
+            for name in workers:
+                result = ask(name, size, batch)
+                if run >= 0:
+                    results[name].append(result)
+        checks = {name: runs[0]["check"] for name, runs in results.items()}
+        if abs(checks["minsd"] / checks["diffusers"] - 1) > (1e-4 if args.dtype == "float32" else 2e-2):
+            sys.exit(f"the two do not compute the same: mean |eps| {checks}")
+        for name, runs in results.items():
+            seconds, cpu = (statistics.median(r[key] for r in runs) for key in ("seconds", "cpu_seconds"))
+            ratios = [statistics.median(a[key] / b[key] for a, b in zip(runs, results["diffusers"])) for key in ("seconds", "cpu_seconds")]
+            last = before.get((name, batch))
+            cost = seconds if args.device.startswith("cuda") else cpu
+            slope = math.log(cost / last[1]) / math.log((size / last[0]) ** 2) if last and size != last[0] else None
+            before[name, batch] = size, cost
+            rows.append({
+                "model": args.model, "size": size, "batch": batch, "dtype": args.dtype, "provider": name,
+                "seconds": round(seconds, 4), "cpu_seconds": round(cpu, 4), "peak_mb": round(max(r["peak_mb"] for r in runs)),
+                "time_ratio": round(ratios[0], 3), "cpu_ratio": round(ratios[1], 3), "slope": "" if slope is None else round(slope, 2),
+            })
     for process in workers.values():
         process.communicate()
-    rows = []
-    for name, runs in results.items():
-        rows.append({
-            "model": args.model, "size": args.size, "batch": args.batch, "dtype": args.dtype, "provider": name,
-            "seconds": round(statistics.median(r["seconds"] for r in runs), 4), "peak_mb": round(max(r["peak_mb"] for r in runs)),
-            "time_ratio": round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, results["diffusers"])), 3),
-        })
     print_table(rows)
     if args.csv:
         print("written to", write_csv("unet", rows, args.device))
