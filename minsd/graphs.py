@@ -44,6 +44,13 @@ def replaced(value, tensors: Iterator[torch.Tensor]):
     return type(value)(replaced(part, tensors) for part in value) if isinstance(value, (list, tuple)) else value
 
 
+def own_copy(y: torch.Tensor) -> torch.Tensor:
+    """The same numbers in memory of its own, with the same strides: a compiler made its code for these."""
+    if any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())):  # expanded: cells share memory
+        return y.detach().clone()
+    return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y.detach())
+
+
 def capture(run: Callable[[], torch.Tensor], pool) -> tuple[Callable[[], None], torch.Tensor]:
     """-> (replay, the tensor in which every replay leaves its output). Graphs of one pool share the memory of what lies
     between input and output: they run one after the other."""
@@ -125,7 +132,7 @@ class Graphs:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
         before = torch.cuda.memory_reserved() if cuda else 0
         try:
-            inputs = [y.detach().clone() for y in tensors]
+            inputs = [own_copy(y) for y in tensors]
             x, t, context, more = replaced(arguments, iter(inputs))
             with torch.no_grad():
                 replay, output = capture(lambda: self.run(x, t, context, **more), self.pool)

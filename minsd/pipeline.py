@@ -96,7 +96,8 @@ class StableDiffusion:
 
     def compile(self, **options) -> None:
         """Let torch.compile work on the UNet: minutes at the first step of each size, faster steps after. `options` are
-        torch.compile's."""
+        torch.compile's. CUDA graphs, where they are used, are then of what it made, unless a `mode` brings its own."""
+        graphs = self.graphs is not None and "mode" not in options
         self.use_graphs(False)
         run = torch.compile(self.unet.forward, **options)
 
@@ -105,6 +106,7 @@ class StableDiffusion:
             return run(x, t, *args, **more)
 
         self.unet.forward = forward
+        self.use_graphs(graphs)
 
     def __call__(
         self,

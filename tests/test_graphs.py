@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import minsd
 from minsd import graphs
 from minsd.attention import AttentionRecorder
 from minsd.config import UNetConfig
@@ -184,10 +185,17 @@ def test_the_same_pictures_with_graphs(small, fake):
         assert np.abs(a - b).max() <= 2 and np.abs(d - b).max() == 0 and np.abs(c - b).max() > 2
 
 
+def test_graphs_of_what_the_compiler_made(small_folder, fake):
+    sd, compiled = minsd.load(str(small_folder), "cpu"), []
+    expected = np.asarray(sd("a red circle", seeds=1, steps=4)[0]).astype(int)
+    sd.use_graphs()
+    sd.compile(backend=lambda module, inputs: compiled.append(1) or module.forward)
+    assert np.abs(np.asarray(sd("a red circle", seeds=1, steps=4)[0]) - expected).max() <= 2
+    assert (len(compiled), fake.captures, fake.replays) == (1, 1, 3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_same_picture_and_no_waiting_in_the_loop(small_folder):
-    import minsd
-
     sd = minsd.load(str(small_folder), "cuda", torch.float16)
     start = noise([1, 2], (4, 16, 16))
     with_graphs = sd.sample("a red circle", start, steps=6)
