@@ -6,10 +6,11 @@
     python -m bench.layout --cost --model sd15 --boxes 2 4 8  # seconds and memory of a step, rows together or apart
 
 Random boxes that do not overlap, 2 to 4 in a picture, each with its own coloured shape; the picture's caption names them
-all. Every method gets the same layouts and noise. A box is right when the detector (weights/shapes/detector.py, pixels
-alone) finds a well drawn body of that shape and colour centred in it; strays are bodies centred in no box, extras further
-bodies in one. `chance` is the share of boxes that plain sampling got right: it is told what, and not where. `spill` is the
-share of everything drawn that lies outside every box. With a real checkpoint each box's content on white goes to CLIP: the
+all. Every method gets the same layouts and noise. With `+bare` the picture's caption names nothing instead, and with
+`+arranged` the noise is put together for the layout from candidates (collage.arrange). A box is right when the detector
+(weights/shapes/detector.py, pixels alone) finds a well drawn body of that shape and colour centred in it; strays are bodies
+centred in no box, extras further bodies in one. What `plain` has right is chance: it is told what, and not where. `spill` is
+the share of everything drawn that lies outside every box. With a real checkpoint each box's content on white goes to CLIP: the
 cosine with its own caption, and how often that is nearer than the other boxes' captions are.
 
 Seconds are of one process and one thread on a CPU (its own time, whatever else the machine does), sampling alone.
@@ -19,6 +20,8 @@ that two passes for each text make, two rows at a time. Both find the same noise
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -45,10 +48,10 @@ SEED = 11  # of the layouts; layout k of a group begins from noise seed k
 SIDES = {2: (0.40, 0.55), 3: (0.36, 0.46), 4: (0.34, 0.42)}  # of boxes, as shares of the picture's side
 METHODS = {
     "plain": None, "collage": {}, "attention-only": {"attention_only": True}, "drop 0": {"background_drop": 0.0},
-    "drop 1": {"background_drop": 1.0}, "pad 0.2": {"pad": 0.2}, "weight 0": {"background_weight": 0.0},
-    "weight 0.02": {"background_weight": 0.02}, "weight 0.3": {"background_weight": 0.3}, "weight 1": {"background_weight": 1.0},
-    "compat": {"ladder": "compat"},
+    "drop 1": {"background_drop": 1.0}, "pad 0.2": {"pad": 0.2}, "weight 0.02": {"background_weight": 0.02},
+    "weight 0.3": {"background_weight": 0.3}, "weight 1": {"background_weight": 1.0}, "compat": {"ladder": "compat"},
 }
+BARE = "a picture"  # a caption that names nothing
 
 
 def boxes(rng: np.random.Generator, n: int, gap: float = 0.02) -> list[list[float]]:
@@ -80,17 +83,23 @@ def cases(n: int, count: int, real: bool) -> list[tuple[list, dict]]:
     return out
 
 
-def draw(sd, lay, seed: int, options: dict | None, how: dict) -> tuple[Image.Image, int, float]:
-    """-> picture, UNet rows a step, seconds of sampling."""
+def draw(sd, lay, seed: int, method: str, how: dict) -> tuple[Image.Image, int, float]:
+    """-> picture, UNet rows a step, seconds of sampling and of arranging the noise."""
     how, rows, clock = dict(how), [], time.process_time if sd.device.type == "cpu" else time.perf_counter
-    scale = how.pop("guidance_scale")
-    handle = sd.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    scale, candidates = how.pop("guidance_scale"), how.pop("candidates")
+    method, *more = method.split("+")
+    options, start = METHODS[method], noise([seed], (4, lay.height // 8, lay.width // 8))
     begin = clock()
+    if "arranged" in more:
+        start = collage.arrange(sd, lay, range(1000 * seed, 1000 * seed + candidates), **how).noise
+    if "bare" in more:
+        lay = dataclasses.replace(lay, prompt=BARE)
+    handle = sd.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     if options is None:
         predict = sd.predictor(sd.encode_prompt([lay.prompt]), sd.encode_prompt([""]), scale)
     else:
         predict = collage.predictor(sd, lay, guidance_scale=scale, seed=seed, **options)
-    x = sd.denoise(predict, noise([seed], (4, lay.height // 8, lay.width // 8)), seeds=[seed], **how)
+    x = sd.denoise(predict, start, seeds=[seed], **how)
     if sd.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = clock() - begin
@@ -127,7 +136,7 @@ def _job(job):
     n, count, k, method, how = job
     subjects, given = cases(n, count, False)[k]
     lay = layout.load(given).sized(_sd.config.size, _sd.config.size)
-    picture, rows, seconds = draw(_sd, lay, k, METHODS[method], how)
+    picture, rows, seconds = draw(_sd, lay, k, method, how)
     return np.asarray(picture), rows, seconds, judge(picture, subjects, lay), subjects, lay
 
 
@@ -136,13 +145,13 @@ def row_of(method: str, n: int, results, how: dict) -> dict:
     right = [ok for j in judged for ok in j["right"]]
     low, high = wilson(sum(right), len(right))
     return {
-        "method": method, "boxes": n, **how, "layouts": len(results),
+        "method": method, "boxes": n, **{key: how[key] for key in ("sampler", "steps", "guidance_scale")}, "layouts": len(results),
         "boxes_right": round(np.mean(right), 3), "boxes_95": f"{low:.3f}-{high:.3f}",
         "all_right": round(np.mean([all(j["right"]) for j in judged]), 3),
         "drawn_anywhere": round(np.mean([ok for j in judged for ok in j["somewhere"]]), 3),
         "strays": round(np.mean([j["strays"] for j in judged]), 3), "extras": round(np.mean([j["extras"] for j in judged]), 3),
-        "spill": round(np.mean([j["spill"] for j in judged]), 3), "rows_a_step": results[0][1],
-        "seconds": round(np.mean([r[2] for r in results]), 3),
+        "spill": round(np.mean([j["spill"] for j in judged]), 3), "rows_before": n * how["candidates"] * ("arranged" in method),
+        "rows_a_step": results[0][1], "seconds": round(np.mean([r[2] for r in results]), 3),
     }
 
 
@@ -183,7 +192,7 @@ def crops(sd, args, how: dict) -> list[dict]:
             own, first, seconds, steps = [], [], [], 0
             for k, (_, given) in enumerate(cases(n, args.n, True)):
                 lay = layout.load(given).sized(args.size or sd.config.size, args.size or sd.config.size)
-                picture, steps, spent = draw(sd, lay, k, METHODS[method], how)
+                picture, steps, spent = draw(sd, lay, k, method, how)
                 seconds.append(spent)
                 captions = [region.prompt for region in lay.regions]
                 for i, region in enumerate(lay.regions):
@@ -262,7 +271,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--boxes", nargs="+", type=int, default=list(SIDES), help="2 to 4; with --cost any even number")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    every = [*METHODS, *(method + more for method, more in itertools.product(METHODS, ("+bare", "+arranged", "+bare+arranged")))]
+    parser.add_argument("--methods", nargs="+", choices=every, metavar="METHOD",
+                        default=[*METHODS, "plain+arranged", "collage+bare", "collage+bare+arranged"],
+                        help=f"{', '.join(METHODS)}; each also with +bare, +arranged, +bare+arranged")
+    parser.add_argument("--candidates", type=int, default=40, help="noises that +arranged cuts from")
     parser.add_argument("-n", type=int, default=70, help="layouts of each number of boxes")
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=50)
@@ -291,7 +304,7 @@ def main():
         return
     if unknown := set(args.boxes) - set(SIDES):
         parser.error(f"--boxes without --cost takes {', '.join(map(str, SIDES))}, not {unknown.pop()}")
-    how = {"sampler": args.sampler, "steps": args.steps, "guidance_scale": args.guidance}
+    how = {"sampler": args.sampler, "steps": args.steps, "guidance_scale": args.guidance, "candidates": args.candidates}
     if args.clip:
         sd = minsd.load(args.model, args.device)
         how["guidance_scale"] = sd.config.guidance_scale if args.guidance is None else args.guidance

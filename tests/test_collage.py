@@ -5,9 +5,10 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 
-from minsd.attention import Attention
+from minsd.attention import Attention, AttentionRecorder
 from minsd.config import ScheduleConfig, UNetConfig
 from minsd.kernels import attention
 from minsd.noise import collage, layout
@@ -211,6 +212,62 @@ def test_pad_keeps_the_caption_in_a_ring():
     expected = torch.full((16, 16), collage.EMPTY)
     expected[6:14, 4:12] = collage.WHOLE
     assert torch.equal(ring[0, 0], expected)
+
+
+# --- arranged noise ---------------------------------------------------------------------------------------------------
+
+
+def shares(sd, prompt, word, z, t, pixels):
+    """How much of the attention to a word falls into a mask, written out for one noise: maps sharpened over tokens, smoothed
+    over 3x3 cells, both as noise/losses.py says."""
+    record = AttentionRecorder(only=True)
+    with torch.no_grad():
+        sd.unet(z, t, sd.encode_prompt(prompt), record=record)
+    words = (100 * record.cross[0, ..., 1:76]).softmax(-1)[..., sd.text.positions(prompt, word)[0] - 1].numpy()
+    side = np.exp(-1.0)
+    kernel = np.array([side, 1, side]) / (1 + 2 * side)
+    smooth = scipy.ndimage.correlate(words, np.outer(kernel, kernel), mode="mirror")
+    n = pixels.shape[0] // len(smooth)
+    inside = pixels.reshape(len(smooth), n, -1, n).mean((1, 3))
+    return (smooth * inside).sum() / smooth.sum()
+
+
+def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeypatch):
+    lay = make("a park", (A, [0, 64, 64, 128]), (B, [64, 0, 128, 64]))
+    seeds, t, rows = [5, 9, 2, 7], tiny.schedule.timesteps(10)[0], []
+    given = noise(seeds, (4, 16, 16))
+    expected = np.array([[shares(tiny, r.prompt, word, z[None].double(), t, r.pixels) for z in given]
+                         for r, word in zip(lay.regions, ("circle", "square"))])
+    handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    found = collage.arrange(tiny, lay, seeds, steps=10)
+    handle.remove()
+    assert sum(rows) == found.rows == 8 and found.noise.dtype == torch.float32
+    assert found.shares == pytest.approx(expected.max(1), rel=1e-6)
+    best = expected.argmax(1)
+    assert found.chosen == [seeds[k] for k in best]
+    place = torch.zeros(16, 16, dtype=torch.long)
+    place[8:, :8], place[:8, 8:] = best[0], best[1]
+    assert torch.equal(found.noise[0], torch.gather(given, 0, place.expand(1, 4, 16, 16))[0])
+    monkeypatch.setattr(tiny, "batch_size", lambda height, width: 1, raising=False)
+    again = collage.arrange(tiny, lay, given, steps=10)
+    assert again.chosen == best.tolist() and torch.equal(again.noise, found.noise)
+    nested = make("a park", (A, [0, 0, 32, 32]), (B, ALL), ("a green star", ALL, {"weight": 0.5}))  # heaviest, then smallest on top
+    found = collage.arrange(tiny, nested, given, steps=10)
+    a, b, _ = (given[k] for k in found.chosen)
+    assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4]) and torch.equal(found.noise[0, :, 4:], b[:, 4:])
+
+
+def test_what_cannot_be_arranged(tiny):
+    rows = []
+    handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(1))
+    for lay, candidates, message in (
+        (make(A, ("", LEFT)), [0], "region 1: the prompt '' names nothing to attend to"), (make(A, (B, LEFT)), [], "at least one"),
+        (make(A, (B, LEFT)), noise([0], (4, 8, 16)), r"noises \(K,4,16,16\), at least one, not of shape \(1, 4, 8, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collage.arrange(tiny, lay, candidates)
+    handle.remove()
+    assert not rows
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
