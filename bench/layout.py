@@ -7,11 +7,12 @@
 
 Random boxes that do not overlap, 2 to 4 in a picture, each with its own coloured shape; the picture's caption names them
 all. Every method gets the same layouts and noise. With `+bare` the picture's caption names nothing instead, and with
-`+arranged` the noise is put together for the layout from candidates (collage.arrange). A box is right when the detector
-(weights/shapes/detector.py, pixels alone) finds a well drawn body of that shape and colour centred in it; strays are bodies
-centred in no box, extras further bodies in one. What `plain` has right is chance: it is told what, and not where. `spill` is
-the share of everything drawn that lies outside every box. With a real checkpoint each box's content on white goes to CLIP: the
-cosine with its own caption, and how often that is nearer than the other boxes' captions are.
+`+arranged` the noise is put together for the layout from candidates (collage.arrange); `+chosen` takes the one that is best
+for all regions as it is. A box is right when the detector (weights/shapes/detector.py, pixels alone) finds a well drawn body of
+that shape and colour centred in it; strays are bodies centred in no box, extras further bodies in one. What `plain` has right
+is chance: it is told what, and not where. `spill` is the share of everything drawn that lies outside every box. With a real
+checkpoint each box's content on white goes to CLIP: the cosine with its own caption, and how often that is nearer than the
+other boxes' captions are.
 
 Seconds are of one process and one thread on a CPU (its own time, whatever else the machine does), sampling alone.
 
@@ -21,6 +22,7 @@ that two passes for each text make, two rows at a time. Both find the same noise
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -51,7 +53,7 @@ METHODS = {
     "drop 1": {"background_drop": 1.0}, "pad 0.2": {"pad": 0.2}, "weight 0.02": {"background_weight": 0.02},
     "weight 0.3": {"background_weight": 0.3}, "weight 1": {"background_weight": 1.0}, "compat": {"ladder": "compat"},
 }
-BARE = "a picture"  # a caption that names nothing
+BARE, CHOICES = "a picture", ("+chosen", "+arranged")  # a caption that names nothing; what is done for the noise
 
 
 def boxes(rng: np.random.Generator, n: int, gap: float = 0.02) -> list[list[float]]:
@@ -83,17 +85,23 @@ def cases(n: int, count: int, real: bool) -> list[tuple[list, dict]]:
     return out
 
 
+@functools.cache
+def arranged(sd, lay, seed: int, candidates: int, steps: int, sampler: str) -> collage.Arrangement:
+    return collage.arrange(sd, lay, range(1000 * seed, 1000 * seed + candidates), steps=steps, sampler=sampler)
+
+
 def draw(sd, lay, seed: int, method: str, how: dict) -> tuple[Image.Image, int, float]:
-    """-> picture, UNet rows a step, seconds of sampling and of arranging the noise."""
+    """-> picture, UNet rows a step, seconds of sampling."""
     how, rows, clock = dict(how), [], time.process_time if sd.device.type == "cpu" else time.perf_counter
     scale, candidates = how.pop("guidance_scale"), how.pop("candidates")
     method, *more = method.split("+")
     options, start = METHODS[method], noise([seed], (4, lay.height // 8, lay.width // 8))
-    begin = clock()
-    if "arranged" in more:
-        start = collage.arrange(sd, lay, range(1000 * seed, 1000 * seed + candidates), **how).noise
+    if {"arranged", "chosen"} & set(more):
+        found = arranged(sd, lay, seed, candidates, **how)
+        start = found.noise if "arranged" in more else noise(found.chosen[:1], start.shape[1:])
     if "bare" in more:
         lay = dataclasses.replace(lay, prompt=BARE)
+    begin = clock()
     handle = sd.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     if options is None:
         predict = sd.predictor(sd.encode_prompt([lay.prompt]), sd.encode_prompt([""]), scale)
@@ -150,7 +158,7 @@ def row_of(method: str, n: int, results, how: dict) -> dict:
         "all_right": round(np.mean([all(j["right"]) for j in judged]), 3),
         "drawn_anywhere": round(np.mean([ok for j in judged for ok in j["somewhere"]]), 3),
         "strays": round(np.mean([j["strays"] for j in judged]), 3), "extras": round(np.mean([j["extras"] for j in judged]), 3),
-        "spill": round(np.mean([j["spill"] for j in judged]), 3), "rows_before": n * how["candidates"] * ("arranged" in method),
+        "spill": round(np.mean([j["spill"] for j in judged]), 3), "rows_before": n * how["candidates"] * method.endswith(CHOICES),
         "rows_a_step": results[0][1], "seconds": round(np.mean([r[2] for r in results]), 3),
     }
 
@@ -271,11 +279,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--boxes", nargs="+", type=int, default=list(SIDES), help="2 to 4; with --cost any even number")
-    every = [*METHODS, *(method + more for method, more in itertools.product(METHODS, ("+bare", "+arranged", "+bare+arranged")))]
+    every = ["".join(parts) for parts in itertools.product(METHODS, ("", "+bare"), ("", *CHOICES))]
     parser.add_argument("--methods", nargs="+", choices=every, metavar="METHOD",
-                        default=[*METHODS, "plain+arranged", "collage+bare", "collage+bare+arranged"],
-                        help=f"{', '.join(METHODS)}; each also with +bare, +arranged, +bare+arranged")
-    parser.add_argument("--candidates", type=int, default=40, help="noises that +arranged cuts from")
+                        default=[*METHODS, "collage+bare", "plain+chosen", "plain+arranged", "collage+bare+chosen",
+                                 "collage+bare+arranged"],
+                        help=f"{', '.join(METHODS)}; each also with +bare, then +chosen or +arranged")
+    parser.add_argument("--candidates", type=int, default=40, help="noises that +chosen and +arranged take from")
     parser.add_argument("-n", type=int, default=70, help="layouts of each number of boxes")
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=50)

@@ -234,8 +234,8 @@ class Arrangement:
     """Noise put together for a layout, and from what."""
 
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
-    chosen: list[int]  # for each region, which of the candidates its part comes from: a seed, or a number from 0
-    shares: list[float]  # how much of the attention to its caption's subjects fell into the region there, 0 to 1
+    chosen: list[int]  # which of the candidates, seeds or numbers from 0, the picture's and each region's part come from
+    shares: list[float]  # how much of the attention to a region's subjects fell into it, in the candidate taken, 0 to 1
     rows: int  # UNet rows, which stop early
 
 
@@ -247,11 +247,14 @@ def arrange(
 
     At the first timestep of `steps` of a sampler the network is asked for each region's caption alone, on every candidate. The
     region takes its latent cells from the one whose attention to the caption's subjects (`losses.automatic_subjects`) falls into
-    the region most; the rest of the picture from the first. Where regions overlap the heaviest is on top, of equals the
-    smallest. ValueError, before any network runs, for captions without subjects, no candidates, or shapes that do not fit.
+    the region most; the rest of the picture comes from the one best for all of them, the greatest product of these shares.
+    Where regions overlap the heaviest is on top, of equals the smallest. ValueError, before any network runs, for a layout
+    without regions, captions without subjects, no candidates, or shapes that do not fit.
     """
     if layout.width is None:
         layout = layout.sized(sd.config.size, sd.config.size)
+    if not layout.regions:
+        raise ValueError("a layout without regions has nothing to arrange noise for: give it some")
     size = layout.height // CELL, layout.width // CELL
     given = candidates
     if not isinstance(given, Tensor):
@@ -266,7 +269,7 @@ def arrange(
         except ValueError as error:
             raise ValueError(f"region {k}: {error}") from None
         selects.append(losses.selector([places]))
-    bests, shares = [], []
+    shares = []
     for region, select in zip(layout.regions, selects):
         context, inside = sd.encode_prompt(region.prompt), []
         for part in given.split(sd.batch_size(layout.height, layout.width)):
@@ -274,15 +277,15 @@ def arrange(
             maps = losses.look(sd.unet, part.to(sd.device), t, *wide).maps  # (b, S, rows, columns)
             fill = coverage(region.pixels, CELL << sd.unet.grids(size).index(tuple(maps.shape[-2:])))
             inside.append(((maps * torch.from_numpy(fill).to(maps)).sum((-2, -1)) / maps.sum((-2, -1))).mean(1))  # (b,)
-        share, best = torch.cat(inside).max(0)
-        bests.append(int(best))
-        shares.append(float(share))
-    noise = given[:1].clone()
+        shares.append(torch.cat(inside).cpu())
+    shares = torch.stack(shares)  # (N, K)
+    bests = [int(shares.log().sum(0).argmax()), *shares.argmax(1).tolist()]
+    noise = given[bests[0]][None].clone()
     for k in _stacked(layout.regions):
         cells = torch.from_numpy(direct_cells(layout.regions[k].pixels, CELL))
-        noise[0, :, cells] = given[bests[k]][:, cells]
+        noise[0, :, cells] = given[bests[k + 1]][:, cells]
     chosen = bests if isinstance(candidates, Tensor) else [list(candidates)[k] for k in bests]
-    return Arrangement(noise, chosen, shares, len(given) * len(bests))
+    return Arrangement(noise, chosen, shares.amax(1).tolist(), len(given) * len(layout.regions))
 
 
 # --- rows of one step through the network ----------------------------------------------------------------------------

@@ -243,17 +243,17 @@ def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeyp
     handle.remove()
     assert sum(rows) == found.rows == 8 and found.noise.dtype == torch.float32
     assert found.shares == pytest.approx(expected.max(1), rel=1e-6)
-    best = expected.argmax(1)
+    best = [expected.prod(0).argmax(), *expected.argmax(1)]
     assert found.chosen == [seeds[k] for k in best]
-    place = torch.zeros(16, 16, dtype=torch.long)
-    place[8:, :8], place[:8, 8:] = best[0], best[1]
+    place = torch.full((16, 16), best[0])
+    place[8:, :8], place[:8, 8:] = best[1], best[2]
     assert torch.equal(found.noise[0], torch.gather(given, 0, place.expand(1, 4, 16, 16))[0])
     monkeypatch.setattr(tiny, "batch_size", lambda height, width: 1, raising=False)
     again = collage.arrange(tiny, lay, given, steps=10)
-    assert again.chosen == best.tolist() and torch.equal(again.noise, found.noise)
+    assert again.chosen == best and torch.equal(again.noise, found.noise)
     nested = make("a park", (A, [0, 0, 32, 32]), (B, ALL), ("a green star", ALL, {"weight": 0.5}))  # heaviest, then smallest on top
     found = collage.arrange(tiny, nested, given, steps=10)
-    a, b, _ = (given[k] for k in found.chosen)
+    _, a, b, _ = (given[k] for k in found.chosen)
     assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4]) and torch.equal(found.noise[0, :, 4:], b[:, 4:])
 
 
@@ -261,7 +261,8 @@ def test_what_cannot_be_arranged(tiny):
     rows = []
     handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(1))
     for lay, candidates, message in (
-        (make(A, ("", LEFT)), [0], "region 1: the prompt '' names nothing to attend to"), (make(A, (B, LEFT)), [], "at least one"),
+        (make(A, ("", LEFT)), [0], "region 1: the prompt '' names nothing to attend to"), (make(A), [0], "without regions"),
+        (make(A, (B, LEFT)), [], "at least one"),
         (make(A, (B, LEFT)), noise([0], (4, 8, 16)), r"noises \(K,4,16,16\), at least one, not of shape \(1, 4, 8, 16\)"),
     ):
         with pytest.raises(ValueError, match=message):
