@@ -9,6 +9,7 @@ Attribute names are those of diffusers' ControlNetModel checkpoints; weights/con
     predict = guidance.classifier_free(unet, cond, uncond, 7.5, sd.schedule)
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +127,12 @@ class Controlled:
 
     The rows of a batch take the control images in turn, over and over: with an image for each of R pictures, rows b and
     R + b (the halves of guidance) take image b. Where `index`, B integers, is set, row b of the next batches takes image
-    index[b]. Raises ValueError for a ControlNet made for another family, and for images that do not fit the latents.
+    index[b]. A UNet that has ControlNets beside it already exchanges them for these. Raises ValueError for a ControlNet
+    made for another family, and for images that do not fit the latents.
     """
 
-    def __init__(self, unet: UNet, controls: Sequence[Control]):
-        self.unet, self.controls, self.embedded = unet, list(controls), {}
+    def __init__(self, unet: "UNet | Controlled", controls: Sequence[Control]):
+        self.unet, self.controls, self.embedded = unet.unet if isinstance(unet, Controlled) else unet, list(controls), {}
         self.index: Sequence[int] | None = None
         for control in self.controls:
             theirs, ours = control.net.config, unet.config
@@ -157,7 +159,7 @@ class Controlled:
         for number, control in enumerate(self.controls):
             if not control.counts(t):
                 continue
-            added = control.net(x, t, context, self._embedding(number, x), region=region)
+            added = control.net(x, t, context, self._embedding(number, x), region=copy.copy(region))  # one may count the layers
             scale = self._for_rows(torch.tensor(control.scales), x)[:, None, None, None]  # (B, 1, 1, 1)
             added = [scale * y for y in (*added[0], added[1])]
             total = added if total is None else [a + b for a, b in zip(total, added, strict=True)]

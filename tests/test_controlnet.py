@@ -16,6 +16,7 @@ import minsd
 from minsd import guidance
 from minsd.config import MODELS
 from minsd.controlnet import Control, Controlled, ControlNet, read_control_image
+from minsd.noise.collage import _DownThenUp
 from minsd.weights.control import load_controlnet
 
 
@@ -118,6 +119,28 @@ def test_rows_take_their_own_image_and_scale(small, net, pictures):
     off = controlled(small, [Control(net, pictures, 0.0)])
     assert torch.equal(off, controlled(small, []))
     assert relative(both, off) > 1e-2
+
+
+@torch.no_grad()
+def test_another_set_of_controls_takes_the_first_one_s_place(small, net, pictures):
+    torch.manual_seed(7)
+    x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 32)
+    first = Controlled(small.unet, [Control(net, pictures[:1])])
+    second, alone = (Controlled(unet, [Control(net, pictures[1:])]) for unet in (first, small.unet))
+    assert torch.equal(second(x, 500, context), alone(x, 500, context))
+
+
+@torch.no_grad()
+def test_the_controlnet_s_layers_are_not_counted_as_the_unet_s(small, net, pictures):
+    """A collage's "compat" cells change with the coarsest layer, which both networks have."""
+    torch.manual_seed(8)
+    x, texts, grids = torch.randn(1, 4, 16, 16), torch.randn(1, 2, 77, 32), small.unet.grids((16, 16))
+    down, up = ({grid: torch.full((1, grid[0] * grid[1]), text) for grid in grids} for text in (0, 1))
+    unet = Controlled(small.unet, [Control(net, pictures[:1])])
+    added = net(x, 300, texts[:, 0], net.embed(pictures[:1]))[0]  # its way down, at text 0
+    middle = net(x, 300, texts, net.embed(pictures[:1]), region=_DownThenUp(down, up))[1]
+    expected = small.unet(x, 300, texts, region=_DownThenUp(down, up), control=(added, middle))
+    assert relative(unet(x, 300, texts, region=_DownThenUp(down, up)), expected) < 1e-5
 
 
 @torch.no_grad()
