@@ -171,8 +171,9 @@ def test_bits_flipped_in_the_header(place, small_file, seed):
     b'{"a": ' * 10_000 + b"1" + b"}" * 10_000, b"[" * 2_000_000,
     b'{"a": {"dtype": "F32", "shape": [' + b"9," * 1_000_000 + b'9], "data_offsets": [0, 0]}}',
     b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}', '{"a": 1}'.encode("utf-16"), b"\xef\xbb\xbf{}",
+    b'{"__metadata__": []}', b'{"__metadata__": {"a": 1}}', b'{"__metadata__": null}',
     json.dumps({"x" * 10_000: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode(), b'{"a": NaN}', b"{}" + b" " * 100_000,
-], ids=["nested", "opened", "dimensions", "number", "utf-16", "mark", "name", "nan", "blank"])
+], ids=["nested", "opened", "dimensions", "number", "utf-16", "mark", "notes", "notes of numbers", "no notes", "name", "nan", "blank"])
 def test_headers_made_to_be_slow_or_large(place, content):
     path = place / "slow.safetensors"
     sound(struct.pack("<Q", len(content)) + content + bytes(4 if b"x" * 99 in content else 0), path)

@@ -23,7 +23,7 @@ from minsd.vae import VAE
 from minsd.weights import hub
 from minsd.weights.ldm_keys import clip_name, newer_vae_name
 from minsd.weights.single import FileHash, original, vae_file
-from minsd.weights.tensors import ALIGNMENT, ORIGINAL, PICKLES, Tensors, copies, guess, read_json
+from minsd.weights.tensors import ORIGINAL, PICKLES, Tensors, copies, guess, lies_well, read_json
 from minsd.weights.tensors import read_header as read_header  # others take it from here
 
 SHAPES_FOLDER = Path(__file__).parent / "shapes"
@@ -288,7 +288,7 @@ def folder_config(folder: Path) -> ModelConfig:
 @torch.no_grad()
 def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename=lambda name: name) -> None:
     """Give each parameter its tensor, on `device` in `dtype`, frozen. What is on the meta device is put in place, mapped where
-    the file has it in that dtype and well aligned; what has memory of its own (a part of a fused buffer) is written to."""
+    the file has it in that dtype and it lies well; what has memory of its own (a part of a fused buffer) is written to."""
     device, own = torch.device(device), {rename(name): name for name, _ in module.named_parameters()}
     sources, twice = {}, []
     for name in tensors:
@@ -318,7 +318,7 @@ def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename
     found = {name: tensors[sources[key]].reshape(module.get_parameter(name).shape) for key, name in own.items()}
     empty = [name for name in found if module.get_parameter(name).is_meta]
     if device.type == "cpu":
-        cast = [name for name in empty if found[name].dtype != dtype or found[name].data_ptr() % ALIGNMENT]
+        cast = [name for name in empty if found[name].dtype != dtype or not lies_well(found[name])]
         found |= zip(cast, copies([found[name] for name in cast], dtype))
     for name, tensor in found.items():
         if name in empty:

@@ -17,9 +17,7 @@ import torch
 from safetensors import safe_open
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# Bytes. Torch's own tensors start so; where they do not, as anywhere in a file, matrix products round otherwise here and there,
-# and the same weights would give another picture from another file (Intel's oneMKL guide, "Conditional Numerical Reproducibility").
-ALIGNMENT = 64
+ALIGNMENT = 64  # bytes, as torch's own tensors have it
 MAX_HEADER = 32 * 2**20  # bytes. The format allows 100 MB, real ones have less than 1, and JSON grows twentyfold in memory
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -64,8 +62,8 @@ def read_header(path: Path) -> dict[str, dict]:
         refuse("its header is not JSON")
     if not isinstance(header, dict):
         refuse("its header is not a JSON object")
-    notes = header.pop("__metadata__", None) or {}
-    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+    notes = header.pop("__metadata__", None)
+    if notes is not None and not (isinstance(notes, dict) and all(isinstance(value, str) for value in notes.values())):
         refuse("its __metadata__ is not made of strings")
     spans = []
     for name, entry in header.items():
@@ -147,6 +145,14 @@ class Tensors(Mapping):
 
     def dtype(self, name: str) -> str:
         return self.files[name][1]["dtype"]
+
+
+def lies_well(tensor: torch.Tensor) -> bool:
+    """Whether products with it round as with one of torch's own. Files put tensors anywhere, and a product of one row with a
+    float32 matrix that does not start at a multiple of 64 bytes can be summed in another order (Intel oneMKL's guide,
+    "Conditional Numerical Reproducibility"): the same weights would give another picture from another file. Biases and norms
+    do not mind, nor do half precisions."""
+    return tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.data_ptr() % ALIGNMENT == 0
 
 
 def copies(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
