@@ -38,7 +38,8 @@ def attention(
     q (B,N,H,d), k and v (B,M,H,d), as projections leave them: views and strides are welcome. `scale` defaults to d**-0.5.
     `bias` is added to the scores: floats that broadcast to (B,H,N,M), -inf hiding a key; it takes no gradient. A row
     with every key hidden gives 0 in out and map. Returns (out (B,N,H,d), None), or with `probs="mean"`
-    (out, map (B,N,M) float32; float64 for float64). Both are differentiable, once.
+    (out, map (B,N,M) float32; float64 for float64). Both are differentiable, once; in float16 what a map's gradient makes of
+    q and k is lost below about 1e-7: scale the loss.
 
     Region attention: with k and v (B,R,M,H,d), the keys and values of R texts, and `region` (B,N) integers, query n looks
     at text region[b,n] alone (at none, and gives 0, where that is outside 0..R-1). The map stays (B,N,M): each query's

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 16  # fewer are a vector's work, not a matrix's: nothing is gained
-BLOCK = 1 << 20  # scores held at once: 4 MB, what caches hold
+BLOCK = 1 << 20  # scores held at once by each thread: 4 MB, what caches hold
 LEAST = 1 << 22  # queries x keys x head dim from which attention in blocks of Python pays
 
 
@@ -73,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q k^T scale) v: q (B,N,H,d), k and v (B,M,H,d) -> (B,N,H,d), without a gradient. A block of one head's rows at a
     time, so that its scores stay in the caches; in float32 within, for 16 bits too."""
     (b, n, h, d), m = q.shape, k.shape[1]
-    out, step = q.new_empty(b, n, h, d), max(ROWS, BLOCK // m)
+    out, step = q.new_empty(b, n, h, d), max(ROWS, BLOCK * torch.get_num_threads() // m)
     for i in range(b):
         for j in range(h):
             keys, values = k[i, :, j].float() * scale, v[i, :, j].t().float().contiguous()  # (M, d), (d, M)

@@ -68,6 +68,7 @@ def test_attention_in_blocks_against_float64(shape, dtype, tolerance, calls, mon
     b, n, m, h, d = shape
     monkeypatch.setattr(module, "LEAST", 0)
     monkeypatch.setattr(module, "BLOCK", 20 * m)  # the last block shorter
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     g = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(b, max(n, m), 3, h, d, generator=g).to(dtype).unbind(2)
     q, k, v = q[:, :n], k[:, :m], v[:, :m]
