@@ -16,6 +16,7 @@ from minsd.noise.initial import noise
 from minsd.samplers import SAMPLERS
 from minsd.samplers.schedule import Schedule
 from minsd.unet import UNet
+from minsd.weights.shapes import detector
 
 A, B = "a red circle", "a blue square"
 LEFT, RIGHT, ALL = [0, 0, 64, 128], [64, 0, 128, 128], [0, 0, 128, 128]
@@ -255,6 +256,28 @@ def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeyp
     found = collage.arrange(tiny, nested, given, steps=10)
     _, a, b, _ = (given[k] for k in found.chosen)
     assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4]) and torch.equal(found.noise[0, :, 4:], b[:, 4:])
+
+
+def test_captioned_shapes_land_in_their_boxes(shapes):
+    """The embedded model and a detector that sees pixels alone; bench/layout.py counts, this is the same in small."""
+    right = {"plain": 0, "collage": 0}
+    for subjects, boxes in (
+        (("red circle", "blue square"), ([0, 0.2, 0.45, 0.8], [0.55, 0.2, 1, 0.8])),
+        (("green star", "purple cross"), ([0.2, 0, 0.8, 0.45], [0.2, 0.55, 0.8, 1])),
+        (("yellow heart", "black triangle"), ([0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1])),
+        (("pink star", "orange square"), ([0.55, 0.2, 1, 0.8], [0, 0.2, 0.45, 0.8])),
+    ):
+        captions = [f"a {s}" for s in subjects]
+        lay = make("a picture", *zip(captions, boxes))
+        runs = {"plain": (shapes.guided(" and ".join(captions)), noise([0], (4, 16, 16))),
+                "collage": (collage.predictor(shapes, lay, guidance_scale=5.0), collage.arrange(shapes, lay, range(24), steps=12).noise)}
+        for name, (predict, start) in runs.items():
+            found = detector.find(shapes.decode(shapes.denoise(predict, start, steps=12))[0])
+            for subject, region in zip(subjects, lay.regions):
+                x0, y0, x1, y1 = region.bounds
+                right[name] += any(f.whole and f"{f.colours[0]} {f.shape}" == subject and x0 <= f.centre[0] < x1 and y0 <= f.centre[1] < y1
+                                   for f in found)
+    assert right["collage"] >= 7 and right["plain"] <= 5, right  # of 8 boxes: 8 and 3 when this was written
 
 
 def test_what_cannot_be_arranged(tiny):
