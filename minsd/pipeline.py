@@ -23,7 +23,7 @@ from minsd.noise.initial import generators as make_generators
 from minsd.noise.initial import noise as draw_noise
 from minsd.samplers import SAMPLERS
 from minsd.samplers.schedule import Schedule
-from minsd.vae import decode_tiled, encode_tiled, memory_needed
+from minsd.vae import decode_in_bands, encode_in_bands, memory_needed
 
 
 def load(
@@ -243,7 +243,7 @@ class StableDiffusion:
             raise ValueError(f"a picture to encode must have sides that are multiples of 8, not {x.shape[-1]}x{x.shape[-2]}")
         x = x.to(self.device, self.dtype)
         size, encode = self._vae_batch(*x.shape[-2:]), lambda vae, x: vae.encode(x)[0]
-        parts = [(encode if size else encode_tiled)(self.vae, part) for part in x.split(size or 1)]  # (b, 4, h, w) each
+        parts = [(encode if size else encode_in_bands)(self.vae, part) for part in x.split(size or 1)]  # (b, 4, h, w) each
         return torch.cat(parts).to(self.dtype) * self.config.vae.scaling_factor
 
     @torch.no_grad()
@@ -253,7 +253,7 @@ class StableDiffusion:
             raise FloatingPointError(f"the latents are not finite: sampling in {latents.dtype} overflowed; try --dtype float32 or bfloat16")
         z = latents.to(self.dtype) / self.config.vae.scaling_factor
         size, pixels = self._vae_batch(8 * z.shape[-2], 8 * z.shape[-1]), []
-        decode = (lambda vae, z: vae.decode(z)) if size else decode_tiled
+        decode = (lambda vae, z: vae.decode(z)) if size else decode_in_bands
         for part in z.split(size or 1):
             x = decode(self.vae, part)  # (b, 3, 8h, 8w)
             if not x.isfinite().all() and self.dtype != torch.float32:  # beyond float16's 65504, seen with real SD VAEs
@@ -265,13 +265,13 @@ class StableDiffusion:
         return image.from_tensor(torch.cat(pixels))
 
     def _vae_batch(self, height: int, width: int) -> int:
-        """How many pictures the VAE may take at once; 0, with a warning, where one must be coded tile by tile."""
+        """How many pictures the VAE may take at once; 0, with a warning, where one must be coded in bands."""
         need, free = memory_needed(self.config.vae, height, width, self.dtype), 0.9 * free_memory(self.device)
         if self.graphs is not None and need > free - self.graphs.held:  # theirs is free for graphs alone
             self.graphs.release()
         if need > free:
             size = f"{width}x{height} at once would take {need / 2**30:.1f} GB, {free / 2**30:.1f} GB are free"
-            warnings.warn(f"the VAE works in overlapping tiles: {size}", stacklevel=3)
+            warnings.warn(f"the VAE works in bands of rows: {size}", stacklevel=3)
             return 0
         return int(min(self.batch_size(height, width), free // need))
 

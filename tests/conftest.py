@@ -1,9 +1,12 @@
-"""A small random Stable Diffusion saved by diffusers itself, for loading and whole-pipeline parity."""
+"""A small random Stable Diffusion saved by diffusers itself, for loading and whole-pipeline parity; a measure of memory."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import minsd
 
@@ -67,3 +70,27 @@ def small(small_folder):
 def shapes():
     """The embedded model."""
     return minsd.load("shapes", device="cpu")
+
+
+class Live(TorchDispatchMode):
+    """Bytes of tensors alive that were made under it, and their greatest sum: backward passes included."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size

@@ -134,7 +134,7 @@ def test_attention_backends(small_folder):
 def test_too_large_for_memory_goes_in_tiles_and_says_so(small, monkeypatch):
     latents = torch.randn(1, 4, 72, 72, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 2**20)
-    with pytest.warns(UserWarning, match="overlapping tiles: 576x576"):
+    with pytest.warns(UserWarning, match="bands of rows: 576x576"):
         assert small.decode(latents)[0].size == (576, 576)
 
 

@@ -2,16 +2,14 @@
 
 import math
 import types
-import weakref
 
 import numpy as np
 import pytest
 import torch
+from conftest import Live
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from PIL import Image
 from test_samplers import SD
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from minsd.config import ModelConfig, ScheduleConfig, UNetConfig
 from minsd.noise import stability
@@ -130,30 +128,6 @@ def test_detached_gradients_are_perpendicular(sd):
         angle = 2 * math.atan2((u - v).norm(), (u + v).norm())  # not by way of the cosine
         assert abs(torch.dot(g.flatten(), u)) <= 1e-15 and s == pytest.approx(math.cos(angle), abs=1e-14)
         assert g.norm().item() == pytest.approx(math.sin(angle) / x.norm().item(), rel=1e-12)
-
-
-class Live(TorchDispatchMode):
-    """Bytes of tensors alive that were made under it, and their greatest sum: backward passes included."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak = set(), 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def gone(self, key, size):
-        self.known.discard(key)
-        self.now -= size
 
 
 def test_memory_of_full_is_flat_in_the_number_of_steps(sd):

@@ -1,11 +1,14 @@
 """The VAE against diffusers' on the same random weights, both ways."""
 
+import copy
+
 import pytest
 import torch
+from conftest import Live
 from diffusers import AutoencoderKL
 
 from minsd.config import VAEConfig
-from minsd.vae import VAE, decode_tiled, encode_tiled
+from minsd.vae import VAE, decode_in_bands, encode_in_bands, memory_needed
 
 SHAPES = {"sd": (VAEConfig(), (1, 128, 96)), "small, odd sizes": (VAEConfig((16, 32, 64, 64), 1, 4, 8), (2, 88, 56))}
 
@@ -32,23 +35,25 @@ def test_parity(name):
 
 
 @torch.no_grad()
-def test_tiles_leave_no_seam(shapes):
-    """A picture four times as large as a tile: near what the whole gives, and no rougher at the edges of tiles than there."""
-    vae, n = shapes.vae, 40
-    row = torch.linspace(-1, 1, 8 * n)
-    picture = torch.stack([0.8 + 0.1 * row.expand(8 * n, -1), 0.8 - 0.1 * row[:, None].expand(-1, 8 * n), 0.8 + 0 * row.expand(8 * n, -1)])
-    picture[:, 100:180, 120:230] = torch.tensor([0.7, -0.6, -0.6])[:, None, None]  # a red box across the tiles' edges
-    z = vae.encode(picture[None])[0]
-    tiled_z = encode_tiled(vae, picture[None], tile=20, overlap=6)
-    assert tiled_z.shape == z.shape and (tiled_z - z).norm() / z.norm() < 0.15
-    whole, tiled = vae.decode(z), decode_tiled(vae, z, tile=20, overlap=6)
-    assert (whole - tiled).abs().mean() < 0.01
-    inside = (tiled - whole)[..., 110:170, 130:220]  # of the box: tiles end at rows and columns 160 and 140
-    lines = [inside.mean(dim=axis).diff(dim=-1).abs().max() for axis in (-1, -2)]
-    assert max(lines) < 0.008  # 0.025 where the padding of a tile's border shows
+@pytest.mark.parametrize("size", [(5, 40), (44, 17)])  # latent cells
+def test_bands_are_the_whole(shapes, size):
+    """Neither seams nor statistics of a part: the same numbers, to rounding."""
+    vae = copy.deepcopy(shapes.vae).double()
+    z = torch.randn(2, 4, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = vae.decode(z)
+    torch.testing.assert_close(decode_in_bands(vae, z), whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(encode_in_bands(vae, whole), vae.encode(whole)[0], rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
-def test_one_tile_is_the_whole(shapes):
-    z = torch.randn(2, 4, 12, 20, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(decode_tiled(shapes.vae, z, tile=20, overlap=4), shapes.vae.decode(z))
+def test_bands_take_less_memory():
+    vae, z, images = VAE(VAEConfig((16, 32, 64, 64), 2, 4, 8)), torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 512, 512)
+
+    def peak(code, x):
+        with Live() as live:
+            code(x)
+        return live.peak
+
+    assert peak(lambda z: decode_in_bands(vae, z), z) < 0.75 * peak(vae.decode, z)
+    assert peak(lambda x: encode_in_bands(vae, x), images) < 0.75 * peak(vae.encode, images)
+    assert peak(vae.decode, z) < memory_needed(vae.config, 512, 512, torch.float32)
