@@ -147,7 +147,9 @@ def explained(error: Exception, repo: str) -> Exception:
     if isinstance(error, errors.RepositoryNotFoundError):
         if repo in MOVED:
             return FileNotFoundError(f"{repo} is gone from the hub: its files are now {MOVED[repo]}")
-        return FileNotFoundError(f"the hub has no model {repo}, or it is private: check the id, or `hf auth login`")
+        return FileNotFoundError(
+            f"there is no folder {repo} here, and the hub has no model {repo}, or it is private: check the name, or `hf auth login`"
+        )
     if isinstance(error, errors.OfflineModeIsEnabled) or (unreachable(error) and constants.HF_HUB_OFFLINE):
         return FileNotFoundError(
             f"{repo} is not whole in the cache {constants.HF_HUB_CACHE}, and offline mode (HF_HUB_OFFLINE) forbids fetching it{to}"

@@ -289,7 +289,8 @@ def folder_config(folder: Path) -> ModelConfig:
 def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename=lambda name: name) -> None:
     """Give each parameter its tensor, on `device` in `dtype`, frozen. What is on the meta device is put in place, mapped where
     the file has it in that dtype and it lies well; what has memory of its own (a part of a fused buffer) is written to."""
-    device, own = torch.device(device), {rename(name): name for name, _ in module.named_parameters()}
+    device, parameters = torch.device(device), dict(module.named_parameters())
+    own = {rename(name): name for name in parameters}
     sources, twice = {}, []
     for name in tensors:
         new = rename(name)
@@ -300,7 +301,7 @@ def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename
     missing, unexpected = own.keys() - sources.keys(), sources.keys() - own.keys()
     misshaped = []
     for key in own.keys() & sources.keys():
-        wanted, there = tuple(module.get_parameter(own[key]).shape), tensors.shape(sources[key])
+        wanted, there = tuple(parameters[own[key]].shape), tensors.shape(sources[key])
         if there != wanted and there != (*wanted, 1, 1):  # the VAE's attention was once made of 1x1 convolutions
             misshaped.append(f"{key} {there}, not {wanted}")
         elif tensors.dtype(sources[key]) not in ("F64", "F32", "F16", "BF16"):
@@ -315,17 +316,18 @@ def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename
     for part in module.modules():
         if isinstance(part, Attention) and part.fused is None:
             part.fuse(device, dtype)
-    found = {name: tensors[sources[key]].reshape(module.get_parameter(name).shape) for key, name in own.items()}
-    empty = [name for name in found if module.get_parameter(name).is_meta]
+    parameters = dict(module.named_parameters())  # some are new now
+    found = {name: tensors[sources[key]].reshape(parameters[name].shape) for key, name in own.items()}
+    unfilled = {name: None for name in found if parameters[name].is_meta}
     if device.type == "cpu":
-        cast = [name for name in empty if found[name].dtype != dtype or not lies_well(found[name])]
+        cast = [name for name in unfilled if found[name].dtype != dtype or not lies_well(found[name])]
         found |= zip(cast, copies([found[name] for name in cast], dtype))
     for name, tensor in found.items():
-        if name in empty:
+        if name in unfilled:
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
         else:
-            module.get_parameter(name).copy_(tensor)
+            parameters[name].copy_(tensor)
     for name, buffer in module.named_buffers():
         if name.endswith("position_ids"):  # not in the files, and garbage after the meta device
             parent, _, leaf = name.rpartition(".")
