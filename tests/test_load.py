@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,26 @@ def test_the_fp16_variant_and_casts(small_folder, broken_folder, small, dtype):
     assert {p.dtype for m in (sd.unet, sd.vae, sd.text.model) for p in m.parameters()} == {dtype}
     expected = small.unet.conv_in.weight.half().to(dtype)
     assert torch.equal(sd.unet.conv_in.weight, expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which memory is a file's")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_what_has_the_dtype_stays_mapped(broken_folder, small, dtype):
+    """Wherever it lies, but for float32 matrices: products round otherwise where they do not start at a multiple of 64 bytes."""
+    path = broken_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path)
+    sd = minsd.load(str(broken_folder), "cpu", dtype)
+    maps = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    mapped, moved = 0, 0
+    for name, entry in read_header(path).items():
+        weight = sd.unet.get_parameter(name)
+        here = any(int(a, 16) <= weight.data_ptr() < int(b, 16) for a, b in maps)
+        well = dtype != torch.float32 or weight.ndim < 2 or (start + entry["data_offsets"][0]) % 64 == 0
+        fused = ".attn" in name and ".to_out." not in name and ".attn2.to_q." not in name
+        assert here == (well and not fused) and (dtype != torch.float32 or weight.ndim < 2 or weight.data_ptr() % 64 == 0)
+        mapped, moved = mapped + here, moved + (not well)
+    assert mapped > 100 and (moved > 0) == (dtype == torch.float32)
 
 
 def test_shards(broken_folder, small):
