@@ -6,11 +6,16 @@ of diffusers' is asked of diffusers' converter. The folder is written by diffuse
 
 import hashlib
 import json
+import math
+import re
 import struct
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_load_fuzz import fuzz, load, one_line
 
 import minsd
 from minsd.config import MODELS
@@ -309,6 +314,41 @@ def test_a_file_without_a_vae_takes_another(twins, tmp_path, tokenizer):
 @pytest.mark.parametrize("twins", ["sd1"], indirect=True)
 def test_what_is_no_checkpoint_is_named(twins, tmp_path, tokenizer, change, says):
     assert says in refused(rewrite(twins[1], tmp_path / "bad.safetensors", change), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def content(twins):
+    """(header, tensors' bytes) of the whole checkpoint."""
+    whole = twins[1].read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8:length]), whole[length:]
+
+
+@fuzz(10)
+@given(draw=st.randoms(use_true_random=False))
+def test_entries_of_a_checkpoint_changed(content, tmp_path_factory, shapes_folder, draw):
+    """Names, shapes and dtypes changed so that the file stays sound: it loads as before, or says in one line why not."""
+    header, data = content
+    header = {name: dict(entry) for name, entry in header.items()}
+    for _ in range(draw.randint(1, 3)):
+        name = draw.choice(sorted(header.keys() - {"__metadata__"}))
+        entry, other = header[name], draw.choice(sorted(header))
+        shape, n = entry["shape"], draw.randint(0, 70)
+        what = draw.choice(["shape", "dtype", "name", "digits", "swap"])
+        if what == "shape":
+            entry["shape"] = draw.choice([shape[::-1], [1, *shape], [*shape, 1, 1], [math.prod(shape)], [*shape[:1], math.prod(shape[1:])]])
+        elif what == "dtype":
+            entry["dtype"] = draw.choice(["I32", "F32"])
+        elif what == "name":
+            new = [name + ".weight", "model.diffusion_model." + name, name.replace("_model.", ".", 1), f"x{n}"]
+            header[draw.choice(new)] = header.pop(name)
+        elif what == "digits":
+            header[re.sub(r"\d+", str(n), name, count=draw.randint(1, 3))] = header.pop(name)
+        elif other != "__metadata__":
+            header[name], header[other] = header[other], header[name]
+    text, path = json.dumps(header).encode(), tmp_path_factory.getbasetemp() / "changed.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    one_line(lambda: load(path, tokenizer=shapes_folder / "tokenizer"))
 
 
 def as_tiny_clip(hidden):
