@@ -4,9 +4,10 @@
 
 Shapes are those of SD1.x at 512x512, 8 heads: 64x64, 32x32 and 16x16 cells (head dims 40, 80, 160), to themselves and to
 77 words, for 1, 2 and 8 pictures; forward, and forward with backward; eager and, on a GPU, in a CUDA graph. On a CPU a
-reduced form: float32, one picture, 32x32 and 16x16.
+reduced form: float32, one picture, 32x32 and 16x16, one thread, and its processor time: what else the machine does counts less.
 
     sdpa_flash, sdpa_efficient, sdpa_math   PyTorch's attention, without maps: the floor
+    blocks          minsd's on a CPU, without maps or gradients (kernels/onednn.py)
     flex            FlexAttention on identity values, one way to get at probabilities with a public fused kernel
     materialised    every probability in memory, differentiated by autograd: the research code's way
     reference       minsd's plain PyTorch in bounded memory
@@ -64,6 +65,7 @@ def providers(device):
         every["fused"] = lambda q, k, v: attention(q, k, v, probs="mean", backend="triton")
     else:
         del every["sdpa_efficient"]  # not on a CPU
+        every["blocks"] = lambda q, k, v: attention(q, k, v, backend="sdpa")
     return every
 
 
@@ -127,9 +129,9 @@ def extra_mb(run, q):
 
 def seconds(run, device):
     if device.type == "cpu":
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        return time.perf_counter() - start
+        return time.process_time() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     run()
@@ -157,10 +159,12 @@ def measure(side, is_self, batch, backward, graph, device, dtype, runs):
     tolerance = 5e-6 if dtype == torch.float32 else 2e-2
     ready, rows = {}, {}
     for name, f in providers(device).items():
+        if name == "blocks" and backward:
+            continue
         row = {
             "cells": f"{side}x{side}", "kind": "self" if is_self else "cross", "batch": batch,
             "pass": "forward+backward" if backward else "forward", "mode": "graph" if graph else "eager",
-            "dtype": str(dtype).removeprefix("torch."), "provider": name, "maps": name not in SDPA,
+            "dtype": str(dtype).removeprefix("torch."), "provider": name, "maps": name not in (*SDPA, "blocks"),
         }
 
         def run(f=f):
@@ -201,6 +205,8 @@ def main():
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(1)
     dtype = getattr(torch, args.dtype or ("float16" if on_gpu else "float32"))
     rows = []
     for side in (64, 32, 16) if on_gpu else (32, 16):
