@@ -126,7 +126,7 @@ MODELS: dict[str, ModelConfig] = {
                 pad_token_id=634, eos_token_id=634,
             ),
             schedule=ScheduleConfig(beta_end=0.0085),
-            guidance_scale=5.0, conflict_limit=math.inf, update_scale=2.0,
+            guidance_scale=5.0, conflict_limit=math.inf, update_scale=0.5,
         ),
     )
 }

@@ -115,7 +115,7 @@ def test_the_embedded_model_attends_more(shapes):
     said = [[] for _ in range(6)]
     x = noise(range(6), (4, 16, 16))
     for _ in range(6):
-        refine = excite.updates(shapes, [PROMPT] * 6, [None] * 6, steps=30,
+        refine = excite.updates(shapes, [PROMPT] * 6, [None] * 6, steps=30, scale=2.0,
                                 progress=lambda b, message: said[b].append(float(message.split()[5])))
         x = refine(1, shapes.schedule.timesteps(30)[0], x)
     before, after = np.array(said)[:, 0], np.array(said)[:, -1]
