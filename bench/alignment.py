@@ -20,6 +20,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -110,12 +111,23 @@ _sd = None  # loaded before the processes fork, which share it
 
 def _job(job) -> dict[str, list]:
     """method -> [(subjects, seed, picture, verdict, costs), ...] for a part of a group."""
-    group, n, start, methods, how = job
+    group, n, start, methods, how, keep = job
+    kept = keep and keep / f"{group}-{start}-{min(start + BATCH, n)}-{'-'.join(map(str, how.values()))}.pickle"
+    if kept and kept.exists():
+        results = pickle.loads(kept.read_bytes())
+        if all(method in results for method in methods):
+            return results
     numbers = list(range(start, min(start + BATCH, n)))
     subjects = [cases(group, n)[k] for k in numbers]
     drawn = draw(_sd, methods, [sentence(s) for s in subjects], numbers, how)
-    return {method: [(s, k, np.asarray(p), detector.judge(p, s), costs) for s, k, p in zip(subjects, numbers, pictures)]
-            for method, (pictures, costs) in drawn.items()}
+    results = {method: [(s, k, np.asarray(p), detector.judge(p, s), costs) for s, k, p in zip(subjects, numbers, pictures)]
+               for method, (pictures, costs) in drawn.items()}
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_bytes(pickle.dumps(results))
+        part.rename(kept)
+    return results
 
 
 def gain(results: list, plain: list) -> dict:
@@ -134,7 +146,7 @@ def counted(args, how: dict) -> list[dict]:
     _sd, rows = minsd.load(args.model, device="cpu"), []
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:
         for group in args.groups:
-            jobs = [(group, args.n, start, args.methods, how) for start in range(0, args.n, BATCH)]
+            jobs = [(group, args.n, start, args.methods, how, args.keep) for start in range(0, args.n, BATCH)]
             results = {method: [] for method in args.methods}
             for done, part in enumerate(pool.imap(_job, jobs), 1):
                 for method in args.methods:
@@ -241,6 +253,7 @@ def main():
     parser.add_argument("--clip", type=Path, help="folder of a CLIPModel (ViT-B/16)")
     parser.add_argument("--pickscore", type=Path, help="folder of PickScore")
     parser.add_argument("--device")
+    parser.add_argument("--keep", type=Path, help="folder where parts of the embedded model's table wait for a run that is cut off")
     parser.add_argument("--sheets", type=Path, help="folder for pictures, methods by seeds")
     parser.add_argument("--csv", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
