@@ -48,8 +48,7 @@ def fetch(repo: str, *, wide: bool, check: Callable[[Path], object]) -> Path:
     if folder and weights_of(folder, files_in(folder), variants(wide)[:1]):
         return folder
     try:
-        info = hf.HfApi().model_info(repo, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)  # other calls retry for half a minute
-        names = {file.rfilename for file in info.siblings or ()}
+        names = listed(repo)
         if "model_index.json" not in names:
             single = sorted(n for n in names if n.endswith(".safetensors"))
             files = f"download its {single[0]} and give that file" if single else "nor any .safetensors file: choose another copy"
@@ -81,12 +80,21 @@ def tokenizer() -> Path:
         if all(isinstance(path, str) for path in found):
             return Path(found[0]).parent
     try:
-        return Path([hf.hf_hub_download(CLIP, name) for name in TOKENIZER_FILES][0]).parent
+        there = listed(CLIP)
+        return Path([hf.hf_hub_download(CLIP, name) for name in TOKENIZER_FILES if name in there][0]).parent
     except Exception as error:
         raise FileNotFoundError(
             "a single file holds no tokenizer: give --tokenizer DIR, a folder with vocab.json and merges.txt, such as the tokenizer/ of"
             f" any Stable Diffusion folder ({explained(error, CLIP)})"
         ) from None
+
+
+def listed(repo: str) -> set[str]:
+    """The names of the files that the hub has of `repo`. It is the one call that does not try for half a minute to reach it."""
+    import huggingface_hub as hf
+
+    info = hf.HfApi().model_info(repo, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)
+    return {file.rfilename for file in info.siblings or ()}
 
 
 def cached(repo: str) -> Path | None:
