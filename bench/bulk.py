@@ -136,7 +136,7 @@ def resume(folder: Path) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=200, help="pictures, an even number")
+    parser.add_argument("--pairs", type=int, default=200, help="pictures, a multiple of ten")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--csv", action="store_true", help="append to bench/results/bulk.csv")
@@ -144,7 +144,8 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "prompts.txt").write_text("".join(sentence(s) + "\n" for s in cases("two", args.pairs // 10)))
+        prompts = list(dict.fromkeys(map(sentence, cases("two", args.pairs))))[: args.pairs // 10]  # each once
+        (folder / "prompts.txt").write_text("\n".join(prompts))
         options = ["--prompts", str(folder / "prompts.txt"), "--seeds", "0-9", "--steps", str(args.steps)]
         rows += speeds(args, folder, options)
         rows.append(kills(args, folder, options))

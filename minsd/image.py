@@ -102,8 +102,8 @@ def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
         path = folder / f"{number(name) + 1:05d}-{settings['seed']}.png"
         while path.exists():  # two processes that could not lock
             path = folder / f"{number(path.name) + 1:05d}-{settings['seed']}.png"
+        last.seek(0), last.write(path.name), last.truncate(), last.flush()  # killed now: it names what is not there
         os.replace(temporary, path)
-        last.seek(0), last.write(path.name), last.truncate()
     return path
 
 

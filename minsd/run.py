@@ -64,7 +64,10 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
             raise type(error)(f"{line.where}{error}") from None
     if args.save_noise is not None and len({(job["height"], job["width"]) for job in jobs}) > 1:
         raise ValueError("--save-noise takes the noise of pictures of one size")
-    return jobs
+    once_each = list({identity(job): job for job in jobs}.values())
+    if len(once_each) < len(jobs) and not args.quiet:
+        print(f"minsd: {len(jobs) - len(once_each)} pictures were asked for more than once: each is made once", file=sys.stderr)
+    return once_each
 
 
 def jobs_of(sd: StableDiffusion, args, line, once: dict) -> list[dict]:

@@ -96,7 +96,7 @@ def test_what_a_sampler_does_not_take_is_told_by_line_before_anything_is_drawn(t
 
 
 def test_resume_makes_what_is_missing_and_nothing_else(tmp_path, capfd):
-    args = ["a red circle", "--seeds", "0-5", "--steps", "1", "--out", str(tmp_path), "--resume"]
+    args = ["a red circle", "--seeds", "0-5,3", "--steps", "1", "--out", str(tmp_path), "--resume"]  # 3 is asked for twice
     assert main([*args, "--quiet"]) == 0
     first = {r["seed"]: r["file"] for r in rows(tmp_path)}
     kept = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
