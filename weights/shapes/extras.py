@@ -34,6 +34,7 @@ HERE = Path(__file__).parent / "extras"
 SEED = 31  # of pictures the model has not seen
 HIDDEN = (16, 16, 32, 64)  # channels inside the embedding of control images
 RANK, LAYERS = 8, ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut")
+EXAMPLE = data.Object("red", "circle", 40, 46, 22, 0.0), data.Object("blue", "square", 88, 82, 24, 0.1)  # to try the ControlNet on
 HOLE = 0.42  # radius of the hole, of the object's
 
 
@@ -142,6 +143,7 @@ def train_control(sd, args) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    outlines(EXAMPLE).save(folder / "example.png")
     write(net.state_dict(), folder / "diffusion_pytorch_model.safetensors")
 
 
