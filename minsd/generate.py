@@ -68,7 +68,7 @@ def parser() -> Parser:
     a("--vae", metavar="DIR|FILE", type=Path, help="another VAE than the model's own")
     a("--tokenizer", metavar="DIR", type=Path, help="for single files: a folder with vocab.json and merges.txt")
     a("--prediction-type", choices=("epsilon", "v_prediction"), help="what the network predicts, where its files do not say")
-    a("--controlnet", metavar="DIR|FILE", type=Path, help="a ControlNet for --control-image")
+    a("--controlnet", metavar="DIR|FILE", type=Path, help="a ControlNet for --control-image, or for those of the --layout")
     a("--lora", metavar="FILE[:SCALE]", action="append", help="an adapter, added to the weights; may be given several times")
     a("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
     a("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, else float32")
@@ -163,7 +163,10 @@ def check(args) -> list[argparse.Namespace]:
     if args.layout_preview and args.layout is None:
         raise ValueError("--layout-preview is for --layout FILE")
     args.lora = [part if isinstance(part, str) else ":".join(map(str, part)) for part in args.lora or []]
-    args.adapters = [split_scale(text) for text in args.lora]
+    if args.lora:
+        from minsd.noise.layout import split_scale
+
+        args.adapters = [split_scale(text) for text in args.lora]
     if args.resume and any(line.seed is None and line.seeds is None for line in lines):
         raise ValueError("--resume needs --seed or --seeds: without, every run draws seeds of its own and nothing is done twice")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -180,15 +183,6 @@ def check(args) -> list[argparse.Namespace]:
     if not args.list_tokens:
         check_out(args)
     return lines
-
-
-def split_scale(text: str) -> tuple[Path, float]:
-    """"style.safetensors:0.8" -> the file and 0.8 (1 where none is said)."""
-    m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
-    try:
-        return Path(m[1]), 1.0 if m[2] is None else float(m[2])
-    except (TypeError, ValueError):
-        raise ValueError(f"--lora takes FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}") from None
 
 
 def read_prompts(args) -> list[argparse.Namespace]:
@@ -347,6 +341,8 @@ def check_layout(line) -> None:
         line.regions = dataclasses.replace(line.regions, prompt=line.prompt)
     if line.negative_prompt is not None and line.negative_prompt != line.regions.negative_prompt:
         line.regions = dataclasses.replace(line.regions, negative_prompt=line.negative_prompt)
+    if line.compile and any(region.lora for region in line.regions.regions):
+        raise ValueError("--compile cannot take in adapters by region (the layout's lora): leave it out")
     line.prompt, line.negative_prompt = line.regions.prompt, line.regions.negative_prompt
     for name in ("width", "height"):
         if (said := getattr(line.regions, name)) is not None:
@@ -356,14 +352,17 @@ def check_layout(line) -> None:
 
 
 def check_control(line) -> None:
-    if line.control_scale is not None and line.control_image is None:
-        raise ValueError("--control-scale is for --control-image")
+    images = [line.control_image, *([] if line.regions is None else line.regions.control_images)]
+    if line.control_scale is not None and line.controlnet is None:
+        raise ValueError("--control-scale is for --controlnet")
     if line.control_scale is not None and not abs(line.control_scale) <= 100:
         raise ValueError(f"--control-scale must be a number such as 0.8, not {line.control_scale}")
-    if (line.controlnet is None) != (line.control_image is None):
+    if line.control_image is not None and line.controlnet is None:
         raise ValueError("--controlnet and --control-image go together: give both")
-    if line.control_image is not None:
-        check_picture(line.control_image)
+    if line.controlnet is not None and not any(images):
+        raise ValueError("--controlnet needs a control image: --control-image FILE, or a control_image in the --layout")
+    for path in filter(None, images if line.controlnet is not None else []):
+        check_picture(path)
     if line.invert is None:
         return
     given = {"--init-noise": line.init_noise != "random", "--noise": line.noise, "--init-image": line.init_image, "--layout": line.layout,
@@ -442,9 +441,11 @@ def go(args, lines) -> None:
         raise ValueError("--attention triton is for a GPU: leave it out")
     sd = minsd.load(args.model, device, dtype, vae=args.vae, tokenizer=args.tokenizer, prediction_type=args.prediction_type)
     sd.set_attention(args.attention)
-    if args.adapters:
+    regions = [region for line in lines if line.regions is not None for region in line.regions.regions]
+    if args.adapters or any(region.lora for region in regions):
         from minsd.weights import lora
 
+        args.by_region = {path: lora.read(path, sd) for region in regions for path, _ in region.lora}
         lora.merge([(lora.read(path, sd), scale) for path, scale in args.adapters])
     if args.controlnet is not None:
         from minsd.weights.control import load_controlnet
@@ -475,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = warn
             args = parser().parse_args(argv)
-            args.made, args.wanted, args.where, args.net = 0, 0, "", None
+            args.made, args.wanted, args.where, args.net, args.adapters, args.by_region = 0, 0, "", None, [], {}
             go(args, check(args))
         return 0
     except KeyboardInterrupt:

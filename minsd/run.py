@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from minsd import __version__, image
 from minsd.controlnet import Control, Controlled, read_control_image
-from minsd.noise import collage, excite, initno, losses, stability
+from minsd.noise import collage, control, excite, initno, losses, stability
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.layout import Layout
 from minsd.noise.layout import load as load_layout
 from minsd.pipeline import StableDiffusion, first_step
 from minsd.samplers import SAMPLERS
+from minsd.weights import lora
 
 # What tells one picture from another; all else in a line is how it went.
 IDENTITY = (
@@ -87,9 +88,10 @@ def jobs_of(sd: StableDiffusion, args, line, once: dict) -> list[dict]:
         settings["layout"] = layout_json(line.regions)
         for note in () if args.quiet else line.regions.notes:
             print(f"minsd: {line.where}{note}", file=sys.stderr)
-    if line.control_image is not None:
+    if args.controlnet is not None:
+        picture = line.control_image or line.regions.control_image
         scale = 1.0 if line.control_scale is None else line.control_scale
-        settings |= {"controlnet": str(args.controlnet), "control_image": str(line.control_image), "control_scale": scale}
+        settings |= {"controlnet": str(args.controlnet), "control_image": picture and str(picture), "control_scale": scale}
     if line.invert is not None:
         settings |= {"invert": str(line.invert), "guidance_scale": 1.0 if line.guidance_scale is None else line.guidance_scale}
     if line.init_image is not None:
@@ -122,7 +124,8 @@ def layout_json(layout: Layout) -> dict:
     regions = []
     for r in layout.regions:
         place = {"box": list(r.box)} if r.box is not None else {"mask": str(r.mask.resolve())}
-        more = {"negative_prompt": r.negative_prompt, "weight": r.weight, "lora": list(r.lora), "control_scale": r.control_scale}
+        more = {"negative_prompt": r.negative_prompt, "weight": r.weight, "control_scale": r.control_scale}
+        more["lora"] = [f"{path.resolve()}:{scale}" for path, scale in r.lora]
         if r.control_image is not None:
             more["control_image"] = str(r.control_image.resolve())
         regions.append({"prompt": r.prompt, **place, **more})
@@ -337,6 +340,21 @@ def controlled(sd: StableDiffusion, job: dict, net):
         sd.unet = plain
 
 
+@contextmanager
+def predictor(sd: StableDiffusion, job: dict, prompts: list[str], seeds: list[int], args):
+    """What predicts a batch's noise, within the block: the prompts, or the layout with what its regions have of their own."""
+    if not job.get("layout"):
+        yield sd.guided(prompts, job["negative_prompt"], job["guidance_scale"])
+        return
+    layout, how = load_layout(job["layout"]), {"guidance_scale": job["guidance_scale"], "seed": seeds}
+    with lora.by_region(layout.regions, args.by_region) as tell:
+        if job.get("controlnet"):
+            pictures, scales = control.read(layout, job["control_image"], job["control_scale"])
+            yield control.predictor(sd, layout, args.net, pictures, scales, tell=tell, **how)
+        else:
+            yield collage.predictor(sd, layout, tell=tell, **how)
+
+
 def draw(sd: StableDiffusion, jobs: list[dict], args, progress, tell) -> Drawn:
     """One batch from its noise to its pictures."""
     first, prompts, subjects = jobs[0], [job["prompt"] for job in jobs], [job.get("subjects") for job in jobs]
@@ -351,13 +369,10 @@ def draw(sd: StableDiffusion, jobs: list[dict], args, progress, tell) -> Drawn:
     if first.get("init_image"):
         with Image.open(first["init_image"]) as picture:
             init = sd.encode(image.fit(picture, first["width"], first["height"]))
-    if first.get("layout"):
-        predict = collage.predictor(sd, load_layout(first["layout"]), guidance_scale=first["guidance_scale"], seed=seeds)
-    else:
-        predict = sd.guided(prompts, first["negative_prompt"], first["guidance_scale"])
-    latents = sd.denoise(
-        predict, noise, seeds=seeds, init=init, strength=first.get("strength", 0.8), refine=refine, progress=progress, **run,
-    )
+    with predictor(sd, first, prompts, seeds, args) as predict:
+        latents = sd.denoise(
+            predict, noise, seeds=seeds, init=init, strength=first.get("strength", 0.8), refine=refine, progress=progress, **run,
+        )
     pictures = sd.decode(latents)
     if frames is not None:
         for b, (picture, extra) in enumerate(zip(pictures, extras)):

@@ -9,6 +9,9 @@ mask; outside at the picture's caption or at the empty prompt, drawn for each la
 half u_k has the negative prompts in the same places. Where all u_k must be equal they are computed once, which makes N + 2
 rows a step of 2 (N + 1). All rows go through the network together, each cell with the number of its text.
 
+Passes can differ in more than their texts: ControlNets (noise/control.py) and adapters (weights/lora.py, `by_region`) that
+take each row of a batch by itself are told the rows' passes.
+
 Noise that InitNO optimised or that a score selected for the picture's caption can be what a collage begins from: what was
 optimised is then the plain run under that caption, which the collage's pass 0 repeats.
 
@@ -19,7 +22,7 @@ Aizawa 2023, arXiv 2305.03382 and 2312.08872, who move and collect blocks of noi
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +40,13 @@ ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows together, on a CPU: more
 
 Grid = tuple[int, int]  # rows, columns of an attention layer's cells
 Ways = list[dict[Grid, Tensor]]  # something for each grid; two of them where the way up through the network differs
+Tell = Callable[[list[int]], None]  # takes the pass of each row of the next run of a network
 
 
 def predictor(
     sd, layout: Layout, *, guidance_scale: float = 7.5, background_weight: float = 0.1, background_drop: float = 0.75,
     ladder: str = "direct", seed: int | Sequence[int] = 0, pad: float | None = None, attention_only: bool = False,
+    masked: bool = True, tell: Tell | None = None,
 ) -> Predictor:
     """predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, to be handed to any sampler.
 
@@ -50,24 +55,31 @@ def predictor(
     follow from the image's seed, t and the region's number alone: `seed` is one for all images, or a list with one each.
     `attention_only` is the cheap ablation: one pass, each cell looks at its region's text, nothing is merged. `ladder` says
     which cells of the attention grids are a region's: "direct" (`direct_cells`), or "compat" as the published program does.
+    Without `masked` all cells of pass k look at caption k. `tell(passes)` is called before each run of the network or of the
+    text encoder with the number of the pass, 0..N, of every row: for what acts on rows each in its own way. No u_k is then
+    taken for another's.
     ValueError, before any network runs, for what cannot be.
     """
     if layout.width is None:
         layout = layout.sized(sd.config.size, sd.config.size)
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    _check(layout, seeds, guidance_scale, background_weight, background_drop, ladder, pad)
+    _check(layout, seeds, guidance_scale, background_weight, background_drop, ladder, pad, attention_only, masked, tell)
     regions, compat, guided = layout.regions, ladder == "compat", guidance_scale != 1
-    if not regions:
+    masked = masked and bool(regions)
+    if not regions and tell is None:
         return sd.predictor(sd.encode_prompt([layout.prompt]), sd.encode_prompt([layout.negative_prompt]), guidance_scale)
 
     size = layout.height // CELL, layout.width // CELL
-    fill = np.stack([compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in regions])  # (N, h, w)
+    fill = np.array([compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in regions])
+    fill = fill.reshape(len(regions), *size)
     merge = merge_weights(fill, [background_weight, *(r.weight for r in regions)])  # (N + 1, h, w)
     merge = torch.from_numpy(merge).to(sd.device, sd.dtype)[:, None, None]
     grids = sd.unet.grids(size)
     looking = [level for level, blocks in enumerate(sd.unet.attention_blocks) if blocks]
     levels = [grids[level] for level in looking]
-    if compat:
+    if not masked:
+        own = []
+    elif compat:
         own = carry(torch.from_numpy(fill == 1), levels, compat)
     else:
         own = [{grids[i]: torch.from_numpy(np.stack([direct_cells(r.pixels, CELL << i) for r in regions])) for i in looking}]
@@ -77,17 +89,18 @@ def predictor(
         fixed = [{grid: _painted(cells, regions) for grid, cells in way.items()} for way in own]  # (1, 1, cells)
         rows = [(text, 0) for text in ([negatives, captions] if guided else [captions])]
     else:
-        surroundings = _surroundings(regions, size, background_drop, pad)  # (N, 1, h, w), or None where they are drawn
-        fixed = None if surroundings is None else _assign(own, carry(surroundings, levels, compat))
-        no_empty = surroundings is not None and not (surroundings == EMPTY).any()
-        shared = len(set(negatives)) == 1 and (negatives[0] == "" or no_empty)  # every u_k is the same number
-        rows = [([text, layout.prompt, ""], k) for k, text in enumerate(captions)]
+        surroundings = _surroundings(regions, size, background_drop, pad) if masked else None  # (N, 1, h, w); None: to be drawn
+        fixed = [] if not masked else None if surroundings is None else _assign(own, carry(surroundings, levels, compat))
+        no_empty = not masked or (surroundings is not None and not (surroundings == EMPTY).any())
+        shared = tell is None and len(set(negatives)) == 1 and (negatives[0] == "" or no_empty)  # every u_k is the same number
+        texts = 3 if masked else 1
+        rows = [([text, layout.prompt, ""][:texts], k) for k, text in enumerate(captions)]
         if guided and shared:
-            rows = [([negatives[0]] * 3, 0)] + rows
+            rows = [([negatives[0]] * texts, 0)] + rows
         elif guided:
-            rows = [([text, layout.negative_prompt, ""], k) for k, text in enumerate(negatives)] + rows
+            rows = [([text, layout.negative_prompt, ""][:texts], k) for k, text in enumerate(negatives)] + rows
     conditional = 1 if attention_only else len(captions)  # rows; the others are u
-    run = _Rows(sd, *zip(*rows), size)
+    run = _Rows(sd, *zip(*rows), size, tell)
 
     def predict(x, t):
         if tuple(x.shape[-2:]) != size:
@@ -107,7 +120,7 @@ def predictor(
     return predict
 
 
-def _check(layout, seeds, guidance_scale, background_weight, background_drop, ladder, pad) -> None:
+def _check(layout, seeds, guidance_scale, background_weight, background_drop, ladder, pad, attention_only, masked, tell) -> None:
     if ladder not in ("direct", "compat"):
         raise ValueError(f"no ladder is called {ladder!r}; choose from direct, compat")
     if not math.isfinite(guidance_scale):
@@ -120,10 +133,12 @@ def _check(layout, seeds, guidance_scale, background_weight, background_drop, la
         raise ValueError(f"pad must be 0 or more, not {pad}")
     if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds):
         raise ValueError(f"seeds must be whole numbers from 0, not {seeds}")
+    if attention_only and not (masked and tell is None):
+        raise ValueError("attention_only is one pass with every region in it: it goes with neither masked=False nor tell")
     for k, region in enumerate(layout.regions, 1):
-        if region.lora:
-            raise ValueError(f"region {k} names an adapter of its own (lora), which a collage cannot use: leave it out")
-    if layout.control_image or any(region.control_image for region in layout.regions):
+        if region.lora and tell is None:
+            raise ValueError(f"region {k} has an adapter of its own (lora): the collage must be given the tell of lora.by_region")
+    if any(layout.control_images):
         warnings.warn("no ControlNet was given: the layout's control images are not looked at", stacklevel=3)
 
 
@@ -143,7 +158,7 @@ def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
     ValueError where a cell has no weight at all: w_0 is 0 and no region reaches it.
     """
-    m = np.asarray(weights)[:, None, None] * np.concatenate([np.ones_like(fill[:1]), fill])
+    m = np.asarray(weights)[:, None, None] * np.concatenate([np.ones((1, *fill.shape[1:])), fill])
     total = m.sum(0)
     if not total.all():
         raise ValueError(f"no region covers {100 * np.mean(total == 0):.1f} % of the picture, and background_weight is 0: "
@@ -307,11 +322,13 @@ class _Rows:
     """Runs rows of several texts, each with the cells of one pass, for every image of a batch: all at once as far as memory
     goes. What attention makes of the texts is computed once."""
 
-    def __init__(self, sd, texts: Sequence[list[str]], passes: Sequence[int], size: Grid):
-        self.sd, self.passes, self.known = sd, torch.tensor(passes), {}
-        unique = sorted({text for row in texts for text in row})
-        states = dict(zip(unique, sd.encode_prompt(unique)))
-        self.context = torch.stack([torch.stack([states[text] for text in row]) for row in texts])  # (rows, R, 77, D)
+    def __init__(self, sd, texts: Sequence[list[str]], passes: Sequence[int], size: Grid, tell: Tell | None):
+        self.sd, self.passes, self.known, self.tell = sd, torch.tensor(passes), {}, tell or (lambda passes: None)
+        unique = sorted({(text, k if tell else 0) for row, k in zip(texts, passes) for text in row})
+        self.tell([k for _, k in unique])
+        states = dict(zip(unique, sd.encode_prompt([text for text, _ in unique])))
+        context = [torch.stack([states[text, k if tell else 0] for text in row]) for row, k in zip(texts, passes)]
+        self.context = torch.stack(context) if len(texts[0]) > 1 else torch.cat(context)  # (rows, R, 77, D), or (rows, 77, D)
         cells = size[0] * size[1]
         pictures = sd.batch_size(CELL * size[0], CELL * size[1])  # each of two rows
         self.limit = max(2 * pictures, ROWS_AT_ONCE // cells if sd.device.type == "cpu" else 0)
@@ -319,6 +336,7 @@ class _Rows:
     def parts(self, n: int) -> list[tuple[Tensor, Tensor, dict]]:
         """(rows, images, keys of their texts) of each pass through the network, for n images."""
         if n not in self.known:
+            self.tell(self.passes.tolist())
             each = self.sd.unet.keys(self.context)
             row, image = torch.arange(len(self.context) * n) // n, torch.arange(len(self.context) * n) % n
             self.known = {n: [
@@ -328,13 +346,15 @@ class _Rows:
         return self.known[n]
 
     def __call__(self, x: Tensor, t: int | float, ways: Ways) -> Tensor:
-        """Latents (B,4,h,w) and each pass's cells, (passes, B or 1, h*w) a grid -> every row's eps (rows,B,4,h,w)."""
+        """Latents (B,4,h,w) and each pass's cells, (passes, B or 1, h*w) a grid -> every row's eps (rows,B,4,h,w). No cells:
+        there is one text a row."""
         out = []
         for r, b, keys in self.parts(len(x)):
             chosen = []
             for way in ways:
                 chosen.append({grid: c[self.passes[r], b if c.shape[1] > 1 else 0].to(x.device) for grid, c in way.items()})
-            region = chosen[0] if len(chosen) == 1 else _DownThenUp(*chosen)
+            region = None if not chosen else chosen[0] if len(chosen) == 1 else _DownThenUp(*chosen)
             mine = x[b.to(x.device)]
+            self.tell(self.passes[r].tolist())
             out.append(eps_from_output(self.sd.unet(mine, t, keys, region=region), mine, t, self.sd.schedule))
         return torch.cat(out).unflatten(0, (len(self.context), len(x)))

@@ -33,7 +33,7 @@ class Region:
     mask: Path | None = None  # a picture, white inside
     negative_prompt: str = ""
     weight: float = 1.0
-    lora: tuple[str, ...] = ()
+    lora: tuple[tuple[Path, float], ...] = ()  # files and scales
     control_image: Path | None = None
     control_scale: float = 1.0
     drawn: np.ndarray | None = field(default=None, repr=False, compare=False)  # the mask as its file has it, boolean
@@ -58,6 +58,11 @@ class Layout:
     height: int | None = None
     control_image: Path | None = None  # the whole picture's, of the folder form
     notes: tuple[str, ...] = ()
+
+    @property
+    def control_images(self) -> list[Path | None]:
+        """The whole picture's, and each region's."""
+        return [self.control_image, *(region.control_image for region in self.regions)]
 
     def sized(self, width: int, height: int) -> "Layout":
         """This layout on a picture of width x height pixels, multiples of 8: every region's `pixels` drawn.
@@ -250,15 +255,25 @@ def _region(given, negative: str, folder: Path, where: str) -> Region:
     lora = _value(given, "lora", list, [], where)
     if not all(isinstance(name, str) and name for name in lora):
         raise ValueError(f"{where}lora is a list of files, each FILE or FILE:SCALE, not {json.dumps(lora)}")
+    lora = tuple((folder / path, by) for path, by in map(split_scale, lora))
     control = _value(given, "control_image", str, None, where)
     if control is not None and not (folder / control).is_file():
         raise FileNotFoundError(f"{where}there is no control image {folder / control}")
     mask = None if mask is None else folder / mask
     return Region(
         _required(given, "prompt", where), None if box is None else tuple(box), mask,
-        _value(given, "negative_prompt", str, negative, where), float(weight), tuple(lora),
+        _value(given, "negative_prompt", str, negative, where), float(weight), lora,
         None if control is None else folder / control, float(scale), None if mask is None else _read_mask(mask, where),
     )
+
+
+def split_scale(text: str) -> tuple[Path, float]:
+    """"style.safetensors:0.8" -> the file and 0.8 (1 where none is said)."""
+    m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
+    try:
+        return Path(m[1]), 1.0 if m[2] is None else float(m[2])
+    except (TypeError, ValueError):
+        raise ValueError(f"a LoRA is given as FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}") from None
 
 
 def _check_keys(given, known: tuple[str, ...], where: str) -> None:

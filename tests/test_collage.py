@@ -158,6 +158,10 @@ def test_fused_region_attention_is_attention_of_gathered_rows(tiny, x, monkeypat
     (make(A, (A, LEFT), (B, RIGHT)), {"attention_only": True}, 2),
     (make(A, (A, LEFT), (B, RIGHT)), {"attention_only": True, "guidance_scale": 1}, 1),
     (make(A), {}, 2),
+    (make(A, (A, LEFT), (B, RIGHT)), {"masked": False}, 4),
+    (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"masked": False}, 4),  # no cell looks at nothing
+    (make(A, (A, LEFT), (B, RIGHT)), {"tell": lambda passes: None}, 6),  # who knows what each row is told
+    (make(A), {"tell": lambda passes: None}, 2),
 ])
 def test_rows_of_a_step(tiny, x, lay, options, rows):
     calls = []
@@ -191,6 +195,35 @@ def test_against_one_row_at_a_time(tiny, x, negatives, prediction_type, drop):
     expected = row_by_row(sd, x[:1], T, lay, cells, 5.0, 0.2)
     ours = collage.predictor(sd, lay, guidance_scale=5.0, background_weight=0.2, background_drop=drop)(x[:1], T)
     assert relative(ours, expected) < 1e-10
+
+
+@pytest.mark.parametrize("negative", ["", "blurry"])
+def test_unmasked_passes_are_the_plain_predictions_of_their_captions(tiny, x, negative):
+    lay = make("a park", (A, LEFT), (B, RIGHT), negative=negative)
+    whole, left, right = (plain(tiny, text, negative)(x, T) for text in ("a park", A, B))
+    expected = torch.cat([(0.1 * whole + left)[..., :8], (0.1 * whole + right)[..., 8:]], dim=-1) / 1.1
+    assert relative(collage.predictor(tiny, lay, masked=False)(x, T), expected) < 1e-10
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_every_row_s_pass_is_told_before_each_run(tiny, x, monkeypatch, masked):
+    """Of the text encoder, of the layers that take the texts, and of the network; nothing else changes."""
+    monkeypatch.setattr(tiny, "batch_size", lambda height, width: 1, raising=False)
+    monkeypatch.setattr(collage, "ROWS_AT_ONCE", 5 * 256)
+    told, seen = [], []
+    handles = [
+        tiny.text.model.register_forward_pre_hook(lambda m, args: seen.append(("text", len(args[0]), told[-1]))),
+        tiny.unet.register_forward_pre_hook(lambda m, args: seen.append(("unet", len(args[0]), told[-1]))),
+    ]
+    lay = make("a park", (A, LEFT), (B, RIGHT))
+    out = collage.predictor(tiny, lay, masked=masked, background_drop=1, tell=told.append)(x, T)
+    for handle in handles:
+        handle.remove()
+    assert relative(out, collage.predictor(tiny, lay, masked=masked, background_drop=1)(x, T)) < 1e-10
+    assert all(len(passes) == rows for _, rows, passes in seen)
+    unet = [passes for what, _, passes in seen if what == "unet"]
+    assert unet == [[0, 0, 1, 1, 2], [2, 0, 0, 1, 1], [2, 2]]  # two images: u_0, u_1, u_2, then c_0, c_1, c_2
+    assert sorted(set(seen[0][2])) == [0, 1, 2] and [0, 1, 2, 0, 1, 2] in told
 
 
 def test_attention_only_takes_each_cell_s_own_text(tiny, x):
@@ -400,6 +433,7 @@ def test_compat_in_the_network(tiny):
     ({"guidance_scale": float("nan")}, "guidance_scale must be a number"),
     ({"seed": -1}, "whole numbers from 0"),
     ({"seed": []}, "whole numbers from 0"),
+    ({"attention_only": True, "masked": False}, "attention_only is one pass"),
 ])
 def test_mistakes(tiny, options, message):
     with pytest.raises(ValueError, match=message):
@@ -411,7 +445,7 @@ def test_what_does_not_fit(tiny, x):
         collage.predictor(tiny, make(A, (B, LEFT)), seed=[1, 2, 3])(x, T)
     with pytest.raises(ValueError, match="16x16 latent cells: latents of shape"):
         collage.predictor(tiny, make(A, (B, LEFT)))(x[..., :8], T)
-    with pytest.raises(ValueError, match="region 1 names an adapter"):
+    with pytest.raises(ValueError, match="region 1 has an adapter"):
         collage.predictor(tiny, make(A, (B, LEFT, {"lora": ["a.safetensors"]})))
 
 

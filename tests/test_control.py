@@ -1,16 +1,22 @@
-"""A collage under control images: against one guided pass after the other, and the identities of its two crops."""
+"""A collage whose regions have control images and adapters: against one guided pass after the other, and identities."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import minsd
 from minsd import guidance
 from minsd.config import ScheduleConfig
 from minsd.controlnet import Control, Controlled, ControlNet
 from minsd.noise import collage, control, layout
 from minsd.noise.initial import noise
 from minsd.samplers.schedule import Schedule
+from minsd.weights import lora
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ PICTURES = torch.rand(3, 3, 96, 128, generator=torch.Generator().manual_seed(3))
 SCALES = [0.5, 1.0, 0.7]
 
 
-def one_by_one(sd, net, lay, x, t, crop, g=4.0):
+def one_by_one(sd, net, lay, x, t, crop, g=4.0, scales=SCALES, adapted=lambda k: contextlib.nullcontext()):
     """The definition: N+1 guided predictions by themselves, merged by weights written out for boxes of whole cells."""
     h, w = x.shape[-2:]
     total, merged = torch.zeros(h, w).double(), torch.zeros_like(x)
@@ -57,10 +63,10 @@ def one_by_one(sd, net, lay, x, t, crop, g=4.0):
         cut = (slice(None), slice(None), slice(y0, y1), slice(x0, x1)) if crop == "flex" else (slice(None),)
         size = (8 * (y1 - y0), 8 * (x1 - x0)) if crop == "flex" else (96, 128)
         picture = torch.nn.functional.interpolate(PICTURES[k : k + 1], size=size, mode="bilinear", antialias=True)
-        unet = Controlled(sd.unet, [Control(net, picture, SCALES[k])])
-        texts = (sd.encode_prompt(p).double() for p in (who.prompt, who.negative_prompt))
-        eps = torch.zeros_like(x)
-        eps[cut] = guidance.classifier_free(unet, *texts, g, sd.schedule)(x[cut], t)
+        unet, eps = Controlled(sd.unet, [Control(net, picture, scales[k])]), torch.zeros_like(x)
+        with adapted(k):
+            texts = (sd.encode_prompt(p) for p in (who.prompt, who.negative_prompt))
+            eps[cut] = guidance.classifier_free(unet, *texts, g, sd.schedule)(x[cut], t)
         merged, total = merged + m * eps, total + m
     return merged / total
 
@@ -98,6 +104,64 @@ def test_without_scale_it_is_a_collage_of_plain_texts(sd, net):
     assert relative(ours(X, 401), theirs(X, 401)) < 1e-10
 
 
+@torch.no_grad()
+def test_masked_on_request(sd, net):
+    """With the region everywhere and nothing outside, masked or not is the same; with half of it, it is not."""
+    for box, same in ((ALL, True), (LEFT, False)):
+        on, off = (control.predictor(sd, sized(made(box)), net, PICTURES[:2], [0.5, 1.0], masked=m)(X, 401) for m in (True, False))
+        assert (relative(on, off) < 1e-10) == same
+
+
+@pytest.fixture(scope="module")
+def adapters(sd):
+    """Two random ones, on both networks, by names that layouts use."""
+    torch.manual_seed(5)
+    fused = {layer: m for m in sd.unet.modules() if isinstance(m, minsd.attention.Attention) for layer in (m.to_q, m.to_k, m.to_v)}
+    made = {}
+    for name in ("one", "two"):
+        parts = []
+        for module in (*sd.unet.modules(), *sd.text.model.modules()):
+            if isinstance(module, torch.nn.Linear) or (isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3)):
+                shape = module.weight.shape
+                down, up = torch.randn(2, *shape[1:]).double(), 0.05 * torch.randn(shape[0], 2, *[1] * (len(shape) - 2)).double()
+                parts.append(lora.Part(str(len(parts)), module, fused.get(module), down / shape[1:].numel() ** 0.5, up, 1.0))
+        made[Path(name)] = lora.LoRA(name, tuple(parts))
+    return made
+
+
+@pytest.mark.parametrize("how", ["collage", "fixed", "flex"])
+@torch.no_grad()
+def test_each_region_has_its_own_adapters(sd, net, adapters, how):
+    """Against passes whose adapters are merged into the weights: none for the whole picture, one for the first region, both
+    for the second."""
+    one, two = adapters
+    lay = sized(made(LEFT, RIGHT))
+    lay = replace(lay, regions=(replace(lay.regions[0], lora=((one, 0.8),)), replace(lay.regions[1], lora=((two, 0.5), (one, -0.4)))))
+    weights = {0: {}, 1: {one: 0.8}, 2: {two: 0.5, one: -0.4}}
+    scales = [0.0] * 3 if how == "collage" else SCALES
+
+    @contextlib.contextmanager
+    def merged(k):
+        kept = lora.merge([(adapters[path], scale) for path, scale in weights[k].items()])
+        yield
+        lora.unmerge(kept)
+
+    expected = one_by_one(sd, net, lay, X, 401, how, scales=scales, adapted=merged)
+    with lora.by_region(lay.regions, adapters) as tell:
+        if how == "collage":
+            predict = collage.predictor(sd, lay, guidance_scale=4.0, masked=False, tell=tell)
+        else:
+            predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop=how, guidance_scale=4.0, tell=tell)
+        ours = predict(X, 401)
+    assert relative(ours, expected) < 1e-6  # the text encoder is in float32
+    assert relative(one_by_one(sd, net, lay, X, 401, how, scales=scales), expected) > 1e-3
+
+
+def test_without_adapters_nothing_is_told(adapters):
+    with lora.by_region(sized(made(LEFT)).regions, adapters) as tell:
+        assert tell is None
+
+
 def test_reading_control_images(tmp_path):
     for name, grey in (("whole", 100), ("one", 200)):
         Image.fromarray(np.full((96, 128), grey, np.uint8)).save(tmp_path / f"{name}.png")
@@ -115,5 +179,7 @@ def test_one_clear_line(sd, net):
     lay = sized(made(LEFT, RIGHT))
     with pytest.raises(ValueError, match="no crop is called 'cut'"):
         control.predictor(sd, lay, net, PICTURES, SCALES, crop="cut")
+    with pytest.raises(ValueError, match="nothing outside to mask"):
+        control.predictor(sd, lay, net, PICTURES, SCALES, crop="flex", masked=True)
     with pytest.raises(ValueError, match="3 control images"):
         control.predictor(sd, lay, net, PICTURES[:2], SCALES)

@@ -316,7 +316,7 @@ def test_layout_and_its_preview(tmp_path):
     assert np.array_equal(pixels(tmp_path / "o/00000-1.png"), pixels(tmp_path / "o/00001-1.png"))
 
 
-def test_adapters_and_controlnet(tmp_path, made):
+def test_adapters_and_controlnet(tmp_path, made, capfd):
     from minsd.config import MODELS
     from minsd.controlnet import ControlNet
 
@@ -335,6 +335,33 @@ def test_adapters_and_controlnet(tmp_path, made):
     assert np.array_equal(first, no_lora) and np.array_equal(first, no_control)
     assert np.abs(first - lora).max() > 2 and np.abs(first - controlled).max() > 2
     assert lines(tmp_path)[4]["control_scale"] == 0.5 and lines(tmp_path)[3]["lora"][0].endswith(":0.5")
+
+    (tmp_path / "edges.png").write_bytes((made / "00001-5.png").read_bytes())
+    halves = [{"prompt": "a red circle", "box": [0, 0, 0.5, 1]}, {"prompt": "a blue square", "box": [0.5, 0, 1, 1]}]
+    own = {"control": {"control_image": "edges.png", "control_scale": 0.5}, "lora": {"lora": ["style.safetensors:0.5"]}}
+    for name, more in (("plain", {}), *own.items(), ("both", own["control"] | own["lora"])):
+        layout = {"prompt": PROMPT, "regions": [halves[0], halves[1] | more]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(layout))
+        given = control[:2] if more.get("control_image") else []
+        run = ["--layout", str(tmp_path / f"{name}.json"), "--seed", "3", "--steps", "2", "--out", str(tmp_path / "o"), "--quiet"]
+        assert main([*run, *given]) == 0
+    rows = lines(tmp_path / "o")
+    assert [row["unet_rows"] for row in rows] == [2 * 4, 2 * 6, 2 * 6, 2 * 6]  # with something of its own no pass shares a half
+    plain, *others = (pixels(tmp_path / "o" / row["file"]) for row in rows)
+    assert all(np.abs(a - b).max() > 2 for a, b in ((plain, others[0]), (plain, others[1]), (others[0], others[2]), (others[1], others[2])))
+    region = rows[3]["layout"]["regions"][1]
+    assert region["lora"] == [f"{tmp_path / 'style.safetensors'}:0.5"] and region["control_image"] == str(tmp_path / "edges.png")
+    assert main(["--like", str(tmp_path / "o" / rows[3]["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
+    assert np.array_equal(pixels(tmp_path / "o" / lines(tmp_path / "o")[4]["file"]), others[2])
+    capfd.readouterr()
+    lost = ["--layout", str(tmp_path / "lora.json"), "--out", str(tmp_path / "o"), "--seed", "3"]
+    for more, message in ((control[:2], "--controlnet needs a control image"), (["--compile"], "adapters by region")):
+        assert main([*lost, *more]) == 2 and message in capfd.readouterr().err
+    (tmp_path / "edges.png").write_text("no picture")
+    assert main(["--layout", str(tmp_path / "both.json"), *control[:2], "--out", str(tmp_path / "o")]) == 2
+    assert "edges.png is not a picture" in capfd.readouterr().err
+    (tmp_path / "style.safetensors").unlink()
+    assert main(lost) == 2 and "there is no LoRA" in capfd.readouterr().err
 
 
 def test_interrupt_keeps_what_is_done(tmp_path, capfd, monkeypatch):

@@ -48,8 +48,8 @@ def test_a_layout_file(tmp_path):
     assert (read.prompt, read.negative_prompt, read.width, read.height) == ("two shapes", "blurry", 64, 32)
     a, b = read.regions
     assert (a.prompt, a.negative_prompt, a.weight, a.lora) == ("a red circle", "blurry", 1.0, ())  # left out: the picture's
-    assert (b.negative_prompt, b.weight, b.lora, b.control_scale) == ("", 2.0, ("style.safetensors:0.8",), 0.5)
-    assert b.control_image == tmp_path / "edges.png"
+    assert (b.negative_prompt, b.weight, b.lora, b.control_scale) == ("", 2.0, ((tmp_path / "style.safetensors", 0.8),), 0.5)
+    assert b.control_image == tmp_path / "edges.png" and read.control_images == [None, None, b.control_image]
     assert a.bounds == (0, 0, 32, 32) and a.pixels.sum() == 32 * 32
     assert b.bounds == (8, 8, 24, 24) and b.pixels.sum() == 16 * 16
     assert read.notes == ()
@@ -98,6 +98,7 @@ def test_masks_of_another_size_are_resized_with_a_note(tmp_path):
     (changed(region={"weight": "1"}), "'weight' must be a number"),
     (changed(region={"lora": "style.safetensors"}), "'lora' must be a list"),
     (changed(region={"lora": [3]}), "FILE:SCALE"),
+    (changed(region={"lora": ["a.safetensors:1.2.3"]}), "FILE:SCALE, such as"),
     (changed(region={"mask": "m.png"}), "one of the two"),
     (changed(drop=["box"]), "one of the two"),
     (changed(drop=["prompt"]), "region 1: there is no 'prompt'"),

@@ -5,7 +5,7 @@ Files: kohya's (`lora_unet_*`, `lora_te_*`, with alphas) and those of diffusers 
 the UNet and of the text encoder. `read` checks every tensor against the model; then either
 
     merge(...)     adds to the weights: no cost while sampling, the whole batch alike, undone to the bit
-    per_row(...)   adds beside them, each row of a batch at its own scale: the passes of a collage
+    per_row(...)   adds beside them, each row of a batch at its own scale: the passes of a collage (by_region)
 
     kept = merge([(read("style.safetensors", sd), 0.8)])
     images = sd("a red circle")
@@ -15,9 +15,10 @@ the UNet and of the text encoder. `read` checks every tensor against the model; 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -288,6 +289,18 @@ def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
             stack.callback(setattr, attention, "fused", attention.fused)
             attention.fused = None
         yield chosen
+
+
+@contextmanager
+def by_region(regions, adapters: Mapping[Path, LoRA]):
+    """Within the `with` block, each region of a layout (noise/layout.py) has the adapters that its `lora` names, and the rest of
+    the picture none: yields the `tell` that the collage's predictor must be given, None where no region has any."""
+    files = dict.fromkeys(path for region in regions for path, _ in region.lora)
+    scaled = [
+        (adapters[path], [0.0, *(sum(scale for name, scale in region.lora if name == path) for region in regions)]) for path in files
+    ]
+    with per_row(scaled) as rows:
+        yield partial(setattr, rows, "index") if files else None
 
 
 def _check_scales(scales: Sequence[float]) -> None:
