@@ -265,7 +265,7 @@ def cost(args) -> list[dict]:
     rows = []
     for T in args.steps:
         results = {}
-        for variant in ("checkpointed", "whole"):
+        for variant in args.activations:
             command = [sys.executable, "-m", "bench.stability", *sys.argv[1:], "--steps", str(T), "--cost-worker", variant]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:  # all activations need not fit
@@ -301,6 +301,7 @@ def main():
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], help="T, for --cost")
     parser.add_argument("--size", type=int, help="pixels a side, for --cost")
     parser.add_argument("--runs", type=int, default=3, help="for --cost")
+    parser.add_argument("--activations", nargs="+", choices=("checkpointed", "whole"), default=("checkpointed", "whole"), help="for --cost")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cost-worker", choices=("checkpointed", "whole"), help=argparse.SUPPRESS)
