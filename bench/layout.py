@@ -184,7 +184,7 @@ def grid(kept: dict, path: Path, columns: int = 12) -> None:
     out = Image.new("RGB", (110 + wide, sum(line[0].height for line in lines.values())), "white")
     pen, y = ImageDraw.Draw(out), 0
     for (method, n), line in lines.items():
-        pen.text((4, y + 50), f"{method}\n{n} boxes", fill="black")
+        pen.text((4, y + 40), method.replace("+", "\n+") + f"\n{n} boxes", fill="black")
         for i, picture in enumerate(line):
             out.paste(picture, (110 + i * picture.width, y))
         y += line[0].height

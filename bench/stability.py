@@ -222,7 +222,7 @@ def plot(correlations, rates, optimised, path) -> None:
             right.plot(*zip(*line), "o-", label=key)
     for r in optimised[1:]:
         right.plot(r["rows"], base + r["gain"], "x", label=r["choice"])
-    right.set(xscale="log", xlabel="UNet rows spent on the choice", ylabel="pictures without neglect: of a random noise, plus the gain")
+    right.set(xscale="log", xlabel="UNet rows spent on the choice", ylabel="pictures without neglect (random + gain)")
     right.legend(fontsize=7, ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
