@@ -23,7 +23,7 @@ from minsd.vae import VAE
 from minsd.weights import hub
 from minsd.weights.ldm_keys import clip_name, newer_vae_name
 from minsd.weights.single import FileHash, original, vae_file
-from minsd.weights.tensors import ORIGINAL, PICKLES, Tensors, copies, guess, lies_well, read_json
+from minsd.weights.tensors import ORIGINAL, PICKLES, Tensors, guess, lies_well, read_json
 from minsd.weights.tensors import read_header as read_header  # others take it from here
 
 SHAPES_FOLDER = Path(__file__).parent / "shapes"
@@ -289,7 +289,7 @@ def folder_config(folder: Path) -> ModelConfig:
 def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename=lambda name: name) -> None:
     """Give each parameter its tensor, on `device` in `dtype`, frozen. What is on the meta device is put in place, mapped where
     the file has it in that dtype and it lies well; what has memory of its own (a part of a fused buffer) is written to."""
-    device, parameters = torch.device(device), dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
     own = {rename(name): name for name in parameters}
     sources, twice = {}, []
     for name in tensors:
@@ -317,15 +317,12 @@ def fill(module: nn.Module, tensors: Tensors, device, dtype: torch.dtype, rename
         if isinstance(part, Attention) and part.fused is None:
             part.fuse(device, dtype)
     parameters = dict(module.named_parameters())  # some are new now
-    found = {name: tensors[sources[key]].reshape(parameters[name].shape) for key, name in own.items()}
-    unfilled = {name: None for name in found if parameters[name].is_meta}
-    if device.type == "cpu":
-        cast = [name for name in unfilled if found[name].dtype != dtype or not lies_well(found[name])]
-        found |= zip(cast, copies([found[name] for name in cast], dtype))
-    for name, tensor in found.items():
-        if name in unfilled:
+    for key, name in own.items():
+        tensor = tensors[sources[key]].reshape(parameters[name].shape)
+        if parameters[name].is_meta:
+            tensor = tensor.to(device, dtype, copy=not lies_well(tensor))
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+            setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
         else:
             parameters[name].copy_(tensor)
     for name, buffer in module.named_buffers():

@@ -5,10 +5,8 @@ come from strangers: sizes, offsets, names and dtypes are checked to the byte, w
 is refused in one line. Pickles, which can run code, are not opened at all.
 """
 
-import contextlib
 import json
 import math
-import mmap
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +15,6 @@ import torch
 from safetensors import safe_open
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-ALIGNMENT = 64  # bytes, as torch's own tensors have it
 MAX_HEADER = 32 * 2**20  # bytes. The format allows 100 MB, real ones have less than 1, and JSON grows twentyfold in memory
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -152,29 +149,7 @@ def lies_well(tensor: torch.Tensor) -> bool:
     float32 matrix that does not start at a multiple of 64 bytes can be summed in another order (Intel oneMKL's guide,
     "Conditional Numerical Reproducibility"): the same weights would give another picture from another file. Biases and norms
     do not mind, nor do half precisions."""
-    return tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.data_ptr() % ALIGNMENT == 0
-
-
-def copies(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Casts of CPU tensors, side by side in one piece of new memory. ValueError if there is not so much.
-
-    The piece is made of huge pages where the system has them: touching new memory page by page is most of the time that a
-    load takes. Each copy starts at a multiple of ALIGNMENT bytes.
-    """
-    sizes = [-(-tensor.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    try:
-        memory = mmap.mmap(-1, max(1, sum(sizes)), **private)
-    except (OSError, OverflowError):
-        raise ValueError(f"there is no memory for {sum(sizes) / 2**30:.1f} GiB of weights in {dtype}") from None
-    with contextlib.suppress(AttributeError, OSError):  # another system, or a kernel without
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    placed, position = [], 0
-    for tensor, size in zip(tensors, sizes):
-        there = torch.frombuffer(memory, dtype=dtype, count=tensor.numel(), offset=position).view(tensor.shape)
-        placed.append(there.copy_(tensor))
-        position += size
-    return placed
+    return tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.data_ptr() % 64 == 0
 
 
 class Part(Mapping):
