@@ -440,7 +440,6 @@ def go(args, lines) -> None:
     if args.attention == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("--attention triton is for a GPU: leave it out")
     sd = minsd.load(args.model, device, dtype, vae=args.vae, tokenizer=args.tokenizer, prediction_type=args.prediction_type)
-    sd.set_attention(args.attention)
     regions = [region for line in lines if line.regions is not None for region in line.regions.regions]
     if args.adapters or any(region.lora for region in regions):
         from minsd.weights import lora
@@ -451,6 +450,7 @@ def go(args, lines) -> None:
         from minsd.weights.control import load_controlnet
 
         args.net = load_controlnet(args.controlnet, device=sd.device, dtype=sd.dtype)
+    sd.set_attention(args.attention, *([] if args.net is None else [args.net]))
     if args.compile:
         sd.compile()
     if int(os.environ.get("RANK", 0)):
@@ -471,6 +471,8 @@ def go(args, lines) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    # OpenMP's threads wait for each other by spinning, which beside other work takes the processors from those waited for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
     args = argparse.Namespace(debug=False)
     try:
         with warnings.catch_warnings():

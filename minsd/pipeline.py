@@ -76,11 +76,11 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
-    def set_attention(self, backend: str) -> None:
-        """Who computes attention in the UNet: a backend of `minsd.kernels.attention`."""
+    def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
+        """Who computes attention in the UNet, and in `others` (a ControlNet): a backend of `minsd.kernels.attention`."""
         if backend not in BACKENDS:
             raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
-        for module in self.unet.modules():
+        for module in (module for network in (self.unet, *others) for module in network.modules()):
             if isinstance(module, Attention):
                 module.backend = backend
         if self.graphs is not None:

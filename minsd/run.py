@@ -434,6 +434,8 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                 if len(part) == 1:
                     size = f"{part[0]['width']}x{part[0]['height']}"
                     raise ValueError(f"not even one picture of {size} fits the GPU's memory: make it smaller") from None
+                if sd.graphs is not None:
+                    sd.graphs.release()
                 torch.cuda.empty_cache()
                 parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
                 bar.n = at

@@ -1,7 +1,10 @@
 """A small random Stable Diffusion saved by diffusers itself, for loading and whole-pipeline parity; a measure of memory."""
 
+import os
 import shutil
 import weakref
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as minsd/generate.py has it: before torch
 
 import pytest
 import torch
