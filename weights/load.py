@@ -202,7 +202,8 @@ def unet_config(path: Path) -> UNetConfig:
         "act_fn": (None, "silu", "swish"), "resnet_time_scale_shift": (None, "default"), "attention_type": (None, "default"),
         "time_embedding_type": (None, "positional"), "mid_block_type": (None, "UNetMidBlock2DCrossAttn"),
         "transformer_layers_per_block": (None, 1), "center_input_sample": (None, False), "cross_attention_norm": (None,),
-        "conv_in_kernel": (None, 3), "conv_out_kernel": (None, 3),
+        "conv_in_kernel": (None, 3), "conv_out_kernel": (None, 3), "flip_sin_to_cos": (None, True), "freq_shift": (None, 0),
+        "downsample_padding": (None, 1), "mid_block_scale_factor": (None, 1),
     }.items():
         if c.get(key) not in fine:
             raise ValueError(f"{path}: {key} = {c[key]!r} is not an architecture of Stable Diffusion 1.x or 2.x")
@@ -259,6 +260,11 @@ def schedule_config(path: Path) -> ScheduleConfig:
     c = read_json(path)
     if c.get("trained_betas") is not None:
         raise ValueError(f"{path}: trained_betas are not supported; minsd knows scaled_linear and linear betas")
+    if c.get("rescale_betas_zero_snr"):
+        raise ValueError(f"{path}: rescale_betas_zero_snr is not supported: minsd's samplers begin where some signal is left")
+    for key, known in {"prediction_type": ("epsilon", "v_prediction"), "timestep_spacing": ("leading", "linspace", "trailing")}.items():
+        if c.get(key) not in (None, *known):
+            raise ValueError(f"{path}: {key} = {ascii(c[key])[:80]} is not known: {' or '.join(known)}")
     config = checked(ScheduleConfig(**{f.name: c[f.name] for f in fields(ScheduleConfig) if c.get(f.name) is not None}), path)
     if not 0 < config.beta_start <= config.beta_end < 1 or not 1 <= config.num_train_timesteps <= 10**5:
         betas = f"betas from {config.beta_start} to {config.beta_end} in {config.num_train_timesteps} steps"
