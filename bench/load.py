@@ -103,7 +103,8 @@ def worker(args):
     else:
         from minsd.weights.load import load_model
 
-        os.environ["XDG_CACHE_HOME"] = str(folder / ("nowhere" if args.worker == "minsd, new file" else "cache"))
+        # a file instead of a folder: nothing can be kept there
+        os.environ["XDG_CACHE_HOME"] = str(folder / ("model_index.json" if args.worker == "minsd, new file" else "cache"))
 
         def load():
             return load_model(str(single or folder), device=torch.device("cpu"), dtype=dtype, tokenizer=single and folder / "tokenizer")
