@@ -21,7 +21,7 @@ setup(
     packages=["minsd", *(f"minsd.{folder.replace('/', '.')}" for folder in FOLDERS)],
     package_dir={"minsd": "minsd", **{f"minsd.{folder.replace('/', '.')}": folder for folder in FOLDERS}},
     package_data={"minsd.weights.shapes": ["README.md", "model_index.json", *(f"{d}/*" for d in (
-        "unet", "vae", "text_encoder", "tokenizer", "scheduler"))]},
+        "unet", "vae", "text_encoder", "tokenizer", "scheduler", "extras/outlines")), "extras/*.safetensors"]},
     install_requires=[
         "torch>=2.6",
         "safetensors>=0.4.3",

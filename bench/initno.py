@@ -40,6 +40,7 @@ class Research:
         import torch
 
         from minsd.attention import Attention, AttentionRecorder
+        from minsd.kernels import onednn
         from minsd.noise import losses
 
         self.torch, self.losses, self.sd = torch, losses, sd
@@ -48,7 +49,7 @@ class Research:
         self.grid = which.resolution  # which maps are looked at
         self.context, self.both, self.stored = context, torch.cat([uncond, context]), []
         self.select = losses.selector([losses.resolve(sd.text, PROMPT, SUBJECTS)]).to(context.device)
-        Attention.attend = staticmethod(self.attend)
+        Attention.attend, onednn.available = staticmethod(self.attend), lambda *tensors: False  # PyTorch's own products
         for module in sd.unet.modules():
             if isinstance(module, Attention):
                 module.fused = None  # projections one by one, from weights that can take gradients

@@ -18,7 +18,8 @@ LEAST = 1 << 22  # queries x keys x head dim from which attention in blocks of P
 def available(*tensors: Tensor | None) -> bool:
     """Whether these can go through oneDNN's operator, whatever their dtype."""
     return (
-        not torch.compiler.is_compiling() and all(y is None or y.device.type == "cpu" for y in tensors)
+        not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        and all(y is None or y.device.type == "cpu" for y in tensors)
         and torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 

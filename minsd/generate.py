@@ -344,6 +344,8 @@ def check_layout(line) -> None:
     if line.compile and any(region.lora for region in line.regions.regions):
         raise ValueError("--compile cannot take in adapters by region (the layout's lora): leave it out")
     line.prompt, line.negative_prompt = line.regions.prompt, line.regions.negative_prompt
+    if line.init_noise == "select" and line.score == "attention" and line.regions.regions and not (line.excite or line.attention_maps):
+        line.looks = False  # what counts is where the regions' captions look
     for name in ("width", "height"):
         if (said := getattr(line.regions, name)) is not None:
             if getattr(line, name) not in (None, said):

@@ -283,10 +283,16 @@ def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tenso
     if first.get("score") == "attention":
         for k, job in enumerate(jobs):
             candidates = list(range(seeds[k], seeds[k] + job["candidates"]))
-            scores = initno.attention_scores(sd, job["prompt"], job["subjects"], candidates, **run)
-            seeds[k] = candidates[scores.index(min(scores))]  # losses: the least is the best
+            if method == "select" and job.get("layout"):  # by where the captions of its regions look
+                where = {key: job[key] for key in ("steps", "sampler")}
+                scores = collage.arrange(sd, load_layout(job["layout"]), candidates, **where).scores
+                best = max(scores)
+            else:
+                scores = initno.attention_scores(sd, job["prompt"], job["subjects"], candidates, **run)
+                best = min(scores)  # they are losses
+            seeds[k] = candidates[scores.index(best)]
             notes[k] = {"seed": seeds[k], "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)]}
-            tell(f"seed {seeds[k]} has the best of {len(scores)} scores, {min(scores):.3f}")
+            tell(f"seed {seeds[k]} has the best of {len(scores)} scores, {best:.3f}")
     trip = {key: first[key] for key in ("negative_prompt", "guidance_scale", "height", "width")}
     if method == "select" and first["score"] == "stability":
         for k, job in enumerate(jobs):

@@ -251,6 +251,7 @@ class Arrangement:
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
     chosen: list[int]  # which of the candidates, seeds or numbers from 0, the picture's and each region's part come from
     shares: list[float]  # how much of the attention to a region's subjects fell into it, in the candidate taken, 0 to 1
+    scores: list[float]  # of each candidate as a whole: the product of all regions' shares, 0 to 1
     rows: int  # UNet rows, which stop early
 
 
@@ -294,13 +295,14 @@ def arrange(
             inside.append(((maps * torch.from_numpy(fill).to(maps)).sum((-2, -1)) / maps.sum((-2, -1))).mean(1))  # (b,)
         shares.append(torch.cat(inside).cpu())
     shares = torch.stack(shares)  # (N, K)
-    bests = [int(shares.log().sum(0).argmax()), *shares.argmax(1).tolist()]
+    scores = shares.prod(0)  # (K,)
+    bests = [int(scores.argmax()), *shares.argmax(1).tolist()]
     noise = given[bests[0]][None].clone()
     for k in _stacked(layout.regions):
         cells = torch.from_numpy(direct_cells(layout.regions[k].pixels, CELL))
         noise[0, :, cells] = given[bests[k + 1]][:, cells]
     chosen = bests if isinstance(candidates, Tensor) else [list(candidates)[k] for k in bests]
-    return Arrangement(noise, chosen, shares.amax(1).tolist(), len(given) * len(layout.regions))
+    return Arrangement(noise, chosen, shares.amax(1).tolist(), scores.tolist(), len(given) * len(layout.regions))
 
 
 # --- rows of one step through the network ----------------------------------------------------------------------------
