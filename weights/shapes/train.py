@@ -381,7 +381,7 @@ def work(rank, world, device, args):
     done, vae = train_vae(workers, args.vae_samples or VAE_SAMPLES[kind], args.run, deadline)
     if not done:
         return
-    if kind == "full" and (lost := confused(vae, workers)):
+    if kind == "full" and args.vae_samples is None and (lost := confused(vae, workers)):
         raise SystemExit(f"the VAE cannot tell {', '.join(lost)} from other colours: take another SEED, or more samples")
     store = latents_of(vae, workers, args.run, PICTURES // (4 if args.quick else 1))
     z = store["latents"].double()
