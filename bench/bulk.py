@@ -68,13 +68,13 @@ def rate(folder: Path) -> float:
 
 def kills(args, folder: Path, options: list[str]) -> dict:
     rng, out, survived = random.Random(0), folder / "killed", 0
-    for _ in range(args.kills):
+    for k in range(args.kills):
         process, before = launch(args.processes, *options, "--out", str(out), "--resume"), len(list(out.glob("*.png")))
-        wanted = before + rng.randint(0, 2 * args.pairs // (args.kills + 1))
+        wanted = before + rng.randint(0, (args.pairs - before) // (args.kills - k + 1))
         while process.poll() is None and len(list(out.glob("*.png"))) < wanted:
             time.sleep(0.02)
         if process.poll() is None:
-            time.sleep(rng.random())
+            time.sleep(0.2 * rng.random())
             kill(process)
             survived += 1
     assert launch(args.processes, *options, "--out", str(out), "--resume").wait() == 0
