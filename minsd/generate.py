@@ -345,7 +345,12 @@ def check_layout(line) -> None:
         raise ValueError("--compile cannot take in adapters by region (the layout's lora): leave it out")
     line.prompt, line.negative_prompt = line.regions.prompt, line.regions.negative_prompt
     if line.init_noise == "select" and line.score == "attention" and line.regions.regions and not (line.excite or line.attention_maps):
-        line.looks = False  # what counts is where the regions' captions look
+        if line.subjects is not None:
+            raise ValueError("with a layout, select --score attention asks where the regions' captions look: leave out --subjects")
+        line.looks = False
+    for path in (path for region in line.regions.regions for path, _ in region.lora):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no LoRA {path}")
     for name in ("width", "height"):
         if (said := getattr(line.regions, name)) is not None:
             if getattr(line, name) not in (None, said):
@@ -442,11 +447,14 @@ def go(args, lines) -> None:
     if args.attention == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("--attention triton is for a GPU: leave it out")
     sd = minsd.load(args.model, device, dtype, vae=args.vae, tokenizer=args.tokenizer, prediction_type=args.prediction_type)
+    if sd.device.type == "cuda":
+        torch.cuda.set_device(sd.device)  # or every process of several would take some of the first one, too
     regions = [region for line in lines if line.regions is not None for region in line.regions.regions]
     if args.adapters or any(region.lora for region in regions):
         from minsd.weights import lora
 
-        args.by_region = {path: lora.read(path, sd) for region in regions for path, _ in region.lora}
+        paths = {path.resolve() for region in regions for path, _ in region.lora}  # as the jobs name them
+        args.by_region = {path: lora.read(path, sd) for path in paths}
         lora.merge([(lora.read(path, sd), scale) for path, scale in args.adapters])
     if args.controlnet is not None:
         from minsd.weights.control import load_controlnet

@@ -51,12 +51,14 @@ def own_copy(y: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y.detach())
 
 
-def capture(run: Callable[[], torch.Tensor], pool) -> tuple[Callable[[], None], torch.Tensor]:
+def capture(run: Callable[[], torch.Tensor], pool, stream) -> tuple[Callable[[], None], torch.Tensor]:
     """-> (replay, the tensor in which every replay leaves its output). Graphs of one pool share the memory of what lies
-    between input and output: they run one after the other."""
+    between input and output: they run one after the other, and are captured on one stream of the network's own device."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = run()
+    # The outer two put device and stream back even where the end of a broken capture raises.
+    with torch.cuda.device(stream.device), torch.cuda.stream(torch.cuda.current_stream(stream.device)):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            out = run()
     return graph.replay, out
 
 
@@ -89,13 +91,13 @@ class Graphs:
         self.parts = [part for part in module.modules() if part is not module]
         self.graphs: dict[tuple, Graph] = {}
         self.seen, self.refused = set(), set()
-        self.pool, self.held = None, 0
+        self.pool, self.stream, self.held = None, None, 0
 
     def release(self) -> None:
         """Let go of every graph and of the memory in it: before other work that needs it, and when the network has changed."""
         self.graphs.clear()
         self.seen.clear()
-        self.pool, self.held = None, 0
+        self.pool, self.stream, self.held = None, None, 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -105,9 +107,10 @@ class Graphs:
             t = torch.full((), t, device=x.device, dtype=torch.float32)
         arguments = (x, t, context, more)
         tensors = tensors_of(arguments)
-        if record is not None or not self._can(tensors):
+        looked_up = not isinstance(more.get("region"), (dict, type(None)))  # answers otherwise from call to call
+        if record is not None or looked_up or not self._can(tensors):
             return self._plainly(x, t, context, record=record, **more)
-        key = form_of(arguments), next(self.module.parameters()).data_ptr()  # weights that moved have other addresses
+        key = form_of(arguments), next(self.module.parameters()).data_ptr(), torch.is_grad_enabled()  # moved weights have other addresses
         if key not in self.graphs and (key in self.refused or key not in self.seen):
             self.seen.add(key)
             return self._plainly(*arguments[:3], **more)
@@ -118,6 +121,8 @@ class Graphs:
     def _can(self, tensors) -> bool:
         if torch.is_grad_enabled() and any(y.requires_grad for y in tensors):
             return False
+        if torch.is_inference_mode_enabled() or any(y.is_inference() for y in tensors):  # these have no version to compare
+            return False
         if any(part._forward_hooks or part._forward_pre_hooks for part in self.parts):  # an adapter's, or someone who watches
             return False
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
@@ -126,21 +131,23 @@ class Graphs:
         """Whether there now is a graph for `key`."""
         if len(self.graphs) >= LIMIT:
             self.release()
-        cuda = tensors[0].is_cuda
+        x0 = tensors[0]
+        cuda = x0.is_cuda
         if cuda:
             torch.cuda.empty_cache()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-        before = torch.cuda.memory_reserved() if cuda else 0
+            self.stream = self.stream or torch.cuda.Stream(x0.device)
+        before = torch.cuda.memory_reserved(x0.device) if cuda else 0
         try:
             inputs = [own_copy(y) for y in tensors]
             x, t, context, more = replaced(arguments, iter(inputs))
             with torch.no_grad():
-                replay, output = capture(lambda: self.run(x, t, context, **more), self.pool)
+                replay, output = capture(lambda: self.run(x, t, context, **more), self.pool, self.stream)
         except RuntimeError as error:  # of memory, mostly: the network alone needs less than beside its graphs
             reason = None if isinstance(error, torch.cuda.OutOfMemoryError) else str(error).splitlines()[0]
         else:
             self.graphs[key] = Graph(inputs, [(y, y._version) for y in tensors], replay, output)
-            self.held += (torch.cuda.memory_reserved() if cuda else 0) - before
+            self.held += (torch.cuda.memory_reserved(x0.device) if cuda else 0) - before
             return True
         self.release()
         self.refused.add(key)

@@ -258,7 +258,8 @@ class StableDiffusion:
             x = decode(self.vae, part)  # (b, 3, 8h, 8w)
             if not x.isfinite().all() and self.dtype != torch.float32:  # beyond float16's 65504, seen with real SD VAEs
                 warnings.warn(f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2)
-                x = decode(copy.deepcopy(self.vae).float(), part.float())
+                vae = copy.deepcopy(self.vae).float()
+                x = torch.cat([decode_in_bands(vae, one) for one in part.float().split(1)])  # there is twice as much of everything
             if not x.isfinite().all():
                 raise FloatingPointError("the VAE's picture is not finite even in float32: its file is damaged; --vae takes another")
             pixels.append(x)

@@ -85,6 +85,8 @@ def jobs_of(sd: StableDiffusion, args, line, once: dict) -> list[dict]:
     settings |= {key: value for key in METHOD_OPTIONS if (value := getattr(line, key)) is not None}
     if line.regions is not None:
         line.regions = line.regions.sized(settings["width"], settings["height"])
+        if line.init_noise == "select" and line.score == "attention":
+            collage.caption_subjects(sd, line.regions)  # says now which caption names none
         settings["layout"] = layout_json(line.regions)
         for note in () if args.quiet else line.regions.notes:
             print(f"minsd: {line.where}{note}", file=sys.stderr)
@@ -283,7 +285,7 @@ def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tenso
     if first.get("score") == "attention":
         for k, job in enumerate(jobs):
             candidates = list(range(seeds[k], seeds[k] + job["candidates"]))
-            if method == "select" and job.get("layout"):  # by where the captions of its regions look
+            if method == "select" and job.get("layout") and job["layout"]["regions"]:  # by where the captions of its regions look
                 where = {key: job[key] for key in ("steps", "sampler")}
                 scores = collage.arrange(sd, load_layout(job["layout"]), candidates, **where).scores
                 best = max(scores)
@@ -424,8 +426,9 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
     if args.resume and not args.quiet:
         print(f"minsd: {len(mine)} of {len(jobs)} pictures are still to be made" + (" by this process" * (world > 1)), file=sys.stderr)
     kept, evaluations = [], []
-    handle = sd.unet.register_forward_pre_hook(lambda module, inputs: evaluations.append(len(inputs[0])))
-    with tqdm(total=sum(map(steps_of, mine)), unit="step", disable=args.quiet or rank > 0, file=sys.stderr) as bar:
+    watching = sd.unet.register_forward_pre_hook(lambda module, inputs: evaluations.append(len(inputs[0])))
+    steps = sum(map(steps_of, mine))
+    with watching, tqdm(total=steps, unit="step", disable=args.quiet or rank > 0 or not steps, file=sys.stderr) as bar:
         while parts:
             part, begin = parts.pop(0), time.perf_counter()
             numbers = f"picture {args.made + 1}" if len(part) == 1 else f"pictures {args.made + 1}-{args.made + len(part)}"
@@ -437,13 +440,14 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                     step = partial(bar.update, len(part))
                     drawn = invert(sd, part[0]) if part[0].get("invert") else draw(sd, part, args, lambda i, t: step(), bar.set_postfix_str)  # noqa: B023
             except torch.cuda.OutOfMemoryError:
-                if len(part) == 1:
+                held = sd.graphs is not None and sd.graphs.held
+                if len(part) == 1 and not held:
                     size = f"{part[0]['width']}x{part[0]['height']}"
                     raise ValueError(f"not even one picture of {size} fits the GPU's memory: make it smaller") from None
-                if sd.graphs is not None:
+                if held:
                     sd.graphs.release()
                 torch.cuda.empty_cache()
-                parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+                parts[:0] = [part] if held else [part[: len(part) // 2], part[len(part) // 2 :]]
                 bar.n = at
                 continue
             seconds = (time.perf_counter() - begin) / len(part)
@@ -463,7 +467,6 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                     bar.write(f"minsd: {path}", file=sys.stderr)
             if args.save_noise is not None:
                 kept.append(drawn.noise.cpu())
-    handle.remove()
     if kept:
         save_noise(torch.cat(kept), args.save_noise)
     paths = [args.out / f"runs-{rank}.jsonl"] if world > 1 else []

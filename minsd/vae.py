@@ -187,13 +187,16 @@ def _in_bands(f, x: torch.Tensor, scale: float = 1) -> torch.Tensor:
 
 def _conv_in_bands(norm: nn.GroupNorm, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """conv(silu(norm(x))) of (B,C,H,W)."""
-    count, total, squares = x.shape[1] // norm.num_groups * x.shape[2] * x.shape[3], 0.0, 0.0
+    count, around, total, squares = x.shape[1] // norm.num_groups * x.shape[2] * x.shape[3], None, 0.0, 0.0
     exact = torch.promote_types(x.dtype, torch.float32)
     for band in x.split(max(1, x.shape[2] // 16), dim=2):
         band = band.unflatten(1, (norm.num_groups, -1)).flatten(2).to(exact)  # (B, groups, n)
-        total, squares = total + band.sum(2).double(), squares + band.square().sum(2).double()
+        around = band.mean(2, keepdim=True) if around is None else around  # squares of large numbers would cancel
+        band = band - around
+        total, squares = total + band.sum(2), squares + band.square().sum(2)
     mean = total / count  # (B, groups)
-    scale = (squares / count - mean.square() + norm.eps).rsqrt()
+    scale = ((squares / count - mean.square()).clamp(min=0) + norm.eps).rsqrt()
+    mean = mean + around[..., 0]
     scale, shift = (y.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for y in (scale, -mean * scale))  # (B, C) each
     scale, shift = ((y[..., None, None]).to(exact) for y in (scale * norm.weight, shift * norm.weight + norm.bias))
     return _in_bands(lambda band: conv(F.silu(band.to(exact) * scale + shift).to(x.dtype)), x)

@@ -255,6 +255,17 @@ class Arrangement:
     rows: int  # UNet rows, which stop early
 
 
+def caption_subjects(sd, layout: Layout) -> list[list]:
+    """For each region where its caption names subjects, as `sd.text.positions` has it. ValueError for a caption with none."""
+    found = []
+    for k, region in enumerate(layout.regions, 1):
+        try:
+            found.append([sd.text.positions(region.prompt, word) for word in losses.automatic_subjects(region.prompt)])
+        except ValueError as error:
+            raise ValueError(f"region {k}: {error}") from None
+    return found
+
+
 @torch.no_grad()
 def arrange(
     sd, layout: Layout, candidates: Sequence[int] | Tensor, *, steps: int | None = None, sampler: str | None = None,
@@ -278,14 +289,7 @@ def arrange(
     if given.ndim != 4 or tuple(given.shape[2:]) != size or not len(given):
         raise ValueError(f"candidates must be seeds or noises (K,4,{size[0]},{size[1]}), at least one, not of shape {tuple(given.shape)}")
     t = losses.listed_timesteps(sd, steps, sampler)[0]
-    selects = []
-    for k, region in enumerate(layout.regions, 1):
-        try:
-            places = [sd.text.positions(region.prompt, word) for word in losses.automatic_subjects(region.prompt)]
-        except ValueError as error:
-            raise ValueError(f"region {k}: {error}") from None
-        selects.append(losses.selector([places]))
-    shares = []
+    selects, shares = [losses.selector([places]) for places in caption_subjects(sd, layout)], []
     for region, select in zip(layout.regions, selects):
         context, inside = sd.encode_prompt(region.prompt), []
         for part in given.split(sd.batch_size(layout.height, layout.width)):
@@ -329,6 +333,7 @@ class _Rows:
         unique = sorted({(text, k if tell else 0) for row, k in zip(texts, passes) for text in row})
         self.tell([k for _, k in unique])
         states = dict(zip(unique, sd.encode_prompt([text for text, _ in unique])))
+        self.tell([])
         context = [torch.stack([states[text, k if tell else 0] for text in row]) for row, k in zip(texts, passes)]
         self.context = torch.stack(context) if len(texts[0]) > 1 else torch.cat(context)  # (rows, R, 77, D), or (rows, 77, D)
         cells = size[0] * size[1]
@@ -359,4 +364,5 @@ class _Rows:
             mine = x[b.to(x.device)]
             self.tell(self.passes[r].tolist())
             out.append(eps_from_output(self.sd.unet(mine, t, keys, region=region), mine, t, self.sd.schedule))
+        self.tell([])  # whoever else runs the network, such as a refine, has it plain
         return torch.cat(out).unflatten(0, (len(self.context), len(x)))

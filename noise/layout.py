@@ -70,6 +70,8 @@ class Layout:
         ValueError for boxes that leave the picture and for regions that fill no latent cell by half.
         """
         for name, value in (("width", width), ("height", height)):
+            if value > 16384:
+                raise ValueError(f"the layout's {name} must be at most 16384 pixels, not {value}")
             if value < CELL or value % CELL:
                 raise ValueError(f"the layout's {name} must be a positive multiple of {CELL}, not {value}")
         notes, regions = list(self.notes), []
@@ -217,6 +219,8 @@ def _read_json(path: Path):
         raise FileNotFoundError(f"there is no layout {path}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{path} has brackets within brackets, too many") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
 

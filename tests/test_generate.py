@@ -316,7 +316,7 @@ def test_layout_and_its_preview(tmp_path):
     assert np.array_equal(pixels(tmp_path / "o/00000-1.png"), pixels(tmp_path / "o/00001-1.png"))
 
 
-def test_adapters_and_controlnet(tmp_path, made, capfd):
+def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
     from minsd.config import MODELS
     from minsd.controlnet import ControlNet
 
@@ -353,7 +353,14 @@ def test_adapters_and_controlnet(tmp_path, made, capfd):
     assert region["lora"] == [f"{tmp_path / 'style.safetensors'}:0.5"] and region["control_image"] == str(tmp_path / "edges.png")
     assert main(["--like", str(tmp_path / "o" / rows[3]["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "o" / lines(tmp_path / "o")[4]["file"]), others[2])
+    monkeypatch.chdir(tmp_path)  # a relative path; and other runs of the network between the collage's
+    assert main(["--layout", "lora.json", "--seed", "3", "--steps", "2", "--out", "o", "--quiet", "--excite", "--attention-maps"]) == 0
+    (tmp_path / "none.json").write_text(json.dumps({"prompt": PROMPT, "regions": []}))
+    select = ["--init-noise", "select", "--score", "attention", "--candidates", "2", "--steps", "2", "--seed", "3", "--quiet", "--out", "o"]
+    assert main(["--layout", "none.json", *select]) == 0
+    (tmp_path / "dumb.json").write_text(json.dumps({"prompt": PROMPT, "regions": [halves[0] | {"prompt": "and"}]}))
     capfd.readouterr()
+    assert main(["--layout", "dumb.json", *select]) == 2 and "region 1: " in capfd.readouterr().err
     lost = ["--layout", str(tmp_path / "lora.json"), "--out", str(tmp_path / "o"), "--seed", "3"]
     for more, message in ((control[:2], "--controlnet needs a control image"), (["--compile"], "adapters by region")):
         assert main([*lost, *more]) == 2 and message in capfd.readouterr().err

@@ -27,7 +27,7 @@ class Recorded:
 
     captures, replays, fail = 0, 0, None
 
-    def __call__(self, run, pool):
+    def __call__(self, run, pool, stream):
         self.captures += 1
         if self.fail is not None:
             raise self.fail
@@ -211,3 +211,12 @@ def test_on_a_gpu_the_same_picture_and_no_waiting_in_the_loop(small_folder):
     plain = sd.sample("a red circle", start, steps=6)
     for a, b in zip(sd.decode(with_graphs), sd.decode(plain)):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_another_gpu_than_the_current_one():
+    sd = minsd.load("shapes", "cuda:1")
+    by_graphs = np.asarray(sd("a red circle", steps=4)[0]).astype(int)
+    assert sd.graphs.graphs
+    sd.use_graphs(False)
+    assert np.abs(by_graphs - np.asarray(sd("a red circle", steps=4)[0])).max() <= 2

@@ -152,9 +152,10 @@ def test_overflow_is_never_a_black_picture(small, monkeypatch):
     monkeypatch.setattr(type(small.vae), "decode", overflowing)
     with pytest.warns(UserWarning, match="decoded again in float32"):
         again = np.asarray(short.decode(ones)[0])
-    assert np.array_equal(again, expected)
-    monkeypatch.setattr(type(small.vae), "decode", lambda self, z: decode(self, z) * torch.nan)  # of a damaged file
-    for sd in (small, short):
+    assert np.abs(again.astype(int) - expected).max() <= 1
+    for sd in (copy.copy(small), short):
+        sd.vae = copy.deepcopy(sd.vae)
+        sd.vae.decoder.conv_out.bias.fill_(torch.nan)  # of a damaged file
         with pytest.raises(FloatingPointError, match="even in float32"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             sd.decode(ones)

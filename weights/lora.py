@@ -273,6 +273,8 @@ def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
 
     def hook(module, inputs, out):
         x = inputs[0]
+        if chosen.index is not None and not len(chosen.index):  # told of no rows: the adapters rest
+            return out
         for part, scales in by_module[module]:
             rows, scale = rows_of(scales, x, out)
             if rows is None:
