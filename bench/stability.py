@@ -45,7 +45,6 @@ BATCH = 10
 PICTURE = {"steps": 20, "sampler": "ddim"}  # at the model's own guidance
 SCORES = ("10:7.5/1", "5:7.5/1", "10:5/1:50", "10:1/1:50", "10:7.5/7.5:50", "20:7.5/1:50", "50:7.5/1:50")  # 5: the embedded model's own
 BEST_OF = (10, 30, 100)
-PAPER_NUMBERS = 65_536  # in the latents that the paper's learning rate of 100 was meant for
 VERDICTS = ("no_neglect", "strict")
 
 _sd = None
@@ -316,7 +315,7 @@ def main():
         return
     torch.set_num_threads(1)
     _sd = minsd.load(args.model, device="cpu")
-    begin, own = time.time(), 100 * (4 * 16 * 16) / PAPER_NUMBERS
+    begin, own = time.time(), 100 * (4 * 16 * 16) / stability.PAPER_NUMBERS  # `optimize`'s own
     trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
     ways = [(f"{mode} lr {lr:.3g}" + " rescaled" * rescale, trip | {"mode": mode, "lr": lr, "rescale": rescale})
             for mode, lr, rescale in (("detach", 100.0, True), ("full", own, True))]

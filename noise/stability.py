@@ -33,6 +33,7 @@ from minsd.noise.initial import noise as draw_noise
 from minsd.samplers import SAMPLERS, ddim
 
 MEMORYLESS = ("ddim", "euler", "heun")  # each step a function of x and t alone: the others have no inverse to speak of
+PAPER_NUMBERS = 65_536  # in the latents that the paper's learning rate of 100 was meant for
 NORMAL = (0.97, 1.03)  # |noise| / sqrt(d), within which it still looks to the network like noise
 
 
@@ -240,16 +241,18 @@ def optimize(sd, prompt: str, seed: int | Tensor, *, progress: Callable[[str], N
 
 
 def optimize_batch(
-    sd, prompts: str | Sequence[str], noise: Tensor | Sequence[int], *, mode: str = "full", optimize_steps: int = 100, lr: float = 100.0,
-    momentum: float = 0.5, keep: str = "last", rescale: bool = False, checkpointed: bool = True, height: int | None = None,
-    width: int | None = None, progress: Callable[[int, str], None] | None = None, **trip,
+    sd, prompts: str | Sequence[str], noise: Tensor | Sequence[int], *, mode: str = "full", optimize_steps: int = 100,
+    lr: float | None = None, momentum: float = 0.5, keep: str = "last", rescale: bool = False, checkpointed: bool = True,
+    height: int | None = None, width: int | None = None, progress: Callable[[int, str], None] | None = None, **trip,
 ) -> list[Result]:
     """Gradient descent on 1 - s from noises (B,4,h,w) or seeds; a Result each, independent of the others of the batch.
 
-    `mode`: "full" or "detach" (see the top of this file). SGD with `lr` and `momentum` as the paper gives them for latents of 65,536
-    numbers. The noise may leave the sphere of radius sqrt(d) where unit noise lives: a warning says so outside 0.97..1.03
-    of it, and `rescale` puts it back after every step. `keep`: the "last" iterate, or the "best". `checkpointed=False` keeps
-    all activations of "full": faster by a forward pass, if they fit. `trip`: as in `score`.
+    `mode`: "full" or "detach" (see the top of this file). SGD with the paper's `momentum`; `lr` is by default the paper's 100,
+    for latents of 65,536 numbers, scaled to these: gradients go with 1 / sqrt(d) and |noise| with sqrt(d), so that an lr in
+    proportion to d moves the noise by the same share of itself. The noise may leave the sphere of radius sqrt(d) where unit
+    noise lives: a warning says so outside 0.97..1.03 of it, and `rescale` puts it back after every step. `keep`: the "last"
+    iterate, or the "best". `checkpointed=False` keeps all activations of "full": faster by a forward pass, if they fit.
+    `trip`: as in `score`.
 
     `progress(b, message)` follows image b: "step 7/100 score 0.912 best 0.934 norm 1.002 mean 0.001 std 1.002". ValueError for a
     caller's errors, before any network runs. A score or gradient that is not finite gives back the noise begun from, with a note.
@@ -258,9 +261,10 @@ def optimize_batch(
         raise ValueError(f"mode must be 'full' or 'detach', not {mode!r}")
     if keep not in ("last", "best"):
         raise ValueError(f"keep must be 'last' or 'best', not {keep!r}")
-    if optimize_steps < 0 or not (math.isfinite(lr) and lr >= 0 and 0 <= momentum < 1):
+    if optimize_steps < 0 or not ((lr is None or 0 <= lr < math.inf) and 0 <= momentum < 1):
         raise ValueError(f"{optimize_steps} steps at lr {lr}, momentum {momentum}: steps and lr must be 0 or more, momentum in 0..1")
     noise, count = _noises(sd, prompts, noise, height, width)
+    lr = 100.0 * noise[0].numel() / PAPER_NUMBERS if lr is None else lr
     trip = Trip(sd, prompts, **trip)
     size = sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])
     size = max(1, size // 2) if mode == "full" else size  # a gradient keeps more than a guided step does

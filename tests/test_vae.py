@@ -47,7 +47,8 @@ def test_bands_are_the_whole(shapes, size):
 
 @torch.no_grad()
 def test_bands_take_less_memory():
-    vae, z, images = VAE(VAEConfig((16, 32, 64, 64), 2, 4, 8)), torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 512, 512)
+    # as wide and small as here, the finest maps weigh more than the scores of the attention, which has no bands
+    vae, z, images = VAE(VAEConfig((32, 64, 64, 64), 2, 4, 8)), torch.zeros(1, 4, 32, 32), torch.zeros(1, 3, 256, 256)
 
     def peak(code, x):
         with Live() as live:
@@ -56,4 +57,4 @@ def test_bands_take_less_memory():
 
     assert peak(lambda z: decode_in_bands(vae, z), z) < 0.75 * peak(vae.decode, z)
     assert peak(lambda x: encode_in_bands(vae, x), images) < 0.75 * peak(vae.encode, images)
-    assert peak(vae.decode, z) < memory_needed(vae.config, 512, 512, torch.float32)
+    assert peak(vae.decode, z) < memory_needed(vae.config, 256, 256, torch.float32)
