@@ -9,7 +9,6 @@ Attribute names are those of diffusers' ControlNetModel checkpoints; weights/con
     predict = guidance.classifier_free(unet, cond, uncond, 7.5, sd.schedule)
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +67,7 @@ class ControlNet(UNet):
         -> (what to add to each tensor that the UNet keeps, and to its middle): its `control`."""
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
         temb = F.silu(self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)))  # (B, 4*C0)
+        region_down, region_up = region if isinstance(region, tuple) else (region, region)
 
         x = self.conv_in(x) + embedded  # (B, C0, h, w)
         skips = [x]
@@ -75,13 +75,13 @@ class ControlNet(UNet):
             for resnet, transformer in block.layers():
                 x = resnet(x, temb)
                 if transformer is not None:
-                    x = transformer(x, context, region=region)
+                    x = transformer(x, context, region=region_down)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         x = self.mid_block.resnets[0](x, temb)
-        x = self.mid_block.attentions[0](x, context, region=region)
+        x = self.mid_block.attentions[0](x, context, region=region_up)
         x = self.mid_block.resnets[1](x, temb)
         return [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)], self.controlnet_mid_block(x)
 
@@ -159,7 +159,7 @@ class Controlled:
         for number, control in enumerate(self.controls):
             if not control.counts(t):
                 continue
-            added = control.net(x, t, context, self._embedding(number, x), region=copy.copy(region))  # one may count the layers
+            added = control.net(x, t, context, self._embedding(number, x), region=region)
             scale = self._for_rows(torch.tensor(control.scales), x)[:, None, None, None]  # (B, 1, 1, 1)
             added = [scale * y for y in (*added[0], added[1])]
             total = added if total is None else [a + b for a, b in zip(total, added, strict=True)]

@@ -107,8 +107,7 @@ class Graphs:
             t = torch.full((), t, device=x.device, dtype=torch.float32)
         arguments = (x, t, context, more)
         tensors = tensors_of(arguments)
-        looked_up = not isinstance(more.get("region"), (dict, type(None)))  # answers otherwise from call to call
-        if record is not None or looked_up or not self._can(tensors):
+        if record is not None or not self._can(tensors):
             return self._plainly(x, t, context, record=record, **more)
         key = form_of(arguments), next(self.module.parameters()).data_ptr(), torch.is_grad_enabled()  # moved weights have other addresses
         if key not in self.graphs and (key in self.refused or key not in self.seen):

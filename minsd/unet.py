@@ -217,7 +217,7 @@ class UNet(nn.Module):
         context: torch.Tensor | dict,
         *,
         record: AttentionRecorder | None = None,
-        region: dict[tuple[int, int], torch.Tensor] | None = None,
+        region: dict[tuple[int, int], torch.Tensor] | tuple[dict, dict] | None = None,
         control: tuple[list[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
         """x (B,4,h,w) latents, t a training timestep or (B,) of them, context (B,77,D) text states or their `keys`
@@ -227,7 +227,8 @@ class UNet(nn.Module):
         and returns None. h and w may be any size: the way up takes each size from what was kept on the way down.
 
         With `region`, context is (B,R,77,D), R texts for each picture, and every cell looks at one of them:
-        `region[grid]` is (B, rows*columns) integers 0..R-1 for the grid of each level with cross-attention (`grids`).
+        `region[grid]` is (B, rows*columns) integers 0..R-1 for the grid of each level with cross-attention (`grids`). Of a
+        pair of such dicts the first serves the way down, the second the middle and the way up.
         `control` is what a ControlNet adds: one tensor for each skip, in the order of `skips` below, and one for the middle.
         """
         if record is not None:
@@ -235,6 +236,7 @@ class UNet(nn.Module):
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
         temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
         temb = F.silu(temb)  # every resnet applies it first: once here  # (B, 4*C0)
+        region_down, region_up = region if isinstance(region, tuple) else (region, region)
 
         x = self.conv_in(x)  # (B, C0, h, w)
         skips = [x]
@@ -242,7 +244,7 @@ class UNet(nn.Module):
             for resnet, transformer in block.layers():
                 x = resnet(x, temb)
                 if transformer is not None:
-                    x = transformer(x, context, record, region)
+                    x = transformer(x, context, record, region_down)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)  # (B, C, h/2, w/2)
@@ -251,7 +253,7 @@ class UNet(nn.Module):
             return None
 
         x = self.mid_block.resnets[0](x, temb)
-        x = self.mid_block.attentions[0](x, context, record, region)
+        x = self.mid_block.attentions[0](x, context, record, region_up)
         x = self.mid_block.resnets[1](x, temb)
         if record is not None and record.done:
             return None
@@ -263,7 +265,7 @@ class UNet(nn.Module):
             for resnet, transformer in block.layers():
                 x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
                 if transformer is not None:
-                    x = transformer(x, context, record, region)
+                    x = transformer(x, context, record, region_up)
                     if record is not None and record.done:
                         return None
             for upsample in block.upsamplers:

@@ -312,18 +312,6 @@ def arrange(
 # --- rows of one step through the network ----------------------------------------------------------------------------
 
 
-class _DownThenUp:
-    """What the network asks, layer after layer, for its cells' texts: after the coarsest grid come those of the way up."""
-
-    def __init__(self, down: dict[Grid, Tensor], up: dict[Grid, Tensor]):
-        self.now, self.up, self.coarsest = down, up, list(down)[-1]
-
-    def __getitem__(self, grid: Grid) -> Tensor:
-        if grid == self.coarsest:
-            self.now = self.up
-        return self.now[grid]
-
-
 class _Rows:
     """Runs rows of several texts, each with the cells of one pass, for every image of a batch: all at once as far as memory
     goes. What attention makes of the texts is computed once."""
@@ -360,7 +348,7 @@ class _Rows:
             chosen = []
             for way in ways:
                 chosen.append({grid: c[self.passes[r], b if c.shape[1] > 1 else 0].to(x.device) for grid, c in way.items()})
-            region = None if not chosen else chosen[0] if len(chosen) == 1 else _DownThenUp(*chosen)
+            region = tuple(chosen) if len(chosen) == 2 else chosen[0] if chosen else None
             mine = x[b.to(x.device)]
             self.tell(self.passes[r].tolist())
             out.append(eps_from_output(self.sd.unet(mine, t, keys, region=region), mine, t, self.sd.schedule))

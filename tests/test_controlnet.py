@@ -16,7 +16,6 @@ import minsd
 from minsd import guidance
 from minsd.config import MODELS
 from minsd.controlnet import Control, Controlled, ControlNet, read_control_image
-from minsd.noise.collage import _DownThenUp
 from minsd.weights.control import load_controlnet
 
 
@@ -131,16 +130,16 @@ def test_another_set_of_controls_takes_the_first_one_s_place(small, net, picture
 
 
 @torch.no_grad()
-def test_the_controlnet_s_layers_are_not_counted_as_the_unet_s(small, net, pictures):
-    """A collage's "compat" cells change with the coarsest layer, which both networks have."""
+def test_texts_of_down_and_up_reach_the_controlnet(small, net, pictures):
+    """Text 0 on the way down, text 1 from the middle on, as a collage's "compat" cells may have it."""
     torch.manual_seed(8)
     x, texts, grids = torch.randn(1, 4, 16, 16), torch.randn(1, 2, 77, 32), small.unet.grids((16, 16))
     down, up = ({grid: torch.full((1, grid[0] * grid[1]), text) for grid in grids} for text in (0, 1))
     unet = Controlled(small.unet, [Control(net, pictures[:1])])
     added = net(x, 300, texts[:, 0], net.embed(pictures[:1]))[0]  # its way down, at text 0
-    middle = net(x, 300, texts, net.embed(pictures[:1]), region=_DownThenUp(down, up))[1]
-    expected = small.unet(x, 300, texts, region=_DownThenUp(down, up), control=(added, middle))
-    assert relative(unet(x, 300, texts, region=_DownThenUp(down, up)), expected) < 1e-5
+    middle = net(x, 300, texts, net.embed(pictures[:1]), region=(down, up))[1]
+    expected = small.unet(x, 300, texts, region=(down, up), control=(added, middle))
+    assert relative(unet(x, 300, texts, region=(down, up)), expected) < 1e-5
 
 
 @torch.no_grad()

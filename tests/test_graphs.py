@@ -106,9 +106,15 @@ def test_one_graph_for_each_form(unet, fake, monkeypatch):
     for _ in range(2):
         assert close(run(*forms[3][0], **forms[3][1]), plain(*forms[3][0], **forms[3][1]))
     assert fake.captures == 4 and len(run.graphs) == 1  # the fourth: the others went
+    other = {grid: cells + 1 for grid, cells in region.items()}
+    context = torch.stack([context, context.flip(0)], dim=1)  # (B, R, 77, D)
+    for pair in ((region, other), (region, other), (other, region)):
+        assert close(run(x, 9, context, region=pair), plain(x, 9, context, region=pair))
+    assert fake.captures == 5  # one for pairs
+    assert not close(run(x, 9, context, region=(region, other)), run(x, 9, context, region=(other, region)))
     unet.to(torch.float64).to(torch.float32)  # weights at other addresses: the graph must not be taken
     run(*forms[3][0], **forms[3][1])
-    assert fake.captures == 4
+    assert fake.captures == 5
 
 
 def test_what_needs_the_network_itself_gets_it(unet, fake):

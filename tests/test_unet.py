@@ -163,6 +163,18 @@ def test_each_cell_looks_at_its_own_text(small):
 
 
 @torch.no_grad()
+def test_a_pair_of_texts_one_down_one_up(small):
+    """The way down is what the first text alone makes of it; everything after it sees the second alone."""
+    unet, x, context = small
+    texts = torch.stack([context, context.flip(0)], dim=1)  # (B, R, 77, D)
+    down, up = ({grid: torch.full((2, grid[0] * grid[1]), text) for grid in unet.grids((16, 16))} for text in (0, 1))
+    keys = [unet.keys(texts[:, text]) for text in (0, 1)]
+    spliced = {m: keys[name.split(".")[0] != "down_blocks"][m] for name, m in unet.named_modules() if m in keys[0]}
+    assert relative(unet(x, 300, texts, region=(down, up)), unet(x, 300, spliced)) < 1e-6
+    assert relative(unet(x, 300, texts, region=(down, up)), unet(x, 300, texts, region=up)) > 1e-4
+
+
+@torch.no_grad()
 def test_keys_stand_for_the_text(small):
     unet, x, context = small
     keys = unet.keys(context)
