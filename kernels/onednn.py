@@ -3,12 +3,13 @@
 PyTorch brings two: oneDNN for convolutions, and on x86 MKL for float32 matrix products, which leaves AVX-512 to Intel's own
 processors. Measured on one core of an AMD EPYC (Zen 5), 8192 x 1280 times 1280 x 320: 105 GFLOP/s by MKL, 240 by oneDNN. The
 operator called here is the one that PyTorch's own compiler puts in place of a linear layer. Where it is missing, under a
-compiler and on any other device everything is PyTorch's.
+compiler, in forward mode or torch.func's transforms, which it does not know, and on any other device everything is PyTorch's.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 ROWS = 16  # fewer are a vector's work, not a matrix's: nothing is gained
 BLOCK = 1 << 20  # scores held at once by each thread: 4 MB, what caches hold
@@ -19,6 +20,7 @@ def available(*tensors: Tensor | None) -> bool:
     """Whether these can go through oneDNN's operator, whatever their dtype."""
     return (
         not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
         and all(y is None or y.device.type == "cpu" for y in tensors)
         and torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

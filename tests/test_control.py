@@ -157,6 +157,20 @@ def test_each_region_has_its_own_adapters(sd, net, adapters, how):
     assert relative(one_by_one(sd, net, lay, X, 401, how, scales=scales), expected) > 1e-3
 
 
+@torch.no_grad()
+def test_told_of_no_rows_adapters_rest(sd, adapters):
+    """As between a collage's passes, when whoever else runs the network has it plain."""
+    lay, texts = sized(made(LEFT)), sd.encode_prompt(["a red circle"])
+    lay = replace(lay, regions=(replace(lay.regions[0], lora=((next(iter(adapters)), 0.8),)),))
+    plain = sd.unet(X[:1], 401, texts)
+    with lora.by_region(lay.regions, adapters) as tell:
+        for passes, differ in (([1], True), ([0], False), ([1], True), ([], False)):
+            tell(passes)
+            difference = relative(sd.unet(X[:1], 401, texts), plain)
+            assert difference > 1e-3 if differ else difference < 1e-12
+        assert relative(sd.encode_prompt(["a red circle"]), texts) < 1e-6
+
+
 def test_without_adapters_nothing_is_told(adapters):
     with lora.by_region(sized(made(LEFT)).regions, adapters) as tell:
         assert tell is None

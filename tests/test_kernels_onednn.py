@@ -56,6 +56,11 @@ def test_where_pytorch_multiplies_itself(calls):
     assert not calls
     torch.testing.assert_close(layer(x), plain)
     assert len(calls) == 1
+    tangent = torch.randn_like(x)
+    _, forward = torch.func.jvp(layer, (x,), (tangent,))
+    torch.testing.assert_close(forward, tangent @ layer.weight.T)
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).sum())(x), layer.weight.sum(0).expand_as(x))
+    assert len(calls) == 1
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), plain)
     assert len(calls) == 1

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -253,7 +253,8 @@ def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
     by_module: dict[nn.Module, list[tuple[Part, Sequence[float]]]] = {}
     for lora, scales in scaled:
         for part in lora.parts:
-            by_module.setdefault(part.module, []).append((part, scales))
+            like = part.module.weight  # moved there once: a copy at every call would have the device wait
+            by_module.setdefault(part.module, []).append((replace(part, down=part.down.to(like), up=part.up.to(like)), scales))
     chosen, known = Rows(), {}  # known: by scales and rows of the batch
 
     def rows_of(scales, x, out):
