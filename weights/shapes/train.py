@@ -407,11 +407,12 @@ def main():
     parser.add_argument("--vae-samples", type=int, help="pictures the VAE sees in all")
     parser.add_argument("--minutes", type=float, help="stop after so long, to be resumed by the same command")
     parser.add_argument("--run", type=Path, help="checkpoints (default: run/ beside this file, run/quick/ with --quick)")
-    parser.add_argument("--out", type=Path, default=HERE, help="where the finished folder goes")
+    parser.add_argument("--out", type=Path, help="the finished folder (default: this one, or the checkpoints' with --quick)")
     parser.add_argument("--export", action="store_true", help="write the folder from the newest checkpoint, and stop")
     parser.add_argument("--workers", type=int, help="processes (default: one a core, or one GPU)")
     args = parser.parse_args()
     args.run = args.run or HERE / "run" / ("quick" if args.quick else "")
+    args.out = args.out or (args.run if args.quick else HERE)
     if args.export:
         return export_checkpoint(args.run, args.out)
     args.run.mkdir(parents=True, exist_ok=True)
