@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 ROWS = 16  # fewer are a vector's work, not a matrix's: nothing is gained
-BLOCK = 1 << 20  # scores held at once by each thread: 4 MB, what caches hold
+BLOCK = 1 << 19  # scores held at once by each thread: 2 MB, what caches hold (twice as many took twice as long on four threads)
 LEAST = 1 << 22  # queries x keys x head dim from which attention in blocks of Python pays
 
 
