@@ -38,17 +38,19 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
         "tokenizer": args.tokenizer and str(args.tokenizer), "prediction_type": args.prediction_type, "lora": args.lora,
         "attention": args.attention, "device": sd.device.type, "dtype": str(sd.dtype).removeprefix("torch."), "versions": versions(),
     }
-    jobs = []
+    jobs, notes = [], []
     for line in lines:
         try:
-            jobs += jobs_of(sd, args, line, once)
+            jobs += jobs_of(sd, line, once, notes.append)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{line.where}{error}") from None
     if args.save_noise is not None and len({(job["height"], job["width"]) for job in jobs}) > 1:
         raise ValueError("--save-noise takes the noise of pictures of one size")
     once_each = list({identity(job): job for job in jobs}.values())
-    if len(once_each) < len(jobs) and not args.quiet:
-        print(f"minsd: {len(jobs) - len(once_each)} pictures were asked for more than once: each is made once", file=sys.stderr)
+    if len(once_each) < len(jobs):
+        notes.append(f"{len(jobs) - len(once_each)} pictures were asked for more than once: each is made once")
+    for note in () if args.quiet else notes:  # only now: an error stands alone
+        print(f"minsd: {note}", file=sys.stderr)
     return once_each
 
 
@@ -61,8 +63,8 @@ def versions() -> dict[str, str]:
 METHOD_OPTIONS = ("candidates", "score", "optimize_steps", "optimize_mode")
 
 
-def jobs_of(sd: StableDiffusion, args, line, once: dict) -> list[dict]:
-    """The jobs of one prompt."""
+def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) -> list[dict]:
+    """The jobs of one prompt; `once`: what all have in common. `tell(note)` for what its author may not expect."""
     settings = {
         "prompt": line.prompt, "negative_prompt": line.negative_prompt or "", **once,
         "sampler": line.sampler or sd.config.sampler, "karras": bool(line.karras),
@@ -71,19 +73,19 @@ def jobs_of(sd: StableDiffusion, args, line, once: dict) -> list[dict]:
         "height": line.height or sd.config.size, "width": line.width or sd.config.size, "init_noise": line.init_noise,
     }
     if line.looks:
-        settings |= {"subjects": subjects_of(sd, args, line), "excite": excitement(line)}
+        settings |= {"subjects": subjects_of(sd, line, tell), "excite": excitement(line)}
     settings |= {key: value for key in METHOD_OPTIONS if (value := getattr(line, key)) is not None}
     if line.regions is not None:
         line.regions = line.regions.sized(settings["width"], settings["height"])
         if line.init_noise == "select" and line.score == "attention":
             collage.caption_subjects(sd, line.regions)  # says now which caption names none
         settings["layout"] = layout_json(line.regions)
-        for note in () if args.quiet else line.regions.notes:
-            print(f"minsd: {line.where}{note}", file=sys.stderr)
-    if args.controlnet is not None:
+        for note in line.regions.notes:
+            tell(f"{line.where}{note}")
+    if line.controlnet is not None:
         picture = line.control_image or line.regions.control_image
         scale = 1.0 if line.control_scale is None else line.control_scale
-        settings |= {"controlnet": str(args.controlnet), "control_image": picture and str(picture), "control_scale": scale}
+        settings |= {"controlnet": str(line.controlnet), "control_image": picture and str(picture), "control_scale": scale}
     if line.invert is not None:
         settings |= {"invert": str(line.invert), "guidance_scale": 1.0 if line.guidance_scale is None else line.guidance_scale}
     if line.init_image is not None:
@@ -122,12 +124,12 @@ def layout_json(layout: Layout) -> dict:
             "regions": regions}
 
 
-def subjects_of(sd: StableDiffusion, args, line) -> list[str | int]:
+def subjects_of(sd: StableDiffusion, line, tell: Callable[[str], None]) -> list[str | int]:
     """The subjects of a line, found in its prompt where it names none. ValueError for what the prompt does not have."""
     subjects = losses.automatic_subjects(line.prompt) if line.subjects is None else line.subjects
     losses.resolve(sd.text, line.prompt, subjects)
-    if line.subjects is None and not args.quiet:
-        print(f"minsd: subjects: {', '.join(subjects)}", file=sys.stderr)
+    if line.subjects is None:
+        tell(f"subjects: {', '.join(subjects)}")
     return subjects
 
 

@@ -316,6 +316,15 @@ def test_layout_and_its_preview(tmp_path):
     assert np.array_equal(pixels(tmp_path / "o/00000-1.png"), pixels(tmp_path / "o/00001-1.png"))
 
 
+@pytest.mark.parametrize("box", [[0.6, 0, 0.4, 1], [0, 0, 0.5, 1.5], [0, 0, 0.001, 1], [0, 0, 256, 64]], ids=str)
+def test_a_bad_box_is_one_line_with_its_file(tmp_path, capfd, box):
+    """Whatever else there is to say, here which subjects were found."""
+    (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": [{"prompt": "a red circle", "box": box}]}))
+    assert main(["--layout", str(tmp_path / "l.json"), "--seed", "1", "--steps", "1", "--excite", "--out", str(tmp_path / "o")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("minsd: error: ") and error.count("\n") == 1 and "l.json: region 1" in error and not (tmp_path / "o").exists()
+
+
 def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
     from minsd.config import MODELS
     from minsd.controlnet import ControlNet
