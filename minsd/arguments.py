@@ -13,7 +13,7 @@ from argparse import Action, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from minsd.prompts import read_prompts
+from minsd.prompts import located, read_prompts
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 LARGEST = 16384  # pixels a side
@@ -51,10 +51,8 @@ def check(args: Namespace, options: Mapping[str, Action]) -> list[Namespace]:
             raise ValueError("several processes need --seed or --seeds: without, each would draw seeds of its own")
     chance = random.SystemRandom().randrange(2**32)  # one for all prompts: they can be compared
     for line in lines:
-        try:
+        with located(line):
             check_line(line, chance)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{line.where}{error}") from None
     if not args.list_tokens:
         check_out(args)
     return lines

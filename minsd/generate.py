@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minsd import __version__
 from minsd.arguments import EXAMPLE, check
+from minsd.prompts import located
 
 SAMPLERS = ("ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lcm")  # samplers.SAMPLERS, without its imports
 METHODS = ("random", "initno", "select", "optimize")
@@ -95,9 +96,11 @@ def go(args, lines) -> None:
         from minsd.image import save
         from minsd.noise.layout import preview
 
+        for line in lines:
+            with located(line):  # all of them before the first is drawn
+                line.regions = line.regions.sized(line.width or 512, line.height or line.width or 512)
         for number, line in enumerate(lines):
-            size = {} if line.regions.width else {"size": line.width or 512}
-            save(preview(line.regions, **size), path := args.out / "extra" / f"layout-{number}.png")
+            save(preview(line.regions), path := args.out / "extra" / f"layout-{number}.png")
             say(args, path)
         return
     from transformers.utils import logging

@@ -6,13 +6,14 @@ A .txt file has a prompt a line, and # comments; a .jsonl file an object a line,
     {"layout": "layout.json", "seed": 7, "init_noise": "initno"}
 
 What is wrong in a line is told with the file's name and the line's number; here what can be seen in the line alone, by
-minsd/arguments.py what its options make together.
+minsd/arguments.py what its options make together, and by minsd/run.py what the model does not take.
 """
 
 import copy
 import json
 from argparse import Action, Namespace
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 # The options that a line of a prompts file may set; the others hold for the whole run.
@@ -64,6 +65,17 @@ def read_prompts(path: Path, args: Namespace, options: Mapping[str, Action]) -> 
     if not lines:
         raise ValueError(f"{path} holds no prompts")
     return lines
+
+
+@contextmanager
+def located(line: Namespace):
+    """What is wrong with a line, found within the block, is told with where it stands."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{line.where}{error}") from None
+    except ValueError as error:
+        raise ValueError(f"{line.where}{error}") from None
 
 
 def set_option(line: Namespace, options: Mapping[str, Action], key: str, value) -> None:

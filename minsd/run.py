@@ -26,6 +26,7 @@ from minsd.noise import collage, losses
 from minsd.noise.initial import read_noise, save_noise
 from minsd.noise.layout import Layout
 from minsd.pipeline import StableDiffusion, first_step
+from minsd.prompts import located
 from minsd.samplers import SAMPLERS
 
 # --- what is to be done ----------------------------------------------------------------------------------------------
@@ -40,10 +41,8 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
     }
     jobs, notes = [], []
     for line in lines:
-        try:
+        with located(line):
             jobs += jobs_of(sd, line, once, notes.append)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{line.where}{error}") from None
     if args.save_noise is not None and len({(job["height"], job["width"]) for job in jobs}) > 1:
         raise ValueError("--save-noise takes the noise of pictures of one size")
     once_each = list({identity(job): job for job in jobs}.values())
