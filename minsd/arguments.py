@@ -231,6 +231,22 @@ def check_control(line) -> None:
         raise ValueError("--controlnet needs a control image: --control-image FILE, or a control_image in the --layout")
     for path in filter(None, images if line.controlnet is not None else []):
         check_picture(path)
+    if isinstance(line.layout, Path) and not line.layout_preview:  # else of a picture, which spells all out, asked for or not
+        check_region_control(line)
+
+
+def check_region_control(line) -> None:
+    """What a layout.json asks of a ControlNet for a region is not passed over. A published folder asks for nothing: its control
+    images lie there for whoever has a ControlNet."""
+    whole = line.control_image or line.regions.control_image
+    for k, region in enumerate(line.regions.regions, 1):
+        keys = [key for key in ("control_image", "control_scale") if getattr(region, key) is not None]
+        if keys and line.controlnet is None and not line.layout.is_dir():
+            gone = f"remove the key{'s' * (len(keys) > 1)}"
+            raise ValueError(f"{line.regions.source}region {k} has a {' and a '.join(keys)}: give --controlnet FOLDER, or {gone}")
+        if "control_scale" in keys and not (region.control_image or whole):
+            mend = "give it a control_image, give --control-image FILE for all regions, or remove the key"
+            raise ValueError(f"{line.regions.source}region {k} has a control_scale and no control image: {mend}")
 
 
 def check_invert(line) -> None:

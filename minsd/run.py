@@ -114,7 +114,8 @@ def layout_json(layout: Layout) -> dict:
     regions = []
     for r in layout.regions:
         place = {"box": list(r.box)} if r.box is not None else {"mask": str(r.mask.resolve())}
-        more = {"negative_prompt": r.negative_prompt, "weight": r.weight, "control_scale": r.control_scale}
+        more = {"negative_prompt": r.negative_prompt, "weight": r.weight}
+        more["control_scale"] = 1.0 if r.control_scale is None else r.control_scale
         more["lora"] = [f"{path.resolve()}:{scale}" for path, scale in r.lora]
         if r.control_image is not None:
             more["control_image"] = str(r.control_image.resolve())

@@ -35,7 +35,7 @@ class Region:
     weight: float = 1.0
     lora: tuple[tuple[Path, float], ...] = ()  # files and scales
     control_image: Path | None = None
-    control_scale: float = 1.0
+    control_scale: float | None = None  # left out: 1
     drawn: np.ndarray | None = field(default=None, repr=False, compare=False)  # the mask as its file has it, boolean
     pixels: np.ndarray | None = field(default=None, repr=False, compare=False)  # (height, width) boolean, once the size is known
 
@@ -267,7 +267,7 @@ def _region(given, negative: str, folder: Path, where: str) -> Region:
         raise ValueError(f"{where}a box is four numbers [x0, y0, x1, y1], not {json.dumps(box)}")
     if box is not None:
         _check_box(box, None, None, where)
-    weight, scale = (_value(given, key, float, 1.0, where) for key in ("weight", "control_scale"))
+    weight, scale = float(_value(given, "weight", float, 1.0, where)), _value(given, "control_scale", float, None, where)
     if weight <= 0:
         raise ValueError(f"{where}the weight must be more than 0, not {weight:g}")
     lora = _value(given, "lora", list, [], where)
@@ -280,8 +280,9 @@ def _region(given, negative: str, folder: Path, where: str) -> Region:
     mask = None if mask is None else folder / mask
     return Region(
         _required(given, "prompt", where), None if box is None else tuple(box), mask,
-        _value(given, "negative_prompt", str, negative, where), float(weight), lora,
-        None if control is None else folder / control, float(scale), None if mask is None else _read_mask(mask, where),
+        _value(given, "negative_prompt", str, negative, where), weight, lora,
+        None if control is None else folder / control, None if scale is None else float(scale),
+        None if mask is None else _read_mask(mask, where),
     )
 
 
