@@ -22,7 +22,8 @@ if os.path.isfile(os.path.join(_root, "setup.py")) and os.path.isdir(os.path.joi
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _root]
 
 _SUBMODULES = (
-    "attention", "config", "controlnet", "generate", "guidance", "image", "pipeline", "run", "text", "unet", "vae",
+    "arguments", "attention", "config", "controlnet", "draw", "generate", "guidance", "image", "pipeline", "prompts", "run", "text",
+    "unet", "vae",
     "kernels", "weights", "samplers", "noise",
 )
 

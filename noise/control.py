@@ -32,7 +32,7 @@ def read(layout: Layout, picture: str | Path | None = None, scale: float = 1.0) 
         raise ValueError("a ControlNet needs a control image: the layout names none for any region, nor is there one for the whole picture")
     none = torch.zeros(1, 3, layout.height, layout.width)
     pictures = torch.cat([none if path is None else read_control_image(path, layout.width, layout.height) for path in paths])
-    scales = [1.0, *(region.control_scale for region in layout.regions)]
+    scales = [1.0, *(1.0 if region.control_scale is None else region.control_scale for region in layout.regions)]
     return pictures, [0.0 if path is None else scale * mine for path, mine in zip(paths, scales)]
 
 

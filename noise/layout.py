@@ -35,7 +35,7 @@ class Region:
     weight: float = 1.0
     lora: tuple[tuple[Path, float], ...] = ()  # files and scales
     control_image: Path | None = None
-    control_scale: float = 1.0
+    control_scale: float | None = None  # left out: 1
     drawn: np.ndarray | None = field(default=None, repr=False, compare=False)  # the mask as its file has it, boolean
     pixels: np.ndarray | None = field(default=None, repr=False, compare=False)  # (height, width) boolean, once the size is known
 
@@ -58,6 +58,7 @@ class Layout:
     height: int | None = None
     control_image: Path | None = None  # the whole picture's, of the folder form
     notes: tuple[str, ...] = ()
+    source: str = field(default="", compare=False)  # "layout.json: ", how errors begin
 
     @property
     def control_images(self) -> list[Path | None]:
@@ -71,20 +72,20 @@ class Layout:
         """
         for name, value in (("width", width), ("height", height)):
             if value > 16384:
-                raise ValueError(f"the layout's {name} must be at most 16384 pixels, not {value}")
+                raise ValueError(f"{self.source}the layout's {name} must be at most 16384 pixels, not {value}")
             if value < CELL or value % CELL:
-                raise ValueError(f"the layout's {name} must be a positive multiple of {CELL}, not {value}")
+                raise ValueError(f"{self.source}the layout's {name} must be a positive multiple of {CELL}, not {value}")
         notes, regions = list(self.notes), []
         for k, region in enumerate(self.regions, 1):
             if region.drawn is None:
-                pixels = _box_pixels(region.box, width, height, k)
+                pixels = _box_pixels(region.box, width, height, f"{self.source}region {k}: ")
             elif region.drawn.shape == (height, width):
                 pixels = region.drawn.copy()
             else:
                 had = f"{region.drawn.shape[1]}x{region.drawn.shape[0]}"
                 notes.append(f"region {k}: its mask of {had} pixels was resized to the picture's {width}x{height}")
                 pixels = np.array(Image.fromarray(region.drawn).resize((width, height), Image.Resampling.NEAREST))
-            _check_filled(pixels, k)
+            _check_filled(pixels, region.box, f"{self.source}region {k}")
             pixels.flags.writeable = False
             regions.append(replace(region, pixels=pixels))
         return replace(self, width=width, height=height, regions=tuple(regions), notes=tuple(dict.fromkeys(notes)))
@@ -168,14 +169,31 @@ def preview(layout: Layout, size: int = 512) -> Image.Image:
 # --- regions' pixels -------------------------------------------------------------------------------------------------
 
 
-def _box_pixels(box, width: int, height: int, k: int) -> np.ndarray:
-    fractions = max(box) <= 1
-    limits = (1, 1) if fractions else (width, height)
+def _in_fractions(box) -> bool:
+    return max(box) <= 1
+
+
+def _hint(box) -> str:
+    """What to add where a box fails that may have been meant in fractions."""
+    if box is None or _in_fractions(box) or all(v == int(v) for v in box):
+        return ""
+    return "; a number above 1 makes all four of a box pixels: fractions are 0 to 1"
+
+
+def _check_box(box, width: int | None, height: int | None, where: str) -> None:
+    """What is wrong with a box in fractions can be seen before the picture's size is known, and most with one in pixels."""
+    wide, high, inside = width or math.inf, height or math.inf, f"a picture of {width}x{height} pixels" if width else "the picture"
+    if _in_fractions(box):
+        wide, high, inside = 1, 1, "fractions 0 to 1"
     x0, y0, x1, y1 = box
-    if not (0 <= x0 < x1 <= limits[0] and 0 <= y0 < y1 <= limits[1]):
-        sort = "fractions 0 to 1" if fractions else f"a picture of {width}x{height} pixels"
-        raise ValueError(f"region {k}: the box {list(box)} must have 0 <= x0 < x1 and 0 <= y0 < y1 and lie inside {sort}")
-    if fractions:
+    if not (0 <= x0 < x1 <= wide and 0 <= y0 < y1 <= high):
+        raise ValueError(f"{where}the box {list(box)} must have 0 <= x0 < x1 and 0 <= y0 < y1 and lie inside {inside}{_hint(box)}")
+
+
+def _box_pixels(box, width: int, height: int, where: str) -> np.ndarray:
+    _check_box(box, width, height, where)
+    x0, y0, x1, y1 = box
+    if _in_fractions(box):
         x0, x1, y0, y1 = x0 * width, x1 * width, y0 * height, y1 * height
     x0, y0, x1, y1 = (math.floor(v + 0.5) for v in (x0, y0, x1, y1))
     pixels = np.zeros((height, width), bool)
@@ -183,14 +201,15 @@ def _box_pixels(box, width: int, height: int, k: int) -> np.ndarray:
     return pixels
 
 
-def _check_filled(pixels: np.ndarray, k: int) -> None:
+def _check_filled(pixels: np.ndarray, box, where: str) -> None:
     if not pixels.any():
-        raise ValueError(f"region {k} is empty: its mask needs white pixels inside (a box, at least a pixel each way)")
+        why = "its mask needs white pixels inside" if box is None else f"its box {list(box)} must be at least a pixel wide and high"
+        raise ValueError(f"{where} is empty: {why}{_hint(box)}")
     if coverage(pixels, CELL).max() < 0.5:
         x0, y0, x1, y1 = Region("", pixels=pixels).bounds
         size = f"{x1 - x0}x{y1 - y0} pixels, {int(pixels.sum())} in all,"
-        raise ValueError(f"region {k} is too small: its {size} fill no latent cell of 8x8 pixels by half; 32 pixels within one cell "
-                         "are the least, and a box of 11x11 is enough wherever it lies")
+        raise ValueError(f"{where} is too small: its {size} fill no latent cell of 8x8 pixels by half; 32 pixels within one cell "
+                         f"are the least, and a box of 11x11 is enough wherever it lies{_hint(box)}")
 
 
 def _read_mask(path: Path, where: str) -> np.ndarray:
@@ -234,16 +253,9 @@ def _from_dict(given, folder: Path, where: str) -> Layout:
     regions = _value(given, "regions", list, [], where)
     layout = Layout(
         _required(given, "prompt", where), tuple(_region(r, negative, folder, f"{where}region {k}: ") for k, r in enumerate(regions, 1)),
-        negative,
+        negative, source=where,
     )
-    return layout if size[0] is None else _settle(layout, *size, where)
-
-
-def _settle(layout: Layout, width: int, height: int, where: str) -> Layout:
-    try:
-        return layout.sized(width, height)
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from None
+    return layout if size[0] is None else layout.sized(*size)
 
 
 def _region(given, negative: str, folder: Path, where: str) -> Region:
@@ -253,7 +265,9 @@ def _region(given, negative: str, folder: Path, where: str) -> Region:
     box, mask = _value(given, "box", list, None, where), _value(given, "mask", str, None, where)
     if box is not None and not (len(box) == 4 and all(_is(v, float) for v in box)):
         raise ValueError(f"{where}a box is four numbers [x0, y0, x1, y1], not {json.dumps(box)}")
-    weight, scale = (_value(given, key, float, 1.0, where) for key in ("weight", "control_scale"))
+    if box is not None:
+        _check_box(box, None, None, where)
+    weight, scale = float(_value(given, "weight", float, 1.0, where)), _value(given, "control_scale", float, None, where)
     if weight <= 0:
         raise ValueError(f"{where}the weight must be more than 0, not {weight:g}")
     lora = _value(given, "lora", list, [], where)
@@ -266,8 +280,9 @@ def _region(given, negative: str, folder: Path, where: str) -> Region:
     mask = None if mask is None else folder / mask
     return Region(
         _required(given, "prompt", where), None if box is None else tuple(box), mask,
-        _value(given, "negative_prompt", str, negative, where), float(weight), lora,
-        None if control is None else folder / control, float(scale), None if mask is None else _read_mask(mask, where),
+        _value(given, "negative_prompt", str, negative, where), weight, lora,
+        None if control is None else folder / control, None if scale is None else float(scale),
+        None if mask is None else _read_mask(mask, where),
     )
 
 
@@ -323,11 +338,11 @@ def _from_folder(folder: Path) -> Layout:
         if mask is None:
             raise FileNotFoundError(f"there is no mask file {part / MASKS[0]} (nor {MASKS[1]})")
         regions.append(Region(_caption(part), mask=mask, control_image=_first(part, CONTROLS), drawn=_read_mask(mask, "")))
-    layout = Layout(_caption(whole), tuple(regions), control_image=_first(whole, CONTROLS))
+    layout = Layout(_caption(whole), tuple(regions), control_image=_first(whole, CONTROLS), source=f"{folder}: ")
     if not regions:
         return layout
     height, width = regions[0].drawn.shape
-    return _settle(layout, width, height, f"{folder}: ")
+    return layout.sized(width, height)
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:

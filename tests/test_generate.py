@@ -316,6 +316,15 @@ def test_layout_and_its_preview(tmp_path):
     assert np.array_equal(pixels(tmp_path / "o/00000-1.png"), pixels(tmp_path / "o/00001-1.png"))
 
 
+@pytest.mark.parametrize("box", [[0.6, 0, 0.4, 1], [0, 0, 0.5, 1.5], [0, 0, 0.001, 1], [0, 0, 256, 64]], ids=str)
+def test_a_bad_box_is_one_line_with_its_file(tmp_path, capfd, box):
+    """Whatever else there is to say, here which subjects were found."""
+    (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": [{"prompt": "a red circle", "box": box}]}))
+    assert main(["--layout", str(tmp_path / "l.json"), "--seed", "1", "--steps", "1", "--excite", "--out", str(tmp_path / "o")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("minsd: error: ") and error.count("\n") == 1 and "l.json: region 1" in error and not (tmp_path / "o").exists()
+
+
 def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
     from minsd.config import MODELS
     from minsd.controlnet import ControlNet
@@ -369,6 +378,44 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
     assert "edges.png is not a picture" in capfd.readouterr().err
     (tmp_path / "style.safetensors").unlink()
     assert main(lost) == 2 and "there is no LoRA" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "says"),
+    [
+        ([{}, {"control_image": "edges.png"}], [], "region 2 has a control_image: give --controlnet FOLDER, or remove the key"),
+        ([{"control_scale": 1.0}, {}], [], "region 1 has a control_scale: give --controlnet FOLDER, or remove the key"),
+        ([{}, {"control_image": "edges.png", "control_scale": 0}], [], "a control_scale: give --controlnet FOLDER, or remove the keys"),
+        ([{"control_scale": 0.5}, {}], ["--controlnet", "net"], "--controlnet needs a control image"),
+        ([{"control_scale": 0.5}, {"control_image": "edges.png"}], ["--controlnet", "net"],
+         "region 1 has a control_scale and no control image: give it a control_image, give --control-image FILE for all regions"),
+    ],
+)
+def test_what_a_region_asks_of_a_controlnet_is_not_passed_over(tmp_path, capfd, monkeypatch, keys, options, says):
+    monkeypatch.setattr("minsd.pipeline.load", None)  # told before
+    boxes = [{"prompt": "a red circle", "box": [0, 0, 0.5, 1]}, {"prompt": "a blue square", "box": [0.5, 0, 1, 1]}]
+    (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": [box | more for box, more in zip(boxes, keys)]}))
+    Image.new("L", (64, 64)).save(tmp_path / "edges.png")
+    args = ["--layout", str(tmp_path / "l.json"), "--seed", "1", "--out", str(tmp_path / "o")]
+    assert main([*args, *options]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("minsd: error: ") and error.count("\n") == 1 and says in error and not (tmp_path / "o").exists()
+    assert main([*args, "--layout-preview", "--quiet"]) == 0  # which takes no ControlNet
+
+
+def test_pictures_of_layouts_that_ask_for_no_controlnet_can_be_made_again(tmp_path, capfd):
+    """Control images of a published folder lie there for whoever has a ControlNet. A picture's settings spell every scale out."""
+    for name, caption in (("PALL", PROMPT), ("P000", "a red circle"), ("P001", "a blue square")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "self_caption.json").write_text(json.dumps(caption))
+        Image.new("L", (128, 128), 255).save(tmp_path / name / "mask_image.png")
+    Image.new("L", (128, 128)).save(tmp_path / "P001" / "canny_image.png")
+    out = ["--steps", "1", "--out", str(tmp_path / "o")]
+    assert main(["--layout", str(tmp_path), "--seed", "1", *out]) == 0 and "are not looked at" in capfd.readouterr().err
+    assert main(["--like", str(tmp_path / "o" / "00000-1.png"), *out]) == 0
+    first, again = lines(tmp_path / "o")
+    assert again["layout"] == first["layout"] and first["layout"]["regions"][0]["control_scale"] == 1.0
+    assert np.array_equal(pixels(tmp_path / "o" / first["file"]), pixels(tmp_path / "o" / again["file"]))
 
 
 def test_interrupt_keeps_what_is_done(tmp_path, capfd, monkeypatch):

@@ -117,6 +117,24 @@ def test_mistakes_in_a_layout(given, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("box", "inside"), [
+    ([0.6, 0, 0.4, 1], "fractions 0 to 1"), ([-0.1, 0, 1, 1], "fractions 0 to 1"), ([48, 0, 16, 32], "the picture"),
+])
+def test_a_box_that_no_picture_has_is_told_before_the_size_is_known(tmp_path, box, inside):
+    (tmp_path / "l.json").write_text(json.dumps({"prompt": "", "regions": [{"prompt": "", "box": box}]}))
+    with pytest.raises(ValueError, match=f"l.json: region 1: the box .* inside {inside}$"):
+        layout.load(tmp_path / "l.json")
+
+
+@pytest.mark.parametrize("box", [[0.5, 0, 1, 1.5], [0, 0.25, 1.01, 0.75], [0, 0, 0.5, 40.5]])
+def test_a_box_read_as_pixels_for_one_number_above_1_is_told_so(box):
+    """Meant as fractions, it would be a box of a pixel or two, or leave the picture: the message must not be of that alone."""
+    with pytest.raises(ValueError, match="region 1.*a number above 1 makes all four of a box pixels"):
+        layout.load(changed(region={"box": box}))
+    with pytest.raises(ValueError, match="region 1 is empty: its box .* wide and high$"):  # a box has no mask to mend
+        layout.load(changed(region={"box": [0.2, 0.2, 0.201, 0.201]}))
+
+
 def test_files_that_are_missing_or_broken(tmp_path):
     def write(text):
         (tmp_path / "l.json").write_text(text, encoding="latin-1")

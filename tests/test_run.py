@@ -95,6 +95,21 @@ def test_what_a_sampler_does_not_take_is_told_by_line_before_anything_is_drawn(t
     assert "p.jsonl, line 2: the lcm sampler takes 1 to 50 steps" in error and error.count("\n") == 1 and not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("how", [[], ["--layout-preview"]], ids=str)
+def test_a_layout_that_does_not_fit_is_told_by_line_before_anything_is_drawn(tmp_path, capfd, how):
+    """Whether it does is known only with the size."""
+    for name, right in (("good", 64), ("bad", 640)):
+        boxes = [{"prompt": "a red circle", "box": [0, 0, 32, 64]}, {"prompt": "a star", "box": [32, 0, right, 64]}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"prompt": "a red circle and a star", "regions": boxes}))
+    good, bad = (str(tmp_path / f"{name}.json") for name in ("good", "bad"))
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"layout": name, "excite": True}) for name in (good, bad)))
+    args = ["--prompts", str(tmp_path / "p.jsonl"), "--seed", "1", "--steps", "1", "--out", str(tmp_path / "o")]
+    assert main([*args, "--layout", good, *how] if how else args) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"minsd: error: {tmp_path / 'p.jsonl'}, line 2: {bad}: region 2: the box [32, 0, 640, 64]")
+    assert error.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
 def test_resume_makes_what_is_missing_and_nothing_else(tmp_path, capfd):
     args = ["a red circle", "--seeds", "0-5,3", "--steps", "1", "--out", str(tmp_path), "--resume"]  # 3 is asked for twice
     assert main([*args, "--quiet"]) == 0
