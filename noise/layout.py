@@ -304,7 +304,7 @@ def _check_keys(given, known: tuple[str, ...], where: str) -> None:
 
 def _is(value, kind: type) -> bool:
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # not nan, nor past a float
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

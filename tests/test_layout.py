@@ -91,6 +91,7 @@ def test_masks_of_another_size_are_resized_with_a_note(tmp_path):
     (changed(region={"box": [0, 0, 32]}), "four numbers"),
     (changed(region={"box": [0, 0, True, 1]}), "four numbers"),
     (changed(region={"box": [0, 0, float("nan"), 1]}), "four numbers"),
+    (changed(region={"box": [0, 0, 1, 10**400]}), "four numbers"),
     (changed(region={"box": [0.2, 0.2, 0.201, 0.201]}), "region 1 is empty"),
     (changed(region={"box": [4, 4, 11, 11]}), r"region 1 is too small: its 7x7 pixels, 49 in all, .* 32 pixels .* 11x11"),
     (changed(region={"bbox": [0, 0, 1, 1]}), "region 1: unknown key 'bbox'; known are prompt, box, mask"),
