@@ -18,7 +18,6 @@ on a busy machine `cpu_seconds` say more than `seconds`.
 import argparse
 import itertools
 import math
-import multiprocessing
 import os
 import pickle
 import sys
@@ -30,7 +29,7 @@ import torch
 from PIL import Image
 
 import minsd
-from bench import print_table, write_csv
+from bench import loaded, pool, print_table, write_csv
 from bench.shapes import BATCH, GROUPS, cases, sentence, summary
 from minsd.image import contact_sheet
 from minsd.noise import excite, initno, losses
@@ -46,12 +45,13 @@ OBJECTS = ("backpack", "glasses", "crown", "suitcase", "chair", "balloon", "bow"
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white")
 
 
+def named(word: str) -> str:
+    return word if word == "glasses" else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
 def attend_and_excite(name: str) -> list[str]:
     """66 pairs of animals, 144 animals with a coloured object, or 66 pairs of coloured objects."""
     rng = np.random.default_rng(0)
-
-    def named(word):
-        return word if word == "glasses" else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
     def coloured(word, colour):
         return f"{colour} {word}" if word == "glasses" else f"{named(str(colour))} {word}"
@@ -106,12 +106,9 @@ def draw(sd, methods, prompts: list[str], seeds: list[int], how: dict) -> dict[s
 
 # --- the embedded model: right or wrong -------------------------------------------------------------------------------
 
-_sd = None  # loaded before the processes fork, which share it
-
-
 def _job(job) -> dict[str, list]:
     """method -> [(subjects, seed, picture, verdict, costs), ...] for a part of a group."""
-    group, n, start, methods, how, keep = job
+    model, group, n, start, methods, how, keep = job
     kept = keep and keep / f"{group}-{start}-{min(start + BATCH, n)}-{'-'.join(map(str, how.values()))}.pickle"
     if kept and kept.exists():
         results = pickle.loads(kept.read_bytes())
@@ -119,7 +116,7 @@ def _job(job) -> dict[str, list]:
             return results
     numbers = list(range(start, min(start + BATCH, n)))
     subjects = [cases(group, n)[k] for k in numbers]
-    drawn = draw(_sd, methods, [sentence(s) for s in subjects], numbers, how)
+    drawn = draw(loaded(model), methods, [sentence(s) for s in subjects], numbers, how)
     results = {method: [(s, k, np.asarray(p), detector.judge(p, s), costs) for s, k, p in zip(subjects, numbers, pictures)]
                for method, (pictures, costs) in drawn.items()}
     if kept:
@@ -141,14 +138,14 @@ def gain(results: list, plain: list) -> dict:
 
 def counted(args, how: dict) -> list[dict]:
     """The table of the embedded model."""
-    global _sd
     torch.set_num_threads(1)
-    _sd, rows = minsd.load(args.model, device="cpu"), []
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:
+    loaded(args.model)
+    rows = []
+    with pool(args.workers, args.model) as processes:
         for group in args.groups:
-            jobs = [(group, args.n, start, args.methods, how, args.keep) for start in range(0, args.n, BATCH)]
+            jobs = [(args.model, group, args.n, start, args.methods, how, args.keep) for start in range(0, args.n, BATCH)]
             results = {method: [] for method in args.methods}
-            for done, part in enumerate(pool.imap(_job, jobs), 1):
+            for done, part in enumerate(processes.imap(_job, jobs), 1):
                 for method in args.methods:
                     results[method] += part[method]
                 print(f"{group}: {min(done * BATCH, args.n)}/{args.n} " + ", ".join(

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import print_table, write_csv
+from bench import report
 from minsd.kernels import attention, reference
 
 HEADS = 8
@@ -215,9 +215,7 @@ def main():
                 for backward in (False, True):
                     for graph in (False, True) if on_gpu else (False,):
                         rows += measure(side, is_self, batch, backward, graph, device, dtype, args.runs)
-    print_table(rows)
-    if args.csv:
-        print("written to", write_csv("attention", rows, args.device))
+    report("attention", rows, args.csv, args.device)
 
 
 if __name__ == "__main__":

@@ -7,29 +7,26 @@ shape words lie on the object they name? The argmax counts as a hit inside the o
 weight inside it, beside the share of the picture that the object covers (what a map that knows nothing would give).
 
 Second, at the first timestep of a run, where nothing is drawn yet: how far do InitNO's response and conflict losses
-(Guo et al. 2024, equations 4 to 6, as in their published program) spread over noises, and how do they rank against the
-detector's verdict on the finished picture? Only if they do, has optimising them anything to work with.
+(noise/losses.py) spread over noises, and how do they rank against the detector's verdict on the finished picture? Only if
+they do, has optimising them anything to work with.
 """
 
 import argparse
 import math
-import multiprocessing
 import os
-from itertools import combinations
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import minsd
-from bench import print_table, write_csv
-from bench.shapes import cases, sentence
+from bench import loaded, pool, print_table, write_csv
+from bench.shapes import BATCH, cases, sentence
 from minsd.attention import AttentionRecorder
+from minsd.noise import losses
 from minsd.noise.initial import noise
 from minsd.weights.shapes import data, detector
 
 TIMESTEPS = (981, 958, 900, 800, 700, 600, 500, 400, 300, 200, 100, 1)
-BATCH = 10
 
 
 def cross_maps(sd, prompts, x, t) -> AttentionRecorder:
@@ -72,26 +69,6 @@ def pictures_looked_at(sd, n: int) -> list[dict]:
     return rows
 
 
-def smooth(maps: torch.Tensor) -> torch.Tensor:
-    """(B,h,w) by InitNO's 3x3 kernel, its weights exp(-(d / (2 * 0.5))^2) an axis, edges reflected."""
-    g = torch.exp(-torch.tensor([-1.0, 0.0, 1.0]) ** 2)
-    kernel = torch.outer(g, g) / g.sum() ** 2
-    return F.conv2d(F.pad(maps[:, None], (1, 1, 1, 1), mode="reflect"), kernel[None, None])[:, 0]
-
-
-def first_losses(record: AttentionRecorder, positions: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """InitNO's response and conflict losses (B,): `positions` are each prompt's subject tokens, equally many for all."""
-    sharp = (100 * record.cross[..., 1:-1]).softmax(-1)
-    places = torch.tensor(positions) - 1  # (B, subjects)
-    batch, response, looks = torch.arange(len(places)), [], []
-    for k in range(places.shape[1]):
-        m = smooth(sharp[batch, :, :, places[:, k]]).flatten(1)  # (B, h*w)
-        response.append(1 - m.amax(1))
-        looks.append(smooth(record.self.flatten(1, 2)[batch, m.argmax(1)].unflatten(1, record.resolution)))
-    conflict = [torch.minimum(a, b).sum((1, 2)) / ((a + b).sum((1, 2)) + 1e-6) for a, b in combinations(looks, 2)]
-    return torch.stack(response).amax(0), torch.stack(conflict).mean(0)
-
-
 def rank_correlation(a, b) -> tuple[float, float]:
     """Spearman's, ties sharing their mean rank, and its two-sided p by the normal approximation."""
     def ranks(v):
@@ -103,45 +80,37 @@ def rank_correlation(a, b) -> tuple[float, float]:
     return r, math.erfc(abs(r) * math.sqrt(len(a) - 1) / math.sqrt(2))
 
 
-_sd = None
-
-
-def _start(model: str) -> None:
-    global _sd
-    torch.set_num_threads(1)
-    _sd = minsd.load(model, device="cpu")
-
-
 def _job(job):
     """Losses at the first timestep and verdicts for a part of a group: a list of dicts, one a noise."""
-    group, n, start, steps = job
-    numbers = list(range(start, min(start + BATCH, n)))
+    model, group, n, start, steps = job
+    sd, numbers = loaded(model), list(range(start, min(start + BATCH, n)))
     subjects = [cases(group, n)[k] for k in numbers]
     prompts, x = [sentence(s) for s in subjects], noise(numbers, (4, 16, 16))
-    record = cross_maps(_sd, prompts, x, _sd.schedule.timesteps(steps)[0])
+    record = cross_maps(sd, prompts, x, sd.schedule.timesteps(steps)[0])
     out = [{} for _ in numbers]
     for kind, word in (("shape", lambda s: s[1:]), ("colour", lambda s: s[:1]), ("both", lambda s: s)):
-        places = [[_sd.text.positions(p, w)[0] for s in these for w in word(s)] for p, these in zip(prompts, subjects)]
-        response, conflict = first_losses(record, places)
-        for row, a, b in zip(out, response.tolist(), conflict.tolist()):
+        places = [[sd.text.positions(p, w) for s in these for w in word(s)] for p, these in zip(prompts, subjects)]
+        maps = losses.subject_maps(record.cross, losses.selector(places))
+        response, claims = losses.cross_response(maps), losses.claims(record.self, losses.peaks(maps))
+        for row, a, b in zip(out, response.tolist(), losses.self_conflict(claims).tolist()):
             row[kind] = (a, b)
-    for row, picture, these in zip(out, _sd(prompts, numbers, noise=x, steps=steps), subjects):
+    for row, picture, these in zip(out, sd(prompts, numbers, noise=x, steps=steps), subjects):
         row["verdict"] = detector.judge(picture, these)
     return out
 
 
-def losses_against_verdicts(pool, n: int, steps: int) -> list[dict]:
+def losses_against_verdicts(processes, model: str, n: int, steps: int) -> list[dict]:
     rows = []
     for group in ("two", "three"):
-        noises = [r for part in pool.imap(_job, [(group, n, i, steps) for i in range(0, n, BATCH)]) for r in part]
+        noises = [r for part in processes.imap(_job, [(model, group, n, i, steps) for i in range(0, n, BATCH)]) for r in part]
         for words in ("shape", "colour", "both"):
-            for name, losses in zip(("response", "conflict"), zip(*(r[words] for r in noises))):
-                low, middle, high = np.quantile(losses, (0.25, 0.5, 0.75))
+            for name, values in zip(("response", "conflict"), zip(*(r[words] for r in noises))):
+                low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
                 row = {"group": group, "n": n, "steps": steps, "loss": name, "words": words, "median": round(middle, 3),
-                       "iqr": round(high - low, 3), "min": round(min(losses), 3), "max": round(max(losses), 3)}
+                       "iqr": round(high - low, 3), "min": round(min(values), 3), "max": round(max(values), 3)}
                 for verdict in ("no_neglect", "strict"):
                     right = [float(getattr(r["verdict"], verdict)) for r in noises]
-                    r, p = rank_correlation(losses, right)
+                    r, p = rank_correlation(values, right)
                     row |= {verdict: round(np.mean(right), 3), f"rank_{verdict}": round(r, 3), f"p_{verdict}": f"{p:.1g}"}
                 rows.append(row)
     return rows
@@ -155,10 +124,10 @@ def main():
     parser.add_argument("--csv", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    with multiprocessing.get_context("fork").Pool(args.workers, _start, (args.model,)) as pool:
-        losses = losses_against_verdicts(pool, args.n, args.steps)
-    looks = pictures_looked_at(minsd.load(args.model, device="cpu"), args.n)
-    for name, rows in (("attention_maps", looks), ("attention_maps_losses", losses)):
+    with pool(args.workers, args.model) as processes:
+        told = losses_against_verdicts(processes, args.model, args.n, args.steps)
+    looks = pictures_looked_at(loaded(args.model), args.n)
+    for name, rows in (("attention_maps", looks), ("attention_maps_losses", told)):
         print_table(rows)
         print()
         if args.csv:

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 import minsd
-from bench import print_table, write_csv
+from bench import report
 from bench.shapes import cases, sentence
 from minsd import run as running
 from minsd.generate import main as generate
@@ -151,9 +151,7 @@ def main():
         rows.append(kills(args, folder, options))
         rows.append(overhead(args, folder))
         rows.append(resume(folder))
-    print_table(rows)
-    if args.csv:
-        print("written to", write_csv("bulk", rows))
+    report("bulk", rows, args.csv)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ Rates come with 95 % Wilson intervals; rows go to bench/results/ with --csv.
 import argparse
 import contextlib
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import minsd
-from bench import print_table, wilson, write_csv
+from bench import clocked, print_table, rate, report
 from bench.shapes import BATCH, sentence
 from minsd import guidance
 from minsd.controlnet import Control, Controlled
@@ -90,20 +89,16 @@ def draw(sd, chosen: list[tuple[data.Object, ...]], net=None, scale: float = 1.0
     return pictures
 
 
-def rate(name: str, passed: list[bool]) -> dict:
-    low, high = wilson(sum(passed), len(passed))
-    return {name: round(sum(passed) / len(passed), 3), f"{name}_95": f"{low:.3f}-{high:.3f}"}
-
-
 def count_outlines(sd, net, n: int) -> list[dict]:
     rows = []
     for objects in (1, 2, 3):
         chosen = cases(n, objects)
         for scale in (0.0, 1.0):
             pictures = draw(sd, chosen, net if scale else None, scale)
-            strict = [detector.judge(p, [(o.colour, o.shape) for o in c]).strict for p, c in zip(pictures, chosen)]
-            rows.append({"what": "outlines", "objects": objects, "scale": scale, "n": n, **rate("strict", strict),
-                         **rate("as_asked", [placed(p, c) for p, c in zip(pictures, chosen)])})
+            strict = sum(detector.judge(p, [(o.colour, o.shape) for o in c]).strict for p, c in zip(pictures, chosen))
+            asked = sum(placed(p, c) for p, c in zip(pictures, chosen))
+            rows.append({"what": "outlines", "objects": objects, "scale": scale, "n": n,
+                         **rate("strict", strict, n), **rate("as_asked", asked, n)})
             print_table(rows[-1:])
     return rows
 
@@ -118,7 +113,8 @@ def count_holes(sd, adapter, n: int) -> list[dict]:
             lora.unmerge(kept)
             strict = [detector.judge(p, [(o.colour, o.shape) for o in c]).strict for (p, _), c in zip(pictures, chosen)]
             asked = [ok and all(holes) for ok, (_, holes) in zip(strict, pictures)]
-            rows.append({"what": "holes", "objects": objects, "scale": scale, "n": n, **rate("strict", strict), **rate("as_asked", asked)})
+            rows.append({"what": "holes", "objects": objects, "scale": scale, "n": n,
+                         **rate("strict", sum(strict), n), **rate("as_asked", sum(asked), n)})
             print_table(rows[-1:])
     return rows
 
@@ -142,9 +138,7 @@ def cost(sd, net, adapter, repeats: int) -> list[dict]:
             for name, (predict, context) in ways.items():
                 with context():
                     predict(x, 500) if turn == 0 else None  # its keys, once
-                    start = time.perf_counter()
-                    predict(x, 500)
-                    times[name].append(1000 * (time.perf_counter() - start))
+                    times[name].append(1000 * clocked("cpu", predict, x, 500)[1])
     medians = {name: statistics.median(t[2:]) for name, t in times.items()}
     alone = medians["alone"]
     return [{"step": name, "rows": 2 * BATCH, "ms": round(ms, 1), "of_alone": round(ms / alone, 3)} for name, ms in medians.items()]
@@ -171,9 +165,7 @@ def main():
     else:
         rows += [] if args.only == "holes" else count_outlines(sd, net, args.n)
         rows += [] if args.only == "outlines" else count_holes(sd, adapter, args.n)
-    print_table(rows)
-    if args.csv:
-        write_csv(name, rows)
+    report(name, rows, args.csv)
 
 
 if __name__ == "__main__":

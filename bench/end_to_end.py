@@ -21,13 +21,12 @@ On a GPU in float16, on a CPU in float32 by default; there a reduced form says w
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 import minsd
-from bench import print_table, write_csv
+from bench import clocked, forget_peak, on_gpu, peak_mb, report
 from bench.load import make_folder
 from minsd.config import MODELS
 from minsd.kernels.onednn import linear
@@ -41,19 +40,7 @@ def matrix_peak(device, dtype) -> float:
     """FLOP/s of a large matrix product here, the best of some."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
-    times = []
-    for i in range(20):
-        wait(device)
-        start = time.perf_counter()
-        linear(a, a) if i % 2 else a @ a  # on a CPU two libraries
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
-
-
-def wait(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return 2 * n**3 / min(clocked(device, (torch.matmul, linear)[i % 2], a, a)[1] for i in range(20))  # on a CPU two libraries
 
 
 def step_flops(model: str, size: int) -> int:
@@ -124,19 +111,15 @@ def main():
                 first, times, cpu, memory = {}, {name: [] for name in runs}, {name: [] for name in runs}, {}
                 for turn in range(args.runs + 1):
                     for name, run in runs.items():
-                        if device.type == "cuda":
-                            torch.cuda.reset_peak_memory_stats()
-                        wait(device)
-                        begin, cpu_begin = time.perf_counter(), time.process_time()
-                        run(start, args.steps, sampler)
-                        wait(device)
-                        seconds = time.perf_counter() - begin
+                        if on_gpu(device):
+                            forget_peak(device)
+                        _, seconds, cpu_seconds = clocked(device, run, start, args.steps, sampler)
                         if turn:
                             times[name].append(seconds)
-                            cpu[name].append(time.process_time() - cpu_begin)
+                            cpu[name].append(cpu_seconds)
                         else:
                             first[name] = seconds
-                        memory[name] = round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else ""
+                        memory[name] = round(peak_mb(device)) if on_gpu(device) else ""  # on a CPU all providers share a process
                 for name in runs:
                     seconds = statistics.median(times[name])
                     rate = flops * args.steps * batch / seconds
@@ -148,9 +131,7 @@ def main():
                         "cpu_ratio": round(statistics.median(cpu[name]) / statistics.median(cpu["diffusers"]), 3), "peak_mb": memory[name],
                         "tflops": round(rate / 1e12, 2), "of_peak": round(rate / peak, 3),
                     })
-    print_table(rows)
-    if args.csv:
-        print("written to", write_csv("end_to_end", rows, args.device))
+    report("end_to_end", rows, args.csv, args.device)
 
 
 if __name__ == "__main__":

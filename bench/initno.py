@@ -21,11 +21,10 @@ better guide. On a CPU peaks only grow while a process lives, so each includes t
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 
-from bench import peak_rss_mb, print_table, write_csv
+from bench import forget_peak, in_own_process, on_gpu, peak_mb, report, wait
 from bench.unet import build
 
 PROMPT, SUBJECTS = "a red circle and a blue square", ["circle", "square"]
@@ -154,13 +153,12 @@ def worker(args):
     stamps = []
 
     def tick():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         stamps.append((time.perf_counter(), time.process_time()))
 
     for name in reversed(PICTURE):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        if on_gpu(device):
+            forget_peak(device)
         stamps.clear()
         tick()
         if name == "optimise":
@@ -169,7 +167,7 @@ def worker(args):
             for _ in range(args.runs + 1):
                 x = getattr(provider, name)(z if name == "update" else z.to(dtype))
                 tick()
-        peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_rss_mb()
+        peak = peak_mb(device)
         seconds, cpu_seconds = (statistics.median(b - a for a, b in zip(of[1:], of[2:])) for of in zip(*stamps[: args.runs + 2]))
         told[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak, "result": (x - z).float().flatten().tolist()}
     print(json.dumps(told))
@@ -193,10 +191,7 @@ def main():
     torch.set_num_threads(1)  # as the workers: the CSV says so
     told, rows = {}, []
     for name in ("research", "minsd"):
-        done = subprocess.run([sys.executable, "-m", "bench.initno", *sys.argv[1:], "--worker", name], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed with exit code {done.returncode}")
-        told[name] = json.loads(done.stdout)
+        told[name] = in_own_process("--worker", name)
         print(f"{name}: " + ", ".join(f"{what} {of['seconds']:.2f} s" for what, of in told[name].items()), file=sys.stderr, flush=True)
     for what in PICTURE:
         ours, theirs = (torch.tensor(told[name][what].pop("result")) for name in ("minsd", "research"))
@@ -212,9 +207,7 @@ def main():
             rows.append({"model": args.model, "size": args.size, "dtype": args.dtype, "what": what, "provider": name}
                         | {key: round(times[key], 3) for key in ("seconds", "cpu_seconds")} | {"peak_mb": round(times["peak_mb"])}
                         | {f"{key}_ratio": round(times[key] / base[key], 3) for key in ("seconds", "cpu_seconds", "peak_mb")})
-    print_table(rows)
-    if args.csv:
-        print("written to", write_csv("initno", rows, args.device))
+    report("initno", rows, args.csv, args.device)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,8 @@ import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
 import types
 from pathlib import Path
@@ -39,9 +36,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import minsd
-from bench import peak_rss_mb, print_table, wilson, write_csv
-from bench.alignment import ANIMALS, OBJECTS, Similarity
-from bench.shapes import article, sentence
+from bench import clocked, in_own_process, loaded, peak_mb, pool, print_table, report, wait, wilson, write_csv
+from bench.alignment import ANIMALS, OBJECTS, Similarity, named
+from bench.shapes import sentence
 from minsd.noise import collage, layout
 from minsd.noise.initial import noise
 from minsd.weights.shapes import data, detector
@@ -75,11 +72,11 @@ def cases(n: int, count: int, real: bool) -> list[tuple[list, dict]]:
     for _ in range(count):
         if real:
             subjects = [str(s) for s in rng.choice(ANIMALS + OBJECTS, n, replace=False)]
-            captions = [s if s == "glasses" else f"{'an' if s[0] in 'aeiou' else 'a'} {s}" for s in subjects]
+            captions = [named(s) for s in subjects]
             whole = " and ".join(captions)
         else:
             subjects = data.draw_subjects(rng, n)
-            captions, whole = [f"{article(c)} {c} {s}" for c, s in subjects], sentence(subjects)
+            captions, whole = [sentence([s]) for s in subjects], sentence(subjects)
         regions = [{"prompt": caption, "box": box} for caption, box in zip(captions, boxes(rng, n))]
         out.append((subjects, {"prompt": whole, "regions": regions}))
     return out
@@ -108,8 +105,7 @@ def draw(sd, lay, seed: int, method: str, how: dict) -> tuple[Image.Image, int, 
     else:
         predict = collage.predictor(sd, lay, guidance_scale=scale, seed=seed, **options)
     x = sd.denoise(predict, start, seeds=[seed], **how)
-    if sd.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait(sd.device)
     seconds = clock() - begin
     handle.remove()
     return sd.decode(x)[0], sum(rows) // how["steps"], seconds
@@ -131,20 +127,11 @@ def judge(picture: Image.Image, subjects, lay) -> dict:
     return {"right": right, "somewhere": somewhere, "strays": strays, "extras": extras, "spill": outside.sum() / max(1, drawn.sum())}
 
 
-_sd = None
-
-
-def _start(model: str) -> None:
-    global _sd
-    torch.set_num_threads(1)
-    _sd = minsd.load(model, device="cpu")
-
-
 def _job(job):
-    n, count, k, method, how = job
-    subjects, given = cases(n, count, False)[k]
-    lay = layout.load(given).sized(_sd.config.size, _sd.config.size)
-    picture, rows, seconds = draw(_sd, lay, k, method, how)
+    model, n, count, k, method, how = job
+    sd, (subjects, given) = loaded(model), cases(n, count, False)[k]
+    lay = layout.load(given).sized(sd.config.size, sd.config.size)
+    picture, rows, seconds = draw(sd, lay, k, method, how)
     return np.asarray(picture), rows, seconds, judge(picture, subjects, lay), subjects, lay
 
 
@@ -242,17 +229,13 @@ def cost_worker(args) -> None:
     predict = collage.predictor(sd, layout.load({"prompt": "x", "width": size, "height": size, "regions": regions}))
     x, rows, seconds = noise([0], (4, size // 8, size // 8)).to(args.device, sd.dtype), [], []
     unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    cuda = sd.device.type == "cuda"
     with torch.no_grad():
         for _ in range(args.runs):
             rows.clear()
-            start, cpu = time.perf_counter(), time.process_time()
-            eps = predict(x, 481)
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - start, time.process_time() - cpu))
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_rss_mb()
-    print(json.dumps({"seconds": seconds[1:] or seconds, "peak_mb": peak, "rows": rows, "eps": eps.flatten().tolist()}))
+            eps, *spent = clocked(sd.device, predict, x, 481)
+            seconds.append(spent)
+    told = {"seconds": seconds[1:] or seconds, "peak_mb": peak_mb(sd.device), "rows": rows, "eps": eps.flatten().tolist()}
+    print(json.dumps(told))
 
 
 def cost(args) -> list[dict]:
@@ -261,8 +244,7 @@ def cost(args) -> list[dict]:
     for n in args.boxes:
         results = {}
         for variant in ("apart", "together"):
-            command = [sys.executable, "-m", "bench.layout", *sys.argv[1:], "--boxes", str(n), "--cost-worker", variant]
-            results[variant] = r = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            results[variant] = r = in_own_process("--boxes", str(n), "--cost-worker", variant)
             wall, cpu = (statistics.median(column) for column in zip(*r["seconds"]))
             size = args.size or minsd.config.MODELS[args.model].size
             table.append({"model": args.model, "size": size, "dtype": args.dtype, "regions": n, "rows": variant,
@@ -306,11 +288,7 @@ def main():
     if args.cost_worker:
         return cost_worker(args)
     if args.cost:
-        rows = cost(args)
-        print_table(rows)
-        if args.csv:
-            write_csv("layout_cost", rows, args.device)
-        return
+        return report("layout_cost", cost(args), args.csv, args.device)
     if unknown := set(args.boxes) - set(SIDES):
         parser.error(f"--boxes without --cost takes {', '.join(map(str, SIDES))}, not {unknown.pop()}")
     how = {"sampler": args.sampler, "steps": args.steps, "guidance_scale": args.guidance, "candidates": args.candidates}
@@ -323,10 +301,10 @@ def main():
         return
     how["guidance_scale"] = minsd.config.MODELS["shapes"].guidance_scale if args.guidance is None else args.guidance
     rows, kept = [], {}
-    with multiprocessing.get_context("fork").Pool(args.workers, _start, (args.model,)) as pool:
+    with pool(args.workers, args.model) as processes:
         for n in args.boxes:
             for method in args.methods:
-                results = pool.map(_job, [(n, args.n, k, method, how) for k in range(args.n)], chunksize=2)
+                results = processes.map(_job, [(args.model, n, args.n, k, method, how) for k in range(args.n)], chunksize=2)
                 kept[method, n] = results
                 rows.append(row_of(method, n, results, how))
                 told = ("boxes_right", "boxes_95", "all_right", "drawn_anywhere", "strays", "extras", "spill", "rows_a_step", "seconds")

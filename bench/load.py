@@ -17,14 +17,14 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from bench import print_table, write_csv
+from bench import in_own_process, report
+from bench.unet import diffusers_unet
 
 FILE = "single.safetensors"
 
@@ -32,21 +32,15 @@ FILE = "single.safetensors"
 def make_folder(folder: Path, model: str) -> None:
     """A diffusers folder of random fp16 weights in the size of `model`, written by diffusers' own classes."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from minsd.config import MODELS
     from minsd.weights.load import SHAPES_FOLDER
 
     row, numbers = MODELS[model], (0.02 * torch.randn(2**20)).half()
-    kinds = ["CrossAttn" if cross else "" for cross in row.unet.cross_attention]
     build = {
-        "unet": lambda: UNet2DConditionModel(
-            sample_size=row.unet.sample_size, block_out_channels=row.unet.block_out_channels,
-            down_block_types=[f"{k}DownBlock2D" for k in kinds], up_block_types=[f"{k}UpBlock2D" for k in reversed(kinds)],
-            attention_head_dim=row.unet.num_heads, cross_attention_dim=row.unet.context_dim,
-            use_linear_projection=row.unet.linear_projection,
-        ),
+        "unet": lambda: diffusers_unet(row.unet),
         "vae": lambda: AutoencoderKL(
             block_out_channels=row.vae.block_out_channels, layers_per_block=2, latent_channels=4, norm_num_groups=32,
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=row.size,
@@ -139,12 +133,9 @@ def measure(args, folder: Path, layout: str, dtype: str) -> list[dict]:
     results = {"minsd": [], "diffusers": []} | ({"minsd, new file": []} if layout == "file" else {})
     for run in range(args.runs + 1):  # the first warms the file cache for all
         for name, runs in results.items():
-            command = ["--dtype", dtype, "--layout", layout, "--worker", name, "--folder", folder]
-            out = subprocess.run([sys.executable, "-m", "bench.load", *command], capture_output=True, text=True)
-            if out.returncode:
-                sys.exit(out.stderr)
+            told = in_own_process("--dtype", dtype, "--layout", layout, "--worker", name, "--folder", str(folder))
             if run:
-                runs.append(json.loads(out.stdout.splitlines()[-1]))
+                runs.append(told)
     assert len({r["check"] for runs in results.values() for r in runs}) == 1, "the providers hold different weights"
     return [{
         "model": args.model, "layout": layout, "file_dtype": "float16", "dtype": dtype, "provider": name,
@@ -172,9 +163,7 @@ def main():
         make_folder(Path(folder), args.model)
         make_file(Path(folder) / FILE, Path(folder))
         rows = [row for layout in ("folder", "file") for dtype in args.dtype for row in measure(args, folder, layout, dtype)]
-    print_table(rows)
-    if args.csv:
-        print("written to", write_csv("load", rows))
+    report("load", rows, args.csv)
 
 
 if __name__ == "__main__":

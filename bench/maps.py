@@ -19,11 +19,9 @@ leaves out waiting for a core, is the better guide. The first step of a process 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 
-from bench import peak_rss_mb, print_table, write_csv
+from bench import clocked, in_own_process, peak_mb, report
 from bench.unet import build
 
 VARIANTS = ("research", "frozen", "early_stop", "minsd")
@@ -67,23 +65,14 @@ def worker(args):
     generator, cells = torch.Generator().manual_seed(1), args.size // 8
     noise = torch.randn(1, 4, cells, cells, generator=generator).to(device, dtype)
     context = torch.randn(1, 77, config.context_dim, generator=generator).to(device, dtype)
-    seconds, cpu_seconds = [], []
+    only, seconds = args.worker in ("early_stop", "minsd"), []
     for _ in range(args.runs):
         unet.zero_grad(set_to_none=True)
         x = noise.clone().requires_grad_()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start, cpu_start = time.perf_counter(), time.process_time()
-        loss = step(unet, x, context, only=args.worker in ("early_stop", "minsd"))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_rss_mb()
-    print(json.dumps({
-        "seconds": seconds[1:] or seconds, "cpu_seconds": cpu_seconds[1:] or cpu_seconds, "peak_mb": peak, "loss": loss,
-        "gradient": x.grad.flatten().tolist(),
-    }))
+        loss, *spent = clocked(device, step, unet, x, context, only)
+        seconds.append(spent)
+    told = {"seconds": seconds[1:] or seconds, "peak_mb": peak_mb(device), "loss": loss, "gradient": x.grad.flatten().tolist()}
+    print(json.dumps(told))
 
 
 def main():
@@ -104,26 +93,20 @@ def main():
     torch.set_num_threads(1)  # as the workers: the CSV says so
     results, rows = {}, []
     for name in VARIANTS:
-        done = subprocess.run([sys.executable, "-m", "bench.maps", *sys.argv[1:], "--worker", name], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed with exit code {done.returncode}")
-        results[name] = json.loads(done.stdout)
-        print(f"{name}: {results[name]['seconds']} s", file=sys.stderr, flush=True)
-    truth = torch.tensor(results["research"]["gradient"])
-    base = statistics.median(results["research"]["seconds"])
+        results[name] = result = in_own_process("--worker", name)
+        result["seconds"], result["cpu_seconds"] = (statistics.median(column) for column in zip(*result["seconds"]))
+        print(f"{name}: {result['seconds']:.3f} s", file=sys.stderr, flush=True)
+    truth, base = torch.tensor(results["research"]["gradient"]), results["research"]["seconds"]
     for name, result in results.items():
         error = ((torch.tensor(result["gradient"]) - truth).norm() / truth.norm()).item()
         if not (error < (1e-3 if args.dtype == "float32" else 0.1) and abs(result["loss"] - results["research"]["loss"]) < 1e-2):
             sys.exit(f"{name} does not compute the same: relative gradient error {error:.1e}, loss {result['loss']}")
-        seconds = statistics.median(result["seconds"])
         rows.append({
-            "model": args.model, "size": args.size, "dtype": args.dtype, "variant": name, "seconds": round(seconds, 3),
-            "cpu_seconds": round(statistics.median(result["cpu_seconds"]), 3), "peak_mb": round(result["peak_mb"]),
-            "times_faster": round(base / seconds, 2), "gradient_error": f"{error:.1e}",
+            "model": args.model, "size": args.size, "dtype": args.dtype, "variant": name, "seconds": round(result["seconds"], 3),
+            "cpu_seconds": round(result["cpu_seconds"], 3), "peak_mb": round(result["peak_mb"]),
+            "times_faster": round(base / result["seconds"], 2), "gradient_error": f"{error:.1e}",
         })
-    print_table(rows)
-    if args.csv:
-        print("written to", write_csv("maps", rows, args.device))
+    report("maps", rows, args.csv, args.device)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import print_table, write_csv
+from bench import on_gpu, print_table, wait, write_csv
 from bench.unet import build
 from minsd.config import MODELS
 from minsd.kernels import onednn
@@ -56,8 +56,8 @@ def main():
     parser.add_argument("--trace", help="write the trace here")
     parser.add_argument("--csv", action="store_true", help="append to bench/results/profile.csv")
     args = parser.parse_args()
-    on_gpu = args.device.startswith("cuda")
-    dtype = getattr(torch, args.dtype or ("float16" if on_gpu else "float32"))
+    gpu = on_gpu(args.device)
+    dtype = getattr(torch, args.dtype or ("float16" if gpu else "float32"))
     unet, config = build("minsd", args.model, dtype, args.device)
     onednn.attend = marked(onednn.attend, ATTENTION)
     layers = {name: m for name, m in unet.named_modules() if isinstance(m, (ResnetBlock, Transformer, Downsample, Upsample))}
@@ -65,19 +65,18 @@ def main():
         layer.forward = marked(layer.forward, name)
     x = torch.randn(args.batch, 4, args.size // 8, args.size // 8, device=args.device, dtype=dtype)
     context = torch.randn(args.batch, 77, config.context_dim, device=args.device, dtype=dtype)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with torch.no_grad():
         keys = unet.keys(context)
         for _ in range(3):
             unet(x, 500, keys)
         with profile(activities=activities) as trace:
             unet(x, 500, keys)
-            if on_gpu:
-                torch.cuda.synchronize()
+            wait(args.device)
     if args.trace:
         trace.export_chrome_trace(args.trace)
     times, counts, gap = {}, {}, 0.0
-    if on_gpu:
+    if gpu:
         on_device = (e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in layers)
         kernels = sorted(on_device, key=lambda e: e.time_range.start)  # layers' names are shown there, too
         for event in kernels:
@@ -97,7 +96,7 @@ def main():
     ]
     print_table(rows)
     print()
-    whole = {e.key: e.device_time_total if on_gpu else e.cpu_time_total for e in trace.key_averages() if e.key in layers}
+    whole = {e.key: e.device_time_total if gpu else e.cpu_time_total for e in trace.key_averages() if e.key in layers}
     print_table([
         {"layer": name, "kind": type(layer).__name__, "ms": round(whole[name] / 1e3, 2), "share": round(whole[name] / total, 3)}
         for name, layer in layers.items()

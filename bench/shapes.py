@@ -12,17 +12,14 @@ Prompts and seeds are the same for every sampler, number of steps and guidance s
 import argparse
 import collections
 import itertools
-import multiprocessing
 import os
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
-import minsd
-from bench import print_table, wilson, write_csv
+from bench import loaded, pool, rate, report, wilson, write_csv
 from minsd.samplers import SAMPLERS
 from minsd.weights.shapes import data, detector
 
@@ -31,13 +28,9 @@ GROUPS = ("one", "two", "three", "held-out", "held-out-pair")
 BATCH = 10
 
 
-def article(colour: str) -> str:
-    return "an" if colour == "orange" else "a"
-
-
 def sentence(subjects) -> str:
     """[(colour, shape), ...] -> "a red circle, a blue square and a green star"."""
-    phrases = [f"{article(c)} {c} {s}" for c, s in subjects]
+    phrases = [f"{'an' if c == 'orange' else 'a'} {c} {s}" for c, s in subjects]
     return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
 
 
@@ -66,18 +59,10 @@ def draw(sd, group: str, n: int, part: slice, **settings) -> list[tuple[str, lis
     return [(group, subjects, k, picture) for (k, subjects), picture in zip(mine, pictures)]
 
 
-_sd = None
-
-
-def _start(model: str) -> None:
-    global _sd
-    torch.set_num_threads(1)
-    _sd = minsd.load(model, device="cpu")
-
-
 def _job(job) -> list:
-    group, n, start, settings = job
-    return [(s, k, np.asarray(p), detector.judge(p, s)) for _, s, k, p in draw(_sd, group, n, slice(start, start + BATCH), **settings)]
+    model, group, n, start, settings = job
+    drawn = draw(loaded(model), group, n, slice(start, start + BATCH), **settings)
+    return [(s, k, np.asarray(p), detector.judge(p, s)) for _, s, k, p in drawn]
 
 
 def sheet(results, path: Path, columns: int = 8, count: int = 64) -> None:
@@ -101,14 +86,10 @@ def summary(results) -> dict:
     """Rates with 95 % intervals, the kinds of failure of pictures, and the share of neglect among failed subjects."""
     n = len(results)
     verdicts = [v for *_, v in results]
-    strict, kept = sum(v.strict for v in verdicts), sum(v.no_neglect for v in verdicts)
     kinds = collections.Counter(v.kind for v in verdicts)
     failed = [kind for v in verdicts for kind in v.failures[: v.subjects_failed]]
     neglected = sum(kind in ("missing", "hybrid", "mixed") for kind in failed)
-    row = {"n": n}
-    for name, count in (("strict", strict), ("no_neglect", kept)):
-        low, high = (abs(bound) for bound in wilson(count, n))  # no minus zero
-        row |= {name: round(count / n, 3), f"{name}_95": f"{low:.3f}-{high:.3f}"}
+    row = {"n": n} | rate("strict", sum(v.strict for v in verdicts), n) | rate("no_neglect", sum(v.no_neglect for v in verdicts), n)
     row |= {kind.replace(" ", "_"): kinds[kind] for kind in detector.KINDS}
     return row | {"subjects_failed": len(failed), "of_these_neglected": round(neglected / len(failed), 3) if failed else ""}
 
@@ -132,7 +113,7 @@ def codec(sd, n: int) -> list[dict]:
                 shapes = [k for k in data.SHAPES if k != s[i][1]]
                 changed[i] = (str(rng.choice(colours)), s[i][1]) if rng.random() < 0.5 else (s[i][0], str(rng.choice(shapes)))
                 wrong += detector.judge(p, changed).strict
-            a, b, c, d = (abs(bound) for k in (passed, wrong) for bound in wilson(k, len(these)))  # no minus zero
+            a, b, c, d = *wilson(passed, len(these)), *wilson(wrong, len(these))
             rows.append({"pictures": name, "objects": count, "n": len(these), "accepted": round(passed / len(these), 4),
                          "accepted_95": f"{a:.3f}-{b:.3f}", "false_accepts": wrong, "false_95": f"{c:.3f}-{d:.3f}"})
     mse = np.mean([np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(renders, coded)])
@@ -154,17 +135,13 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.codec:
-        rows = codec(minsd.load(args.model, device="cpu"), args.n)
-        print_table(rows)
-        if args.csv:
-            write_csv("shapes_detector", rows)
-        return
+        return report("shapes_detector", codec(loaded(args.model), args.n), args.csv)
     rows = []
-    with multiprocessing.get_context("fork").Pool(args.workers, _start, (args.model,)) as pool:
+    with pool(args.workers, args.model) as processes:
         for sampler, steps, scale, group in itertools.product(args.samplers, args.steps, args.guidance, args.groups):
             settings, start = {"sampler": sampler, "steps": steps, "guidance_scale": scale}, time.time()
-            jobs = [(group, args.n, i, settings) for i in range(0, args.n, BATCH)]
-            results = [r for part in pool.imap(_job, jobs) for r in part]
+            jobs = [(args.model, group, args.n, i, settings) for i in range(0, args.n, BATCH)]
+            results = [r for part in processes.imap(_job, jobs) for r in part]
             row = {"model": args.model, "group": group, **settings, **summary(results)}
             rows.append(row | {"seconds": round(time.time() - start, 1)})
             failures = ", ".join(f"{k} {row[k.replace(' ', '_')]}" for k in detector.KINDS if row[k.replace(" ", "_")])

@@ -18,13 +18,12 @@ stopped run loses nothing.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,21 +32,18 @@ import numpy as np
 import torch
 
 import minsd
-from bench import RESULTS, peak_rss_mb, print_table, write_csv
+from bench import RESULTS, clocked, in_own_process, loaded, on_gpu, peak_mb, pool, print_table, report, write_csv
 from bench.attention_maps import rank_correlation
-from bench.shapes import cases, sentence
+from bench.shapes import BATCH, cases, sentence
 from minsd.noise import initno, stability
 from minsd.noise.initial import noise
 from minsd.weights.shapes import detector
 
 GROUPS = ("two", "three")  # where there is something to lose
-BATCH = 10
 PICTURE = {"steps": 20, "sampler": "ddim"}  # at the model's own guidance
 SCORES = ("10:7.5/1", "5:7.5/1", "10:5/1:50", "10:1/1:50", "10:7.5/7.5:50", "20:7.5/1:50", "50:7.5/1:50")  # 5: the embedded model's own
 BEST_OF = (10, 30, 100)
 VERDICTS = ("no_neglect", "strict")
-
-_sd = None
 
 
 def setting(text: str) -> tuple[dict, float]:
@@ -61,46 +57,45 @@ def name(setting: dict) -> str:
     return f"T{setting['steps']} {setting['guidance_scale']:g}/{setting['guidance_invert']:g}"
 
 
-def attention_scores(prompt, subjects, x) -> list[float]:
+def attention_scores(sd, prompt, subjects, x) -> list[float]:
     """The more the better, as stability."""
-    return [-score for score in initno.attention_scores(_sd, prompt, [shape for _, shape in subjects], x, steps=PICTURE["steps"])]
+    return [-score for score in initno.attention_scores(sd, prompt, [shape for _, shape in subjects], x, steps=PICTURE["steps"])]
 
 
-def judge(prompts, x, subjects) -> list[dict]:
+def judge(sd, prompts, x, subjects) -> list[dict]:
     """Verdicts of the pictures that noises x become."""
-    pictures = _sd.decode(_sd.sample(prompts, x, seeds=range(len(x)), **PICTURE))
+    pictures = sd.decode(sd.sample(prompts, x, seeds=range(len(x)), **PICTURE))
     return [{v: float(getattr(detector.judge(p, s), v)) for v in VERDICTS} for p, s in zip(pictures, subjects)]
 
 
-def run(job) -> tuple[str, list[dict]]:
+def run(model: str, job) -> tuple[str, list[dict]]:
     """A part of the work -> its name and what came out."""
-    torch.set_num_threads(1)
-    return json.dumps(job), {"score": score_part, "optimise": optimise_part}[job[0]](*job[1:])
+    return json.dumps(job), {"score": score_part, "optimise": optimise_part}[job[0]](loaded(model), *job[1:])
 
 
-def score_part(group, prompts, number, which, how) -> list[dict]:
+def score_part(sd, group, prompts, number, which, how) -> list[dict]:
     """Some of a prompt's noises: verdicts and scores."""
     subjects, rows = cases(group, prompts)[number], []
     prompt, x = sentence(subjects), noise([seed_of(group, number, k) for k in which], (4, 16, 16))
-    out = [{"group": group, "prompt": number} | verdict for verdict in judge([prompt] * len(x), x, [subjects] * len(x))]
+    out = [{"group": group, "prompt": number} | verdict for verdict in judge(sd, [prompt] * len(x), x, [subjects] * len(x))]
     for setting in how:
-        result = stability.score(_sd, prompt, x, **setting)
+        result = stability.score(sd, prompt, x, **setting)
         rows.append((name(setting), result.scores, result.rows / len(x)))
-    rows.append(("attention", attention_scores(prompt, subjects, x), 1))
+    rows.append(("attention", attention_scores(sd, prompt, subjects, x), 1))
     for k, row in enumerate(out):
         row["scores"] = {key: (scores[k], spent) for key, scores, spent in rows}
     return out
 
 
-def optimise_part(group, prompts, numbers, ways) -> list[dict]:
+def optimise_part(sd, group, prompts, numbers, ways) -> list[dict]:
     """The first noise of some prompts, as it is and optimised in several ways: verdicts, scores, norms, rows."""
     subjects = [cases(group, prompts)[k] for k in numbers]
     texts, x = [sentence(s) for s in subjects], noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
     out = [{"group": group, "prompt": k, "way": "plain", "score": math.nan, "norm": 1.0, "rows": 0} | verdict
-           for k, verdict in zip(numbers, judge(texts, x, subjects))]
+           for k, verdict in zip(numbers, judge(sd, texts, x, subjects))]
     for way, options in ways:
-        results = stability.optimize_batch(_sd, texts, x, **options)
-        verdicts = judge(texts, torch.cat([r.noise for r in results]), subjects)
+        results = stability.optimize_batch(sd, texts, x, **options)
+        verdicts = judge(sd, texts, torch.cat([r.noise for r in results]), subjects)
         for k, r, verdict in zip(numbers, results, verdicts):
             told = {"score": r.score - r.before, "norm": r.history[-1]["norm"] if r.history else math.nan, "rows": r.rows}
             out.append({"group": group, "prompt": k, "way": way} | told | verdict)
@@ -245,18 +240,15 @@ def cost_worker(args) -> None:
         unet, config = build("minsd", args.model, getattr(torch, args.dtype), args.device)
         text = types.SimpleNamespace(encode=lambda prompts: torch.zeros(len(prompts), 77, config.context_dim, device=args.device))
         sd = StableDiffusion(minsd.config.MODELS[args.model], unet, None, text)
-    cuda, cells = sd.device.type == "cuda", (args.size or sd.config.size) // 8
+    cells = (args.size or sd.config.size) // 8
     x, row, seconds = noise([0], (4, cells, cells)).to(sd.device), torch.zeros(1, dtype=torch.long), []
     trip = stability.Trip(sd, "a red circle and a blue square", steps=T)
-    at_rest = torch.cuda.memory_allocated() / 2**20 if cuda else peak_rss_mb()
+    at_rest = torch.cuda.memory_allocated() / 2**20 if on_gpu(sd.device) else peak_mb()
     for _ in range(args.runs):
-        start, cpu = time.perf_counter(), time.process_time()
-        _, gradient = stability.gradients(trip, x, row, "full", checkpointed)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start, time.process_time() - cpu))
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_rss_mb()
-    print(json.dumps({"seconds": seconds[1:] or seconds, "peak_mb": peak, "at_rest_mb": at_rest, "gradient": gradient.flatten().tolist()}))
+        (_, gradient), *spent = clocked(sd.device, stability.gradients, trip, x, row, "full", checkpointed)
+        seconds.append(spent)
+    told = {"peak_mb": peak_mb(sd.device), "at_rest_mb": at_rest, "gradient": gradient.flatten().tolist()}
+    print(json.dumps(told | {"seconds": seconds[1:] or seconds}))
 
 
 def cost(args) -> list[dict]:
@@ -265,12 +257,11 @@ def cost(args) -> list[dict]:
     for T in args.steps:
         results = {}
         for variant in args.activations:
-            command = [sys.executable, "-m", "bench.stability", *sys.argv[1:], "--steps", str(T), "--cost-worker", variant]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:  # all activations need not fit
-                print(f"T={T} {variant}: exit code {done.returncode}", file=sys.stderr)
+            try:
+                r = results[variant] = in_own_process("--steps", str(T), "--cost-worker", variant)
+            except SystemExit as failure:  # all activations need not fit
+                print(failure, file=sys.stderr)
                 continue
-            r = results[variant] = json.loads(done.stdout)
             wall, cpu = (statistics.median(column) for column in zip(*r["seconds"]))
             rows.append({"model": args.model, "size": args.size or minsd.config.MODELS[args.model].size, "dtype": args.dtype, "T": T,
                          "activations": variant, "seconds": round(wall, 2), "cpu_seconds": round(cpu, 2), "peak_mb": round(r["peak_mb"]),
@@ -284,7 +275,6 @@ def cost(args) -> list[dict]:
 
 
 def main():
-    global _sd
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--scores", nargs="+", type=setting, default=[setting(text) for text in SCORES], help="T:DOWN/UP[:N]")
@@ -308,13 +298,9 @@ def main():
     if args.cost_worker:
         return cost_worker(args)
     if args.cost:
-        rows = cost(args)
-        print_table(rows)
-        if args.csv:
-            write_csv("stability_cost", rows, args.device)
-        return
+        return report("stability_cost", cost(args), args.csv, args.device)
     torch.set_num_threads(1)
-    _sd = minsd.load(args.model, device="cpu")
+    loaded(args.model)
     begin, own = time.time(), 100 * (4 * 16 * 16) / stability.PAPER_NUMBERS  # `optimize`'s own
     trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
     ways = [(f"{mode} lr {lr:.3g}" + " rescaled" * rescale, trip | {"mode": mode, "lr": lr, "rescale": rescale})
@@ -328,8 +314,8 @@ def main():
     done = {}
     if args.kept and args.kept.exists():
         done = dict(map(json.loads, args.kept.read_text().splitlines()))
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-        for key, part in pool.imap_unordered(run, [job for job in jobs if json.dumps(job) not in done]):
+    with pool(args.workers, args.model) as processes:
+        for key, part in processes.imap_unordered(functools.partial(run, args.model), [job for job in jobs if json.dumps(job) not in done]):
             done[key] = part
             if args.kept:
                 with args.kept.open("a") as file:

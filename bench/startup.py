@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from bench import print_table, write_csv
+from bench import report
 
 STEPS = 20
 CLOCK = """
@@ -84,9 +84,7 @@ def main():
         for mark in runs[0]:
             seconds, cpu = (statistics.median(run[mark][k] for run in runs) for k in (0, 1))
             rows.append({"provider": name, "until": mark, "seconds": round(seconds, 2), "cpu_seconds": "" if cpu != cpu else round(cpu, 2)})
-    print_table(rows)
-    if args.csv:
-        print("written to", write_csv("startup", rows))
+    report("startup", rows, args.csv)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,25 @@ import argparse
 import itertools
 import json
 import math
-import re
 import statistics
 import subprocess
 import sys
-import time
-from contextlib import suppress
-from pathlib import Path
 
-from bench import peak_rss_mb, print_table, write_csv
+from bench import clocked, forget_peak, on_gpu, peak_mb, report
+
+
+def diffusers_unet(config):
+    """diffusers' network of the same shape."""
+    from diffusers import UNet2DConditionModel
+
+    kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
+    return UNet2DConditionModel(
+        sample_size=config.sample_size, block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block, down_block_types=[f"{k}DownBlock2D" for k in kinds],
+        up_block_types=[f"{k}UpBlock2D" for k in reversed(kinds)], attention_head_dim=config.num_heads,
+        cross_attention_dim=config.context_dim, use_linear_projection=config.linear_projection,
+        upcast_attention=config.upcast_attention,
+    )
 
 
 def build(provider, model, dtype, device):
@@ -35,21 +45,8 @@ def build(provider, model, dtype, device):
 
     config = MODELS[model].unet
     torch.manual_seed(0)
-    if provider == "minsd":
-        with torch.device("meta"):
-            unet = UNet(config)
-    else:
-        from diffusers import UNet2DConditionModel
-
-        kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(
-                sample_size=config.sample_size, block_out_channels=config.block_out_channels,
-                layers_per_block=config.layers_per_block, down_block_types=[f"{k}DownBlock2D" for k in kinds],
-                up_block_types=[f"{k}UpBlock2D" for k in reversed(kinds)], attention_head_dim=config.num_heads,
-                cross_attention_dim=config.context_dim, use_linear_projection=config.linear_projection,
-                upcast_attention=config.upcast_attention,
-            )
+    with torch.device("meta"):
+        unet = UNet(config) if provider == "minsd" else diffusers_unet(config)
     unet = unet.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for name, p in sorted(unet.named_parameters()):
         p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(float(name.endswith("weight")))
@@ -57,26 +54,6 @@ def build(provider, model, dtype, device):
         if isinstance(module, Attention):
             module.fuse()
     return unet, config
-
-
-def forget_peak(device) -> None:
-    """Memory's peak begins anew; where Linux does not let it, it is the process's."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mb(device) -> float:
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024 if status.exists() else peak_rss_mb()
 
 
 def worker(args):
@@ -101,13 +78,7 @@ def worker(args):
                 t = torch.tensor(481, device=device)
                 known = {(size, batch): (x, 481, unet.keys(context)) if args.worker == "minsd" else (x, t, context)}
             forget_peak(device)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start, cpu = time.perf_counter(), time.process_time()
-            out = unet(*known[size, batch])
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+            out, seconds, cpu = clocked(device, unet, *known[size, batch])
             out = out if torch.is_tensor(out) else out.sample
             check = out.float().abs().mean().item()
             print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak_mb(device), "check": check}), flush=True)
@@ -158,7 +129,7 @@ def main():
             seconds, cpu = (statistics.median(r[key] for r in runs) for key in ("seconds", "cpu_seconds"))
             ratios = [statistics.median(a[key] / b[key] for a, b in zip(runs, results["diffusers"])) for key in ("seconds", "cpu_seconds")]
             last = before.get((name, batch))
-            cost = seconds if args.device.startswith("cuda") else cpu
+            cost = seconds if on_gpu(args.device) else cpu
             slope = math.log(cost / last[1]) / math.log((size / last[0]) ** 2) if last and size != last[0] else None
             before[name, batch] = size, cost
             rows.append({
@@ -168,9 +139,7 @@ def main():
             })
     for process in workers.values():
         process.communicate()
-    print_table(rows)
-    if args.csv:
-        print("written to", write_csv("unet", rows, args.device))
+    report("unet", rows, args.csv, args.device)
 
 
 if __name__ == "__main__":
