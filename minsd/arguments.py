@@ -61,8 +61,8 @@ def check(args: Namespace, options: Mapping[str, Action]) -> list[Namespace]:
 # What --like takes from a picture, by the same name there.
 LIKE = (
     "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "steps", "guidance_scale", "sampler", "karras", "height",
-    "width", "init_image", "strength", "layout", "controlnet", "control_image", "control_scale", "lora", "invert", "dtype", "device",
-    "tokenizer", "attention",
+    "width", "init_image", "strength", "layout", "crop_margin", "controlnet", "control_image", "control_scale", "lora", "invert",
+    "dtype", "device", "tokenizer", "attention",
 )
 LIKE_METHOD = ("init_noise", "score", "optimize_steps", "optimize_mode")  # only together
 PATHS = ("vae", "tokenizer", "init_image", "layout", "controlnet", "control_image", "invert")
@@ -192,8 +192,12 @@ def check_method(line) -> None:
 def check_layout(line) -> None:
     """Reads the layout: its prompt and its size are the picture's."""
     line.regions = None
+    if line.crop_margin is not None and line.layout is None:
+        raise ValueError("--crop-margin is for --layout FILE")
     if line.layout is None:
         return
+    if line.crop_margin is not None and not 0 <= line.crop_margin <= 1000:
+        raise ValueError(f"--crop-margin must be 0 or more, such as 0.25, not {line.crop_margin}")
     from minsd.noise import layout
 
     line.regions = layout.load(line.layout)

@@ -112,6 +112,7 @@ def predictor(sd: StableDiffusion, job: dict, prompts: list[str], seeds: list[in
         yield sd.guided(prompts, job["negative_prompt"], job["guidance_scale"])
         return
     layout, how = load_layout(job["layout"]), {"guidance_scale": job["guidance_scale"], "seed": seeds}
+    how["crop_margin"] = job.get("crop_margin")
     with lora.by_region(layout.regions, args.by_region) as tell:
         if job.get("controlnet"):
             pictures, scales = control.read(layout, job["control_image"], job["control_scale"])

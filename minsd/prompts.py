@@ -20,7 +20,7 @@ from pathlib import Path
 PER_LINE = (
     "prompt", "negative_prompt", "seed", "seeds", "num_images", "steps", "guidance_scale", "sampler", "karras", "height", "width",
     "init_image", "strength", "noise", "init_noise", "candidates", "score", "optimize_steps", "optimize_mode", "subjects",
-    "token_indices", "excite", "layout", "control_image", "control_scale",
+    "token_indices", "excite", "layout", "crop_margin", "control_image", "control_scale",
 )
 
 

@@ -78,7 +78,7 @@ def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) 
         line.regions = line.regions.sized(settings["width"], settings["height"])
         if line.init_noise == "select" and line.score == "attention":
             collage.caption_subjects(sd, line.regions)  # says now which caption names none
-        settings["layout"] = layout_json(line.regions)
+        settings |= {"layout": layout_json(line.regions)} | ({} if line.crop_margin is None else {"crop_margin": line.crop_margin})
         for note in line.regions.notes:
             tell(f"{line.where}{note}")
     if line.controlnet is not None:
@@ -147,8 +147,8 @@ def excitement(line) -> str | None:
 IDENTITY = (
     "prompt", "negative_prompt", "model", "vae", "tokenizer", "prediction_type", "seed", "sampler", "karras", "steps",
     "guidance_scale", "height", "width", "init_image", "strength", "noise_file", "noise_index", "init_noise", "score",
-    "optimize_steps", "optimize_mode", "subjects", "excite", "layout", "controlnet", "control_image", "control_scale", "lora",
-    "invert", "dtype",
+    "optimize_steps", "optimize_mode", "subjects", "excite", "layout", "crop_margin", "controlnet", "control_image", "control_scale",
+    "lora", "invert", "dtype",
 )
 
 

@@ -60,8 +60,11 @@ def one_by_one(sd, net, lay, x, t, crop, g=4.0, scales=SCALES, adapted=lambda k:
         x0, y0, x1, y1 = (v // 8 for v in (ALL if k == 0 else who.bounds))
         m = torch.zeros(h, w).double()
         m[y0:y1, x0:x1] = 0.1 if k == 0 else who.weight
-        cut = (slice(None), slice(None), slice(y0, y1), slice(x0, x1)) if crop == "flex" else (slice(None),)
-        size = (8 * (y1 - y0), 8 * (x1 - x0)) if crop == "flex" else (96, 128)
+        if crop in (None, "collage"):
+            x0, y0, x1, y1 = 0, 0, w, h
+        elif crop == 0.25:
+            x0, y0, x1, y1 = {(0, 0, 8, 12): (0, 0, 10, 12), (7, 2, 16, 10): (5, 0, 16, 12), (0, 0, 16, 12): (0, 0, 16, 12)}[x0, y0, x1, y1]
+        cut, size = (slice(None), slice(None), slice(y0, y1), slice(x0, x1)), (8 * (y1 - y0), 8 * (x1 - x0))
         picture = torch.nn.functional.interpolate(PICTURES[k : k + 1], size=size, mode="bilinear", antialias=True)
         unet, eps = Controlled(sd.unet, [Control(net, picture, scales[k])]), torch.zeros_like(x)
         with adapted(k):
@@ -75,23 +78,34 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-@pytest.mark.parametrize("crop", ["fixed", "flex"])
+@pytest.mark.parametrize("crop", [None, 0, 0.25])
 @torch.no_grad()
 def test_is_the_merge_of_single_passes(sd, net, crop):
     lay = sized(made(LEFT, RIGHT))
-    predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop=crop, guidance_scale=4.0)
+    predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=crop, guidance_scale=4.0)
     expected = one_by_one(sd, net, lay, X, 401, crop)
     assert relative(predict(X, 401), expected) < 1e-10
     assert relative(predict(X[:1], 401), expected[:1]) < 1e-10  # another batch size, and rows split otherwise
-    off = control.predictor(sd, lay, net, PICTURES, [0.0] * 3, crop=crop, guidance_scale=4.0)
+    off = control.predictor(sd, lay, net, PICTURES, [0.0] * 3, crop_margin=crop, guidance_scale=4.0)
     assert relative(off(X, 401), expected) > 1e-3
+
+
+@pytest.mark.parametrize("crop", [0, 0.25])
+@torch.no_grad()
+def test_crops_without_a_controlnet(sd, net, crop):
+    lay = sized(made(LEFT, RIGHT, weight=0.5))
+    predict = collage.predictor(sd, lay, guidance_scale=4.0, crop_margin=crop)
+    expected = one_by_one(sd, net, lay, X, 401, crop, scales=[0.0] * 3)
+    assert relative(predict(X, 401), expected) < 1e-10 and relative(predict(X[1:], 401), expected[1:]) < 1e-10
+    whole = collage.predictor(sd, lay, guidance_scale=4.0, crop_margin=5)  # no further than the picture
+    assert relative(whole(X, 401), one_by_one(sd, net, lay, X, 401, None, scales=[0.0] * 3)) < 1e-10
 
 
 @torch.no_grad()
 def test_flex_with_whole_boxes_is_fixed(sd, net):
     lay = sized(made(ALL, ALL))
     for g in (1.0, 4.0):
-        fixed, flex = (control.predictor(sd, lay, net, PICTURES, SCALES, crop=c, guidance_scale=g)(X, 401) for c in ("fixed", "flex"))
+        fixed, flex = (control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=c, guidance_scale=g)(X, 401) for c in (None, 0))
         assert relative(flex, fixed) < 1e-10
 
 
@@ -129,7 +143,7 @@ def adapters(sd):
     return made
 
 
-@pytest.mark.parametrize("how", ["collage", "fixed", "flex"])
+@pytest.mark.parametrize("how", ["collage", None, 0, 0.25])
 @torch.no_grad()
 def test_each_region_has_its_own_adapters(sd, net, adapters, how):
     """Against passes whose adapters are merged into the weights: none for the whole picture, one for the first region, both
@@ -151,7 +165,7 @@ def test_each_region_has_its_own_adapters(sd, net, adapters, how):
         if how == "collage":
             predict = collage.predictor(sd, lay, guidance_scale=4.0, masked=False, tell=tell)
         else:
-            predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop=how, guidance_scale=4.0, tell=tell)
+            predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=how, guidance_scale=4.0, tell=tell)
         ours = predict(X, 401)
     assert relative(ours, expected) < 1e-6  # the text encoder is in float32
     assert relative(one_by_one(sd, net, lay, X, 401, how, scales=scales), expected) > 1e-3
@@ -191,9 +205,9 @@ def test_reading_control_images(tmp_path):
 
 def test_one_clear_line(sd, net):
     lay = sized(made(LEFT, RIGHT))
-    with pytest.raises(ValueError, match="no crop is called 'cut'"):
-        control.predictor(sd, lay, net, PICTURES, SCALES, crop="cut")
+    with pytest.raises(ValueError, match="crop_margin must be 0 or more"):
+        control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=-1)
     with pytest.raises(ValueError, match="nothing outside to mask"):
-        control.predictor(sd, lay, net, PICTURES, SCALES, crop="flex", masked=True)
+        control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=0, masked=True)
     with pytest.raises(ValueError, match="3 control images"):
         control.predictor(sd, lay, net, PICTURES[:2], SCALES)

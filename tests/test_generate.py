@@ -172,6 +172,7 @@ def bad(*args, says):
         bad("x", "--optimize-steps", "3", says="--optimize-steps is for --init-noise optimize"),
         bad("--layout", "nosuch.json", says="there is no layout nosuch.json"),
         bad("x", "--layout-preview", says="--layout-preview is for --layout"),
+        bad("x", "--crop-margin", "0.25", says="--crop-margin is for --layout"),
         bad("x", "--lora", "nosuch.safetensors:0.5", says="there is no LoRA nosuch.safetensors"),
         bad("x", "--control-image", "y.png", says="--controlnet and --control-image go together"),
         bad("x", "--controlnet", "nosuch", "--control-image", "tests/nosuch.png", says="there is no picture tests/nosuch.png"),
@@ -314,6 +315,14 @@ def test_layout_and_its_preview(tmp_path):
     assert row["layout"]["regions"][1]["box"] == [0.5, 0, 1, 1]
     assert main(["--like", str(tmp_path / "o" / row["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "o/00000-1.png"), pixels(tmp_path / "o/00001-1.png"))
+
+    assert main([*args, "--crop-margin", "0.25"]) == 0
+    cropped = lines(tmp_path / "o")[2]
+    assert cropped["crop_margin"] == 0.25 and cropped["unet_rows"] == 2 * 6 and cropped["file"] == "00002-1.png"
+    assert np.abs(pixels(tmp_path / "o/00002-1.png") - pixels(tmp_path / "o/00001-1.png")).max() > 2
+    assert main(["--like", str(tmp_path / "o/00002-1.png"), "--out", str(tmp_path / "o"), "--quiet"]) == 0
+    assert np.array_equal(pixels(tmp_path / "o/00002-1.png"), pixels(tmp_path / "o/00003-1.png"))
+    assert main([*args, "--crop-margin", "-1"]) == 2
 
 
 @pytest.mark.parametrize("box", [[0.6, 0, 0.4, 1], [0, 0, 0.5, 1.5], [0, 0, 0.001, 1], [0, 0, 256, 64]], ids=str)
