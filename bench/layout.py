@@ -50,6 +50,7 @@ METHODS = {
     "drop 1": {"background_drop": 1.0}, "pad 0.2": {"pad": 0.2}, "weight 0.02": {"background_weight": 0.02},
     "weight 0.3": {"background_weight": 0.3}, "weight 1": {"background_weight": 1.0}, "compat": {"ladder": "compat"},
     "crop 0": {"crop_margin": 0.0}, "crop 0.25": {"crop_margin": 0.25}, "crop 0.5": {"crop_margin": 0.5},
+    "crop 0.25 always": {"crop_margin": 0.25, "crop_until": 0},
 }
 BARE, CHOICES = "a picture", ("+chosen", "+arranged")  # a caption that names nothing; what is done for the noise
 

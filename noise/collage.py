@@ -10,7 +10,8 @@ half u_k has the negative prompts in the same places. Where all u_k must be equa
 rows a step of 2 (N + 1). All rows go through the network together, each cell with the number of its text.
 
 A region's pass sees the whole latents (the paper's "fixed" crop) and may well see its subject somewhere else in their noise.
-With a crop margin (0: its "flex" crop) it sees those of its box and of a margin around it alone, as if they were the picture.
+With a crop margin (0: its "flex" crop) it sees those of its box and of a margin around it alone, as if they were the picture;
+once objects have their places all passes see the whole again, and what two crops made differently grows together.
 
 Passes can differ in more than their texts: ControlNets (noise/control.py) and adapters (weights/lora.py, `by_region`) that
 take each row of a batch by itself are told the rows' passes.
@@ -49,7 +50,7 @@ Tell = Callable[[list[int]], None]  # takes the pass of each row of the next run
 def predictor(
     sd, layout: Layout, *, guidance_scale: float = 7.5, background_weight: float = 0.1, background_drop: float = 0.75,
     ladder: str = "direct", seed: int | Sequence[int] = 0, pad: float | None = None, attention_only: bool = False,
-    masked: bool = True, crop_margin: float | None = None, tell: Tell | None = None,
+    masked: bool = True, crop_margin: float | None = None, crop_until: float = 500, tell: Tell | None = None,
 ) -> Predictor:
     """predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, to be handed to any sampler.
 
@@ -58,8 +59,8 @@ def predictor(
     follow from the image's seed, t and the region's number alone: `seed` is one for all images, or a list with one each.
     `attention_only` is the cheap ablation: one pass, each cell looks at its region's text, nothing is merged. `ladder` says
     which cells of the attention grids are a region's: "direct" (`direct_cells`), or "compat" as the published program does.
-    Without `masked` all cells of pass k look at caption k. So they do with `crop_margin`, and see nothing of the latents
-    further from the region's box than that times the box's width or height: 2 (N + 1) rows a step, most of them small.
+    Without `masked` all cells of pass k look at caption k. So they do at t >= `crop_until` with `crop_margin`, and see nothing of
+    the latents further from the region's box than that times the box's width or height: 2 (N + 1) rows, most of them small.
     `tell(passes)` is called before each run of the network or of the text encoder with the number of the pass, 0..N, of every
     row: for what acts on rows each in its own way. No u_k is then taken for another's.
     ValueError, before any network runs, for what cannot be.
@@ -73,11 +74,6 @@ def predictor(
     if not regions and tell is None:
         return sd.predictor(sd.encode_prompt([layout.prompt]), sd.encode_prompt([layout.negative_prompt]), guidance_scale)
 
-    if crop_margin is not None:
-        def alone(k: int, part: Layout) -> Predictor:
-            return predictor(sd, part, guidance_scale=guidance_scale, tell=tell and (lambda passes: tell([k] * len(passes))))
-
-        return cropped(layout, crop_margin, background_weight, alone)
     size = layout.height // CELL, layout.width // CELL
     fill = np.array([compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in regions])
     fill = fill.reshape(len(regions), *size)
@@ -126,12 +122,17 @@ def predictor(
             c = u + guidance_scale * (c - u)
         return c[0] if attention_only else (merge.to(c.dtype) * c).sum(0)
 
-    return predict
+    def alone(k: int, part: Layout) -> Predictor:
+        return predictor(sd, part, guidance_scale=guidance_scale, tell=tell and (lambda passes: tell([k] * len(passes))))
+
+    return predict if crop_margin is None else cropped(layout, crop_margin, crop_until, background_weight, alone, predict)
 
 
-def cropped(layout: Layout, margin: float, background_weight: float, alone: Callable[[int, Layout], Predictor]) -> Predictor:
+def cropped(
+    layout: Layout, margin: float, until: float, background_weight: float, alone: Callable[[int, Layout], Predictor], whole: Predictor,
+) -> Predictor:
     """The collage of passes that see their crops: `alone(k, part)` predicts for pass k, which is the picture `part`, of no
-    regions. Parts are whole cells, and margins rounded to cells."""
+    regions. Parts are whole cells, and margins rounded to cells. Below timestep `until` it is `whole`."""
     if not 0 <= margin < math.inf:
         raise ValueError(f"crop_margin must be 0 or more, such as 0.25, not {margin}")
     fill = np.array([coverage(r.pixels, CELL) for r in layout.regions]).reshape(-1, layout.height // CELL, layout.width // CELL)
@@ -153,6 +154,8 @@ def cropped(layout: Layout, margin: float, background_weight: float, alone: Call
         merge = merge.to(x)
         if (CELL * x.shape[-2], CELL * x.shape[-1]) != (layout.height, layout.width):
             raise ValueError(f"the layout is of {layout.width}x{layout.height} pixels: latents of shape {tuple(x.shape)} do not fit it")
+        if t < until:
+            return whole(x, t)
         total = torch.zeros_like(x)
         for m, place, eps in zip(merge, places, passes):  # M_k is 0 beyond the crop
             total[place] += m[place] * eps(x[place], t)
@@ -178,8 +181,8 @@ def _check(
         raise ValueError(f"seeds must be whole numbers from 0, not {seeds}")
     if attention_only and not (masked and tell is None):
         raise ValueError("attention_only is one pass with every region in it: it goes with neither masked=False nor tell")
-    if crop_margin is not None and (attention_only or pad is not None or ladder != "direct"):
-        raise ValueError("crop_margin shows each region by itself, with nothing around it: leave out attention_only, pad and ladder")
+    if crop_margin is not None and attention_only:
+        raise ValueError("attention_only is one pass that sees everything: leave out crop_margin")
     for k, region in enumerate(layout.regions, 1):
         if region.lora and tell is None:
             raise ValueError(f"region {k} has an adapter of its own (lora): the collage must be given the tell of lora.by_region")

@@ -35,24 +35,33 @@ def read(layout: Layout, picture: str | Path | None = None, scale: float = 1.0) 
 
 def predictor(
     sd, layout: Layout, net: ControlNet, pictures: torch.Tensor, scales: Sequence[float], *, start: float = 0.0, end: float = 1.0,
-    masked: bool = False, crop_margin: float | None = None, tell: collage.Tell | None = None, **how,
+    guidance_scale: float = 7.5, background_weight: float = 0.1, masked: bool = False, crop_margin: float | None = None,
+    crop_until: float = 500, tell: collage.Tell | None = None, **how,
 ) -> Predictor:
     """predict(x, t) -> eps (B,4,h,w) for a sized layout of N regions, its N+1 control images and scales as `read` gives them.
 
-    `start` and `end`: as `minsd.controlnet.Control` has them. All else, of which passes of crops take only guidance_scale and
-    background_weight, as `collage.predictor` has it. ValueError for what cannot be, before any network runs.
+    `start` and `end`: as `minsd.controlnet.Control` has them. All else as `collage.predictor` has it. ValueError for what cannot
+    be, before any network runs.
     """
     n, regions = len(layout.regions), [replace(region, control_image=None) for region in layout.regions]
-    if crop_margin is not None and masked:
-        raise ValueError("crop_margin shows each region by itself: there is nothing outside to mask")
     if layout.width is None or tuple(pictures.shape) != (n + 1, 3, layout.height, layout.width) or len(scales) != n + 1:
         raise ValueError(f"a layout of {n} regions needs {n + 1} control images of its size and as many scales")
     layout = replace(layout, control_image=None, regions=tuple(regions))  # these are seen to
     control = Control(net, pictures, list(scales), start, end)
-    if crop_margin is not None:
-        return _cropped(sd, layout, control, crop_margin, tell, **how)
-    sd, tell = _beside(sd, control, tell)
-    return collage.predictor(sd, layout, masked=masked, tell=tell, **how)
+    beside, told = _beside(sd, control, tell)
+    how |= {"guidance_scale": guidance_scale, "background_weight": background_weight}
+    whole = collage.predictor(beside, layout, masked=masked, tell=told, **how)
+
+    def alone(k: int, part: Layout) -> Predictor:
+        picture = control.pictures[k : k + 1]
+        if (part.height, part.width) != tuple(picture.shape[-2:]):
+            picture = F.interpolate(picture, size=(part.height, part.width), mode="bilinear", antialias=True)
+        beside, told = _beside(
+            sd, replace(control, pictures=picture, scale=control.scale[k]), tell and (lambda passes: tell([k] * len(passes))),
+        )
+        return collage.predictor(beside, part, guidance_scale=guidance_scale, tell=told)
+
+    return whole if crop_margin is None else collage.cropped(layout, crop_margin, crop_until, background_weight, alone, whole)
 
 
 def _beside(sd, control: Control, tell: collage.Tell | None):
@@ -66,17 +75,3 @@ def _beside(sd, control: Control, tell: collage.Tell | None):
             tell(passes)
 
     return sd, both
-
-
-def _cropped(sd, layout: Layout, control: Control, margin: float, tell, *, guidance_scale=7.5, background_weight=0.1, seed=0) -> Predictor:
-    """Nothing is drawn here: any seed is the same."""
-    def alone(k: int, part: Layout) -> Predictor:
-        picture = control.pictures[k : k + 1]
-        if (part.height, part.width) != tuple(picture.shape[-2:]):
-            picture = F.interpolate(picture, size=(part.height, part.width), mode="bilinear", antialias=True)
-        mine, told = _beside(
-            sd, replace(control, pictures=picture, scale=control.scale[k]), tell and (lambda passes: tell([k] * len(passes))),
-        )
-        return collage.predictor(mine, part, guidance_scale=guidance_scale, tell=told)
-
-    return collage.cropped(layout, margin, background_weight, alone)

@@ -436,7 +436,7 @@ def test_compat_in_the_network(tiny):
     ({"attention_only": True, "masked": False}, "attention_only is one pass"),
     ({"crop_margin": -0.1}, "crop_margin must be 0 or more"),
     ({"crop_margin": float("inf")}, "crop_margin must be 0 or more"),
-    ({"crop_margin": 0, "pad": 0.2}, "leave out attention_only, pad and ladder"),
+    ({"crop_margin": 0, "attention_only": True}, "leave out crop_margin"),
 ])
 def test_mistakes(tiny, options, message):
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,11 +83,11 @@ def relative(a, b):
 @torch.no_grad()
 def test_is_the_merge_of_single_passes(sd, net, crop):
     lay = sized(made(LEFT, RIGHT))
-    predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=crop, guidance_scale=4.0)
+    predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=crop, crop_until=0, guidance_scale=4.0)
     expected = one_by_one(sd, net, lay, X, 401, crop)
     assert relative(predict(X, 401), expected) < 1e-10
     assert relative(predict(X[:1], 401), expected[:1]) < 1e-10  # another batch size, and rows split otherwise
-    off = control.predictor(sd, lay, net, PICTURES, [0.0] * 3, crop_margin=crop, guidance_scale=4.0)
+    off = control.predictor(sd, lay, net, PICTURES, [0.0] * 3, crop_margin=crop, crop_until=0, guidance_scale=4.0)
     assert relative(off(X, 401), expected) > 1e-3
 
 
@@ -94,19 +95,27 @@ def test_is_the_merge_of_single_passes(sd, net, crop):
 @torch.no_grad()
 def test_crops_without_a_controlnet(sd, net, crop):
     lay = sized(made(LEFT, RIGHT, weight=0.5))
-    predict = collage.predictor(sd, lay, guidance_scale=4.0, crop_margin=crop)
+    predict = collage.predictor(sd, lay, guidance_scale=4.0, crop_margin=crop, crop_until=0)
     expected = one_by_one(sd, net, lay, X, 401, crop, scales=[0.0] * 3)
     assert relative(predict(X, 401), expected) < 1e-10 and relative(predict(X[1:], 401), expected[1:]) < 1e-10
-    whole = collage.predictor(sd, lay, guidance_scale=4.0, crop_margin=5)  # no further than the picture
+    whole = collage.predictor(sd, lay, guidance_scale=4.0, crop_margin=5, crop_until=0)  # no further than the picture
     assert relative(whole(X, 401), one_by_one(sd, net, lay, X, 401, None, scales=[0.0] * 3)) < 1e-10
+
+
+@torch.no_grad()
+def test_crops_end_where_objects_have_their_places(sd, net):
+    lay = sized(made(LEFT, RIGHT))
+    for make in (collage.predictor, lambda *args, **more: control.predictor(*args, net, PICTURES, SCALES, **more)):
+        crops, whole = (make(sd, lay, guidance_scale=4.0, crop_margin=c) for c in (0.25, None))
+        assert torch.equal(crops(X, 499), whole(X, 499)) and relative(crops(X, 500), whole(X, 500)) > 1e-3
 
 
 @torch.no_grad()
 def test_flex_with_whole_boxes_is_fixed(sd, net):
     lay = sized(made(ALL, ALL))
     for g in (1.0, 4.0):
-        fixed, flex = (control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=c, guidance_scale=g)(X, 401) for c in (None, 0))
-        assert relative(flex, fixed) < 1e-10
+        make = partial(control.predictor, sd, lay, net, PICTURES, SCALES, crop_until=0, guidance_scale=g)
+        assert relative(make(crop_margin=0)(X, 401), make()(X, 401)) < 1e-10
 
 
 @torch.no_grad()
@@ -165,7 +174,7 @@ def test_each_region_has_its_own_adapters(sd, net, adapters, how):
         if how == "collage":
             predict = collage.predictor(sd, lay, guidance_scale=4.0, masked=False, tell=tell)
         else:
-            predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=how, guidance_scale=4.0, tell=tell)
+            predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=how, crop_until=0, guidance_scale=4.0, tell=tell)
         ours = predict(X, 401)
     assert relative(ours, expected) < 1e-6  # the text encoder is in float32
     assert relative(one_by_one(sd, net, lay, X, 401, how, scales=scales), expected) > 1e-3
@@ -207,7 +216,5 @@ def test_one_clear_line(sd, net):
     lay = sized(made(LEFT, RIGHT))
     with pytest.raises(ValueError, match="crop_margin must be 0 or more"):
         control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=-1)
-    with pytest.raises(ValueError, match="nothing outside to mask"):
-        control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=0, masked=True)
     with pytest.raises(ValueError, match="3 control images"):
         control.predictor(sd, lay, net, PICTURES[:2], SCALES)

@@ -318,7 +318,7 @@ def test_layout_and_its_preview(tmp_path):
 
     assert main([*args, "--crop-margin", "0.25"]) == 0
     cropped = lines(tmp_path / "o")[2]
-    assert cropped["crop_margin"] == 0.25 and cropped["unet_rows"] == 2 * 6 and cropped["file"] == "00002-1.png"
+    assert cropped["crop_margin"] == 0.25 and cropped["unet_rows"] == 6 + 4 and cropped["file"] == "00002-1.png"
     assert np.abs(pixels(tmp_path / "o/00002-1.png") - pixels(tmp_path / "o/00001-1.png")).max() > 2
     assert main(["--like", str(tmp_path / "o/00002-1.png"), "--out", str(tmp_path / "o"), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "o/00002-1.png"), pixels(tmp_path / "o/00003-1.png"))
