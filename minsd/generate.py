@@ -45,7 +45,7 @@ def parser() -> Parser:
     a("--strength", metavar="S", type=float, help="how far to go from --init-image, 0 to 1 (default: 0.8)")
     a("--noise", metavar="FILE", type=Path, help="initial noise from a file that --save-noise wrote")
     a("--layout", metavar="FILE|DIR", type=Path, help="captions for regions of the picture: a layout.json, or a NoiseCollage folder")
-    a("--crop-margin", metavar="SHARE", type=float, help="at first show each region's pass its box and this share of it around alone; try 0.25")
+    a("--crop-margin", metavar="SHARE", type=float, help="at first each region sees its box and this share of it around alone; try 0.25")
     a("--control-image", metavar="FILE", type=Path, help="what the --controlnet looks at (edges, a pose, ...), taken as it is")
     a("--control-scale", metavar="S", type=float, help="how much the ControlNet counts (default: 1)")
     a = p.add_argument_group("the initial noise (each also a key of such a line)").add_argument
