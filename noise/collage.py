@@ -44,6 +44,7 @@ ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows together, on a CPU: more
 
 Grid = tuple[int, int]  # rows, columns of an attention layer's cells
 Ways = list[dict[Grid, Tensor]]  # something for each grid; two of them where the way up through the network differs
+Place = tuple  # (..., rows, columns): what indexes latents
 Tell = Callable[[list[int]], None]  # takes the pass of each row of the next run of a network
 
 
@@ -51,6 +52,7 @@ def predictor(
     sd, layout: Layout, *, guidance_scale: float = 7.5, background_weight: float = 0.1, background_drop: float = 0.75,
     ladder: str = "direct", seed: int | Sequence[int] = 0, pad: float | None = None, attention_only: bool = False,
     masked: bool = True, crop_margin: float | None = None, crop_until: float = 500, tell: Tell | None = None,
+    cut: Callable[[int, Place], tuple] | None = None,
 ) -> Predictor:
     """predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, to be handed to any sampler.
 
@@ -62,7 +64,8 @@ def predictor(
     Without `masked` all cells of pass k look at caption k. So they do at t >= `crop_until` with `crop_margin`, and see nothing of
     the latents further from the region's box than that times the box's width or height: 2 (N + 1) rows, most of them small.
     `tell(passes)` is called before each run of the network or of the text encoder with the number of the pass, 0..N, of every
-    row: for what acts on rows each in its own way. No u_k is then taken for another's.
+    row: for what acts on rows each in its own way. No u_k is then taken for another's. `cut(k, place)` gives the model, and its
+    `tell`, for pass k where that sees no more than latents[place].
     ValueError, before any network runs, for what cannot be.
     """
     if layout.width is None:
@@ -107,11 +110,24 @@ def predictor(
     conditional = 1 if attention_only else len(captions)  # rows; the others are u
     run = _Rows(sd, *zip(*rows), size, tell)
 
+    places, crops = [] if crop_margin is None else crop_places(layout, crop_margin), []
+    for k, (place, whose) in enumerate(zip(places, (layout, *regions))):
+        high, wide = (CELL * (part.stop - part.start) for part in place[1:])
+        model, mine = (sd, tell) if cut is None else cut(k, place)
+        told = mine and (lambda passes, k=k, mine=mine: mine([k] * len(passes)))
+        part = Layout(whose.prompt, (), whose.negative_prompt, wide, high)
+        crops.append(predictor(model, part, guidance_scale=guidance_scale, tell=told))
+
     def predict(x, t):
         if tuple(x.shape[-2:]) != size:
             raise ValueError(f"the layout has {size[0]}x{size[1]} latent cells: latents of shape {tuple(x.shape)} do not fit it")
         if len(seeds) not in (1, len(x)):
             raise ValueError(f"the collage was given {len(seeds)} seeds for {len(x)} images: give one, or one each")
+        if crops and t >= crop_until:
+            total = torch.zeros_like(x)
+            for m, place, eps in zip(merge.to(x.dtype), places, crops):  # M_k is 0 beyond the crop
+                total[place] += m[place] * eps(x[place], t)
+            return total
         cells = fixed
         if cells is None:
             drawn = [[drawn_surroundings(size, background_drop, s, t, k) for s in seeds] for k in range(len(regions))]
@@ -122,46 +138,21 @@ def predictor(
             c = u + guidance_scale * (c - u)
         return c[0] if attention_only else (merge.to(c.dtype) * c).sum(0)
 
-    def alone(k: int, part: Layout) -> Predictor:
-        return predictor(sd, part, guidance_scale=guidance_scale, tell=tell and (lambda passes: tell([k] * len(passes))))
-
-    return predict if crop_margin is None else cropped(layout, crop_margin, crop_until, background_weight, alone, predict)
+    return predict
 
 
-def cropped(
-    layout: Layout, margin: float, until: float, background_weight: float, alone: Callable[[int, Layout], Predictor], whole: Predictor,
-) -> Predictor:
-    """The collage of passes that see their crops: `alone(k, part)` predicts for pass k, which is the picture `part`, of no
-    regions. Parts are whole cells, and margins rounded to cells. Below timestep `until` it is `whole`."""
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"crop_margin must be 0 or more, such as 0.25, not {margin}")
-    fill = np.array([coverage(r.pixels, CELL) for r in layout.regions]).reshape(-1, layout.height // CELL, layout.width // CELL)
-    merge = torch.from_numpy(merge_weights(fill, [background_weight, *(r.weight for r in layout.regions)]))  # (N + 1, h, w)
-    places, passes = [], []
-    for k, whose in enumerate((layout, *layout.regions)):
-        x0, y0, x1, y1 = whose.bounds if k else (0, 0, layout.width, layout.height)
+def crop_places(layout: Layout, margin: float) -> list[Place]:
+    """What each pass sees of the latents (..., h, w): all of them, then each region's box and its margin, in whole cells."""
+    places = [(..., slice(0, layout.height // CELL), slice(0, layout.width // CELL))]
+    for region in layout.regions:
+        x0, y0, x1, y1 = region.bounds
         place = []
         for low, high, size in ((y0, y1, layout.height), (x0, x1, layout.width)):
             low, high = low // CELL, -(-high // CELL)
             more = round(margin * (high - low))
             place.append(slice(max(low - more, 0), min(high + more, size // CELL)))
-        high, wide = (CELL * (part.stop - part.start) for part in place)
         places.append((..., *place))
-        passes.append(alone(k, Layout(whose.prompt, (), whose.negative_prompt, wide, high)))
-
-    def predict(x, t):
-        nonlocal merge
-        merge = merge.to(x)
-        if (CELL * x.shape[-2], CELL * x.shape[-1]) != (layout.height, layout.width):
-            raise ValueError(f"the layout is of {layout.width}x{layout.height} pixels: latents of shape {tuple(x.shape)} do not fit it")
-        if t < until:
-            return whole(x, t)
-        total = torch.zeros_like(x)
-        for m, place, eps in zip(merge, places, passes):  # M_k is 0 beyond the crop
-            total[place] += m[place] * eps(x[place], t)
-        return total
-
-    return predict
+    return places
 
 
 def _check(
@@ -181,8 +172,10 @@ def _check(
         raise ValueError(f"seeds must be whole numbers from 0, not {seeds}")
     if attention_only and not (masked and tell is None):
         raise ValueError("attention_only is one pass with every region in it: it goes with neither masked=False nor tell")
-    if crop_margin is not None and attention_only:
-        raise ValueError("attention_only is one pass that sees everything: leave out crop_margin")
+    if crop_margin is not None and not 0 <= crop_margin < math.inf:
+        raise ValueError(f"crop_margin must be 0 or more, such as 0.25, not {crop_margin}")
+    if crop_margin is not None and (attention_only or ladder == "compat"):
+        raise ValueError("crop_margin goes neither with attention_only nor with the ladder compat, whose passes see everything")
     for k, region in enumerate(layout.regions, 1):
         if region.lora and tell is None:
             raise ValueError(f"region {k} has an adapter of its own (lora): the collage must be given the tell of lora.by_region")

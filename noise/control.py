@@ -2,7 +2,7 @@
 
 The collage is that of noise/collage.py; here its pass k sees control image k at scale k, ControlNet's rows in one batch like
 the UNet's. A control image says where things are, so cross-attention need not: it is masked only on request. Where passes
-see crops of the latents, each sees its control image resized to its crop.
+see crops of the latents, each sees the same part of its control image: that, too, is in the picture's places.
 """
 
 import copy
@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from minsd.controlnet import Control, Controlled, ControlNet, read_control_image
 from minsd.guidance import Predictor
 from minsd.noise import collage
-from minsd.noise.layout import Layout
+from minsd.noise.layout import CELL, Layout
 
 
 def read(layout: Layout, picture: str | Path | None = None, scale: float = 1.0) -> tuple[torch.Tensor, list[float]]:
@@ -35,8 +34,7 @@ def read(layout: Layout, picture: str | Path | None = None, scale: float = 1.0) 
 
 def predictor(
     sd, layout: Layout, net: ControlNet, pictures: torch.Tensor, scales: Sequence[float], *, start: float = 0.0, end: float = 1.0,
-    guidance_scale: float = 7.5, background_weight: float = 0.1, masked: bool = False, crop_margin: float | None = None,
-    crop_until: float = 500, tell: collage.Tell | None = None, **how,
+    masked: bool = False, tell: collage.Tell | None = None, **how,
 ) -> Predictor:
     """predict(x, t) -> eps (B,4,h,w) for a sized layout of N regions, its N+1 control images and scales as `read` gives them.
 
@@ -48,20 +46,14 @@ def predictor(
         raise ValueError(f"a layout of {n} regions needs {n + 1} control images of its size and as many scales")
     layout = replace(layout, control_image=None, regions=tuple(regions))  # these are seen to
     control = Control(net, pictures, list(scales), start, end)
+
+    def cut(k: int, place: collage.Place):
+        rows, columns = (slice(CELL * part.start, CELL * part.stop) for part in place[1:])
+        mine, tell_net = _beside(sd, replace(control, pictures=pictures[k : k + 1, :, rows, columns], scale=control.scale[k]), None)
+        return mine, lambda passes: (tell_net([0] * len(passes)), tell and tell(passes))
+
     beside, told = _beside(sd, control, tell)
-    how |= {"guidance_scale": guidance_scale, "background_weight": background_weight}
-    whole = collage.predictor(beside, layout, masked=masked, tell=told, **how)
-
-    def alone(k: int, part: Layout) -> Predictor:
-        picture = control.pictures[k : k + 1]
-        if (part.height, part.width) != tuple(picture.shape[-2:]):
-            picture = F.interpolate(picture, size=(part.height, part.width), mode="bilinear", antialias=True)
-        beside, told = _beside(
-            sd, replace(control, pictures=picture, scale=control.scale[k]), tell and (lambda passes: tell([k] * len(passes))),
-        )
-        return collage.predictor(beside, part, guidance_scale=guidance_scale, tell=told)
-
-    return whole if crop_margin is None else collage.cropped(layout, crop_margin, crop_until, background_weight, alone, whole)
+    return collage.predictor(beside, layout, masked=masked, tell=told, cut=cut, **how)
 
 
 def _beside(sd, control: Control, tell: collage.Tell | None):

@@ -436,7 +436,8 @@ def test_compat_in_the_network(tiny):
     ({"attention_only": True, "masked": False}, "attention_only is one pass"),
     ({"crop_margin": -0.1}, "crop_margin must be 0 or more"),
     ({"crop_margin": float("inf")}, "crop_margin must be 0 or more"),
-    ({"crop_margin": 0, "attention_only": True}, "leave out crop_margin"),
+    ({"crop_margin": 0, "attention_only": True}, "crop_margin goes neither with"),
+    ({"crop_margin": 0, "ladder": "compat"}, "crop_margin goes neither with"),
 ])
 def test_mistakes(tiny, options, message):
     with pytest.raises(ValueError, match=message):
@@ -448,7 +449,9 @@ def test_what_does_not_fit(tiny, x):
         collage.predictor(tiny, make(A, (B, LEFT)), seed=[1, 2, 3])(x, T)
     with pytest.raises(ValueError, match="16x16 latent cells: latents of shape"):
         collage.predictor(tiny, make(A, (B, LEFT)))(x[..., :8], T)
-    with pytest.raises(ValueError, match="128x128 pixels: latents of shape"):
+    with pytest.raises(ValueError, match="3 seeds for 2 images"):
+        collage.predictor(tiny, make(A, (B, LEFT)), seed=[1, 2, 3], crop_margin=0)(x, 981)
+    with pytest.raises(ValueError, match="16x16 latent cells: latents of shape"):
         collage.predictor(tiny, make(A, (B, LEFT)), crop_margin=0)(x[..., :8], T)
     with pytest.raises(ValueError, match="region 1 has an adapter"):
         collage.predictor(tiny, make(A, (B, LEFT, {"lora": ["a.safetensors"]})))

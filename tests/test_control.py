@@ -47,7 +47,7 @@ def sized(lay):
     return lay.sized(128, 96)
 
 
-LEFT, RIGHT, ALL = [0, 0, 64, 96], [56, 16, 128, 80], [0, 0, 128, 96]
+LEFT, RIGHT, ALL = [0, 0, 64, 96], [56, 16, 112, 80], [0, 0, 128, 96]
 X = noise([1, 2], (4, 12, 16)).double()
 PICTURES = torch.rand(3, 3, 96, 128, generator=torch.Generator().manual_seed(3)).double()
 SCALES = [0.5, 1.0, 0.7]
@@ -64,9 +64,9 @@ def one_by_one(sd, net, lay, x, t, crop, g=4.0, scales=SCALES, adapted=lambda k:
         if crop in (None, "collage"):
             x0, y0, x1, y1 = 0, 0, w, h
         elif crop == 0.25:
-            x0, y0, x1, y1 = {(0, 0, 8, 12): (0, 0, 10, 12), (7, 2, 16, 10): (5, 0, 16, 12), (0, 0, 16, 12): (0, 0, 16, 12)}[x0, y0, x1, y1]
-        cut, size = (slice(None), slice(None), slice(y0, y1), slice(x0, x1)), (8 * (y1 - y0), 8 * (x1 - x0))
-        picture = torch.nn.functional.interpolate(PICTURES[k : k + 1], size=size, mode="bilinear", antialias=True)
+            x0, y0, x1, y1 = {(0, 0, 8, 12): (0, 0, 10, 12), (7, 2, 14, 10): (5, 0, 16, 12), (0, 0, 16, 12): (0, 0, 16, 12)}[x0, y0, x1, y1]
+        cut = (slice(None), slice(None), slice(y0, y1), slice(x0, x1))
+        picture = PICTURES[k : k + 1, :, 8 * y0 : 8 * y1, 8 * x0 : 8 * x1]
         unet, eps = Controlled(sd.unet, [Control(net, picture, scales[k])]), torch.zeros_like(x)
         with adapted(k):
             texts = (sd.encode_prompt(p) for p in (who.prompt, who.negative_prompt))

@@ -141,8 +141,8 @@ def test_files_that_are_missing_or_broken(tmp_path):
         (tmp_path / "l.json").write_text(text, encoding="latin-1")
         return tmp_path / "l.json"
 
-    with pytest.raises(ValueError, match="l.json is not JSON: .* at line 3, column 1"):
-        layout.load(write('{"prompt": "a",\n "width": 64,\n}'))
+    with pytest.raises(ValueError, match="l.json is not JSON: .* at line 3, column 2"):
+        layout.load(write('{"prompt": "a",\n "width": 64,\n x}'))
     with pytest.raises(ValueError, match="'width' is there twice"):
         layout.load(write('{"prompt": "a", "width": 64, "width": 32}'))
     with pytest.raises(ValueError, match="not a text file in UTF-8"):
