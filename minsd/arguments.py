@@ -193,7 +193,7 @@ def check_layout(line) -> None:
     """Reads the layout: its prompt and its size are the picture's."""
     line.regions = None
     if line.crop_margin is not None and line.layout is None:
-        raise ValueError("--crop-margin is for --layout FILE")
+        raise ValueError("--crop-margin is for --layout FILE (in a prompts file it can be a line's own, crop_margin)")
     if line.layout is None:
         return
     if line.crop_margin is not None and not 0 <= line.crop_margin <= 1000:

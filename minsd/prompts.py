@@ -13,7 +13,7 @@ import copy
 import json
 from argparse import Action, Namespace
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # The options that a line of a prompts file may set; the others hold for the whole run.
@@ -94,4 +94,6 @@ def set_option(line: Namespace, options: Mapping[str, Action], key: str, value) 
         raise ValueError(f"{line.where}{key!r} must be {wanted}, not {json.dumps(value)}")
     if action.choices and value not in action.choices:
         raise ValueError(f"{line.where}{key!r} must be one of {', '.join(action.choices)}, not {value!r}")
+    with suppress(OverflowError):  # of a whole number too large, which is refused as any other of its size
+        value = float(value) if action.type is float else value
     setattr(line, name, Path(value) if action.type is Path else value)

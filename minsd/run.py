@@ -78,7 +78,7 @@ def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) 
         line.regions = line.regions.sized(settings["width"], settings["height"])
         if line.init_noise == "select" and line.score == "attention":
             collage.caption_subjects(sd, line.regions)  # says now which caption names none
-        settings |= {"layout": layout_json(line.regions)} | ({} if line.crop_margin is None else {"crop_margin": line.crop_margin})
+        settings["layout"] = layout_json(line.regions)
         for note in line.regions.notes:
             tell(f"{line.where}{note}")
     if line.controlnet is not None:
@@ -89,8 +89,12 @@ def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) 
         settings |= {"invert": str(line.invert), "guidance_scale": 1.0 if line.guidance_scale is None else line.guidance_scale}
     if line.init_image is not None:
         settings |= {"init_image": str(line.init_image), "strength": 0.8 if line.strength is None else line.strength}
-        first_step(settings["steps"], settings["strength"])
+    left_out = first_step(settings["steps"], settings.get("strength", 1.0))
     check_steps(settings["sampler"], settings["steps"], sd.schedule)
+    if line.crop_margin is not None:
+        settings["crop_margin"] = line.crop_margin
+        if not line.regions.regions or all(t < collage.CROP_UNTIL for t in sd.schedule.timesteps(settings["steps"])[left_out:]):
+            tell(f"{line.where}crop_margin changes nothing here: it is for a layout's regions, and for timesteps from {collage.CROP_UNTIL}")
     seeds = line.seeds
     if line.noise is not None:
         count = len(read_noise(line.noise, (4, settings["height"] // 8, settings["width"] // 8)))

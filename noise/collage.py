@@ -40,6 +40,7 @@ from minsd.noise.initial import noise as draw_noise
 from minsd.noise.layout import CELL, Layout, coverage
 
 OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a row: the region's, the whole picture's, none
+CROP_UNTIL = 500  # the timestep down to which a crop margin holds: objects have their places by then
 ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows together, on a CPU: more is no faster
 
 Grid = tuple[int, int]  # rows, columns of an attention layer's cells
@@ -51,7 +52,7 @@ Tell = Callable[[list[int]], None]  # takes the pass of each row of the next run
 def predictor(
     sd, layout: Layout, *, guidance_scale: float = 7.5, background_weight: float = 0.1, background_drop: float = 0.75,
     ladder: str = "direct", seed: int | Sequence[int] = 0, pad: float | None = None, attention_only: bool = False,
-    masked: bool = True, crop_margin: float | None = None, crop_until: float = 500, tell: Tell | None = None,
+    masked: bool = True, crop_margin: float | None = None, crop_until: float = CROP_UNTIL, tell: Tell | None = None,
     cut: Callable[[int, Place], tuple] | None = None,
 ) -> Predictor:
     """predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, to be handed to any sampler.

@@ -303,7 +303,7 @@ def test_inversion_of_a_picture(made, tmp_path):
     assert np.abs(pixels(tmp_path / "00001-0.png") - pixels(tmp_path / "00000-0.png")).max() <= 2
 
 
-def test_layout_and_its_preview(tmp_path):
+def test_layout_and_its_preview(tmp_path, capfd):
     boxes = [{"prompt": "a red circle", "box": [0, 0, 0.5, 1]}, {"prompt": "a blue square", "box": [0.5, 0, 1, 1]}]
     (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": boxes}))
     args = ["--layout", str(tmp_path / "l.json"), "--seed", "1", "--steps", "2", "--out", str(tmp_path / "o"), "--quiet"]
@@ -323,6 +323,10 @@ def test_layout_and_its_preview(tmp_path):
     assert main(["--like", str(tmp_path / "o/00002-1.png"), "--out", str(tmp_path / "o"), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "o/00002-1.png"), pixels(tmp_path / "o/00003-1.png"))
     assert main([*args, "--crop-margin", "-1"]) == 2
+    capfd.readouterr()
+    late = [arg for arg in args if arg != "--quiet"] + ["--crop-margin", "0.25"]
+    for more, noted in ((["--steps", "2"], False), (["--steps", "1"], True)):
+        assert main([*late, *more]) == 0 and ("crop_margin changes nothing here" in capfd.readouterr().err) == noted
 
 
 @pytest.mark.parametrize("box", [[0.6, 0, 0.4, 1], [0, 0, 0.5, 1.5], [0, 0, 0.001, 1], [0, 0, 256, 64]], ids=str)
