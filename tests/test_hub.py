@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from safetensors.torch import load_file, save_file
 
 import minsd
@@ -79,6 +79,7 @@ def server(monkeypatch, tmp_path):
         template = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", server.url + template, raising=False)  # before 1.0
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda *a: True, raising=False)
@@ -91,8 +92,10 @@ def server(monkeypatch, tmp_path):
 def offline(monkeypatch):
     def go(on=True):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", on)
+        getattr(utils, "reset_sessions", lambda: None)()  # before 1.0 they were made on- or offline
 
-    return go
+    yield go
+    go(False)
 
 
 @pytest.fixture(scope="module")

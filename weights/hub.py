@@ -162,7 +162,7 @@ def explained(error: Exception, repo: str) -> Exception:
         return FileNotFoundError(
             f"{repo} is not whole in the cache {constants.HF_HUB_CACHE}, and offline mode (HF_HUB_OFFLINE) forbids fetching it{to}"
         )
-    if isinstance(error, errors.HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError) and not unreachable(error):
         return ValueError(f"the hub refused {repo} (HTTP {status}): try later, or give a folder{to}")
     if isinstance(error, (ValueError, FileNotFoundError)) and not unreachable(error):
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
