@@ -7,7 +7,7 @@
 
 Random boxes that do not overlap, 2 to 4 in a picture, each with its own coloured shape; the picture's caption names them
 all. Every method gets the same layouts and noise. With `+bare` the picture's caption names nothing instead, and with
-`+arranged` the noise is put together for the layout from candidates (collage.arrange); `+chosen` takes the one that is best
+`+arranged` the noise is put together for the layout from candidates (minsd.noise.arrange); `+chosen` takes the one that is best
 for all regions as it is. A box is right when the detector (weights/shapes/detector.py, pixels alone) finds a well drawn body of
 that shape and colour centred in it; strays are bodies centred in no box, extras further bodies in one. What `plain` has right
 is chance: it is told what, and not where. `spill` is the share of everything drawn that lies outside every box. With a real
@@ -39,7 +39,7 @@ import minsd
 from bench import clocked, in_own_process, loaded, peak_mb, pool, print_table, report, wait, wilson, write_csv
 from bench.alignment import ANIMALS, OBJECTS, Similarity, named
 from bench.shapes import sentence
-from minsd.noise import collage, layout
+from minsd.noise import arrange, collage, layout
 from minsd.noise.initial import noise
 from minsd.weights.shapes import data, detector
 
@@ -85,8 +85,8 @@ def cases(n: int, count: int, real: bool) -> list[tuple[list, dict]]:
 
 
 @functools.cache
-def arranged(sd, lay, seed: int, candidates: int, steps: int, sampler: str) -> collage.Arrangement:
-    return collage.arrange(sd, lay, range(1000 * seed, 1000 * seed + candidates), steps=steps, sampler=sampler)
+def arranged(sd, lay, seed: int, candidates: int, steps: int, sampler: str) -> arrange.Arrangement:
+    return arrange.arrange(sd, lay, range(1000 * seed, 1000 * seed + candidates), steps=steps, sampler=sampler)
 
 
 def draw(sd, lay, seed: int, method: str, how: dict) -> tuple[Image.Image, int, float]:

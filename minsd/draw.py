@@ -14,7 +14,7 @@ from PIL import Image
 
 from minsd import image
 from minsd.controlnet import Control, Controlled, read_control_image
-from minsd.noise import collage, control, excite, initno, stability
+from minsd.noise import arrange, collage, control, excite, initno, stability
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.initial import read_noise
 from minsd.noise.layout import load as load_layout
@@ -44,7 +44,7 @@ def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tenso
             candidates = list(range(seeds[k], seeds[k] + job["candidates"]))
             if method == "select" and job.get("layout") and job["layout"]["regions"]:  # by where the captions of its regions look
                 where = {key: job[key] for key in ("steps", "sampler")}
-                scores = collage.arrange(sd, load_layout(job["layout"]), candidates, **where).scores
+                scores = arrange.arrange(sd, load_layout(job["layout"]), candidates, **where).scores
                 best = max(scores)
             else:
                 scores = initno.attention_scores(sd, job["prompt"], job["subjects"], candidates, **run)

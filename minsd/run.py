@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from minsd import __version__, image
 from minsd.draw import draw, steps_of
-from minsd.noise import collage, losses
+from minsd.noise import arrange, collage, losses
 from minsd.noise.initial import read_noise, save_noise
 from minsd.noise.layout import Layout
 from minsd.pipeline import StableDiffusion, first_step
@@ -77,7 +77,7 @@ def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) 
     if line.regions is not None:
         line.regions = line.regions.sized(settings["width"], settings["height"])
         if line.init_noise == "select" and line.score == "attention":
-            collage.caption_subjects(sd, line.regions)  # says now which caption names none
+            arrange.caption_subjects(sd, line.regions)  # says now which caption names none
         settings["layout"] = layout_json(line.regions)
         for note in line.regions.notes:
             tell(f"{line.where}{note}")

@@ -19,15 +19,13 @@ take each row of a batch by itself are told the rows' passes.
 Noise that InitNO optimised or that a score selected for the picture's caption can be what a collage begins from: what was
 optimised is then the plain run under that caption, which the collage's pass 0 repeats.
 
-Where things appear is in the initial noise already, and a collage does not move them far. `arrange` therefore makes a collage
-of noise first: each region's part of the candidate in which the network sees the region's caption there (after Mao, Wang &
-Aizawa 2023, arXiv 2305.03382 and 2312.08872, who move and collect blocks of noise).
+Where things appear is in the initial noise already, and a collage does not move them far: noise/arrange.py looks for noise
+in which they are where the layout has them.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,8 +33,6 @@ from PIL import Image
 from torch import Tensor
 
 from minsd.guidance import Predictor, eps_from_output
-from minsd.noise import losses
-from minsd.noise.initial import noise as draw_noise
 from minsd.noise.layout import CELL, Layout, coverage
 
 OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a row: the region's, the whole picture's, none
@@ -269,7 +265,7 @@ def _assign(own: Ways, outside: Ways) -> Ways:
     return ways
 
 
-def _stacked(regions) -> list[int]:
+def stacked(regions) -> list[int]:
     """Regions' places in the list, those on top last."""
     return sorted(range(len(regions)), key=lambda k: (regions[k].weight, -int(regions[k].pixels.sum())))
 
@@ -278,77 +274,9 @@ def _painted(own: Tensor, regions) -> Tensor:
     """One text number for each cell, 0 the whole picture's: own (N,h,w) -> (1,1,h*w). Where regions overlap the heaviest
     wins, and of equally heavy ones the smallest."""
     cells = torch.zeros(own.shape[1:], dtype=torch.long)
-    for k in _stacked(regions):
+    for k in stacked(regions):
         cells[own[k]] = k + 1
     return cells.flatten()[None, None]
-
-
-# --- noise arranged for a layout --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Arrangement:
-    """Noise put together for a layout, and from what."""
-
-    noise: Tensor  # (1, 4, h, w) float32 on the CPU
-    chosen: list[int]  # which of the candidates, seeds or numbers from 0, the picture's and each region's part come from
-    shares: list[float]  # how much of the attention to a region's subjects fell into it, in the candidate taken, 0 to 1
-    scores: list[float]  # of each candidate as a whole: the product of all regions' shares, 0 to 1
-    rows: int  # UNet rows, which stop early
-
-
-def caption_subjects(sd, layout: Layout) -> list[list]:
-    """For each region where its caption names subjects, as `sd.text.positions` has it. ValueError for a caption with none."""
-    found = []
-    for k, region in enumerate(layout.regions, 1):
-        try:
-            found.append([sd.text.positions(region.prompt, word) for word in losses.automatic_subjects(region.prompt)])
-        except ValueError as error:
-            raise ValueError(f"region {k}: {error}") from None
-    return found
-
-
-@torch.no_grad()
-def arrange(
-    sd, layout: Layout, candidates: Sequence[int] | Tensor, *, steps: int | None = None, sampler: str | None = None,
-) -> Arrangement:
-    """Unit noise for a layout: cut from candidates, seeds or noises (K,4,h,w), those parts where its regions would appear anyway.
-
-    At the first timestep of `steps` of a sampler the network is asked for each region's caption alone, on every candidate. The
-    region takes its latent cells from the one whose attention to the caption's subjects (`losses.automatic_subjects`) falls into
-    the region most; the rest of the picture comes from the one best for all of them, the greatest product of these shares.
-    Where regions overlap the heaviest is on top, of equals the smallest. ValueError, before any network runs, for a layout
-    without regions, captions without subjects, no candidates, or shapes that do not fit.
-    """
-    if layout.width is None:
-        layout = layout.sized(sd.config.size, sd.config.size)
-    if not layout.regions:
-        raise ValueError("a layout without regions has nothing to arrange noise for: give it some")
-    size = layout.height // CELL, layout.width // CELL
-    given = candidates
-    if not isinstance(given, Tensor):
-        given = draw_noise(list(candidates), (4, *size)) if len(candidates) else torch.empty(0)
-    if given.ndim != 4 or tuple(given.shape[2:]) != size or not len(given):
-        raise ValueError(f"candidates must be seeds or noises (K,4,{size[0]},{size[1]}), at least one, not of shape {tuple(given.shape)}")
-    t = losses.listed_timesteps(sd, steps, sampler)[0]
-    selects, shares = [losses.selector([places]) for places in caption_subjects(sd, layout)], []
-    for region, select in zip(layout.regions, selects):
-        context, inside = sd.encode_prompt(region.prompt), []
-        for part in given.split(sd.batch_size(layout.height, layout.width)):
-            wide = [y.expand(len(part), -1, -1) for y in (context, select.to(sd.device))]
-            maps = losses.look(sd.unet, part.to(sd.device), t, *wide).maps  # (b, S, rows, columns)
-            fill = coverage(region.pixels, CELL << sd.unet.grids(size).index(tuple(maps.shape[-2:])))
-            inside.append(((maps * torch.from_numpy(fill).to(maps)).sum((-2, -1)) / maps.sum((-2, -1))).mean(1))  # (b,)
-        shares.append(torch.cat(inside).cpu())
-    shares = torch.stack(shares)  # (N, K)
-    scores = shares.prod(0)  # (K,)
-    bests = [int(scores.argmax()), *shares.argmax(1).tolist()]
-    noise = given[bests[0]][None].clone()
-    for k in _stacked(layout.regions):
-        cells = torch.from_numpy(direct_cells(layout.regions[k].pixels, CELL))
-        noise[0, :, cells] = given[bests[k + 1]][:, cells]
-    chosen = bests if isinstance(candidates, Tensor) else [list(candidates)[k] for k in bests]
-    return Arrangement(noise, chosen, shares.amax(1).tolist(), scores.tolist(), len(given) * len(layout.regions))
 
 
 # --- rows of one step through the network ----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import ScheduleConfig, UNetConfig
 from minsd.kernels import attention
-from minsd.noise import collage, layout
+from minsd.noise import arrange, collage, layout
 from minsd.noise.initial import noise
 from minsd.samplers import SAMPLERS
 from minsd.samplers.schedule import Schedule
@@ -273,7 +273,7 @@ def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeyp
     expected = np.array([[shares(tiny, r.prompt, word, z[None].double(), t, r.pixels) for z in given]
                          for r, word in zip(lay.regions, ("circle", "square"))])
     handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    found = collage.arrange(tiny, lay, seeds, steps=10)
+    found = arrange.arrange(tiny, lay, seeds, steps=10)
     handle.remove()
     assert sum(rows) == found.rows == 8 and found.noise.dtype == torch.float32
     assert found.shares == pytest.approx(expected.max(1), rel=1e-6)
@@ -283,10 +283,10 @@ def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeyp
     place[8:, :8], place[:8, 8:] = best[1], best[2]
     assert torch.equal(found.noise[0], torch.gather(given, 0, place.expand(1, 4, 16, 16))[0])
     monkeypatch.setattr(tiny, "batch_size", lambda height, width: 1, raising=False)
-    again = collage.arrange(tiny, lay, given, steps=10)
+    again = arrange.arrange(tiny, lay, given, steps=10)
     assert again.chosen == best and torch.equal(again.noise, found.noise)
     nested = make("a park", (A, [0, 0, 32, 32]), (B, ALL), ("a green star", ALL, {"weight": 0.5}))  # heaviest, then smallest on top
-    found = collage.arrange(tiny, nested, given, steps=10)
+    found = arrange.arrange(tiny, nested, given, steps=10)
     _, a, b, _ = (given[k] for k in found.chosen)
     assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4]) and torch.equal(found.noise[0, :, 4:], b[:, 4:])
 
@@ -303,7 +303,7 @@ def test_captioned_shapes_land_in_their_boxes(shapes):
         captions = [f"a {s}" for s in subjects]
         lay = make("a picture", *zip(captions, boxes))
         runs = {"plain": (shapes.guided(" and ".join(captions)), noise([0], (4, 16, 16))),
-                "collage": (collage.predictor(shapes, lay, guidance_scale=5.0), collage.arrange(shapes, lay, range(24), steps=12).noise)}
+                "collage": (collage.predictor(shapes, lay, guidance_scale=5.0), arrange.arrange(shapes, lay, range(24), steps=12).noise)}
         for name, (predict, start) in runs.items():
             found = detector.find(shapes.decode(shapes.denoise(predict, start, steps=12))[0])
             for subject, region in zip(subjects, lay.regions):
@@ -322,7 +322,7 @@ def test_what_cannot_be_arranged(tiny):
         (make(A, (B, LEFT)), noise([0], (4, 8, 16)), r"noises \(K,4,16,16\), at least one, not of shape \(1, 4, 8, 16\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            collage.arrange(tiny, lay, candidates)
+            arrange.arrange(tiny, lay, candidates)
     handle.remove()
     assert not rows
 
