@@ -1,5 +1,6 @@
 """A small random Stable Diffusion saved by diffusers itself, for loading and whole-pipeline parity; a measure of memory."""
 
+import copy
 import os
 import shutil
 import weakref
@@ -12,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import minsd
+from minsd.config import UNetConfig
+from minsd.unet import UNet
 
 
 @pytest.fixture(scope="session")
@@ -97,3 +100,16 @@ class Live(TorchDispatchMode):
     def gone(self, key, size):
         self.known.discard(key)
         self.now -= size
+
+
+@pytest.fixture(scope="module")
+def tiny(small):
+    """Four levels as in Stable Diffusion, random, in float64; its attention is sharpened so that texts matter."""
+    torch.manual_seed(1)
+    sd = copy.copy(small)
+    sd.unet = UNet(UNetConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, num_heads=(2,) * 4, context_dim=32, norm_groups=4))
+    sd.unet.requires_grad_(False).double()
+    for name, weight in sd.unet.named_parameters():
+        if "attn2.to" in name and weight.ndim == 2:
+            weight.mul_(4)
+    return sd

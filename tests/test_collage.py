@@ -5,18 +5,15 @@ import itertools
 
 import numpy as np
 import pytest
-import scipy.ndimage
 import torch
 
-from minsd.attention import Attention, AttentionRecorder
-from minsd.config import ScheduleConfig, UNetConfig
+from minsd.attention import Attention
+from minsd.config import ScheduleConfig
 from minsd.kernels import attention
-from minsd.noise import arrange, collage, layout
+from minsd.noise import collage, layout
 from minsd.noise.initial import noise
 from minsd.samplers import SAMPLERS
 from minsd.samplers.schedule import Schedule
-from minsd.unet import UNet
-from minsd.weights.shapes import detector
 
 A, B = "a red circle", "a blue square"
 LEFT, RIGHT, ALL = [0, 0, 64, 128], [64, 0, 128, 128], [0, 0, 128, 128]
@@ -31,19 +28,6 @@ def make(prompt, *regions, negative="", width=128, height=128):
     """A layout of (caption, box) or (caption, box, more)."""
     listed = [{"prompt": r[0], "box": r[1], **(r[2] if len(r) > 2 else {})} for r in regions]
     return layout.load({"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "regions": listed})
-
-
-@pytest.fixture(scope="module")
-def tiny(small):
-    """Four levels as in Stable Diffusion, random, in float64; its attention is sharpened so that texts matter."""
-    torch.manual_seed(1)
-    sd = copy.copy(small)
-    sd.unet = UNet(UNetConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, num_heads=(2,) * 4, context_dim=32, norm_groups=4))
-    sd.unet.requires_grad_(False).double()
-    for name, weight in sd.unet.named_parameters():
-        if "attn2.to" in name and weight.ndim == 2:
-            weight.mul_(4)
-    return sd
 
 
 @pytest.fixture(scope="module")
@@ -246,85 +230,6 @@ def test_pad_keeps_the_caption_in_a_ring():
     expected = torch.full((16, 16), collage.EMPTY)
     expected[6:14, 4:12] = collage.WHOLE
     assert torch.equal(ring[0, 0], expected)
-
-
-# --- arranged noise ---------------------------------------------------------------------------------------------------
-
-
-def shares(sd, prompt, word, z, t, pixels):
-    """How much of the attention to a word falls into a mask, written out for one noise: maps sharpened over tokens, smoothed
-    over 3x3 cells, both as noise/losses.py says."""
-    record = AttentionRecorder(only=True)
-    with torch.no_grad():
-        sd.unet(z, t, sd.encode_prompt(prompt), record=record)
-    words = (100 * record.cross[0, ..., 1:76]).softmax(-1)[..., sd.text.positions(prompt, word)[0] - 1].numpy()
-    side = np.exp(-1.0)
-    kernel = np.array([side, 1, side]) / (1 + 2 * side)
-    smooth = scipy.ndimage.correlate(words, np.outer(kernel, kernel), mode="mirror")
-    n = pixels.shape[0] // len(smooth)
-    inside = pixels.reshape(len(smooth), n, -1, n).mean((1, 3))
-    return (smooth * inside).sum() / smooth.sum()
-
-
-def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeypatch):
-    lay = make("a park", (A, [0, 64, 64, 128]), (B, [64, 0, 128, 64]))
-    seeds, t, rows = [5, 9, 2, 7], tiny.schedule.timesteps(10)[0], []
-    given = noise(seeds, (4, 16, 16))
-    expected = np.array([[shares(tiny, r.prompt, word, z[None].double(), t, r.pixels) for z in given]
-                         for r, word in zip(lay.regions, ("circle", "square"))])
-    handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    found = arrange.arrange(tiny, lay, seeds, steps=10)
-    handle.remove()
-    assert sum(rows) == found.rows == 8 and found.noise.dtype == torch.float32
-    assert found.shares == pytest.approx(expected.max(1), rel=1e-6)
-    best = [expected.prod(0).argmax(), *expected.argmax(1)]
-    assert found.chosen == [seeds[k] for k in best]
-    place = torch.full((16, 16), best[0])
-    place[8:, :8], place[:8, 8:] = best[1], best[2]
-    assert torch.equal(found.noise[0], torch.gather(given, 0, place.expand(1, 4, 16, 16))[0])
-    monkeypatch.setattr(tiny, "batch_size", lambda height, width: 1, raising=False)
-    again = arrange.arrange(tiny, lay, given, steps=10)
-    assert again.chosen == best and torch.equal(again.noise, found.noise)
-    nested = make("a park", (A, [0, 0, 32, 32]), (B, ALL), ("a green star", ALL, {"weight": 0.5}))  # heaviest, then smallest on top
-    found = arrange.arrange(tiny, nested, given, steps=10)
-    _, a, b, _ = (given[k] for k in found.chosen)
-    assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4]) and torch.equal(found.noise[0, :, 4:], b[:, 4:])
-
-
-def test_captioned_shapes_land_in_their_boxes(shapes):
-    """The embedded model and a detector that sees pixels alone; bench/layout.py counts, this is the same in small."""
-    right = {"plain": 0, "collage": 0}
-    for subjects, boxes in (
-        (("red circle", "blue square"), ([0, 0.2, 0.45, 0.8], [0.55, 0.2, 1, 0.8])),
-        (("green star", "purple cross"), ([0.2, 0, 0.8, 0.45], [0.2, 0.55, 0.8, 1])),
-        (("yellow heart", "black triangle"), ([0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1])),
-        (("pink star", "orange square"), ([0.55, 0.2, 1, 0.8], [0, 0.2, 0.45, 0.8])),
-    ):
-        captions = [f"a {s}" for s in subjects]
-        lay = make("a picture", *zip(captions, boxes))
-        runs = {"plain": (shapes.guided(" and ".join(captions)), noise([0], (4, 16, 16))),
-                "collage": (collage.predictor(shapes, lay, guidance_scale=5.0), arrange.arrange(shapes, lay, range(24), steps=12).noise)}
-        for name, (predict, start) in runs.items():
-            found = detector.find(shapes.decode(shapes.denoise(predict, start, steps=12))[0])
-            for subject, region in zip(subjects, lay.regions):
-                x0, y0, x1, y1 = region.bounds
-                right[name] += any(f.whole and f"{f.colours[0]} {f.shape}" == subject and x0 <= f.centre[0] < x1 and y0 <= f.centre[1] < y1
-                                   for f in found)
-    assert right["collage"] >= 7 and right["plain"] <= 5, right  # of 8 boxes: 8 and 3 when this was written
-
-
-def test_what_cannot_be_arranged(tiny):
-    rows = []
-    handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(1))
-    for lay, candidates, message in (
-        (make(A, ("", LEFT)), [0], "region 1: the prompt '' names nothing to attend to"), (make(A), [0], "without regions"),
-        (make(A, (B, LEFT)), [], "at least one"),
-        (make(A, (B, LEFT)), noise([0], (4, 8, 16)), r"noises \(K,4,16,16\), at least one, not of shape \(1, 4, 8, 16\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            arrange.arrange(tiny, lay, candidates)
-    handle.remove()
-    assert not rows
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
