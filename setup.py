@@ -18,10 +18,16 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["minsd", *(f"minsd.{folder.replace('/', '.')}" for folder in FOLDERS)],
+    packages=["minsd", "minsd.app", *(f"minsd.{folder.replace('/', '.')}" for folder in FOLDERS)],
     package_dir={"minsd": "minsd", **{f"minsd.{folder.replace('/', '.')}": folder for folder in FOLDERS}},
-    package_data={"minsd.weights.shapes": ["README.md", "model_index.json", *(f"{d}/*" for d in (
-        "unet", "vae", "text_encoder", "tokenizer", "scheduler", "extras/outlines")), "extras/*.safetensors"]},
+    package_data={
+        "minsd.weights.shapes": [
+            "README.md",
+            "model_index.json",
+            *(f"{d}/*" for d in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "extras/outlines")),
+            "extras/*.safetensors",
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "safetensors>=0.4.3",

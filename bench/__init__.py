@@ -47,18 +47,27 @@ def environment(device: str = "cpu") -> dict[str, str]:
         name = f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
         for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
             if line.startswith("model name"):
-                name = f"{line.split(':')[1].strip()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+                name = (
+                    f"{line.split(':')[1].strip()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+                )
                 break
     return {
-        "device": name, "torch": torch.__version__, "python": platform.python_version(), "minsd": minsd.__version__,
-        "date": datetime.date.today().isoformat(), "command": "python -m " + shlex.join([bench_name(), *map(shown, sys.argv[1:])]),
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "minsd": minsd.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m " + shlex.join([bench_name(), *map(shown, sys.argv[1:])]),
     }
 
 
 def write_csv(name: str, rows: list[dict], device: str = "cpu") -> Path:
     """Append rows (dicts of one shape) with the environment's columns to bench/results/NAME.csv."""
     path, env = RESULTS / f"{name}.csv", environment(device)
-    rows = [{key: shown(value) if isinstance(value, str) else value for key, value in row.items()} | env for row in rows]
+    rows = [
+        {key: shown(value) if isinstance(value, str) else value for key, value in row.items()} | env
+        for row in rows
+    ]
     new = not path.exists()
     RESULTS.mkdir(exist_ok=True)
     with path.open("a", newline="") as file:
@@ -71,7 +80,9 @@ def write_csv(name: str, rows: list[dict], device: str = "cpu") -> Path:
 
 def print_table(rows: list[dict]) -> None:
     """Rows (dicts of one shape) as a plain aligned table."""
-    cells = [list(rows[0])] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    cells = [list(rows[0])] + [
+        [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

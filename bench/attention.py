@@ -33,13 +33,20 @@ from minsd.kernels import attention, reference
 
 HEADS = 8
 HEAD_DIM = {64: 40, 32: 80, 16: 160}  # cells a side -> head dim
-SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa_math": SDPBackend.MATH}
+SDPA = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
 
 
 def with_sdpa(kind):
     def run(q, k, v):
         with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2), None
+            return F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(
+                1, 2
+            ), None
+
     return run
 
 
@@ -52,6 +59,7 @@ def with_flex():
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, N, d)
         eye = torch.eye(k.shape[2], device=q.device, dtype=q.dtype).expand(*k.shape[:2], -1, -1)
         return flex(q, k, v).transpose(1, 2), flex(q, k, eye).float().mean(dim=1)
+
     return run
 
 
@@ -83,11 +91,19 @@ def errors(run, q, k, v, grads, backward):
     """The largest relative error of anything `step` gives, on the first picture, against float64."""
     some = [y[:1].detach() for y in (q, k, v)]
     needs = [y.requires_grad for y in (q, k, v)]
-    ours = step(run, *(y.clone().requires_grad_(n and backward) for y, n in zip(some, needs)), [g[:1] for g in grads], backward)
+    ours = step(
+        run,
+        *(y.clone().requires_grad_(n and backward) for y, n in zip(some, needs)),
+        [g[:1] for g in grads],
+        backward,
+    )
     exact = [y.double().requires_grad_(n and backward) for y, n in zip(some, needs)]
     only_out = ours[1] is None
-    f = (lambda *a: (reference.whole(*a, q.shape[-1] ** -0.5)[0], None)) if only_out else (
-        lambda *a: reference.whole(*a, q.shape[-1] ** -0.5))
+    f = (
+        (lambda *a: (reference.whole(*a, q.shape[-1] ** -0.5)[0], None))
+        if only_out
+        else (lambda *a: reference.whole(*a, q.shape[-1] ** -0.5))
+    )
     truth = step(f, *exact, [g[:1].double() for g in grads], backward)
     pairs = [(a, b) for a, b in zip(ours, truth) if a is not None]
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
@@ -144,7 +160,9 @@ def least_seconds(batch, n, m, d, itemsize, is_self, backward):
     """Roofline: products out, S (2 forward; 2 more to remake S and dP, 1 for dQ, 2 for dK and dV) and every tensor once."""
     products = 2 + (5 if is_self else 3) * backward
     flops = 2 * products * batch * HEADS * n * m * d
-    rows = 2 * n + 2 * m + backward * (3 * n + (4 if is_self else 2) * m)  # q out k v; then q do dq k v (dk dv)
+    rows = (
+        2 * n + 2 * m + backward * (3 * n + (4 if is_self else 2) * m)
+    )  # q out k v; then q do dq k v (dk dv)
     moved = batch * HEADS * d * rows * itemsize + batch * n * m * 4 * (1 + backward)
     return max(flops / 800e12, moved / 3e12)
 
@@ -154,17 +172,28 @@ def measure(side, is_self, batch, backward, graph, device, dtype, runs):
     m = n if is_self else 77
     g = torch.Generator().manual_seed(0)
     q = torch.randn(batch, n, HEADS, d, generator=g).to(device, dtype).requires_grad_(backward)
-    k, v = (torch.randn(batch, m, HEADS, d, generator=g).to(device, dtype).requires_grad_(backward and is_self) for _ in range(2))
-    grads = torch.randn(batch, n, HEADS, d, generator=g).to(device, dtype), torch.randn(batch, n, m, generator=g).to(device)
+    k, v = (
+        torch.randn(batch, m, HEADS, d, generator=g).to(device, dtype).requires_grad_(backward and is_self)
+        for _ in range(2)
+    )
+    grads = (
+        torch.randn(batch, n, HEADS, d, generator=g).to(device, dtype),
+        torch.randn(batch, n, m, generator=g).to(device),
+    )
     tolerance = 5e-6 if dtype == torch.float32 else 2e-2
     ready, rows = {}, {}
     for name, f in providers(device).items():
         if name == "blocks" and backward:
             continue
         row = {
-            "cells": f"{side}x{side}", "kind": "self" if is_self else "cross", "batch": batch,
-            "pass": "forward+backward" if backward else "forward", "mode": "graph" if graph else "eager",
-            "dtype": str(dtype).removeprefix("torch."), "provider": name, "maps": name not in (*SDPA, "blocks"),
+            "cells": f"{side}x{side}",
+            "kind": "self" if is_self else "cross",
+            "batch": batch,
+            "pass": "forward+backward" if backward else "forward",
+            "mode": "graph" if graph else "eager",
+            "dtype": str(dtype).removeprefix("torch."),
+            "provider": name,
+            "maps": name not in (*SDPA, "blocks"),
         }
 
         def run(f=f):
@@ -180,9 +209,16 @@ def measure(side, is_self, batch, backward, graph, device, dtype, runs):
             if device.type == "cuda":
                 row |= {"launches": launches(run), "extra_mb": round(extra_mb(run, q), 2)}
             ready[name], rows[name] = captured(run) if graph else run, row
-        except (RuntimeError, ArithmeticError, ValueError) as reason:  # a provider may not offer a shape: say so, go on
-            print(f"left out: {row['cells']} {row['kind']} batch {batch} {row['pass']} {row['mode']} {name}:",
-                  str(reason).splitlines()[0][:120], flush=True)
+        except (
+            RuntimeError,
+            ArithmeticError,
+            ValueError,
+        ) as reason:  # a provider may not offer a shape: say so, go on
+            print(
+                f"left out: {row['cells']} {row['kind']} batch {batch} {row['pass']} {row['mode']} {name}:",
+                str(reason).splitlines()[0][:120],
+                flush=True,
+            )
     times = {name: [] for name in ready}
     for _ in range(runs):
         for name, run in ready.items():
@@ -191,7 +227,9 @@ def measure(side, is_self, batch, backward, graph, device, dtype, runs):
     for name, row in rows.items():
         median = statistics.median(times[name])
         row["us"] = round(median * 1e6, 1)
-        row["ratio"] = round(median / statistics.median(times["materialised"]), 3) if "materialised" in times else ""
+        row["ratio"] = (
+            round(median / statistics.median(times["materialised"]), 3) if "materialised" in times else ""
+        )
         row["roofline"] = round(least / median, 3) if device.type == "cuda" else ""
     return list(rows.values())
 

@@ -46,14 +46,26 @@ def pictures_looked_at(sd, n: int) -> list[dict]:
         latents.append(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1)
         cells = F.avg_pool2d(torch.from_numpy(masks), data.SIZE // 16)  # (objects, 16, 16)
         # (token position, kind, coverage of the cells by the object named); the start token comes first, commas count
-        where.append([(place + 1, kind, cells[index]) for *places, index in e.named if index is not None
-                      for kind, place in zip(("colour", "shape"), places) if place is not None])
+        where.append(
+            [
+                (place + 1, kind, cells[index])
+                for *places, index in e.named
+                if index is not None
+                for kind, place in zip(("colour", "shape"), places)
+                if place is not None
+            ]
+        )
     with torch.no_grad():
         latents = sd.vae.encode(torch.cat(latents))[0] * sd.config.vae.scaling_factor
     eps, rows = noise(range(n), latents.shape[1:]), []
     for t in TIMESTEPS:
         x = sd.schedule.add_noise(latents, eps, t)
-        maps = torch.cat([cross_maps(sd, [e.caption for e in examples[i : i + 50]], x[i : i + 50], t).cross for i in range(0, n, 50)])
+        maps = torch.cat(
+            [
+                cross_maps(sd, [e.caption for e in examples[i : i + 50]], x[i : i + 50], t).cross
+                for i in range(0, n, 50)
+            ]
+        )
         for kind in ("colour", "shape"):
             hits, shares, chance = [], [], []
             for picture, words in zip(maps, where):
@@ -64,16 +76,20 @@ def pictures_looked_at(sd, n: int) -> list[dict]:
                         shares.append(float((m * cells).sum() / m.sum()))
                         chance.append(float(cells.mean()))
             means = {"argmax_hits": hits, "share_inside": shares, "area": chance}
-            rows.append({"t": t, "abar": round(sd.schedule.abar(t), 4), "words": kind, "n": len(hits)}
-                        | {k: round(float(np.mean(v)), 3) for k, v in means.items()})
+            rows.append(
+                {"t": t, "abar": round(sd.schedule.abar(t), 4), "words": kind, "n": len(hits)}
+                | {k: round(float(np.mean(v)), 3) for k, v in means.items()}
+            )
     return rows
 
 
 def rank_correlation(a, b) -> tuple[float, float]:
     """Spearman's, ties sharing their mean rank, and its two-sided p by the normal approximation."""
+
     def ranks(v):
         _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
     if len(set(a)) == 1 or len(set(b)) == 1:
         return 0.0, 1.0
     r = float(np.corrcoef(ranks(np.asarray(a)), ranks(np.asarray(b)))[0, 1])
@@ -89,7 +105,9 @@ def _job(job):
     record = cross_maps(sd, prompts, x, sd.schedule.timesteps(steps)[0])
     out = [{} for _ in numbers]
     for kind, word in (("shape", lambda s: s[1:]), ("colour", lambda s: s[:1]), ("both", lambda s: s)):
-        places = [[sd.text.positions(p, w) for s in these for w in word(s)] for p, these in zip(prompts, subjects)]
+        places = [
+            [sd.text.positions(p, w) for s in these for w in word(s)] for p, these in zip(prompts, subjects)
+        ]
         maps = losses.subject_maps(record.cross, losses.selector(places))
         response, claims = losses.cross_response(maps), losses.claims(record.self, losses.peaks(maps))
         for row, a, b in zip(out, response.tolist(), losses.self_conflict(claims).tolist()):
@@ -102,16 +120,33 @@ def _job(job):
 def losses_against_verdicts(processes, model: str, n: int, steps: int) -> list[dict]:
     rows = []
     for group in ("two", "three"):
-        noises = [r for part in processes.imap(_job, [(model, group, n, i, steps) for i in range(0, n, BATCH)]) for r in part]
+        noises = [
+            r
+            for part in processes.imap(_job, [(model, group, n, i, steps) for i in range(0, n, BATCH)])
+            for r in part
+        ]
         for words in ("shape", "colour", "both"):
             for name, values in zip(("response", "conflict"), zip(*(r[words] for r in noises))):
                 low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
-                row = {"group": group, "n": n, "steps": steps, "loss": name, "words": words, "median": round(middle, 3),
-                       "iqr": round(high - low, 3), "min": round(min(values), 3), "max": round(max(values), 3)}
+                row = {
+                    "group": group,
+                    "n": n,
+                    "steps": steps,
+                    "loss": name,
+                    "words": words,
+                    "median": round(middle, 3),
+                    "iqr": round(high - low, 3),
+                    "min": round(min(values), 3),
+                    "max": round(max(values), 3),
+                }
                 for verdict in ("no_neglect", "strict"):
                     right = [float(getattr(r["verdict"], verdict)) for r in noises]
                     r, p = rank_correlation(values, right)
-                    row |= {verdict: round(np.mean(right), 3), f"rank_{verdict}": round(r, 3), f"p_{verdict}": f"{p:.1g}"}
+                    row |= {
+                        verdict: round(np.mean(right), 3),
+                        f"rank_{verdict}": round(r, 3),
+                        f"p_{verdict}": f"{p:.1g}",
+                    }
                 rows.append(row)
     return rows
 

@@ -32,7 +32,7 @@ from PIL import Image
 import minsd
 from bench import report
 from bench.shapes import cases, sentence
-from minsd import run as running
+from minsd.app import run as running
 from minsd.generate import main as generate
 
 BATCH = 16  # of pictures of 128x128 on a CPU
@@ -41,13 +41,23 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(processes: int, *args: str) -> subprocess.Popen:
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
     command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", "minsd.generate", "--quiet", *args]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def kill(process: subprocess.Popen) -> None:
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     for pid in (process.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -55,7 +65,9 @@ def kill(process: subprocess.Popen) -> None:
 
 def pictures(folder: Path) -> dict:
     rows = running.recorded([folder / "runs.jsonl"])
-    return {(row["prompt"], row["seed"]): np.asarray(Image.open(folder / row["file"])).astype(int) for row in rows}
+    return {
+        (row["prompt"], row["seed"]): np.asarray(Image.open(folder / row["file"])).astype(int) for row in rows
+    }
 
 
 def rate(folder: Path) -> float:
@@ -69,7 +81,10 @@ def rate(folder: Path) -> float:
 def kills(args, folder: Path, options: list[str]) -> dict:
     rng, out, survived = random.Random(0), folder / "killed", 0
     for k in range(args.kills):
-        process, before = launch(args.processes, *options, "--out", str(out), "--resume"), len(list(out.glob("*.png")))
+        process, before = (
+            launch(args.processes, *options, "--out", str(out), "--resume"),
+            len(list(out.glob("*.png"))),
+        )
         wanted = before + rng.randint(0, (args.pairs - before) // (args.kills - k + 1))
         while process.poll() is None and len(list(out.glob("*.png"))) < wanted:
             time.sleep(0.02)
@@ -81,7 +96,11 @@ def kills(args, folder: Path, options: list[str]) -> dict:
     many, one = pictures(out), pictures(folder / "one")
     lines = list(running.recorded(out.glob("runs*.jsonl")))
     difference = max(np.abs(many[k] - one[k]).max() for k in one)
-    assert many.keys() == one.keys() and len(lines) == len(list(out.glob("*.png"))) == args.pairs and difference <= 2
+    assert (
+        many.keys() == one.keys()
+        and len(lines) == len(list(out.glob("*.png"))) == args.pairs
+        and difference <= 2
+    )
     note = f"{args.pairs} pictures once each, within {difference}/255"
     return {"what": "kills", "value": survived, "unit": "kills survived", "note": note}
 
@@ -91,7 +110,14 @@ def speeds(args, folder: Path, options: list[str]) -> list[dict]:
     for processes in (1, args.processes):
         out = folder / ("one" if processes == 1 else "several")
         assert launch(processes, *options, "--out", str(out)).wait() == 0
-        rows.append({"what": f"{processes} process(es)", "value": round(rate(out), 3), "unit": "pictures/s", "note": f"{args.steps} steps"})
+        rows.append(
+            {
+                "what": f"{processes} process(es)",
+                "value": round(rate(out), 3),
+                "unit": "pictures/s",
+                "note": f"{args.steps} steps",
+            }
+        )
     return rows
 
 
@@ -101,15 +127,29 @@ def overhead(args, folder: Path) -> dict:
     for turn in range(4):  # the first warms both
         start = time.perf_counter()
         for first in range(0, 64, BATCH):
-            for k, picture in enumerate(sd("a red circle", seeds=range(first, first + BATCH), steps=args.steps)):
+            for k, picture in enumerate(
+                sd("a red circle", seeds=range(first, first + BATCH), steps=args.steps)
+            ):
                 picture.save(folder / f"plain-{k}.png")
         plain, start = time.perf_counter() - start, time.perf_counter()
         lines = argparse.Namespace(**vars(args), made=0)
         lines.__dict__ |= {"out": folder / f"machinery{turn}", "quiet": True, "save_noise": None, "net": None}
         lines.__dict__ |= dict.fromkeys(("resume", "json", "attention_maps"), False)
         jobs = [
-            {"prompt": "a red circle", "negative_prompt": "", "seed": s, "steps": args.steps, "sampler": "ddim", "karras": False,
-             "guidance_scale": 5.0, "height": 128, "width": 128, "model": "shapes", "init_noise": "random"} for s in range(64)
+            {
+                "prompt": "a red circle",
+                "negative_prompt": "",
+                "seed": s,
+                "steps": args.steps,
+                "sampler": "ddim",
+                "karras": False,
+                "guidance_scale": 5.0,
+                "height": 128,
+                "width": 128,
+                "model": "shapes",
+                "init_noise": "random",
+            }
+            for s in range(64)
         ]
         running.run(sd, lines, jobs)
         ratios.append((time.perf_counter() - start) / plain)
@@ -124,13 +164,20 @@ def resume(folder: Path) -> dict:
     for seed in range(1, 10_000):
         shutil.copy(out / "00000-0.png", out / f"{seed:05d}-{seed}.png")
     with (out / "runs.jsonl").open("a") as file:
-        file.writelines(json.dumps(row | {"seed": s, "file": f"{s:05d}-{s}.png"}) + "\n" for s in range(1, 10_000))
+        file.writelines(
+            json.dumps(row | {"seed": s, "file": f"{s:05d}-{s}.png"}) + "\n" for s in range(1, 10_000)
+        )
     options = ["a red circle", "--seeds", "0-9999", "--steps", "1", "--out", str(out), "--resume"]
     start = time.perf_counter()
     assert launch(1, *options).wait() == 0
     value = time.perf_counter() - start
     assert len(list(out.glob("*.png"))) == 10_000
-    return {"what": "resume of 10,000", "value": round(value, 2), "unit": "s", "note": "the whole command, nothing left to do"}
+    return {
+        "what": "resume of 10,000",
+        "value": round(value, 2),
+        "unit": "s",
+        "note": "the whole command, nothing left to do",
+    }
 
 
 def main():
@@ -144,7 +191,9 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prompts = list(dict.fromkeys(map(sentence, cases("two", args.pairs))))[: args.pairs // 10]  # each once
+        prompts = list(dict.fromkeys(map(sentence, cases("two", args.pairs))))[
+            : args.pairs // 10
+        ]  # each once
         (folder / "prompts.txt").write_text("\n".join(prompts))
         options = ["--prompts", str(folder / "prompts.txt"), "--seeds", "0-9", "--steps", str(args.steps)]
         rows += speeds(args, folder, options)

@@ -26,7 +26,7 @@ from minsd import guidance
 from minsd.controlnet import Control, Controlled
 from minsd.noise.initial import noise
 from minsd.weights import lora
-from minsd.weights.control import load_controlnet
+from minsd.weights.controlnet import load_controlnet
 from minsd.weights.shapes import data, detector, extras
 
 SEED = 11  # of prompts and places; picture k starts from noise seed k
@@ -38,17 +38,25 @@ def cases(count: int, objects: int) -> list[tuple[data.Object, ...]]:
     out = []
     for _ in range(count):
         subjects, places = data.draw_subjects(rng, objects), data.place(rng, objects)
-        out.append(tuple(data.Object(c, s, *place, rng.uniform(-0.14, 0.14)) for (c, s), place in zip(subjects, places)))
+        out.append(
+            tuple(
+                data.Object(c, s, *place, rng.uniform(-0.14, 0.14)) for (c, s), place in zip(subjects, places)
+            )
+        )
     return out
 
 
 def filled(picture: np.ndarray) -> tuple[np.ndarray, list[bool]]:
     """The picture with every hole of a body in that body's colour, and for each body whether it had one in its middle."""
     pixels = picture.astype(np.float32)
-    rim = np.concatenate([side.reshape(-1, 3) for side in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])])
+    rim = np.concatenate(
+        [side.reshape(-1, 3) for side in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])]
+    )
     foreground = np.linalg.norm(pixels - np.median(rim, 0), axis=-1) > detector.FOREGROUND
     out, holes = picture.copy(), []
-    enclosed = [part for part in detector.bodies(~foreground) if not (part[[0, -1]].any() or part[:, [0, -1]].any())]
+    enclosed = [
+        part for part in detector.bodies(~foreground) if not (part[[0, -1]].any() or part[:, [0, -1]].any())
+    ]
     for body in detector.bodies(foreground):
         padded = np.pad(body, 2)
         beside = padded[:-4, 2:-2] | padded[4:, 2:-2] | padded[2:-2, :-4] | padded[2:-2, 4:]
@@ -64,7 +72,9 @@ def placed(picture: np.ndarray, objects: tuple[data.Object, ...]) -> bool:
     if not detector.judge(picture, [(o.colour, o.shape) for o in objects]).strict:
         return False
     pixels = picture.astype(np.float32)
-    distance = {o: np.linalg.norm(pixels - np.array(data.COLOURS[o.colour]), axis=-1) < detector.FAR for o in objects}
+    distance = {
+        o: np.linalg.norm(pixels - np.array(data.COLOURS[o.colour]), axis=-1) < detector.FAR for o in objects
+    }
     for o in objects:
         body, wanted = max(detector.bodies(distance[o]), key=np.sum, default=None), o.mask() > 0.5
         if body is None or (body & wanted).sum() < 0.5 * (body | wanted).sum():
@@ -80,7 +90,12 @@ def draw(sd, chosen: list[tuple[data.Object, ...]], net=None, scale: float = 1.0
         prompts = [sentence([(o.colour, o.shape) for o in objects]) for objects in part]
         unet = sd.unet
         if net is not None:
-            images = torch.from_numpy(np.stack([np.asarray(extras.outlines(objects)) for objects in part])).permute(0, 3, 1, 2) / 255
+            images = (
+                torch.from_numpy(
+                    np.stack([np.asarray(extras.outlines(objects)) for objects in part])
+                ).permute(0, 3, 1, 2)
+                / 255
+            )
             unet = Controlled(sd.unet, [Control(net, images, scale)])
         cond, uncond = sd.encode_prompt(prompts), sd.encode_prompt("")
         predict = guidance.classifier_free(unet, cond, uncond, sd.config.guidance_scale, sd.schedule)
@@ -95,10 +110,20 @@ def count_outlines(sd, net, n: int) -> list[dict]:
         chosen = cases(n, objects)
         for scale in (0.0, 1.0):
             pictures = draw(sd, chosen, net if scale else None, scale)
-            strict = sum(detector.judge(p, [(o.colour, o.shape) for o in c]).strict for p, c in zip(pictures, chosen))
+            strict = sum(
+                detector.judge(p, [(o.colour, o.shape) for o in c]).strict for p, c in zip(pictures, chosen)
+            )
             asked = sum(placed(p, c) for p, c in zip(pictures, chosen))
-            rows.append({"what": "outlines", "objects": objects, "scale": scale, "n": n,
-                         **rate("strict", strict, n), **rate("as_asked", asked, n)})
+            rows.append(
+                {
+                    "what": "outlines",
+                    "objects": objects,
+                    "scale": scale,
+                    "n": n,
+                    **rate("strict", strict, n),
+                    **rate("as_asked", asked, n),
+                }
+            )
             print_table(rows[-1:])
     return rows
 
@@ -111,10 +136,21 @@ def count_holes(sd, adapter, n: int) -> list[dict]:
             kept = lora.merge([(adapter, scale)])
             pictures = [filled(p) for p in draw(sd, chosen)]
             lora.unmerge(kept)
-            strict = [detector.judge(p, [(o.colour, o.shape) for o in c]).strict for (p, _), c in zip(pictures, chosen)]
+            strict = [
+                detector.judge(p, [(o.colour, o.shape) for o in c]).strict
+                for (p, _), c in zip(pictures, chosen)
+            ]
             asked = [ok and all(holes) for ok, (_, holes) in zip(strict, pictures)]
-            rows.append({"what": "holes", "objects": objects, "scale": scale, "n": n,
-                         **rate("strict", sum(strict), n), **rate("as_asked", sum(asked), n)})
+            rows.append(
+                {
+                    "what": "holes",
+                    "objects": objects,
+                    "scale": scale,
+                    "n": n,
+                    **rate("strict", sum(strict), n),
+                    **rate("as_asked", sum(asked), n),
+                }
+            )
             print_table(rows[-1:])
     return rows
 
@@ -129,7 +165,11 @@ def cost(sd, net, adapter, repeats: int) -> list[dict]:
         return guidance.classifier_free(unet, cond, uncond, 5.0, sd.schedule)
 
     one = [1.0] + [0.0] * (BATCH - 1)
-    scales = {"alone": [], "every row adapted": [(adapter, [1.0])], f"one row in {BATCH} adapted": [(adapter, one)]}
+    scales = {
+        "alone": [],
+        "every row adapted": [(adapter, [1.0])],
+        f"one row in {BATCH} adapted": [(adapter, one)],
+    }
     ways = {name: (predictor(sd.unet), lambda s=s: lora.per_row(s)) for name, s in scales.items()}
     ways["ControlNet"] = predictor(Controlled(sd.unet, [Control(net, images)])), contextlib.nullcontext
     times = {name: [] for name in ways}
@@ -141,12 +181,17 @@ def cost(sd, net, adapter, repeats: int) -> list[dict]:
                     times[name].append(1000 * clocked("cpu", predict, x, 500)[1])
     medians = {name: statistics.median(t[2:]) for name, t in times.items()}
     alone = medians["alone"]
-    return [{"step": name, "rows": 2 * BATCH, "ms": round(ms, 1), "of_alone": round(ms / alone, 3)} for name, ms in medians.items()]
+    return [
+        {"step": name, "rows": 2 * BATCH, "ms": round(ms, 1), "of_alone": round(ms / alone, 3)}
+        for name, ms in medians.items()
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--extras", type=Path, default=extras.HERE, help="where weights.shapes.extras wrote to")
+    parser.add_argument(
+        "--extras", type=Path, default=extras.HERE, help="where weights.shapes.extras wrote to"
+    )
     parser.add_argument("-n", type=int, default=200, help="pictures a row")
     parser.add_argument("--only", choices=("outlines", "holes"), help="one of the two")
     parser.add_argument("--cost", action="store_true", help="time instead of counting")

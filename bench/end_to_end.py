@@ -40,7 +40,9 @@ def matrix_peak(device, dtype) -> float:
     """FLOP/s of a large matrix product here, the best of some."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(clocked(device, (torch.matmul, linear)[i % 2], a, a)[1] for i in range(20))  # on a CPU two libraries
+    return (
+        2 * n**3 / min(clocked(device, (torch.matmul, linear)[i % 2], a, a)[1] for i in range(20))
+    )  # on a CPU two libraries
 
 
 def step_flops(model: str, size: int) -> int:
@@ -63,13 +65,16 @@ def ours(folder, device, dtype, how):
     def run(start, steps, sampler):
         size = 8 * start.shape[-1]
         return sd([PROMPT] * len(start), noise=start, steps=steps, sampler=sampler, height=size, width=size)
+
     return run
 
 
 def theirs(folder, device, dtype, how):
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(
+        device
+    )
     pipe.set_progress_bar_config(disable=True)
     if how == "compiled":
         pipe.unet.to(memory_format=torch.channels_last)
@@ -79,7 +84,15 @@ def theirs(folder, device, dtype, how):
     def run(start, steps, sampler):
         pipe.scheduler, size = classes[sampler].from_config(pipe.scheduler.config), 8 * start.shape[-1]
         latents = start.to(device, dtype)
-        return pipe([PROMPT] * len(start), latents=latents, num_inference_steps=steps, guidance_scale=7.5, height=size, width=size).images
+        return pipe(
+            [PROMPT] * len(start),
+            latents=latents,
+            num_inference_steps=steps,
+            guidance_scale=7.5,
+            height=size,
+            width=size,
+        ).images
+
     return run
 
 
@@ -103,7 +116,9 @@ def main():
         make_folder(Path(folder), args.model)
         hows = [""] + ["eager"] * (device.type == "cuda") + ["compiled"] * args.compile
         runs = {f"minsd {how}".strip(): ours(folder, device, dtype, how) for how in hows}
-        runs |= {f"diffusers {how}".strip(): theirs(folder, device, dtype, how) for how in hows if how != "eager"}
+        runs |= {
+            f"diffusers {how}".strip(): theirs(folder, device, dtype, how) for how in hows if how != "eager"
+        }
         flops = step_flops(args.model, args.size)
         for sampler in args.samplers:
             for batch in args.batches:
@@ -119,18 +134,33 @@ def main():
                             cpu[name].append(cpu_seconds)
                         else:
                             first[name] = seconds
-                        memory[name] = round(peak_mb(device)) if on_gpu(device) else ""  # on a CPU all providers share a process
+                        memory[name] = (
+                            round(peak_mb(device)) if on_gpu(device) else ""
+                        )  # on a CPU all providers share a process
                 for name in runs:
                     seconds = statistics.median(times[name])
                     rate = flops * args.steps * batch / seconds
-                    rows.append({
-                        "model": args.model, "size": args.size, "steps": args.steps, "sampler": sampler, "batch": batch,
-                        "dtype": str(dtype).removeprefix("torch."), "provider": name, "seconds": round(seconds, 3),
-                        "it/s": round(args.steps * batch / seconds, 2), "first_seconds": round(first[name], 1),
-                        "ratio": round(seconds / statistics.median(times["diffusers"]), 3),
-                        "cpu_ratio": round(statistics.median(cpu[name]) / statistics.median(cpu["diffusers"]), 3), "peak_mb": memory[name],
-                        "tflops": round(rate / 1e12, 2), "of_peak": round(rate / peak, 3),
-                    })
+                    rows.append(
+                        {
+                            "model": args.model,
+                            "size": args.size,
+                            "steps": args.steps,
+                            "sampler": sampler,
+                            "batch": batch,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "provider": name,
+                            "seconds": round(seconds, 3),
+                            "it/s": round(args.steps * batch / seconds, 2),
+                            "first_seconds": round(first[name], 1),
+                            "ratio": round(seconds / statistics.median(times["diffusers"]), 3),
+                            "cpu_ratio": round(
+                                statistics.median(cpu[name]) / statistics.median(cpu["diffusers"]), 3
+                            ),
+                            "peak_mb": memory[name],
+                            "tflops": round(rate / 1e12, 2),
+                            "of_peak": round(rate / peak, 3),
+                        }
+                    )
     report("end_to_end", rows, args.csv, args.device)
 
 

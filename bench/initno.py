@@ -48,7 +48,10 @@ class Research:
         self.grid = which.resolution  # which maps are looked at
         self.context, self.both, self.stored = context, torch.cat([uncond, context]), []
         self.select = losses.selector([losses.resolve(sd.text, PROMPT, SUBJECTS)]).to(context.device)
-        Attention.attend, onednn.available = staticmethod(self.attend), lambda *tensors: False  # PyTorch's own products
+        Attention.attend, onednn.available = (
+            staticmethod(self.attend),
+            lambda *tensors: False,
+        )  # PyTorch's own products
         for module in sd.unet.modules():
             if isinstance(module, Attention):
                 module.fused = None  # projections one by one, from weights that can take gradients
@@ -118,9 +121,18 @@ class Ours:
         """A round of one step, then the last try, which begins again from the seed's own noise."""
         from minsd.noise import initno
 
-        how = {"rounds": 1, "round_steps": 1, "last_steps": steps, "steps": 50, "height": 8 * noise.shape[-2], "width": 8 * noise.shape[-1]}
+        how = {
+            "rounds": 1,
+            "round_steps": 1,
+            "last_steps": steps,
+            "steps": 50,
+            "height": 8 * noise.shape[-2],
+            "width": 8 * noise.shape[-1],
+        }
         calls = iter(range(steps + 2))
-        result = initno.optimize(self.sd, PROMPT, SUBJECTS, 0, progress=lambda _: next(calls) and tick(), **how)
+        result = initno.optimize(
+            self.sd, PROMPT, SUBJECTS, 0, progress=lambda _: next(calls) and tick(), **how
+        )
         return result.noise.to(noise)
 
     def update(self, x):
@@ -144,7 +156,9 @@ def worker(args):
     torch.set_num_threads(1)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     unet, config = build("minsd", args.model, dtype, device)
-    sd = StableDiffusion(MODELS[args.model], unet, None, minsd.load("shapes", "cpu").text)  # its words alone are asked for
+    sd = StableDiffusion(
+        MODELS[args.model], unet, None, minsd.load("shapes", "cpu").text
+    )  # its words alone are asked for
     generator, cells = torch.Generator().manual_seed(1), args.size // 8
     context, uncond = torch.randn(2, 1, 77, config.context_dim, generator=generator).to(device, dtype)
     sd.encode_prompt = lambda prompts: context
@@ -168,8 +182,15 @@ def worker(args):
                 x = getattr(provider, name)(z if name == "update" else z.to(dtype))
                 tick()
         peak = peak_mb(device)
-        seconds, cpu_seconds = (statistics.median(b - a for a, b in zip(of[1:], of[2:])) for of in zip(*stamps[: args.runs + 2]))
-        told[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak, "result": (x - z).float().flatten().tolist()}
+        seconds, cpu_seconds = (
+            statistics.median(b - a for a, b in zip(of[1:], of[2:])) for of in zip(*stamps[: args.runs + 2])
+        )
+        told[name] = {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "peak_mb": peak,
+            "result": (x - z).float().flatten().tolist(),
+        }
     print(json.dumps(told))
 
 
@@ -177,7 +198,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="sd15")
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
-    parser.add_argument("--runs", type=int, default=2, help="steps counted of each kind, after one to warm up")
+    parser.add_argument(
+        "--runs", type=int, default=2, help="steps counted of each kind, after one to warm up"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--csv", action="store_true", help="append to bench/results/initno.csv")
@@ -192,21 +215,35 @@ def main():
     told, rows = {}, []
     for name in ("research", "minsd"):
         told[name] = in_own_process("--worker", name)
-        print(f"{name}: " + ", ".join(f"{what} {of['seconds']:.2f} s" for what, of in told[name].items()), file=sys.stderr, flush=True)
+        print(
+            f"{name}: " + ", ".join(f"{what} {of['seconds']:.2f} s" for what, of in told[name].items()),
+            file=sys.stderr,
+            flush=True,
+        )
     for what in PICTURE:
         ours, theirs = (torch.tensor(told[name][what].pop("result")) for name in ("minsd", "research"))
         error = ((ours - theirs).norm() / theirs.norm()).item()
         if not error < (1e-3 if args.dtype == "float32" else 0.1):
-            sys.exit(f"{what}: the two do not compute the same, their changes differ by {error:.1e} of their size")
+            sys.exit(
+                f"{what}: the two do not compute the same, their changes differ by {error:.1e} of their size"
+            )
     for of in told.values():
-        of["picture"] = {key: sum(n * of[what][key] for what, n in PICTURE.items()) for key in ("seconds", "cpu_seconds")}
+        of["picture"] = {
+            key: sum(n * of[what][key] for what, n in PICTURE.items()) for key in ("seconds", "cpu_seconds")
+        }
         of["picture"]["peak_mb"] = max(of[what]["peak_mb"] for what in PICTURE)
     for what in (*PICTURE, "picture"):
         for name, of in told.items():
             times, base = of[what], told["research"][what]
-            rows.append({"model": args.model, "size": args.size, "dtype": args.dtype, "what": what, "provider": name}
-                        | {key: round(times[key], 3) for key in ("seconds", "cpu_seconds")} | {"peak_mb": round(times["peak_mb"])}
-                        | {f"{key}_ratio": round(times[key] / base[key], 3) for key in ("seconds", "cpu_seconds", "peak_mb")})
+            rows.append(
+                {"model": args.model, "size": args.size, "dtype": args.dtype, "what": what, "provider": name}
+                | {key: round(times[key], 3) for key in ("seconds", "cpu_seconds")}
+                | {"peak_mb": round(times["peak_mb"])}
+                | {
+                    f"{key}_ratio": round(times[key] / base[key], 3)
+                    for key in ("seconds", "cpu_seconds", "peak_mb")
+                }
+            )
     report("initno", rows, args.csv, args.device)
 
 

@@ -46,13 +46,25 @@ from minsd.weights.shapes import data, detector
 SEED = 11  # of the layouts; layout k of a group begins from noise seed k
 SIDES = {2: (0.40, 0.55), 3: (0.36, 0.46), 4: (0.34, 0.42)}  # of boxes, as shares of the picture's side
 METHODS = {
-    "plain": None, "collage": {}, "attention-only": {"attention_only": True}, "drop 0": {"background_drop": 0.0},
-    "drop 1": {"background_drop": 1.0}, "pad 0.2": {"pad": 0.2}, "weight 0.02": {"background_weight": 0.02},
-    "weight 0.3": {"background_weight": 0.3}, "weight 1": {"background_weight": 1.0}, "compat": {"ladder": "compat"},
-    "crop 0": {"crop_margin": 0.0}, "crop 0.25": {"crop_margin": 0.25}, "crop 0.5": {"crop_margin": 0.5},
+    "plain": None,
+    "collage": {},
+    "attention-only": {"attention_only": True},
+    "drop 0": {"background_drop": 0.0},
+    "drop 1": {"background_drop": 1.0},
+    "pad 0.2": {"pad": 0.2},
+    "weight 0.02": {"background_weight": 0.02},
+    "weight 0.3": {"background_weight": 0.3},
+    "weight 1": {"background_weight": 1.0},
+    "compat": {"ladder": "compat"},
+    "crop 0": {"crop_margin": 0.0},
+    "crop 0.25": {"crop_margin": 0.25},
+    "crop 0.5": {"crop_margin": 0.5},
     "crop 0.25 always": {"crop_margin": 0.25, "crop_until": 0},
 }
-BARE, CHOICES = "a picture", ("+chosen", "+arranged")  # a caption that names nothing; what is done for the noise
+BARE, CHOICES = (
+    "a picture",
+    ("+chosen", "+arranged"),
+)  # a caption that names nothing; what is done for the noise
 
 
 def boxes(rng: np.random.Generator, n: int, gap: float = 0.02) -> list[list[float]]:
@@ -86,7 +98,9 @@ def cases(n: int, count: int, real: bool) -> list[tuple[list, dict]]:
 
 @functools.cache
 def arranged(sd, lay, seed: int, candidates: int, steps: int, sampler: str) -> arrange.Arrangement:
-    return arrange.arrange(sd, lay, range(1000 * seed, 1000 * seed + candidates), steps=steps, sampler=sampler)
+    return arrange.arrange(
+        sd, lay, range(1000 * seed, 1000 * seed + candidates), steps=steps, sampler=sampler
+    )
 
 
 def draw(sd, lay, seed: int, method: str, how: dict) -> tuple[Image.Image, int, float]:
@@ -116,7 +130,10 @@ def draw(sd, lay, seed: int, method: str, how: dict) -> tuple[Image.Image, int, 
 def judge(picture: Image.Image, subjects, lay) -> dict:
     """What the boxes of a picture hold."""
     found, right, strays, extras = detector.find(picture), [], 0, 0
-    inside = [[f for f in found if x0 <= f.centre[0] < x1 and y0 <= f.centre[1] < y1] for x0, y0, x1, y1 in (r.bounds for r in lay.regions)]
+    inside = [
+        [f for f in found if x0 <= f.centre[0] < x1 and y0 <= f.centre[1] < y1]
+        for x0, y0, x1, y1 in (r.bounds for r in lay.regions)
+    ]
     for (colour, shape), bodies in zip(subjects, inside):
         right.append(any(f.whole and f.shape == shape and f.colours == (colour,) for f in bodies))
         extras += max(0, len(bodies) - 1)
@@ -126,7 +143,13 @@ def judge(picture: Image.Image, subjects, lay) -> dict:
     drawn = np.linalg.norm(pixels - ground, axis=-1) > detector.FOREGROUND
     outside = drawn & ~np.any([r.pixels for r in lay.regions], axis=0)
     somewhere = [any(f.whole and f.shape == s and f.colours == (c,) for f in found) for c, s in subjects]
-    return {"right": right, "somewhere": somewhere, "strays": strays, "extras": extras, "spill": outside.sum() / max(1, drawn.sum())}
+    return {
+        "right": right,
+        "somewhere": somewhere,
+        "strays": strays,
+        "extras": extras,
+        "spill": outside.sum() / max(1, drawn.sum()),
+    }
 
 
 def _job(job):
@@ -142,13 +165,20 @@ def row_of(method: str, n: int, results, how: dict) -> dict:
     right = [ok for j in judged for ok in j["right"]]
     low, high = wilson(sum(right), len(right))
     return {
-        "method": method, "boxes": n, **{key: how[key] for key in ("sampler", "steps", "guidance_scale")}, "layouts": len(results),
-        "boxes_right": round(np.mean(right), 3), "boxes_95": f"{low:.3f}-{high:.3f}",
+        "method": method,
+        "boxes": n,
+        **{key: how[key] for key in ("sampler", "steps", "guidance_scale")},
+        "layouts": len(results),
+        "boxes_right": round(np.mean(right), 3),
+        "boxes_95": f"{low:.3f}-{high:.3f}",
         "all_right": round(np.mean([all(j["right"]) for j in judged]), 3),
         "drawn_anywhere": round(np.mean([ok for j in judged for ok in j["somewhere"]]), 3),
-        "strays": round(np.mean([j["strays"] for j in judged]), 3), "extras": round(np.mean([j["extras"] for j in judged]), 3),
-        "spill": round(np.mean([j["spill"] for j in judged]), 3), "rows_before": n * how["candidates"] * method.endswith(CHOICES),
-        "rows_a_step": results[0][1], "seconds": round(np.mean([r[2] for r in results]), 3),
+        "strays": round(np.mean([j["strays"] for j in judged]), 3),
+        "extras": round(np.mean([j["extras"] for j in judged]), 3),
+        "spill": round(np.mean([j["spill"] for j in judged]), 3),
+        "rows_before": n * how["candidates"] * method.endswith(CHOICES),
+        "rows_a_step": results[0][1],
+        "seconds": round(np.mean([r[2] for r in results]), 3),
     }
 
 
@@ -168,7 +198,10 @@ def framed(picture, subjects, lay, right) -> Image.Image:
 
 def grid(kept: dict, path: Path, columns: int = 12) -> None:
     """A row for each method and number of boxes: the same layouts and noise below one another."""
-    lines = {key: [framed(*(r[i] for i in (0, 4, 5)), r[3]["right"]) for r in results[:columns]] for key, results in kept.items()}
+    lines = {
+        key: [framed(*(r[i] for i in (0, 4, 5)), r[3]["right"]) for r in results[:columns]]
+        for key, results in kept.items()
+    }
     wide = max(len(line) for line in lines.values()) * next(iter(lines.values()))[0].width
     out = Image.new("RGB", (110 + wide, sum(line[0].height for line in lines.values())), "white")
     pen, y = ImageDraw.Draw(out), 0
@@ -198,8 +231,19 @@ def crops(sd, args, how: dict) -> list[dict]:
                     cosines = clip([crop] * n, captions)
                     own.append(cosines[i])
                     first.append(cosines[i] == max(cosines))
-            rows.append({"model": args.model, "method": method, "boxes": n, **how, "layouts": args.n, "clip_crop": round(np.mean(own), 4),
-                         "nearest_own": round(np.mean(first), 3), "rows_a_step": steps, "seconds": round(np.median(seconds), 2)})
+            rows.append(
+                {
+                    "model": args.model,
+                    "method": method,
+                    "boxes": n,
+                    **how,
+                    "layouts": args.n,
+                    "clip_crop": round(np.mean(own), 4),
+                    "nearest_own": round(np.mean(first), 3),
+                    "rows_a_step": steps,
+                    "seconds": round(np.median(seconds), 2),
+                }
+            )
             print_table(rows[-1:])
     return rows
 
@@ -216,19 +260,30 @@ def cost_worker(args) -> None:
     unet, config = build("minsd", args.model, getattr(torch, args.dtype), args.device)
 
     def encode(texts):
-        states = [torch.randn(77, config.context_dim, generator=torch.Generator().manual_seed(len(text.strip()))) for text in texts]
+        states = [
+            torch.randn(77, config.context_dim, generator=torch.Generator().manual_seed(len(text.strip())))
+            for text in texts
+        ]
         return torch.stack(states).to(args.device)
 
     sd = StableDiffusion(minsd.config.MODELS[args.model], unet, None, types.SimpleNamespace(encode=encode))
     (n,), size, apart = args.boxes, args.size or sd.config.size, args.cost_worker == "apart"
-    negatives = [" " if apart else ""] * n  # written otherwise than the picture's, all halves of guidance are computed
+    negatives = [
+        " " if apart else ""
+    ] * n  # written otherwise than the picture's, all halves of guidance are computed
     columns = n // 2
-    places = [(k % columns / columns, k // columns / 2) for k in range(n)]  # two rows of boxes fill the picture
-    regions = [{"prompt": "x" * (k + 2), "box": [x, y, x + 1 / columns, y + 0.5], "negative_prompt": negative}
-               for k, ((x, y), negative) in enumerate(zip(places, negatives))]
+    places = [
+        (k % columns / columns, k // columns / 2) for k in range(n)
+    ]  # two rows of boxes fill the picture
+    regions = [
+        {"prompt": "x" * (k + 2), "box": [x, y, x + 1 / columns, y + 0.5], "negative_prompt": negative}
+        for k, ((x, y), negative) in enumerate(zip(places, negatives))
+    ]
     if apart:
         collage.ROWS_AT_ONCE, sd.batch_size = 2 * (size // 8) ** 2, lambda height, width: 1
-    predict = collage.predictor(sd, layout.load({"prompt": "x", "width": size, "height": size, "regions": regions}))
+    predict = collage.predictor(
+        sd, layout.load({"prompt": "x", "width": size, "height": size, "regions": regions})
+    )
     x, rows, seconds = noise([0], (4, size // 8, size // 8)).to(args.device, sd.dtype), [], []
     unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     with torch.no_grad():
@@ -236,7 +291,12 @@ def cost_worker(args) -> None:
             rows.clear()
             eps, *spent = clocked(sd.device, predict, x, 481)
             seconds.append(spent)
-    told = {"seconds": seconds[1:] or seconds, "peak_mb": peak_mb(sd.device), "rows": rows, "eps": eps.flatten().tolist()}
+    told = {
+        "seconds": seconds[1:] or seconds,
+        "peak_mb": peak_mb(sd.device),
+        "rows": rows,
+        "eps": eps.flatten().tolist(),
+    }
     print(json.dumps(told))
 
 
@@ -249,12 +309,27 @@ def cost(args) -> list[dict]:
             results[variant] = r = in_own_process("--boxes", str(n), "--cost-worker", variant)
             wall, cpu = (statistics.median(column) for column in zip(*r["seconds"]))
             size = args.size or minsd.config.MODELS[args.model].size
-            table.append({"model": args.model, "size": size, "dtype": args.dtype, "regions": n, "rows": variant,
-                          "rows_a_step": sum(r["rows"]), "passes": len(r["rows"]), "seconds": round(wall, 2), "cpu_seconds": round(cpu, 2),
-                          "peak_mb": round(r["peak_mb"])})
+            table.append(
+                {
+                    "model": args.model,
+                    "size": size,
+                    "dtype": args.dtype,
+                    "regions": n,
+                    "rows": variant,
+                    "rows_a_step": sum(r["rows"]),
+                    "passes": len(r["rows"]),
+                    "seconds": round(wall, 2),
+                    "cpu_seconds": round(cpu, 2),
+                    "peak_mb": round(r["peak_mb"]),
+                }
+            )
         a, b = (np.array(results[variant]["eps"]) for variant in ("apart", "together"))
         wall, cpu = (table[-1][key] / table[-2][key] for key in ("seconds", "cpu_seconds"))
-        more = {"time_ratio": round(wall, 3), "cpu_ratio": round(cpu, 3), "differ": f"{np.abs(a - b).max() / np.abs(a).max():.1e}"}
+        more = {
+            "time_ratio": round(wall, 3),
+            "cpu_ratio": round(cpu, 3),
+            "differ": f"{np.abs(a - b).max() / np.abs(a).max():.1e}",
+        }
         table[-2:] = [table[-2] | dict.fromkeys(more, ""), table[-1] | more]
     return table
 
@@ -262,13 +337,28 @@ def cost(args) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
-    parser.add_argument("--boxes", nargs="+", type=int, default=list(SIDES), help="2 to 4; with --cost any even number")
+    parser.add_argument(
+        "--boxes", nargs="+", type=int, default=list(SIDES), help="2 to 4; with --cost any even number"
+    )
     every = ["".join(parts) for parts in itertools.product(METHODS, ("", "+bare"), ("", *CHOICES))]
-    parser.add_argument("--methods", nargs="+", choices=every, metavar="METHOD",
-                        default=[*METHODS, "collage+bare", "plain+chosen", "plain+arranged", "collage+bare+chosen",
-                                 "collage+bare+arranged"],
-                        help=f"{', '.join(METHODS)}; each also with +bare, then +chosen or +arranged")
-    parser.add_argument("--candidates", type=int, default=40, help="noises that +chosen and +arranged take from")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=every,
+        metavar="METHOD",
+        default=[
+            *METHODS,
+            "collage+bare",
+            "plain+chosen",
+            "plain+arranged",
+            "collage+bare+chosen",
+            "collage+bare+arranged",
+        ],
+        help=f"{', '.join(METHODS)}; each also with +bare, then +chosen or +arranged",
+    )
+    parser.add_argument(
+        "--candidates", type=int, default=40, help="noises that +chosen and +arranged take from"
+    )
     parser.add_argument("-n", type=int, default=70, help="layouts of each number of boxes")
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=50)
@@ -277,7 +367,9 @@ def main():
     parser.add_argument("--sheet", type=Path, help="a picture of the first layouts under every method")
     parser.add_argument("--csv", action="store_true")
     parser.add_argument("--clip", type=Path, help="folder of a CLIPModel, for real checkpoints")
-    parser.add_argument("--device", help="for real checkpoints (default: CUDA if there is one) and --cost (default: cpu)")
+    parser.add_argument(
+        "--device", help="for real checkpoints (default: CUDA if there is one) and --cost (default: cpu)"
+    )
     parser.add_argument("--dtype", default="float32", help="for --cost")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--cost", action="store_true", help="measure one step instead")
@@ -293,7 +385,12 @@ def main():
         return report("layout_cost", cost(args), args.csv, args.device)
     if unknown := set(args.boxes) - set(SIDES):
         parser.error(f"--boxes without --cost takes {', '.join(map(str, SIDES))}, not {unknown.pop()}")
-    how = {"sampler": args.sampler, "steps": args.steps, "guidance_scale": args.guidance, "candidates": args.candidates}
+    how = {
+        "sampler": args.sampler,
+        "steps": args.steps,
+        "guidance_scale": args.guidance,
+        "candidates": args.candidates,
+    }
     if args.clip:
         sd = minsd.load(args.model, args.device)
         how["guidance_scale"] = sd.config.guidance_scale if args.guidance is None else args.guidance
@@ -301,16 +398,32 @@ def main():
         if args.csv:
             write_csv("layout_clip", rows, sd.device)
         return
-    how["guidance_scale"] = minsd.config.MODELS["shapes"].guidance_scale if args.guidance is None else args.guidance
+    how["guidance_scale"] = (
+        minsd.config.MODELS["shapes"].guidance_scale if args.guidance is None else args.guidance
+    )
     rows, kept = [], {}
     with pool(args.workers, args.model) as processes:
         for n in args.boxes:
             for method in args.methods:
-                results = processes.map(_job, [(args.model, n, args.n, k, method, how) for k in range(args.n)], chunksize=2)
+                results = processes.map(
+                    _job, [(args.model, n, args.n, k, method, how) for k in range(args.n)], chunksize=2
+                )
                 kept[method, n] = results
                 rows.append(row_of(method, n, results, how))
-                told = ("boxes_right", "boxes_95", "all_right", "drawn_anywhere", "strays", "extras", "spill", "rows_a_step", "seconds")
-                print(f"{n} boxes {method:14}", ", ".join(f"{key} {rows[-1][key]}" for key in told), flush=True)
+                told = (
+                    "boxes_right",
+                    "boxes_95",
+                    "all_right",
+                    "drawn_anywhere",
+                    "strays",
+                    "extras",
+                    "spill",
+                    "rows_a_step",
+                    "seconds",
+                )
+                print(
+                    f"{n} boxes {method:14}", ", ".join(f"{key} {rows[-1][key]}" for key in told), flush=True
+                )
                 if args.csv:
                     write_csv("layout", rows[-1:])
     if args.sheet:

@@ -42,23 +42,41 @@ def make_folder(folder: Path, model: str) -> None:
     build = {
         "unet": lambda: diffusers_unet(row.unet),
         "vae": lambda: AutoencoderKL(
-            block_out_channels=row.vae.block_out_channels, layers_per_block=2, latent_channels=4, norm_num_groups=32,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=row.size,
+            block_out_channels=row.vae.block_out_channels,
+            layers_per_block=2,
+            latent_channels=4,
+            norm_num_groups=32,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            sample_size=row.size,
         ),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(
-            vocab_size=row.text.vocab_size, hidden_size=row.text.hidden_size, intermediate_size=row.text.intermediate_size,
-            num_hidden_layers=row.text.num_layers, num_attention_heads=row.text.num_heads, hidden_act=row.text.hidden_act,
-        )),
+        "text_encoder": lambda: CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=row.text.vocab_size,
+                hidden_size=row.text.hidden_size,
+                intermediate_size=row.text.intermediate_size,
+                num_hidden_layers=row.text.num_layers,
+                num_attention_heads=row.text.num_heads,
+                hidden_act=row.text.hidden_act,
+            )
+        ),
     }
     for name, make in build.items():
         with torch.device("meta"):
             module = make()
         module = module.half().to_empty(device="cpu")
-        for p in module.parameters():  # the same million numbers over and over: what they are costs nothing to load
+        for p in (
+            module.parameters()
+        ):  # the same million numbers over and over: what they are costs nothing to load
             p.data = numbers.repeat(-(-p.numel() // len(numbers)))[: p.numel()].view(p.shape)
         module.save_pretrained(folder / name)
     DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     ).save_pretrained(folder / "scheduler")
     shutil.copytree(SHAPES_FOLDER / "tokenizer", folder / "tokenizer")
     shutil.copy(SHAPES_FOLDER / "model_index.json", folder / "model_index.json")
@@ -72,7 +90,10 @@ def make_file(path: Path, folder: Path) -> None:
 
     unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     text = load_file(folder / "text_encoder" / "model.safetensors").items()
-    text = {f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": value for name, value in text}
+    text = {
+        f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": value
+        for name, value in text
+    }
     save_file(as_original({"unet": unet, "vae": vae}, text), path)
 
 
@@ -92,16 +113,25 @@ def worker(args):
 
         def load():
             if single:
-                return StableDiffusionPipeline.from_single_file(single, config=str(folder), torch_dtype=dtype, local_files_only=True)
+                return StableDiffusionPipeline.from_single_file(
+                    single, config=str(folder), torch_dtype=dtype, local_files_only=True
+                )
             return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     else:
         from minsd.weights.load import load_model
 
         # a file instead of a folder: nothing can be kept there
-        os.environ["XDG_CACHE_HOME"] = str(folder / ("model_index.json" if args.worker == "minsd, new file" else "cache"))
+        os.environ["XDG_CACHE_HOME"] = str(
+            folder / ("model_index.json" if args.worker == "minsd, new file" else "cache")
+        )
 
         def load():
-            return load_model(str(single or folder), device=torch.device("cpu"), dtype=dtype, tokenizer=single and folder / "tokenizer")
+            return load_model(
+                str(single or folder),
+                device=torch.device("cpu"),
+                dtype=dtype,
+                tokenizer=single and folder / "tokenizer",
+            )
 
     before, peak, done = anonymous_mb(), [0.0], threading.Event()
 
@@ -122,10 +152,20 @@ def worker(args):
     total = sum(float(p.detach().abs().max()) for p in tensors)
     weights = sum(p.numel() * p.element_size() for p in tensors) / 2**20
     largest = max(p.numel() * p.element_size() for p in tensors) / 2**20
-    print(json.dumps({
-        "seconds": seconds, "cpu_seconds": used, "touched": time.perf_counter() - start, "before_mb": before,
-        "peak_mb": max(peak[0], anonymous_mb()), "weights_mb": weights, "bound_mb": 1.2 * weights + largest, "check": total,
-    }))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "cpu_seconds": used,
+                "touched": time.perf_counter() - start,
+                "before_mb": before,
+                "peak_mb": max(peak[0], anonymous_mb()),
+                "weights_mb": weights,
+                "bound_mb": 1.2 * weights + largest,
+                "check": total,
+            }
+        )
+    )
 
 
 def measure(args, folder: Path, layout: str, dtype: str) -> list[dict]:
@@ -133,19 +173,34 @@ def measure(args, folder: Path, layout: str, dtype: str) -> list[dict]:
     results = {"minsd": [], "diffusers": []} | ({"minsd, new file": []} if layout == "file" else {})
     for run in range(args.runs + 1):  # the first warms the file cache for all
         for name, runs in results.items():
-            told = in_own_process("--dtype", dtype, "--layout", layout, "--worker", name, "--folder", str(folder))
+            told = in_own_process(
+                "--dtype", dtype, "--layout", layout, "--worker", name, "--folder", str(folder)
+            )
             if run:
                 runs.append(told)
-    assert len({r["check"] for runs in results.values() for r in runs}) == 1, "the providers hold different weights"
-    return [{
-        "model": args.model, "layout": layout, "file_dtype": "float16", "dtype": dtype, "provider": name,
-        "seconds": round(statistics.median(r["seconds"] for r in runs), 3),
-        "seconds_touched": round(statistics.median(r["touched"] for r in runs), 3),
-        "time_ratio": round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, results["diffusers"])), 3),
-        "cpu_seconds": round(statistics.median(r["cpu_seconds"] for r in runs), 3),
-        "peak_anon_mb": round(max(r["peak_mb"] for r in runs)), "anon_before_mb": round(runs[0]["before_mb"]),
-        "weights_mb": round(runs[0]["weights_mb"]), "bound_mb": round(runs[0]["bound_mb"]),
-    } for name, runs in results.items()]
+    assert len({r["check"] for runs in results.values() for r in runs}) == 1, (
+        "the providers hold different weights"
+    )
+    return [
+        {
+            "model": args.model,
+            "layout": layout,
+            "file_dtype": "float16",
+            "dtype": dtype,
+            "provider": name,
+            "seconds": round(statistics.median(r["seconds"] for r in runs), 3),
+            "seconds_touched": round(statistics.median(r["touched"] for r in runs), 3),
+            "time_ratio": round(
+                statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, results["diffusers"])), 3
+            ),
+            "cpu_seconds": round(statistics.median(r["cpu_seconds"] for r in runs), 3),
+            "peak_anon_mb": round(max(r["peak_mb"] for r in runs)),
+            "anon_before_mb": round(runs[0]["before_mb"]),
+            "weights_mb": round(runs[0]["weights_mb"]),
+            "bound_mb": round(runs[0]["bound_mb"]),
+        }
+        for name, runs in results.items()
+    ]
 
 
 def main():
@@ -162,7 +217,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder), args.model)
         make_file(Path(folder) / FILE, Path(folder))
-        rows = [row for layout in ("folder", "file") for dtype in args.dtype for row in measure(args, folder, layout, dtype)]
+        rows = [
+            row
+            for layout in ("folder", "file")
+            for dtype in args.dtype
+            for row in measure(args, folder, layout, dtype)
+        ]
     report("load", rows, args.csv)
 
 

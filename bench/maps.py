@@ -71,7 +71,12 @@ def worker(args):
         x = noise.clone().requires_grad_()
         loss, *spent = clocked(device, step, unet, x, context, only)
         seconds.append(spent)
-    told = {"seconds": seconds[1:] or seconds, "peak_mb": peak_mb(device), "loss": loss, "gradient": x.grad.flatten().tolist()}
+    told = {
+        "seconds": seconds[1:] or seconds,
+        "peak_mb": peak_mb(device),
+        "loss": loss,
+        "gradient": x.grad.flatten().tolist(),
+    }
     print(json.dumps(told))
 
 
@@ -94,18 +99,33 @@ def main():
     results, rows = {}, []
     for name in VARIANTS:
         results[name] = result = in_own_process("--worker", name)
-        result["seconds"], result["cpu_seconds"] = (statistics.median(column) for column in zip(*result["seconds"]))
+        result["seconds"], result["cpu_seconds"] = (
+            statistics.median(column) for column in zip(*result["seconds"])
+        )
         print(f"{name}: {result['seconds']:.3f} s", file=sys.stderr, flush=True)
     truth, base = torch.tensor(results["research"]["gradient"]), results["research"]["seconds"]
     for name, result in results.items():
         error = ((torch.tensor(result["gradient"]) - truth).norm() / truth.norm()).item()
-        if not (error < (1e-3 if args.dtype == "float32" else 0.1) and abs(result["loss"] - results["research"]["loss"]) < 1e-2):
-            sys.exit(f"{name} does not compute the same: relative gradient error {error:.1e}, loss {result['loss']}")
-        rows.append({
-            "model": args.model, "size": args.size, "dtype": args.dtype, "variant": name, "seconds": round(result["seconds"], 3),
-            "cpu_seconds": round(result["cpu_seconds"], 3), "peak_mb": round(result["peak_mb"]),
-            "times_faster": round(base / result["seconds"], 2), "gradient_error": f"{error:.1e}",
-        })
+        if not (
+            error < (1e-3 if args.dtype == "float32" else 0.1)
+            and abs(result["loss"] - results["research"]["loss"]) < 1e-2
+        ):
+            sys.exit(
+                f"{name} does not compute the same: relative gradient error {error:.1e}, loss {result['loss']}"
+            )
+        rows.append(
+            {
+                "model": args.model,
+                "size": args.size,
+                "dtype": args.dtype,
+                "variant": name,
+                "seconds": round(result["seconds"], 3),
+                "cpu_seconds": round(result["cpu_seconds"], 3),
+                "peak_mb": round(result["peak_mb"]),
+                "times_faster": round(base / result["seconds"], 2),
+                "gradient_error": f"{error:.1e}",
+            }
+        )
     report("maps", rows, args.csv, args.device)
 
 

@@ -89,9 +89,16 @@ def summary(results) -> dict:
     kinds = collections.Counter(v.kind for v in verdicts)
     failed = [kind for v in verdicts for kind in v.failures[: v.subjects_failed]]
     neglected = sum(kind in ("missing", "hybrid", "mixed") for kind in failed)
-    row = {"n": n} | rate("strict", sum(v.strict for v in verdicts), n) | rate("no_neglect", sum(v.no_neglect for v in verdicts), n)
+    row = (
+        {"n": n}
+        | rate("strict", sum(v.strict for v in verdicts), n)
+        | rate("no_neglect", sum(v.no_neglect for v in verdicts), n)
+    )
     row |= {kind.replace(" ", "_"): kinds[kind] for kind in detector.KINDS}
-    return row | {"subjects_failed": len(failed), "of_these_neglected": round(neglected / len(failed), 3) if failed else ""}
+    return row | {
+        "subjects_failed": len(failed),
+        "of_these_neglected": round(neglected / len(failed), 3) if failed else "",
+    }
 
 
 def codec(sd, n: int) -> list[dict]:
@@ -111,12 +118,27 @@ def codec(sd, n: int) -> list[dict]:
                 changed, i = list(s), int(rng.integers(count))
                 colours = [c for c in data.COLOURS if c not in {c for c, _ in s}]
                 shapes = [k for k in data.SHAPES if k != s[i][1]]
-                changed[i] = (str(rng.choice(colours)), s[i][1]) if rng.random() < 0.5 else (s[i][0], str(rng.choice(shapes)))
+                changed[i] = (
+                    (str(rng.choice(colours)), s[i][1])
+                    if rng.random() < 0.5
+                    else (s[i][0], str(rng.choice(shapes)))
+                )
                 wrong += detector.judge(p, changed).strict
             a, b, c, d = *wilson(passed, len(these)), *wilson(wrong, len(these))
-            rows.append({"pictures": name, "objects": count, "n": len(these), "accepted": round(passed / len(these), 4),
-                         "accepted_95": f"{a:.3f}-{b:.3f}", "false_accepts": wrong, "false_95": f"{c:.3f}-{d:.3f}"})
-    mse = np.mean([np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(renders, coded)])
+            rows.append(
+                {
+                    "pictures": name,
+                    "objects": count,
+                    "n": len(these),
+                    "accepted": round(passed / len(these), 4),
+                    "accepted_95": f"{a:.3f}-{b:.3f}",
+                    "false_accepts": wrong,
+                    "false_95": f"{c:.3f}-{d:.3f}",
+                }
+            )
+    mse = np.mean(
+        [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(renders, coded)]
+    )
     print(f"the VAE's round trip: {10 * np.log10(255**2 / mse):.1f} dB")
     return rows
 
@@ -138,15 +160,22 @@ def main():
         return report("shapes_detector", codec(loaded(args.model), args.n), args.csv)
     rows = []
     with pool(args.workers, args.model) as processes:
-        for sampler, steps, scale, group in itertools.product(args.samplers, args.steps, args.guidance, args.groups):
+        for sampler, steps, scale, group in itertools.product(
+            args.samplers, args.steps, args.guidance, args.groups
+        ):
             settings, start = {"sampler": sampler, "steps": steps, "guidance_scale": scale}, time.time()
             jobs = [(args.model, group, args.n, i, settings) for i in range(0, args.n, BATCH)]
             results = [r for part in processes.imap(_job, jobs) for r in part]
             row = {"model": args.model, "group": group, **settings, **summary(results)}
             rows.append(row | {"seconds": round(time.time() - start, 1)})
-            failures = ", ".join(f"{k} {row[k.replace(' ', '_')]}" for k in detector.KINDS if row[k.replace(" ", "_")])
-            print(f"{group:13} {sampler} {steps} g{scale:g}: strict {row['strict']} [{row['strict_95']}]  no neglect {row['no_neglect']}"
-                  f" [{row['no_neglect_95']}]  {failures}  ({rows[-1]['seconds']} s)", flush=True)
+            failures = ", ".join(
+                f"{k} {row[k.replace(' ', '_')]}" for k in detector.KINDS if row[k.replace(" ", "_")]
+            )
+            print(
+                f"{group:13} {sampler} {steps} g{scale:g}: strict {row['strict']} [{row['strict_95']}]  no neglect {row['no_neglect']}"
+                f" [{row['no_neglect_95']}]  {failures}  ({rows[-1]['seconds']} s)",
+                flush=True,
+            )
             if args.sheets:
                 sheet(results, args.sheets / f"{group}-{sampler}-{steps}-g{scale:g}.png")
             if args.csv:

@@ -32,7 +32,18 @@ import numpy as np
 import torch
 
 import minsd
-from bench import RESULTS, clocked, in_own_process, loaded, on_gpu, peak_mb, pool, print_table, report, write_csv
+from bench import (
+    RESULTS,
+    clocked,
+    in_own_process,
+    loaded,
+    on_gpu,
+    peak_mb,
+    pool,
+    print_table,
+    report,
+    write_csv,
+)
 from bench.attention_maps import rank_correlation
 from bench.shapes import BATCH, cases, sentence
 from minsd.noise import initno, stability
@@ -41,7 +52,15 @@ from minsd.weights.shapes import detector
 
 GROUPS = ("two", "three")  # where there is something to lose
 PICTURE = {"steps": 20, "sampler": "ddim"}  # at the model's own guidance
-SCORES = ("10:7.5/1", "5:7.5/1", "10:5/1:50", "10:1/1:50", "10:7.5/7.5:50", "20:7.5/1:50", "50:7.5/1:50")  # 5: the embedded model's own
+SCORES = (
+    "10:7.5/1",
+    "5:7.5/1",
+    "10:5/1:50",
+    "10:1/1:50",
+    "10:7.5/7.5:50",
+    "20:7.5/1:50",
+    "50:7.5/1:50",
+)  # 5: the embedded model's own
 BEST_OF = (10, 30, 100)
 VERDICTS = ("no_neglect", "strict")
 
@@ -50,7 +69,9 @@ def setting(text: str) -> tuple[dict, float]:
     """T:DOWN/UP[:N] -> what `score` takes, and how many noises of a prompt get it."""
     steps, guidance, *limit = text.split(":")
     down, up = map(float, guidance.split("/"))
-    return {"steps": int(steps), "guidance_scale": down, "guidance_invert": up}, int(limit[0]) if limit else math.inf
+    return {"steps": int(steps), "guidance_scale": down, "guidance_invert": up}, int(
+        limit[0]
+    ) if limit else math.inf
 
 
 def name(setting: dict) -> str:
@@ -59,13 +80,20 @@ def name(setting: dict) -> str:
 
 def attention_scores(sd, prompt, subjects, x) -> list[float]:
     """The more the better, as stability."""
-    return [-score for score in initno.attention_scores(sd, prompt, [shape for _, shape in subjects], x, steps=PICTURE["steps"])]
+    return [
+        -score
+        for score in initno.attention_scores(
+            sd, prompt, [shape for _, shape in subjects], x, steps=PICTURE["steps"]
+        )
+    ]
 
 
 def judge(sd, prompts, x, subjects) -> list[dict]:
     """Verdicts of the pictures that noises x become."""
     pictures = sd.decode(sd.sample(prompts, x, seeds=range(len(x)), **PICTURE))
-    return [{v: float(getattr(detector.judge(p, s), v)) for v in VERDICTS} for p, s in zip(pictures, subjects)]
+    return [
+        {v: float(getattr(detector.judge(p, s), v)) for v in VERDICTS} for p, s in zip(pictures, subjects)
+    ]
 
 
 def run(model: str, job) -> tuple[str, list[dict]]:
@@ -77,7 +105,10 @@ def score_part(sd, group, prompts, number, which, how) -> list[dict]:
     """Some of a prompt's noises: verdicts and scores."""
     subjects, rows = cases(group, prompts)[number], []
     prompt, x = sentence(subjects), noise([seed_of(group, number, k) for k in which], (4, 16, 16))
-    out = [{"group": group, "prompt": number} | verdict for verdict in judge(sd, [prompt] * len(x), x, [subjects] * len(x))]
+    out = [
+        {"group": group, "prompt": number} | verdict
+        for verdict in judge(sd, [prompt] * len(x), x, [subjects] * len(x))
+    ]
     for setting in how:
         result = stability.score(sd, prompt, x, **setting)
         rows.append((name(setting), result.scores, result.rows / len(x)))
@@ -91,13 +122,19 @@ def optimise_part(sd, group, prompts, numbers, ways) -> list[dict]:
     """The first noise of some prompts, as it is and optimised in several ways: verdicts, scores, norms, rows."""
     subjects = [cases(group, prompts)[k] for k in numbers]
     texts, x = [sentence(s) for s in subjects], noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
-    out = [{"group": group, "prompt": k, "way": "plain", "score": math.nan, "norm": 1.0, "rows": 0} | verdict
-           for k, verdict in zip(numbers, judge(sd, texts, x, subjects))]
+    out = [
+        {"group": group, "prompt": k, "way": "plain", "score": math.nan, "norm": 1.0, "rows": 0} | verdict
+        for k, verdict in zip(numbers, judge(sd, texts, x, subjects))
+    ]
     for way, options in ways:
         results = stability.optimize_batch(sd, texts, x, **options)
         verdicts = judge(sd, texts, torch.cat([r.noise for r in results]), subjects)
         for k, r, verdict in zip(numbers, results, verdicts):
-            told = {"score": r.score - r.before, "norm": r.history[-1]["norm"] if r.history else math.nan, "rows": r.rows}
+            told = {
+                "score": r.score - r.before,
+                "norm": r.history[-1]["norm"] if r.history else math.nan,
+                "rows": r.rows,
+            }
             out.append({"group": group, "prompt": k, "way": way} | told | verdict)
     return out
 
@@ -147,31 +184,53 @@ def tabulate(rows: list[dict]) -> tuple[list[dict], list[dict]]:
         everything = [r for r in rows if group in (r["group"], "all")]
         base = {v: [np.mean([r[v] for r in g]) for _, g in by_prompt(everything)] for v in VERDICTS}
         same = {"group": group, "prompts": len(base["strict"]), "noises": len(everything)}
-        rates.append(same | {"choice": "random", "k": 1, "rows": 0} | {v: round(float(np.mean(base[v])), 3) for v in VERDICTS} | {
-            "gain": 0.0, "gain_95": ""})
+        rates.append(
+            same
+            | {"choice": "random", "k": 1, "rows": 0}
+            | {v: round(float(np.mean(base[v])), 3) for v in VERDICTS}
+            | {"gain": 0.0, "gain_95": ""}
+        )
         for key in keys:
             these = [r for r in everything if key in r["scores"]]
             prompts = by_prompt(these)
             n = min(len(g) for _, g in prompts)  # equally many of each
             same = {"group": group, "prompts": len(prompts), "noises": len(these)}
-            base = {v: [np.mean([r[v] for r in g]) for _, g in prompts] for v in VERDICTS}  # of just the noises with this score
+            base = {
+                v: [np.mean([r[v] for r in g]) for _, g in prompts] for v in VERDICTS
+            }  # of just the noises with this score
             spread = np.array([r["scores"][key][0] for r in these])
-            row = same | {"score": key, "mean": round(float(spread.mean()), 3), "sd": round(float(spread.std()), 3)}
+            row = same | {
+                "score": key,
+                "mean": round(float(spread.mean()), 3),
+                "sd": round(float(spread.std()), 3),
+            }
             half = 1.96 / max(1, len(these) - len(prompts)) ** 0.5
             for v in VERDICTS:
                 r, p = within(these, key, v)
-                row |= {f"rank_{v}": round(r, 3), f"rank_{v}_95": f"{r - half:+.3f}..{r + half:+.3f}", f"p_{v}": f"{p:.1g}"}
+                row |= {
+                    f"rank_{v}": round(r, 3),
+                    f"rank_{v}_95": f"{r - half:+.3f}..{r + half:+.3f}",
+                    f"p_{v}": f"{p:.1g}",
+                }
             correlations.append(row)
             cost = these[0]["scores"][key][1]
             reach = [k for k in BEST_OF if k <= n]
             for sign, word, sizes in ((1, "best", reach), (-1, "worst", reach[-1:])):
                 for k in sizes:
-                    after = {v: [expected([sign * r["scores"][key][0] for r in g], [r[v] for r in g], k) for _, g in prompts]
-                             for v in VERDICTS}
+                    after = {
+                        v: [
+                            expected([sign * r["scores"][key][0] for r in g], [r[v] for r in g], k)
+                            for _, g in prompts
+                        ]
+                        for v in VERDICTS
+                    }
                     gains = [a - b for a, b in zip(after["no_neglect"], base["no_neglect"])]
-                    rates.append(same | {"choice": f"{word} by {key}", "k": k, "rows": round(k * cost)} | {
-                        v: round(float(np.mean(after[v])), 3) for v in VERDICTS} | {
-                        "gain": round(float(np.mean(gains)), 3), "gain_95": interval(gains)})
+                    rates.append(
+                        same
+                        | {"choice": f"{word} by {key}", "k": k, "rows": round(k * cost)}
+                        | {v: round(float(np.mean(after[v])), 3) for v in VERDICTS}
+                        | {"gain": round(float(np.mean(gains)), 3), "gain_95": interval(gains)}
+                    )
     return correlations, rates
 
 
@@ -182,11 +241,22 @@ def tabulate_optimised(rows: list[dict]) -> list[dict]:
         these = [r for r in rows if r["way"] == way]
         gains = [r["no_neglect"] - plain[r["group"], r["prompt"]]["no_neglect"] for r in these]
         norms = [r["norm"] for r in these]
-        out.append({"group": "all", "prompts": len(these), "noises": len(these), "choice": way, "k": 1,
-                    "rows": round(np.mean([r["rows"] for r in these]))}
-                   | {v: round(float(np.mean([r[v] for r in these])), 3) for v in VERDICTS}
-                   | {"gain": round(float(np.mean(gains)), 3), "gain_95": interval(gains) if way != "plain" else ""}
-                   | {"score_gain": round(float(np.mean([r["score"] for r in these])), 3), "norms": f"{min(norms):.2f}..{max(norms):.2f}"})
+        out.append(
+            {
+                "group": "all",
+                "prompts": len(these),
+                "noises": len(these),
+                "choice": way,
+                "k": 1,
+                "rows": round(np.mean([r["rows"] for r in these])),
+            }
+            | {v: round(float(np.mean([r[v] for r in these])), 3) for v in VERDICTS}
+            | {"gain": round(float(np.mean(gains)), 3), "gain_95": interval(gains) if way != "plain" else ""}
+            | {
+                "score_gain": round(float(np.mean([r["score"] for r in these])), 3),
+                "norms": f"{min(norms):.2f}..{max(norms):.2f}",
+            }
+        )
     return out
 
 
@@ -201,9 +271,18 @@ def plot(correlations, rates, optimised, path) -> None:
     keys = list(dict.fromkeys(r["score"] for r in correlations))
     for i, group in enumerate(groups):
         these = [r for r in correlations if r["group"] == group]
-        left.barh(np.arange(len(keys)) + 0.25 * (i - 1), [r["rank_no_neglect"] for r in these], 0.22,
-                  xerr=[1.96 / max(r["noises"] - r["prompts"], 1) ** 0.5 for r in these], label=f"{group} ({these[0]['noises']} noises)")
-    left.set(yticks=range(len(keys)), yticklabels=keys, xlabel="rank correlation with being right, within prompts (95 %)")
+        left.barh(
+            np.arange(len(keys)) + 0.25 * (i - 1),
+            [r["rank_no_neglect"] for r in these],
+            0.22,
+            xerr=[1.96 / max(r["noises"] - r["prompts"], 1) ** 0.5 for r in these],
+            label=f"{group} ({these[0]['noises']} noises)",
+        )
+    left.set(
+        yticks=range(len(keys)),
+        yticklabels=keys,
+        xlabel="rank correlation with being right, within prompts (95 %)",
+    )
     left.axvline(0, color="black", lw=0.8)
     left.invert_yaxis()
     left.legend(fontsize=8)
@@ -216,7 +295,11 @@ def plot(correlations, rates, optimised, path) -> None:
             right.plot(*zip(*line), "o-", label=key)
     for r in optimised[1:]:
         right.plot(r["rows"], base + r["gain"], "x", label=r["choice"])
-    right.set(xscale="log", xlabel="UNet rows spent on the choice", ylabel="pictures without neglect (random + gain)")
+    right.set(
+        xscale="log",
+        xlabel="UNet rows spent on the choice",
+        ylabel="pictures without neglect (random + gain)",
+    )
     right.legend(fontsize=7, ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -238,7 +321,9 @@ def cost_worker(args) -> None:
         from minsd.pipeline import StableDiffusion
 
         unet, config = build("minsd", args.model, getattr(torch, args.dtype), args.device)
-        text = types.SimpleNamespace(encode=lambda prompts: torch.zeros(len(prompts), 77, config.context_dim, device=args.device))
+        text = types.SimpleNamespace(
+            encode=lambda prompts: torch.zeros(len(prompts), 77, config.context_dim, device=args.device)
+        )
         sd = StableDiffusion(minsd.config.MODELS[args.model], unet, None, text)
     cells = (args.size or sd.config.size) // 8
     x, row, seconds = noise([0], (4, cells, cells)).to(sd.device), torch.zeros(1, dtype=torch.long), []
@@ -263,9 +348,20 @@ def cost(args) -> list[dict]:
                 print(failure, file=sys.stderr)
                 continue
             wall, cpu = (statistics.median(column) for column in zip(*r["seconds"]))
-            rows.append({"model": args.model, "size": args.size or minsd.config.MODELS[args.model].size, "dtype": args.dtype, "T": T,
-                         "activations": variant, "seconds": round(wall, 2), "cpu_seconds": round(cpu, 2), "peak_mb": round(r["peak_mb"]),
-                         "above_rest_mb": round(r["peak_mb"] - r["at_rest_mb"]), "same_gradient": ""})
+            rows.append(
+                {
+                    "model": args.model,
+                    "size": args.size or minsd.config.MODELS[args.model].size,
+                    "dtype": args.dtype,
+                    "T": T,
+                    "activations": variant,
+                    "seconds": round(wall, 2),
+                    "cpu_seconds": round(cpu, 2),
+                    "peak_mb": round(r["peak_mb"]),
+                    "above_rest_mb": round(r["peak_mb"] - r["at_rest_mb"]),
+                    "same_gradient": "",
+                }
+            )
         if len(results) == 2:
             rows[-1]["same_gradient"] = results["checkpointed"]["gradient"] == results["whole"]["gradient"]
     return rows
@@ -277,12 +373,18 @@ def cost(args) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
-    parser.add_argument("--scores", nargs="+", type=setting, default=[setting(text) for text in SCORES], help="T:DOWN/UP[:N]")
+    parser.add_argument(
+        "--scores", nargs="+", type=setting, default=[setting(text) for text in SCORES], help="T:DOWN/UP[:N]"
+    )
     parser.add_argument("--prompts", type=int, default=10, help="a group")
     parser.add_argument("-n", type=int, default=100, help="noises a prompt")
-    parser.add_argument("--optimised", type=int, default=20, help="noises a group to optimise, each of a prompt of its own")
+    parser.add_argument(
+        "--optimised", type=int, default=20, help="noises a group to optimise, each of a prompt of its own"
+    )
     parser.add_argument("--optimize-steps", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, with what is done")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after this long, with what is done"
+    )
     parser.add_argument("--kept", type=Path, help="file for what is done: a later run goes on from it")
     parser.add_argument("--csv", action="store_true", help="also draws stability.png")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -290,7 +392,13 @@ def main():
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], help="T, for --cost")
     parser.add_argument("--size", type=int, help="pixels a side, for --cost")
     parser.add_argument("--runs", type=int, default=3, help="for --cost")
-    parser.add_argument("--activations", nargs="+", choices=("checkpointed", "whole"), default=("checkpointed", "whole"), help="for --cost")
+    parser.add_argument(
+        "--activations",
+        nargs="+",
+        choices=("checkpointed", "whole"),
+        default=("checkpointed", "whole"),
+        help="for --cost",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cost-worker", choices=("checkpointed", "whole"), help=argparse.SUPPRESS)
@@ -303,19 +411,32 @@ def main():
     loaded(args.model)
     begin, own = time.time(), 100 * (4 * 16 * 16) / stability.PAPER_NUMBERS  # `optimize`'s own
     trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
-    ways = [(f"{mode} lr {lr:.3g}" + " rescaled" * rescale, trip | {"mode": mode, "lr": lr, "rescale": rescale})
-            for mode, lr, rescale in (("detach", 100.0, True), ("full", own, True))]
+    ways = [
+        (f"{mode} lr {lr:.3g}" + " rescaled" * rescale, trip | {"mode": mode, "lr": lr, "rescale": rescale})
+        for mode, lr, rescale in (("detach", 100.0, True), ("full", own, True))
+    ]
     jobs = []
-    for start in range(0, args.n, BATCH):  # one part of every prompt at a time, and one of what is optimised: what is done is balanced
+    for start in range(
+        0, args.n, BATCH
+    ):  # one part of every prompt at a time, and one of what is optimised: what is done is balanced
         how = [way for way, limit in args.scores if start < limit]
-        seeds, numbers = range(start, min(start + BATCH, args.n)), range(start // 2, min(start // 2 + BATCH // 2, args.optimised))
-        jobs += [("score", group, args.prompts, p, list(seeds), how) for p in range(args.prompts) for group in GROUPS]
+        seeds, numbers = (
+            range(start, min(start + BATCH, args.n)),
+            range(start // 2, min(start // 2 + BATCH // 2, args.optimised)),
+        )
+        jobs += [
+            ("score", group, args.prompts, p, list(seeds), how)
+            for p in range(args.prompts)
+            for group in GROUPS
+        ]
         jobs += [("optimise", group, args.optimised, list(numbers), ways) for group in GROUPS if numbers]
     done = {}
     if args.kept and args.kept.exists():
         done = dict(map(json.loads, args.kept.read_text().splitlines()))
     with pool(args.workers, args.model) as processes:
-        for key, part in processes.imap_unordered(functools.partial(run, args.model), [job for job in jobs if json.dumps(job) not in done]):
+        for key, part in processes.imap_unordered(
+            functools.partial(run, args.model), [job for job in jobs if json.dumps(job) not in done]
+        ):
             done[key] = part
             if args.kept:
                 with args.kept.open("a") as file:
@@ -323,7 +444,10 @@ def main():
             print(f"{len(done)} of {len(jobs)} parts, {time.time() - begin:.0f} s", flush=True)
             if time.time() - begin > 60 * args.minutes:
                 break
-    done = {kind: [row for job in jobs if job[0] == kind for row in done.get(json.dumps(job), [])] for kind in ("score", "optimise")}
+    done = {
+        kind: [row for job in jobs if job[0] == kind for row in done.get(json.dumps(job), [])]
+        for kind in ("score", "optimise")
+    }
     rows, optimised = done["score"], done["optimise"]
     correlations, rates = tabulate(rows)
     print_table(correlations)

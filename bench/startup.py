@@ -28,7 +28,8 @@ def mark(name):
     marks.setdefault(name, spent())
 """
 PROVIDERS = {
-    "minsd": CLOCK + """
+    "minsd": CLOCK
+    + """
 import minsd
 sd = minsd.load("shapes", "cpu")
 mark("loaded")
@@ -36,7 +37,8 @@ start = minsd.noise.initial.noise([0], (4, 16, 16))
 latents = sd.sample("a red circle", start, steps=%d, sampler="ddim", progress=lambda i, t: mark("first_step"))
 sd.decode(latents)[0].save(sys.argv[2])
 """,
-    "diffusers": CLOCK + """
+    "diffusers": CLOCK
+    + """
 from bench import minsd
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -78,12 +80,23 @@ def main():
             measure([sys.executable, "-m", "minsd.generate", "--help"])
             results["help"].append({"answer": (time.time() - begin, float("nan"))})
             for name, code in PROVIDERS.items():
-                results[name].append(measure([sys.executable, "-c", code % STEPS + end, str(time.time()), f"{folder}/{name}.png"]))
+                results[name].append(
+                    measure(
+                        [sys.executable, "-c", code % STEPS + end, str(time.time()), f"{folder}/{name}.png"]
+                    )
+                )
     rows = []
     for name, runs in results.items():
         for mark in runs[0]:
             seconds, cpu = (statistics.median(run[mark][k] for run in runs) for k in (0, 1))
-            rows.append({"provider": name, "until": mark, "seconds": round(seconds, 2), "cpu_seconds": "" if cpu != cpu else round(cpu, 2)})
+            rows.append(
+                {
+                    "provider": name,
+                    "until": mark,
+                    "seconds": round(seconds, 2),
+                    "cpu_seconds": "" if cpu != cpu else round(cpu, 2),
+                }
+            )
     report("startup", rows, args.csv)
 
 

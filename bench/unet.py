@@ -27,10 +27,14 @@ def diffusers_unet(config):
 
     kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
     return UNet2DConditionModel(
-        sample_size=config.sample_size, block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block, down_block_types=[f"{k}DownBlock2D" for k in kinds],
-        up_block_types=[f"{k}UpBlock2D" for k in reversed(kinds)], attention_head_dim=config.num_heads,
-        cross_attention_dim=config.context_dim, use_linear_projection=config.linear_projection,
+        sample_size=config.sample_size,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=[f"{k}DownBlock2D" for k in kinds],
+        up_block_types=[f"{k}UpBlock2D" for k in reversed(kinds)],
+        attention_head_dim=config.num_heads,
+        cross_attention_dim=config.context_dim,
+        use_linear_projection=config.linear_projection,
         upcast_attention=config.upcast_attention,
     )
 
@@ -76,12 +80,19 @@ def worker(args):
                 x = torch.randn(batch, 4, cells, cells, generator=generator).to(device, dtype)
                 context = torch.randn(batch, 77, config.context_dim, generator=generator).to(device, dtype)
                 t = torch.tensor(481, device=device)
-                known = {(size, batch): (x, 481, unet.keys(context)) if args.worker == "minsd" else (x, t, context)}
+                known = {
+                    (size, batch): (x, 481, unet.keys(context)) if args.worker == "minsd" else (x, t, context)
+                }
             forget_peak(device)
             out, seconds, cpu = clocked(device, unet, *known[size, batch])
             out = out if torch.is_tensor(out) else out.sample
             check = out.float().abs().mean().item()
-            print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak_mb(device), "check": check}), flush=True)
+            print(
+                json.dumps(
+                    {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak_mb(device), "check": check}
+                ),
+                flush=True,
+            )
 
 
 def main():
@@ -90,7 +101,9 @@ def main():
     parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels a side")
     parser.add_argument("--batch", type=int, nargs="+", default=[2], help="2 is one guided picture")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2, help="evaluations of each shape before those that count")
+    parser.add_argument(
+        "--warmup", type=int, default=2, help="evaluations of each shape before those that count"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--csv", action="store_true", help="append to bench/results/unet.csv")
@@ -102,8 +115,11 @@ def main():
     workers = {
         name: subprocess.Popen(
             [sys.executable, "-m", "bench.unet", *sys.argv[1:], "--worker", name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        ) for name in ("minsd", "diffusers")
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("minsd", "diffusers")
     }
 
     def ask(name, size, batch):
@@ -127,16 +143,33 @@ def main():
             sys.exit(f"the two do not compute the same: mean |eps| {checks}")
         for name, runs in results.items():
             seconds, cpu = (statistics.median(r[key] for r in runs) for key in ("seconds", "cpu_seconds"))
-            ratios = [statistics.median(a[key] / b[key] for a, b in zip(runs, results["diffusers"])) for key in ("seconds", "cpu_seconds")]
+            ratios = [
+                statistics.median(a[key] / b[key] for a, b in zip(runs, results["diffusers"]))
+                for key in ("seconds", "cpu_seconds")
+            ]
             last = before.get((name, batch))
             cost = seconds if on_gpu(args.device) else cpu
-            slope = math.log(cost / last[1]) / math.log((size / last[0]) ** 2) if last and size != last[0] else None
+            slope = (
+                math.log(cost / last[1]) / math.log((size / last[0]) ** 2)
+                if last and size != last[0]
+                else None
+            )
             before[name, batch] = size, cost
-            rows.append({
-                "model": args.model, "size": size, "batch": batch, "dtype": args.dtype, "provider": name,
-                "seconds": round(seconds, 4), "cpu_seconds": round(cpu, 4), "peak_mb": round(max(r["peak_mb"] for r in runs)),
-                "time_ratio": round(ratios[0], 3), "cpu_ratio": round(ratios[1], 3), "slope": "" if slope is None else round(slope, 2),
-            })
+            rows.append(
+                {
+                    "model": args.model,
+                    "size": size,
+                    "batch": batch,
+                    "dtype": args.dtype,
+                    "provider": name,
+                    "seconds": round(seconds, 4),
+                    "cpu_seconds": round(cpu, 4),
+                    "peak_mb": round(max(r["peak_mb"] for r in runs)),
+                    "time_ratio": round(ratios[0], 3),
+                    "cpu_ratio": round(ratios[1], 3),
+                    "slope": "" if slope is None else round(slope, 2),
+                }
+            )
     for process in workers.values():
         process.communicate()
     report("unet", rows, args.csv, args.device)

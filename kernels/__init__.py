@@ -25,13 +25,22 @@ from . import onednn, reference
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 TRITON_HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, not when asked: a compiler cannot look into it
+HAS_TRITON = (
+    importlib.util.find_spec("triton") is not None
+)  # here, not when asked: a compiler cannot look into it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, bias: Tensor | None = None,
-    region: Tensor | None = None, probs: str | None = None, backend: str = "auto",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    region: Tensor | None = None,
+    probs: str | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T scale + bias) v for each head, and on request the mean of the softmax over heads.
 
@@ -56,7 +65,9 @@ def attention(
 
     if backend == "triton":
         _check_triton(q)
-    kernel = "triton" if backend == "triton" or (backend != "reference" and _triton_is_fast(q)) else "reference"
+    kernel = (
+        "triton" if backend == "triton" or (backend != "reference" and _triton_is_fast(q)) else "reference"
+    )
     if backend in ("triton", "reference") or (backend == "auto" and probs):
         out, maps = _differentiable(q, k, v, scale, bias, region, length, probs is not None, kernel)
     else:
@@ -73,24 +84,34 @@ def _check(q, k, v, bias, region):
     several = region is not None
     if q.ndim != 4 or k.ndim != 4 + several or k.shape != v.shape:
         form = "(B,R,M,H,d)" if several else "(B,M,H,d)"
-        raise ValueError(f"q must be (B,N,H,d), k and v {form}, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(
+            f"q must be (B,N,H,d), k and v {form}, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[-2:]):
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch, heads or head dim")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in FLOATS:
         raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device or any(y is not None and y.device != q.device for y in (bias, region)):
+    if not q.device == k.device == v.device or any(
+        y is not None and y.device != q.device for y in (bias, region)
+    ):
         raise ValueError("q, k, v, bias and region must be on one device")
     texts, length = (k.shape[1], k.shape[2]) if several else (1, k.shape[1])
     if length == 0:
         raise ValueError("there are no keys to look at: M is 0")
-    if several and (region.shape != q.shape[:2] or region.dtype.is_floating_point or region.dtype == torch.bool):
-        raise ValueError(f"region must be (B,N) = {tuple(q.shape[:2])} integers, not {tuple(region.shape)} of {region.dtype}")
+    if several and (
+        region.shape != q.shape[:2] or region.dtype.is_floating_point or region.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"region must be (B,N) = {tuple(q.shape[:2])} integers, not {tuple(region.shape)} of {region.dtype}"
+        )
     if bias is not None:
         full = (q.shape[0], q.shape[2], q.shape[1], texts * length)
         if bias.dtype not in FLOATS:
             raise ValueError(f"bias must hold floats (-inf hides a key), not {bias.dtype}")
         if bias.ndim != 4 or any(have not in (1, want) for have, want in zip(bias.shape, full)):
-            raise ValueError(f"bias must broadcast to (B,H,N,M) = {full} with four dimensions, not {tuple(bias.shape)}")
+            raise ValueError(
+                f"bias must broadcast to (B,H,N,M) = {full} with four dimensions, not {tuple(bias.shape)}"
+            )
         if bias.requires_grad and torch.is_grad_enabled():
             raise ValueError("bias takes no gradient here: pass bias.detach()")
     return texts, length
@@ -102,7 +123,9 @@ def _has_triton() -> bool:
 
 def _check_triton(q):
     if not _has_triton():
-        raise ValueError("the triton backend needs the triton package (Linux): pip install triton, or take backend='sdpa'")
+        raise ValueError(
+            "the triton backend needs the triton package (Linux): pip install triton, or take backend='sdpa'"
+        )
     if q.shape[-1] not in TRITON_HEAD_DIMS:
         dims = ", ".join(map(str, TRITON_HEAD_DIMS))
         raise ValueError(f"the triton backend has head dims {dims}, not {q.shape[-1]}; take backend='auto'")
@@ -116,8 +139,11 @@ def _triton_is_fast(q) -> bool:
     An expectation from the roofline, not yet a measurement: `python -m bench.attention` is what settles it.
     """
     return (
-        q.is_cuda and torch.version.hip is None and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] in TRITON_HEAD_DIMS and _has_triton()
+        q.is_cuda
+        and torch.version.hip is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] in TRITON_HEAD_DIMS
+        and _has_triton()
     )
 
 
@@ -184,20 +210,30 @@ class _Attention(torch.autograd.Function):
         return _gradients(ctx, grad_out, grad_maps, lambda *args: _module(args[-1]).backward(*args[:-1]))
 
 
-@torch.library.custom_op("minsd::attention_forward", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor? v, float scale, Tensor? bias, Tensor? region, int length, bool probs, str kernel)"
-    " -> (Tensor, Tensor, Tensor)"
-))
+@torch.library.custom_op(
+    "minsd::attention_forward",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor k, Tensor? v, float scale, Tensor? bias, Tensor? region, int length, bool probs, str kernel)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+)
 def forward_op(q, k, v, scale, bias, region, length, probs, kernel):
     return _module(kernel).forward(q, k, v, scale, bias, region, length, probs)
 
 
-@torch.library.custom_op("minsd::attention_backward", mutates_args=(), schema=(
-    "(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor? v, Tensor out, Tensor kept, float scale, Tensor? bias,"
-    " Tensor? region, int length, bool keys, str kernel) -> (Tensor, Tensor, Tensor)"
-))
+@torch.library.custom_op(
+    "minsd::attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor? v, Tensor out, Tensor kept, float scale, Tensor? bias,"
+        " Tensor? region, int length, bool keys, str kernel) -> (Tensor, Tensor, Tensor)"
+    ),
+)
 def backward_op(grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, length, keys, kernel):
-    return _module(kernel).backward(grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, length, keys)
+    return _module(kernel).backward(
+        grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, length, keys
+    )
 
 
 @forward_op.register_fake
@@ -244,9 +280,15 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu
 def _norm_is_fused(x, norm, add) -> bool:
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
-        x.is_cuda and torch.version.hip is None and norm.affine and norm.num_channels // norm.num_groups <= 256
-        and len({y.dtype for y in tensors}) == 1 and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        x.is_cuda
+        and torch.version.hip is None
+        and norm.affine
+        and norm.num_channels // norm.num_groups <= 256
+        and len({y.dtype for y in tensors}) == 1
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not (torch.is_grad_enabled() and any(y.requires_grad for y in tensors))
-        and not torch.compiler.is_compiling() and _has_triton()
-        and not norm._forward_pre_hooks and "forward" not in norm.__dict__  # someone watches it, or took its place
+        and not torch.compiler.is_compiling()
+        and _has_triton()
+        and not norm._forward_pre_hooks
+        and "forward" not in norm.__dict__  # someone watches it, or took its place
     )

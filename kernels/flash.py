@@ -51,7 +51,12 @@ PIECES = {8: (16, 0), 16: (16, 0), 32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (
 
 # kernel -> (queries, keys) in a block, warps, stages. Static: the interpreter has no autotuning, a table can be read, and
 # the sm_90 compile test proves that none of these spills registers. To be tuned where there is a GPU.
-BLOCKS = {"forward": (64, 64, 4, 2), "mean_map": (32, 32, 4, 2), "grad_q": (64, 32, 4, 2), "grad_kv": (32, 64, 8, 2)}
+BLOCKS = {
+    "forward": (64, 64, 4, 2),
+    "mean_map": (32, 32, 4, 2),
+    "grad_q": (64, 32, 4, 2),
+    "grad_kv": (32, 64, 8, 2),
+}
 BLOCKS_160 = {**BLOCKS, "forward": (64, 32, 4, 2)}  # 64 x 64 spills there, with a bias and a region
 
 
@@ -97,14 +102,35 @@ def _product(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length,
-            D1: tl.constexpr, BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    q0,
+    q1,
+    k0,
+    k1,
+    rows,
+    cols,
+    N,
+    M,
+    scale,
+    bias,
+    sb_n,
+    sb_m,
+    region,
+    length,
+    D1: tl.constexpr,
+    BIAS: tl.constexpr,
+    REGION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Base-2 scores log2(e) (scale q k^T + bias) of a block, -inf where a query may not look."""
     s = _product(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)  # (rows, cols)
     seen = cols[None, :] < M
     if BIAS:
         inside = (rows[:, None] < N) & seen
-        s += tl.load(bias + rows[:, None] * sb_n + cols[None, :] * sb_m, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        s += (
+            tl.load(bias + rows[:, None] * sb_n + cols[None, :] * sb_m, mask=inside, other=0.0).to(tl.float32)
+            * LOG2E
+        )
     if REGION:
         text = tl.load(region + rows, mask=rows < N, other=-1)
         seen = seen & ((cols // length)[None, :] == text[:, None])
@@ -112,9 +138,42 @@ def _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, l
 
 
 @triton.jit
-def _forward(Q, K, V, Out, Lse, bias, region, sq_b, sq_n, sq_h, sk_b, sk_m, sk_h, sv_b, sv_m, sv_h, sb_b, sb_h, sb_n, sb_m,
-             H, N, M, length, scale, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-             BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr):
+def _forward(
+    Q,
+    K,
+    V,
+    Out,
+    Lse,
+    bias,
+    region,
+    sq_b,
+    sq_n,
+    sq_h,
+    sk_b,
+    sk_m,
+    sk_h,
+    sv_b,
+    sv_m,
+    sv_h,
+    sb_b,
+    sb_h,
+    sb_n,
+    sb_m,
+    H,
+    N,
+    M,
+    length,
+    scale,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BIAS: tl.constexpr,
+    REGION: tl.constexpr,
+    OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One block of queries of one head: out and lse. Without OUT, lse alone."""
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
@@ -130,7 +189,26 @@ def _forward(Q, K, V, Out, Lse, bias, region, sq_b, sq_n, sq_h, sk_b, sk_m, sk_h
     for start in range(0, M, BM):
         cols = start + tl.arange(0, BM)
         k0, k1 = _rows(K, cols, M, sk_m, D, D0, D1)
-        s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length, D1, BIAS, REGION, PRECISION)
+        s = _scores(
+            q0,
+            q1,
+            k0,
+            k1,
+            rows,
+            cols,
+            N,
+            M,
+            scale,
+            bias,
+            sb_n,
+            sb_m,
+            region,
+            length,
+            D1,
+            BIAS,
+            REGION,
+            PRECISION,
+        )
         new = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(new == -float("inf"), 0.0, new)  # nothing seen yet: keep inf - inf out of it
         p = tl.exp2(s - base[:, None])
@@ -154,9 +232,37 @@ def _forward(Q, K, V, Out, Lse, bias, region, sq_b, sq_n, sq_h, sk_b, sk_m, sk_h
 
 
 @triton.jit
-def _mean_map(Q, K, Map, Lse, bias, region, sq_b, sq_n, sq_h, sk_b, sk_m, sk_h, sb_b, sb_h, sb_n, sb_m,
-              H, N, M, length, scale, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-              BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr):
+def _mean_map(
+    Q,
+    K,
+    Map,
+    Lse,
+    bias,
+    region,
+    sq_b,
+    sq_n,
+    sq_h,
+    sk_b,
+    sk_m,
+    sk_h,
+    sb_b,
+    sb_h,
+    sb_n,
+    sb_m,
+    H,
+    N,
+    M,
+    length,
+    scale,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BIAS: tl.constexpr,
+    REGION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One block of the map: heads in order, summed in registers."""
     cols, rows = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     b = tl.program_id(2).to(tl.int64)
@@ -169,8 +275,26 @@ def _mean_map(Q, K, Map, Lse, bias, region, sq_b, sq_n, sq_h, sk_b, sk_m, sk_h, 
         q0, q1 = _rows(Q + h * sq_h, rows, N, sq_n, D, D0, D1)
         k0, k1 = _rows(K + h * sk_h, cols, M, sk_m, D, D0, D1)
         lse = tl.load(Lse + (b * H + h) * N + rows, mask=rows < N, other=float("inf"))
-        s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias + h * sb_h, sb_n, sb_m, region, length,
-                    D1, BIAS, REGION, PRECISION)
+        s = _scores(
+            q0,
+            q1,
+            k0,
+            k1,
+            rows,
+            cols,
+            N,
+            M,
+            scale,
+            bias + h * sb_h,
+            sb_n,
+            sb_m,
+            region,
+            length,
+            D1,
+            BIAS,
+            REGION,
+            PRECISION,
+        )
         mean += tl.exp2(s - lse[:, None])
     inside = (rows[:, None] < N) & (cols[None, :] < M)
     tl.store(Map + b * N * M + rows[:, None] * M + cols[None, :], mean / H, mask=inside)
@@ -183,10 +307,53 @@ def _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H):
 
 
 @triton.jit
-def _grad_q(Q, K, V, Out, Lse, bias, region, dO, G, dQ, Dsum, sq_b, sq_n, sq_h, sk_b, sk_m, sk_h, sv_b, sv_m, sv_h,
-            sb_b, sb_h, sb_n, sb_m, so_b, so_n, so_h, sg_b, sg_n, sg_m,
-            H, N, M, length, scale, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-            BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
+def _grad_q(
+    Q,
+    K,
+    V,
+    Out,
+    Lse,
+    bias,
+    region,
+    dO,
+    G,
+    dQ,
+    Dsum,
+    sq_b,
+    sq_n,
+    sq_h,
+    sk_b,
+    sk_m,
+    sk_h,
+    sv_b,
+    sv_m,
+    sv_h,
+    sb_b,
+    sb_h,
+    sb_n,
+    sb_m,
+    so_b,
+    so_n,
+    so_h,
+    sg_b,
+    sg_n,
+    sg_m,
+    H,
+    N,
+    M,
+    length,
+    scale,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BIAS: tl.constexpr,
+    REGION: tl.constexpr,
+    OUT: tl.constexpr,
+    MAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One block of queries of one head: D (kept for `_grad_kv`) and dQ. OUT and MAP: which of dO and G there are."""
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
@@ -208,8 +375,26 @@ def _grad_q(Q, K, V, Out, Lse, bias, region, dO, G, dQ, Dsum, sq_b, sq_n, sq_h, 
         for start in range(0, M, BM):
             cols = start + tl.arange(0, BM)
             k0, k1 = _rows(K, cols, M, sk_m, D, D0, D1)
-            s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length,
-                        D1, BIAS, REGION, PRECISION)
+            s = _scores(
+                q0,
+                q1,
+                k0,
+                k1,
+                rows,
+                cols,
+                N,
+                M,
+                scale,
+                bias,
+                sb_n,
+                sb_m,
+                region,
+                length,
+                D1,
+                BIAS,
+                REGION,
+                PRECISION,
+            )
             dsum += tl.sum(tl.exp2(s - lse) * _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H), axis=1)
     tl.store(Dsum + (b * H + h) * N + rows, dsum, mask=rows < N)
 
@@ -218,7 +403,26 @@ def _grad_q(Q, K, V, Out, Lse, bias, region, dO, G, dQ, Dsum, sq_b, sq_n, sq_h, 
     for start in range(0, M, BM):
         cols = start + tl.arange(0, BM)
         k0, k1 = _rows(K, cols, M, sk_m, D, D0, D1)
-        s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length, D1, BIAS, REGION, PRECISION)
+        s = _scores(
+            q0,
+            q1,
+            k0,
+            k1,
+            rows,
+            cols,
+            N,
+            M,
+            scale,
+            bias,
+            sb_n,
+            sb_m,
+            region,
+            length,
+            D1,
+            BIAS,
+            REGION,
+            PRECISION,
+        )
         dp = tl.zeros((BN, BM), tl.float32)
         if OUT:
             v0, v1 = _rows(V, cols, M, sv_m, D, D0, D1)
@@ -235,10 +439,53 @@ def _grad_q(Q, K, V, Out, Lse, bias, region, dO, G, dQ, Dsum, sq_b, sq_n, sq_h, 
 
 
 @triton.jit
-def _grad_kv(Q, K, V, Lse, bias, region, dO, G, dK, dV, Dsum, sq_b, sq_n, sq_h, sk_b, sk_m, sk_h, sv_b, sv_m, sv_h,
-             sb_b, sb_h, sb_n, sb_m, so_b, so_n, so_h, sg_b, sg_n, sg_m,
-             H, N, M, length, scale, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-             BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr):
+def _grad_kv(
+    Q,
+    K,
+    V,
+    Lse,
+    bias,
+    region,
+    dO,
+    G,
+    dK,
+    dV,
+    Dsum,
+    sq_b,
+    sq_n,
+    sq_h,
+    sk_b,
+    sk_m,
+    sk_h,
+    sv_b,
+    sv_m,
+    sv_h,
+    sb_b,
+    sb_h,
+    sb_n,
+    sb_m,
+    so_b,
+    so_n,
+    so_h,
+    sg_b,
+    sg_n,
+    sg_m,
+    H,
+    N,
+    M,
+    length,
+    scale,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BIAS: tl.constexpr,
+    REGION: tl.constexpr,
+    OUT: tl.constexpr,
+    MAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One block of keys of one head: dK, and with OUT dV."""
     cols, h, b = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1), tl.program_id(2).to(tl.int64)
     Q += b * sq_b + h * sq_h
@@ -258,9 +505,30 @@ def _grad_kv(Q, K, V, Lse, bias, region, dO, G, dK, dV, Dsum, sq_b, sq_n, sq_h, 
     for start in range(0, N, BN):
         rows = start + tl.arange(0, BN)
         q0, q1 = _rows(Q, rows, N, sq_n, D, D0, D1)
-        lse = tl.load(Lse + rows, mask=rows < N, other=float("inf"))[:, None]  # +inf: rows past the end give P = 0
+        lse = tl.load(Lse + rows, mask=rows < N, other=float("inf"))[
+            :, None
+        ]  # +inf: rows past the end give P = 0
         dsum = tl.load(Dsum + rows, mask=rows < N, other=0.0)[:, None]
-        s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length, D1, BIAS, REGION, PRECISION)
+        s = _scores(
+            q0,
+            q1,
+            k0,
+            k1,
+            rows,
+            cols,
+            N,
+            M,
+            scale,
+            bias,
+            sb_n,
+            sb_m,
+            region,
+            length,
+            D1,
+            BIAS,
+            REGION,
+            PRECISION,
+        )
         p = tl.exp2(s - lse)
         dp = tl.zeros((BN, BM), tl.float32)
         if OUT:
@@ -285,7 +553,9 @@ def _grad_kv(Q, K, V, Lse, bias, region, dO, G, dK, dV, Dsum, sq_b, sq_n, sq_h, 
 
 
 KERNELS = {"forward": _forward, "mean_map": _mean_map, "grad_q": _grad_q, "grad_kv": _grad_kv}
-INTERPRETED = not isinstance(_forward, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 when this file was imported
+INTERPRETED = not isinstance(
+    _forward, triton.runtime.JITFunction
+)  # TRITON_INTERPRET=1 when this file was imported
 
 
 def configuration(name: str, head_dim: int) -> tuple[dict, dict]:
@@ -298,13 +568,21 @@ def configuration(name: str, head_dim: int) -> tuple[dict, dict]:
 def _launch(name, blocks, like, *args, **flags):
     """Run a kernel on `blocks(queries, keys in a block)` programs. `like` is q: its device, dtype and head dim decide."""
     if not (like.is_cuda or INTERPRETED):
-        raise ValueError(f"the triton backend needs tensors on a CUDA device, not on {like.device}; take backend='auto'")
+        raise ValueError(
+            f"the triton backend needs tensors on a CUDA device, not on {like.device}; take backend='auto'"
+        )
     constants, options = configuration(name, like.shape[-1])
-    precision = "tf32" if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED else "ieee"
+    precision = (
+        "tf32"
+        if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED
+        else "ieee"
+    )
     if INTERPRETED and like.dtype == torch.bfloat16:
         precision = "upcast"
     with torch.cuda.device(like.device if like.is_cuda else -1):
-        KERNELS[name][blocks(constants["BN"], constants["BM"])](*args, **constants, **flags, PRECISION=precision, **options)
+        KERNELS[name][blocks(constants["BN"], constants["BM"])](
+            *args, **constants, **flags, PRECISION=precision, **options
+        )
 
 
 def _inner(x):
@@ -335,14 +613,40 @@ def forward(q, k, v, scale, bias, region, length, probs):
     region, some_v = _region(region, q), k if v is None else v
     sizes = h, n, m, length, scale
     _launch(
-        "forward", lambda bn, bm: (triton.cdiv(n, bn), h, b), q,
-        q, k, some_v, out, lse, bias, region, *q.stride()[:3], *k.stride()[:3], *some_v.stride()[:3], *sb, *sizes,
-        **flags, OUT=v is not None,
+        "forward",
+        lambda bn, bm: (triton.cdiv(n, bn), h, b),
+        q,
+        q,
+        k,
+        some_v,
+        out,
+        lse,
+        bias,
+        region,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *some_v.stride()[:3],
+        *sb,
+        *sizes,
+        **flags,
+        OUT=v is not None,
     )
     if probs:
         _launch(
-            "mean_map", lambda bn, bm: (triton.cdiv(m, bm), triton.cdiv(n, bn), b), q,
-            q, k, maps, lse, bias, region, *q.stride()[:3], *k.stride()[:3], *sb, *sizes, **flags,
+            "mean_map",
+            lambda bn, bm: (triton.cdiv(m, bm), triton.cdiv(n, bn), b),
+            q,
+            q,
+            k,
+            maps,
+            lse,
+            bias,
+            region,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *sb,
+            *sizes,
+            **flags,
         )
     return out, maps, lse
 
@@ -356,7 +660,12 @@ def backward(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length
     dv = torch.zeros if grad_out is None else torch.empty
     dv = dv(k.shape if keys and v is not None else 0, device=q.device, dtype=q.dtype)
     dsum = torch.empty_like(lse)
-    flags = {"BIAS": bias is not None, "REGION": region is not None, "OUT": grad_out is not None, "MAP": grad_maps is not None}
+    flags = {
+        "BIAS": bias is not None,
+        "REGION": region is not None,
+        "OUT": grad_out is not None,
+        "MAP": grad_maps is not None,
+    }
     bias, sb = _bias(bias, q, k)
     region, some_v = _region(region, q), k if v is None else v
     do, so = (q, (0, 0, 0)) if grad_out is None else (grad_out, grad_out.stride()[:3])
@@ -364,12 +673,42 @@ def backward(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length
     strides = *q.stride()[:3], *k.stride()[:3], *some_v.stride()[:3], *sb, *so, *sg
     sizes = h, n, m, length, scale
     _launch(
-        "grad_q", lambda bn, bm: (triton.cdiv(n, bn), h, b), q,
-        q, k, some_v, out, lse, bias, region, do, g, dq, dsum, *strides, *sizes, **flags,
+        "grad_q",
+        lambda bn, bm: (triton.cdiv(n, bn), h, b),
+        q,
+        q,
+        k,
+        some_v,
+        out,
+        lse,
+        bias,
+        region,
+        do,
+        g,
+        dq,
+        dsum,
+        *strides,
+        *sizes,
+        **flags,
     )
     if keys:
         _launch(
-            "grad_kv", lambda bn, bm: (triton.cdiv(m, bm), h, b), q,
-            q, k, some_v, lse, bias, region, do, g, dk, dv, dsum, *strides, *sizes, **flags,
+            "grad_kv",
+            lambda bn, bm: (triton.cdiv(m, bm), h, b),
+            q,
+            q,
+            k,
+            some_v,
+            lse,
+            bias,
+            region,
+            do,
+            g,
+            dk,
+            dv,
+            dsum,
+            *strides,
+            *sizes,
+            **flags,
         )
     return dq, dk, dv

@@ -23,7 +23,17 @@ import torch
 import triton
 import triton.language as tl
 
-CELLS = {1: 2048, 2: 1024, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 32, 256: 16}  # cells in a block, by its channels
+CELLS = {
+    1: 2048,
+    2: 1024,
+    4: 512,
+    8: 512,
+    16: 256,
+    32: 128,
+    64: 64,
+    128: 32,
+    256: 16,
+}  # cells in a block, by its channels
 SHARES = 16  # of a group's cells, at most
 
 
@@ -39,8 +49,24 @@ def _block(X, Add, cells, P, C, sx_c, sx_p, CG: tl.constexpr, BC: tl.constexpr, 
 
 
 @triton.jit
-def _statistics(X, Add, Mean, M2, P, C, GROUPS, share, sx_b, sx_c, sx_p, CG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-                ADD: tl.constexpr, SHARES: tl.constexpr):
+def _statistics(
+    X,
+    Add,
+    Mean,
+    M2,
+    P,
+    C,
+    GROUPS,
+    share,
+    sx_b,
+    sx_c,
+    sx_p,
+    CG: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    ADD: tl.constexpr,
+    SHARES: tl.constexpr,
+):
     """One share of one group: its mean and M2, joined block by block."""
     s, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     X += b * sx_b + g * CG * sx_c
@@ -62,8 +88,29 @@ def _statistics(X, Add, Mean, M2, P, C, GROUPS, share, sx_b, sx_c, sx_p, CG: tl.
 
 
 @triton.jit
-def _normalise(X, Add, Weight, Bias, Y, Mean, M2, P, C, GROUPS, share, eps, sx_b, sx_c, sx_p, CG: tl.constexpr, BC: tl.constexpr,
-               BP: tl.constexpr, ADD: tl.constexpr, SILU: tl.constexpr, SHARES: tl.constexpr):
+def _normalise(
+    X,
+    Add,
+    Weight,
+    Bias,
+    Y,
+    Mean,
+    M2,
+    P,
+    C,
+    GROUPS,
+    share,
+    eps,
+    sx_b,
+    sx_c,
+    sx_p,
+    CG: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    ADD: tl.constexpr,
+    SILU: tl.constexpr,
+    SHARES: tl.constexpr,
+):
     """One block of cells of one group. The group's mean and variance are put together from its shares by every block anew."""
     cells, g, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1), tl.program_id(2).to(tl.int64)
     s = tl.arange(0, SHARES)
@@ -83,11 +130,15 @@ def _normalise(X, Add, Weight, Bias, Y, Mean, M2, P, C, GROUPS, share, eps, sx_b
     y = (x - mean) * (tl.rsqrt(var + eps) * weight) + bias
     if SILU:
         y = y / (1.0 + tl.exp(-y))
-    tl.store(Y + b * sx_b + g * CG * sx_c + c * sx_c + cells[None, :] * sx_p, y.to(Y.dtype.element_ty), mask=inside)
+    tl.store(
+        Y + b * sx_b + g * CG * sx_c + c * sx_c + cells[None, :] * sx_p, y.to(Y.dtype.element_ty), mask=inside
+    )
 
 
 KERNELS = {"statistics": _statistics, "normalise": _normalise}
-INTERPRETED = not isinstance(_statistics, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 when this file was imported
+INTERPRETED = not isinstance(
+    _statistics, triton.runtime.JITFunction
+)  # TRITON_INTERPRET=1 when this file was imported
 
 
 def configuration(channels: int, groups: int) -> tuple[dict, dict]:
@@ -110,7 +161,25 @@ def forward(x, groups, weight, bias, eps, add, silu):
     sx = x.stride(0), x.stride(1), 1 if x.is_contiguous() else c  # the last: from a cell to the next
     constants |= {"ADD": add is not None}
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        _statistics[triton.cdiv(p, share), groups, b](x, some, mean, m2, p, c, groups, share, *sx, **constants, **options)
+        _statistics[triton.cdiv(p, share), groups, b](
+            x, some, mean, m2, p, c, groups, share, *sx, **constants, **options
+        )
         _normalise[triton.cdiv(p, constants["BP"]), groups, b](
-            x, some, weight, bias, y, mean, m2, p, c, groups, share, eps, *sx, **constants, SILU=silu, **options)
+            x,
+            some,
+            weight,
+            bias,
+            y,
+            mean,
+            m2,
+            p,
+            c,
+            groups,
+            share,
+            eps,
+            *sx,
+            **constants,
+            SILU=silu,
+            **options,
+        )
     return y

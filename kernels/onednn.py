@@ -12,17 +12,22 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 ROWS = 16  # fewer are a vector's work, not a matrix's: nothing is gained
-BLOCK = 1 << 19  # scores held at once by each thread: 2 MB, what caches hold (twice as many took twice as long on four threads)
+BLOCK = (
+    1 << 19
+)  # scores held at once by each thread: 2 MB, what caches hold (twice as many took twice as long on four threads)
 LEAST = 1 << 22  # queries x keys x head dim from which attention in blocks of Python pays
 
 
 def available(*tensors: Tensor | None) -> bool:
     """Whether these can go through oneDNN's operator, whatever their dtype."""
     return (
-        not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+        not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
         and all(y is None or y.device.type == "cpu" for y in tensors)
-        and torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch._C._get_mkldnn_enabled()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 
@@ -52,8 +57,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch.nn.functional.linear: x (...,i), weight (o,i), bias (o,) -> (...,o). The weight is frozen: only x gets a
     gradient here; in float32 alone, for 16 bits are PyTorch's oneDNN's already."""
     if not (
-        x.dtype == weight.dtype == torch.float32 and x.numel() >= ROWS * x.shape[-1] > 0
-        and available(x, weight) and not _grows(weight, bias)
+        x.dtype == weight.dtype == torch.float32
+        and x.numel() >= ROWS * x.shape[-1] > 0
+        and available(x, weight)
+        and not _grows(weight, bias)
     ):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if _grows(x) else _product(x, weight, bias)

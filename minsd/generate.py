@@ -14,10 +14,19 @@ import warnings
 from pathlib import Path
 
 from minsd import __version__
-from minsd.arguments import EXAMPLE, check
-from minsd.prompts import located
+from minsd.app.arguments import EXAMPLE, check
+from minsd.app.prompts import located
 
-SAMPLERS = ("ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lcm")  # samplers.SAMPLERS, without its imports
+SAMPLERS = (
+    "ddim",
+    "pndm",
+    "euler",
+    "euler_a",
+    "heun",
+    "dpmpp_2m",
+    "unipc",
+    "lcm",
+)  # samplers.SAMPLERS, without its imports
 METHODS = ("random", "initno", "select", "optimize")
 
 
@@ -27,56 +36,142 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m minsd.generate", description="Draw pictures from a prompt.", epilog=f"example: {EXAMPLE}",
-               allow_abbrev=False)
+    p = Parser(
+        prog="python -m minsd.generate",
+        description="Draw pictures from a prompt.",
+        epilog=f"example: {EXAMPLE}",
+        allow_abbrev=False,
+    )
     a = p.add_argument_group("what to draw (each also a key of a line of --prompts FILE.jsonl)").add_argument
-    a("prompt", nargs="?", metavar="PROMPT", help="what to draw; may be empty (\"\")")
+    a("prompt", nargs="?", metavar="PROMPT", help='what to draw; may be empty ("")')
     a("--negative-prompt", metavar="TEXT", help="what to steer away from")
     a("--seed", metavar="N", type=int, help="seed of the first picture (default: a random one, printed)")
     a("--seeds", metavar="LIST", help="one picture a seed, such as 0-9,12")
     a("--num-images", metavar="N", type=int, help="how many pictures, from consecutive seeds (default: 1)")
     a("--steps", metavar="N", type=int, help="sampling steps (default: the model's, mostly 50)")
-    a("--guidance-scale", metavar="G", type=float, help="how strongly the prompt steers (default: the model's)")
+    a(
+        "--guidance-scale",
+        metavar="G",
+        type=float,
+        help="how strongly the prompt steers (default: the model's)",
+    )
     a("--sampler", choices=SAMPLERS, help="default: the model's, mostly ddim")
-    a("--karras", action="store_true", default=None, help="levels closer together where there is little noise (dpmpp_2m)")
+    a(
+        "--karras",
+        action="store_true",
+        default=None,
+        help="levels closer together where there is little noise (dpmpp_2m)",
+    )
     a("--height", metavar="H", type=int, help="pixels, a multiple of 8 (default: the model's)")
     a("--width", metavar="W", type=int, help="pixels, a multiple of 8 (default: the model's)")
     a("--init-image", metavar="FILE", type=Path, help="begin from this picture, cut and scaled to the size")
     a("--strength", metavar="S", type=float, help="how far to go from --init-image, 0 to 1 (default: 0.8)")
     a("--noise", metavar="FILE", type=Path, help="initial noise from a file that --save-noise wrote")
-    a("--layout", metavar="FILE|DIR", type=Path, help="captions for regions of the picture: a layout.json, or a NoiseCollage folder")
-    a("--crop-margin", metavar="SHARE", type=float, help="at first each region sees its box and this share of it around alone; try 0.25")
-    a("--control-image", metavar="FILE", type=Path, help="what the --controlnet looks at (edges, a pose, ...), taken as it is")
+    a(
+        "--layout",
+        metavar="FILE|DIR",
+        type=Path,
+        help="captions for regions of the picture: a layout.json, or a NoiseCollage folder",
+    )
+    a(
+        "--crop-margin",
+        metavar="SHARE",
+        type=float,
+        help="at first each region sees its box and this share of it around alone; try 0.25",
+    )
+    a(
+        "--control-image",
+        metavar="FILE",
+        type=Path,
+        help="what the --controlnet looks at (edges, a pose, ...), taken as it is",
+    )
     a("--control-scale", metavar="S", type=float, help="how much the ControlNet counts (default: 1)")
     a = p.add_argument_group("the initial noise (each also a key of such a line)").add_argument
-    a("--init-noise", choices=METHODS, help="optimise it by attention maps (initno), select or optimise it by inversion stability")
+    a(
+        "--init-noise",
+        choices=METHODS,
+        help="optimise it by attention maps (initno), select or optimise it by inversion stability",
+    )
     a("--candidates", metavar="K", type=int, help="select: the best of K seeds from --seed on (default: 100)")
     a("--score", choices=("stability", "attention"), help="select: by what (default: stability)")
     a("--optimize-steps", metavar="N", type=int, help="optimize: gradient steps (default: 100)")
-    a("--optimize-mode", choices=("full", "detach"), help="optimize: through the inversion too, or not (default: full)")
-    a("--subjects", metavar="WORDS", help="what must not be neglected, such as \"cat, rabbit\" (default: found in the prompt)")
+    a(
+        "--optimize-mode",
+        choices=("full", "detach"),
+        help="optimize: through the inversion too, or not (default: full)",
+    )
+    a(
+        "--subjects",
+        metavar="WORDS",
+        help='what must not be neglected, such as "cat, rabbit" (default: found in the prompt)',
+    )
     a("--token-indices", metavar="LIST", help="the same by token position, such as 2,5 (--list-tokens)")
-    a("--excite", action=argparse.BooleanOptionalAction, default=None,
-      help="move the latents towards the subjects while denoising (initno does; --no-excite: it does not)")
+    a(
+        "--excite",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="move the latents towards the subjects while denoising (initno does; --no-excite: it does not)",
+    )
     a = p.add_argument_group("with what").add_argument
-    a("--model", metavar="NAME|DIR|FILE|ID", help="shapes (the embedded model, default), a diffusers folder, a .safetensors file, a hub id")
+    a(
+        "--model",
+        metavar="NAME|DIR|FILE|ID",
+        help="shapes (the embedded model, default), a diffusers folder, a .safetensors file, a hub id",
+    )
     a("--vae", metavar="DIR|FILE", type=Path, help="another VAE than the model's own")
-    a("--tokenizer", metavar="DIR", type=Path, help="for single files: a folder with vocab.json and merges.txt")
-    a("--prediction-type", choices=("epsilon", "v_prediction"), help="what the network predicts, where its files do not say")
-    a("--controlnet", metavar="DIR|FILE", type=Path, help="a ControlNet for --control-image, or for those of the --layout")
-    a("--lora", metavar="FILE[:SCALE]", action="append", help="an adapter, added to the weights; may be given several times")
+    a(
+        "--tokenizer",
+        metavar="DIR",
+        type=Path,
+        help="for single files: a folder with vocab.json and merges.txt",
+    )
+    a(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="what the network predicts, where its files do not say",
+    )
+    a(
+        "--controlnet",
+        metavar="DIR|FILE",
+        type=Path,
+        help="a ControlNet for --control-image, or for those of the --layout",
+    )
+    a(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        action="append",
+        help="an adapter, added to the weights; may be given several times",
+    )
     a("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
     a("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, else float32")
-    a("--attention", choices=("auto", "triton", "sdpa", "reference"), help="who computes attention (default: auto)")
+    a(
+        "--attention",
+        choices=("auto", "triton", "sdpa", "reference"),
+        help="who computes attention (default: auto)",
+    )
     a("--compile", action="store_true", help="torch.compile the UNet: minutes at first, faster steps after")
     a = p.add_argument_group("many pictures, files, messages").add_argument
-    a("--prompts", metavar="FILE", type=Path, help="a prompt a line (.txt), or an object of options a line (.jsonl)")
+    a(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help="a prompt a line (.txt), or an object of options a line (.jsonl)",
+    )
     a("--resume", action="store_true", help="leave out what --out holds already")
     a("--out", metavar="DIR", type=Path, default=Path("outputs"), help="where pictures go (default: outputs)")
     a("--save-noise", metavar="FILE", type=Path, help="write the initial noise (safetensors)")
-    a("--invert", metavar="FILE", type=Path, help="find the noise that draws this picture, save it, and draw from it")
+    a(
+        "--invert",
+        metavar="FILE",
+        type=Path,
+        help="find the noise that draws this picture, save it, and draw from it",
+    )
     a("--layout-preview", action="store_true", help="draw the --layout itself to DIR/extra, and stop")
-    a("--attention-maps", action="store_true", help="for each picture a sheet of where its subjects' words looked, in DIR/extra")
+    a(
+        "--attention-maps",
+        action="store_true",
+        help="for each picture a sheet of where its subjects' words looked, in DIR/extra",
+    )
     a("--like", metavar="PNG", type=Path, help="make this picture again; other options override its settings")
     a("--list-tokens", action="store_true", help="print the prompt's tokens and their positions, and stop")
     a("--quiet", action="store_true", help="no progress, no notes")
@@ -111,7 +206,7 @@ def go(args, lines) -> None:
     import torch
 
     import minsd
-    from minsd.run import plan, run
+    from minsd.app.run import plan, run
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU a process
@@ -119,7 +214,14 @@ def go(args, lines) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.attention == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("--attention triton is for a GPU: leave it out")
-    sd = minsd.load(args.model, device, dtype, vae=args.vae, tokenizer=args.tokenizer, prediction_type=args.prediction_type)
+    sd = minsd.load(
+        args.model,
+        device,
+        dtype,
+        vae=args.vae,
+        tokenizer=args.tokenizer,
+        prediction_type=args.prediction_type,
+    )
     if sd.device.type == "cuda":
         torch.cuda.set_device(sd.device)  # or every process of several would take some of the first one, too
     regions = [region for line in lines if line.regions is not None for region in line.regions.regions]
@@ -130,7 +232,7 @@ def go(args, lines) -> None:
         args.by_region = {path: lora.read(path, sd) for path in paths}
         lora.merge([(lora.read(path, sd), scale) for path, scale in args.adapters])
     if args.controlnet is not None:
-        from minsd.weights.control import load_controlnet
+        from minsd.weights.controlnet import load_controlnet
 
         args.net = load_controlnet(args.controlnet, device=sd.device, dtype=sd.dtype)
     sd.set_attention(args.attention, *([] if args.net is None else [args.net]))
@@ -144,7 +246,9 @@ def go(args, lines) -> None:
         for line in lines:
             tokens, last = sd.text.tokens(line.prompt), sd.text.max_length - 1
             for position, token in enumerate(tokens):
-                print(f"{position:3d}  {token}" + ("  (cut off)" if last <= position < len(tokens) - 1 else ""))
+                print(
+                    f"{position:3d}  {token}" + ("  (cut off)" if last <= position < len(tokens) - 1 else "")
+                )
         return
     jobs = plan(sd, args, lines)
     first, last = jobs[0]["seed"], jobs[-1]["seed"]
@@ -162,7 +266,14 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = warn
             options = parser()
             args = options.parse_args(argv)
-            args.made, args.wanted, args.where, args.net, args.adapters, args.by_region = 0, 0, "", None, [], {}
+            args.made, args.wanted, args.where, args.net, args.adapters, args.by_region = (
+                0,
+                0,
+                "",
+                None,
+                [],
+                {},
+            )
             go(args, check(args, {option.dest: option for option in options._actions}))
         return 0
     except KeyboardInterrupt:

@@ -41,12 +41,16 @@ def replaced(value, tensors: Iterator[torch.Tensor]):
         return next(tensors)
     if isinstance(value, dict):
         return {key: replaced(part, tensors) for key, part in value.items()}
-    return type(value)(replaced(part, tensors) for part in value) if isinstance(value, (list, tuple)) else value
+    return (
+        type(value)(replaced(part, tensors) for part in value) if isinstance(value, (list, tuple)) else value
+    )
 
 
 def own_copy(y: torch.Tensor) -> torch.Tensor:
     """The same numbers in memory of its own, with the same strides: a compiler made its code for these."""
-    if any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())):  # expanded: cells share memory
+    if any(
+        stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())
+    ):  # expanded: cells share memory
         return y.detach().clone()
     return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y.detach())
 
@@ -109,7 +113,11 @@ class Graphs:
         tensors = tensors_of(arguments)
         if record is not None or not self._can(tensors):
             return self._plainly(x, t, context, record=record, **more)
-        key = form_of(arguments), next(self.module.parameters()).data_ptr(), torch.is_grad_enabled()  # moved weights have other addresses
+        key = (
+            form_of(arguments),
+            next(self.module.parameters()).data_ptr(),
+            torch.is_grad_enabled(),
+        )  # moved weights have other addresses
         if key not in self.graphs and (key in self.refused or key not in self.seen):
             self.seen.add(key)
             return self._plainly(*arguments[:3], **more)
@@ -120,9 +128,13 @@ class Graphs:
     def _can(self, tensors) -> bool:
         if torch.is_grad_enabled() and any(y.requires_grad for y in tensors):
             return False
-        if torch.is_inference_mode_enabled() or any(y.is_inference() for y in tensors):  # these have no version to compare
+        if torch.is_inference_mode_enabled() or any(
+            y.is_inference() for y in tensors
+        ):  # these have no version to compare
             return False
-        if any(part._forward_hooks or part._forward_pre_hooks for part in self.parts):  # an adapter's, or someone who watches
+        if any(
+            part._forward_hooks or part._forward_pre_hooks for part in self.parts
+        ):  # an adapter's, or someone who watches
             return False
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
@@ -142,7 +154,9 @@ class Graphs:
             x, t, context, more = replaced(arguments, iter(inputs))
             with torch.no_grad():
                 replay, output = capture(lambda: self.run(x, t, context, **more), self.pool, self.stream)
-        except RuntimeError as error:  # of memory, mostly: the network alone needs less than beside its graphs
+        except (
+            RuntimeError
+        ) as error:  # of memory, mostly: the network alone needs less than beside its graphs
             reason = None if isinstance(error, torch.cuda.OutOfMemoryError) else str(error).splitlines()[0]
         else:
             self.graphs[key] = Graph(inputs, [(y, y._version) for y in tensors], replay, output)

@@ -13,7 +13,9 @@ from minsd.samplers.schedule import Schedule
 Predictor = Callable[[torch.Tensor, int | float], torch.Tensor]
 
 
-def eps_from_output(output: torch.Tensor, x: torch.Tensor, t: int | float, schedule: Schedule) -> torch.Tensor:
+def eps_from_output(
+    output: torch.Tensor, x: torch.Tensor, t: int | float, schedule: Schedule
+) -> torch.Tensor:
     """The network's output (B,4,h,w) at latents x as predicted noise.
 
     A v-predicting network (Salimans & Ho 2022) returns v = sqrt(abar) eps - sqrt(1 - abar) x0, and
@@ -37,7 +39,10 @@ def _keys_for(unet, contexts: list[torch.Tensor]):
             alone = all(len(c) == 1 for c in contexts)
             each = unet.keys(torch.cat(contexts if alone else [c.expand(n, -1, -1) for c in contexts]))
             known.clear()
-            known[n] = {m: tuple(y.repeat_interleave(n, dim=0) if alone and n > 1 else y for y in kv) for m, kv in each.items()}
+            known[n] = {
+                m: tuple(y.repeat_interleave(n, dim=0) if alone and n > 1 else y for y in kv)
+                for m, kv in each.items()
+            }
         return known[n]
 
     return keys
@@ -54,7 +59,9 @@ def conditional(unet, context: torch.Tensor, schedule: Schedule) -> Predictor:
     return predict
 
 
-def classifier_free(unet, cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float, schedule: Schedule) -> Predictor:
+def classifier_free(
+    unet, cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float, schedule: Schedule
+) -> Predictor:
     """eps = u + g (c - u) (Ho & Salimans 2022), both halves in one batch; at g = 1 only the conditional half runs.
 
     cond and uncond are (B,77,D), or (1,77,D) for every image of the batch.

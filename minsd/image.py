@@ -21,7 +21,9 @@ except ImportError:  # Windows
 def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
     """Pictures of one size -> (B,3,H,W) float32 in -1..1."""
     if len({p.size for p in pictures}) != 1:
-        raise ValueError(f"pictures of one batch must have one size, not {sorted({p.size for p in pictures})}")
+        raise ValueError(
+            f"pictures of one batch must have one size, not {sorted({p.size for p in pictures})}"
+        )
     pixels = np.stack([np.asarray(p.convert("RGB")) for p in pictures])  # (B, H, W, 3)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -38,7 +40,13 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 SAMPLERS_ELSEWHERE = {  # what other tools call them
-    "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC",
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "unipc": "UniPC",
     "lcm": "LCM",
 }
 
@@ -46,10 +54,13 @@ SAMPLERS_ELSEWHERE = {  # what other tools call them
 def parameters(settings: dict) -> str:
     """Settings in the text form that other Stable Diffusion tools write and read."""
     pairs = {
-        "Steps": settings["steps"], "Sampler": SAMPLERS_ELSEWHERE[settings["sampler"]] + " Karras" * bool(settings.get("karras")),
+        "Steps": settings["steps"],
+        "Sampler": SAMPLERS_ELSEWHERE[settings["sampler"]] + " Karras" * bool(settings.get("karras")),
         "CFG scale": settings["guidance_scale"],
-        "Seed": settings["seed"], "Size": f"{settings['width']}x{settings['height']}",
-        "Model hash": settings.get("model_hash"), "Model": Path(settings["model"]).name,
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model hash": settings.get("model_hash"),
+        "Model": Path(settings["model"]).name,
     }
     line = ", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None)
     negative = f"Negative prompt: {settings['negative_prompt']}\n" if settings["negative_prompt"] else ""
@@ -102,7 +113,12 @@ def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
         path = folder / f"{number(name) + 1:05d}-{settings['seed']}.png"
         while path.exists():  # two processes that could not lock
             path = folder / f"{number(path.name) + 1:05d}-{settings['seed']}.png"
-        last.seek(0), last.write(path.name), last.truncate(), last.flush()  # killed now: it names what is not there
+        (
+            last.seek(0),
+            last.write(path.name),
+            last.truncate(),
+            last.flush(),
+        )  # killed now: it names what is not there
         os.replace(temporary, path)
     return path
 
@@ -126,13 +142,17 @@ def read_settings(path: Path) -> dict:
     except (OSError, SyntaxError):
         raise ValueError(f"{path} is not a picture that can be read") from None
     except (KeyError, ValueError):
-        raise ValueError(f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote") from None
+        raise ValueError(
+            f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote"
+        ) from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote")
     return settings
 
 
-def contact_sheet(pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:
+def contact_sheet(
+    pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None
+) -> Image.Image:
     """Pictures of one size in rows, each with a line of caption below it."""
     w, h = pictures[0].size
     line = 14 if captions else 0

@@ -19,16 +19,21 @@ from minsd.attention import Attention
 from minsd.config import ModelConfig
 from minsd.graphs import Graphs
 from minsd.kernels import BACKENDS
-from minsd.noise.initial import generators as make_generators
 from minsd.noise.initial import noise as draw_noise
 from minsd.samplers import SAMPLERS
+from minsd.samplers.random import generators as make_generators
 from minsd.samplers.schedule import Schedule
 from minsd.vae import decode_in_bands, encode_in_bands, memory_needed
 
 
 def load(
-    model: str = "shapes", device: str | torch.device | None = None, dtype: torch.dtype | None = None, *,
-    vae: str | Path | None = None, tokenizer: str | Path | None = None, prediction_type: str | None = None,
+    model: str = "shapes",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
 ) -> "StableDiffusion":
     """A model by name ("shapes", or a row of `minsd.config.MODELS`), folder, file or hub id, frozen and ready.
 
@@ -44,16 +49,23 @@ def load(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but PyTorch finds no CUDA device here: use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} was asked for, but PyTorch finds {torch.cuda.device_count()} here: no more processes than GPUs")
+        raise ValueError(
+            f"device {device} was asked for, but PyTorch finds {torch.cuda.device_count()} here: no more processes than GPUs"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps was asked for, but PyTorch finds none here: use cpu")
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     files = {"vae": vae, "tokenizer": tokenizer, "prediction_type": prediction_type}
-    loaded = load_model(model, device=device, dtype=dtype, **{key: value for key, value in files.items() if value is not None})
+    loaded = load_model(
+        model, device=device, dtype=dtype, **{key: value for key, value in files.items() if value is not None}
+    )
     sd = StableDiffusion(loaded.config, loaded.unet, loaded.vae, loaded.text)
     sd.name, sd.model_hash, sd.notes = loaded.name, loaded.sha256, loaded.notes
     if device.type == "cuda":
-        for network in (sd.unet, sd.vae):  # as the convolutions of tensor cores read: no turning round before each
+        for network in (
+            sd.unet,
+            sd.vae,
+        ):  # as the convolutions of tensor cores read: no turning round before each
             network.to(memory_format=torch.channels_last)
         sd.use_graphs()
     return sd
@@ -101,7 +113,9 @@ class StableDiffusion:
         self.use_graphs(False)
         run = torch.compile(self.unet.forward, **options)
 
-        def forward(x, t, *args, **more):  # a timestep as a number would be compiled in, and every step compiled anew
+        def forward(
+            x, t, *args, **more
+        ):  # a timestep as a number would be compiled in, and every step compiled anew
             t = t if torch.is_tensor(t) else torch.full((len(x),), float(t), device=x.device)
             return run(x, t, *args, **more)
 
@@ -138,7 +152,9 @@ class StableDiffusion:
             raise ValueError(f"height and width must be positive multiples of 8, not {height}x{width}")
         shape = (4, height // 8, width // 8)
         if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
-            raise ValueError(f"noise (pictures, {', '.join(map(str, shape))}) is needed for {width}x{height}, not {tuple(noise.shape)}")
+            raise ValueError(
+                f"noise (pictures, {', '.join(map(str, shape))}) is needed for {width}x{height}, not {tuple(noise.shape)}"
+            )
         if seeds is None:
             seeds = [0] if noise is None else range(len(noise))
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
@@ -147,15 +163,26 @@ class StableDiffusion:
         noise = draw_noise(seeds, shape) if noise is None else noise
         prompts = [prompt] * len(noise) if isinstance(prompt, str) else list(prompt)
         if not len(prompts) == len(noise) == len(seeds):
-            raise ValueError(f"one prompt, seed and noise a picture: not {len(prompts)} prompts, {len(seeds)} seeds, {len(noise)} noises")
+            raise ValueError(
+                f"one prompt, seed and noise a picture: not {len(prompts)} prompts, {len(seeds)} seeds, {len(noise)} noises"
+            )
 
         init = None if init_image is None else self.encode(image.fit(init_image, width, height))
         pictures, size = [], self.batch_size(height, width)
         for start in range(0, len(noise), size):
             part = slice(start, start + size)
             latents = self.sample(
-                prompts[part], noise[part], seeds=seeds[part], negative_prompt=negative_prompt, steps=steps,
-                sampler=sampler, guidance_scale=guidance_scale, init=init, strength=strength, karras=karras, refine=refine,
+                prompts[part],
+                noise[part],
+                seeds=seeds[part],
+                negative_prompt=negative_prompt,
+                steps=steps,
+                sampler=sampler,
+                guidance_scale=guidance_scale,
+                init=init,
+                strength=strength,
+                karras=karras,
+                refine=refine,
             )
             pictures += self.decode(latents)
         return pictures
@@ -173,7 +200,7 @@ class StableDiffusion:
         return self.denoise(self.guided(prompts, negative_prompt, guidance_scale), noise, **how)
 
     def guided(
-        self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None,
+        self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None
     ) -> guidance.Predictor:
         """The predictor of some prompts, one an image or one for all."""
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -222,12 +249,16 @@ class StableDiffusion:
             options |= {"init": init, "start": first}
         start = noise.to(self.device, self.dtype)
         generator = make_generators(range(len(noise)) if seeds is None else seeds, skip=noise.shape[1:])
-        for i, t, x in SAMPLERS[sampler](predict, start, self.schedule, steps, generator=generator, refine=refine, **options):  # noqa: B007
+        for i, t, x in SAMPLERS[sampler](
+            predict, start, self.schedule, steps, generator=generator, refine=refine, **options
+        ):  # noqa: B007
             if progress is not None:
                 progress(i, t)
         return x
 
-    def predictor(self, context: torch.Tensor, uncond: torch.Tensor, guidance_scale: float) -> guidance.Predictor:
+    def predictor(
+        self, context: torch.Tensor, uncond: torch.Tensor, guidance_scale: float
+    ) -> guidance.Predictor:
         """predict(x, t) -> eps under text states (B or 1,77,D), guided away from `uncond`."""
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
@@ -240,28 +271,42 @@ class StableDiffusion:
         """Pictures of one size, sides multiples of 8 -> latents (B,4,h,w): the mean of the VAE's posterior."""
         x = image.to_tensor([pictures] if isinstance(pictures, Image.Image) else list(pictures))
         if x.shape[-2] % 8 or x.shape[-1] % 8:
-            raise ValueError(f"a picture to encode must have sides that are multiples of 8, not {x.shape[-1]}x{x.shape[-2]}")
+            raise ValueError(
+                f"a picture to encode must have sides that are multiples of 8, not {x.shape[-1]}x{x.shape[-2]}"
+            )
         x = x.to(self.device, self.dtype)
         size, encode = self._vae_batch(*x.shape[-2:]), lambda vae, x: vae.encode(x)[0]
-        parts = [(encode if size else encode_in_bands)(self.vae, part) for part in x.split(size or 1)]  # (b, 4, h, w) each
+        parts = [
+            (encode if size else encode_in_bands)(self.vae, part) for part in x.split(size or 1)
+        ]  # (b, 4, h, w) each
         return torch.cat(parts).to(self.dtype) * self.config.vae.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Latents (B,4,h,w) -> B pictures. Latents that are not finite are an error, never a black picture."""
         if not latents.isfinite().all():
-            raise FloatingPointError(f"the latents are not finite: sampling in {latents.dtype} overflowed; try --dtype float32 or bfloat16")
+            raise FloatingPointError(
+                f"the latents are not finite: sampling in {latents.dtype} overflowed; try --dtype float32 or bfloat16"
+            )
         z = latents.to(self.dtype) / self.config.vae.scaling_factor
         size, pixels = self._vae_batch(8 * z.shape[-2], 8 * z.shape[-1]), []
         decode = (lambda vae, z: vae.decode(z)) if size else decode_in_bands
         for part in z.split(size or 1):
             x = decode(self.vae, part)  # (b, 3, 8h, 8w)
-            if not x.isfinite().all() and self.dtype != torch.float32:  # beyond float16's 65504, seen with real SD VAEs
-                warnings.warn(f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2)
+            if (
+                not x.isfinite().all() and self.dtype != torch.float32
+            ):  # beyond float16's 65504, seen with real SD VAEs
+                warnings.warn(
+                    f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2
+                )
                 vae = copy.deepcopy(self.vae).float()
-                x = torch.cat([decode_in_bands(vae, one) for one in part.float().split(1)])  # there is twice as much of everything
+                x = torch.cat(
+                    [decode_in_bands(vae, one) for one in part.float().split(1)]
+                )  # there is twice as much of everything
             if not x.isfinite().all():
-                raise FloatingPointError("the VAE's picture is not finite even in float32: its file is damaged; --vae takes another")
+                raise FloatingPointError(
+                    "the VAE's picture is not finite even in float32: its file is damaged; --vae takes another"
+                )
             pixels.append(x)
         return image.from_tensor(torch.cat(pixels))
 
@@ -271,7 +316,9 @@ class StableDiffusion:
         if self.graphs is not None and need > free - self.graphs.held:  # theirs is free for graphs alone
             self.graphs.release()
         if need > free:
-            size = f"{width}x{height} at once would take {need / 2**30:.1f} GB, {free / 2**30:.1f} GB are free"
+            size = (
+                f"{width}x{height} at once would take {need / 2**30:.1f} GB, {free / 2**30:.1f} GB are free"
+            )
             warnings.warn(f"the VAE works in bands of rows: {size}", stacklevel=3)
             return 0
         return int(min(self.batch_size(height, width), free // need))
@@ -294,14 +341,20 @@ def first_step(steps: int, strength: float) -> int:
         raise ValueError(f"strength must be from 0 to 1, not {strength}")
     run = math.floor(steps * strength + 1e-9)
     if run < 1 and strength:
-        raise ValueError(f"strength {strength} leaves none of {steps} steps: the least that runs one is {1 / steps:.3g}")
+        raise ValueError(
+            f"strength {strength} leaves none of {steps} steps: the least that runs one is {1 / steps:.3g}"
+        )
     return steps - run
 
 
 def free_memory(device: torch.device) -> float:
     """Bytes free on the device, those that PyTorch holds and does not use included; infinite where it cannot be known."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     info = Path("/proc/meminfo")
     if device.type == "cpu" and info.exists():
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1])

@@ -28,7 +28,9 @@ class TextEncoder:
             ids = self.ids(prompt)
             if len(ids) > self.max_length:
                 cut = self.tokenizer.decode(ids[self.max_length - 1 : -1]).strip()
-                warnings.warn(f"the prompt has more than {self.max_length - 2} tokens; cut off: {cut!r}", stacklevel=2)
+                warnings.warn(
+                    f"the prompt has more than {self.max_length - 2} tokens; cut off: {cut!r}", stacklevel=2
+                )
                 ids = ids[: self.max_length - 1] + ids[-1:]
             rows.append(ids + [self.pad_token_id] * (self.max_length - len(ids)))
         with torch.no_grad():
@@ -51,12 +53,18 @@ class TextEncoder:
             raise ValueError("a subject is empty: name a word of the prompt")
         starts = [i for i in range(1, len(ids) - len(wanted)) if ids[i : i + len(wanted)] == wanted]
         if not starts:
-            raise ValueError(f"subject {word.strip()!r} is not in the prompt {prompt!r}: use its words as they stand there (--list-tokens)")
+            raise ValueError(
+                f"subject {word.strip()!r} is not in the prompt {prompt!r}: use its words as they stand there (--list-tokens)"
+            )
         if len(starts) > 1 and not number:
-            raise ValueError(f"subject {word!r} occurs {len(starts)} times in the prompt: say {word}#1, or use --token-indices")
+            raise ValueError(
+                f"subject {word!r} occurs {len(starts)} times in the prompt: say {word}#1, or use --token-indices"
+            )
         if number and int(number) > len(starts):
             raise ValueError(f"subject {subject!r}: {word!r} occurs only {len(starts)} times in the prompt")
         start = starts[int(number or 1) - 1]
         if start + len(wanted) > self.max_length - 1:
-            raise ValueError(f"subject {word!r} lies beyond the {self.max_length} tokens the model reads: shorten the prompt")
+            raise ValueError(
+                f"subject {word!r} lies beyond the {self.max_length} tokens the model reads: shorten the prompt"
+            )
         return list(range(start, start + len(wanted)))

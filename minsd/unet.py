@@ -67,7 +67,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])  # [1]: dropout's place
+        self.net = nn.ModuleList(
+            [GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)]
+        )  # [1]: dropout's place
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
@@ -182,10 +184,7 @@ class UNet(nn.Module):
             skips += [width] * (n + (level < last))
             c = width
 
-        self.mid_block = Block(
-            [resnet(c, c), resnet(c, c)],
-            [Transformer(c, config.num_heads[-1], config)],
-        )
+        self.mid_block = Block([resnet(c, c), resnet(c, c)], [Transformer(c, config.num_heads[-1], config)])
 
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):

@@ -80,9 +80,13 @@ class Upsample(nn.Module):
 class Block(nn.Module):
     """The resnets of one level, then (but at the last level) a change of resolution."""
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, *, down: bool = False, up: bool = False):
+    def __init__(
+        self, c_in: int, c_out: int, layers: int, groups: int, *, down: bool = False, up: bool = False
+    ):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)
+        )
         if down:
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         if up:
@@ -100,7 +104,11 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups, last = config.block_out_channels, config.norm_groups, len(config.block_out_channels) - 1
+        widths, groups, last = (
+            config.block_out_channels,
+            config.norm_groups,
+            len(config.block_out_channels) - 1,
+        )
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Block(widths[max(i - 1, 0)], width, config.layers_per_block, groups, down=i < last)
@@ -120,7 +128,11 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups, last = config.block_out_channels[::-1], config.norm_groups, len(config.block_out_channels) - 1
+        widths, groups, last = (
+            config.block_out_channels[::-1],
+            config.norm_groups,
+            len(config.block_out_channels) - 1,
+        )
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
@@ -178,7 +190,9 @@ def _in_bands(f, x: torch.Tensor, scale: float = 1) -> torch.Tensor:
     band = 2 * max(8, -(-height // 32))  # even, so that bands halve
     for top in range(0, height, band):
         bottom, first = min(top + band, height), max(top - 2, 0)
-        y = f(x[:, :, first : bottom + 2])[:, :, int((top - first) * scale) :][:, :, : int((bottom - top) * scale)]
+        y = f(x[:, :, first : bottom + 2])[:, :, int((top - first) * scale) :][
+            :, :, : int((bottom - top) * scale)
+        ]
         if out is None:
             out = y.new_empty(*y.shape[:2], int(height * scale), y.shape[3])
         out[:, :, int(top * scale) : int(bottom * scale)] = y
@@ -191,14 +205,20 @@ def _conv_in_bands(norm: nn.GroupNorm, conv: nn.Conv2d, x: torch.Tensor) -> torc
     exact = torch.promote_types(x.dtype, torch.float32)
     for band in x.split(max(1, x.shape[2] // 16), dim=2):
         band = band.unflatten(1, (norm.num_groups, -1)).flatten(2).to(exact)  # (B, groups, n)
-        around = band.mean(2, keepdim=True) if around is None else around  # squares of large numbers would cancel
+        around = (
+            band.mean(2, keepdim=True) if around is None else around
+        )  # squares of large numbers would cancel
         band = band - around
         total, squares = total + band.sum(2), squares + band.square().sum(2)
     mean = total / count  # (B, groups)
     scale = ((squares / count - mean.square()).clamp(min=0) + norm.eps).rsqrt()
     mean = mean + around[..., 0]
-    scale, shift = (y.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for y in (scale, -mean * scale))  # (B, C) each
-    scale, shift = ((y[..., None, None]).to(exact) for y in (scale * norm.weight, shift * norm.weight + norm.bias))
+    scale, shift = (
+        y.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for y in (scale, -mean * scale)
+    )  # (B, C) each
+    scale, shift = (
+        (y[..., None, None]).to(exact) for y in (scale * norm.weight, shift * norm.weight + norm.bias)
+    )
     return _in_bands(lambda band: conv(F.silu(band.to(exact) * scale + shift).to(x.dtype)), x)
 
 

@@ -21,8 +21,12 @@ class Arrangement:
     """Noise put together for a layout, and from what."""
 
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
-    chosen: list[int]  # which of the candidates, seeds or numbers from 0, the picture's and each region's part come from
-    shares: list[float]  # how much of the attention to a region's subjects fell into it, in the candidate taken, 0 to 1
+    chosen: list[
+        int
+    ]  # which of the candidates, seeds or numbers from 0, the picture's and each region's part come from
+    shares: list[
+        float
+    ]  # how much of the attention to a region's subjects fell into it, in the candidate taken, 0 to 1
     scores: list[float]  # of each candidate as a whole: the product of all regions' shares, 0 to 1
     rows: int  # UNet rows, which stop early
 
@@ -32,7 +36,9 @@ def caption_subjects(sd, layout: Layout) -> list[list]:
     found = []
     for k, region in enumerate(layout.regions, 1):
         try:
-            found.append([sd.text.positions(region.prompt, word) for word in losses.automatic_subjects(region.prompt)])
+            found.append(
+                [sd.text.positions(region.prompt, word) for word in losses.automatic_subjects(region.prompt)]
+            )
         except ValueError as error:
             raise ValueError(f"region {k}: {error}") from None
     return found
@@ -40,7 +46,12 @@ def caption_subjects(sd, layout: Layout) -> list[list]:
 
 @torch.no_grad()
 def arrange(
-    sd, layout: Layout, candidates: Sequence[int] | Tensor, *, steps: int | None = None, sampler: str | None = None,
+    sd,
+    layout: Layout,
+    candidates: Sequence[int] | Tensor,
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
 ) -> Arrangement:
     """Unit noise for a layout: cut from candidates, seeds or noises (K,4,h,w), those parts where its regions would appear anyway.
 
@@ -59,7 +70,9 @@ def arrange(
     if not isinstance(given, Tensor):
         given = draw_noise(list(candidates), (4, *size)) if len(candidates) else torch.empty(0)
     if given.ndim != 4 or tuple(given.shape[2:]) != size or not len(given):
-        raise ValueError(f"candidates must be seeds or noises (K,4,{size[0]},{size[1]}), at least one, not of shape {tuple(given.shape)}")
+        raise ValueError(
+            f"candidates must be seeds or noises (K,4,{size[0]},{size[1]}), at least one, not of shape {tuple(given.shape)}"
+        )
     t = losses.listed_timesteps(sd, steps, sampler)[0]
     selects, shares = [losses.selector([places]) for places in caption_subjects(sd, layout)], []
     for region, select in zip(layout.regions, selects):
@@ -68,7 +81,9 @@ def arrange(
             wide = [y.expand(len(part), -1, -1) for y in (context, select.to(sd.device))]
             maps = losses.look(sd.unet, part.to(sd.device), t, *wide).maps  # (b, S, rows, columns)
             fill = coverage(region.pixels, CELL << sd.unet.grids(size).index(tuple(maps.shape[-2:])))
-            inside.append(((maps * torch.from_numpy(fill).to(maps)).sum((-2, -1)) / maps.sum((-2, -1))).mean(1))  # (b,)
+            inside.append(
+                ((maps * torch.from_numpy(fill).to(maps)).sum((-2, -1)) / maps.sum((-2, -1))).mean(1)
+            )  # (b,)
         shares.append(torch.cat(inside).cpu())
     shares = torch.stack(shares)  # (N, K)
     scores = shares.prod(0)  # (K,)
@@ -78,4 +93,6 @@ def arrange(
         cells = torch.from_numpy(direct_cells(layout.regions[k].pixels, CELL))
         noise[0, :, cells] = given[bests[k + 1]][:, cells]
     chosen = bests if isinstance(candidates, Tensor) else [list(candidates)[k] for k in bests]
-    return Arrangement(noise, chosen, shares.amax(1).tolist(), scores.tolist(), len(given) * len(layout.regions))
+    return Arrangement(
+        noise, chosen, shares.amax(1).tolist(), scores.tolist(), len(given) * len(layout.regions)
+    )

@@ -40,15 +40,28 @@ CROP_UNTIL = 500  # the timestep down to which a crop margin holds: objects have
 ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows together, on a CPU: more is no faster
 
 Grid = tuple[int, int]  # rows, columns of an attention layer's cells
-Ways = list[dict[Grid, Tensor]]  # something for each grid; two of them where the way up through the network differs
+Ways = list[
+    dict[Grid, Tensor]
+]  # something for each grid; two of them where the way up through the network differs
 Place = tuple  # (..., rows, columns): what indexes latents
 Tell = Callable[[list[int]], None]  # takes the pass of each row of the next run of a network
 
 
 def predictor(
-    sd, layout: Layout, *, guidance_scale: float = 7.5, background_weight: float = 0.1, background_drop: float = 0.75,
-    ladder: str = "direct", seed: int | Sequence[int] = 0, pad: float | None = None, attention_only: bool = False,
-    masked: bool = True, crop_margin: float | None = None, crop_until: float = CROP_UNTIL, tell: Tell | None = None,
+    sd,
+    layout: Layout,
+    *,
+    guidance_scale: float = 7.5,
+    background_weight: float = 0.1,
+    background_drop: float = 0.75,
+    ladder: str = "direct",
+    seed: int | Sequence[int] = 0,
+    pad: float | None = None,
+    attention_only: bool = False,
+    masked: bool = True,
+    crop_margin: float | None = None,
+    crop_until: float = CROP_UNTIL,
+    tell: Tell | None = None,
     cut: Callable[[int, Place], tuple] | None = None,
 ) -> Predictor:
     """predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, to be handed to any sampler.
@@ -68,11 +81,25 @@ def predictor(
     if layout.width is None:
         layout = layout.sized(sd.config.size, sd.config.size)
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    _check(layout, seeds, guidance_scale, background_weight, background_drop, ladder, pad, attention_only, masked, crop_margin, tell)
+    _check(
+        layout,
+        seeds,
+        guidance_scale,
+        background_weight,
+        background_drop,
+        ladder,
+        pad,
+        attention_only,
+        masked,
+        crop_margin,
+        tell,
+    )
     regions, compat, guided = layout.regions, ladder == "compat", guidance_scale != 1
     masked = masked and bool(regions)
     if not regions and tell is None:
-        return sd.predictor(sd.encode_prompt([layout.prompt]), sd.encode_prompt([layout.negative_prompt]), guidance_scale)
+        return sd.predictor(
+            sd.encode_prompt([layout.prompt]), sd.encode_prompt([layout.negative_prompt]), guidance_scale
+        )
 
     size = layout.height // CELL, layout.width // CELL
     fill = np.array([compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in regions])
@@ -87,23 +114,45 @@ def predictor(
     elif compat:
         own = carry(torch.from_numpy(fill == 1), levels, compat)
     else:
-        own = [{grids[i]: torch.from_numpy(np.stack([direct_cells(r.pixels, CELL << i) for r in regions])) for i in looking}]
+        own = [
+            {
+                grids[i]: torch.from_numpy(np.stack([direct_cells(r.pixels, CELL << i) for r in regions]))
+                for i in looking
+            }
+        ]
 
-    captions, negatives = [layout.prompt, *(r.prompt for r in regions)], [layout.negative_prompt, *(r.negative_prompt for r in regions)]
+    captions, negatives = (
+        [layout.prompt, *(r.prompt for r in regions)],
+        [layout.negative_prompt, *(r.negative_prompt for r in regions)],
+    )
     if attention_only:
-        fixed = [{grid: _painted(cells, regions) for grid, cells in way.items()} for way in own]  # (1, 1, cells)
+        fixed = [
+            {grid: _painted(cells, regions) for grid, cells in way.items()} for way in own
+        ]  # (1, 1, cells)
         rows = [(text, 0) for text in ([negatives, captions] if guided else [captions])]
     else:
-        surroundings = _surroundings(regions, size, background_drop, pad) if masked else None  # (N, 1, h, w); None: to be drawn
-        fixed = [] if not masked else None if surroundings is None else _assign(own, carry(surroundings, levels, compat))
+        surroundings = (
+            _surroundings(regions, size, background_drop, pad) if masked else None
+        )  # (N, 1, h, w); None: to be drawn
+        fixed = (
+            []
+            if not masked
+            else None
+            if surroundings is None
+            else _assign(own, carry(surroundings, levels, compat))
+        )
         no_empty = not masked or (surroundings is not None and not (surroundings == EMPTY).any())
-        shared = tell is None and len(set(negatives)) == 1 and (negatives[0] == "" or no_empty)  # every u_k is the same number
+        shared = (
+            tell is None and len(set(negatives)) == 1 and (negatives[0] == "" or no_empty)
+        )  # every u_k is the same number
         texts = 3 if masked else 1
         rows = [([text, layout.prompt, ""][:texts], k) for k, text in enumerate(captions)]
         if guided and shared:
             rows = [([negatives[0]] * texts, 0)] + rows
         elif guided:
-            rows = [([text, layout.negative_prompt, ""][:texts], k) for k, text in enumerate(negatives)] + rows
+            rows = [
+                ([text, layout.negative_prompt, ""][:texts], k) for k, text in enumerate(negatives)
+            ] + rows
     conditional = 1 if attention_only else len(captions)  # rows; the others are u
     run = _Rows(sd, *zip(*rows), size, tell)
 
@@ -117,9 +166,13 @@ def predictor(
 
     def predict(x, t):
         if tuple(x.shape[-2:]) != size:
-            raise ValueError(f"the layout has {size[0]}x{size[1]} latent cells: latents of shape {tuple(x.shape)} do not fit it")
+            raise ValueError(
+                f"the layout has {size[0]}x{size[1]} latent cells: latents of shape {tuple(x.shape)} do not fit it"
+            )
         if len(seeds) not in (1, len(x)):
-            raise ValueError(f"the collage was given {len(seeds)} seeds for {len(x)} images: give one, or one each")
+            raise ValueError(
+                f"the collage was given {len(seeds)} seeds for {len(x)} images: give one, or one each"
+            )
         if crops and t >= crop_until:
             total = torch.zeros_like(x)
             for m, place, eps in zip(merge.to(x.dtype), places, crops):  # M_k is 0 beyond the crop
@@ -127,7 +180,10 @@ def predictor(
             return total
         cells = fixed
         if cells is None:
-            drawn = [[drawn_surroundings(size, background_drop, s, t, k) for s in seeds] for k in range(len(regions))]
+            drawn = [
+                [drawn_surroundings(size, background_drop, s, t, k) for s in seeds]
+                for k in range(len(regions))
+            ]
             cells = _assign(own, carry(torch.stack([torch.stack(row) for row in drawn]), levels, compat))
         eps = run(x, t, cells)  # (rows, B, 4, h, w)
         u, c = eps[:-conditional], eps[-conditional:]
@@ -153,7 +209,17 @@ def crop_places(layout: Layout, margin: float) -> list[Place]:
 
 
 def _check(
-    layout, seeds, guidance_scale, background_weight, background_drop, ladder, pad, attention_only, masked, crop_margin, tell,
+    layout,
+    seeds,
+    guidance_scale,
+    background_weight,
+    background_drop,
+    ladder,
+    pad,
+    attention_only,
+    masked,
+    crop_margin,
+    tell,
 ) -> None:
     if ladder not in ("direct", "compat"):
         raise ValueError(f"no ladder is called {ladder!r}; choose from direct, compat")
@@ -168,14 +234,20 @@ def _check(
     if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds):
         raise ValueError(f"seeds must be whole numbers from 0, not {seeds}")
     if attention_only and not (masked and tell is None):
-        raise ValueError("attention_only is one pass with every region in it: it goes with neither masked=False nor tell")
+        raise ValueError(
+            "attention_only is one pass with every region in it: it goes with neither masked=False nor tell"
+        )
     if crop_margin is not None and not 0 <= crop_margin < math.inf:
         raise ValueError(f"crop_margin must be 0 or more, such as 0.25, not {crop_margin}")
     if crop_margin is not None and (attention_only or ladder == "compat"):
-        raise ValueError("crop_margin goes neither with attention_only nor with the ladder compat, whose passes see everything")
+        raise ValueError(
+            "crop_margin goes neither with attention_only nor with the ladder compat, whose passes see everything"
+        )
     for k, region in enumerate(layout.regions, 1):
         if region.lora and tell is None:
-            raise ValueError(f"region {k} has an adapter of its own (lora): the collage must be given the tell of lora.by_region")
+            raise ValueError(
+                f"region {k} has an adapter of its own (lora): the collage must be given the tell of lora.by_region"
+            )
     if any(layout.control_images):
         warnings.warn("no ControlNet was given: the layout's control images are not looked at", stacklevel=3)
 
@@ -199,8 +271,10 @@ def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     m = np.asarray(weights)[:, None, None] * np.concatenate([np.ones((1, *fill.shape[1:])), fill])
     total = m.sum(0)
     if not total.all():
-        raise ValueError(f"no region covers {100 * np.mean(total == 0):.1f} % of the picture, and background_weight is 0: "
-                         "give it a weight such as 0.1, or regions that cover everything")
+        raise ValueError(
+            f"no region covers {100 * np.mean(total == 0):.1f} % of the picture, and background_weight is 0: "
+            "give it a weight such as 0.1, or regions that cover everything"
+        )
     return m / total
 
 
@@ -287,13 +361,22 @@ class _Rows:
     goes. What attention makes of the texts is computed once."""
 
     def __init__(self, sd, texts: Sequence[list[str]], passes: Sequence[int], size: Grid, tell: Tell | None):
-        self.sd, self.passes, self.known, self.tell = sd, torch.tensor(passes), {}, tell or (lambda passes: None)
+        self.sd, self.passes, self.known, self.tell = (
+            sd,
+            torch.tensor(passes),
+            {},
+            tell or (lambda passes: None),
+        )
         unique = sorted({(text, k if tell else 0) for row, k in zip(texts, passes) for text in row})
         self.tell([k for _, k in unique])
         states = dict(zip(unique, sd.encode_prompt([text for text, _ in unique])))
         self.tell([])
-        context = [torch.stack([states[text, k if tell else 0] for text in row]) for row, k in zip(texts, passes)]
-        self.context = torch.stack(context) if len(texts[0]) > 1 else torch.cat(context)  # (rows, R, 77, D), or (rows, 77, D)
+        context = [
+            torch.stack([states[text, k if tell else 0] for text in row]) for row, k in zip(texts, passes)
+        ]
+        self.context = (
+            torch.stack(context) if len(texts[0]) > 1 else torch.cat(context)
+        )  # (rows, R, 77, D), or (rows, 77, D)
         cells = size[0] * size[1]
         pictures = sd.batch_size(CELL * size[0], CELL * size[1])  # each of two rows
         self.limit = max(2 * pictures, ROWS_AT_ONCE // cells if sd.device.type == "cpu" else 0)
@@ -304,10 +387,12 @@ class _Rows:
             self.tell(self.passes.tolist())
             each = self.sd.unet.keys(self.context)
             row, image = torch.arange(len(self.context) * n) // n, torch.arange(len(self.context) * n) % n
-            self.known = {n: [
-                (r, b, {m: (k[r.to(k.device)], v[r.to(v.device)]) for m, (k, v) in each.items()})
-                for r, b in zip(row.split(self.limit), image.split(self.limit))
-            ]}
+            self.known = {
+                n: [
+                    (r, b, {m: (k[r.to(k.device)], v[r.to(v.device)]) for m, (k, v) in each.items()})
+                    for r, b in zip(row.split(self.limit), image.split(self.limit))
+                ]
+            }
         return self.known[n]
 
     def __call__(self, x: Tensor, t: int | float, ways: Ways) -> Tensor:
@@ -317,7 +402,12 @@ class _Rows:
         for r, b, keys in self.parts(len(x)):
             chosen = []
             for way in ways:
-                chosen.append({grid: c[self.passes[r], b if c.shape[1] > 1 else 0].to(x.device) for grid, c in way.items()})
+                chosen.append(
+                    {
+                        grid: c[self.passes[r], b if c.shape[1] > 1 else 0].to(x.device)
+                        for grid, c in way.items()
+                    }
+                )
             region = tuple(chosen) if len(chosen) == 2 else chosen[0] if chosen else None
             mine = x[b.to(x.device)]
             self.tell(self.passes[r].tolist())

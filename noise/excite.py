@@ -31,8 +31,16 @@ Refine = Callable[[int, int | float, Tensor], Tensor]
 
 
 def updates(
-    sd, prompts: Sequence[str], subjects: Sequence[Subjects], *, variant: str = "official", steps: int | None = None,
-    sampler: str | None = None, karras: bool = False, scale: float | None = None, conflict_limit: float | None = None,
+    sd,
+    prompts: Sequence[str],
+    subjects: Sequence[Subjects],
+    *,
+    variant: str = "official",
+    steps: int | None = None,
+    sampler: str | None = None,
+    karras: bool = False,
+    scale: float | None = None,
+    conflict_limit: float | None = None,
     progress: Callable[[int, str], None] | None = None,
 ) -> Refine:
     """A `refine` for one run of a batch: prompts and subjects (words, token indices, or None) are lists, one an image.
@@ -45,7 +53,9 @@ def updates(
     if variant not in REFINED:
         raise ValueError(f"no variant is called {variant!r}; choose from {', '.join(REFINED)}")
     full = variant == "official"
-    select = losses.selector([losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]).to(sd.device)
+    select = losses.selector(
+        [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
+    ).to(sd.device)
     present, context = select.any(dim=-1), sd.encode_prompt(prompts)  # (B, S), (B, 77, D)
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))
     sizes = ((sd.config.update_scale if scale is None else scale) * torch.linspace(1, 0.5, n).sqrt()).tolist()
@@ -61,16 +71,25 @@ def updates(
                 running[b] = 0.9 * running.get(b, maps) + 0.1 * maps
         if whole:
             mean = torch.stack([running[b] for b in rows.tolist()])
-            loss = cross + 0.1 * losses.clean_background(seen.maps, some) + 0.1 * losses.alignment(seen.maps, mean, some) + conflict
+            loss = (
+                cross
+                + 0.1 * losses.clean_background(seen.maps, some)
+                + 0.1 * losses.alignment(seen.maps, mean, some)
+                + conflict
+            )
         return loss, torch.stack([cross, conflict], dim=1)
 
     def evaluate(x: Tensor, t, rows: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         """Losses (b,2) of images `rows`, and the gradient in x (b,4,h,w), zero where it is not finite."""
         told, gradient = losses.differentiate(
-            sd, x[rows], t, context[rows], select[rows], lambda seen, part: objective(seen, rows[part], whole))
+            sd, x[rows], t, context[rows], select[rows], lambda seen, part: objective(seen, rows[part], whole)
+        )
         fine = told.isfinite().all(dim=1) & gradient.flatten(1).isfinite().all(dim=1)
         if not fine.all():
-            warnings.warn(f"losses that are not finite in {sd.dtype}: {int((~fine).sum())} images go on without this update", stacklevel=2)
+            warnings.warn(
+                f"losses that are not finite in {sd.dtype}: {int((~fine).sum())} images go on without this update",
+                stacklevel=2,
+            )
         return told, gradient.where(fine[:, None, None, None], 0.0)
 
     def over(told: Tensor, cross_limit: float) -> Tensor:
@@ -80,7 +99,9 @@ def updates(
         if i >= UPDATED:
             return x
         if len(x) != len(prompts):
-            raise ValueError(f"these updates are for a batch of {len(prompts)} images, not {len(x)}: make them anew for each batch")
+            raise ValueError(
+                f"these updates are for a batch of {len(prompts)} images, not {len(x)}: make them anew for each batch"
+            )
         if i == 0:
             running.clear()
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
@@ -95,7 +116,10 @@ def updates(
                 x[rows] -= sizes[i] * slope  # one update follows success, as in both programs
                 if progress is not None:
                     for b, (cross, conflict) in zip(rows.tolist(), seen.tolist()):
-                        progress(b, f"refining at step {i} {repeat + 1}/{REPEATS} cross {cross:.2f} self {conflict:.2f}")
+                        progress(
+                            b,
+                            f"refining at step {i} {repeat + 1}/{REPEATS} cross {cross:.2f} self {conflict:.2f}",
+                        )
                 rows = rows[over(seen, REFINED[variant][i])]
             if len(refined):
                 told[refined], gradient[refined] = evaluate(x, t, refined, False)
@@ -121,8 +145,15 @@ class Frames:
 
 
 def watch(
-    sd, prompts: Sequence[str], subjects: Sequence[Subjects], *, steps: int | None = None, sampler: str | None = None,
-    karras: bool = False, count: int = 8, before: Refine | None = None,
+    sd,
+    prompts: Sequence[str],
+    subjects: Sequence[Subjects],
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    karras: bool = False,
+    count: int = 8,
+    before: Refine | None = None,
 ) -> tuple[Refine, Frames]:
     """A `refine` that changes nothing (beyond `before`, another one that it calls first), and the Frames it fills at `count`
     steps spread over the run: one early-stopped evaluation of the conditional branch each."""
@@ -140,7 +171,9 @@ def watch(
                 # The probabilities themselves: sharpened, a map shows little but its peak.
                 cross = torch.einsum("bhwk,bsk->bshw", record.cross, select.to(record.cross))
                 frames.cross.append(cross.cpu())
-                frames.self.append(losses.claims(record.self, losses.peaks(losses.subject_maps(record.cross, select))).cpu())
+                frames.self.append(
+                    losses.claims(record.self, losses.peaks(losses.subject_maps(record.cross, select))).cpu()
+                )
             frames.steps.append(i)
         return x
 
@@ -150,8 +183,12 @@ def watch(
 def heat(values: Tensor, picture: Image.Image) -> Image.Image:
     """A map (h,w) over a picture in grey: dark blue where it is 0, by violet and red to yellow at its largest."""
     v = (values / values.max().clamp(min=1e-12)).float()
-    ramp = torch.stack([(2 * v).clamp(0, 1), (2 * v - 1).clamp(0, 1), (1 - 2 * (v - 0.3).abs()).clamp(0, 1)], dim=-1)  # (h, w, 3)
-    colours = Image.fromarray((255 * ramp).round().to(torch.uint8).numpy()).resize(picture.size, Image.Resampling.BICUBIC)
+    ramp = torch.stack(
+        [(2 * v).clamp(0, 1), (2 * v - 1).clamp(0, 1), (1 - 2 * (v - 0.3).abs()).clamp(0, 1)], dim=-1
+    )  # (h, w, 3)
+    colours = Image.fromarray((255 * ramp).round().to(torch.uint8).numpy()).resize(
+        picture.size, Image.Resampling.BICUBIC
+    )
     return Image.blend(picture.convert("L").convert("RGB"), colours, 0.6)
 
 

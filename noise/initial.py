@@ -7,33 +7,12 @@ from pathlib import Path
 
 import torch
 
+from minsd.samplers.random import generators
+
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
     """Unit normal noise (B, *shape), float32 on the CPU; `shape` is that of one image's latents, (4, h, w)."""
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators(seeds)])
-
-
-def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[torch.Generator]:
-    """One CPU generator per seed. With `skip`, each has already drawn noise of that shape, as `noise` does: what an
-    image draws later goes on from there and repeats nothing."""
-    out = []
-    for seed in seeds:
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
-        g = torch.Generator().manual_seed(seed)
-        if skip is not None:
-            torch.randn(tuple(skip), generator=g)
-        out.append(g)
-    return out
-
-
-def draw(generator: Sequence[torch.Generator] | None, like: torch.Tensor) -> torch.Tensor:
-    """Fresh unit noise of the shape, device and dtype of `like` (B,...), image b's from generator b."""
-    if not isinstance(generator, Sequence) or len(generator) != len(like):
-        have = len(generator) if isinstance(generator, Sequence) else "none" if generator is None else "a single one"
-        raise ValueError(f"this sampler draws noise: give one generator per image, {len(like)}, not {have}")
-    drawn = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generator])
-    return drawn.to(like.device, like.dtype)
 
 
 def read_noise(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
@@ -41,18 +20,22 @@ def read_noise(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     FileNotFoundError where there is no such file, ValueError where it holds anything else."""
     from safetensors.torch import load_file
 
-    from minsd.weights.tensors import read_header
+    from minsd.weights.safetensors_file import read_header
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no noise file {path}")
     read_header(path)
     tensors = load_file(path)
     if list(tensors) != ["noise"]:
-        raise ValueError(f"{path} holds {', '.join(sorted(tensors)[:3])}; a noise file holds one tensor called noise")
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(tensors)[:3])}; a noise file holds one tensor called noise"
+        )
     noise = tensors["noise"].float()
     if noise.ndim != 4 or tuple(noise.shape[1:]) != shape:
         wanted = f"(pictures, {', '.join(map(str, shape))})"
-        raise ValueError(f"{path} holds noise of shape {tuple(noise.shape)}; this model and size need {wanted}")
+        raise ValueError(
+            f"{path} holds noise of shape {tuple(noise.shape)}; this model and size need {wanted}"
+        )
     if not noise.isfinite().all():
         raise ValueError(f"{path} holds noise that is not finite")
     return noise

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from minsd.noise import losses
-from minsd.noise.initial import generators
 from minsd.noise.initial import noise as draw_noise
+from minsd.samplers.random import generators
 
 Subjects = str | Sequence[str | int] | None  # as `losses.resolve` takes them
 CROSS_LIMIT = 0.2  # the response loss below which a noise will do
@@ -43,8 +43,16 @@ class Result:
 
 
 def attention_scores(
-    sd, prompt: str, subjects: Subjects, candidates: Sequence[int] | Tensor, *, steps: int | None = None, sampler: str | None = None,
-    karras: bool = False, height: int | None = None, width: int | None = None,
+    sd,
+    prompt: str,
+    subjects: Subjects,
+    candidates: Sequence[int] | Tensor,
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    karras: bool = False,
+    height: int | None = None,
+    width: int | None = None,
 ) -> list[float]:
     """L_cross + L_self of each candidate at the first timestep: the lower, the better its picture's chances.
 
@@ -54,7 +62,9 @@ def attention_scores(
     select = losses.selector([losses.resolve(sd.text, prompt, subjects)])
     t = losses.listed_timesteps(sd, steps, sampler, karras)[0]
     height, width = height or sd.config.size, width or sd.config.size
-    noise = candidates if isinstance(candidates, Tensor) else draw_noise(candidates, (4, height // 8, width // 8))
+    noise = (
+        candidates if isinstance(candidates, Tensor) else draw_noise(candidates, (4, height // 8, width // 8))
+    )
     context, scores = sd.encode_prompt(prompt), []
     with torch.no_grad():
         for x in noise.split(sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])):
@@ -64,7 +74,15 @@ def attention_scores(
     return torch.cat(scores).tolist()
 
 
-def optimize(sd, prompt: str, subjects: Subjects, seed: int, *, progress: Callable[[str], None] | None = None, **options) -> Result:
+def optimize(
+    sd,
+    prompt: str,
+    subjects: Subjects,
+    seed: int,
+    *,
+    progress: Callable[[str], None] | None = None,
+    **options,
+) -> Result:
     """A seed's noise, optimised until the prompt's subjects are attended to.
 
     `subjects`: words of the prompt or token indices (0 is the start token), or None to take the last word of each of its
@@ -75,10 +93,26 @@ def optimize(sd, prompt: str, subjects: Subjects, seed: int, *, progress: Callab
 
 
 def optimize_batch(
-    sd, prompts: Sequence[str], subjects: Sequence[Subjects], seeds: Sequence[int], *, steps: int | None = None, sampler: str | None = None,
-    karras: bool = False, height: int | None = None, width: int | None = None, variant: str = "official", rounds: int = 5,
-    round_steps: int = 10, last_steps: int = 50, lr: float = 1e-2, cross_limit: float = CROSS_LIMIT, conflict_limit: float | None = None,
-    kl_limit: float = 1e-3, kl_weight: float = 500.0, progress: Callable[[int, str], None] | None = None,
+    sd,
+    prompts: Sequence[str],
+    subjects: Sequence[Subjects],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    karras: bool = False,
+    height: int | None = None,
+    width: int | None = None,
+    variant: str = "official",
+    rounds: int = 5,
+    round_steps: int = 10,
+    last_steps: int = 50,
+    lr: float = 1e-2,
+    cross_limit: float = CROSS_LIMIT,
+    conflict_limit: float | None = None,
+    kl_limit: float = 1e-3,
+    kl_weight: float = 500.0,
+    progress: Callable[[int, str], None] | None = None,
 ) -> list[Result]:
     """One Result an image; each stops, begins again and falls back on its own, whatever the others of its batch do.
 
@@ -93,16 +127,27 @@ def optimize_batch(
     if variant not in ("official", "paper"):
         raise ValueError(f"no variant is called {variant!r}; choose official or paper")
     if rounds < 0 or round_steps < 1 or last_steps < 0:
-        raise ValueError(f"rounds and their steps are counts: not {rounds} rounds of {round_steps} steps, then {last_steps}")
+        raise ValueError(
+            f"rounds and their steps are counts: not {rounds} rounds of {round_steps} steps, then {last_steps}"
+        )
     if not len(prompts) == len(subjects) == len(seeds):
-        raise ValueError(f"one prompt, its subjects and one seed an image: not {len(prompts)}, {len(subjects)} and {len(seeds)}")
-    official, limits = variant == "official", (cross_limit, sd.config.conflict_limit if conflict_limit is None else conflict_limit)
-    select = losses.selector([losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects)]).to(sd.device)
+        raise ValueError(
+            f"one prompt, its subjects and one seed an image: not {len(prompts)}, {len(subjects)} and {len(seeds)}"
+        )
+    official, limits = (
+        variant == "official",
+        (cross_limit, sd.config.conflict_limit if conflict_limit is None else conflict_limit),
+    )
+    select = losses.selector([losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects)]).to(
+        sd.device
+    )
     t = losses.listed_timesteps(sd, steps, sampler, karras)[0]
     wide = torch.promote_types(sd.dtype, torch.float32)
     shape = (4, (height or sd.config.size) // 8, (width or sd.config.size) // 8)
     images = [_Image(g, shape) for g in generators(seeds)]
-    noise = torch.cat([image.plain for image in images]).to(sd.device, wide)  # (B, 4, h, w), of each image's current round
+    noise = torch.cat([image.plain for image in images]).to(
+        sd.device, wide
+    )  # (B, 4, h, w), of each image's current round
     if rounds == 0:
         return [image.result(False) for image in images]
     context = sd.encode_prompt(prompts)  # (B, 77, D)
@@ -156,7 +201,9 @@ def optimize_batch(
             if image.last or image.step < round_steps:
                 continue
             score = cross + used + (used <= 1e-6 if official else 0)
-            if score < image.score:  # the official variant returns to the noise drawn, the paper keeps what was made of it
+            if (
+                score < image.score
+            ):  # the official variant returns to the noise drawn, the paper keeps what was made of it
                 image.score, image.best = score, noise[b].clone() if official else x[k]
             if image.round < rounds:
                 noise[b] = image.draw().to(noise)[0]
@@ -206,7 +253,11 @@ class Gaussians:
     def __init__(self, like: Tensor, lr: float, eps: float = 1e-3):
         self.lr, self.eps = lr, eps
         self.p = like.new_zeros(len(like), 2, *like.shape[1:])  # (B, 2, 4, h, w): log_var, mu
-        self.first, self.second, self.count = torch.zeros_like(self.p), torch.zeros_like(self.p), like.new_zeros(len(like))
+        self.first, self.second, self.count = (
+            torch.zeros_like(self.p),
+            torch.zeros_like(self.p),
+            like.new_zeros(len(like)),
+        )
 
     def reset(self, b: int) -> None:
         for state in (self.p, self.first, self.second, self.count):
@@ -219,7 +270,9 @@ class Gaussians:
     def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """KL divergences (b,) of rows and their gradients (b,2,4,h,w)."""
         log_var, mu = self.p[rows].unbind(1)
-        return losses.kl_divergence(mu, log_var), torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[0].numel()
+        return losses.kl_divergence(mu, log_var), torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[
+            0
+        ].numel()
 
     def step(self, rows: Tensor, gradient: Tensor, noise: Tensor, kl_weight: float) -> None:
         """One step down a loss whose gradient in x is given, plus kl_weight times the KL divergence."""
@@ -235,7 +288,10 @@ class Gaussians:
                 return
             rows = rows[over]
             self._adam(rows, gradient[over])
-        warnings.warn(f"the noise's KL divergence is still above {limit} after {KL_TURNS} steps; left there", stacklevel=3)
+        warnings.warn(
+            f"the noise's KL divergence is still above {limit} after {KL_TURNS} steps; left there",
+            stacklevel=3,
+        )
 
     def _adam(self, rows: Tensor, gradient: Tensor, b1: float = 0.9, b2: float = 0.999) -> None:
         self.count[rows] += 1

@@ -20,7 +20,16 @@ REGION_KEYS = ("prompt", "box", "mask", "negative_prompt", "weight", "lora", "co
 CAPTIONS = ("self_caption.json", "blip_caption.json")
 MASKS = ("bbox_mask_image.png", "mask_image.png")
 CONTROLS = ("pose_image.png", "sketch_image.png", "canny_image.png")
-COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")  # of a preview's regions
+COLOURS = (
+    "#d62728",
+    "#1f77b4",
+    "#2ca02c",
+    "#ff7f0e",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#17becf",
+)  # of a preview's regions
 
 
 @dataclass(frozen=True)
@@ -29,15 +38,21 @@ class Region:
     adapters and ControlNet."""
 
     prompt: str
-    box: tuple[float, float, float, float] | None = None  # x0, y0, x1, y1 as given: fractions when all are <= 1, else pixels
+    box: tuple[float, float, float, float] | None = (
+        None  # x0, y0, x1, y1 as given: fractions when all are <= 1, else pixels
+    )
     mask: Path | None = None  # a picture, white inside
     negative_prompt: str = ""
     weight: float = 1.0
     lora: tuple[tuple[Path, float], ...] = ()  # files and scales
     control_image: Path | None = None
     control_scale: float | None = None  # left out: 1
-    drawn: np.ndarray | None = field(default=None, repr=False, compare=False)  # the mask as its file has it, boolean
-    pixels: np.ndarray | None = field(default=None, repr=False, compare=False)  # (height, width) boolean, once the size is known
+    drawn: np.ndarray | None = field(
+        default=None, repr=False, compare=False
+    )  # the mask as its file has it, boolean
+    pixels: np.ndarray | None = field(
+        default=None, repr=False, compare=False
+    )  # (height, width) boolean, once the size is known
 
     @property
     def bounds(self) -> tuple[int, int, int, int]:
@@ -72,9 +87,13 @@ class Layout:
         """
         for name, value in (("width", width), ("height", height)):
             if value > 16384:
-                raise ValueError(f"{self.source}the layout's {name} must be at most 16384 pixels, not {value}")
+                raise ValueError(
+                    f"{self.source}the layout's {name} must be at most 16384 pixels, not {value}"
+                )
             if value < CELL or value % CELL:
-                raise ValueError(f"{self.source}the layout's {name} must be a positive multiple of {CELL}, not {value}")
+                raise ValueError(
+                    f"{self.source}the layout's {name} must be a positive multiple of {CELL}, not {value}"
+                )
         notes, regions = list(self.notes), []
         for k, region in enumerate(self.regions, 1):
             if region.drawn is None:
@@ -83,12 +102,18 @@ class Layout:
                 pixels = region.drawn.copy()
             else:
                 had = f"{region.drawn.shape[1]}x{region.drawn.shape[0]}"
-                notes.append(f"region {k}: its mask of {had} pixels was resized to the picture's {width}x{height}")
-                pixels = np.array(Image.fromarray(region.drawn).resize((width, height), Image.Resampling.NEAREST))
+                notes.append(
+                    f"region {k}: its mask of {had} pixels was resized to the picture's {width}x{height}"
+                )
+                pixels = np.array(
+                    Image.fromarray(region.drawn).resize((width, height), Image.Resampling.NEAREST)
+                )
             _check_filled(pixels, region.box, f"{self.source}region {k}")
             pixels.flags.writeable = False
             regions.append(replace(region, pixels=pixels))
-        return replace(self, width=width, height=height, regions=tuple(regions), notes=tuple(dict.fromkeys(notes)))
+        return replace(
+            self, width=width, height=height, regions=tuple(regions), notes=tuple(dict.fromkeys(notes))
+        )
 
 
 def load(source: str | Path | dict) -> Layout:
@@ -130,7 +155,9 @@ def preview(layout: Layout, size: int = 512) -> Image.Image:
     shade, colours = np.full((high, wide, 3), 255.0), []
     for k, region in enumerate(layout.regions):
         colours.append(colour := COLOURS[k % len(COLOURS)])
-        filled = coverage(region.pixels, CELL).repeat(scale * CELL, 0).repeat(scale * CELL, 1)[..., None]  # (H, W, 1)
+        filled = (
+            coverage(region.pixels, CELL).repeat(scale * CELL, 0).repeat(scale * CELL, 1)[..., None]
+        )  # (H, W, 1)
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         shade += 0.3 * filled * (rgb - shade)
     union = np.any([r.pixels for r in layout.regions], axis=0) if layout.regions else np.zeros(1, bool)
@@ -140,12 +167,21 @@ def preview(layout: Layout, size: int = 512) -> Image.Image:
         x0, y0, x1, y1 = region.bounds
         kind = "box" if region.mask is None else "mask within"
         what = f"{k}  {region.prompt!r}, {kind} {x0},{y0} to {x1},{y1}, {100 * region.pixels.mean():.1f} %"
-        what += f", weight {region.weight:g}" * (region.weight != 1) + f", not {region.negative_prompt!r}" * bool(region.negative_prompt)
+        what += f", weight {region.weight:g}" * (
+            region.weight != 1
+        ) + f", not {region.negative_prompt!r}" * bool(region.negative_prompt)
         lines.append((colour, what))
-    lines.append(("black", f"outside every region {100 * (1 - union.mean()):.1f} %, in more than one {100 * twice.mean():.1f} %"))
+    lines.append(
+        (
+            "black",
+            f"outside every region {100 * (1 - union.mean()):.1f} %, in more than one {100 * twice.mean():.1f} %",
+        )
+    )
     lines += [("black", note) for note in layout.notes]
 
-    text = [(colour, line.encode("latin-1", "replace").decode("latin-1")) for colour, line in lines]  # what any font has
+    text = [
+        (colour, line.encode("latin-1", "replace").decode("latin-1")) for colour, line in lines
+    ]  # what any font has
     out = Image.new("RGB", (max(wide, 480), high + 16 * len(text) + 8), "white")
     out.paste(Image.fromarray(shade.round().astype(np.uint8)))
     pen = ImageDraw.Draw(out)
@@ -182,12 +218,18 @@ def _hint(box) -> str:
 
 def _check_box(box, width: int | None, height: int | None, where: str) -> None:
     """What is wrong with a box in fractions can be seen before the picture's size is known, and most with one in pixels."""
-    wide, high, inside = width or math.inf, height or math.inf, f"a picture of {width}x{height} pixels" if width else "the picture"
+    wide, high, inside = (
+        width or math.inf,
+        height or math.inf,
+        f"a picture of {width}x{height} pixels" if width else "the picture",
+    )
     if _in_fractions(box):
         wide, high, inside = 1, 1, "fractions 0 to 1"
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= wide and 0 <= y0 < y1 <= high):
-        raise ValueError(f"{where}the box {list(box)} must have 0 <= x0 < x1 and 0 <= y0 < y1 and lie inside {inside}{_hint(box)}")
+        raise ValueError(
+            f"{where}the box {list(box)} must have 0 <= x0 < x1 and 0 <= y0 < y1 and lie inside {inside}{_hint(box)}"
+        )
 
 
 def _box_pixels(box, width: int, height: int, where: str) -> np.ndarray:
@@ -203,13 +245,19 @@ def _box_pixels(box, width: int, height: int, where: str) -> np.ndarray:
 
 def _check_filled(pixels: np.ndarray, box, where: str) -> None:
     if not pixels.any():
-        why = "its mask needs white pixels inside" if box is None else f"its box {list(box)} must be at least a pixel wide and high"
+        why = (
+            "its mask needs white pixels inside"
+            if box is None
+            else f"its box {list(box)} must be at least a pixel wide and high"
+        )
         raise ValueError(f"{where} is empty: {why}{_hint(box)}")
     if coverage(pixels, CELL).max() < 0.5:
         x0, y0, x1, y1 = Region("", pixels=pixels).bounds
         size = f"{x1 - x0}x{y1 - y0} pixels, {int(pixels.sum())} in all,"
-        raise ValueError(f"{where} is too small: its {size} fill no latent cell of 8x8 pixels by half; 32 pixels within one cell "
-                         f"are the least, and a box of 11x11 is enough wherever it lies{_hint(box)}")
+        raise ValueError(
+            f"{where} is too small: its {size} fill no latent cell of 8x8 pixels by half; 32 pixels within one cell "
+            f"are the least, and a box of 11x11 is enough wherever it lies{_hint(box)}"
+        )
 
 
 def _read_mask(path: Path, where: str) -> np.ndarray:
@@ -241,7 +289,9 @@ def _read_json(path: Path):
     except RecursionError:
         raise ValueError(f"{path} has brackets within brackets, too many") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise ValueError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
 
 
 def _from_dict(given, folder: Path, where: str) -> Layout:
@@ -252,8 +302,10 @@ def _from_dict(given, folder: Path, where: str) -> Layout:
     negative = _value(given, "negative_prompt", str, "", where)
     regions = _value(given, "regions", list, [], where)
     layout = Layout(
-        _required(given, "prompt", where), tuple(_region(r, negative, folder, f"{where}region {k}: ") for k, r in enumerate(regions, 1)),
-        negative, source=where,
+        _required(given, "prompt", where),
+        tuple(_region(r, negative, folder, f"{where}region {k}: ") for k, r in enumerate(regions, 1)),
+        negative,
+        source=where,
     )
     return layout if size[0] is None else layout.sized(*size)
 
@@ -267,7 +319,10 @@ def _region(given, negative: str, folder: Path, where: str) -> Region:
         raise ValueError(f"{where}a box is four numbers [x0, y0, x1, y1], not {json.dumps(box)}")
     if box is not None:
         _check_box(box, None, None, where)
-    weight, scale = float(_value(given, "weight", float, 1.0, where)), _value(given, "control_scale", float, None, where)
+    weight, scale = (
+        float(_value(given, "weight", float, 1.0, where)),
+        _value(given, "control_scale", float, None, where),
+    )
     if weight <= 0:
         raise ValueError(f"{where}the weight must be more than 0, not {weight:g}")
     lora = _value(given, "lora", list, [], where)
@@ -279,32 +334,43 @@ def _region(given, negative: str, folder: Path, where: str) -> Region:
         raise FileNotFoundError(f"{where}there is no control image {folder / control}")
     mask = None if mask is None else folder / mask
     return Region(
-        _required(given, "prompt", where), None if box is None else tuple(box), mask,
-        _value(given, "negative_prompt", str, negative, where), weight, lora,
-        None if control is None else folder / control, None if scale is None else float(scale),
+        _required(given, "prompt", where),
+        None if box is None else tuple(box),
+        mask,
+        _value(given, "negative_prompt", str, negative, where),
+        weight,
+        lora,
+        None if control is None else folder / control,
+        None if scale is None else float(scale),
         None if mask is None else _read_mask(mask, where),
     )
 
 
 def split_scale(text: str) -> tuple[Path, float]:
-    """"style.safetensors:0.8" -> the file and 0.8 (1 where none is said)."""
+    """ "style.safetensors:0.8" -> the file and 0.8 (1 where none is said)."""
     m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
     try:
         return Path(m[1]), 1.0 if m[2] is None else float(m[2])
     except (TypeError, ValueError):
-        raise ValueError(f"a LoRA is given as FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}") from None
+        raise ValueError(
+            f"a LoRA is given as FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}"
+        ) from None
 
 
 def _check_keys(given, known: tuple[str, ...], where: str) -> None:
     if not isinstance(given, dict):
-        raise ValueError(f"{where}this must be an object with the keys {', '.join(known)}, not {json.dumps(given)[:40]}")
+        raise ValueError(
+            f"{where}this must be an object with the keys {', '.join(known)}, not {json.dumps(given)[:40]}"
+        )
     if unknown := [key for key in given if key not in known]:
         raise ValueError(f"{where}unknown key {unknown[0]!r}; known are {', '.join(known)}")
 
 
 def _is(value, kind: type) -> bool:
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # not nan, nor past a float
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+        )  # not nan, nor past a float
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -330,15 +396,26 @@ def _from_folder(folder: Path) -> Layout:
     """PALL/ and P000/, P001/ ...: the picture is as large as the first region's mask. Gaps in the numbers do no harm."""
     whole = folder / "PALL"
     if not whole.is_dir():
-        raise FileNotFoundError(f"{folder} has no folder PALL for the whole picture: give a layout.json, or a folder with PALL, P000 ...")
-    parts = sorted((p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"P\d+", p.name)), key=lambda p: int(p.name[1:]))
+        raise FileNotFoundError(
+            f"{folder} has no folder PALL for the whole picture: give a layout.json, or a folder with PALL, P000 ..."
+        )
+    parts = sorted(
+        (p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"P\d+", p.name)),
+        key=lambda p: int(p.name[1:]),
+    )
     regions = []
     for part in parts:
         mask = _first(part, MASKS)
         if mask is None:
             raise FileNotFoundError(f"there is no mask file {part / MASKS[0]} (nor {MASKS[1]})")
-        regions.append(Region(_caption(part), mask=mask, control_image=_first(part, CONTROLS), drawn=_read_mask(mask, "")))
-    layout = Layout(_caption(whole), tuple(regions), control_image=_first(whole, CONTROLS), source=f"{folder}: ")
+        regions.append(
+            Region(
+                _caption(part), mask=mask, control_image=_first(part, CONTROLS), drawn=_read_mask(mask, "")
+            )
+        )
+    layout = Layout(
+        _caption(whole), tuple(regions), control_image=_first(whole, CONTROLS), source=f"{folder}: "
+    )
     if not regions:
         return layout
     height, width = regions[0].drawn.shape

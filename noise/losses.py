@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from minsd.attention import AttentionRecorder
-from minsd.noise.initial import generators
 from minsd.samplers import SAMPLERS
+from minsd.samplers.random import generators
 from minsd.text import TextEncoder
 
 # --- subjects: words -> token positions -------------------------------------------------------------------------------
@@ -39,7 +39,9 @@ def automatic_subjects(prompt: str) -> list[str]:
             subjects.append(last)
             last = None
     if not subjects:
-        raise ValueError(f"the prompt {prompt!r} names nothing to attend to: give a prompt with a noun, or the subjects")
+        raise ValueError(
+            f"the prompt {prompt!r} names nothing to attend to: give a prompt with a noun, or the subjects"
+        )
     return [f"{word}#{nth}" if words.count(word.lower()) > 1 else word for word, nth in subjects]
 
 
@@ -64,16 +66,23 @@ def resolve(text: TextEncoder, prompt: str, subjects: str | Sequence[str | int] 
         elif not isinstance(subject, int) or isinstance(subject, bool):
             raise ValueError(f"a subject is a word of the prompt or a token index, not {subject!r}")
         elif not 1 <= subject <= last:
-            raise ValueError(f"token index {subject} is outside the prompt, whose words are tokens 1 to {last} (--list-tokens)")
+            raise ValueError(
+                f"token index {subject} is outside the prompt, whose words are tokens 1 to {last} (--list-tokens)"
+            )
         elif subject > text.max_length - 2:
-            raise ValueError(f"token index {subject} lies beyond the {text.max_length} tokens the model reads: shorten the prompt")
+            raise ValueError(
+                f"token index {subject} lies beyond the {text.max_length} tokens the model reads: shorten the prompt"
+            )
         else:
             places.append([subject])
         if places[-1] in places[:-1]:
             raise ValueError(f"subject {subject!r} is named twice")
     if len(places) == 1:
         # From here, whoever asked: Python then says it once, though several methods resolve the same subjects.
-        warnings.warn(f"a single subject, {subjects[0]!r}: there is nothing it could conflict with, so that loss is 0", stacklevel=1)
+        warnings.warn(
+            f"a single subject, {subjects[0]!r}: there is nothing it could conflict with, so that loss is 0",
+            stacklevel=1,
+        )
     return places
 
 
@@ -141,26 +150,38 @@ def look(unet, x: Tensor, t: int | float, context: Tensor, select: Tensor) -> Lo
     return Look(maps, claims(record.self, peaks(maps)))
 
 
-def differentiate(sd, x: Tensor, t: int | float, context: Tensor, select: Tensor, objective: Callable) -> tuple[Tensor, Tensor]:
+def differentiate(
+    sd, x: Tensor, t: int | float, context: Tensor, select: Tensor, objective: Callable
+) -> tuple[Tensor, Tensor]:
     """What an objective says at latents x (B,4,h,w), and its gradient in them, as many images at a time as fit.
 
     `objective(look, rows)` takes the Look of images `rows` and returns their losses (b,), or None where nothing needs a
     gradient, and what it has to tell of them, (b,n). Returns that, (B,n), and gradients (B,4,h,w) in x's dtype.
     """
-    size = max(1, sd.batch_size(8 * x.shape[-2], 8 * x.shape[-1]) // 2)  # a gradient keeps more than a guided step does
-    scale = 256.0 if context.dtype == torch.float16 else 1.0  # gradients of maps are small enough to be lost in 16 bits
+    size = max(
+        1, sd.batch_size(8 * x.shape[-2], 8 * x.shape[-1]) // 2
+    )  # a gradient keeps more than a guided step does
+    scale = (
+        256.0 if context.dtype == torch.float16 else 1.0
+    )  # gradients of maps are small enough to be lost in 16 bits
     told, gradients = [], []
     for rows in torch.arange(len(x), device=x.device).split(size):
         with torch.enable_grad():
             leaf = x[rows].detach().requires_grad_()
             loss, values = objective(look(sd.unet, leaf, t, context[rows], select[rows]), rows)
-            gradient = torch.zeros_like(leaf) if loss is None else torch.autograd.grad(scale * loss.sum(), leaf)[0] / scale
+            gradient = (
+                torch.zeros_like(leaf)
+                if loss is None
+                else torch.autograd.grad(scale * loss.sum(), leaf)[0] / scale
+            )
         told.append(values.detach())
         gradients.append(gradient)
     return torch.cat(told), torch.cat(gradients)
 
 
-def listed_timesteps(sd, steps: int | None = None, sampler: str | None = None, karras: bool = False) -> list[int | float]:
+def listed_timesteps(
+    sd, steps: int | None = None, sampler: str | None = None, karras: bool = False
+) -> list[int | float]:
     """Every timestep that a run lists, in order (None: the model's own defaults). The sampler itself says which, run on a
     single cell with nothing predicted."""
     sampler = sampler or sd.config.sampler
@@ -168,7 +189,9 @@ def listed_timesteps(sd, steps: int | None = None, sampler: str | None = None, k
         raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
     cell, more = torch.zeros(1, 4, 1, 1), {"karras": True} if karras else {}
     steps = sd.config.steps if steps is None else steps
-    run = SAMPLERS[sampler](lambda x, t: torch.zeros_like(x), cell, sd.schedule, steps, generator=generators([0]), **more)
+    run = SAMPLERS[sampler](
+        lambda x, t: torch.zeros_like(x), cell, sd.schedule, steps, generator=generators([0]), **more
+    )
     return [t for _, t, _ in run]
 
 
@@ -201,7 +224,9 @@ def clean_background(maps: Tensor, present: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         part = component(maps >= otsu(maps)[:, :, None, None].to(maps.dtype) / 255, peaks(maps))
     inside = maps.masked_fill(~part, torch.inf).flatten(2).amin(dim=2)  # (B, S)
-    outside = maps.masked_fill(part, -torch.inf).flatten(2).amax(dim=2)  # -inf where the part is the whole map
+    outside = (
+        maps.masked_fill(part, -torch.inf).flatten(2).amax(dim=2)
+    )  # -inf where the part is the whole map
     return outside.where((outside > inside) & _present(maps, present), 0.0).sum(dim=1)
 
 

@@ -32,7 +32,11 @@ from minsd import image
 from minsd.noise.initial import noise as draw_noise
 from minsd.samplers import SAMPLERS, ddim
 
-MEMORYLESS = ("ddim", "euler", "heun")  # each step a function of x and t alone: the others have no inverse to speak of
+MEMORYLESS = (
+    "ddim",
+    "euler",
+    "heun",
+)  # each step a function of x and t alone: the others have no inverse to speak of
 PAPER_NUMBERS = 65_536  # in the latents that the paper's learning rate of 100 was meant for
 NORMAL = (0.97, 1.03)  # |noise| / sqrt(d), within which it still looks to the network like noise
 
@@ -46,20 +50,34 @@ class Trip:
     """
 
     def __init__(
-        self, sd, prompts: str | Sequence[str], *, negative_prompt: str = "", steps: int = 10, guidance_scale: float | None = None,
-        guidance_invert: float = 1.0, sampler: str = "ddim", eta: float = 0.0,
+        self,
+        sd,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        steps: int = 10,
+        guidance_scale: float | None = None,
+        guidance_invert: float = 1.0,
+        sampler: str = "ddim",
+        eta: float = 0.0,
     ):
         if sampler not in SAMPLERS:
-            raise ValueError(f"no sampler is called {sampler!r}; stability needs one of {', '.join(MEMORYLESS)}")
+            raise ValueError(
+                f"no sampler is called {sampler!r}; stability needs one of {', '.join(MEMORYLESS)}"
+            )
         if sampler not in MEMORYLESS or eta != 0:
             what = f"the sampler {sampler}" if sampler not in MEMORYLESS else f"eta {eta}"
-            raise ValueError(f"stability needs a sampler that can be inverted, but {what} has noise or memory: use ddim at eta 0")
+            raise ValueError(
+                f"stability needs a sampler that can be inverted, but {what} has noise or memory: use ddim at eta 0"
+            )
         guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale) or not math.isfinite(guidance_invert):
             raise ValueError(f"guidance must be a number, not {guidance_scale} down and {guidance_invert} up")
         sd.schedule.timesteps(steps)  # refuses what is no number of steps
         self.sd, self.steps, self.sampler, self.scales = sd, steps, sampler, (guidance_scale, guidance_invert)
-        self.final = "zero" if sd.schedule.config.set_alpha_to_one else "abar0"  # both ways, whatever the sampler's own
+        self.final = (
+            "zero" if sd.schedule.config.set_alpha_to_one else "abar0"
+        )  # both ways, whatever the sampler's own
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.cond = sd.encode_prompt(prompts[:1] if len(set(prompts)) == 1 else prompts)  # (1 or B, 77, D)
         self.uncond = sd.encode_prompt([negative_prompt])  # (1, 77, D)
@@ -79,7 +97,11 @@ class Trip:
 
     def up(self, latents: Tensor, rows: Tensor, checkpointed: bool = False, iterations: int = 0) -> Tensor:
         predict = self._predictor(self.scales[1], rows, checkpointed)
-        return _end(ddim.invert(predict, latents, self.sd.schedule, self.steps, iterations=iterations, final=self.final))
+        return _end(
+            ddim.invert(
+                predict, latents, self.sd.schedule, self.steps, iterations=iterations, final=self.final
+            )
+        )
 
     def _predictor(self, scale: float, rows: Tensor, checkpointed: bool):
         cond, dtype = self.cond if len(self.cond) == 1 else self.cond[rows], self.sd.dtype
@@ -124,7 +146,13 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    sd, prompt: str | Sequence[str], noise: Tensor | Sequence[int], *, height: int | None = None, width: int | None = None, **trip
+    sd,
+    prompt: str | Sequence[str],
+    noise: Tensor | Sequence[int],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    **trip,
 ) -> Scores:
     """The inversion stability of noises (K,4,h,w), or of seeds (height and width in pixels are theirs).
 
@@ -147,11 +175,15 @@ def _noises(sd, prompt, noise, height=None, width=None) -> tuple[Tensor, int]:
         height, width = height or sd.config.size, width or sd.config.size
         if height % 8 or width % 8 or height < 8 or width < 8:
             raise ValueError(f"height and width must be positive multiples of 8, not {height}x{width}")
-        noise = draw_noise(list(noise), (4, height // 8, width // 8)) if len(noise) else torch.empty(0, 4, 1, 1)
+        noise = (
+            draw_noise(list(noise), (4, height // 8, width // 8)) if len(noise) else torch.empty(0, 4, 1, 1)
+        )
     if noise.ndim != 4 or not len(noise):
         raise ValueError(f"noise must be of shape (images, 4, h, w), at least one, not {tuple(noise.shape)}")
     if not isinstance(prompt, str) and len(prompt) != len(noise):
-        raise ValueError(f"one prompt for all noises or one each: not {len(prompt)} prompts for {len(noise)} noises")
+        raise ValueError(
+            f"one prompt for all noises or one each: not {len(prompt)} prompts for {len(noise)} noises"
+        )
     return noise, len(noise)
 
 
@@ -176,8 +208,16 @@ def _rank(score: float) -> float:
 
 
 def select(
-    sd, prompt: str, seeds: Sequence[int], *, worst: bool = False, known: Mapping[int, float] | None = None, height: int | None = None,
-    width: int | None = None, progress: Callable[[str], None] | None = None, **trip,
+    sd,
+    prompt: str,
+    seeds: Sequence[int],
+    *,
+    worst: bool = False,
+    known: Mapping[int, float] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    **trip,
 ) -> Selection:
     """The most stable of some seeds' noises, or the least (`worst`, for experiments). Equal scores: the first.
 
@@ -194,7 +234,11 @@ def select(
     take, word = (min, "worst") if worst else (max, "best")
 
     def chosen() -> int | None:
-        return take((s for s in dict.fromkeys(seeds) if not math.isnan(known.get(s, math.nan))), key=known.get, default=None)
+        return take(
+            (s for s in dict.fromkeys(seeds) if not math.isnan(known.get(s, math.nan))),
+            key=known.get,
+            default=None,
+        )
 
     for at in range(0, len(open_seeds), size):
         part = open_seeds[at : at + size]
@@ -205,7 +249,9 @@ def select(
             done = sum(s in known for s in dict.fromkeys(seeds))
             progress(f"{done}/{len(dict.fromkeys(seeds))} {word} {known[seed]:.3f} (seed {seed})")
     if (seed := chosen()) is None:
-        raise FloatingPointError(f"no candidate has a score: sampling in {sd.dtype} overflowed; try --dtype float32 or bfloat16")
+        raise FloatingPointError(
+            f"no candidate has a score: sampling in {sd.dtype} overflowed; try --dtype float32 or bfloat16"
+        )
     noise, _ = _noises(sd, prompt, [seed], height, width)
     return Selection(seed, noise, known[seed], {s: known[s] for s in seeds}, rows)
 
@@ -216,7 +262,9 @@ def sheet(sd, prompt: str, selection: Selection, count: int = 4, **how) -> Image
     seeds = list(dict.fromkeys(best + worst))
     drawn = dict(zip(seeds, sd(prompt, seeds, **how)))
     shown = best + worst if len(selection.scores) > count else best
-    return image.contact_sheet([drawn[s] for s in shown], len(best), [f"{s}: {selection.scores[s]:.3f}" for s in shown])
+    return image.contact_sheet(
+        [drawn[s] for s in shown], len(best), [f"{s}: {selection.scores[s]:.3f}" for s in shown]
+    )
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------
@@ -229,21 +277,39 @@ class Result:
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
     score: float  # of this noise
     before: float  # of the noise it began from
-    history: list[dict[str, float]] = field(default_factory=list)  # every iterate's score, norm (|noise| / sqrt(d)), mean, std
+    history: list[dict[str, float]] = field(
+        default_factory=list
+    )  # every iterate's score, norm (|noise| / sqrt(d)), mean, std
     rows: float = 0  # UNet rows spent on this image, recomputed ones included
     note: str | None = None  # what went wrong
 
 
-def optimize(sd, prompt: str, seed: int | Tensor, *, progress: Callable[[str], None] | None = None, **options) -> Result:
+def optimize(
+    sd, prompt: str, seed: int | Tensor, *, progress: Callable[[str], None] | None = None, **options
+) -> Result:
     """A seed's noise, or a noise (1,4,h,w), made more stable. Options, progress and errors: see `optimize_batch`."""
     tell = None if progress is None else lambda b, message: progress(message)
-    return optimize_batch(sd, [prompt], seed if isinstance(seed, Tensor) else [seed], progress=tell, **options)[0]
+    return optimize_batch(
+        sd, [prompt], seed if isinstance(seed, Tensor) else [seed], progress=tell, **options
+    )[0]
 
 
 def optimize_batch(
-    sd, prompts: str | Sequence[str], noise: Tensor | Sequence[int], *, mode: str = "full", optimize_steps: int = 100,
-    lr: float | None = None, momentum: float = 0.5, keep: str = "last", rescale: bool = False, checkpointed: bool = True,
-    height: int | None = None, width: int | None = None, progress: Callable[[int, str], None] | None = None, **trip,
+    sd,
+    prompts: str | Sequence[str],
+    noise: Tensor | Sequence[int],
+    *,
+    mode: str = "full",
+    optimize_steps: int = 100,
+    lr: float | None = None,
+    momentum: float = 0.5,
+    keep: str = "last",
+    rescale: bool = False,
+    checkpointed: bool = True,
+    height: int | None = None,
+    width: int | None = None,
+    progress: Callable[[int, str], None] | None = None,
+    **trip,
 ) -> list[Result]:
     """Gradient descent on 1 - s from noises (B,4,h,w) or seeds; a Result each, independent of the others of the batch.
 
@@ -262,7 +328,9 @@ def optimize_batch(
     if keep not in ("last", "best"):
         raise ValueError(f"keep must be 'last' or 'best', not {keep!r}")
     if optimize_steps < 0 or not ((lr is None or 0 <= lr < math.inf) and 0 <= momentum < 1):
-        raise ValueError(f"{optimize_steps} steps at lr {lr}, momentum {momentum}: steps and lr must be 0 or more, momentum in 0..1")
+        raise ValueError(
+            f"{optimize_steps} steps at lr {lr}, momentum {momentum}: steps and lr must be 0 or more, momentum in 0..1"
+        )
     noise, count = _noises(sd, prompts, noise, height, width)
     lr = 100.0 * noise[0].numel() / PAPER_NUMBERS if lr is None else lr
     trip = Trip(sd, prompts, **trip)
@@ -271,13 +339,27 @@ def optimize_batch(
     results = []
     for part in torch.arange(count).split(size):
         with counted(sd.unet) as rows:
-            results += _descend(trip, noise[part], part, mode, optimize_steps, lr, momentum, keep, rescale, checkpointed, progress)
+            results += _descend(
+                trip,
+                noise[part],
+                part,
+                mode,
+                optimize_steps,
+                lr,
+                momentum,
+                keep,
+                rescale,
+                checkpointed,
+                progress,
+            )
         for result in results[-len(part) :]:
             result.rows = sum(rows) / len(part)
     return results
 
 
-def _descend(trip, start, part, mode, optimize_steps, lr, momentum, keep, rescale, checkpointed, progress) -> list[Result]:
+def _descend(
+    trip, start, part, mode, optimize_steps, lr, momentum, keep, rescale, checkpointed, progress
+) -> list[Result]:
     x = start.to(trip.sd.device, trip.wide)
     root, velocity = x[0].numel() ** 0.5, torch.zeros_like(x)
     results = [Result(s[None].cpu(), math.nan, math.nan) for s in start]
@@ -286,7 +368,10 @@ def _descend(trip, start, part, mode, optimize_steps, lr, momentum, keep, rescal
         last = step == optimize_steps  # it is only scored
         scores, gradient = gradients(trip, x, part, "score" if last else mode, checkpointed)
         finite = scores.isfinite() & gradient.flatten(1).isfinite().all(dim=1)
-        told = torch.stack([scores, x.flatten(1).norm(dim=1) / root, x.flatten(1).mean(dim=1), x.flatten(1).std(dim=1)], dim=1)
+        told = torch.stack(
+            [scores, x.flatten(1).norm(dim=1) / root, x.flatten(1).mean(dim=1), x.flatten(1).std(dim=1)],
+            dim=1,
+        )
         for k, (result, (s, norm, mean, std)) in enumerate(zip(results, told.tolist())):
             if result.note:
                 continue
@@ -298,7 +383,10 @@ def _descend(trip, start, part, mode, optimize_steps, lr, momentum, keep, rescal
             result.history.append({"score": s, "norm": norm, "mean": mean, "std": std})
             result.before = s if step == 0 else result.before
             if keep == "last" and last or keep == "best" and not s <= result.score:
-                result.noise, result.score = (x if step else start)[k][None].cpu(), s  # untouched noise comes back as it is
+                result.noise, result.score = (
+                    (x if step else start)[k][None].cpu(),
+                    s,
+                )  # untouched noise comes back as it is
             if step and not NORMAL[0] <= norm <= NORMAL[1] and not warned[k]:
                 warned[k] = True
                 message = f"at step {step} the noise's norm is {norm:.3f} of unit noise's, outside {NORMAL[0]}..{NORMAL[1]}"
@@ -316,10 +404,14 @@ def _descend(trip, start, part, mode, optimize_steps, lr, momentum, keep, rescal
             x = x * (root / x.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
 
-def gradients(trip: Trip, x: Tensor, rows: Tensor, mode: str, checkpointed: bool = True) -> tuple[Tensor, Tensor]:
+def gradients(
+    trip: Trip, x: Tensor, rows: Tensor, mode: str, checkpointed: bool = True
+) -> tuple[Tensor, Tensor]:
     """Scores (b,) of noises x (b,4,h,w) and the gradient of 1 - s in each, by `mode`; zero for "score"."""
     if mode == "full":
-        scale = 1024.0 if trip.sd.dtype == torch.float16 else 1.0  # the gradient of a cosine is lost in 16 bits
+        scale = (
+            1024.0 if trip.sd.dtype == torch.float16 else 1.0
+        )  # the gradient of a cosine is lost in 16 bits
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             s = cosine(leaf, trip(leaf, rows, checkpointed))
@@ -351,8 +443,17 @@ class Inversion:
 
 @torch.no_grad()
 def invert_picture(
-    sd, picture: Image.Image, prompt: str = "", *, negative_prompt: str = "", steps: int = 50, guidance_scale: float = 1.0,
-    guidance_invert: float = 1.0, iterations: int = 0, height: int | None = None, width: int | None = None,
+    sd,
+    picture: Image.Image,
+    prompt: str = "",
+    *,
+    negative_prompt: str = "",
+    steps: int = 50,
+    guidance_scale: float = 1.0,
+    guidance_invert: float = 1.0,
+    iterations: int = 0,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Inversion:
     """A picture, cut and scaled to height x width pixels -> the noise that makes it, and its reconstruction, both by DDIM.
 
@@ -366,7 +467,14 @@ def invert_picture(
     if iterations < 0:
         raise ValueError(f"iterations must be 0 or more, not {iterations}")
     picture = image.fit(picture, width, height)
-    trip = Trip(sd, prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale, guidance_invert=guidance_invert)
+    trip = Trip(
+        sd,
+        prompt,
+        negative_prompt=negative_prompt,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_invert=guidance_invert,
+    )
     row = torch.zeros(1, dtype=torch.long)
     with counted(sd.unet) as rows:
         latents = sd.encode(picture).to(trip.wide)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from minsd.noise.initial import draw
-
+from .random import randn_like
 from .schedule import Schedule
 
 
@@ -47,7 +46,7 @@ def sample(
         else:
             sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
             x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
-            x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + sigma * draw(generator, x)
+            x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + sigma * randn_like(generator, x)
         yield i, t, x
 
 

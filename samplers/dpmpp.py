@@ -10,7 +10,9 @@ import math
 from .schedule import to_x, to_y
 
 
-def sample(predict, x, schedule, steps, *, karras=False, init=None, start=0, generator=None, refine=None, final=None):
+def sample(
+    predict, x, schedule, steps, *, karras=False, init=None, start=0, generator=None, refine=None, final=None
+):
     """Unit noise x (B,4,h,w) -> latents. First order at the first step and at the last where it ends at sigma 0 or the
     run is shorter than 15 steps: extrapolation would not be stable there. `karras` spaces the levels closer together
     where there is little noise (`Schedule.karras_timesteps`)."""
@@ -26,7 +28,9 @@ def sample(predict, x, schedule, steps, *, karras=False, init=None, start=0, gen
         clean = y - s * predict(x, t)
         d, last = clean, i == len(timesteps) - 1
         if before is not None and not (last and (s_next == 0 or steps < 15)):
-            r = math.log(sigmas[i - 1] / s) / math.log(s / s_next)  # the step before against this one, in lambda
+            r = math.log(sigmas[i - 1] / s) / math.log(
+                s / s_next
+            )  # the step before against this one, in lambda
             d = clean + (clean - before) / (2 * r)
         x = to_x(s_next / s * y + (1 - s_next / s) * d, s_next)
         before = clean

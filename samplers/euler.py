@@ -1,8 +1,7 @@
 """Euler's rule for dy/dsigma = eps, plain and ancestral (Karras et al. 2022, algorithm 1 without its second half;
 ancestral steps as in Song et al. 2021, written in sigma). The variables are explained in `samplers/__init__.py`."""
 
-from minsd.noise.initial import draw
-
+from .random import randn_like
 from .schedule import to_x, to_y
 
 
@@ -19,7 +18,9 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
         yield i, t, x
 
 
-def sample_ancestral(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
+def sample_ancestral(
+    predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None
+):
     """As `sample`, but each step goes further down and climbs back with fresh noise from `generator`, one an image."""
     timesteps = schedule.timesteps(steps, fractional=True)[start:]
     sigmas = schedule.sigmas(timesteps, final)
@@ -32,6 +33,6 @@ def sample_ancestral(predict, x, schedule, steps, *, init=None, start=0, generat
             x = refine(i, t, x)
         y = to_y(x, s) + (down - s) * predict(x, t)
         if up > 0:
-            y = y + up * draw(generator, x)
+            y = y + up * randn_like(generator, x)
         x = to_x(y, s_next)
         yield i, t, x

@@ -1,6 +1,6 @@
 """Sampling of latent consistency models (Luo et al. 2023, algorithm 3): jump to the clean latents, add noise, jump again."""
 
-from minsd.noise.initial import draw
+from .random import randn_like
 
 TRAINED_STEPS = 50  # the DDIM grid that consistency models are distilled on
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of the boundary condition, as distilled
@@ -10,7 +10,9 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
     """Unit noise x (B,4,h,w) -> latents, in 1 to 50 steps (made for 1 to 8); draws from `generator`, one an image. It
     always ends at the clean latents."""
     if final not in (None, "zero"):
-        raise ValueError(f"the lcm sampler ends at the clean latents: final must be 'zero' or left out, not {final!r}")
+        raise ValueError(
+            f"the lcm sampler ends at the clean latents: final must be 'zero' or left out, not {final!r}"
+        )
     if not 1 <= steps <= TRAINED_STEPS:
         raise ValueError(f"the lcm sampler takes 1 to {TRAINED_STEPS} steps, not {steps}")
     stride = schedule.config.num_train_timesteps // TRAINED_STEPS
@@ -27,5 +29,5 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
         skip, out = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
         clean = skip * x + out * clean
         b = schedule.abar(timesteps[i + 1]) if i + 1 < len(timesteps) else 1.0
-        x = b**0.5 * clean + (1 - b) ** 0.5 * draw(generator, x) if b < 1 else clean
+        x = b**0.5 * clean + (1 - b) ** 0.5 * randn_like(generator, x) if b < 1 else clean
         yield i, t, x

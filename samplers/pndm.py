@@ -29,6 +29,10 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
                 eps = (23 * past[-1] - 16 * past[-2] + 5 * past[-3]) / 12
             elif len(past) == 4:
                 eps = (55 * past[-1] - 59 * past[-2] + 37 * past[-3] - 9 * past[-4]) / 24
-        a, b = (schedule.abar(t + stride), schedule.abar(t)) if i == 1 else (schedule.abar(t), schedule.abar_below(t, steps, final))
+        a, b = (
+            (schedule.abar(t + stride), schedule.abar(t))
+            if i == 1
+            else (schedule.abar(t), schedule.abar_below(t, steps, final))
+        )
         x = step(x, eps, a, b)
         yield i, t, x

@@ -18,14 +18,18 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig):
         self.config, self.prediction_type, n = config, config.prediction_type, config.num_train_timesteps
-        if config.beta_schedule == "scaled_linear":  # linear in sqrt(beta): what every Stable Diffusion was trained on
+        if (
+            config.beta_schedule == "scaled_linear"
+        ):  # linear in sqrt(beta): what every Stable Diffusion was trained on
             betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, n) ** 2
         elif config.beta_schedule == "linear":
             betas = torch.linspace(config.beta_start, config.beta_end, n)
         else:
             raise ValueError(f"beta_schedule {config.beta_schedule!r} is not known: scaled_linear or linear")
         if config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type {config.prediction_type!r} is not known: epsilon or v_prediction")
+            raise ValueError(
+                f"prediction_type {config.prediction_type!r} is not known: epsilon or v_prediction"
+            )
         self.betas = betas  # (1000,)
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)  # (1000,)
         self._abar = self.alphas_cumprod.double().tolist()
@@ -93,7 +97,9 @@ class Schedule:
         if spacing == "leading":
             timesteps = [i * (n // steps) + self.config.steps_offset for i in range(steps)][::-1]
             if timesteps[0] >= n:
-                raise ValueError(f"{steps} steps at leading spacing begin beyond the last timestep, {n - 1}: take fewer")
+                raise ValueError(
+                    f"{steps} steps at leading spacing begin beyond the last timestep, {n - 1}: take fewer"
+                )
             return timesteps
         if spacing == "linspace":
             timesteps = [(n - 1) * i / max(steps - 1, 1) for i in range(steps)][::-1]

@@ -14,13 +14,19 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
     timesteps = schedule.solver_timesteps(steps)[start:]
     sigmas = schedule.sigmas(timesteps, final)
     x = schedule.begin(init, x, timesteps[0])
-    y_last, clean, before = None, None, None  # where the last step began, the clean pictures predicted there and earlier
+    y_last, clean, before = (
+        None,
+        None,
+        None,
+    )  # where the last step began, the clean pictures predicted there and earlier
     for i, t in enumerate(timesteps):
         s, s_next = sigmas[i], sigmas[i + 1]
         y_refined = 0
         if refine is not None:
             refined = refine(i, t, x)
-            y_refined = to_y(refined - x, s)  # what it changed; the corrector below starts from the step's beginning
+            y_refined = to_y(
+                refined - x, s
+            )  # what it changed; the corrector below starts from the step's beginning
             x = refined
         now = to_y(x, s) - s * predict(x, t)
         y = to_y(x, s)

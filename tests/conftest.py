@@ -34,24 +34,48 @@ def small_pipeline(tokenizer_folder, prediction_type="epsilon", sd2=False):
     if sd2:
         tokenizer.pad_token = "!"  # id 0
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=16,
+        sample_size=16,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=16,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=(2, 4, 4) if sd2 else 4, use_linear_projection=sd2,
+        cross_attention_dim=32,
+        attention_head_dim=(2, 4, 4) if sd2 else 4,
+        use_linear_projection=sd2,
     )
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        hidden_act="gelu" if sd2 else "quick_gelu", bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    ))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            hidden_act="gelu" if sd2 else "quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction_type,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
     )
-    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +131,15 @@ def tiny(small):
     """Four levels as in Stable Diffusion, random, in float64; its attention is sharpened so that texts matter."""
     torch.manual_seed(1)
     sd = copy.copy(small)
-    sd.unet = UNet(UNetConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, num_heads=(2,) * 4, context_dim=32, norm_groups=4))
+    sd.unet = UNet(
+        UNetConfig(
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            num_heads=(2,) * 4,
+            context_dim=32,
+            norm_groups=4,
+        )
+    )
     sd.unet.requires_grad_(False).double()
     for name, weight in sd.unet.named_parameters():
         if "attn2.to" in name and weight.ndim == 2:

@@ -29,24 +29,43 @@ def clip(tmp_path_factory, shapes_folder):
     """A random CLIPModel and its processor, saved by transformers itself."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    folder, tokenizer = tmp_path_factory.mktemp("clip"), AutoTokenizer.from_pretrained(shapes_folder / "tokenizer")
+    folder, tokenizer = (
+        tmp_path_factory.mktemp("clip"),
+        AutoTokenizer.from_pretrained(shapes_folder / "tokenizer"),
+    )
     torch.manual_seed(0)
-    tokens = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(text_config={**sizes, **tokens}, vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=16)
+    config = CLIPConfig(
+        text_config={**sizes, **tokens},
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
     CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
+    ).save_pretrained(folder)
     return folder
 
 
 def test_the_sets_of_prompts():
     sets = {name: alignment.attend_and_excite(name) for name in ("animals", "animals-objects", "objects")}
-    assert [len(set(prompts)) for prompts in sets.values()] == [66, 144, 66] == [math.comb(12, 2), 12 * 12, math.comb(12, 2)]
+    assert (
+        [len(set(prompts)) for prompts in sets.values()]
+        == [66, 144, 66]
+        == [math.comb(12, 2), 12 * 12, math.comb(12, 2)]
+    )
     assert sets["animals"][0] == "a cat and a dog" and "an elephant and a rabbit" in sets["animals"]
     for name in ("animals-objects", "objects"):
         for prompt in sets[name]:
             halves = [half.split() for half in prompt.split(" and ")]
-            assert len(halves) == 2 and halves[1][-2] in alignment.COLOURS and halves[1][-1] in alignment.OBJECTS
+            assert (
+                len(halves) == 2 and halves[1][-2] in alignment.COLOURS and halves[1][-1] in alignment.OBJECTS
+            )
             for half in halves:  # its article, but glasses take none
                 assert (half[0] in ("a", "an")) == (half[-1] != "glasses")
                 assert half[0] not in ("a", "an") or (half[0] == "an") == (half[1][0] in "aeiou")
@@ -69,8 +88,29 @@ def test_similarities_of_a_checkpoint(monkeypatch, tmp_path, clip, small_folder)
     monkeypatch.setattr(alignment, "draw", kept)
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     (tmp_path / "p.txt").write_text("\n".join([*prompts, ""]))
-    run(monkeypatch, "--model", small_folder, "--prompts", tmp_path / "p.txt", "--seeds", 1, "--steps", 2, "--methods", "plain", "select",
-        "--clip", clip, "--pickscore", clip, "--device", "cpu", "--sheets", tmp_path, "--csv")
+    run(
+        monkeypatch,
+        "--model",
+        small_folder,
+        "--prompts",
+        tmp_path / "p.txt",
+        "--seeds",
+        1,
+        "--steps",
+        2,
+        "--methods",
+        "plain",
+        "select",
+        "--clip",
+        clip,
+        "--pickscore",
+        clip,
+        "--device",
+        "cpu",
+        "--sheets",
+        tmp_path,
+        "--csv",
+    )
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
 
     def cosine(picture, text):
@@ -78,7 +118,11 @@ def test_similarities_of_a_checkpoint(monkeypatch, tmp_path, clip, small_folder)
             return features if torch.is_tensor(features) else features.pooler_output
 
         with torch.no_grad():
-            a = pooled(model.get_image_features(processor.image_processor(picture, return_tensors="pt")["pixel_values"]))
+            a = pooled(
+                model.get_image_features(
+                    processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+                )
+            )
             b = pooled(model.get_text_features(**processor.tokenizer(text, return_tensors="pt")))
         return torch.cosine_similarity(a, b).item()
 
@@ -88,19 +132,26 @@ def test_similarities_of_a_checkpoint(monkeypatch, tmp_path, clip, small_folder)
     for method, row in rows.items():
         pictures = drawn[method][0]
         full = [cosine(*pair) for pair in zip(pictures, prompts)]
-        least = [min(cosine(p, half) for half in prompt.split(" and ")) for p, prompt in zip(pictures, prompts)]
+        least = [
+            min(cosine(p, half) for half in prompt.split(" and ")) for p, prompt in zip(pictures, prompts)
+        ]
         assert float(row["clip"]) == pytest.approx(np.mean(full), abs=2e-4)
         assert float(row["clip_least_half"]) == pytest.approx(np.mean(least), abs=2e-4)
-        assert float(row["pickscore"]) == pytest.approx(model.logit_scale.exp().item() * np.mean(full), abs=5e-3)
+        assert float(row["pickscore"]) == pytest.approx(
+            model.logit_scale.exp().item() * np.mean(full), abs=5e-3
+        )
     # Five looks an image more, then two guided steps each.
     assert [float(rows[m]["unet_rows"]) for m in rows] == [4, 4 + alignment.CANDIDATES]
     assert Image.open(tmp_path / "alignment-p.png").width > 2 * 256
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "is no CLIPModel"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is no CLIPModel"),
+    ],
+)
 def test_missing_files_are_one_line(tmp_path, clip, spoil, message):
     for file in clip.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -118,6 +169,7 @@ def test_a_missing_prompts_file_is_one_line(monkeypatch, capsys, tmp_path):
 
 def test_a_gain_is_paired():
     """60 pictures, 12 repaired and 3 broken: the interval is that of the mean of +1, 0 and -1, not of two independent rates."""
+
     class Verdict:
         def __init__(self, right):
             self.no_neglect = right

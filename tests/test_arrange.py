@@ -25,7 +25,9 @@ def shares(sd, prompt, word, z, t, pixels):
     record = AttentionRecorder(only=True)
     with torch.no_grad():
         sd.unet(z, t, sd.encode_prompt(prompt), record=record)
-    words = (100 * record.cross[0, ..., 1:76]).softmax(-1)[..., sd.text.positions(prompt, word)[0] - 1].numpy()
+    words = (
+        (100 * record.cross[0, ..., 1:76]).softmax(-1)[..., sd.text.positions(prompt, word)[0] - 1].numpy()
+    )
     side = np.exp(-1.0)
     kernel = np.array([side, 1, side]) / (1 + 2 * side)
     smooth = scipy.ndimage.correlate(words, np.outer(kernel, kernel), mode="mirror")
@@ -38,8 +40,12 @@ def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeyp
     lay = make("a park", (A, [0, 64, 64, 128]), (B, [64, 0, 128, 64]))
     seeds, t, rows = [5, 9, 2, 7], tiny.schedule.timesteps(10)[0], []
     given = noise(seeds, (4, 16, 16))
-    expected = np.array([[shares(tiny, r.prompt, word, z[None].double(), t, r.pixels) for z in given]
-                         for r, word in zip(lay.regions, ("circle", "square"))])
+    expected = np.array(
+        [
+            [shares(tiny, r.prompt, word, z[None].double(), t, r.pixels) for z in given]
+            for r, word in zip(lay.regions, ("circle", "square"))
+        ]
+    )
     handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     found = arrange.arrange(tiny, lay, seeds, steps=10)
     handle.remove()
@@ -54,10 +60,14 @@ def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeyp
     again = arrange.arrange(tiny, lay, given, steps=10)
     assert again.chosen == best and torch.equal(again.noise, found.noise)
     whole = [0, 0, 128, 128]
-    nested = make("a park", (A, [0, 0, 32, 32]), (B, whole), ("a green star", whole, {"weight": 0.5}))  # heaviest, then smallest on top
+    nested = make(
+        "a park", (A, [0, 0, 32, 32]), (B, whole), ("a green star", whole, {"weight": 0.5})
+    )  # heaviest, then smallest on top
     found = arrange.arrange(tiny, nested, given, steps=10)
     _, a, b, _ = (given[k] for k in found.chosen)
-    assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4]) and torch.equal(found.noise[0, :, 4:], b[:, 4:])
+    assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4]) and torch.equal(
+        found.noise[0, :, 4:], b[:, 4:]
+    )
 
 
 def test_captioned_shapes_land_in_their_boxes(shapes):
@@ -71,14 +81,24 @@ def test_captioned_shapes_land_in_their_boxes(shapes):
     ):
         captions = [f"a {s}" for s in subjects]
         lay = make("a picture", *zip(captions, boxes))
-        runs = {"plain": (shapes.guided(" and ".join(captions)), noise([0], (4, 16, 16))),
-                "collage": (collage.predictor(shapes, lay, guidance_scale=5.0), arrange.arrange(shapes, lay, range(24), steps=12).noise)}
+        runs = {
+            "plain": (shapes.guided(" and ".join(captions)), noise([0], (4, 16, 16))),
+            "collage": (
+                collage.predictor(shapes, lay, guidance_scale=5.0),
+                arrange.arrange(shapes, lay, range(24), steps=12).noise,
+            ),
+        }
         for name, (predict, start) in runs.items():
             found = detector.find(shapes.decode(shapes.denoise(predict, start, steps=12))[0])
             for subject, region in zip(subjects, lay.regions):
                 x0, y0, x1, y1 = region.bounds
-                right[name] += any(f.whole and f"{f.colours[0]} {f.shape}" == subject and x0 <= f.centre[0] < x1 and y0 <= f.centre[1] < y1
-                                   for f in found)
+                right[name] += any(
+                    f.whole
+                    and f"{f.colours[0]} {f.shape}" == subject
+                    and x0 <= f.centre[0] < x1
+                    and y0 <= f.centre[1] < y1
+                    for f in found
+                )
     assert right["collage"] >= 7 and right["plain"] <= 5, right  # of 8 boxes: 8 and 3 when this was written
 
 
@@ -86,9 +106,14 @@ def test_what_cannot_be_arranged(tiny):
     rows = []
     handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: rows.append(1))
     for lay, candidates, message in (
-        (make(A, ("", [0, 0, 64, 128])), [0], "region 1: the prompt '' names nothing to attend to"), (make(A), [0], "without regions"),
+        (make(A, ("", [0, 0, 64, 128])), [0], "region 1: the prompt '' names nothing to attend to"),
+        (make(A), [0], "without regions"),
         (make(A, (B, [0, 0, 64, 128])), [], "at least one"),
-        (make(A, (B, [0, 0, 64, 128])), noise([0], (4, 8, 16)), r"noises \(K,4,16,16\), at least one, not of shape \(1, 4, 8, 16\)"),
+        (
+            make(A, (B, [0, 0, 64, 128])),
+            noise([0], (4, 8, 16)),
+            r"noises \(K,4,16,16\), at least one, not of shape \(1, 4, 8, 16\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             arrange.arrange(tiny, lay, candidates)

@@ -27,7 +27,9 @@ def relative(a, b):
 def make(prompt, *regions, negative="", width=128, height=128):
     """A layout of (caption, box) or (caption, box, more)."""
     listed = [{"prompt": r[0], "box": r[1], **(r[2] if len(r) > 2 else {})} for r in regions]
-    return layout.load({"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "regions": listed})
+    return layout.load(
+        {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "regions": listed}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,10 @@ def row_by_row(sd, x, t, lay, cells, g, weight=0.1):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_collages_that_are_plain_sampling(tiny, x, dtype, limit, prediction_type):
     sd, x = copy.copy(tiny), x.to(dtype)
-    sd.unet, sd.schedule = copy.deepcopy(tiny.unet).to(dtype), Schedule(ScheduleConfig(prediction_type=prediction_type))
+    sd.unet, sd.schedule = (
+        copy.deepcopy(tiny.unet).to(dtype),
+        Schedule(ScheduleConfig(prediction_type=prediction_type)),
+    )
     a, b = plain(sd, A, "blurry")(x, T), plain(sd, B, "blurry")(x, T)
     assert relative(a, b) > 1e-2  # texts matter, or nothing would be tested
     for lay, options, expected in (
@@ -96,19 +101,30 @@ def test_merge_weights():
     assert m[:, 3, 3].tolist() == [1, 0, 0]
     rng = np.random.default_rng(0)
     assert np.allclose(collage.merge_weights(rng.random((5, 9, 7)), rng.random(6)).sum(0), 1, atol=1e-12)
-    with pytest.raises(ValueError, match=r"no region covers 37.5 % of the picture, and background_weight is 0"):
+    with pytest.raises(
+        ValueError, match=r"no region covers 37.5 % of the picture, and background_weight is 0"
+    ):
         collage.merge_weights(fill, [0, 1, 1])
     assert np.allclose(collage.merge_weights(np.ones((1, 4, 4)), [0, 1])[1], 1)
 
 
 def test_regions_in_any_order(tiny, x):
-    regions = [(A, LEFT), (B, [32, 32, 128, 96], {"weight": 2}), ("a green star", [8, 0, 120, 40], {"negative_prompt": "a heart"})]
-    results = [collage.predictor(tiny, make("a park", *order), background_drop=0)(x, T) for order in itertools.permutations(regions)]
+    regions = [
+        (A, LEFT),
+        (B, [32, 32, 128, 96], {"weight": 2}),
+        ("a green star", [8, 0, 120, 40], {"negative_prompt": "a heart"}),
+    ]
+    results = [
+        collage.predictor(tiny, make("a park", *order), background_drop=0)(x, T)
+        for order in itertools.permutations(regions)
+    ]
     assert all(relative(other, results[0]) < 1e-10 for other in results[1:])
 
 
 def test_a_caption_has_no_effect_where_its_region_has_no_weight(tiny, x):
-    one, other = (collage.predictor(tiny, make(A, (caption, LEFT), ("a green star", RIGHT)))(x, T) for caption in (A, B))
+    one, other = (
+        collage.predictor(tiny, make(A, (caption, LEFT), ("a green star", RIGHT)))(x, T) for caption in (A, B)
+    )
     assert torch.equal(one[..., 8:], other[..., 8:])
     assert relative(one[..., :8], other[..., :8]) > 1e-3
 
@@ -124,35 +140,50 @@ def test_fused_region_attention_is_attention_of_gathered_rows(tiny, x, monkeypat
         for b, text in itertools.product(range(len(q)), range(k.shape[1])):
             rows = region[b] == text
             if rows.any():
-                out[b, rows] = attention(q[b : b + 1, rows], k[b : b + 1, text], v[b : b + 1, text], **rest)[0][0]
+                out[b, rows] = attention(q[b : b + 1, rows], k[b : b + 1, text], v[b : b + 1, text], **rest)[
+                    0
+                ][0]
         return out, None
 
     monkeypatch.setattr(Attention, "attend", staticmethod(gathered))
     assert relative(predict(x, T), fused) < 1e-10
 
 
-@pytest.mark.parametrize(("lay", "options", "rows"), [
-    (make(A, (A, LEFT), (B, RIGHT)), {}, 4),  # N + 2
-    (make(A, (A, LEFT), (B, RIGHT)), {"guidance_scale": 1}, 3),
-    (make(A, (A, LEFT), (B, RIGHT, {"negative_prompt": "a heart"})), {}, 6),  # 2 (N + 1)
-    (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {}, 6),  # cells that look at nothing are without the negative prompt too
-    (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"background_drop": 0}, 4),
-    (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"pad": 0.1}, 6),
-    (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"pad": 5.0}, 4),  # so wide that no cell is left to look at nothing
-    (make(A, (A, LEFT), (B, RIGHT)), {"attention_only": True}, 2),
-    (make(A, (A, LEFT), (B, RIGHT)), {"attention_only": True, "guidance_scale": 1}, 1),
-    (make(A), {}, 2),
-    (make(A, (A, LEFT), (B, RIGHT)), {"masked": False}, 4),
-    (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"masked": False}, 4),  # no cell looks at nothing
-    (make(A, (A, LEFT), (B, RIGHT)), {"tell": lambda passes: None}, 6),  # who knows what each row is told
-    (make(A), {"tell": lambda passes: None}, 2),
-])
+@pytest.mark.parametrize(
+    ("lay", "options", "rows"),
+    [
+        (make(A, (A, LEFT), (B, RIGHT)), {}, 4),  # N + 2
+        (make(A, (A, LEFT), (B, RIGHT)), {"guidance_scale": 1}, 3),
+        (make(A, (A, LEFT), (B, RIGHT, {"negative_prompt": "a heart"})), {}, 6),  # 2 (N + 1)
+        (
+            make(A, (A, LEFT), (B, RIGHT), negative="blurry"),
+            {},
+            6,
+        ),  # cells that look at nothing are without the negative prompt too
+        (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"background_drop": 0}, 4),
+        (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"pad": 0.1}, 6),
+        (
+            make(A, (A, LEFT), (B, RIGHT), negative="blurry"),
+            {"pad": 5.0},
+            4,
+        ),  # so wide that no cell is left to look at nothing
+        (make(A, (A, LEFT), (B, RIGHT)), {"attention_only": True}, 2),
+        (make(A, (A, LEFT), (B, RIGHT)), {"attention_only": True, "guidance_scale": 1}, 1),
+        (make(A), {}, 2),
+        (make(A, (A, LEFT), (B, RIGHT)), {"masked": False}, 4),
+        (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"masked": False}, 4),  # no cell looks at nothing
+        (make(A, (A, LEFT), (B, RIGHT)), {"tell": lambda passes: None}, 6),  # who knows what each row is told
+        (make(A), {"tell": lambda passes: None}, 2),
+    ],
+)
 def test_rows_of_a_step(tiny, x, lay, options, rows):
     calls = []
     handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     steps = list(SAMPLERS["unipc"](collage.predictor(tiny, lay, **options), x, tiny.schedule, 3))
     handle.remove()
-    assert calls == [2 * rows] * 3 and len(steps) == 3  # one batch a step for both images; one step of the sampler each
+    assert (
+        calls == [2 * rows] * 3 and len(steps) == 3
+    )  # one batch a step for both images; one step of the sampler each
 
 
 # --- the whole against its definition --------------------------------------------------------------------------------
@@ -166,18 +197,27 @@ def test_against_one_row_at_a_time(tiny, x, negatives, prediction_type, drop):
     sd = copy.copy(tiny)
     sd.schedule = Schedule(ScheduleConfig(prediction_type=prediction_type))
     boxes = [[0, 64, 64, 128], [0, 0, 128, 64]]
-    lay = make("a park", (A, boxes[0]), (B, boxes[1], {"weight": 3, "negative_prompt": negatives[1]}), negative=negatives[0])
+    lay = make(
+        "a park",
+        (A, boxes[0]),
+        (B, boxes[1], {"weight": 3, "negative_prompt": negatives[1]}),
+        negative=negatives[0],
+    )
 
     def cells(k, grid):
         where = torch.zeros(grid, dtype=torch.long)
         if k:
             where += 2 if drop else 1
-            x0, y0, x1, y1 = (v * grid[0] // 128 for v in boxes[k - 1])  # the boxes consist of whole cells at every level
+            x0, y0, x1, y1 = (
+                v * grid[0] // 128 for v in boxes[k - 1]
+            )  # the boxes consist of whole cells at every level
             where[y0:y1, x0:x1] = 0
         return where
 
     expected = row_by_row(sd, x[:1], T, lay, cells, 5.0, 0.2)
-    ours = collage.predictor(sd, lay, guidance_scale=5.0, background_weight=0.2, background_drop=drop)(x[:1], T)
+    ours = collage.predictor(sd, lay, guidance_scale=5.0, background_weight=0.2, background_drop=drop)(
+        x[:1], T
+    )
     assert relative(ours, expected) < 1e-10
 
 
@@ -196,7 +236,9 @@ def test_every_row_s_pass_is_told_before_each_run(tiny, x, monkeypatch, masked):
     monkeypatch.setattr(collage, "ROWS_AT_ONCE", 5 * 256)
     told, seen = [], []
     handles = [
-        tiny.text.model.register_forward_pre_hook(lambda m, args: seen.append(("text", len(args[0]), told[-1]))),
+        tiny.text.model.register_forward_pre_hook(
+            lambda m, args: seen.append(("text", len(args[0]), told[-1]))
+        ),
         tiny.unet.register_forward_pre_hook(lambda m, args: seen.append(("unet", len(args[0]), told[-1]))),
     ]
     lay = make("a park", (A, LEFT), (B, RIGHT))
@@ -212,7 +254,12 @@ def test_every_row_s_pass_is_told_before_each_run(tiny, x, monkeypatch, masked):
 
 def test_attention_only_takes_each_cell_s_own_text(tiny, x):
     """Where regions overlap, the heaviest; of equals the smallest. Elsewhere the picture's caption."""
-    lay = make("a park", (A, [64, 64, 128, 128]), (B, [0, 64, 128, 128]), ("a heart", [64, 64, 128, 128], {"weight": 0.5}))
+    lay = make(
+        "a park",
+        (A, [64, 64, 128, 128]),
+        (B, [0, 64, 128, 128]),
+        ("a heart", [64, 64, 128, 128], {"weight": 0.5}),
+    )
     predict = collage.predictor(tiny, lay, attention_only=True, guidance_scale=3.0)
     texts, region = tiny.encode_prompt(["a park", A, B])[None], {}
     for grid in tiny.unet.grids((16, 16)):
@@ -267,7 +314,9 @@ def test_any_sampler_and_an_odd_size(tiny, ladder):
     lay = make(A, (B, [0, 0, 100, 40]), ("a green star", [60, 20, 200, 72]), width=200, height=72)
     z = noise([1], (4, 9, 25)).double()
     for name in SAMPLERS:
-        out = tiny.denoise(collage.predictor(tiny, lay, ladder=ladder, seed=1), z, seeds=[1], steps=3, sampler=name)
+        out = tiny.denoise(
+            collage.predictor(tiny, lay, ladder=ladder, seed=1), z, seeds=[1], steps=3, sampler=name
+        )
         assert out.shape == z.shape and out.isfinite().all()
 
 
@@ -313,8 +362,13 @@ def test_compat_in_the_network(tiny):
     coarse = full[::8, ::8]
     expected = [full, full[::2, ::2], full[::4, ::4], coarse]
     expected += [coarse.repeat_interleave(n, 0).repeat_interleave(n, 1) for n in (2, 2, 4, 4, 8, 8)]
-    hooks = [m.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["region"][-1]), with_kwargs=True)
-             for m in tiny.unet.modules() if isinstance(m, Attention) and m.is_cross]
+    hooks = [
+        m.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["region"][-1]), with_kwargs=True
+        )
+        for m in tiny.unet.modules()
+        if isinstance(m, Attention) and m.is_cross
+    ]
     predict = collage.predictor(tiny, lay, ladder="compat")
     z = noise([0], (4, 32, 32)).double()
     for _ in range(2):
@@ -329,21 +383,24 @@ def test_compat_in_the_network(tiny):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"background_weight": 0}, "no region covers 50.0 % of the picture, and background_weight is 0"),
-    ({"background_weight": -1}, "background_weight must be 0 or more"),
-    ({"background_drop": 1.5}, "background_drop must be from 0 to 1"),
-    ({"pad": -1}, "pad must be 0 or more"),
-    ({"ladder": "steps"}, "choose from direct, compat"),
-    ({"guidance_scale": float("nan")}, "guidance_scale must be a number"),
-    ({"seed": -1}, "whole numbers from 0"),
-    ({"seed": []}, "whole numbers from 0"),
-    ({"attention_only": True, "masked": False}, "attention_only is one pass"),
-    ({"crop_margin": -0.1}, "crop_margin must be 0 or more"),
-    ({"crop_margin": float("inf")}, "crop_margin must be 0 or more"),
-    ({"crop_margin": 0, "attention_only": True}, "crop_margin goes neither with"),
-    ({"crop_margin": 0, "ladder": "compat"}, "crop_margin goes neither with"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"background_weight": 0}, "no region covers 50.0 % of the picture, and background_weight is 0"),
+        ({"background_weight": -1}, "background_weight must be 0 or more"),
+        ({"background_drop": 1.5}, "background_drop must be from 0 to 1"),
+        ({"pad": -1}, "pad must be 0 or more"),
+        ({"ladder": "steps"}, "choose from direct, compat"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number"),
+        ({"seed": -1}, "whole numbers from 0"),
+        ({"seed": []}, "whole numbers from 0"),
+        ({"attention_only": True, "masked": False}, "attention_only is one pass"),
+        ({"crop_margin": -0.1}, "crop_margin must be 0 or more"),
+        ({"crop_margin": float("inf")}, "crop_margin must be 0 or more"),
+        ({"crop_margin": 0, "attention_only": True}, "crop_margin goes neither with"),
+        ({"crop_margin": 0, "ladder": "compat"}, "crop_margin goes neither with"),
+    ],
+)
 def test_mistakes(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         collage.predictor(tiny, make(A, (B, LEFT)), **options)
@@ -365,4 +422,6 @@ def test_what_does_not_fit(tiny, x):
 def test_a_layout_without_a_size_takes_the_model_s(tiny, x):
     open_size = layout.load({"prompt": A, "regions": [{"prompt": B, "box": [0, 0, 0.5, 1]}]})
     assert tiny.config.size == 128
-    assert torch.equal(collage.predictor(tiny, open_size)(x, T), collage.predictor(tiny, make(A, (B, LEFT)))(x, T))
+    assert torch.equal(
+        collage.predictor(tiny, open_size)(x, T), collage.predictor(tiny, make(A, (B, LEFT)))(x, T)
+    )

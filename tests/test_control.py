@@ -14,11 +14,11 @@ import minsd
 from minsd import guidance
 from minsd.config import ScheduleConfig
 from minsd.controlnet import Control, Controlled, ControlNet
-from minsd.noise import collage, control, layout
+from minsd.noise import collage, collage_control, layout
 from minsd.noise.initial import noise
 from minsd.samplers.schedule import Schedule
 from minsd.weights import lora
-from minsd.weights.control import load_controlnet
+from minsd.weights.controlnet import load_controlnet
 from minsd.weights.shapes import data, detector, extras
 
 
@@ -27,7 +27,10 @@ def sd(small):
     import copy
 
     sd = copy.copy(small)
-    sd.unet, sd.schedule = copy.deepcopy(small.unet).double(), Schedule(ScheduleConfig(prediction_type="v_prediction"))
+    sd.unet, sd.schedule = (
+        copy.deepcopy(small.unet).double(),
+        Schedule(ScheduleConfig(prediction_type="v_prediction")),
+    )
     return sd
 
 
@@ -41,8 +44,12 @@ def net(sd):
 
 
 def made(*boxes, **more):
-    regions = [{"prompt": text, "box": box, **more} for text, box in zip(("a red circle", "a blue square"), boxes)]
-    return layout.load({"prompt": "two shapes", "negative_prompt": "green", "width": 128, "height": 96, "regions": regions})
+    regions = [
+        {"prompt": text, "box": box, **more} for text, box in zip(("a red circle", "a blue square"), boxes)
+    ]
+    return layout.load(
+        {"prompt": "two shapes", "negative_prompt": "green", "width": 128, "height": 96, "regions": regions}
+    )
 
 
 def sized(lay):
@@ -66,7 +73,11 @@ def one_by_one(sd, net, lay, x, t, crop, g=4.0, scales=SCALES, adapted=lambda k:
         if crop in (None, "collage"):
             x0, y0, x1, y1 = 0, 0, w, h
         elif crop == 0.25:
-            x0, y0, x1, y1 = {(0, 0, 8, 12): (0, 0, 10, 12), (7, 2, 14, 10): (5, 0, 16, 12), (0, 0, 16, 12): (0, 0, 16, 12)}[x0, y0, x1, y1]
+            x0, y0, x1, y1 = {
+                (0, 0, 8, 12): (0, 0, 10, 12),
+                (7, 2, 14, 10): (5, 0, 16, 12),
+                (0, 0, 16, 12): (0, 0, 16, 12),
+            }[x0, y0, x1, y1]
         cut = (slice(None), slice(None), slice(y0, y1), slice(x0, x1))
         picture = PICTURES[k : k + 1, :, 8 * y0 : 8 * y1, 8 * x0 : 8 * x1]
         unet, eps = Controlled(sd.unet, [Control(net, picture, scales[k])]), torch.zeros_like(x)
@@ -85,11 +96,15 @@ def relative(a, b):
 @torch.no_grad()
 def test_is_the_merge_of_single_passes(sd, net, crop):
     lay = sized(made(LEFT, RIGHT))
-    predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=crop, crop_until=0, guidance_scale=4.0)
+    predict = collage_control.predictor(
+        sd, lay, net, PICTURES, SCALES, crop_margin=crop, crop_until=0, guidance_scale=4.0
+    )
     expected = one_by_one(sd, net, lay, X, 401, crop)
     assert relative(predict(X, 401), expected) < 1e-10
     assert relative(predict(X[:1], 401), expected[:1]) < 1e-10  # another batch size, and rows split otherwise
-    off = control.predictor(sd, lay, net, PICTURES, [0.0] * 3, crop_margin=crop, crop_until=0, guidance_scale=4.0)
+    off = collage_control.predictor(
+        sd, lay, net, PICTURES, [0.0] * 3, crop_margin=crop, crop_until=0, guidance_scale=4.0
+    )
     assert relative(off(X, 401), expected) > 1e-3
 
 
@@ -100,34 +115,63 @@ def test_crops_without_a_controlnet(sd, net, crop):
     predict = collage.predictor(sd, lay, guidance_scale=4.0, crop_margin=crop, crop_until=0)
     expected = one_by_one(sd, net, lay, X, 401, crop, scales=[0.0] * 3)
     assert relative(predict(X, 401), expected) < 1e-10 and relative(predict(X[1:], 401), expected[1:]) < 1e-10
-    whole = collage.predictor(sd, lay, guidance_scale=4.0, crop_margin=5, crop_until=0)  # no further than the picture
+    whole = collage.predictor(
+        sd, lay, guidance_scale=4.0, crop_margin=5, crop_until=0
+    )  # no further than the picture
     assert relative(whole(X, 401), one_by_one(sd, net, lay, X, 401, None, scales=[0.0] * 3)) < 1e-10
 
 
 @torch.no_grad()
 def test_crops_end_where_objects_have_their_places(sd, net):
     lay = sized(made(LEFT, RIGHT))
-    for make in (collage.predictor, lambda *args, **more: control.predictor(*args, net, PICTURES, SCALES, **more)):
+    for make in (
+        collage.predictor,
+        lambda *args, **more: collage_control.predictor(*args, net, PICTURES, SCALES, **more),
+    ):
         crops, whole = (make(sd, lay, guidance_scale=4.0, crop_margin=c) for c in (0.25, None))
         assert torch.equal(crops(X, 499), whole(X, 499)) and relative(crops(X, 500), whole(X, 500)) > 1e-3
 
 
 def test_objects_lie_on_their_outlines_in_crops_too(shapes):
     """The embedded model and its ControlNet, judged by pixels: crops see the part of the outlines that is theirs."""
-    net = load_controlnet(Path(extras.__file__).parent / "extras" / "outlines", device=shapes.device, dtype=shapes.dtype)
+    net = load_controlnet(
+        Path(extras.__file__).parent / "extras" / "outlines", device=shapes.device, dtype=shapes.dtype
+    )
     right = 0
     for seed in (2, 3, 4, 7, 9, 10):
         rng = np.random.default_rng(seed)
-        objects = tuple(data.Object(*subject, *place, 0.0) for subject, place in zip(data.draw_subjects(rng, 2), data.place(rng, 2)))
+        objects = tuple(
+            data.Object(*subject, *place, 0.0)
+            for subject, place in zip(data.draw_subjects(rng, 2), data.place(rng, 2))
+        )
         reach = [1.15 * o.radius + 2 for o in objects]
-        boxes = [np.clip([o.x - r, o.y - r, o.x + r, o.y + r], 0, 128).astype(int).tolist() for o, r in zip(objects, reach)]
+        boxes = [
+            np.clip([o.x - r, o.y - r, o.x + r, o.y + r], 0, 128).astype(int).tolist()
+            for o, r in zip(objects, reach)
+        ]
         regions = [{"prompt": f"a {o.colour} {o.shape}", "box": box} for o, box in zip(objects, boxes)]
-        lay = layout.load({"prompt": " and ".join(r["prompt"] for r in regions), "width": 128, "height": 128, "regions": regions})
-        pictures = torch.from_numpy(np.array(extras.outlines(objects))).permute(2, 0, 1).expand(3, -1, -1, -1) / 255
-        predict = control.predictor(shapes, lay, net, pictures, [1.0] * 3, guidance_scale=5.0, crop_margin=0.25)
-        pixels = np.asarray(shapes.decode(shapes.denoise(predict, noise([seed], (4, 16, 16)), steps=12))[0]).astype(float)
+        lay = layout.load(
+            {
+                "prompt": " and ".join(r["prompt"] for r in regions),
+                "width": 128,
+                "height": 128,
+                "regions": regions,
+            }
+        )
+        pictures = (
+            torch.from_numpy(np.array(extras.outlines(objects))).permute(2, 0, 1).expand(3, -1, -1, -1) / 255
+        )
+        predict = collage_control.predictor(
+            shapes, lay, net, pictures, [1.0] * 3, guidance_scale=5.0, crop_margin=0.25
+        )
+        pixels = np.asarray(
+            shapes.decode(shapes.denoise(predict, noise([seed], (4, 16, 16)), steps=12))[0]
+        ).astype(float)
         for o in objects:
-            drawn, wanted = np.linalg.norm(pixels - data.COLOURS[o.colour], axis=-1) < detector.FAR, o.mask() > 0.5
+            drawn, wanted = (
+                np.linalg.norm(pixels - data.COLOURS[o.colour], axis=-1) < detector.FAR,
+                o.mask() > 0.5,
+            )
             right += (drawn & wanted).sum() > 0.7 * (drawn | wanted).sum()
     assert right >= 11  # of 12; with all of the outlines made small in every crop 8
 
@@ -144,7 +188,7 @@ def test_flex_with_whole_boxes_is_fixed(sd, net):
 def test_without_scale_it_is_a_collage_of_plain_texts(sd, net):
     """One region everywhere: M is 1/1.1 and 0.1/1.1, and pass 1 of a collage looks at its own text in every cell."""
     lay = sized(made(ALL))
-    ours = control.predictor(sd, lay, net, PICTURES[:2], [0.0, 0.0])
+    ours = collage_control.predictor(sd, lay, net, PICTURES[:2], [0.0, 0.0])
     theirs = collage.predictor(sd, lay, background_drop=0)
     assert relative(ours(X, 401), theirs(X, 401)) < 1e-10
 
@@ -153,7 +197,10 @@ def test_without_scale_it_is_a_collage_of_plain_texts(sd, net):
 def test_masked_on_request(sd, net):
     """With the region everywhere and nothing outside, masked or not is the same; with half of it, it is not."""
     for box, same in ((ALL, True), (LEFT, False)):
-        on, off = (control.predictor(sd, sized(made(box)), net, PICTURES[:2], [0.5, 1.0], masked=m)(X, 401) for m in (True, False))
+        on, off = (
+            collage_control.predictor(sd, sized(made(box)), net, PICTURES[:2], [0.5, 1.0], masked=m)(X, 401)
+            for m in (True, False)
+        )
         assert (relative(on, off) < 1e-10) == same
 
 
@@ -161,15 +208,29 @@ def test_masked_on_request(sd, net):
 def adapters(sd):
     """Two random ones, on both networks, by names that layouts use."""
     torch.manual_seed(5)
-    fused = {layer: m for m in sd.unet.modules() if isinstance(m, minsd.attention.Attention) for layer in (m.to_q, m.to_k, m.to_v)}
+    fused = {
+        layer: m
+        for m in sd.unet.modules()
+        if isinstance(m, minsd.attention.Attention)
+        for layer in (m.to_q, m.to_k, m.to_v)
+    }
     made = {}
     for name in ("one", "two"):
         parts = []
         for module in (*sd.unet.modules(), *sd.text.model.modules()):
-            if isinstance(module, torch.nn.Linear) or (isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3)):
+            if isinstance(module, torch.nn.Linear) or (
+                isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3)
+            ):
                 shape = module.weight.shape
-                down, up = torch.randn(2, *shape[1:]).double(), 0.05 * torch.randn(shape[0], 2, *[1] * (len(shape) - 2)).double()
-                parts.append(lora.Part(str(len(parts)), module, fused.get(module), down / shape[1:].numel() ** 0.5, up, 1.0))
+                down, up = (
+                    torch.randn(2, *shape[1:]).double(),
+                    0.05 * torch.randn(shape[0], 2, *[1] * (len(shape) - 2)).double(),
+                )
+                parts.append(
+                    lora.Part(
+                        str(len(parts)), module, fused.get(module), down / shape[1:].numel() ** 0.5, up, 1.0
+                    )
+                )
         made[Path(name)] = lora.LoRA(name, tuple(parts))
     return made
 
@@ -181,7 +242,13 @@ def test_each_region_has_its_own_adapters(sd, net, adapters, how):
     for the second."""
     one, two = adapters
     lay = sized(made(LEFT, RIGHT))
-    lay = replace(lay, regions=(replace(lay.regions[0], lora=((one, 0.8),)), replace(lay.regions[1], lora=((two, 0.5), (one, -0.4)))))
+    lay = replace(
+        lay,
+        regions=(
+            replace(lay.regions[0], lora=((one, 0.8),)),
+            replace(lay.regions[1], lora=((two, 0.5), (one, -0.4))),
+        ),
+    )
     weights = {0: {}, 1: {one: 0.8}, 2: {two: 0.5, one: -0.4}}
     scales = [0.0] * 3 if how == "collage" else SCALES
 
@@ -196,7 +263,9 @@ def test_each_region_has_its_own_adapters(sd, net, adapters, how):
         if how == "collage":
             predict = collage.predictor(sd, lay, guidance_scale=4.0, masked=False, tell=tell)
         else:
-            predict = control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=how, crop_until=0, guidance_scale=4.0, tell=tell)
+            predict = collage_control.predictor(
+                sd, lay, net, PICTURES, SCALES, crop_margin=how, crop_until=0, guidance_scale=4.0, tell=tell
+            )
         ours = predict(X, 401)
     assert relative(ours, expected) < 1e-6  # the text encoder is in float32
     assert relative(one_by_one(sd, net, lay, X, 401, how, scales=scales), expected) > 1e-3
@@ -225,18 +294,21 @@ def test_reading_control_images(tmp_path):
     for name, grey in (("whole", 100), ("one", 200)):
         Image.fromarray(np.full((96, 128), grey, np.uint8)).save(tmp_path / f"{name}.png")
     lay = sized(made(LEFT, RIGHT, control_image=str(tmp_path / "one.png"), control_scale=0.5))
-    pictures, scales = control.read(lay, tmp_path / "whole.png", 0.8)
+    pictures, scales = collage_control.read(lay, tmp_path / "whole.png", 0.8)
     assert pictures.shape == (3, 3, 96, 128) and scales == [0.8, 0.4, 0.4]
     assert [round(255 * p.mean().item()) for p in pictures] == [100, 200, 200]
-    assert control.read(lay)[1] == [0.0, 0.5, 0.5]  # none for the whole picture
-    assert control.read(sized(made(LEFT)), tmp_path / "whole.png")[1] == [1.0, 1.0]  # a region without takes the whole's
+    assert collage_control.read(lay)[1] == [0.0, 0.5, 0.5]  # none for the whole picture
+    assert collage_control.read(sized(made(LEFT)), tmp_path / "whole.png")[1] == [
+        1.0,
+        1.0,
+    ]  # a region without takes the whole's
     with pytest.raises(ValueError, match="needs a control image"):
-        control.read(sized(made(LEFT)))
+        collage_control.read(sized(made(LEFT)))
 
 
 def test_one_clear_line(sd, net):
     lay = sized(made(LEFT, RIGHT))
     with pytest.raises(ValueError, match="crop_margin must be 0 or more"):
-        control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=-1)
+        collage_control.predictor(sd, lay, net, PICTURES, SCALES, crop_margin=-1)
     with pytest.raises(ValueError, match="3 control images"):
-        control.predictor(sd, lay, net, PICTURES[:2], SCALES)
+        collage_control.predictor(sd, lay, net, PICTURES[:2], SCALES)

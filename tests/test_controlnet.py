@@ -16,7 +16,7 @@ import minsd
 from minsd import guidance
 from minsd.config import MODELS
 from minsd.controlnet import Control, Controlled, ControlNet, read_control_image
-from minsd.weights.control import load_controlnet
+from minsd.weights.controlnet import load_controlnet
 
 
 def relative(a, b):
@@ -26,10 +26,15 @@ def relative(a, b):
 def diffusers_controlnet(config, **more) -> ControlNetModel:
     torch.manual_seed(1)
     net = ControlNetModel(
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
         down_block_types=[("CrossAttn" if cross else "") + "DownBlock2D" for cross in config.cross_attention],
-        attention_head_dim=config.num_heads, cross_attention_dim=config.context_dim, norm_num_groups=config.norm_groups,
-        use_linear_projection=config.linear_projection, upcast_attention=config.upcast_attention, **more,
+        attention_head_dim=config.num_heads,
+        cross_attention_dim=config.context_dim,
+        norm_num_groups=config.norm_groups,
+        use_linear_projection=config.linear_projection,
+        upcast_attention=config.upcast_attention,
+        **more,
     ).eval()
     for name, p in net.named_parameters():  # convolutions that begin at zero would hide everything
         if name.startswith(("controlnet_", "controlnet_cond_embedding.conv_out")) and p.abs().max() == 0:
@@ -57,7 +62,9 @@ def test_full_size_parity():
 @pytest.fixture(scope="module")
 def net_folder(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("control") / "net"
-    diffusers_controlnet(small.config.unet, conditioning_embedding_out_channels=(8, 8, 16, 24)).save_pretrained(folder)
+    diffusers_controlnet(
+        small.config.unet, conditioning_embedding_out_channels=(8, 8, 16, 24)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -75,7 +82,9 @@ def pictures():
 
 def controlled(sd, controls, guidance_scale=5.0, seeds=(0, 1), steps=3):
     unet = Controlled(sd.unet, controls)
-    predict = guidance.classifier_free(unet, sd.encode_prompt("a red circle"), sd.encode_prompt(""), guidance_scale, sd.schedule)
+    predict = guidance.classifier_free(
+        unet, sd.encode_prompt("a red circle"), sd.encode_prompt(""), guidance_scale, sd.schedule
+    )
     return sd.denoise(predict, minsd.noise.initial.noise(seeds, (4, 16, 16)), steps=steps, sampler="ddim")
 
 
@@ -93,13 +102,21 @@ def test_pipeline_parity(small, net, net_folder, shapes_folder, pictures, more):
     pipe.set_progress_bar_config(disable=True)
     start, end = more.get("start", 0.0), more.get("end", 1.0)
     expected = pipe(
-        "a red circle", image=[pictures[:1], pictures[1:]], num_inference_steps=10, guidance_scale=5.0, output_type="latent",
-        latents=minsd.noise.initial.noise([0], (4, 16, 16)), controlnet_conditioning_scale=[0.9, 0.4],
-        control_guidance_start=[start, 0.0], control_guidance_end=[end, 1.0],
+        "a red circle",
+        image=[pictures[:1], pictures[1:]],
+        num_inference_steps=10,
+        guidance_scale=5.0,
+        output_type="latent",
+        latents=minsd.noise.initial.noise([0], (4, 16, 16)),
+        controlnet_conditioning_scale=[0.9, 0.4],
+        control_guidance_start=[start, 0.0],
+        control_guidance_end=[end, 1.0],
     ).images
     controls = [Control(net, pictures[:1], 0.9, **more), Control(net, pictures[1:], 0.4)]
     assert relative(controlled(small, controls, seeds=[0], steps=10), expected) <= 1e-4
-    assert relative(controlled(small, controls[1:], seeds=[0], steps=10), expected) > 1e-2  # the first one matters
+    assert (
+        relative(controlled(small, controls[1:], seeds=[0], steps=10), expected) > 1e-2
+    )  # the first one matters
 
 
 @torch.no_grad()
@@ -113,7 +130,9 @@ def test_rows_take_their_own_image_and_scale(small, net, pictures):
     unet.index = [1, 0, 1]
     told = unet(x, 500, context)
     for b, k in enumerate((1, 0, 1)):
-        alone = Controlled(small.unet, [Control(net, pictures[k : k + 1], (0.7, 0.2)[k])])(x[b : b + 1], 500, context[b : b + 1])
+        alone = Controlled(small.unet, [Control(net, pictures[k : k + 1], (0.7, 0.2)[k])])(
+            x[b : b + 1], 500, context[b : b + 1]
+        )
         assert relative(told[b : b + 1], alone) < 1e-5
     off = controlled(small, [Control(net, pictures, 0.0)])
     assert torch.equal(off, controlled(small, []))
@@ -146,7 +165,11 @@ def test_texts_of_down_and_up_reach_the_controlnet(small, net, pictures):
 def test_region_attention_reaches_the_controlnet(small, net, pictures):
     """Every cell at text 1 of 3 is that text alone, in the UNet and in the ControlNet."""
     torch.manual_seed(7)
-    x, texts, unet = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 77, 32), Controlled(small.unet, [Control(net, pictures)])
+    x, texts, unet = (
+        torch.randn(2, 4, 16, 16),
+        torch.randn(2, 3, 77, 32),
+        Controlled(small.unet, [Control(net, pictures)]),
+    )
     region = {grid: torch.ones(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((16, 16))}
     expected = unet(x, 500, texts[:, 1])
     assert relative(unet(x, 500, texts, region=region), expected) < 1e-5
@@ -154,18 +177,33 @@ def test_region_attention_reaches_the_controlnet(small, net, pictures):
 
 
 ORIGINAL = {  # diffusers' names -> those of the original layout, written out for a network of 4 levels of 2 layers
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-    "controlnet_mid_block": "middle_block_out.0", "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2",
-    "controlnet_cond_embedding.conv_in": "input_hint_block.0", "controlnet_cond_embedding.conv_out": "input_hint_block.14",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "controlnet_mid_block": "middle_block_out.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.resnets.1": "middle_block.2",
+    "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+    "controlnet_cond_embedding.conv_out": "input_hint_block.14",
     **{f"controlnet_cond_embedding.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(6)},
     **{f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(12)},
     **{f"down_blocks.{b}.resnets.{i}": f"input_blocks.{3 * b + i + 1}.0" for b in range(4) for i in range(2)},
-    **{f"down_blocks.{b}.attentions.{i}": f"input_blocks.{3 * b + i + 1}.1" for b in range(3) for i in range(2)},
+    **{
+        f"down_blocks.{b}.attentions.{i}": f"input_blocks.{3 * b + i + 1}.1"
+        for b in range(3)
+        for i in range(2)
+    },
     **{f"down_blocks.{b}.downsamplers.0.conv": f"input_blocks.{3 * b + 3}.0.op" for b in range(3)},
 }
-ORIGINAL_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-                   "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+ORIGINAL_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def original_name(name: str) -> str:
@@ -183,16 +221,26 @@ def test_single_files_of_both_layouts(tmp_path, linear):
     from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 
     config = dataclasses.replace(
-        MODELS["sd20" if linear else "sd15"].unet, block_out_channels=(32, 64, 64, 64), num_heads=(8, 8, 8, 8),
+        MODELS["sd20" if linear else "sd15"].unet, block_out_channels=(32, 64, 64, 64), num_heads=(8, 8, 8, 8)
     )
     theirs = diffusers_controlnet(config)
     state = theirs.state_dict()
     original = {original_name(name): p for name, p in state.items()}
     back = convert_controlnet_checkpoint(dict(original), {"layers_per_block": 2})
-    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)  # diffusers reads it so
+    assert back.keys() == state.keys() and all(
+        torch.equal(back[name], state[name]) for name in state
+    )  # diffusers reads it so
     original["model.diffusion_model.out.2.bias"] = torch.zeros(4)  # these files hold the whole model beside
-    bare = {name.removeprefix("control_model."): p for name, p in original.items() if name.startswith("control_model.")}
-    x, context, picture = torch.randn(1, 4, 8, 8), torch.randn(1, 77, config.context_dim), torch.rand(1, 3, 64, 64)
+    bare = {
+        name.removeprefix("control_model."): p
+        for name, p in original.items()
+        if name.startswith("control_model.")
+    }
+    x, context, picture = (
+        torch.randn(1, 4, 8, 8),
+        torch.randn(1, 77, config.context_dim),
+        torch.rand(1, 3, 64, 64),
+    )
     expected = theirs(x, torch.tensor(300), context, picture, return_dict=False)[1]
     for name, tensors in (("diffusers", state), ("original", original), ("bare", bare)):
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / f"{name}.safetensors")
@@ -202,8 +250,13 @@ def test_single_files_of_both_layouts(tmp_path, linear):
 
 @torch.no_grad()
 def test_colours_in_bgr_order(small, net, net_folder, pictures, tmp_path):
-    save_file(load_file(net_folder / "diffusion_pytorch_model.safetensors"), tmp_path / "diffusion_pytorch_model.safetensors")
-    config = json.loads((net_folder / "config.json").read_text()) | {"controlnet_conditioning_channel_order": "bgr"}
+    save_file(
+        load_file(net_folder / "diffusion_pytorch_model.safetensors"),
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
+    config = json.loads((net_folder / "config.json").read_text()) | {
+        "controlnet_conditioning_channel_order": "bgr"
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     bgr = load_controlnet(tmp_path, device="cpu", dtype=torch.float32)
     assert torch.equal(bgr.embed(pictures), net.embed(pictures[:, [2, 1, 0]]))
@@ -228,14 +281,22 @@ def test_one_clear_line_for_what_does_not_fit(small, small_folder, net, net_fold
     other = diffusers_controlnet(dataclasses.replace(small.config.unet, context_dim=48))
     other.save_pretrained(tmp_path / "wider")
     wider = load(tmp_path / "wider")()
-    refused(ValueError, "width 48 .*take the one for this model's family", lambda: Controlled(small.unet, [Control(wider, pictures)]))
+    refused(
+        ValueError,
+        "width 48 .*take the one for this model's family",
+        lambda: Controlled(small.unet, [Control(wider, pictures)]),
+    )
     refused(ValueError, "needs a control image", lambda: Control(net, None))
     refused(ValueError, "start < end", lambda: Control(net, pictures, start=0.5, end=0.5))
     refused(ValueError, "control scale", lambda: Control(net, pictures, [1.0, 2.0, 3.0]))
     little = [Control(net, pictures[..., :64, :64])]
     refused(ValueError, "64x64 pixels does not fit a picture of 128x128", lambda: controlled(small, little))
     two = [Control(net, pictures)]
-    refused(ValueError, "2 control images for a batch of 1", lambda: controlled(small, two, guidance_scale=1.0, seeds=[0]))
+    refused(
+        ValueError,
+        "2 control images for a batch of 1",
+        lambda: controlled(small, two, guidance_scale=1.0, seeds=[0]),
+    )
 
 
 def test_control_images_are_taken_as_given(tmp_path):

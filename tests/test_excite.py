@@ -96,9 +96,16 @@ def test_updates_of_size_zero_change_nothing_and_after_25_steps_nothing_is_asked
 
 def test_the_step_sizes_are_those_of_the_sampler_in_use(shapes, monkeypatch):
     """PNDM lists 11 timesteps for 10 steps: its last update is the smallest, half the square root."""
-    monkeypatch.setattr(losses, "differentiate", lambda sd, x, *_: (torch.full((len(x), 2), 0.1), torch.ones_like(x)))
-    refine, x = excite.updates(shapes, [PROMPT], [None], steps=10, sampler="pndm", scale=3.0), torch.zeros(1, 4, 16, 16)
-    assert [refine(i, 1, x)[0, 0, 0, 0].item() for i in (0, 5, 10)] == pytest.approx([-3, -3 * 0.75**0.5, -3 * 0.5**0.5])
+    monkeypatch.setattr(
+        losses, "differentiate", lambda sd, x, *_: (torch.full((len(x), 2), 0.1), torch.ones_like(x))
+    )
+    refine, x = (
+        excite.updates(shapes, [PROMPT], [None], steps=10, sampler="pndm", scale=3.0),
+        torch.zeros(1, 4, 16, 16),
+    )
+    assert [refine(i, 1, x)[0, 0, 0, 0].item() for i in (0, 5, 10)] == pytest.approx(
+        [-3, -3 * 0.75**0.5, -3 * 0.5**0.5]
+    )
 
 
 def test_an_image_whose_losses_are_not_finite_goes_on_without_updates(shapes):
@@ -115,13 +122,23 @@ def test_the_embedded_model_attends_more(shapes):
     said = [[] for _ in range(6)]
     x = noise(range(6), (4, 16, 16))
     for _ in range(6):
-        refine = excite.updates(shapes, [PROMPT] * 6, [None] * 6, steps=30, scale=2.0,
-                                progress=lambda b, message: said[b].append(float(message.split()[5])))
+        refine = excite.updates(
+            shapes,
+            [PROMPT] * 6,
+            [None] * 6,
+            steps=30,
+            scale=2.0,
+            progress=lambda b, message: said[b].append(float(message.split()[5])),
+        )
         x = refine(1, shapes.schedule.timesteps(30)[0], x)
     before, after = np.array(said)[:, 0], np.array(said)[:, -1]
     assert (before > 0.2).sum() >= 2
     assert after[before > 0.2].mean() < before[before > 0.2].mean() - 0.1
-    assert all(p.grad is None and not p.requires_grad for network in (shapes.unet, shapes.text.model) for p in network.parameters())
+    assert all(
+        p.grad is None and not p.requires_grad
+        for network in (shapes.unet, shapes.text.model)
+        for p in network.parameters()
+    )
 
 
 def test_watching_changes_nothing_and_makes_a_sheet(shapes):
@@ -137,9 +154,14 @@ def test_watching_changes_nothing_and_makes_a_sheet(shapes):
     assert hot[60:64, 60:64].mean() > hot[60:64, 0:4].mean() + 30  # bright on the diagonal
 
 
-@pytest.mark.parametrize("how, message", [
-    ({"subjects": ["cat"]}, "not in the prompt"), ({"variant": "paper"}, "no variant"), ({"sampler": "ddmi"}, "no sampler"),
-])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"subjects": ["cat"]}, "not in the prompt"),
+        ({"variant": "paper"}, "no variant"),
+        ({"sampler": "ddmi"}, "no sampler"),
+    ],
+)
 def test_bad_input(shapes, how, message):
     with pytest.raises(ValueError, match=message):
         excite.updates(shapes, [PROMPT], **{"subjects": [None], **how})

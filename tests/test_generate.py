@@ -30,7 +30,23 @@ def pixels(path):
 def made(tmp_path_factory):
     """Three pictures of three steps, once for all tests that only look."""
     out = tmp_path_factory.mktemp("made")
-    assert main([PROMPT, "--seeds", "3,5-6", "--steps", "3", "--out", str(out), "--save-noise", str(out / "n.safetensors"), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                PROMPT,
+                "--seeds",
+                "3,5-6",
+                "--steps",
+                "3",
+                "--out",
+                str(out),
+                "--save-noise",
+                str(out / "n.safetensors"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -38,9 +54,18 @@ def test_pictures_and_lines(made):
     assert sorted(p.name for p in made.glob("*.png")) == ["00000-3.png", "00001-5.png", "00002-6.png"]
     assert not list(made.glob("*.tmp"))
     rows = lines(made)
-    assert [(r["file"], r["seed"]) for r in rows] == [("00000-3.png", 3), ("00001-5.png", 5), ("00002-6.png", 6)]
+    assert [(r["file"], r["seed"]) for r in rows] == [
+        ("00000-3.png", 3),
+        ("00001-5.png", 5),
+        ("00002-6.png", 6),
+    ]
     for row in rows:
-        assert row["prompt"] == PROMPT and row["steps"] == 3 and row["sampler"] == "ddim" and row["model"] == "shapes"
+        assert (
+            row["prompt"] == PROMPT
+            and row["steps"] == 3
+            and row["sampler"] == "ddim"
+            and row["model"] == "shapes"
+        )
         assert row["unet_rows"] == 6  # three steps, both halves of guidance
         assert row["seconds"] > 0 and row["versions"]["torch"] == torch.__version__
     assert Image.open(made / "00000-3.png").size == (128, 128)
@@ -52,7 +77,9 @@ def test_settings_inside_the_picture(made):
     assert inside.items() <= row.items() and inside["seed"] == 5
     first, last = text["parameters"].splitlines()
     assert first == PROMPT
-    assert last.startswith("Steps: 3, Sampler: DDIM, CFG scale: 5.0, Seed: 5, Size: 128x128") and last.endswith("Model: shapes")
+    assert last.startswith(
+        "Steps: 3, Sampler: DDIM, CFG scale: 5.0, Seed: 5, Size: 128x128"
+    ) and last.endswith("Model: shapes")
 
 
 def test_saved_noise_is_the_seeds_own(made):
@@ -65,16 +92,34 @@ def test_like_makes_the_same_picture_again(made, tmp_path):
     assert np.abs(again - pixels(made / "00001-5.png")).max() <= 2  # made alone now, in a batch of three then
     assert main(["--like", str(tmp_path / "00000-5.png"), "--out", str(tmp_path), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "00001-5.png"), again)
-    assert main(["--like", str(made / "00001-5.png"), "--seed", "9", "--steps", "2", "--out", str(tmp_path), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "--like",
+                str(made / "00001-5.png"),
+                "--seed",
+                "9",
+                "--steps",
+                "2",
+                "--out",
+                str(tmp_path),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert lines(tmp_path)[-1]["seed"] == 9 and lines(tmp_path)[-1]["steps"] == 2
 
 
 @pytest.mark.parametrize(
     "how",
     [
-        ["--attention-maps"], ["--excite"], ["--init-noise", "select", "--candidates", "2"],
+        ["--attention-maps"],
+        ["--excite"],
+        ["--init-noise", "select", "--candidates", "2"],
         ["--init-noise", "select", "--candidates", "3", "--score", "attention"],
-        ["--init-noise", "optimize", "--optimize-steps", "1", "--optimize-mode", "detach"], ["--invert"],
+        ["--init-noise", "optimize", "--optimize-steps", "1", "--optimize-mode", "detach"],
+        ["--invert"],
     ],
     ids=" ".join,
 )
@@ -90,12 +135,28 @@ def test_every_kind_of_picture_can_be_made_again(made, tmp_path, how):
     if how != ["--invert"]:  # a method of its own: of the picture only its seed, not how that was found
         assert main(["--like", picture, "--init-noise", "random", "--out", str(tmp_path), "--quiet"]) == 0
         plain = lines(tmp_path)[2]
-        assert (plain["seed"], plain["init_noise"], plain.get("score"), plain["unet_rows"]) == (first["seed"], "random", None, 4)
+        assert (plain["seed"], plain["init_noise"], plain.get("score"), plain["unet_rows"]) == (
+            first["seed"],
+            "random",
+            None,
+            4,
+        )
 
 
 def test_noise_from_a_file_is_what_the_picture_begins_from(made, tmp_path):
     save_file({"noise": noise([5], (4, 16, 16))}, tmp_path / "five.safetensors")
-    args = [PROMPT, "--seed", "77", "--noise", str(tmp_path / "five.safetensors"), "--steps", "3", "--out", str(tmp_path), "--quiet"]
+    args = [
+        PROMPT,
+        "--seed",
+        "77",
+        "--noise",
+        str(tmp_path / "five.safetensors"),
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path),
+        "--quiet",
+    ]
     assert main(args) == 0
     assert np.abs(pixels(tmp_path / "00000-77.png") - pixels(made / "00001-5.png")).max() <= 2
 
@@ -110,7 +171,12 @@ def test_numbers_go_on_and_nothing_is_overwritten(tmp_path):
 
 def test_json_output_and_sizes_and_an_empty_prompt(tmp_path, capfd):
     size = ["--height", "72", "--width", "136"]
-    assert main(["", "--seed", "1", "--num-images", "2", "--steps", "1", *size, "--out", str(tmp_path), "--json"]) == 0
+    assert (
+        main(
+            ["", "--seed", "1", "--num-images", "2", "--steps", "1", *size, "--out", str(tmp_path), "--json"]
+        )
+        == 0
+    )
     out, err = capfd.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]  # nothing else there
     assert [r["seed"] for r in rows] == [1, 2] and rows == lines(tmp_path)
@@ -175,7 +241,14 @@ def bad(*args, says):
         bad("x", "--crop-margin", "0.25", says="--crop-margin is for --layout"),
         bad("x", "--lora", "nosuch.safetensors:0.5", says="there is no LoRA nosuch.safetensors"),
         bad("x", "--control-image", "y.png", says="--controlnet and --control-image go together"),
-        bad("x", "--controlnet", "nosuch", "--control-image", "tests/nosuch.png", says="there is no picture tests/nosuch.png"),
+        bad(
+            "x",
+            "--controlnet",
+            "nosuch",
+            "--control-image",
+            "tests/nosuch.png",
+            says="there is no picture tests/nosuch.png",
+        ),
         bad("--invert", "nosuch.png", says="there is no picture nosuch.png"),
         bad("--invert", "y.png", "--sampler", "euler", says="leave out --sampler euler"),
         bad("--invert", "y.png", "--seeds", "0-3", says="leave out --seeds"),
@@ -189,8 +262,13 @@ def bad(*args, says):
         bad("--like", "nosuch.png", says="no picture nosuch.png"),
         bad("x", "--save-noise", "no/such/folder/n.safetensors", says="there is no folder"),
         bad("x", "--save-noise", ".", says="is a folder"),
-        bad("x", "--attention", "triton", "--device", "cpu", says="for a GPU"), bad("x", "--width", "999999992", says="from 8 to 16384"),
-        pytest.param(("x", "--device", "cuda"), "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+        bad("x", "--attention", "triton", "--device", "cpu", says="for a GPU"),
+        bad("x", "--width", "999999992", says="from 8 to 16384"),
+        pytest.param(
+            ("x", "--device", "cuda"),
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA"),
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(args, says, tmp_path, capfd):
@@ -220,8 +298,15 @@ def test_bad_noise_and_pictures(tmp_path, capfd):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "small.safetensors").read_bytes()[:-9])
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("no picture")
-    for name, says in {"small": "(1, 4, 8, 8)", "other": "one tensor called noise", "nan": "not finite", "cut": "truncated"}.items():
-        assert main(["x", "--noise", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "out")]) == 2
+    for name, says in {
+        "small": "(1, 4, 8, 8)",
+        "other": "one tensor called noise",
+        "nan": "not finite",
+        "cut": "truncated",
+    }.items():
+        assert (
+            main(["x", "--noise", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "out")]) == 2
+        )
         assert says in capfd.readouterr().err
     for name, says in {"plain": "carries no minsd settings", "text": "not a picture"}.items():
         assert main(["--like", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / "out")]) == 2
@@ -231,20 +316,53 @@ def test_bad_noise_and_pictures(tmp_path, capfd):
 
 def test_image_to_image_and_like(tmp_path, made):
     picture = made / "00000-3.png"
-    args = [PROMPT, "--seed", "1", "--init-image", str(picture), "--strength", "0.5", "--steps", "4", "--sampler", "dpmpp_2m", "--karras"]
+    args = [
+        PROMPT,
+        "--seed",
+        "1",
+        "--init-image",
+        str(picture),
+        "--strength",
+        "0.5",
+        "--steps",
+        "4",
+        "--sampler",
+        "dpmpp_2m",
+        "--karras",
+    ]
     assert main([*args, "--out", str(tmp_path), "--quiet"]) == 0
     row = lines(tmp_path)[0]
-    assert (row["init_image"], row["strength"], row["karras"], row["unet_rows"]) == (str(picture), 0.5, True, 4)
+    assert (row["init_image"], row["strength"], row["karras"], row["unet_rows"]) == (
+        str(picture),
+        0.5,
+        True,
+        4,
+    )
     assert main(["--like", str(tmp_path / row["file"]), "--out", str(tmp_path), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "00001-1.png"), pixels(tmp_path / "00000-1.png"))
 
 
 def test_initno_with_its_maps(tmp_path, capfd):
-    args = [PROMPT, "--seed", "1", "--steps", "4", "--init-noise", "initno", "--attention-maps", "--out", str(tmp_path)]
+    args = [
+        PROMPT,
+        "--seed",
+        "1",
+        "--steps",
+        "4",
+        "--init-noise",
+        "initno",
+        "--attention-maps",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(args) == 0
     assert "subjects: circle, square" in capfd.readouterr().err
     row = lines(tmp_path)[0]
-    assert row["init_noise"] == "initno" and row["excite"] == "official" and row["subjects"] == ["circle", "square"]
+    assert (
+        row["init_noise"] == "initno"
+        and row["excite"] == "official"
+        and row["subjects"] == ["circle", "square"]
+    )
     assert row["initno"].keys() == {"success", "rounds", "steps", "losses"} and row["unet_rows"] > 8
     assert [p.name for p in (tmp_path / "extra").iterdir()] == ["00000-1-attention.png"]
     assert main(["--like", str(tmp_path / row["file"]), "--out", str(tmp_path), "--quiet"]) == 0
@@ -252,7 +370,10 @@ def test_initno_with_its_maps(tmp_path, capfd):
 
 
 def test_excite_alone_and_left_out(tmp_path):
-    save, steps = tmp_path / "n.safetensors", ["--seed", "1", "--steps", "4", "--out", str(tmp_path), "--quiet"]
+    save, steps = (
+        tmp_path / "n.safetensors",
+        ["--seed", "1", "--steps", "4", "--out", str(tmp_path), "--quiet"],
+    )
     assert main([PROMPT, "--excite", "--token-indices", "3,7", *steps]) == 0
     assert main([PROMPT, "--init-noise", "initno", "--no-excite", "--save-noise", str(save), *steps]) == 0
     assert main([PROMPT, "--noise", str(save), *steps]) == 0  # what InitNO found, drawn plainly
@@ -262,25 +383,59 @@ def test_excite_alone_and_left_out(tmp_path):
 
 
 def test_selection_by_attention(tmp_path):
-    args = [PROMPT, "--seed", "3", "--num-images", "2", "--steps", "4", "--init-noise", "select", "--score", "attention"]
+    args = [
+        PROMPT,
+        "--seed",
+        "3",
+        "--num-images",
+        "2",
+        "--steps",
+        "4",
+        "--init-noise",
+        "select",
+        "--score",
+        "attention",
+    ]
     args += ["--candidates", "5"]
     assert main([*args, "--out", str(tmp_path), "--quiet"]) == 0
     rows = lines(tmp_path)
     for row, first in zip(rows, (3, 8)):
         assert [c["seed"] for c in row["candidates"]] == list(range(first, first + 5))
-        assert row["seed"] == min(row["candidates"], key=lambda c: c["score"])["seed"] and row["file"].endswith(f"-{row['seed']}.png")
-    assert main([PROMPT, "--seed", str(rows[0]["seed"]), "--steps", "4", "--out", str(tmp_path), "--quiet"]) == 0
-    assert np.abs(pixels(tmp_path / lines(tmp_path)[-1]["file"]) - pixels(tmp_path / rows[0]["file"])).max() <= 2
+        assert row["seed"] == min(row["candidates"], key=lambda c: c["score"])["seed"] and row[
+            "file"
+        ].endswith(f"-{row['seed']}.png")
+    assert (
+        main([PROMPT, "--seed", str(rows[0]["seed"]), "--steps", "4", "--out", str(tmp_path), "--quiet"]) == 0
+    )
+    assert (
+        np.abs(pixels(tmp_path / lines(tmp_path)[-1]["file"]) - pixels(tmp_path / rows[0]["file"])).max() <= 2
+    )
     assert main([*args, "--out", str(tmp_path), "--quiet", "--resume"]) == 0 and len(lines(tmp_path)) == 3
     assert main(["--like", str(tmp_path / rows[0]["file"]), "--out", str(tmp_path), "--quiet"]) == 0
     assert lines(tmp_path)[-1]["candidates"] == rows[0]["candidates"]
 
 
 def test_selection_by_stability_with_its_sheet(tmp_path):
-    args = [PROMPT, "--seed", "3", "--steps", "4", "--init-noise", "select", "--candidates", "3", "--out", str(tmp_path), "--quiet"]
+    args = [
+        PROMPT,
+        "--seed",
+        "3",
+        "--steps",
+        "4",
+        "--init-noise",
+        "select",
+        "--candidates",
+        "3",
+        "--out",
+        str(tmp_path),
+        "--quiet",
+    ]
     assert main(args) == 0
     (row,) = lines(tmp_path)
-    assert row["score"] == "stability" and row["seed"] == max(row["candidates"], key=lambda c: c["score"])["seed"]
+    assert (
+        row["score"] == "stability"
+        and row["seed"] == max(row["candidates"], key=lambda c: c["score"])["seed"]
+    )
     assert row["unet_rows"] >= 3 * 30  # ten steps down under guidance, ten up without, for each of three
     assert [p.name for p in (tmp_path / "extra").iterdir()] == [f"00000-{row['seed']}-candidates.png"]
 
@@ -298,27 +453,57 @@ def test_inversion_of_a_picture(made, tmp_path):
     (row,) = lines(tmp_path)
     assert row["psnr"] > 20 and row["unet_rows"] == 40
     noise_file = tmp_path / "extra" / "00000-0-noise.safetensors"
-    again = ["", "--noise", str(noise_file), "--guidance-scale", "1", "--steps", "20", "--seed", "0", "--out", str(tmp_path), "--quiet"]
+    again = [
+        "",
+        "--noise",
+        str(noise_file),
+        "--guidance-scale",
+        "1",
+        "--steps",
+        "20",
+        "--seed",
+        "0",
+        "--out",
+        str(tmp_path),
+        "--quiet",
+    ]
     assert main(again) == 0
     assert np.abs(pixels(tmp_path / "00001-0.png") - pixels(tmp_path / "00000-0.png")).max() <= 2
 
 
 def test_layout_and_its_preview(tmp_path, capfd):
-    boxes = [{"prompt": "a red circle", "box": [0, 0, 0.5, 1]}, {"prompt": "a blue square", "box": [0.5, 0, 1, 1]}]
+    boxes = [
+        {"prompt": "a red circle", "box": [0, 0, 0.5, 1]},
+        {"prompt": "a blue square", "box": [0.5, 0, 1, 1]},
+    ]
     (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": boxes}))
-    args = ["--layout", str(tmp_path / "l.json"), "--seed", "1", "--steps", "2", "--out", str(tmp_path / "o"), "--quiet"]
+    args = [
+        "--layout",
+        str(tmp_path / "l.json"),
+        "--seed",
+        "1",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "o"),
+        "--quiet",
+    ]
     assert main([*args, "--layout-preview"]) == 0
     assert [p.name for p in (tmp_path / "o").rglob("*.png")] == ["layout-0.png"]
     assert main(args) == 0
     (row,) = lines(tmp_path / "o")
-    assert row["prompt"] == PROMPT and row["unet_rows"] == 2 * 4  # two regions, the whole, and one shared unconditional half
+    assert (
+        row["prompt"] == PROMPT and row["unet_rows"] == 2 * 4
+    )  # two regions, the whole, and one shared unconditional half
     assert row["layout"]["regions"][1]["box"] == [0.5, 0, 1, 1]
     assert main(["--like", str(tmp_path / "o" / row["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "o/00000-1.png"), pixels(tmp_path / "o/00001-1.png"))
 
     assert main([*args, "--crop-margin", "0.25"]) == 0
     cropped = lines(tmp_path / "o")[2]
-    assert cropped["crop_margin"] == 0.25 and cropped["unet_rows"] == 6 + 4 and cropped["file"] == "00002-1.png"
+    assert (
+        cropped["crop_margin"] == 0.25 and cropped["unet_rows"] == 6 + 4 and cropped["file"] == "00002-1.png"
+    )
     assert np.abs(pixels(tmp_path / "o/00002-1.png") - pixels(tmp_path / "o/00001-1.png")).max() > 2
     assert main(["--like", str(tmp_path / "o/00002-1.png"), "--out", str(tmp_path / "o"), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "o/00002-1.png"), pixels(tmp_path / "o/00003-1.png"))
@@ -326,16 +511,43 @@ def test_layout_and_its_preview(tmp_path, capfd):
     capfd.readouterr()
     late = [arg for arg in args if arg != "--quiet"] + ["--crop-margin", "0.25"]
     for more, noted in ((["--steps", "2"], False), (["--steps", "1"], True)):
-        assert main([*late, *more]) == 0 and ("crop_margin changes nothing here" in capfd.readouterr().err) == noted
+        assert (
+            main([*late, *more]) == 0
+            and ("crop_margin changes nothing here" in capfd.readouterr().err) == noted
+        )
 
 
-@pytest.mark.parametrize("box", [[0.6, 0, 0.4, 1], [0, 0, 0.5, 1.5], [0, 0, 0.001, 1], [0, 0, 256, 64]], ids=str)
+@pytest.mark.parametrize(
+    "box", [[0.6, 0, 0.4, 1], [0, 0, 0.5, 1.5], [0, 0, 0.001, 1], [0, 0, 256, 64]], ids=str
+)
 def test_a_bad_box_is_one_line_with_its_file(tmp_path, capfd, box):
     """Whatever else there is to say, here which subjects were found."""
-    (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": [{"prompt": "a red circle", "box": box}]}))
-    assert main(["--layout", str(tmp_path / "l.json"), "--seed", "1", "--steps", "1", "--excite", "--out", str(tmp_path / "o")]) == 2
+    (tmp_path / "l.json").write_text(
+        json.dumps({"prompt": PROMPT, "regions": [{"prompt": "a red circle", "box": box}]})
+    )
+    assert (
+        main(
+            [
+                "--layout",
+                str(tmp_path / "l.json"),
+                "--seed",
+                "1",
+                "--steps",
+                "1",
+                "--excite",
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 2
+    )
     error = capfd.readouterr().err
-    assert error.startswith("minsd: error: ") and error.count("\n") == 1 and "l.json: region 1" in error and not (tmp_path / "o").exists()
+    assert (
+        error.startswith("minsd: error: ")
+        and error.count("\n") == 1
+        and "l.json: region 1" in error
+        and not (tmp_path / "o").exists()
+    )
 
 
 def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
@@ -343,12 +555,23 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
     from minsd.controlnet import ControlNet
 
     g, name = torch.Generator().manual_seed(0), "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    halves = {f"{name}.lora_A.weight": torch.randn(2, 160, generator=g), f"{name}.lora_B.weight": torch.randn(160, 2, generator=g)}
+    halves = {
+        f"{name}.lora_A.weight": torch.randn(2, 160, generator=g),
+        f"{name}.lora_B.weight": torch.randn(160, 2, generator=g),
+    }
     save_file(halves, tmp_path / "style.safetensors")
     net = ControlNet(MODELS["shapes"].unet)
-    save_file({key: 0.05 * torch.randn(p.shape, generator=g) for key, p in net.state_dict().items()}, tmp_path / "net.safetensors")
+    save_file(
+        {key: 0.05 * torch.randn(p.shape, generator=g) for key, p in net.state_dict().items()},
+        tmp_path / "net.safetensors",
+    )
     plain = [PROMPT, "--seed", "3", "--steps", "3", "--out", str(tmp_path), "--quiet"]
-    control = ["--controlnet", str(tmp_path / "net.safetensors"), "--control-image", str(made / "00000-3.png")]
+    control = [
+        "--controlnet",
+        str(tmp_path / "net.safetensors"),
+        "--control-image",
+        str(made / "00000-3.png"),
+    ]
     nothing = [["--lora", f"{tmp_path / 'style.safetensors'}:0"], [*control, "--control-scale", "0"]]
     something = [["--lora", f"{tmp_path / 'style.safetensors'}:0.5"], [*control, "--control-scale", "0.5"]]
     for more in ([], *nothing, *something):
@@ -359,32 +582,96 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
     assert lines(tmp_path)[4]["control_scale"] == 0.5 and lines(tmp_path)[3]["lora"][0].endswith(":0.5")
 
     (tmp_path / "edges.png").write_bytes((made / "00001-5.png").read_bytes())
-    halves = [{"prompt": "a red circle", "box": [0, 0, 0.5, 1]}, {"prompt": "a blue square", "box": [0.5, 0, 1, 1]}]
-    own = {"control": {"control_image": "edges.png", "control_scale": 0.5}, "lora": {"lora": ["style.safetensors:0.5"]}}
+    halves = [
+        {"prompt": "a red circle", "box": [0, 0, 0.5, 1]},
+        {"prompt": "a blue square", "box": [0.5, 0, 1, 1]},
+    ]
+    own = {
+        "control": {"control_image": "edges.png", "control_scale": 0.5},
+        "lora": {"lora": ["style.safetensors:0.5"]},
+    }
     for name, more in (("plain", {}), *own.items(), ("both", own["control"] | own["lora"])):
         layout = {"prompt": PROMPT, "regions": [halves[0], halves[1] | more]}
         (tmp_path / f"{name}.json").write_text(json.dumps(layout))
         given = control[:2] if more.get("control_image") else []
-        run = ["--layout", str(tmp_path / f"{name}.json"), "--seed", "3", "--steps", "2", "--out", str(tmp_path / "o"), "--quiet"]
+        run = [
+            "--layout",
+            str(tmp_path / f"{name}.json"),
+            "--seed",
+            "3",
+            "--steps",
+            "2",
+            "--out",
+            str(tmp_path / "o"),
+            "--quiet",
+        ]
         assert main([*run, *given]) == 0
     rows = lines(tmp_path / "o")
-    assert [row["unet_rows"] for row in rows] == [2 * 4, 2 * 6, 2 * 6, 2 * 6]  # with something of its own no pass shares a half
+    assert [row["unet_rows"] for row in rows] == [
+        2 * 4,
+        2 * 6,
+        2 * 6,
+        2 * 6,
+    ]  # with something of its own no pass shares a half
     plain, *others = (pixels(tmp_path / "o" / row["file"]) for row in rows)
-    assert all(np.abs(a - b).max() > 2 for a, b in ((plain, others[0]), (plain, others[1]), (others[0], others[2]), (others[1], others[2])))
+    assert all(
+        np.abs(a - b).max() > 2
+        for a, b in ((plain, others[0]), (plain, others[1]), (others[0], others[2]), (others[1], others[2]))
+    )
     region = rows[3]["layout"]["regions"][1]
-    assert region["lora"] == [f"{tmp_path / 'style.safetensors'}:0.5"] and region["control_image"] == str(tmp_path / "edges.png")
-    assert main(["--like", str(tmp_path / "o" / rows[3]["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
+    assert region["lora"] == [f"{tmp_path / 'style.safetensors'}:0.5"] and region["control_image"] == str(
+        tmp_path / "edges.png"
+    )
+    assert (
+        main(["--like", str(tmp_path / "o" / rows[3]["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
+    )
     assert np.array_equal(pixels(tmp_path / "o" / lines(tmp_path / "o")[4]["file"]), others[2])
     monkeypatch.chdir(tmp_path)  # a relative path; and other runs of the network between the collage's
-    assert main(["--layout", "lora.json", "--seed", "3", "--steps", "2", "--out", "o", "--quiet", "--excite", "--attention-maps"]) == 0
+    assert (
+        main(
+            [
+                "--layout",
+                "lora.json",
+                "--seed",
+                "3",
+                "--steps",
+                "2",
+                "--out",
+                "o",
+                "--quiet",
+                "--excite",
+                "--attention-maps",
+            ]
+        )
+        == 0
+    )
     (tmp_path / "none.json").write_text(json.dumps({"prompt": PROMPT, "regions": []}))
-    select = ["--init-noise", "select", "--score", "attention", "--candidates", "2", "--steps", "2", "--seed", "3", "--quiet", "--out", "o"]
+    select = [
+        "--init-noise",
+        "select",
+        "--score",
+        "attention",
+        "--candidates",
+        "2",
+        "--steps",
+        "2",
+        "--seed",
+        "3",
+        "--quiet",
+        "--out",
+        "o",
+    ]
     assert main(["--layout", "none.json", *select]) == 0
-    (tmp_path / "dumb.json").write_text(json.dumps({"prompt": PROMPT, "regions": [halves[0] | {"prompt": "and"}]}))
+    (tmp_path / "dumb.json").write_text(
+        json.dumps({"prompt": PROMPT, "regions": [halves[0] | {"prompt": "and"}]})
+    )
     capfd.readouterr()
     assert main(["--layout", "dumb.json", *select]) == 2 and "region 1: " in capfd.readouterr().err
     lost = ["--layout", str(tmp_path / "lora.json"), "--out", str(tmp_path / "o"), "--seed", "3"]
-    for more, message in ((control[:2], "--controlnet needs a control image"), (["--compile"], "adapters by region")):
+    for more, message in (
+        (control[:2], "--controlnet needs a control image"),
+        (["--compile"], "adapters by region"),
+    ):
         assert main([*lost, *more]) == 2 and message in capfd.readouterr().err
     (tmp_path / "edges.png").write_text("no picture")
     assert main(["--layout", str(tmp_path / "both.json"), *control[:2], "--out", str(tmp_path / "o")]) == 2
@@ -396,23 +683,50 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "options", "says"),
     [
-        ([{}, {"control_image": "edges.png"}], [], "region 2 has a control_image: give --controlnet FOLDER, or remove the key"),
-        ([{"control_scale": 1.0}, {}], [], "region 1 has a control_scale: give --controlnet FOLDER, or remove the key"),
-        ([{}, {"control_image": "edges.png", "control_scale": 0}], [], "a control_scale: give --controlnet FOLDER, or remove the keys"),
+        (
+            [{}, {"control_image": "edges.png"}],
+            [],
+            "region 2 has a control_image: give --controlnet FOLDER, or remove the key",
+        ),
+        (
+            [{"control_scale": 1.0}, {}],
+            [],
+            "region 1 has a control_scale: give --controlnet FOLDER, or remove the key",
+        ),
+        (
+            [{}, {"control_image": "edges.png", "control_scale": 0}],
+            [],
+            "a control_scale: give --controlnet FOLDER, or remove the keys",
+        ),
         ([{"control_scale": 0.5}, {}], ["--controlnet", "net"], "--controlnet needs a control image"),
-        ([{"control_scale": 0.5}, {"control_image": "edges.png"}], ["--controlnet", "net"],
-         "region 1 has a control_scale and no control image: give it a control_image, give --control-image FILE for all regions"),
+        (
+            [{"control_scale": 0.5}, {"control_image": "edges.png"}],
+            ["--controlnet", "net"],
+            "region 1 has a control_scale and no control image: give it a control_image, give --control-image FILE for all regions",
+        ),
     ],
 )
-def test_what_a_region_asks_of_a_controlnet_is_not_passed_over(tmp_path, capfd, monkeypatch, keys, options, says):
+def test_what_a_region_asks_of_a_controlnet_is_not_passed_over(
+    tmp_path, capfd, monkeypatch, keys, options, says
+):
     monkeypatch.setattr("minsd.pipeline.load", None)  # told before
-    boxes = [{"prompt": "a red circle", "box": [0, 0, 0.5, 1]}, {"prompt": "a blue square", "box": [0.5, 0, 1, 1]}]
-    (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": [box | more for box, more in zip(boxes, keys)]}))
+    boxes = [
+        {"prompt": "a red circle", "box": [0, 0, 0.5, 1]},
+        {"prompt": "a blue square", "box": [0.5, 0, 1, 1]},
+    ]
+    (tmp_path / "l.json").write_text(
+        json.dumps({"prompt": PROMPT, "regions": [box | more for box, more in zip(boxes, keys)]})
+    )
     Image.new("L", (64, 64)).save(tmp_path / "edges.png")
     args = ["--layout", str(tmp_path / "l.json"), "--seed", "1", "--out", str(tmp_path / "o")]
     assert main([*args, *options]) == 2
     error = capfd.readouterr().err
-    assert error.startswith("minsd: error: ") and error.count("\n") == 1 and says in error and not (tmp_path / "o").exists()
+    assert (
+        error.startswith("minsd: error: ")
+        and error.count("\n") == 1
+        and says in error
+        and not (tmp_path / "o").exists()
+    )
     assert main([*args, "--layout-preview", "--quiet"]) == 0  # which takes no ControlNet
 
 
@@ -424,7 +738,10 @@ def test_pictures_of_layouts_that_ask_for_no_controlnet_can_be_made_again(tmp_pa
         Image.new("L", (128, 128), 255).save(tmp_path / name / "mask_image.png")
     Image.new("L", (128, 128)).save(tmp_path / "P001" / "canny_image.png")
     out = ["--steps", "1", "--out", str(tmp_path / "o")]
-    assert main(["--layout", str(tmp_path), "--seed", "1", *out]) == 0 and "are not looked at" in capfd.readouterr().err
+    assert (
+        main(["--layout", str(tmp_path), "--seed", "1", *out]) == 0
+        and "are not looked at" in capfd.readouterr().err
+    )
     assert main(["--like", str(tmp_path / "o" / "00000-1.png"), *out]) == 0
     first, again = lines(tmp_path / "o")
     assert again["layout"] == first["layout"] and first["layout"]["regions"][0]["control_scale"] == 1.0
@@ -446,7 +763,9 @@ def test_interrupt_keeps_what_is_done(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(pipeline.StableDiffusion, "decode", interrupted)
     assert main(["x", "--seeds", "0-3", "--steps", "1", "--out", str(tmp_path), "--quiet"]) == 130
     assert "1 of 4 pictures are done" in capfd.readouterr().err
-    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".png" or p.suffix == ".tmp"] == ["00000-0.png"] and len(lines(tmp_path)) == 1
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".png" or p.suffix == ".tmp"] == [
+        "00000-0.png"
+    ] and len(lines(tmp_path)) == 1
 
 
 def test_help_loads_nothing_heavy():

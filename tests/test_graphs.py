@@ -17,8 +17,13 @@ from minsd.noise.initial import noise
 from minsd.unet import UNet
 
 CONFIG = UNetConfig(
-    block_out_channels=(16, 32), layers_per_block=1, cross_attention=(True, False), num_heads=(2, 2), context_dim=8,
-    norm_groups=4, sample_size=8,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    cross_attention=(True, False),
+    num_heads=(2, 2),
+    context_dim=8,
+    norm_groups=4,
+    sample_size=8,
 )
 
 
@@ -69,7 +74,10 @@ def test_every_call_is_answered_from_its_own_inputs(unet, fake):
         x, context = inputs(seed=i)
         kept.append((run(x, t, context), plain(x, t, context)))
     assert all(close(a, b) for a, b in kept)  # outputs of earlier calls, too, were not written over
-    assert (fake.captures, fake.replays) == (1, 2)  # 999 as it is, 500 and 250.5 by graph; the others' t is of another form, once
+    assert (fake.captures, fake.replays) == (
+        1,
+        2,
+    )  # 999 as it is, 500 and 250.5 by graph; the others' t is of another form, once
 
 
 def test_what_did_not_change_is_not_copied_and_what_changed_in_place_is(unet, fake):
@@ -94,9 +102,14 @@ def test_one_graph_for_each_form(unet, fake, monkeypatch):
     plain, run = unet.forward, Graphs(unet)
     x, context = inputs()
     region = {grid: torch.zeros(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((8, 8))}
-    control = [torch.ones(2, c, n, n) for c, n in ((16, 8), (16, 8), (16, 4), (32, 4))], torch.ones(2, 32, 4, 4)
+    control = (
+        [torch.ones(2, c, n, n) for c, n in ((16, 8), (16, 8), (16, 4), (32, 4))],
+        torch.ones(2, 32, 4, 4),
+    )
     forms = [
-        ((x, 9, context), {}), ((x[:1], 9, context[:1]), {}), ((x, 9, context), {"control": control}),
+        ((x, 9, context), {}),
+        ((x[:1], 9, context[:1]), {}),
+        ((x, 9, context), {"control": control}),
         ((x, 9, context[:, None].expand(-1, 2, -1, -1)), {"region": region}),
     ]
     for round_ in range(3):
@@ -137,7 +150,10 @@ def test_what_needs_the_network_itself_gets_it(unet, fake):
     assert fake.captures == 1
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("full"), RuntimeError("not permitted when stream is capturing\nmore")])
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("full"), RuntimeError("not permitted when stream is capturing\nmore")],
+)
 def test_without_a_graph_where_none_can_be_had(unet, fake, error, recwarn):
     fake.fail = error
     plain, run = unet.forward, Graphs(unet)
@@ -146,8 +162,10 @@ def test_without_a_graph_where_none_can_be_had(unet, fake, error, recwarn):
         assert close(run(x, 9, context), plain(x, 9, context))
     assert fake.captures == 1 and not run.graphs
     assert [str(w.message) for w in recwarn] == (
-        [] if isinstance(error, torch.cuda.OutOfMemoryError)
-        else ["the network runs without a CUDA graph: not permitted when stream is capturing"])
+        []
+        if isinstance(error, torch.cuda.OutOfMemoryError)
+        else ["the network runs without a CUDA graph: not permitted when stream is capturing"]
+    )
 
 
 def test_graphs_go_before_the_network_runs_out_of_memory(unet, fake):

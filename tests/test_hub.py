@@ -52,16 +52,33 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(401, b"{}", X_Error_Code="RepoNotFound")
             files = sorted(server.repos[repo])
             if "tree" in parts:
-                body = [{"type": "file", "path": name, "size": server.repos[repo][name].stat().st_size, "oid": "0" * 40} for name in files]
+                body = [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": server.repos[repo][name].stat().st_size,
+                        "oid": "0" * 40,
+                    }
+                    for name in files
+                ]
             else:
-                body = {"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in files], "private": False}
+                body = {
+                    "id": repo,
+                    "sha": SHA,
+                    "siblings": [{"rfilename": name} for name in files],
+                    "private": False,
+                }
             return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
         repo, _, rest = path.partition("/resolve/")
         name = rest.partition("/")[2]
         if repo in server.closed:
-            return self.answer(server.closed[repo], b"", X_Error_Code="GatedRepo" if server.closed[repo] == 403 else "")
+            return self.answer(
+                server.closed[repo], b"", X_Error_Code="GatedRepo" if server.closed[repo] == 403 else ""
+            )
         if name not in server.repos.get(repo, {}):
-            return self.answer(404, b"", X_Error_Code="EntryNotFound" if repo in server.repos else "RepoNotFound")
+            return self.answer(
+                404, b"", X_Error_Code="EntryNotFound" if repo in server.repos else "RepoNotFound"
+            )
         if name in server.broken:
             return self.answer(451)
         body = server.repos[repo][name].read_bytes()
@@ -79,10 +96,14 @@ def server(monkeypatch, tmp_path):
         template = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
-        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", server.url + template, raising=False)  # before 1.0
+        monkeypatch.setattr(
+            "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", server.url + template, raising=False
+        )  # before 1.0
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda *a: True, raising=False)
+        monkeypatch.setattr(
+            "huggingface_hub.utils.are_progress_bars_disabled", lambda *a: True, raising=False
+        )
         monkeypatch.chdir(tmp_path)
         yield server
         server.shutdown()
@@ -102,7 +123,9 @@ def offline(monkeypatch):
 def repo(small_folder, tmp_path_factory):
     """As repositories are: every network in two precisions, pickles, single files, and what nobody needs."""
     where = tmp_path_factory.mktemp("repo")
-    files = {path.relative_to(small_folder).as_posix(): path for path in small_folder.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(small_folder).as_posix(): path for path in small_folder.rglob("*") if path.is_file()
+    }
     for name in [n for n in files if n.endswith(".safetensors")]:
         half = where / name.replace("/", "-")
         save_file({k: v.half() for k, v in load_file(files[name]).items()}, half)
@@ -110,8 +133,16 @@ def repo(small_folder, tmp_path_factory):
         files[name.replace(".safetensors", ".bin")] = half
         files[name.replace(".safetensors", ".non_ema.safetensors")] = half
     (where / "junk").write_text("junk")
-    for name in ("v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "README.md", ".gitattributes", "safety_checker/model.safetensors",
-                 "safety_checker/config.json", "feature_extractor/preprocessor_config.json", "unet/diffusion_flax_model.msgpack"):
+    for name in (
+        "v1-5-pruned.safetensors",
+        "v1-5-pruned.ckpt",
+        "README.md",
+        ".gitattributes",
+        "safety_checker/model.safetensors",
+        "safety_checker/config.json",
+        "feature_extractor/preprocessor_config.json",
+        "unet/diffusion_flax_model.msgpack",
+    ):
         files[name] = where / "junk"
     return files
 
@@ -134,12 +165,20 @@ def test_only_what_is_needed_is_fetched_and_only_once(server, repo, small, offli
     sd = minsd.load(REPO, "cpu", dtype)
     variant = "" if dtype == torch.float32 else ".fp16"
     assert weights(server) == [
-        f"text_encoder/model{variant}.safetensors", f"unet/diffusion_pytorch_model{variant}.safetensors",
+        f"text_encoder/model{variant}.safetensors",
+        f"unet/diffusion_pytorch_model{variant}.safetensors",
         f"vae/diffusion_pytorch_model{variant}.safetensors",
     ]
-    assert not [name for name in server.sent if name.startswith(("safety_checker", "feature_extractor")) or name == "README.md"]
+    assert not [
+        name
+        for name in server.sent
+        if name.startswith(("safety_checker", "feature_extractor")) or name == "README.md"
+    ]
     assert len(server.sent) == len(set(server.sent))
-    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values()))
+    assert all(
+        torch.equal(a, b.to(dtype))
+        for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values())
+    )
     assert sd.name == "small"
     asked = server.requests
     minsd.load(REPO, "cpu", dtype)
@@ -160,17 +199,24 @@ def test_the_other_precision_serves_where_there_is_no_network(server, repo, offl
 
 def test_shards_are_fetched_by_their_index(server, repo, small, tmp_path):
     whole = load_file(repo["unet/diffusion_pytorch_model.safetensors"])
-    names, files = sorted(whole), {k: v for k, v in repo.items() if not k.startswith("unet/diffusion_pytorch_model")}
+    names, files = (
+        sorted(whole),
+        {k: v for k, v in repo.items() if not k.startswith("unet/diffusion_pytorch_model")},
+    )
     shards = {f"diffusion_pytorch_model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
     for file, part in shards.items():
         save_file({name: whole[name] for name in part}, tmp_path / file)
         files[f"unet/{file}"] = tmp_path / file
     index = tmp_path / "index.json"
-    index.write_text(json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}}))
+    index.write_text(
+        json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}})
+    )
     files["unet/diffusion_pytorch_model.safetensors.index.json"] = index
     server.repos[REPO] = files
     sd = minsd.load(REPO, "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values())
+    )
     assert sum("-of-00002" in name for name in server.sent) == 2
 
 
@@ -185,7 +231,11 @@ def test_an_interrupted_download_goes_on(server, repo):
 
 
 def test_pickles_alone_are_refused(server, repo):
-    server.repos[REPO] = {name: path for name, path in repo.items() if not name.startswith("vae/") or not name.endswith(".safetensors")}
+    server.repos[REPO] = {
+        name: path
+        for name, path in repo.items()
+        if not name.startswith("vae/") or not name.endswith(".safetensors")
+    }
     assert "pickles can run code" in refused(REPO)
     assert weights(server) == []
 
@@ -259,8 +309,12 @@ def test_the_tokenizer_of_single_files(server, offline, shapes_folder):
 
 
 def test_the_tokenizer_out_of_a_cached_model(server, repo, offline, shapes_folder):
-    files = repo | {f"tokenizer/{name}": shapes_folder / "tokenizer" / name for name in ("vocab.json", "merges.txt")}
+    files = repo | {
+        f"tokenizer/{name}": shapes_folder / "tokenizer" / name for name in ("vocab.json", "merges.txt")
+    }
     server.repos["CompVis/stable-diffusion-v1-4"] = files
     minsd.load("sd14", "cpu")
     offline()
-    assert (hub.tokenizer() / "vocab.json").read_bytes() == (shapes_folder / "tokenizer" / "vocab.json").read_bytes()
+    assert (hub.tokenizer() / "vocab.json").read_bytes() == (
+        shapes_folder / "tokenizer" / "vocab.json"
+    ).read_bytes()

@@ -24,14 +24,19 @@ def double(shapes):
     return sd
 
 
-def plain_initno(whole, sd, seed, t, variant, rounds, round_steps, last_steps, lr, limits, kl_limit=1e-3, kl_weight=500):
+def plain_initno(
+    whole, sd, seed, t, variant, rounds, round_steps, last_steps, lr, limits, kl_limit=1e-3, kl_weight=500
+):
     """The specification read line by line: one noise -> (noise, success, rounds begun, losses of every evaluation)."""
     context, g = sd.encode_prompt(PROMPT), torch.Generator().manual_seed(seed)
     history = []
 
     def attempt(z, steps, closing):
         log_var, mu = (torch.zeros_like(z, requires_grad=True) for _ in range(2))
-        adam, kl = torch.optim.Adam([log_var, mu], lr=lr, eps=1e-3), lambda: -0.5 * (1 + log_var - mu**2 - log_var.exp()).mean()
+        adam, kl = (
+            torch.optim.Adam([log_var, mu], lr=lr, eps=1e-3),
+            lambda: -0.5 * (1 + log_var - mu**2 - log_var.exp()).mean(),
+        )
         for step in range(steps + closing):
             x = z * (0.5 * log_var).exp() + mu
             cross, conflict, background, *_ = plain_losses(*whole.maps(sd.unet, x, t, context), PLACES)
@@ -42,7 +47,9 @@ def plain_initno(whole, sd, seed, t, variant, rounds, round_steps, last_steps, l
                 return x.detach(), False, None
             used = conflict * 0 if variant == "official" and cross > 0.5 else conflict
             adam.zero_grad()
-            (cross + used + background if variant == "official" else cross + used + kl_weight * kl()).backward()
+            (
+                cross + used + background if variant == "official" else cross + used + kl_weight * kl()
+            ).backward()
             adam.step()
             while variant == "official" and kl() > kl_limit:
                 adam.zero_grad()
@@ -65,25 +72,48 @@ def plain_initno(whole, sd, seed, t, variant, rounds, round_steps, last_steps, l
     return best, False, rounds, history
 
 
-@pytest.mark.parametrize("variant, seeds, limits, how", [
-    ("official", [1, 5], (0.2, 0.3), {"rounds": 2, "round_steps": 2, "last_steps": 2}),  # never succeeds: self stays above 0.4 here
-    ("official", [1, 5, 8], (0.15, math.inf), {"rounds": 3, "round_steps": 3, "last_steps": 8}),
-    ("paper", [1, 5], (0.2, 0.3), {"rounds": 2, "round_steps": 3, "last_steps": 0}),
-])
-def test_optimisation_equals_a_plain_loop_and_a_batch_its_images(double, monkeypatch, variant, seeds, limits, how):
+@pytest.mark.parametrize(
+    "variant, seeds, limits, how",
+    [
+        (
+            "official",
+            [1, 5],
+            (0.2, 0.3),
+            {"rounds": 2, "round_steps": 2, "last_steps": 2},
+        ),  # never succeeds: self stays above 0.4 here
+        ("official", [1, 5, 8], (0.15, math.inf), {"rounds": 3, "round_steps": 3, "last_steps": 8}),
+        ("paper", [1, 5], (0.2, 0.3), {"rounds": 2, "round_steps": 3, "last_steps": 0}),
+    ],
+)
+def test_optimisation_equals_a_plain_loop_and_a_batch_its_images(
+    double, monkeypatch, variant, seeds, limits, how
+):
     lr, n = 1e-2, len(seeds)
     with monkeypatch.context() as patched:
         whole = Whole(patched)
-        expected = [plain_initno(whole, double, seed, 981, variant, lr=lr, limits=limits, **how) for seed in seeds]
-    batch = initno.optimize_batch(double, [PROMPT] * n, [["circle", "square"]] * n, seeds, variant=variant, lr=lr, cross_limit=limits[0],
-                                  conflict_limit=limits[1], **how)
+        expected = [
+            plain_initno(whole, double, seed, 981, variant, lr=lr, limits=limits, **how) for seed in seeds
+        ]
+    batch = initno.optimize_batch(
+        double,
+        [PROMPT] * n,
+        [["circle", "square"]] * n,
+        seeds,
+        variant=variant,
+        lr=lr,
+        cross_limit=limits[0],
+        conflict_limit=limits[1],
+        **how,
+    )
     for result, (x, success, rounds, history) in zip(batch, expected):
         assert (result.success, result.rounds, result.steps) == (success, rounds, len(history))
         assert result.losses["before"] == pytest.approx(dict(zip(("cross", "self"), history[0])), abs=1e-7)
         assert (result.noise - x).abs().max() < 1e-6
         assert result.noise.shape == (1, 4, 16, 16) and result.note is None
         if variant == "official":
-            assert result.losses["after"] == pytest.approx(dict(zip(("cross", "self"), history[-1])), abs=1e-6)
+            assert result.losses["after"] == pytest.approx(
+                dict(zip(("cross", "self"), history[-1])), abs=1e-6
+            )
     if limits[1] == math.inf:
         assert len({len(history) for *_, history in expected}) > 1  # each went its own way
 
@@ -115,7 +145,10 @@ def test_scores_of_seeds_are_those_of_their_noises(shapes):
 
 def test_without_rounds_or_learning_the_picture_is_that_of_the_seed(shapes):
     plain = np.asarray(shapes(PROMPT, seeds=[5], steps=3)[0])
-    for how in ({"rounds": 0}, {"rounds": 1, "round_steps": 2, "last_steps": 2, "lr": 0.0, "conflict_limit": 0.0}):
+    for how in (
+        {"rounds": 0},
+        {"rounds": 1, "round_steps": 2, "last_steps": 2, "lr": 0.0, "conflict_limit": 0.0},
+    ):
         result = initno.optimize(shapes, PROMPT, None, 5, **how)
         assert not result.success
         assert np.array_equal(np.asarray(shapes(PROMPT, noise=result.noise, steps=3)[0]), plain)
@@ -149,6 +182,7 @@ def test_losses_that_are_not_finite_leave_the_seeds_noise(shapes):
 
 def test_the_projection_is_bounded_and_says_so(monkeypatch):
     """Two of three noises are far off: each goes on alone until it is near enough, or the bound is hit."""
+
     def away():
         g = initno.Gaussians(torch.zeros(3, 4, 4, 4), lr=1e-2)
         g.p[1:] = 0.3
@@ -170,24 +204,44 @@ def test_the_projection_is_bounded_and_says_so(monkeypatch):
 
 def test_progress_tells_where_it_is(shapes):
     said = []
-    initno.optimize(shapes, PROMPT, None, 5, rounds=2, round_steps=2, last_steps=1, conflict_limit=0.0, progress=said.append)
+    initno.optimize(
+        shapes,
+        PROMPT,
+        None,
+        5,
+        rounds=2,
+        round_steps=2,
+        last_steps=1,
+        conflict_limit=0.0,
+        progress=said.append,
+    )
     assert [re.sub(r"\d\.\d\d", "#", line) for line in said] == [
-        f"{where} cross # self #" for where in (
-            "round 1/2 step 1/2", "round 1/2 step 2/2", "round 2/2 step 1/2", "round 2/2 step 2/2", "last try step 1/1",
-            "last try, its end")]
+        f"{where} cross # self #"
+        for where in (
+            "round 1/2 step 1/2",
+            "round 1/2 step 2/2",
+            "round 2/2 step 1/2",
+            "round 2/2 step 2/2",
+            "last try step 1/1",
+            "last try, its end",
+        )
+    ]
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda sd: initno.optimize(sd, PROMPT, "cat, square", 0), "not in the prompt"),
-    (lambda sd: initno.optimize(sd, PROMPT, [], 0), "no subjects"),
-    (lambda sd: initno.optimize(sd, PROMPT, [3, 40], 0), "outside the prompt"),
-    (lambda sd: initno.optimize(sd, PROMPT, None, 0, variant="novel"), "no variant"),
-    (lambda sd: initno.optimize(sd, PROMPT, None, 0, sampler="ddmi"), "no sampler"),
-    (lambda sd: initno.optimize(sd, PROMPT, None, 0, rounds=-1), "rounds"),
-    (lambda sd: initno.optimize(sd, PROMPT, None, -1), "seed"),
-    (lambda sd: initno.optimize_batch(sd, [PROMPT], [None], [0, 1]), "one seed an image"),
-    (lambda sd: initno.attention_scores(sd, PROMPT, [0], [0, 1]), "outside the prompt"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda sd: initno.optimize(sd, PROMPT, "cat, square", 0), "not in the prompt"),
+        (lambda sd: initno.optimize(sd, PROMPT, [], 0), "no subjects"),
+        (lambda sd: initno.optimize(sd, PROMPT, [3, 40], 0), "outside the prompt"),
+        (lambda sd: initno.optimize(sd, PROMPT, None, 0, variant="novel"), "no variant"),
+        (lambda sd: initno.optimize(sd, PROMPT, None, 0, sampler="ddmi"), "no sampler"),
+        (lambda sd: initno.optimize(sd, PROMPT, None, 0, rounds=-1), "rounds"),
+        (lambda sd: initno.optimize(sd, PROMPT, None, -1), "seed"),
+        (lambda sd: initno.optimize_batch(sd, [PROMPT], [None], [0, 1]), "one seed an image"),
+        (lambda sd: initno.attention_scores(sd, PROMPT, [0], [0, 1]), "outside the prompt"),
+    ],
+)
 def test_bad_input_is_refused_before_any_network_runs(shapes, call, message):
     def refuse(*_):
         raise AssertionError("a network ran")

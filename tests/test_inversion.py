@@ -38,7 +38,15 @@ def test_whole_inversions_equal_diffusers(steps, spacing, one):
     out = list(ddim.invert(predict, START, Schedule(ScheduleConfig(**config)), steps))
     assert [t for _, t, _ in out] == grid and [i for i, _, _ in out] == list(range(steps))
     assert relative(out[-1][2], expected) <= 1e-6  # diffusers keeps its levels in float32
-    other = end(ddim.invert(predict, START, Schedule(ScheduleConfig(timestep_spacing=spacing)), steps, final="abar0" if one else "zero"))
+    other = end(
+        ddim.invert(
+            predict,
+            START,
+            Schedule(ScheduleConfig(timestep_spacing=spacing)),
+            steps,
+            final="abar0" if one else "zero",
+        )
+    )
     assert relative(other, expected) > 1e-4  # the last level matters
 
 
@@ -76,11 +84,15 @@ def test_whole_inversions_of_v_models_equal_diffusers(steps):
 @pytest.mark.parametrize("steps", [10, 25, 50])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-6), (torch.float64, 1e-13)])
 def test_the_same_eps_both_ways_returns(dtype, bound, steps, spacing, v):
-    schedule = Schedule(ScheduleConfig(timestep_spacing=spacing, prediction_type="v_prediction" if v else "epsilon"))
+    schedule = Schedule(
+        ScheduleConfig(timestep_spacing=spacing, prediction_type="v_prediction" if v else "epsilon")
+    )
     said, start = {}, START.to(dtype)
 
     def saying(x, t):
-        said[t] = eps_from_output(as_v(x, t, schedule.alphas_cumprod) if v else predict(x, t), x, t, schedule).to(dtype)
+        said[t] = eps_from_output(
+            as_v(x, t, schedule.alphas_cumprod) if v else predict(x, t), x, t, schedule
+        ).to(dtype)
         return said[t]
 
     latents = end(ddim.sample(saying, start, schedule, steps))
@@ -101,7 +113,10 @@ def test_fixed_points_make_the_inversion_exact():
 
     latents = end(ddim.sample(gentle, START, schedule, 50))
     for anchor in ("target", "source"):
-        errors = [relative(end(ddim.invert(gentle, latents, schedule, 50, anchor=anchor, iterations=n)), START) for n in (0, 1, 2, 4, 40)]
+        errors = [
+            relative(end(ddim.invert(gentle, latents, schedule, 50, anchor=anchor, iterations=n)), START)
+            for n in (0, 1, 2, 4, 40)
+        ]
         assert errors[0] > 1e-3 and errors == sorted(errors, reverse=True) and errors[-1] < 1e-12, errors
 
 

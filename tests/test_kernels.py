@@ -19,7 +19,11 @@ def exact(q, k, v, scale, bias=None):
                 s = k[b, :, h] @ q[b, n, h] * scale
                 if bias is not None:
                     s = s + bias[b, h, n].double()
-                p = torch.zeros_like(s) if (s == -torch.inf).all() else (s - s.max()).exp() / (s - s.max()).exp().sum()
+                p = (
+                    torch.zeros_like(s)
+                    if (s == -torch.inf).all()
+                    else (s - s.max()).exp() / (s - s.max()).exp().sum()
+                )
                 out[b, n, h], maps[b, n] = p @ v[b, :, h], maps[b, n] + p / q.shape[2]
     return out, maps
 
@@ -41,7 +45,9 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(2, 33, 77, 3, 40), (1, 16, 16, 1, 8), (2, 5, 154, 2, 64)], ids=str)  # B N M heads d
+@pytest.mark.parametrize(
+    "shape", [(2, 33, 77, 3, 40), (1, 16, 16, 1, 8), (2, 5, 154, 2, 64)], ids=str
+)  # B N M heads d
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_outputs_maps_and_gradients(backend, shape, masked, chunked, request):
@@ -49,14 +55,20 @@ def test_outputs_maps_and_gradients(backend, shape, masked, chunked, request):
         request.getfixturevalue("small_chunks")
     b, n, m, h, d = shape
     g = torch.Generator().manual_seed(0)
-    qkv = torch.randn(b, max(n, m), 3, h, d, generator=g).unbind(2)  # strided, as fused projections leave them
+    qkv = torch.randn(b, max(n, m), 3, h, d, generator=g).unbind(
+        2
+    )  # strided, as fused projections leave them
     q, k, v = qkv[0][:, :n], qkv[1][:, :m], qkv[2][:, :m]
     bias = None
     if masked:
-        bias = torch.randn(b, h, n, m, generator=g).masked_fill(torch.rand(b, h, n, m, generator=g) < 0.3, -torch.inf)
+        bias = torch.randn(b, h, n, m, generator=g).masked_fill(
+            torch.rand(b, h, n, m, generator=g) < 0.3, -torch.inf
+        )
         bias[0, :, 2] = -torch.inf  # a row with nothing to look at
     weights = torch.randn(b, n, h, d, generator=g), torch.randn(b, n, m, generator=g)
-    ours = outputs_and_gradients(lambda *a: attention(*a, bias=bias, probs="mean", backend=backend), (q, k, v), weights)
+    ours = outputs_and_gradients(
+        lambda *a: attention(*a, bias=bias, probs="mean", backend=backend), (q, k, v), weights
+    )
     truth = outputs_and_gradients(lambda *a: exact(*a, d**-0.5, bias), (q, k, v), weights)
     assert all(relative(a, b) < 2e-6 for a, b in zip(ours, truth))
     plain, none = attention(q, k, v, bias=bias, backend=backend)
@@ -78,7 +90,11 @@ def test_the_oracle_itself_differentiates_through_dead_rows():
 @pytest.mark.parametrize("size", [(1, 1, 1, 9), (2, 1, 5, 1), (1, 3, 5, 9), (2, 3, 5, 9)], ids=str)
 def test_bias_broadcasts(backend, size):
     g = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(2, 5, 3, 8, generator=g), torch.randn(2, 9, 3, 8, generator=g), torch.randn(2, 9, 3, 8, generator=g)
+    q, k, v = (
+        torch.randn(2, 5, 3, 8, generator=g),
+        torch.randn(2, 9, 3, 8, generator=g),
+        torch.randn(2, 9, 3, 8, generator=g),
+    )
     bias = torch.randn(size, generator=g)
     bias[0, 0, 0, 0] = -torch.inf
     out, maps = attention(q, k, v, bias=bias, probs="mean", backend=backend)
@@ -104,7 +120,9 @@ def test_region_attention_is_attention_of_each_region(backend, small_chunks):
                     out[b, rows], maps[b, rows] = o[0], p[0]
         return out, maps
 
-    ours = outputs_and_gradients(lambda *a: attention(*a, region=region, probs="mean", backend=backend), (q, k, v), weights)
+    ours = outputs_and_gradients(
+        lambda *a: attention(*a, region=region, probs="mean", backend=backend), (q, k, v), weights
+    )
     truth = outputs_and_gradients(gathered, (q, k, v), weights)
     assert all(relative(a, b) < 1e-10 for a, b in zip(ours, truth))
     assert not ours[0][region == -1].any() and not ours[1][region == -1].any()
@@ -123,16 +141,22 @@ def test_sixteen_bits_are_summed_in_32(dtype, tolerance):
 
 def test_gradcheck_of_the_reference(small_chunks):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, n, 2, 3, generator=g, dtype=torch.float64, requires_grad=True) for n in (5, 4, 4))
+    q, k, v = (
+        torch.randn(1, n, 2, 3, generator=g, dtype=torch.float64, requires_grad=True) for n in (5, 4, 4)
+    )
     bias = torch.randn(1, 1, 5, 4, generator=g)
     bias[0, 0, 1] = bias[0, 0, 2, 0] = -torch.inf
-    assert torch.autograd.gradcheck(lambda *a: attention(*a, bias=bias, probs="mean", backend="reference"), (q, k, v))
+    assert torch.autograd.gradcheck(
+        lambda *a: attention(*a, bias=bias, probs="mean", backend="reference"), (q, k, v)
+    )
 
 
 @pytest.mark.parametrize("with_v", [True, False])
 def test_opcheck(with_v):
     q, k, v = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (6, 7, 7))
-    torch.library.opcheck(kernels.forward_op, (q, k, v if with_v else None, 0.3, None, None, 7, True, "reference"))
+    torch.library.opcheck(
+        kernels.forward_op, (q, k, v if with_v else None, 0.3, None, None, 7, True, "reference")
+    )
 
 
 def test_compiled_equals_eager_without_graph_breaks():
@@ -143,7 +167,9 @@ def test_compiled_equals_eager_without_graph_breaks():
         return attention(q, k, v, probs="mean")
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    for a, b in zip(outputs_and_gradients(compiled, (q, k, v), weights), outputs_and_gradients(f, (q, k, v), weights)):
+    for a, b in zip(
+        outputs_and_gradients(compiled, (q, k, v), weights), outputs_and_gradients(f, (q, k, v), weights)
+    ):
         assert torch.allclose(a, b, atol=1e-6)
 
 

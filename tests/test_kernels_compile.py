@@ -20,7 +20,11 @@ FULL = {"BIAS": True, "REGION": True}
 VARIANTS = {
     "forward": [{**LIGHT, "OUT": True}, {**LIGHT, "OUT": False}, {**FULL, "OUT": True}],
     "mean_map": [LIGHT, FULL],
-    "grad_q": [{**LIGHT, "OUT": True, "MAP": True}, {**LIGHT, "OUT": False, "MAP": True}, {**FULL, "OUT": True, "MAP": True}],
+    "grad_q": [
+        {**LIGHT, "OUT": True, "MAP": True},
+        {**LIGHT, "OUT": False, "MAP": True},
+        {**FULL, "OUT": True, "MAP": True},
+    ],
     "grad_kv": [{**LIGHT, "OUT": True, "MAP": True}, {**FULL, "OUT": True, "MAP": True}],
 }
 DTYPES = ("fp16", "bf16")
@@ -52,16 +56,21 @@ def compile_kernel(name, dtype, size, flags):
         number = "fp32" if argument in ("scale", "eps") else "i32"
         signature[argument] = "constexpr" if argument in constants else kinds.get(argument, number)
         if argument not in constants and (argument in kinds or argument.startswith(ALIGNED)):
-            attributes[i,] = [["tt.divisibility", 16]]  # what the launcher finds out of aligned tensors by itself
+            attributes[i,] = [
+                ["tt.divisibility", 16]
+            ]  # what the launcher finds out of aligned tensors by itself
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", 90, 32), options=options,
+        target=GPUTarget("cuda", 90, 32),
+        options=options,
     )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return registers, stack, compiled.metadata.shared
 
@@ -74,7 +83,12 @@ def jobs():
                     yield name, dtype, d, flags
     for i, (size, layout) in enumerate(NORMS):
         for name in ("statistics", "normalise"):
-            yield name, DTYPES[i % 2], size, {"ADD": True, layout: 1} | ({"SILU": True} if name == "normalise" else {})
+            yield (
+                name,
+                DTYPES[i % 2],
+                size,
+                {"ADD": True, layout: 1} | ({"SILU": True} if name == "normalise" else {}),
+            )
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +101,17 @@ def compiled():
 
     def run(part):
         command = [sys.executable, "-m", "tests.test_kernels_compile", *part]
-        process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+        process = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1]
+        )
         assert process.returncode == 0, process.stderr[-3000:]
         return [json.loads(line) for line in process.stdout.splitlines()]
 
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
-        return [row for rows in pool.map(run, [(str(i), str(workers)) for i in range(workers)]) for row in rows]
+        return [
+            row for rows in pool.map(run, [(str(i), str(workers)) for i in range(workers)]) for row in rows
+        ]
 
 
 def main():
@@ -110,7 +128,9 @@ def test_compiles_for_sm_90_without_spills(compiled, name):
     rows = [row for row in compiled if row[0] == name]
     assert len(rows) == len([job for job in jobs() if job[0] == name])
     for _, dtype, size, flags, registers, stack, shared in rows:
-        assert stack == 0, f"{name} {dtype} {size} {flags}: {stack} bytes of stack a thread, {registers} registers"
+        assert stack == 0, (
+            f"{name} {dtype} {size} {flags}: {stack} bytes of stack a thread, {registers} registers"
+        )
         assert shared <= 232448, f"{name} {dtype} {size} {flags}: {shared} bytes of shared memory"
 
 

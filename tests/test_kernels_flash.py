@@ -18,9 +18,18 @@ DEVICE = "cpu" if INTERPRETING else "cuda"
 HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
 DTYPES = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative norm
 # B, N, M, heads: N below a block, across two; M = 77, N itself, one more than a block
-SHAPES = {8: (2, 33, 77, 3), 16: (1, 64, 64, 2), 32: (1, 100, 65, 1), 40: (2, 33, 77, 3), 64: (1, 50, 50, 2),
-          80: (1, 33, 154, 2), 160: (1, 65, 77, 2)}
-here = pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason="needs a CUDA device (or TRITON_INTERPRET=1)")
+SHAPES = {
+    8: (2, 33, 77, 3),
+    16: (1, 64, 64, 2),
+    32: (1, 100, 65, 1),
+    40: (2, 33, 77, 3),
+    64: (1, 50, 50, 2),
+    80: (1, 33, 154, 2),
+    160: (1, 65, 77, 2),
+}
+here = pytest.mark.skipif(
+    not INTERPRETING and not torch.cuda.is_available(), reason="needs a CUDA device (or TRITON_INTERPRET=1)"
+)
 
 
 def inputs(shape, d, dtype, masked=False, generator_seed=0):
@@ -28,10 +37,15 @@ def inputs(shape, d, dtype, masked=False, generator_seed=0):
     b, n, m, h = shape
     g = torch.Generator().manual_seed(generator_seed)
     q, k, v = torch.randn(b, max(n, m), 3, h, d, generator=g).to(DEVICE, dtype).unbind(2)
-    weights = torch.randn(b, n, h, d, generator=g).to(DEVICE, dtype), torch.randn(b, n, m, generator=g).to(DEVICE)
+    weights = (
+        torch.randn(b, n, h, d, generator=g).to(DEVICE, dtype),
+        torch.randn(b, n, m, generator=g).to(DEVICE),
+    )
     bias = None
     if masked:
-        bias = torch.randn(b, 1, n, m, generator=g).masked_fill(torch.rand(b, 1, n, m, generator=g) < 0.3, -torch.inf)
+        bias = torch.randn(b, 1, n, m, generator=g).masked_fill(
+            torch.rand(b, 1, n, m, generator=g) < 0.3, -torch.inf
+        )
         bias[0, :, 2] = -torch.inf
         bias = bias.to(DEVICE)
     return (q[:, :n], k[:, :m], v[:, :m]), weights, bias
@@ -105,7 +119,9 @@ def test_frozen_text_and_map_alone():
     assert_close([dq], [truth[2]], 5e-7)
     _, maps = kernels._differentiable(q, k, None, q.shape[-1] ** -0.5, None, None, 77, True, "triton")
     (dq,) = torch.autograd.grad((maps * weights[1]).sum(), q)
-    assert_close([maps, dq], [truth[1], run(exact, [y.double() for y in (q, k, v)], weights, ("map",))[2]], 5e-7)
+    assert_close(
+        [maps, dq], [truth[1], run(exact, [y.double() for y in (q, k, v)], weights, ("map",))[2]], 5e-7
+    )
 
 
 @here
@@ -113,7 +129,11 @@ def test_bias_of_every_broadcast_and_dead_rows():
     qkv, weights, _ = inputs((2, 33, 40, 3), 16, torch.float32)
     for sizes in ((1, 1, 1, 40), (2, 1, 1, 40), (1, 3, 33, 1), (1, 1, 1, 1), (2, 3, 33, 40)):
         bias = torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        assert_close(run(ours, qkv, weights, bias=bias), run(exact, [y.double() for y in qkv], weights, bias=bias), 5e-7)
+        assert_close(
+            run(ours, qkv, weights, bias=bias),
+            run(exact, [y.double() for y in qkv], weights, bias=bias),
+            5e-7,
+        )
     bias = torch.zeros(1, 1, 33, 1, device=DEVICE)
     bias[:, :, 7] = -torch.inf
     out, maps, dq, _, _ = run(ours, qkv, weights, bias=bias)
@@ -141,7 +161,9 @@ def test_nan_rows_stay_in_their_rows_and_large_logits_stay_finite():
 
 @here
 def test_same_bits_every_time():
-    qkv, weights, bias = inputs((1, 65, 33, 2), 16, torch.float16, masked=True)  # two blocks of queries, two of keys
+    qkv, weights, bias = inputs(
+        (1, 65, 33, 2), 16, torch.float16, masked=True
+    )  # two blocks of queries, two of keys
     first = run(ours, qkv, weights, bias=bias)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(run(ours, qkv, weights, bias=bias), first))
@@ -164,7 +186,9 @@ def test_region_attention_is_attention_of_each_region(biased):
         for text in range(texts):
             rows, keys = region[b] == text, slice(text * length, (text + 1) * length)
             some = None if bias is None else bias[b : b + 1, :, rows, keys]
-            out, maps = exact(leaves[0][b : b + 1, rows], leaves[1][b : b + 1, text], leaves[2][b : b + 1, text], some)
+            out, maps = exact(
+                leaves[0][b : b + 1, rows], leaves[1][b : b + 1, text], leaves[2][b : b + 1, text], some
+            )
             assert_close([result[0][b : b + 1, rows], result[1][b : b + 1, rows]], [out, maps], 5e-7)
             loss = loss + (out * weights[0][b, rows]).sum() + (maps * weights[1][b, rows]).sum()
     assert_close(result[2:], torch.autograd.grad(loss, leaves), 5e-7, ("dq", "dk", "dv"))

@@ -19,7 +19,9 @@ from minsd.vae import VAE
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETING else "cuda"
-here = pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason="needs a CUDA device (or TRITON_INTERPRET=1)")
+here = pytest.mark.skipif(
+    not INTERPRETING and not torch.cuda.is_available(), reason="needs a CUDA device (or TRITON_INTERPRET=1)"
+)
 # B, C, h, w, groups: odd sizes; SD's finest level at 10 channels a group, 300 cells in two blocks; one cell; one channel a group
 SHAPES = [(2, 12, 7, 9, 4), (1, 40, 33, 50, 4), (2, 32, 1, 1, 8), (1, 4, 40, 60, 4)]
 
@@ -60,7 +62,9 @@ def fused(monkeypatch):
 
 
 @here
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)], ids=str
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape, layout, dtype, tolerance, fused):
@@ -77,7 +81,9 @@ def test_against_float64(shape, layout, dtype, tolerance, fused):
 def test_a_large_mean_does_not_cancel(fused):
     """Means a thousand standard deviations from 0: a sum of squares would leave no digit of the variance."""
     x, norm, _ = case((1, 8, 30, 40, 2), torch.float32, DEVICE, mean=1000.0)
-    assert relative(group_norm(x, norm, silu=True), exact(x, norm, None)) < 1e-4  # x itself has 6e-5 of a standard deviation left
+    assert (
+        relative(group_norm(x, norm, silu=True), exact(x, norm, None)) < 1e-4
+    )  # x itself has 6e-5 of a standard deviation left
 
 
 @here
@@ -92,8 +98,13 @@ def test_same_bits_every_time_and_any_strides(fused):
 @here
 def test_the_same_picture_as_without(fused, monkeypatch):
     unet = UNetConfig(
-        block_out_channels=(8, 16), layers_per_block=1, cross_attention=(True, False), num_heads=(2, 2), context_dim=8,
-        norm_groups=2, sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention=(True, False),
+        num_heads=(2, 2),
+        context_dim=8,
+        norm_groups=2,
+        sample_size=8,
     )
     vae = VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_groups=2)
     torch.manual_seed(0)
@@ -110,7 +121,9 @@ def test_the_same_picture_as_without(fused, monkeypatch):
         return latents, [np.asarray(picture).astype(int) for picture in sd.decode(latents)]
 
     latents, pictures = draw()
-    assert made == [2 * (2 * 8 + 4 + 1)] and len(fused) > made[0]  # in 2 steps: of 8 residual blocks, 4 transformers, the end
+    assert (
+        made == [2 * (2 * 8 + 4 + 1)] and len(fused) > made[0]
+    )  # in 2 steps: of 8 residual blocks, 4 transformers, the end
     monkeypatch.setattr(kernels, "_norm_is_fused", lambda *args: False)
     plain, expected = draw()
     assert 0 < relative(latents, plain) < 1e-5
@@ -144,4 +157,6 @@ def test_where_the_kernels_are_taken(monkeypatch):
         assert kernels._norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
     assert not kernels._norm_is_fused(on, norm, add.requires_grad_())
     assert not kernels._norm_is_fused(on.double(), norm.double(), None)
-    assert MODELS["sd15"].unet.norm_groups == 32 and max(MODELS["sd15"].unet.block_out_channels) * 2 // 32 <= 256
+    assert (
+        MODELS["sd15"].unet.norm_groups == 32 and max(MODELS["sd15"].unet.block_out_channels) * 2 // 32 <= 256
+    )

@@ -23,5 +23,9 @@ def test_in_the_interpreter():
         pytest.skip("Triton before 3.7 cannot interpret loops with NumPy 2.4 or later")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *FILES]
-    process = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert process.returncode == 0 and " passed" in process.stdout, process.stdout[-5000:] + process.stderr[-2000:]
+    process = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert process.returncode == 0 and " passed" in process.stdout, (
+        process.stdout[-5000:] + process.stderr[-2000:]
+    )

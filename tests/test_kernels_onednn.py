@@ -8,7 +8,9 @@ from minsd.kernels import attention
 from minsd.kernels import onednn as module
 from minsd.kernels.onednn import Linear, linear
 
-there = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN operators")
+there = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN operators"
+)
 
 
 @pytest.fixture
@@ -67,8 +69,12 @@ def test_where_pytorch_multiplies_itself(calls):
 
 
 @there
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 3e-4)], ids=str)
-@pytest.mark.parametrize("shape", [(2, 33, 77, 3, 40), (1, 50, 50, 1, 8), (1, 1, 9, 2, 16)], ids=str)  # B N M heads d
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 3e-4)], ids=str
+)
+@pytest.mark.parametrize(
+    "shape", [(2, 33, 77, 3, 40), (1, 50, 50, 1, 8), (1, 1, 9, 2, 16)], ids=str
+)  # B N M heads d
 def test_attention_in_blocks_against_float64(shape, dtype, tolerance, calls, monkeypatch):
     b, n, m, h, d = shape
     monkeypatch.setattr(module, "LEAST", 0)

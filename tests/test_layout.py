@@ -12,10 +12,19 @@ from minsd.noise import layout
 from minsd.noise.collage import direct_cells
 
 HALVES = {
-    "prompt": "two shapes", "negative_prompt": "blurry", "width": 64, "height": 32,
+    "prompt": "two shapes",
+    "negative_prompt": "blurry",
+    "width": 64,
+    "height": 32,
     "regions": [
         {"prompt": "a red circle", "box": [0, 0, 0.5, 1]},
-        {"prompt": "a blue square", "box": [32, 0, 64, 32], "negative_prompt": "", "weight": 2, "lora": ["style.safetensors:0.8"]},
+        {
+            "prompt": "a blue square",
+            "box": [32, 0, 64, 32],
+            "negative_prompt": "",
+            "weight": 2,
+            "lora": ["style.safetensors:0.8"],
+        },
     ],
 }
 
@@ -40,15 +49,29 @@ def test_a_layout_file(tmp_path):
     write_mask(tmp_path / "masks" / "square.png")
     (tmp_path / "edges.png").write_bytes(b"any")
     given = changed()
-    given["regions"][1] = given["regions"][1] | {"mask": "masks/square.png", "control_image": "edges.png", "control_scale": 0.5}
+    given["regions"][1] = given["regions"][1] | {
+        "mask": "masks/square.png",
+        "control_image": "edges.png",
+        "control_scale": 0.5,
+    }
     del given["regions"][1]["box"]
     path = tmp_path / "layout.json"
     path.write_text(json.dumps(given))
     read = layout.load(path)
     assert (read.prompt, read.negative_prompt, read.width, read.height) == ("two shapes", "blurry", 64, 32)
     a, b = read.regions
-    assert (a.prompt, a.negative_prompt, a.weight, a.lora) == ("a red circle", "blurry", 1.0, ())  # left out: the picture's
-    assert (b.negative_prompt, b.weight, b.lora, b.control_scale) == ("", 2.0, ((tmp_path / "style.safetensors", 0.8),), 0.5)
+    assert (a.prompt, a.negative_prompt, a.weight, a.lora) == (
+        "a red circle",
+        "blurry",
+        1.0,
+        (),
+    )  # left out: the picture's
+    assert (b.negative_prompt, b.weight, b.lora, b.control_scale) == (
+        "",
+        2.0,
+        ((tmp_path / "style.safetensors", 0.8),),
+        0.5,
+    )
     assert b.control_image == tmp_path / "edges.png" and read.control_images == [None, None, b.control_image]
     assert a.bounds == (0, 0, 32, 32) and a.pixels.sum() == 32 * 32
     assert b.bounds == (8, 8, 24, 24) and b.pixels.sum() == 16 * 16
@@ -59,7 +82,9 @@ def test_boxes_in_fractions_and_in_pixels():
     boxes = [[0, 0, 1, 1], [0.25, 0.5, 0.75, 1.0], [16, 0, 33, 32]]
     read = layout.load({**HALVES, "regions": [{"prompt": "", "box": box} for box in boxes]})
     assert [r.bounds for r in read.regions] == [(0, 0, 64, 32), (16, 16, 48, 32), (16, 0, 33, 32)]
-    open_size = layout.load({k: v for k, v in changed(region={"box": [0.5, 0, 1, 1]}).items() if k not in ("width", "height")})
+    open_size = layout.load(
+        {k: v for k, v in changed(region={"box": [0.5, 0, 1, 1]}).items() if k not in ("width", "height")}
+    )
     assert open_size.width is None and open_size.regions[0].pixels is None
     assert open_size.sized(128, 64).regions[0].bounds == (64, 0, 128, 64)
     with pytest.raises(ValueError, match="region 2: the box .* a picture of 32x32 pixels"):
@@ -84,43 +109,57 @@ def test_masks_of_another_size_are_resized_with_a_note(tmp_path):
     assert len(read.notes) == 1 and re.search("region 1.*128x64.*resized.*64x32", read.notes[0])
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    (changed(region={"box": [0, 0, 80, 32]}), r"region 1: the box \[0, 0, 80, 32\] .* inside a picture of 64x32 pixels"),
-    (changed(region={"box": [-0.1, 0, 1, 1]}), "inside fractions 0 to 1"),
-    (changed(region={"box": [32, 0, 32, 32]}), "x0 < x1"),
-    (changed(region={"box": [0, 0, 32]}), "four numbers"),
-    (changed(region={"box": [0, 0, True, 1]}), "four numbers"),
-    (changed(region={"box": [0, 0, float("nan"), 1]}), "four numbers"),
-    (changed(region={"box": [0, 0, 1, 10**400]}), "four numbers"),
-    (changed(region={"box": [0.2, 0.2, 0.201, 0.201]}), "region 1 is empty"),
-    (changed(region={"box": [4, 4, 11, 11]}), r"region 1 is too small: its 7x7 pixels, 49 in all, .* 32 pixels .* 11x11"),
-    (changed(region={"bbox": [0, 0, 1, 1]}), "region 1: unknown key 'bbox'; known are prompt, box, mask"),
-    (changed(region={"weight": 0}), "region 1: the weight must be more than 0"),
-    (changed(region={"weight": "1"}), "'weight' must be a number"),
-    (changed(region={"lora": "style.safetensors"}), "'lora' must be a list"),
-    (changed(region={"lora": [3]}), "FILE:SCALE"),
-    (changed(region={"lora": ["a.safetensors:1.2.3"]}), "FILE:SCALE, such as"),
-    (changed(region={"mask": "m.png"}), "one of the two"),
-    (changed(drop=["box"]), "one of the two"),
-    (changed(drop=["prompt"]), "region 1: there is no 'prompt'"),
-    (changed(prompts="x"), "unknown key 'prompts'; known are prompt, negative_prompt, width"),
-    (changed(prompt=3), "'prompt' must be text, not 3"),
-    (changed(width=60), "width must be a positive multiple of 8, not 60"),
-    (changed(width=64.0), "'width' must be a whole number"),
-    ({"regions": []}, "there is no 'prompt'"),
-    ({"prompt": "a", "width": 64}, "width and height, or neither"),
-    ({"prompt": "a", "regions": {}}, "'regions' must be a list"),
-    ({"prompt": "a", "regions": ["a"]}, 'region 1: this must be an object .* not "a"'),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            changed(region={"box": [0, 0, 80, 32]}),
+            r"region 1: the box \[0, 0, 80, 32\] .* inside a picture of 64x32 pixels",
+        ),
+        (changed(region={"box": [-0.1, 0, 1, 1]}), "inside fractions 0 to 1"),
+        (changed(region={"box": [32, 0, 32, 32]}), "x0 < x1"),
+        (changed(region={"box": [0, 0, 32]}), "four numbers"),
+        (changed(region={"box": [0, 0, True, 1]}), "four numbers"),
+        (changed(region={"box": [0, 0, float("nan"), 1]}), "four numbers"),
+        (changed(region={"box": [0, 0, 1, 10**400]}), "four numbers"),
+        (changed(region={"box": [0.2, 0.2, 0.201, 0.201]}), "region 1 is empty"),
+        (
+            changed(region={"box": [4, 4, 11, 11]}),
+            r"region 1 is too small: its 7x7 pixels, 49 in all, .* 32 pixels .* 11x11",
+        ),
+        (changed(region={"bbox": [0, 0, 1, 1]}), "region 1: unknown key 'bbox'; known are prompt, box, mask"),
+        (changed(region={"weight": 0}), "region 1: the weight must be more than 0"),
+        (changed(region={"weight": "1"}), "'weight' must be a number"),
+        (changed(region={"lora": "style.safetensors"}), "'lora' must be a list"),
+        (changed(region={"lora": [3]}), "FILE:SCALE"),
+        (changed(region={"lora": ["a.safetensors:1.2.3"]}), "FILE:SCALE, such as"),
+        (changed(region={"mask": "m.png"}), "one of the two"),
+        (changed(drop=["box"]), "one of the two"),
+        (changed(drop=["prompt"]), "region 1: there is no 'prompt'"),
+        (changed(prompts="x"), "unknown key 'prompts'; known are prompt, negative_prompt, width"),
+        (changed(prompt=3), "'prompt' must be text, not 3"),
+        (changed(width=60), "width must be a positive multiple of 8, not 60"),
+        (changed(width=64.0), "'width' must be a whole number"),
+        ({"regions": []}, "there is no 'prompt'"),
+        ({"prompt": "a", "width": 64}, "width and height, or neither"),
+        ({"prompt": "a", "regions": {}}, "'regions' must be a list"),
+        ({"prompt": "a", "regions": ["a"]}, 'region 1: this must be an object .* not "a"'),
+    ],
+)
 def test_mistakes_in_a_layout(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         layout.load(given)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("box", "inside"), [
-    ([0.6, 0, 0.4, 1], "fractions 0 to 1"), ([-0.1, 0, 1, 1], "fractions 0 to 1"), ([48, 0, 16, 32], "the picture"),
-])
+@pytest.mark.parametrize(
+    ("box", "inside"),
+    [
+        ([0.6, 0, 0.4, 1], "fractions 0 to 1"),
+        ([-0.1, 0, 1, 1], "fractions 0 to 1"),
+        ([48, 0, 16, 32], "the picture"),
+    ],
+)
 def test_a_box_that_no_picture_has_is_told_before_the_size_is_known(tmp_path, box, inside):
     (tmp_path / "l.json").write_text(json.dumps({"prompt": "", "regions": [{"prompt": "", "box": box}]}))
     with pytest.raises(ValueError, match=f"l.json: region 1: the box .* inside {inside}$"):
@@ -132,7 +171,9 @@ def test_a_box_read_as_pixels_for_one_number_above_1_is_told_so(box):
     """Meant as fractions, it would be a box of a pixel or two, or leave the picture: the message must not be of that alone."""
     with pytest.raises(ValueError, match="region 1.*a number above 1 makes all four of a box pixels"):
         layout.load(changed(region={"box": box}))
-    with pytest.raises(ValueError, match="region 1 is empty: its box .* wide and high$"):  # a box has no mask to mend
+    with pytest.raises(
+        ValueError, match="region 1 is empty: its box .* wide and high$"
+    ):  # a box has no mask to mend
         layout.load(changed(region={"box": [0.2, 0.2, 0.201, 0.201]}))
 
 
@@ -165,9 +206,17 @@ def test_files_that_are_missing_or_broken(tmp_path):
 
 def test_what_is_enough_to_fill_a_cell():
     """The sizes that the error names: 32 pixels in one cell; 11x11 anywhere, and 10x10 not quite anywhere."""
+
     def fills(x, y, w, h):
         try:
-            layout.load({"prompt": "", "width": 64, "height": 64, "regions": [{"prompt": "", "box": [x, y, x + w, y + h]}]})
+            layout.load(
+                {
+                    "prompt": "",
+                    "width": 64,
+                    "height": 64,
+                    "regions": [{"prompt": "", "box": [x, y, x + w, y + h]}],
+                }
+            )
         except ValueError:
             return False
         return True
@@ -189,7 +238,11 @@ def test_coverage_is_each_cells_mean():
 
 def test_direct_cells():
     """A box aligned to a level's cells covers just its own; half a cell counts; a region too small keeps its centre's cell."""
-    for box, cells in (((8, 16, 504, 384), (8,)), ((32, 96, 416, 480), (8, 16, 32)), ((64, 0, 256, 320), (8, 16, 32, 64))):
+    for box, cells in (
+        ((8, 16, 504, 384), (8,)),
+        ((32, 96, 416, 480), (8, 16, 32)),
+        ((64, 0, 256, 320), (8, 16, 32, 64)),
+    ):
         x0, y0, x1, y1 = box
         pixels = np.zeros((512, 512), bool)
         pixels[y0:y1, x0:x1] = True
@@ -204,7 +257,10 @@ def test_direct_cells():
     assert direct_cells(half, 8)[:, 1].tolist() == [False] + [True] * 7
     small = np.zeros((128, 128), bool)
     small[72:88, 40:56] = True  # centre at (80, 48): the last but one cell of 32 down, the second across
-    assert [tuple(map(tuple, np.argwhere(direct_cells(small, cell)))) for cell in (32, 64)] == [((2, 1),), ((1, 0),)]
+    assert [tuple(map(tuple, np.argwhere(direct_cells(small, cell)))) for cell in (32, 64)] == [
+        ((2, 1),),
+        ((1, 0),),
+    ]
 
 
 # --- the published folder --------------------------------------------------------------------------------------------
@@ -213,9 +269,16 @@ def test_direct_cells():
 @pytest.fixture
 def folder(tmp_path):
     """A made-up folder of the published form, with a gap in its numbers."""
-    for name, caption in (("PALL", "a park"), ("P000", "a brown dog"), ("P003", "a tree"), ("P010", "a bird")):
+    for name, caption in (
+        ("PALL", "a park"),
+        ("P000", "a brown dog"),
+        ("P003", "a tree"),
+        ("P010", "a bird"),
+    ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / ("blip_caption.json" if name == "P010" else "self_caption.json")).write_text(json.dumps(caption))
+        (tmp_path / name / ("blip_caption.json" if name == "P010" else "self_caption.json")).write_text(
+            json.dumps(caption)
+        )
     (tmp_path / "P000" / "blip_caption.json").write_text('"a dog"')  # the other comes first
     write_mask(tmp_path / "P000" / "bbox_mask_image.png", 64, 48, (0, 16, 32, 48))
     write_mask(tmp_path / "P000" / "mask_image.png", 64, 48, (0, 0, 8, 8))
@@ -262,8 +325,15 @@ def test_mistakes_in_a_folder(folder):
 
 
 def test_preview_shows_where_regions_lie_and_how_much_they_fill():
-    given = {"prompt": "a park \u516c\u5712", "width": 128, "height": 64, "regions": [
-        {"prompt": "left", "box": [0, 0, 60, 64]}, {"prompt": "small \u72ac", "box": [96, 16, 128, 48]}]}
+    given = {
+        "prompt": "a park \u516c\u5712",
+        "width": 128,
+        "height": 64,
+        "regions": [
+            {"prompt": "left", "box": [0, 0, 60, 64]},
+            {"prompt": "small \u72ac", "box": [96, 16, 128, 48]},
+        ],
+    }
     read = layout.load(given)
     picture = np.asarray(layout.preview(read)).astype(int)
     assert picture.shape[1] == 640 and picture.shape[0] > 320  # five pixels a pixel, and lines of text below
@@ -271,12 +341,21 @@ def test_preview_shows_where_regions_lie_and_how_much_they_fill():
     def at(x, y):  # the colour at a pixel of the layout
         return picture[5 * y + 2, 5 * x + 2]
 
-    white, red, blue = np.array([255] * 3), *(np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in layout.COLOURS[:2])
+    white, red, blue = (
+        np.array([255] * 3),
+        *(np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in layout.COLOURS[:2]),
+    )
     assert (at(80, 40) == white).all()
     assert np.abs(at(30, 40) - (0.7 * white + 0.3 * red)).max() <= 1
-    assert np.abs(at(61, 40) - (0.85 * white + 0.15 * red)).max() <= 1  # the cell of pixels 56 to 63 is half filled
+    assert (
+        np.abs(at(61, 40) - (0.85 * white + 0.15 * red)).max() <= 1
+    )  # the cell of pixels 56 to 63 is half filled
     assert np.abs(at(112, 40) - (0.7 * white + 0.3 * blue)).max() <= 1
-    assert (picture[5 * 32, 5 * 60 - 1] == red).all() and (picture[5 * 32, 5 * 60] != red).any()  # outlines, on the region's own side
+    assert (picture[5 * 32, 5 * 60 - 1] == red).all() and (
+        picture[5 * 32, 5 * 60] != red
+    ).any()  # outlines, on the region's own side
     legend = picture[320:]
-    assert all(np.abs(legend - ink).sum(-1).min() < 60 for ink in (red, blue, 0 * red))  # a line of text in each colour
+    assert all(
+        np.abs(legend - ink).sum(-1).min() < 60 for ink in (red, blue, 0 * red)
+    )  # a line of text in each colour
     assert layout.preview(layout.load({"prompt": "nothing but this"}), size=64).width >= 480

@@ -47,7 +47,10 @@ def test_text_positions_are_rebuilt(small):
 def test_the_fp16_variant_and_casts(small_folder, broken_folder, small, dtype):
     for part in ("unet", "vae", "text_encoder"):
         for path in list((broken_folder / part).glob("*.safetensors")):
-            save_file({k: v.half() for k, v in load_file(path).items()}, path.with_name(path.stem + ".fp16.safetensors"))
+            save_file(
+                {k: v.half() for k, v in load_file(path).items()},
+                path.with_name(path.stem + ".fp16.safetensors"),
+            )
             path.unlink()
     sd = minsd.load(str(broken_folder), "cpu", dtype)
     assert {p.dtype for m in (sd.unet, sd.vae, sd.text.model) for p in m.parameters()} == {dtype}
@@ -62,7 +65,11 @@ def test_what_has_the_dtype_stays_mapped(broken_folder, small, dtype):
     path = broken_folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path)
     sd = minsd.load(str(broken_folder), "cpu", dtype)
-    maps = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    maps = [
+        line.split()[0].split("-")
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if str(path) in line
+    ]
     start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     mapped, moved = 0, 0
     for name, entry in read_header(path).items():
@@ -70,7 +77,9 @@ def test_what_has_the_dtype_stays_mapped(broken_folder, small, dtype):
         here = any(int(a, 16) <= weight.data_ptr() < int(b, 16) for a, b in maps)
         well = dtype != torch.float32 or weight.ndim < 2 or (start + entry["data_offsets"][0]) % 64 == 0
         fused = ".attn" in name and ".to_out." not in name and ".attn2.to_q." not in name
-        assert here == (well and not fused) and (dtype != torch.float32 or weight.ndim < 2 or weight.data_ptr() % 64 == 0)
+        assert here == (well and not fused) and (
+            dtype != torch.float32 or weight.ndim < 2 or weight.data_ptr() % 64 == 0
+        )
         mapped, moved = mapped + here, moved + (not well)
     assert mapped > 100 and (moved > 0) == (dtype == torch.float32)
 
@@ -79,14 +88,22 @@ def test_shards(broken_folder, small):
     for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         whole = tensors(broken_folder / part)
         names = sorted(whole)
-        halves = {f"{stem}-00001-of-00002.safetensors": names[::2], f"{stem}-00002-of-00002.safetensors": names[1::2]}
+        halves = {
+            f"{stem}-00001-of-00002.safetensors": names[::2],
+            f"{stem}-00002-of-00002.safetensors": names[1::2],
+        }
         for file, part_names in halves.items():
             save_file({name: whole[name] for name in part_names}, broken_folder / part / file)
-        index = {"metadata": {}, "weight_map": {name: file for file, part_names in halves.items() for name in part_names}}
+        index = {
+            "metadata": {},
+            "weight_map": {name: file for file, part_names in halves.items() for name in part_names},
+        }
         (broken_folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
         (broken_folder / part / f"{stem}.safetensors").unlink()
     sd = minsd.load(str(broken_folder), "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sd.unet.state_dict().values(), small.unet.state_dict().values())
+    )
     (broken_folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     assert "00002-of-00002.safetensors is missing" in refused(broken_folder)
 
@@ -103,7 +120,9 @@ def test_the_old_names_of_the_vae_attention(broken_folder, small):
         renamed[name] = value
     save_file(renamed, path)
     sd = minsd.load(str(broken_folder), "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(sd.vae.state_dict().values(), small.vae.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sd.vae.state_dict().values(), small.vae.state_dict().values())
+    )
 
 
 def test_text_names_with_and_without_prefix(broken_folder, small):
@@ -139,11 +158,19 @@ def test_names_first_shapes_and_reasons_of_a_misfit(broken_folder):
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("unet/config.json", {"down_block_types": ["Strange"] * 3}, "Strange"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
-        ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "StableDiffusionInpaintPipeline"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionInpaintPipeline"},
+            "StableDiffusionInpaintPipeline",
+        ),
         ("vae/config.json", {"latent_channels": 16}, "4 latent channels"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-        ("scheduler/scheduler_config.json", {"timestep_spacing": "foo"}, "timestep_spacing = 'foo' is not known"),
+        (
+            "scheduler/scheduler_config.json",
+            {"timestep_spacing": "foo"},
+            "timestep_spacing = 'foo' is not known",
+        ),
         ("unet/config.json", {"flip_sin_to_cos": False}, "flip_sin_to_cos"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "beta_schedule"),
@@ -155,7 +182,9 @@ def test_models_of_another_kind(broken_folder, part, change, says):
     assert says in refused(broken_folder)
 
 
-@pytest.mark.parametrize("part", ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer"])
+@pytest.mark.parametrize(
+    "part", ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer"]
+)
 def test_missing_parts_are_named(broken_folder, part):
     path = broken_folder / part
     path.rename(path.with_name("away"))
@@ -166,7 +195,9 @@ def test_missing_parts_are_named(broken_folder, part):
 def test_pickles_are_refused(broken_folder, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     assert "pickle" in refused(tmp_path / "model.ckpt")
-    (broken_folder / "unet" / "diffusion_pytorch_model.safetensors").rename(broken_folder / "unet" / "diffusion_pytorch_model.bin")
+    (broken_folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        broken_folder / "unet" / "diffusion_pytorch_model.bin"
+    )
     assert "pickle" in refused(broken_folder)
 
 
@@ -186,15 +217,24 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\x00" * 4, hostile(b"{}", length=2**63), hostile(b"{}", length=200 * 2**20), hostile(b"not json"), hostile(b"[1]"),
-        hostile(b"[" * 100_000), hostile(b'{"a": 1}'), hostile(b'{"a": {}}'), hostile(b'{"a": {"dtype": "F32"}}'),
+        b"",
+        b"\x00" * 4,
+        hostile(b"{}", length=2**63),
+        hostile(b"{}", length=200 * 2**20),
+        hostile(b"not json"),
+        hostile(b"[1]"),
+        hostile(b"[" * 100_000),
+        hostile(b'{"a": 1}'),
+        hostile(b'{"a": {}}'),
+        hostile(b'{"a": {"dtype": "F32"}}'),
         hostile(json.dumps({"a": entry(dtype="X")}).encode(), b"1234"),
         hostile(json.dumps({"a": entry(shape=(-1,))}).encode(), b"1234"),
         hostile(json.dumps({"a": entry(shape=(2**62, 2**62))}).encode(), b"1234"),
         hostile(json.dumps({"a": entry(offsets=(0, 8))}).encode(), b"1234"),
         hostile(json.dumps({"a": entry(), "b": entry()}).encode(), b"1234"),  # overlapping
         hostile(json.dumps({"a": entry(), "b": entry(offsets=(8, 12))}).encode(), b"123412341234"),  # a gap
-        hostile(json.dumps({"a": entry()}).encode(), b"123"), hostile(json.dumps({"a": entry()}).encode(), b"12345"),
+        hostile(json.dumps({"a": entry()}).encode(), b"123"),
+        hostile(json.dumps({"a": entry()}).encode(), b"12345"),
     ],
     ids=range(18),
 )
@@ -208,7 +248,9 @@ def test_hostile_headers_are_refused(tmp_path, content):
 
 def test_a_sound_header_is_read(small_folder):
     path = small_folder / "unet" / "diffusion_pytorch_model.safetensors"
-    assert {name: tuple(e["shape"]) for name, e in read_header(path).items()} == {k: tuple(v.shape) for k, v in load_file(path).items()}
+    assert {name: tuple(e["shape"]) for name, e in read_header(path).items()} == {
+        k: tuple(v.shape) for k, v in load_file(path).items()
+    }
 
 
 def test_a_cut_file_is_refused(broken_folder):

@@ -18,30 +18,47 @@ from safetensors.torch import load_file, save_file
 
 import minsd
 from minsd.weights.load import load_model
-from minsd.weights.tensors import ITEM_SIZE, guess, read_header
+from minsd.weights.safetensors_file import ITEM_SIZE, guess, read_header
 
 # The suite tries some hundred files, the same every time; MINSD_FUZZ=20 makes it twenty times as many, new ones every time.
 TIMES = int(os.environ.get("MINSD_FUZZ", 0))
 
 
 def fuzz(count):
-    return settings(max_examples=count * (TIMES or 1), deadline=None, suppress_health_check=list(HealthCheck), derandomize=not TIMES)
+    return settings(
+        max_examples=count * (TIMES or 1),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=not TIMES,
+    )
 
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 REAL = [  # what the loader looks at to tell what a file is
-    *(UNET + name for name in (
-        "input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight", "input_blocks.3.0.op.weight", "out.2.bias",
-        "middle_block.1.proj_in.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-    )),
-    VAE + "decoder.conv_in.weight", VAE + "encoder.down.0.block.0.conv1.weight",
-    TEXT + "transformer.text_model.embeddings.token_embedding.weight", TEXT + "model.token_embedding.weight",
-    TEXT + "model.transformer.resblocks.0.attn.in_proj_weight", "a", "b.weight",
+    *(
+        UNET + name
+        for name in (
+            "input_blocks.0.0.weight",
+            "input_blocks.1.0.in_layers.2.weight",
+            "input_blocks.3.0.op.weight",
+            "out.2.bias",
+            "middle_block.1.proj_in.weight",
+            "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        )
+    ),
+    VAE + "decoder.conv_in.weight",
+    VAE + "encoder.down.0.block.0.conv1.weight",
+    TEXT + "transformer.text_model.embeddings.token_embedding.weight",
+    TEXT + "model.token_embedding.weight",
+    TEXT + "model.transformer.resblocks.0.attn.in_proj_weight",
+    "a",
+    "b.weight",
 ]
 NAMES = [*REAL, "__metadata__", "ö\n", "\ud800"]
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=4) |
-    st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=6,
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+    max_leaves=6,
 )
 DTYPES = st.sampled_from([*ITEM_SIZE, "F4", "C64", "f32", ""]) | JUNK
 NUMBERS = st.integers(0, 64) | st.sampled_from([-1, 2**31, 2**62, 2**63, 2**64, 10**30]) | JUNK
@@ -95,7 +112,10 @@ def test_bytes(place, content):
 
 
 @fuzz(100)
-@given(header=JUNK | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), JUNK, max_size=4), data=st.binary(max_size=40))
+@given(
+    header=JUNK | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), JUNK, max_size=4),
+    data=st.binary(max_size=40),
+)
 def test_any_json(place, tokenizer, header, data):
     content = json.dumps(header).encode()
     path = place / "x.safetensors"
@@ -104,10 +124,20 @@ def test_any_json(place, tokenizer, header, data):
 
 
 @fuzz(100)
-@given(entries=st.dictionaries(
-    st.sampled_from(NAMES), st.fixed_dictionaries({
-        "dtype": DTYPES, "shape": st.lists(NUMBERS, max_size=5) | JUNK, "data_offsets": st.tuples(NUMBERS, NUMBERS) | JUNK,
-    }), max_size=4), data=st.binary(max_size=64))
+@given(
+    entries=st.dictionaries(
+        st.sampled_from(NAMES),
+        st.fixed_dictionaries(
+            {
+                "dtype": DTYPES,
+                "shape": st.lists(NUMBERS, max_size=5) | JUNK,
+                "data_offsets": st.tuples(NUMBERS, NUMBERS) | JUNK,
+            }
+        ),
+        max_size=4,
+    ),
+    data=st.binary(max_size=64),
+)
 def test_headers_of_the_right_form(place, tokenizer, entries, data):
     content = json.dumps(entries).encode()
     path = place / "x.safetensors"
@@ -117,9 +147,16 @@ def test_headers_of_the_right_form(place, tokenizer, entries, data):
 
 
 @fuzz(100)
-@given(shapes=st.dictionaries(st.sampled_from(REAL), st.tuples(
-    st.sampled_from(["F16", "F32", "I64"]), st.lists(st.sampled_from([0, 1, 2, 3, 4, 32, 64, 77]) | st.just(2**40), max_size=4),
-), min_size=1))
+@given(
+    shapes=st.dictionaries(
+        st.sampled_from(REAL),
+        st.tuples(
+            st.sampled_from(["F16", "F32", "I64"]),
+            st.lists(st.sampled_from([0, 1, 2, 3, 4, 32, 64, 77]) | st.just(2**40), max_size=4),
+        ),
+        min_size=1,
+    )
+)
 def test_sound_files_of_wrong_sizes(place, tokenizer, shapes):
     """Sparse files whose header is true: what they hold is no model."""
     header, position = {}, 0
@@ -145,7 +182,9 @@ def test_sound_files_of_wrong_sizes(place, tokenizer, shapes):
 @pytest.fixture(scope="module")
 def small_file(place):
     path = place / "small.safetensors"
-    save_file({f"model.diffusion_model.{i}": torch.randn(i + 1) for i in range(5)}, path, metadata={"format": "pt"})
+    save_file(
+        {f"model.diffusion_model.{i}": torch.randn(i + 1) for i in range(5)}, path, metadata={"format": "pt"}
+    )
     return path.read_bytes()
 
 
@@ -167,20 +206,49 @@ def test_bits_flipped_in_the_header(place, small_file, seed):
     sound(bytes(content), place / "flipped.safetensors")
 
 
-@pytest.mark.parametrize("content", [
-    b'{"a": ' * 10_000 + b"1" + b"}" * 10_000, b"[" * 2_000_000,
-    b'{"a": {"dtype": "F32", "shape": [' + b"9," * 1_000_000 + b'9], "data_offsets": [0, 0]}}',
-    b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}', '{"a": 1}'.encode("utf-16"), b"\xef\xbb\xbf{}",
-    b'{"__metadata__": []}', b'{"__metadata__": {"a": 1}}', b'{"__metadata__": null}',
-    json.dumps({"x" * 10_000: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode(), b'{"a": NaN}', b"{}" + b" " * 100_000,
-], ids=["nested", "opened", "dimensions", "number", "utf-16", "mark", "notes", "notes of numbers", "no notes", "name", "nan", "blank"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": ' * 10_000 + b"1" + b"}" * 10_000,
+        b"[" * 2_000_000,
+        b'{"a": {"dtype": "F32", "shape": [' + b"9," * 1_000_000 + b'9], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}',
+        '{"a": 1}'.encode("utf-16"),
+        b"\xef\xbb\xbf{}",
+        b'{"__metadata__": []}',
+        b'{"__metadata__": {"a": 1}}',
+        b'{"__metadata__": null}',
+        json.dumps({"x" * 10_000: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode(),
+        b'{"a": NaN}',
+        b"{}" + b" " * 100_000,
+    ],
+    ids=[
+        "nested",
+        "opened",
+        "dimensions",
+        "number",
+        "utf-16",
+        "mark",
+        "notes",
+        "notes of numbers",
+        "no notes",
+        "name",
+        "nan",
+        "blank",
+    ],
+)
 def test_headers_made_to_be_slow_or_large(place, content):
     path = place / "slow.safetensors"
     sound(struct.pack("<Q", len(content)) + content + bytes(4 if b"x" * 99 in content else 0), path)
     one_line(lambda: load(path))
 
 
-CONFIGS = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
+CONFIGS = [
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+]
 
 
 @fuzz(25)

@@ -7,11 +7,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minsd
-from minsd.noise.initial import draw, generators, noise
+from minsd.noise.initial import noise
+from minsd.samplers.random import generators, randn_like
 from minsd.weights import lora
 
-UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-               "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
+UNET_LAYERS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+]
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
@@ -30,7 +45,9 @@ def add_random_adapter(pipe, alpha):
     from peft import LoraConfig
 
     torch.manual_seed(3)
-    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=UNET_LAYERS, rank_pattern={"conv1": 2}))
+    pipe.unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=alpha, target_modules=UNET_LAYERS, rank_pattern={"conv1": 2})
+    )
     pipe.text_encoder.add_adapter(LoraConfig(r=3, lora_alpha=alpha, target_modules=TEXT_LAYERS))
     for module in (pipe.unet, pipe.text_encoder):
         for name, p in module.named_parameters():
@@ -51,10 +68,16 @@ def files(small_folder, tmp_path_factory):
     unet, text = get_peft_model_state_dict(pipe.unet), get_peft_model_state_dict(pipe.text_encoder)
     paths = {}
 
-    meta = {"unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict(),
-            "text_encoder_lora_adapter_metadata": pipe.text_encoder.peft_config["default"].to_dict()}
-    StableDiffusionPipeline.save_lora_weights(out / "peft", unet_lora_layers=unet, text_encoder_lora_layers=text, **meta)
-    StableDiffusionPipeline.save_lora_weights(out / "plain", unet_lora_layers=unet, text_encoder_lora_layers=text)
+    meta = {
+        "unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict(),
+        "text_encoder_lora_adapter_metadata": pipe.text_encoder.peft_config["default"].to_dict(),
+    }
+    StableDiffusionPipeline.save_lora_weights(
+        out / "peft", unet_lora_layers=unet, text_encoder_lora_layers=text, **meta
+    )
+    StableDiffusionPipeline.save_lora_weights(
+        out / "plain", unet_lora_layers=unet, text_encoder_lora_layers=text
+    )
     paths |= {"peft": out / "peft", "plain": out / "plain" / "pytorch_lora_weights.safetensors"}
 
     prefixed = {f"unet.{k}": v for k, v in unet.items()} | {f"text_encoder.{k}": v for k, v in text.items()}
@@ -68,8 +91,14 @@ def files(small_folder, tmp_path_factory):
     only = {k: v for k, v in unet.items() if "attn" in k}  # the oldest form knew attention alone
     old = {}
     for key, value in only.items():
-        key = key.replace("to_out.0", "to_out").replace("attn1.", "attn1.processor.").replace("attn2.", "attn2.processor.")
-        old["unet." + key.replace(".lora_A.", "_lora.down.").replace(".lora_B.", "_lora.up.")] = value.contiguous()
+        key = (
+            key.replace("to_out.0", "to_out")
+            .replace("attn1.", "attn1.processor.")
+            .replace("attn2.", "attn2.processor.")
+        )
+        old["unet." + key.replace(".lora_A.", "_lora.down.").replace(".lora_B.", "_lora.up.")] = (
+            value.contiguous()
+        )
     old_text = convert_state_dict_to_diffusers({k: v for k, v in text.items() if "self_attn" in k})
     old |= {f"text_encoder.{k}": v.contiguous() for k, v in old_text.items()}
     paths["old"] = out / "old.safetensors"
@@ -81,7 +110,9 @@ def files(small_folder, tmp_path_factory):
 @torch.no_grad()
 def test_parity_with_diffusers_loading_the_same_file(files, small_folder, form):
     sd, pipe = minsd.load(str(small_folder), "cpu"), pipeline(small_folder)
-    before = pipe.unet(*(inputs := (torch.randn(2, 4, 16, 16), torch.tensor(400), torch.randn(2, 77, 32)))).sample
+    before = pipe.unet(
+        *(inputs := (torch.randn(2, 4, 16, 16), torch.tensor(400), torch.randn(2, 77, 32)))
+    ).sample
     pipe.load_lora_weights(str(files[form]))
     pipe.set_adapters(pipe.get_list_adapters()["unet"], 0.7)
     kept = lora.merge([(lora.read(files[form], sd), 0.7)])
@@ -95,7 +126,9 @@ def test_parity_with_diffusers_loading_the_same_file(files, small_folder, form):
 
 
 @torch.no_grad()
-def test_an_lcm_adapter_with_the_lcm_sampler_draws_what_diffusers_draws(files, small_folder, tmp_path, monkeypatch):
+def test_an_lcm_adapter_with_the_lcm_sampler_draws_what_diffusers_draws(
+    files, small_folder, tmp_path, monkeypatch
+):
     """LCM-LoRA's make: kohya's names, every layer of the UNet, none of the text encoder. Four steps, little guidance."""
     from diffusers import LCMScheduler
 
@@ -106,8 +139,12 @@ def test_an_lcm_adapter_with_the_lcm_sampler_draws_what_diffusers_draws(files, s
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(tmp_path / "lcm.safetensors")
     pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda shape, **k: draw(twins, start))
-    expected = pipe("a red circle", latents=start, num_inference_steps=4, guidance_scale=1.5, output_type="latent").images
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda shape, **k: randn_like(twins, start)
+    )
+    expected = pipe(
+        "a red circle", latents=start, num_inference_steps=4, guidance_scale=1.5, output_type="latent"
+    ).images
     sd = minsd.load(str(small_folder), "cpu")
     how = {"seeds": [0], "steps": 4, "sampler": "lcm", "guidance_scale": 1.5}
     without = sd.sample("a red circle", start, **how)
@@ -123,10 +160,15 @@ def test_peft_folder_takes_its_alpha_from_the_configuration(small_folder, tmp_pa
 
     torch.manual_seed(4)
     unet = UNet2DConditionModel.from_pretrained(small_folder / "unet")
-    config = LoraConfig(r=4, lora_alpha=9, use_rslora=True, target_modules=["to_q", "conv2"], init_lora_weights=False)
+    config = LoraConfig(
+        r=4, lora_alpha=9, use_rslora=True, target_modules=["to_q", "conv2"], init_lora_weights=False
+    )
     adapted = get_peft_model(unet, config)
     adapted.save_pretrained(tmp_path)
-    sd, inputs = minsd.load(str(small_folder), "cpu"), (torch.randn(1, 4, 16, 16), torch.tensor(400), torch.randn(1, 77, 32))
+    sd, inputs = (
+        minsd.load(str(small_folder), "cpu"),
+        (torch.randn(1, 4, 16, 16), torch.tensor(400), torch.randn(1, 77, 32)),
+    )
     lora.merge([(lora.read(tmp_path, sd), 1.0)])
     assert relative(sd.unet(inputs[0], 400, inputs[2]), adapted(*inputs).sample) <= 1e-5
 
@@ -140,12 +182,18 @@ def test_unmerge_restores_every_bit(files, small_folder):
         before = [p.clone() for m in modules for p in m.parameters()]
         fused = [m.fused.clone() for m in sd.unet.modules() if getattr(m, "fused", None) is not None]
         kept = lora.merge(both)
-        assert sum(not torch.equal(a, b) for a, b in zip(before, (p for m in modules for p in m.parameters()))) > 80
+        assert (
+            sum(not torch.equal(a, b) for a, b in zip(before, (p for m in modules for p in m.parameters())))
+            > 80
+        )
         with pytest.raises(ValueError, match="merged into this model already"):
             lora.merge(both[:1])
         lora.unmerge(kept)
         assert all(torch.equal(a, b) for a, b in zip(before, (p for m in modules for p in m.parameters())))
-        assert all(torch.equal(a, m.fused) for a, m in zip(fused, (m for m in sd.unet.modules() if getattr(m, "fused", None) is not None)))
+        assert all(
+            torch.equal(a, m.fused)
+            for a, m in zip(fused, (m for m in sd.unet.modules() if getattr(m, "fused", None) is not None))
+        )
 
 
 @torch.no_grad()
@@ -153,7 +201,11 @@ def test_per_row_everywhere_is_merged_and_each_row_has_its_own(files, small_fold
     sd = minsd.load(str(small_folder), "cpu", torch.float64)
     a, b = lora.read(files["kohya"], sd), lora.read(files["plain"], sd)
     torch.manual_seed(5)
-    x, context, prompts = torch.randn(4, 4, 16, 16).double(), torch.randn(4, 77, 32).double(), ["a red circle"] * 4
+    x, context, prompts = (
+        torch.randn(4, 4, 16, 16).double(),
+        torch.randn(4, 77, 32).double(),
+        ["a red circle"] * 4,
+    )
 
     def run():
         keys = sd.unet.keys(context)  # as predictors take them
@@ -204,16 +256,26 @@ def wider(tensors):
 FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (wider, r"another model: .*attn2.* 1024 -> 32.*this model's layer is 32 -> 32 .*SD2.x 1024"),
-    (lambda t: t.clear(), "empty adapter"),
-    (lambda t: t.pop(f"{FIRST}.lora_up.weight"), "partial adapter: .* no 'up' half"),
-    (lambda t: [t.pop(f"{FIRST}.lora_{w}.weight") for w in ("up", "down")], "partial adapter: .* no weights"),
-    (lambda t: [t.update({n.replace("lora_te_", "lora_te2_"): t.pop(n)}) for n in list(t)], "SDXL"),
-    (lambda t: t.update({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}), "LoHa"),
-    (lambda t: t.update({"conv_in.weight": torch.zeros(2, 2)}), "no part of a LoRA"),
-    (lambda t: t.update({f"{FIRST}.lora_down.weight": torch.zeros(4, 32, dtype=torch.int32)}), "floating point"),
-], ids=["family", "empty", "half", "alpha alone", "sdxl", "loha", "a model", "integers"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wider, r"another model: .*attn2.* 1024 -> 32.*this model's layer is 32 -> 32 .*SD2.x 1024"),
+        (lambda t: t.clear(), "empty adapter"),
+        (lambda t: t.pop(f"{FIRST}.lora_up.weight"), "partial adapter: .* no 'up' half"),
+        (
+            lambda t: [t.pop(f"{FIRST}.lora_{w}.weight") for w in ("up", "down")],
+            "partial adapter: .* no weights",
+        ),
+        (lambda t: [t.update({n.replace("lora_te_", "lora_te2_"): t.pop(n)}) for n in list(t)], "SDXL"),
+        (lambda t: t.update({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}), "LoHa"),
+        (lambda t: t.update({"conv_in.weight": torch.zeros(2, 2)}), "no part of a LoRA"),
+        (
+            lambda t: t.update({f"{FIRST}.lora_down.weight": torch.zeros(4, 32, dtype=torch.int32)}),
+            "floating point",
+        ),
+    ],
+    ids=["family", "empty", "half", "alpha alone", "sdxl", "loha", "a model", "integers"],
+)
 def test_one_clear_line_for_what_does_not_fit(files, small, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         lora.read(edited(files, tmp_path, change), small)
@@ -230,6 +292,8 @@ def test_what_is_not_there(small, tmp_path):
     with pytest.raises(ValueError, match="must be a number"):
         lora.merge([(lora.LoRA("x", ()), float("nan"))])
     (tmp_path / "adapter_config.json").write_text(json.dumps([1]))
-    save_file({"base_model.model.conv_in.lora_A.weight": torch.zeros(2, 36)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.conv_in.lora_A.weight": torch.zeros(2, 36)}, tmp_path / "adapter_model.safetensors"
+    )
     with pytest.raises(ValueError, match="configuration cannot be read"):
         lora.read(tmp_path, small)

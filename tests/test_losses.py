@@ -83,8 +83,11 @@ def plain_losses(cross, self_maps, subjects, running=None):
 
 
 def ours(seen, present=None):
-    return (losses.cross_response(seen.maps, present), losses.self_conflict(seen.claims, present),
-            losses.clean_background(seen.maps, present))
+    return (
+        losses.cross_response(seen.maps, present),
+        losses.self_conflict(seen.claims, present),
+        losses.clean_background(seen.maps, present),
+    )
 
 
 # --- losses ------------------------------------------------------------------------------------------------------------
@@ -95,8 +98,14 @@ def test_losses_and_gradients_equal_those_of_whole_softmax_tensors(shapes, dtype
     """Through the embedded network: early-stopped and batched here, whole and one by one there (float64)."""
     import copy
 
-    prompts, subjects = [PROMPT, "a green star, a red cross and a pink heart"], [[[3], [7]], [[2, 3], [7], [11]]]
-    x, unet = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64), copy.deepcopy(shapes.unet)
+    prompts, subjects = (
+        [PROMPT, "a green star, a red cross and a pink heart"],
+        [[[3], [7]], [[2, 3], [7], [11]]],
+    )
+    x, unet = (
+        torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
+        copy.deepcopy(shapes.unet),
+    )
     context, select = shapes.text.encode(prompts), losses.selector(subjects)
     leaf = x.to(dtype).requires_grad_()
     seen = losses.look(unet.to(dtype), leaf, 981, context.to(dtype), select)
@@ -109,7 +118,11 @@ def test_losses_and_gradients_equal_those_of_whole_softmax_tensors(shapes, dtype
         maps = whole.maps(unet.double(), leaf, 981, context[b : b + 1].double())
         for value, gradient, expected in zip(values, gradients, plain_losses(*maps, subjects[b])):
             assert abs(value[b].item() - expected.item()) <= within
-            theirs = torch.autograd.grad(expected, leaf, retain_graph=True)[0][0] if expected.requires_grad else torch.zeros(4, 16, 16)
+            theirs = (
+                torch.autograd.grad(expected, leaf, retain_graph=True)[0][0]
+                if expected.requires_grad
+                else torch.zeros(4, 16, 16)
+            )
             assert (gradient[b] - theirs).abs().max() <= within * max(1, theirs.abs().max())
             sizes.append(theirs.abs().max().item())
     assert sorted(sizes)[3] > 1e-4  # most of the six say something
@@ -124,7 +137,11 @@ def random_maps(b, s, seed, dtype=torch.float64):
 def test_losses_by_finite_differences():
     m, claims, mean = (random_maps(1, 3, seed)[..., :5, :6].clone().requires_grad_() for seed in range(3))
     check = torch.autograd.gradcheck
-    assert check(losses.cross_response, (m,)) and check(losses.self_conflict, (claims,)) and check(losses.clean_background, (m,))
+    assert (
+        check(losses.cross_response, (m,))
+        and check(losses.self_conflict, (claims,))
+        and check(losses.clean_background, (m,))
+    )
     assert check(lambda m: losses.alignment(m, mean.detach()), (m,))
     assert check(losses.kl_divergence, (m, mean))
 
@@ -132,18 +149,27 @@ def test_losses_by_finite_differences():
 def test_an_image_with_fewer_subjects_is_as_it_is_alone():
     m, claims, mean = random_maps(2, 3, 2), random_maps(2, 3, 3), random_maps(2, 3, 4)
     present = torch.tensor([[True, True, True], [True, True, False]])
-    for loss in (lambda n, b: losses.cross_response(m[b, :n], None if n is None else present[b, :n]),
-                 lambda n, b: losses.self_conflict(claims[b, :n], present[b, :n]),
-                 lambda n, b: losses.clean_background(m[b, :n], present[b, :n]),
-                 lambda n, b: losses.alignment(m[b, :n], mean[b, :n], present[b, :n])):
+    for loss in (
+        lambda n, b: losses.cross_response(m[b, :n], None if n is None else present[b, :n]),
+        lambda n, b: losses.self_conflict(claims[b, :n], present[b, :n]),
+        lambda n, b: losses.clean_background(m[b, :n], present[b, :n]),
+        lambda n, b: losses.alignment(m[b, :n], mean[b, :n], present[b, :n]),
+    ):
         both = loss(3, slice(0, 2))
-        assert torch.equal(both[:1], loss(3, slice(0, 1))) and torch.allclose(both[1:], loss(2, slice(1, 2)), atol=1e-15)
-    assert losses.self_conflict(claims[:, :1]).tolist() == [0, 0]  # a single subject has nothing to conflict with
+        assert torch.equal(both[:1], loss(3, slice(0, 1))) and torch.allclose(
+            both[1:], loss(2, slice(1, 2)), atol=1e-15
+        )
+    assert losses.self_conflict(claims[:, :1]).tolist() == [
+        0,
+        0,
+    ]  # a single subject has nothing to conflict with
 
 
 def test_background_is_the_strongest_response_outside_the_peaks_part():
     m = torch.full((1, 1, 8, 8), 0.05)
-    m[0, 0, 0, 7] = 0.2  # the highest of the lower class, which the comparison with >= lets in: it must be no part's neighbour
+    m[0, 0, 0, 7] = (
+        0.2  # the highest of the lower class, which the comparison with >= lets in: it must be no part's neighbour
+    )
     m[0, 0, 1:3, 1:3] = torch.tensor([[0.9, 0.7], [0.7, 0.7]])
     assert losses.clean_background(m).item() == 0  # nothing outside is above the part's least, 0.7
     m[0, 0, 5:7, 5:7] = 0.8
@@ -154,7 +180,9 @@ def test_background_is_the_strongest_response_outside_the_peaks_part():
 
 
 def test_kl_is_that_of_normal_distributions():
-    mu, log_var = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    mu, log_var = torch.randn(
+        2, 3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).unbind(0)
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(0.0, 1.0))
     assert torch.allclose(losses.kl_divergence(mu, log_var), expected.flatten(1).mean(1))
@@ -199,15 +227,18 @@ def test_component_follows_a_snake_to_its_end():
 # --- subjects ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt, subjects", [
-    (PROMPT, ["circle", "square"]),
-    ("a cat with a red hat, in the snow", ["cat", "hat", "snow"]),
-    ("A dog AND a big dog", ["dog#1", "dog#2"]),
-    ("a dog, a dog house", ["dog#1", "house"]),
-    ("sandwich, withers and a band", ["sandwich", "withers", "band"]),
-    (", and the cat's t-shirt, ", ["t-shirt"]),
-    ("heart", ["heart"]),
-])
+@pytest.mark.parametrize(
+    "prompt, subjects",
+    [
+        (PROMPT, ["circle", "square"]),
+        ("a cat with a red hat, in the snow", ["cat", "hat", "snow"]),
+        ("A dog AND a big dog", ["dog#1", "dog#2"]),
+        ("a dog, a dog house", ["dog#1", "house"]),
+        ("sandwich, withers and a band", ["sandwich", "withers", "band"]),
+        (", and the cat's t-shirt, ", ["t-shirt"]),
+        ("heart", ["heart"]),
+    ],
+)
 def test_automatic_subjects(prompt, subjects):
     assert losses.automatic_subjects(prompt) == subjects
 
@@ -220,22 +251,25 @@ def test_subjects_are_found_by_word_or_index(shapes):
         assert losses.resolve(shapes.text, PROMPT, [7]) == [[7]]
 
 
-@pytest.mark.parametrize("prompt, subjects, message", [
-    (PROMPT, ["circle", "cat"], "not in the prompt"),
-    (PROMPT, "circle, ", "empty"),
-    (PROMPT, [], "no subjects"),
-    (PROMPT, [3, 8], "outside the prompt"),  # 8 is the end token
-    (PROMPT, [0], "outside the prompt"),
-    (PROMPT, [3, -1], "outside the prompt"),
-    (PROMPT, [3, 7.0], "word of the prompt or a token index"),
-    (PROMPT, [3, True], "word of the prompt or a token index"),
-    (PROMPT, ["circle", 3], "named twice"),
-    ("a circle and a circle", ["circle"], "occurs 2 times"),
-    ("a circle " + "and a star " * 30 + "and a heart", ["circle", "heart"], "beyond the 77"),
-    ("a circle " + "and a star " * 30 + "and a heart", [2, 90], "beyond the 77"),
-    (" , and", None, "names nothing"),
-    ("", None, "names nothing"),
-])
+@pytest.mark.parametrize(
+    "prompt, subjects, message",
+    [
+        (PROMPT, ["circle", "cat"], "not in the prompt"),
+        (PROMPT, "circle, ", "empty"),
+        (PROMPT, [], "no subjects"),
+        (PROMPT, [3, 8], "outside the prompt"),  # 8 is the end token
+        (PROMPT, [0], "outside the prompt"),
+        (PROMPT, [3, -1], "outside the prompt"),
+        (PROMPT, [3, 7.0], "word of the prompt or a token index"),
+        (PROMPT, [3, True], "word of the prompt or a token index"),
+        (PROMPT, ["circle", 3], "named twice"),
+        ("a circle and a circle", ["circle"], "occurs 2 times"),
+        ("a circle " + "and a star " * 30 + "and a heart", ["circle", "heart"], "beyond the 77"),
+        ("a circle " + "and a star " * 30 + "and a heart", [2, 90], "beyond the 77"),
+        (" , and", None, "names nothing"),
+        ("", None, "names nothing"),
+    ],
+)
 def test_subjects_that_cannot_be(prompt, subjects, message, shapes):
     with pytest.raises(ValueError, match=message) as error:
         losses.resolve(shapes.text, prompt, subjects)
@@ -243,8 +277,15 @@ def test_subjects_that_cannot_be(prompt, subjects, message, shapes):
 
 
 def test_the_timesteps_a_run_lists(shapes):
-    assert losses.listed_timesteps(shapes, 50, "ddim")[0] == losses.listed_timesteps(shapes, 50, "pndm")[0] == 981
-    assert len(losses.listed_timesteps(shapes, 10, "pndm")) == 11 and len(losses.listed_timesteps(shapes, 10, "heun")) == 10
+    assert (
+        losses.listed_timesteps(shapes, 50, "ddim")[0]
+        == losses.listed_timesteps(shapes, 50, "pndm")[0]
+        == 981
+    )
+    assert (
+        len(losses.listed_timesteps(shapes, 10, "pndm")) == 11
+        and len(losses.listed_timesteps(shapes, 10, "heun")) == 10
+    )
     assert losses.listed_timesteps(shapes, 10, "dpmpp_2m", karras=True)[0] == pytest.approx(999)
     with pytest.raises(ValueError, match="no sampler"):
         losses.listed_timesteps(shapes, 10, "ddmi")

@@ -25,7 +25,12 @@ def test_guided_ddim_trajectory_equals_diffusers(kind, shapes_folder, tmp_path):
     theirs.set_progress_bar_config(disable=True)
     sd = minsd.load(str(tmp_path), "cpu")
     start = noise([3, 4], (4, 16, 16))
-    options = {"negative_prompt": [NEGATIVE] * 2, "num_inference_steps": 10, "guidance_scale": 7.5, "latents": start.clone()}
+    options = {
+        "negative_prompt": [NEGATIVE] * 2,
+        "num_inference_steps": 10,
+        "guidance_scale": 7.5,
+        "latents": start.clone(),
+    }
     expected = theirs([PROMPT] * 2, output_type="latent", **options).images
     latents = sd.sample(PROMPT, start, negative_prompt=NEGATIVE, steps=10, guidance_scale=7.5)
     assert (latents - expected).norm() / expected.norm() <= 1e-4
@@ -67,15 +72,23 @@ def test_refine_sees_every_step_and_may_differentiate(small):
     def refine(i, t, x):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(small.unet(leaf, t, small.encode_prompt(PROMPT)).square().sum(), leaf)
+            (gradient,) = torch.autograd.grad(
+                small.unet(leaf, t, small.encode_prompt(PROMPT)).square().sum(), leaf
+            )
         seen.append((i, t, float(gradient.abs().sum())))
         return x - 0.01 * gradient
 
     changed = small.sample(PROMPT, noise([0], (4, 16, 16)), steps=4, refine=refine)
     plain = small.sample(PROMPT, noise([0], (4, 16, 16)), steps=4)
-    assert [(i, t) for i, t, _ in seen] == [(0, 751), (1, 501), (2, 251), (3, 1)] and all(g > 0 for *_, g in seen)
+    assert [(i, t) for i, t, _ in seen] == [(0, 751), (1, 501), (2, 251), (3, 1)] and all(
+        g > 0 for *_, g in seen
+    )
     assert not torch.equal(changed, plain)
-    assert all(p.grad is None and not p.requires_grad for m in (small.unet, small.vae, small.text.model) for p in m.parameters())
+    assert all(
+        p.grad is None and not p.requires_grad
+        for m in (small.unet, small.vae, small.text.model)
+        for p in m.parameters()
+    )
 
 
 def test_any_size_that_is_a_multiple_of_8(small):
@@ -94,11 +107,15 @@ def test_encode_then_decode_is_the_vae_there_and_back(small):
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_image_to_image(small, sampler):
     """Strength 0 is the picture through the VAE, 1 is text to image, 0.3 lies between and costs three steps of ten."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 200, 3), np.uint8)).resize((400, 128))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 200, 3), np.uint8)).resize(
+        (400, 128)
+    )
     latents, start, seen = small.encode(image.fit(picture, 128, 128)), noise([1], (4, 16, 16)), []
     how = {"steps": 10, "sampler": sampler, "seeds": [1]}
     plain = small.sample(PROMPT, start, **how)
-    near = small.sample(PROMPT, start, init=latents, strength=0.3, progress=lambda i, t: seen.append(t), **how)
+    near = small.sample(
+        PROMPT, start, init=latents, strength=0.3, progress=lambda i, t: seen.append(t), **how
+    )
     assert torch.equal(small.sample(PROMPT, start, init=latents, strength=1.0, **how), plain)
     assert torch.equal(small.sample(PROMPT, start, init=latents, strength=0.0, **how), latents)
     assert len(seen) == 3 + (sampler == "pndm") and all(t < 350 for t in seen)
@@ -110,7 +127,9 @@ def test_a_picture_of_any_size_is_cut_to_the_runs(small):
     picture.paste("blue", (0, 0, 130, 128))  # cut away
     whole = small(PROMPT, seeds=1, init_image=picture, strength=0.0)[0]
     assert whole.size == (128, 128)
-    assert np.array_equal(np.asarray(whole), np.asarray(small.decode(small.encode(Image.new("RGB", (128, 128), "red")))[0]))
+    assert np.array_equal(
+        np.asarray(whole), np.asarray(small.decode(small.encode(Image.new("RGB", (128, 128), "red")))[0])
+    )
 
 
 def test_compiling_changes_no_picture_and_happens_once(small_folder):
@@ -164,11 +183,16 @@ def test_overflow_is_never_a_black_picture(small, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"height": 100}, "multiples of 8"), ({"steps": 0}, "from 1 to 1000"), ({"steps": 2000}, "from 1 to 1000"),
-        ({"sampler": "magic"}, "no sampler is called 'magic'"), ({"guidance_scale": float("nan")}, "must be a number"),
-        ({"karras": True}, "dpmpp_2m"), ({"init_image": Image.new("RGB", (9, 9)), "strength": 1.1}, "from 0 to 1"),
+        ({"height": 100}, "multiples of 8"),
+        ({"steps": 0}, "from 1 to 1000"),
+        ({"steps": 2000}, "from 1 to 1000"),
+        ({"sampler": "magic"}, "no sampler is called 'magic'"),
+        ({"guidance_scale": float("nan")}, "must be a number"),
+        ({"karras": True}, "dpmpp_2m"),
+        ({"init_image": Image.new("RGB", (9, 9)), "strength": 1.1}, "from 0 to 1"),
         ({"init_image": Image.new("RGB", (9, 9)), "strength": 0.01}, "leaves none of 50 steps"),
-        ({"seeds": [-1]}, "a seed must be"), ({"seeds": [1, 2], "noise": torch.zeros(1, 4, 16, 16)}, "one prompt, seed and noise"),
+        ({"seeds": [-1]}, "a seed must be"),
+        ({"seeds": [1, 2], "noise": torch.zeros(1, 4, 16, 16)}, "one prompt, seed and noise"),
     ],
 )
 def test_what_a_caller_gets_wrong(small, options, says):

@@ -14,12 +14,19 @@ from diffusers import (
 )
 
 from minsd.config import ScheduleConfig
-from minsd.noise.initial import draw, generators, noise
+from minsd.noise.initial import noise
 from minsd.samplers import SAMPLERS, ddim
+from minsd.samplers.random import generators, randn_like
 from minsd.samplers.schedule import Schedule
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
-      "steps_offset": 1}
+SD = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 def predict(x, t):
@@ -62,14 +69,18 @@ def test_ddim_equals_diffusers(steps, eta):
     start = noise([0, 1], (4, 8, 8))
     x, twins = start, generators([10, 11])
     for t in theirs.timesteps:
-        drawn = draw(twins, x) if eta else None
+        drawn = randn_like(twins, x) if eta else None
         x = theirs.step(predict(x, int(t)), t, x, eta=eta, variance_noise=drawn).prev_sample
-    *_, (i, t, ours) = ddim.sample(predict, start, Schedule(ScheduleConfig()), steps, eta=eta, generator=generators([10, 11]))
+    *_, (i, t, ours) = ddim.sample(
+        predict, start, Schedule(ScheduleConfig()), steps, eta=eta, generator=generators([10, 11])
+    )
     assert (i, t) == (steps - 1, 1)
     assert relative(ours, x) <= 1e-5
 
 
-LEADING = {k: v for k, v in SD.items() if k != "clip_sample" and k != "set_alpha_to_one"} | {"timestep_spacing": "leading"}
+LEADING = {k: v for k, v in SD.items() if k != "clip_sample" and k != "set_alpha_to_one"} | {
+    "timestep_spacing": "leading"
+}
 
 
 def relatives(name, prediction_type="epsilon", **more):
@@ -77,8 +88,10 @@ def relatives(name, prediction_type="epsilon", **more):
     make = {
         "ddim": lambda c: DDIMScheduler(**c, set_alpha_to_one=False, clip_sample=False),
         "pndm": lambda c: PNDMScheduler(**c, skip_prk_steps=True, set_alpha_to_one=False),
-        "euler": lambda c: EulerDiscreteScheduler(**c), "euler_a": lambda c: EulerAncestralDiscreteScheduler(**c),
-        "heun": lambda c: HeunDiscreteScheduler(**c), "dpmpp_2m": lambda c: DPMSolverMultistepScheduler(**c),
+        "euler": lambda c: EulerDiscreteScheduler(**c),
+        "euler_a": lambda c: EulerAncestralDiscreteScheduler(**c),
+        "heun": lambda c: HeunDiscreteScheduler(**c),
+        "dpmpp_2m": lambda c: DPMSolverMultistepScheduler(**c),
         "unipc": lambda c: UniPCMultistepScheduler(**c, solver_order=2, solver_type="bh2"),
         "lcm": lambda c: LCMScheduler(**{**c, "steps_offset": 0}, clip_sample=False),
     }
@@ -97,11 +110,15 @@ def diffusers_trajectory(scheduler, start, steps, v=False):
     """diffusers' loop as its pipelines write it, from latents that are `start` in variance-preserving scale."""
     scheduler.set_timesteps(steps)
     x = start
-    if hasattr(scheduler, "sigmas") and scheduler.init_noise_sigma != 1:  # Euler and Heun keep y = x sqrt(1 + sigma^2)
+    if (
+        hasattr(scheduler, "sigmas") and scheduler.init_noise_sigma != 1
+    ):  # Euler and Heun keep y = x sqrt(1 + sigma^2)
         x = start * (float(scheduler.sigmas[0]) ** 2 + 1) ** 0.5
     for t in scheduler.timesteps:
         y = scheduler.scale_model_input(x, t)
-        x = scheduler.step(as_v(y, t, scheduler.alphas_cumprod) if v else predict(y, float(t)), t, x).prev_sample
+        x = scheduler.step(
+            as_v(y, t, scheduler.alphas_cumprod) if v else predict(y, float(t)), t, x
+        ).prev_sample
     return x
 
 
@@ -112,7 +129,9 @@ DETERMINISTIC = ("pndm", "euler", "heun", "dpmpp_2m", "unipc")
 @pytest.mark.parametrize("steps", [10, 25, 50])
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_whole_trajectories_equal_diffusers(name, steps, v):
-    theirs = relatives(name, "v_prediction" if v and name != "pndm" else "epsilon")  # PNDM: against converted eps
+    theirs = relatives(
+        name, "v_prediction" if v and name != "pndm" else "epsilon"
+    )  # PNDM: against converted eps
     start = noise([0, 1], (4, 8, 8)).double()
     expected = diffusers_trajectory(theirs, start, steps, v and name != "pndm")
     out = list(SAMPLERS[name](predict, start, Schedule(ScheduleConfig()), steps))
@@ -167,7 +186,13 @@ def test_image_to_image_equals_diffusers(name):
         x = theirs.step(predict(y, int(t)), t, x).prev_sample
     seen = []
     *_, (i, _, ours) = SAMPLERS[name](
-        predict, z, Schedule(ScheduleConfig()), steps, init=x0, start=begin, refine=lambda i, t, x: seen.append(t) or x,
+        predict,
+        z,
+        Schedule(ScheduleConfig()),
+        steps,
+        init=x0,
+        start=begin,
+        refine=lambda i, t, x: seen.append(t) or x,
     )
     assert seen[0] == int(timesteps[0]) and i + 1 == len(seen) == steps - begin + (name == "pndm")
     assert relative(ours, x) <= 1e-5
@@ -179,9 +204,13 @@ def test_stochastic_ones_equal_diffusers_on_the_same_noise(name, steps, monkeypa
     module = {"euler_a": "scheduling_euler_ancestral_discrete", "lcm": "scheduling_lcm"}[name]
     twins, theirs = generators([10, 11]), relatives(name)
     start = noise([0, 1], (4, 8, 8)).double()
-    monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda shape, **k: draw(twins, start))
+    monkeypatch.setattr(
+        f"diffusers.schedulers.{module}.randn_tensor", lambda shape, **k: randn_like(twins, start)
+    )
     expected = diffusers_trajectory(theirs, start, steps)
-    *_, (_, _, ours) = SAMPLERS[name](predict, start, Schedule(ScheduleConfig()), steps, generator=generators([10, 11]))
+    *_, (_, _, ours) = SAMPLERS[name](
+        predict, start, Schedule(ScheduleConfig()), steps, generator=generators([10, 11])
+    )
     assert relative(ours, expected) <= 1e-5
 
 
@@ -259,8 +288,10 @@ def test_what_else_is_refused():
 def test_noise_depends_on_the_seed_alone():
     batch = noise([5, 6, 7], (4, 8, 8))
     assert torch.equal(batch[2], noise([7], (4, 8, 8))[0]) and not torch.equal(batch[0], batch[1])
-    assert torch.equal(batch[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)))  # what everyone draws
-    later = draw(generators([5], skip=(4, 8, 8)), batch[:1])
+    assert torch.equal(
+        batch[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))
+    )  # what everyone draws
+    later = randn_like(generators([5], skip=(4, 8, 8)), batch[:1])
     g = torch.Generator().manual_seed(5)
     torch.randn(4, 8, 8, generator=g)
     assert torch.equal(later[0], torch.randn(4, 8, 8, generator=g))

@@ -54,7 +54,9 @@ def test_captions_say_what_is_drawn_and_sometimes_more():
                 assert colour_place is None or e.words[colour_place] == e.objects[index].colour
         if where := re.search(r"(\w+) (left of|right of|above|below) an? (?:\w+ )?(\w+)$", e.caption):
             a, b = drawn[where[1]], drawn[where[3]]
-            assert {"left of": a.x < b.x, "right of": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}[where[2]]
+            assert {"left of": a.x < b.x, "right of": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}[
+                where[2]
+            ]
     assert untrue / (counts[:2].sum() * len(examples)) == pytest.approx(data.ABSENT, abs=0.05)
 
 
@@ -118,25 +120,31 @@ BLUE_SQUARE = ("rectangle", (70, 66, 110, 106), "blue")
 ASKED = [("red", "circle"), ("blue", "square")]
 
 
-@pytest.mark.parametrize("draws, kind, no_neglect", [
-    ([RED_CIRCLE, BLUE_SQUARE], "right", True),
-    ([RED_CIRCLE], "missing", False),
-    ([], "missing", False),
-    ([RED_CIRCLE, ("rectangle", (70, 66, 110, 106), "green")], "wrong colour", False),
-    ([RED_CIRCLE, ("rectangle", (70, 66, 110, 106), "red")], "mixed", False),
-    ([("ellipse", (14, 14, 58, 58), "blue"), ("rectangle", (70, 66, 110, 106), "red")], "mixed", False),
-    ([RED_CIRCLE, ("polygon", [(90, 60), (68, 100), (112, 100)], "blue")], "wrong shape", True),
-    ([RED_CIRCLE, ("rectangle", (66, 80, 122, 90), "blue")], "malformed", True),
-    ([RED_CIRCLE, BLUE_SQUARE, ("ellipse", (14, 74, 54, 114), "red")], "doubled", True),
-    ([RED_CIRCLE, BLUE_SQUARE, ("rectangle", (14, 74, 50, 110), "green")], "extra", True),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "draws, kind, no_neglect",
+    [
+        ([RED_CIRCLE, BLUE_SQUARE], "right", True),
+        ([RED_CIRCLE], "missing", False),
+        ([], "missing", False),
+        ([RED_CIRCLE, ("rectangle", (70, 66, 110, 106), "green")], "wrong colour", False),
+        ([RED_CIRCLE, ("rectangle", (70, 66, 110, 106), "red")], "mixed", False),
+        ([("ellipse", (14, 14, 58, 58), "blue"), ("rectangle", (70, 66, 110, 106), "red")], "mixed", False),
+        ([RED_CIRCLE, ("polygon", [(90, 60), (68, 100), (112, 100)], "blue")], "wrong shape", True),
+        ([RED_CIRCLE, ("rectangle", (66, 80, 122, 90), "blue")], "malformed", True),
+        ([RED_CIRCLE, BLUE_SQUARE, ("ellipse", (14, 74, 54, 114), "red")], "doubled", True),
+        ([RED_CIRCLE, BLUE_SQUARE, ("rectangle", (14, 74, 50, 110), "green")], "extra", True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_verdicts(draws, kind, no_neglect):
     verdict = detector.judge(canvas(*draws), ASKED)
     assert (verdict.kind, verdict.no_neglect, verdict.strict) == (kind, no_neglect, kind == "right")
 
 
 def test_one_body_of_two_colours_is_a_hybrid():
-    picture = canvas(("ellipse", (30, 30, 90, 90), "red"), ("polygon", [(60, 30), (92, 30), (92, 90), (60, 90)], "blue"))
+    picture = canvas(
+        ("ellipse", (30, 30, 90, 90), "red"), ("polygon", [(60, 30), (92, 30), (92, 90), (60, 90)], "blue")
+    )
     verdict = detector.judge(picture, [("red", "star"), ("blue", "heart")])
     assert "hybrid" in verdict.failures and not verdict.no_neglect
 
@@ -149,7 +157,9 @@ def test_objects_that_touch_are_still_two():
 def test_noise_holds_no_object():
     rng = np.random.default_rng(0)
     for _ in range(5):
-        picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((128, 128), Image.BICUBIC)
+        picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize(
+            (128, 128), Image.BICUBIC
+        )
         assert not detector.judge(picture, [("red", "circle")]).strict
 
 
@@ -159,12 +169,18 @@ def test_noise_holds_no_object():
 def test_the_codec_keeps_what_the_detector_sees(sd):
     examples = [data.example(8, i) for i in range(100)]
     pictures = sd.decode(sd.encode([Image.fromarray(e.render()[0]) for e in examples]))
-    right = sum(detector.judge(p, [(o.colour, o.shape) for o in e.objects]).strict for p, e in zip(pictures, examples))
+    right = sum(
+        detector.judge(p, [(o.colour, o.shape) for o in e.objects]).strict for p, e in zip(pictures, examples)
+    )
     assert right >= 95
 
 
 def test_the_folder_is_small_and_is_what_the_code_describes(sd):
-    files = [p for p in FOLDER.rglob("*") if p.is_file() and not {"run", "extras", "__pycache__"} & {*p.relative_to(FOLDER).parts}]
+    files = [
+        p
+        for p in FOLDER.rglob("*")
+        if p.is_file() and not {"run", "extras", "__pycache__"} & {*p.relative_to(FOLDER).parts}
+    ]
     assert sum(p.stat().st_size for p in files) <= 20e6
     row = minsd.config.MODELS["shapes"]
     assert sd.config.unet == row.unet and sd.config.schedule == row.schedule and sd.config.text == row.text
@@ -180,7 +196,9 @@ def test_diffusers_draws_the_same_picture(sd):
     prompts = ["a red circle and a blue square", "a yellow star"]
     noise = minsd.noise.initial.noise([3, 4], (4, 16, 16))
     theirs = pipe(prompts, latents=noise, num_inference_steps=12, guidance_scale=5.0, output_type="np").images
-    ours = np.stack([np.asarray(p) for p in sd(prompts, noise=noise, steps=12, sampler="ddim", guidance_scale=5.0)])
+    ours = np.stack(
+        [np.asarray(p) for p in sd(prompts, noise=noise, steps=12, sampler="ddim", guidance_scale=5.0)]
+    )
     assert np.abs(ours.astype(float) - theirs * 255).max() <= 2
 
 

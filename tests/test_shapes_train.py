@@ -19,7 +19,9 @@ class Maps:
 def test_attention_loss_is_least_at_the_calibrated_map():
     torch.manual_seed(0)
     masks = (torch.rand(2, 3, 16, 16) < 0.1).float()
-    places = torch.tensor([[[2, 3], [6, 7], [-1, -1]], [[-1, 2], [-1, 5], [-1, 8]]])  # (B, subjects, colour and shape word)
+    places = torch.tensor(
+        [[[2, 3], [6, 7], [-1, -1]], [[-1, 2], [-1, 5], [-1, 8]]]
+    )  # (B, subjects, colour and shape word)
     best = torch.zeros(2, 16, 16, 77)
     for b in range(2):
         for k in range(3):
@@ -37,7 +39,9 @@ def test_attention_loss_is_least_at_the_calibrated_map():
 
 def run(folder, times=None):
     """Trains a few steps: at one go, or stopped after every step and taken up again until the model is written."""
-    args = argparse.Namespace(quick=False, samples=24, vae_samples=12, minutes=times, run=folder / "run", out=folder / "model")
+    args = argparse.Namespace(
+        quick=False, samples=24, vae_samples=12, minutes=times, run=folder / "run", out=folder / "model"
+    )
     args.run.mkdir(parents=True)
     calls = 0
     while not (args.out / "model_index.json").exists():
@@ -67,5 +71,8 @@ def test_interrupted_training_ends_with_the_same_weights(tmp_path, small):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
     sd = minsd.load(str(unbroken), device="cpu")  # what training writes is a whole model
-    assert sd.config.vae.scaling_factor == json.loads((unbroken / "vae/config.json").read_text())["scaling_factor"]
+    assert (
+        sd.config.vae.scaling_factor
+        == json.loads((unbroken / "vae/config.json").read_text())["scaling_factor"]
+    )
     assert sd("a red circle", steps=2)[0].size == (128, 128)

@@ -19,26 +19,38 @@ from test_load_fuzz import fuzz, load, one_line
 
 import minsd
 from minsd.config import MODELS
-from minsd.weights.single import FileHash, original
-from minsd.weights.tensors import Tensors
+from minsd.weights.safetensors_file import Tensors
+from minsd.weights.single_file import FileHash, original
 
 LEAVES = ("weight", "bias")
 ATTENTION = [f"{p}.{leaf}" for p in ("norm", "proj_in", "proj_out") for leaf in LEAVES] + [
-    f"transformer_blocks.0.{p}" for p in (
-        *(f"attn{n}.to_{x}.weight" for n in (1, 2) for x in "qkv"), *(f"attn{n}.to_out.0.{leaf}" for n in (1, 2) for leaf in LEAVES),
-        *(f"norm{n}.{leaf}" for n in (1, 2, 3) for leaf in LEAVES), *(f"ff.net.{m}.{leaf}" for m in ("0.proj", "2") for leaf in LEAVES),
+    f"transformer_blocks.0.{p}"
+    for p in (
+        *(f"attn{n}.to_{x}.weight" for n in (1, 2) for x in "qkv"),
+        *(f"attn{n}.to_out.0.{leaf}" for n in (1, 2) for leaf in LEAVES),
+        *(f"norm{n}.{leaf}" for n in (1, 2, 3) for leaf in LEAVES),
+        *(f"ff.net.{m}.{leaf}" for m in ("0.proj", "2") for leaf in LEAVES),
     )
 ]
 RESNET = [
-    f"{p}.{leaf}" for leaf in LEAVES
+    f"{p}.{leaf}"
+    for leaf in LEAVES
     for p in ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
 ]
 
 
 def original_unet_names(cross=(True, True, True, False), layers=2):
     """Names in the order in which the original's constructor makes the layers."""
-    blocks = {"input_blocks.0.0": LEAVES, "time_embed.0": LEAVES, "time_embed.2": LEAVES, "out.0": LEAVES, "out.2": LEAVES,
-              "middle_block.0": RESNET, "middle_block.1": ATTENTION, "middle_block.2": RESNET}
+    blocks = {
+        "input_blocks.0.0": LEAVES,
+        "time_embed.0": LEAVES,
+        "time_embed.2": LEAVES,
+        "out.0": LEAVES,
+        "out.2": LEAVES,
+        "middle_block.0": RESNET,
+        "middle_block.1": ATTENTION,
+        "middle_block.2": RESNET,
+    }
     i = 1
     for level, on in enumerate(cross):
         for _ in range(layers):
@@ -65,17 +77,31 @@ def original_vae_names(levels=4, layers=2):
     resnet = [f"{p}.{leaf}" for p in ("norm1", "conv1", "norm2", "conv2", "nin_shortcut") for leaf in LEAVES]
     attention = [f"{p}.{leaf}" for p in ("norm", "q", "k", "v", "proj_out") for leaf in LEAVES]
     names = [f"{p}.{leaf}" for p in ("quant_conv", "post_quant_conv") for leaf in LEAVES]
-    for half, way, n, sample in (("encoder", "down", layers, "downsample"), ("decoder", "up", layers + 1, "upsample")):
+    for half, way, n, sample in (
+        ("encoder", "down", layers, "downsample"),
+        ("decoder", "up", layers + 1, "upsample"),
+    ):
         names += [f"{half}.{p}.{leaf}" for p in ("conv_in", "norm_out", "conv_out") for leaf in LEAVES]
-        names += [f"{half}.mid.{p}" for p in (*(f"block_{i}.{r}" for i in (1, 2) for r in resnet), *(f"attn_1.{a}" for a in attention))]
-        names += [f"{half}.{way}.{level}.block.{i}.{r}" for level in range(levels) for i in range(n) for r in resnet]
+        names += [
+            f"{half}.mid.{p}"
+            for p in (
+                *(f"block_{i}.{r}" for i in (1, 2) for r in resnet),
+                *(f"attn_1.{a}" for a in attention),
+            )
+        ]
+        names += [
+            f"{half}.{way}.{level}.block.{i}.{r}" for level in range(levels) for i in range(n) for r in resnet
+        ]
         names += [f"{half}.{way}.{level}.{sample}.conv.{leaf}" for level in range(levels) for leaf in LEAVES]
     return [f"first_stage_model.{name}" for name in names]
 
 
 def by_diffusers(names, convert):
     """diffusers' name -> the original's, as diffusers' converter has it (each tensor is a number to know it by)."""
-    return {new: names[int(value)] for new, value in convert({name: torch.tensor([float(i)]) for i, name in enumerate(names)}).items()}
+    return {
+        new: names[int(value)]
+        for new, value in convert({name: torch.tensor([float(i)]) for i, name in enumerate(names)}).items()
+    }
 
 
 def as_original(parts, text):
@@ -103,15 +129,24 @@ def as_open_clip(state):
     new = {
         "positional_embedding": state["embeddings.position_embedding.weight"],
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
-        "ln_final.weight": state["final_layer_norm.weight"], "ln_final.bias": state["final_layer_norm.bias"],
-        "text_projection": torch.eye(state["final_layer_norm.bias"].shape[0]), "logit_scale": torch.tensor(4.6),
+        "ln_final.weight": state["final_layer_norm.weight"],
+        "ln_final.bias": state["final_layer_norm.bias"],
+        "text_projection": torch.eye(state["final_layer_norm.bias"].shape[0]),
+        "logit_scale": torch.tensor(4.6),
     }
     for i in range(1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers."))):
         theirs, ours = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
         for leaf in LEAVES:
-            new[f"{ours}.attn.in_proj_{leaf}"] = torch.cat([state[f"{theirs}.self_attn.{x}_proj.{leaf}"] for x in "qkv"])
-            for a, b in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-                         ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+            new[f"{ours}.attn.in_proj_{leaf}"] = torch.cat(
+                [state[f"{theirs}.self_attn.{x}_proj.{leaf}"] for x in "qkv"]
+            )
+            for a, b in (
+                ("self_attn.out_proj", "attn.out_proj"),
+                ("layer_norm1", "ln_1"),
+                ("layer_norm2", "ln_2"),
+                ("mlp.fc1", "mlp.c_fc"),
+                ("mlp.fc2", "mlp.c_proj"),
+            ):
                 new[f"{ours}.{b}.{leaf}"] = state[f"{theirs}.{a}.{leaf}"]
     return {f"cond_stage_model.model.{name}": tensor for name, tensor in new.items()}
 
@@ -125,17 +160,30 @@ def pipeline_classes(sd2, tokenizer, row=None):
     if row:
         width, hidden, vocab = row.unet.block_out_channels, row.text.hidden_size, row.text.vocab_size
     unet = UNet2DConditionModel(
-        sample_size=row.unet.sample_size if row else 8, block_out_channels=width, cross_attention_dim=hidden,
-        attention_head_dim=[w // 64 for w in width] if sd2 else 8, use_linear_projection=sd2, upcast_attention=sd2,
+        sample_size=row.unet.sample_size if row else 8,
+        block_out_channels=width,
+        cross_attention_dim=hidden,
+        attention_head_dim=[w // 64 for w in width] if sd2 else 8,
+        use_linear_projection=sd2,
+        upcast_attention=sd2,
     )
     vae = AutoencoderKL(
-        block_out_channels=row.vae.block_out_channels if row else (32, 32, 64, 64), layers_per_block=2, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=row.vae.block_out_channels if row else (32, 32, 64, 64),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=hidden // 64,
-        num_hidden_layers=24 if sd2 else row.text.num_layers if row else 2, hidden_act="gelu" if sd2 else "quick_gelu",
-    ))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_attention_heads=hidden // 64,
+            num_hidden_layers=24 if sd2 else row.text.num_layers if row else 2,
+            hidden_act="gelu" if sd2 else "quick_gelu",
+        )
+    )
     return unet, vae, text
 
 
@@ -154,21 +202,39 @@ def twins(request, tmp_path_factory, shapes_folder):
     text = whole_text
     if sd2:
         tokenizer.pad_token = "!"
-        text = CLIPTextModel(CLIPTextConfig.from_dict(whole_text.config.to_dict() | {"num_hidden_layers": 23}))
+        text = CLIPTextModel(
+            CLIPTextConfig.from_dict(whole_text.config.to_dict() | {"num_hidden_layers": 23})
+        )
         text.load_state_dict({k: v for k, v in whole_text.state_dict().items() if ".layers.23." not in k})
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="v_prediction" if sd2 else "epsilon",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction" if sd2 else "epsilon",
     )
     folder, file = where / "folder", where / "one.safetensors"
-    StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(folder)
+    StableDiffusionPipeline(
+        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
     state = whole_text.state_dict()
     if sd2:
         text_state = as_open_clip(state)
     else:
-        text_state = {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in state.items()}
-        text_state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77.0)[None]
-    left = {"alphas_cumprod": torch.zeros(1000), "model_ema.diffusion_modelout2bias": torch.zeros(4), "model_ema.decay": torch.zeros(1)}
+        text_state = {
+            f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v
+            for k, v in state.items()
+        }
+        text_state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77.0)[
+            None
+        ]
+    left = {
+        "alphas_cumprod": torch.zeros(1000),
+        "model_ema.diffusion_modelout2bias": torch.zeros(4),
+        "model_ema.decay": torch.zeros(1),
+    }
     save_file(as_original({"unet": unet.state_dict(), "vae": vae.state_dict()}, text_state) | left, file)
     return folder, file, whole_text, sd2
 
@@ -196,7 +262,10 @@ def test_a_file_and_a_folder_are_the_same_model(twins, tokenizer):
     for a, b in ((one.unet, many.unet), (one.vae, many.vae), (one.text.model, many.text.model)):
         a, b = a.state_dict(), b.state_dict()
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert one.unet.config.num_heads == many.unet.config.num_heads and one.text.pad_token_id == many.text.pad_token_id
+    assert (
+        one.unet.config.num_heads == many.unet.config.num_heads
+        and one.text.pad_token_id == many.text.pad_token_id
+    )
     how = dict(seeds=[3], steps=3, height=64, width=64)
     picture, expected = one("a red circle", **how)[0], many("a red circle", **how)[0]
     assert picture.tobytes() == expected.tobytes() and len(set(picture.tobytes())) > 50
@@ -221,7 +290,11 @@ def test_files_made_from_folders_have_23_layers(twins, tmp_path, tokenizer):
     file = twins[1]
 
     def change(state):
-        return {k: v for k, v in state.items() if ".resblocks.23." not in k and "text_projection" not in k and "logit_scale" not in k}
+        return {
+            k: v
+            for k, v in state.items()
+            if ".resblocks.23." not in k and "text_projection" not in k and "logit_scale" not in k
+        }
 
     small = rewrite(file, tmp_path / "23.safetensors", change)
     a, b = (minsd.load(str(f), "cpu", tokenizer=tokenizer).encode_prompt("a star") for f in (file, small))
@@ -233,7 +306,11 @@ def test_prediction_type_and_the_note(twins, tokenizer):
     sd = minsd.load(str(file), "cpu", tokenizer=tokenizer)
     assert sd.config.schedule.prediction_type == ("v_prediction" if sd2 else "epsilon")
     if sd2:
-        assert "--prediction-type epsilon" in sd.notes[0] and sd.config.size == 768 and sd.config.unet.upcast_attention
+        assert (
+            "--prediction-type epsilon" in sd.notes[0]
+            and sd.config.size == 768
+            and sd.config.unet.upcast_attention
+        )
     sd = minsd.load(str(file), "cpu", tokenizer=tokenizer, prediction_type="epsilon")
     assert sd.config.schedule.prediction_type == "epsilon" and sd.notes == [] and sd.config.size == 512
     assert "prediction_type" in refused(file, prediction_type="sample")
@@ -247,10 +324,14 @@ def test_half_precision_files_and_casts(twins, tmp_path, tokenizer):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         sd = minsd.load(str(half), "cpu", dtype, tokenizer=tokenizer)
         assert {p.dtype for m in (sd.unet, sd.vae, sd.text.model) for p in m.parameters()} == {dtype}
-        assert torch.equal(sd.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight, expected.to(dtype))
+        assert torch.equal(
+            sd.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight, expected.to(dtype)
+        )
 
 
-@pytest.mark.parametrize("layout", ["original", "original, bare", "diffusers", "folder", "model folder", "checkpoint"])
+@pytest.mark.parametrize(
+    "layout", ["original", "original, bare", "diffusers", "folder", "model folder", "checkpoint"]
+)
 def test_another_vae(twins, tmp_path, tokenizer, layout):
     folder, file, _, _ = twins
     other = {k: 0.5 * v for k, v in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items()}
@@ -260,7 +341,11 @@ def test_another_vae(twins, tmp_path, tokenizer, layout):
         save_file(halved, path)
     elif layout.startswith("original"):
         bare = layout.endswith("bare")
-        vae = {k.removeprefix("first_stage_model.") if bare else k: v for k, v in halved.items() if k.startswith("first_stage_model.")}
+        vae = {
+            k.removeprefix("first_stage_model.") if bare else k: v
+            for k, v in halved.items()
+            if k.startswith("first_stage_model.")
+        }
         save_file(vae | ({"loss.logvar": torch.zeros(())} if bare else {}), path)
     elif layout == "diffusers":
         save_file(other, path)
@@ -274,14 +359,22 @@ def test_another_vae(twins, tmp_path, tokenizer, layout):
     for model, more in ((file, {"tokenizer": tokenizer}), (folder, {})):
         sd = minsd.load(str(model), "cpu", vae=path, **more)
         state = sd.vae.state_dict()
-        assert all(torch.equal(state[name], value.reshape(state[name].shape)) for name, value in other.items())
-        assert sd.config.vae.scaling_factor == (0.5 if layout.endswith("folder") else 0.18215) == sd.vae.config.scaling_factor
+        assert all(
+            torch.equal(state[name], value.reshape(state[name].shape)) for name, value in other.items()
+        )
+        assert (
+            sd.config.vae.scaling_factor
+            == (0.5 if layout.endswith("folder") else 0.18215)
+            == sd.vae.config.scaling_factor
+        )
 
 
 def test_a_file_without_a_vae_takes_another(twins, tmp_path, tokenizer):
     folder, file, _, _ = twins
     path = tmp_path / "no.safetensors"
-    rewrite(file, path, lambda state: {k: v for k, v in state.items() if not k.startswith("first_stage_model.")})
+    rewrite(
+        file, path, lambda state: {k: v for k, v in state.items() if not k.startswith("first_stage_model.")}
+    )
     assert "--vae" in refused(path, tokenizer=tokenizer)
     assert minsd.load(str(path), "cpu", tokenizer=tokenizer, vae=folder / "vae").vae
     for bad, says in ((tmp_path / "nosuch", "no VAE"), (path, "not a VAE"), (tmp_path / "x.ckpt", "pickle")):
@@ -291,7 +384,10 @@ def test_a_file_without_a_vae_takes_another(twins, tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda s: s | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)}, "inpainting"),
+        (
+            lambda s: s | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)},
+            "inpainting",
+        ),
         (lambda s: s | {"conditioner.embedders.0.x": torch.zeros(1)}, "SDXL"),
         (lambda s: s | {"control_model.zero_convs.0.0.weight": torch.zeros(1)}, "ControlNet"),
         (lambda s: {k: v for k, v in s.items() if "cond_stage" not in k}, "no text encoder"),
@@ -300,7 +396,10 @@ def test_a_file_without_a_vae_takes_another(twins, tmp_path, tokenizer):
         (lambda s: s | {"model.diffusion_model.input_blocks.99.0.weight": torch.zeros(1)}, "not whole"),
         (lambda s: s | {"model.diffusion_model.out.2.bias": torch.zeros(5)}, "mis-shaped"),
         (lambda s: s | {"model.diffusion_model.out.1.bias": torch.zeros(5)}, "two names"),
-        (lambda s: {k: v for k, v in s.items() if "cond_stage" not in k} | as_tiny_clip(64), "different models"),
+        (
+            lambda s: {k: v for k, v in s.items() if "cond_stage" not in k} | as_tiny_clip(64),
+            "different models",
+        ),
         (lambda s: {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "Flux"),
         (lambda s: {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(1)}, "SD3"),
         (lambda s: {"lora_unet_x.lora_up.weight": torch.zeros(1)}, "LoRA"),
@@ -336,11 +435,24 @@ def test_entries_of_a_checkpoint_changed(content, tmp_path_factory, shapes_folde
         shape, n = entry["shape"], draw.randint(0, 70)
         what = draw.choice(["shape", "dtype", "name", "digits", "swap"])
         if what == "shape":
-            entry["shape"] = draw.choice([shape[::-1], [1, *shape], [*shape, 1, 1], [math.prod(shape)], [*shape[:1], math.prod(shape[1:])]])
+            entry["shape"] = draw.choice(
+                [
+                    shape[::-1],
+                    [1, *shape],
+                    [*shape, 1, 1],
+                    [math.prod(shape)],
+                    [*shape[:1], math.prod(shape[1:])],
+                ]
+            )
         elif what == "dtype":
             entry["dtype"] = draw.choice(["I32", "F32"])
         elif what == "name":
-            new = [name + ".weight", "model.diffusion_model." + name, name.replace("_model.", ".", 1), f"x{n}"]
+            new = [
+                name + ".weight",
+                "model.diffusion_model." + name,
+                name.replace("_model.", ".", 1),
+                f"x{n}",
+            ]
             header[draw.choice(new)] = header.pop(name)
         elif what == "digits":
             header[re.sub(r"\d+", str(n), name, count=draw.randint(1, 3))] = header.pop(name)
@@ -353,13 +465,17 @@ def test_entries_of_a_checkpoint_changed(content, tmp_path_factory, shapes_folde
 
 def as_tiny_clip(hidden):
     prefix = "cond_stage_model.transformer.text_model."
-    return {f"{prefix}embeddings.token_embedding.weight": torch.zeros(635, hidden),
-            f"{prefix}embeddings.position_embedding.weight": torch.zeros(77, hidden),
-            f"{prefix}encoder.layers.0.mlp.fc1.weight": torch.zeros(4 * hidden, hidden)}
+    return {
+        f"{prefix}embeddings.token_embedding.weight": torch.zeros(635, hidden),
+        f"{prefix}embeddings.position_embedding.weight": torch.zeros(77, hidden),
+        f"{prefix}encoder.layers.0.mlp.fc1.weight": torch.zeros(4 * hidden, hidden),
+    }
 
 
 def test_strangers_are_left_out_and_said(twins, tmp_path, tokenizer):
-    path = rewrite(twins[1], tmp_path / "more.safetensors", lambda state: state | {"recipe.weights": torch.zeros(2)})
+    path = rewrite(
+        twins[1], tmp_path / "more.safetensors", lambda state: state | {"recipe.weights": torch.zeros(2)}
+    )
     assert "recipe.weights" in minsd.load(str(path), "cpu", tokenizer=tokenizer).notes[-1]
 
 
@@ -371,7 +487,9 @@ def test_tokenizers_are_checked(twins, tmp_path):
     assert "tokenizer" in refused(file, tokenizer=empty)
     big = tmp_path / "big"  # more tokens than the text encoder knows: an index error in the middle of a run
     big.mkdir()
-    (big / "vocab.json").write_text(json.dumps({f"t{i}": i for i in range(900)} | {"<|startoftext|>": 900, "<|endoftext|>": 901}))
+    (big / "vocab.json").write_text(
+        json.dumps({f"t{i}": i for i in range(900)} | {"<|startoftext|>": 900, "<|endoftext|>": 901})
+    )
     (big / "merges.txt").write_text("#version: 0.2\n")
     assert "another model's tokenizer" in refused(file, tokenizer=big)
 
@@ -380,7 +498,11 @@ def sparse_file(path, state, dtype="F16"):
     """A safetensors file with these shapes whose zeros take no room on the disk."""
     header, position = {}, 0
     for name, tensor in state.items():
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [position, position + 2 * tensor.numel()]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + 2 * tensor.numel()],
+        }
         position += 2 * tensor.numel()
     content = json.dumps(header).encode()
     with path.open("wb") as file:
@@ -394,12 +516,28 @@ def test_full_size_files_are_the_known_families(name, tmp_path):
     row, sd2 = MODELS[name], name == "sd21"
     with torch.device("meta"):
         unet, vae, text = pipeline_classes(sd2, None, row)
-    text_state = as_open_clip(text.state_dict()) if sd2 else {f"cond_stage_model.transformer.{k}": v for k, v in text.state_dict().items()}
-    sparse_file(tmp_path / "full.safetensors", as_original({"unet": unet.state_dict(), "vae": vae.state_dict()}, text_state))
+    text_state = (
+        as_open_clip(text.state_dict())
+        if sd2
+        else {f"cond_stage_model.transformer.{k}": v for k, v in text.state_dict().items()}
+    )
+    sparse_file(
+        tmp_path / "full.safetensors",
+        as_original({"unet": unet.state_dict(), "vae": vae.state_dict()}, text_state),
+    )
     config, *parts, _ = original(Tensors(tmp_path / "full.safetensors", "", torch.float16), None)
-    assert (config.unet, config.vae, config.text, config.schedule) == (row.unet, row.vae, row.text, row.schedule)
+    assert (config.unet, config.vae, config.text, config.schedule) == (
+        row.unet,
+        row.vae,
+        row.text,
+        row.schedule,
+    )
     for part, module in zip(parts, (unet, vae, text)):
-        shapes = {k.removeprefix("text_model."): tuple(v.shape) for k, v in module.state_dict().items() if ".layers.23." not in k}
+        shapes = {
+            k.removeprefix("text_model."): tuple(v.shape)
+            for k, v in module.state_dict().items()
+            if ".layers.23." not in k
+        }
         found = {k: part.shape(k) for k in part}
         assert found.keys() == shapes.keys()
         assert all(found[k] in (shapes[k], (*shapes[k], 1, 1)) for k in shapes)

@@ -23,18 +23,29 @@ PROMPTS = ["a red circle", "a blue square and a star"]
 def tiny(dtype=torch.float64, prediction_type="epsilon"):
     """A random UNet on 4x8x8 latents whose eps bends with x, t and text, and a text encoder that needs no files."""
     torch.manual_seed(0)
-    config = UNetConfig(block_out_channels=(16, 32), layers_per_block=1, cross_attention=(True, False), num_heads=(2, 2),
-                        context_dim=8, norm_groups=4, sample_size=8)
+    config = UNetConfig(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention=(True, False),
+        num_heads=(2, 2),
+        context_dim=8,
+        norm_groups=4,
+        sample_size=8,
+    )
     unet = UNet(config).to(dtype).requires_grad_(False)
     for module in unet.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.weight.mul_(1.3)
 
     def encode(prompts):
-        return torch.cat([torch.randn(1, 77, 8, generator=torch.Generator().manual_seed(len(p))) for p in prompts])
+        return torch.cat(
+            [torch.randn(1, 77, 8, generator=torch.Generator().manual_seed(len(p))) for p in prompts]
+        )
 
     schedule = ScheduleConfig(prediction_type=prediction_type)
-    return StableDiffusion(ModelConfig("tiny", unet=config, schedule=schedule), unet, None, types.SimpleNamespace(encode=encode))
+    return StableDiffusion(
+        ModelConfig("tiny", unet=config, schedule=schedule), unet, None, types.SimpleNamespace(encode=encode)
+    )
 
 
 START = noise([0, 1, 2], (4, 8, 8)).double()
@@ -58,23 +69,31 @@ def there_and_back(sd, prompt, x, steps, down, up):
     return x
 
 
-@pytest.mark.parametrize("steps, down, up, rows_each", [(10, 7.5, 1.0, 30), (5, 2.0, 2.0, 20), (5, 1.0, 1.0, 10)])
+@pytest.mark.parametrize(
+    "steps, down, up, rows_each", [(10, 7.5, 1.0, 30), (5, 2.0, 2.0, 20), (5, 1.0, 1.0, 10)]
+)
 def test_scores_are_cosines_of_trips_through_diffusers(sd, steps, down, up, rows_each):
     result = stability.score(sd, BOTH, START, steps=steps, guidance_scale=down, guidance_invert=up)
     for got, prompt, x in zip(result.scores, BOTH, START):
         back = there_and_back(sd, prompt, x[None], steps, down, up)
         expected = np.dot(x.numpy().ravel(), back.numpy().ravel()) / np.linalg.norm(x) / np.linalg.norm(back)
-        assert got == pytest.approx(expected, abs=1e-6) and -1 <= got <= 1  # diffusers keeps its levels in float32
+        assert (
+            got == pytest.approx(expected, abs=1e-6) and -1 <= got <= 1
+        )  # diffusers keeps its levels in float32
     assert result.rows == 3 * rows_each  # 3 T, 4 T with guidance both ways, 2 T without
     if rows_each == 30:
-        assert stability.score(sd, BOTH, START).scores == result.scores  # the defaults: 10 steps, the model's 7.5, 1
+        assert (
+            stability.score(sd, BOTH, START).scores == result.scores
+        )  # the defaults: 10 steps, the model's 7.5, 1
     assert stability.cosine(START, START).tolist() == pytest.approx([1] * 3, abs=1e-15)
 
 
 def test_batched_is_one_by_one(sd, monkeypatch):
     whole = stability.score(sd, BOTH, START)
     how = {"optimize_steps": 2, "steps": 3, "lr": 5.0, "rescale": True}
-    together, full = [stability.optimize_batch(sd, BOTH, START, mode=mode, **how) for mode in ("detach", "full")]
+    together, full = [
+        stability.optimize_batch(sd, BOTH, START, mode=mode, **how) for mode in ("detach", "full")
+    ]
     monkeypatch.setattr(sd, "batch_size", lambda height, width: 1, raising=False)
     single = stability.score(sd, BOTH, START)
     assert single.scores == pytest.approx(whole.scores, abs=1e-12) and single.rows == whole.rows
@@ -85,9 +104,18 @@ def test_batched_is_one_by_one(sd, monkeypatch):
 
 
 def test_with_equal_guidance_finer_steps_return_nearer(sd, shapes):
-    missed = [1 - np.array(stability.score(sd, BOTH, START, steps=T, guidance_scale=1.0).scores) for T in (5, 10, 20, 40)]
-    assert all((coarse > fine).all() for coarse, fine in zip(missed, missed[1:])) and (missed[-1] < missed[0] / 4).all()
-    missed = [1 - np.mean(stability.score(shapes, PROMPTS[0], [3, 4], steps=T, guidance_scale=1.0).scores) for T in (5, 20)]
+    missed = [
+        1 - np.array(stability.score(sd, BOTH, START, steps=T, guidance_scale=1.0).scores)
+        for T in (5, 10, 20, 40)
+    ]
+    assert (
+        all((coarse > fine).all() for coarse, fine in zip(missed, missed[1:]))
+        and (missed[-1] < missed[0] / 4).all()
+    )
+    missed = [
+        1 - np.mean(stability.score(shapes, PROMPTS[0], [3, 4], steps=T, guidance_scale=1.0).scores)
+        for T in (5, 20)
+    ]
     assert missed[0] > missed[1] > 0
 
 
@@ -103,14 +131,20 @@ def test_full_gradients_equal_finite_differences(prediction_type):
     unchecked = stability.gradients(trip, START, rows, "full", checkpointed=False)
     assert torch.equal(unchecked[1], gradient) and torch.equal(unchecked[0], scores)
     assert scores.tolist() == pytest.approx(stability.score(sd, BOTH, START, steps=3).scores, abs=1e-12)
-    directions = [*torch.randn(4, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64), gradient]
+    directions = [
+        *torch.randn(4, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
+        gradient,
+    ]
     for k in (0, 100, 255):
         directions.append(torch.nn.functional.one_hot(torch.tensor(k), 256).double().view(1, 4, 8, 8))
     for direction in directions:
         direction = direction.expand_as(START) / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         h = 1e-4
         with torch.no_grad():  # fourth order: f(h) and f(2h)
-            s = [stability.cosine(y, trip(y, rows)) for y in (START + k * h * direction for k in (1, -1, 2, -2))]
+            s = [
+                stability.cosine(y, trip(y, rows))
+                for y in (START + k * h * direction for k in (1, -1, 2, -2))
+            ]
         slope = -(8 * (s[0] - s[1]) - (s[2] - s[3])) / (12 * h)
         claimed = (gradient * direction).flatten(1).sum(dim=1)
         assert (claimed - slope).abs().max() <= 1e-6 * gradient.flatten(1).norm(dim=1).min()
@@ -121,7 +155,9 @@ def test_detached_gradients_are_perpendicular(sd):
     scores, gradient = stability.gradients(trip, START, rows, "detach")
     back = trip(START, rows)
     leaf = START.clone().requires_grad_()
-    expected = torch.autograd.grad((1 - torch.nn.functional.cosine_similarity(leaf.flatten(1), back.flatten(1))).sum(), leaf)[0]
+    expected = torch.autograd.grad(
+        (1 - torch.nn.functional.cosine_similarity(leaf.flatten(1), back.flatten(1))).sum(), leaf
+    )[0]
     assert torch.allclose(gradient, expected, atol=1e-15)
     for g, x, v, s in zip(gradient, START, back, scores):
         u, v = x.flatten() / x.norm(), v.flatten() / v.norm()
@@ -153,7 +189,11 @@ def test_selection(sd):
     best = stability.select(sd, PROMPTS[0], seeds, steps=3, progress=told.append)
     assert best.scores == pytest.approx(alone, abs=1e-9) and list(best.scores) == [5, 3, 9, 7]
     assert best.seed == max(alone, key=alone.get) and torch.equal(best.noise, noise([best.seed], (4, 8, 8)))
-    assert best.ranked == sorted(alone, key=alone.get, reverse=True) and best.rows == 4 * 9 and best.score == best.scores[best.seed]
+    assert (
+        best.ranked == sorted(alone, key=alone.get, reverse=True)
+        and best.rows == 4 * 9
+        and best.score == best.scores[best.seed]
+    )
     assert told == [f"4/4 best {best.score:.3f} (seed {best.seed})"]
     more = stability.select(sd, PROMPTS[0], [*seeds, 11], steps=3, known=best.scores)
     assert more.rows == 9 and {s: more.scores[s] for s in best.scores} == best.scores
@@ -176,12 +216,21 @@ def test_progress_names_the_best_so_far(sd, monkeypatch):
         assert message == f"{count}/5 best {scores[seed]:.3f} (seed {seed})"
 
 
-@pytest.mark.parametrize("wrong, says", [
-    ({"sampler": "euler_a"}, "noise or memory"), ({"sampler": "lcm"}, "noise or memory"), ({"sampler": "dpmpp_2m"}, "noise or memory"),
-    ({"sampler": "unipc"}, "noise or memory"), ({"sampler": "pndm"}, "noise or memory"), ({"eta": 0.5}, "noise or memory"),
-    ({"sampler": "ddpm"}, "no sampler"), ({"steps": 0}, "steps"), ({"guidance_scale": math.nan}, "guidance"),
-    ({"height": 60}, "multiples of 8"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"sampler": "euler_a"}, "noise or memory"),
+        ({"sampler": "lcm"}, "noise or memory"),
+        ({"sampler": "dpmpp_2m"}, "noise or memory"),
+        ({"sampler": "unipc"}, "noise or memory"),
+        ({"sampler": "pndm"}, "noise or memory"),
+        ({"eta": 0.5}, "noise or memory"),
+        ({"sampler": "ddpm"}, "no sampler"),
+        ({"steps": 0}, "steps"),
+        ({"guidance_scale": math.nan}, "guidance"),
+        ({"height": 60}, "multiples of 8"),
+    ],
+)
 def test_refusals_come_before_any_network_runs(sd, wrong, says):
     with stability.counted(sd.unet) as rows:
         for call in (stability.score, stability.select):
@@ -193,8 +242,13 @@ def test_refusals_come_before_any_network_runs(sd, wrong, says):
 
 
 def test_more_refusals(sd):
-    for wrong, says in (({"mode": "half"}, "mode"), ({"keep": "first"}, "keep"), ({"optimize_steps": -1}, "steps"), ({"lr": -1.0}, "lr"),
-                        ({"momentum": 1.0}, "momentum")):
+    for wrong, says in (
+        ({"mode": "half"}, "mode"),
+        ({"keep": "first"}, "keep"),
+        ({"optimize_steps": -1}, "steps"),
+        ({"lr": -1.0}, "lr"),
+        ({"momentum": 1.0}, "momentum"),
+    ):
         with pytest.raises(ValueError, match=says):
             stability.optimize(sd, PROMPTS[0], 0, **wrong)
     with pytest.raises(ValueError, match="no seeds"):
@@ -220,29 +274,48 @@ def test_other_samplers_without_memory_end_where_the_inversion_begins(sd):
 def test_optimisation_is_sgd_with_momentum(sd, mode):
     """torch's own SGD and autograd over a trip through diffusers' schedulers: noise, scores, norms, rows, messages."""
     told, options = [], {"optimize_steps": 3, "lr": 4.0, "momentum": 0.5}
-    result = stability.optimize(sd, PROMPTS[1], START[:1], mode=mode, steps=3, guidance_scale=2.0, progress=told.append, **options)
+    result = stability.optimize(
+        sd, PROMPTS[1], START[:1], mode=mode, steps=3, guidance_scale=2.0, progress=told.append, **options
+    )
     x = START[:1].clone().requires_grad_()
     sgd, expected = torch.optim.SGD([x], lr=4.0, momentum=0.5), []
     for step in range(4):
         back = there_and_back(sd, PROMPTS[1], x, 3, 2.0, 1.0)
-        s = torch.nn.functional.cosine_similarity(x.flatten(1), (back if mode == "full" else back.detach()).flatten(1))[0]
-        expected.append({"score": s.item(), "norm": x.norm().item() / 16, "mean": x.mean().item(), "std": x.std().item()})
+        s = torch.nn.functional.cosine_similarity(
+            x.flatten(1), (back if mode == "full" else back.detach()).flatten(1)
+        )[0]
+        expected.append(
+            {"score": s.item(), "norm": x.norm().item() / 16, "mean": x.mean().item(), "std": x.std().item()}
+        )
         if step < 3:
             sgd.zero_grad()
             (1 - s).backward()
             sgd.step()
-    assert torch.allclose(result.noise, x.detach(), atol=1e-5) and not torch.allclose(result.noise, START[:1], atol=1e-2)
+    assert torch.allclose(result.noise, x.detach(), atol=1e-5) and not torch.allclose(
+        result.noise, START[:1], atol=1e-2
+    )
     assert [pytest.approx(h, abs=1e-5) for h in expected] == result.history
-    assert (result.before, result.score) == (result.history[0]["score"], result.history[-1]["score"]) and result.score > result.before
-    assert result.rows == (9 * (3 * 2 + 1) if mode == "full" else 9 * 4)  # checkpoints compute every row again
+    assert (result.before, result.score) == (
+        result.history[0]["score"],
+        result.history[-1]["score"],
+    ) and result.score > result.before
+    assert result.rows == (
+        9 * (3 * 2 + 1) if mode == "full" else 9 * 4
+    )  # checkpoints compute every row again
     best, last = max(h["score"] for h in result.history), result.history[-1]
-    assert told[-1] == (f"step 3/3 score {last['score']:.3f} best {best:.3f} norm {last['norm']:.3f} mean {last['mean']:.3f}"
-                        f" std {last['std']:.3f}")
+    assert told[-1] == (
+        f"step 3/3 score {last['score']:.3f} best {best:.3f} norm {last['norm']:.3f} mean {last['mean']:.3f}"
+        f" std {last['std']:.3f}"
+    )
 
 
 def test_nothing_to_do_gives_the_plain_noise_and_picture(shapes):
     plain = noise([3], (4, 16, 16))
-    for options in ({"optimize_steps": 0}, {"optimize_steps": 1, "lr": 0.0}, {"optimize_steps": 1, "lr": 0.0, "mode": "detach"}):
+    for options in (
+        {"optimize_steps": 0},
+        {"optimize_steps": 1, "lr": 0.0},
+        {"optimize_steps": 1, "lr": 0.0, "mode": "detach"},
+    ):
         assert torch.equal(stability.optimize(shapes, PROMPTS[0], 3, steps=2, **options).noise, plain)
     picked = stability.select(shapes, PROMPTS[0], [3], steps=2)
     pictures = [shapes(PROMPTS[0], seeds=[3], steps=2, **how)[0] for how in ({}, {"noise": picked.noise})]
@@ -264,11 +337,19 @@ def test_norms_warn_and_can_be_rescaled(sd):
 
 
 def test_the_best_iterate_can_be_kept(sd):
-    rough = {"optimize_steps": 4, "lr": 3000.0, "steps": 2, "mode": "detach", "rescale": True}  # far too much: it jumps about
+    rough = {
+        "optimize_steps": 4,
+        "lr": 3000.0,
+        "steps": 2,
+        "mode": "detach",
+        "rescale": True,
+    }  # far too much: it jumps about
     runs = [stability.optimize(sd, PROMPTS[0], START[:1], keep=keep, **rough) for keep in ("last", "best")]
     scores = [h["score"] for h in runs[0].history]
     assert max(scores) > scores[-1] and (runs[0].score, runs[1].score) == (scores[-1], max(scores))
-    assert stability.score(sd, PROMPTS[0], runs[1].noise, steps=2).scores == pytest.approx([max(scores)], abs=1e-12)
+    assert stability.score(sd, PROMPTS[0], runs[1].noise, steps=2).scores == pytest.approx(
+        [max(scores)], abs=1e-12
+    )
 
 
 @pytest.mark.filterwarnings("ignore:at step")
@@ -296,6 +377,10 @@ def test_a_picture_is_inverted_and_made_again(shapes):
     assert (plain.rows, better.rows) == (50, 100)
     assert plain.psnr < better.psnr <= better.codec_psnr + 0.5 and better.psnr > 25
     assert stability.psnr(picture, picture) == math.inf
-    for wrong, says in (({"iterations": -1}, "iterations"), ({"height": 100}, "multiples of 8"), ({"steps": 0}, "steps")):
+    for wrong, says in (
+        ({"iterations": -1}, "iterations"),
+        ({"height": 100}, "multiples of 8"),
+        ({"steps": 0}, "steps"),
+    ):
         with pytest.raises(ValueError, match=says):
             stability.invert_picture(shapes, picture, **wrong)

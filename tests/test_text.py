@@ -16,10 +16,17 @@ def tokenizer():
 def encoder(tokenizer, pad=None):
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
     )
-    return TextEncoder(CLIPTextModel(config).eval(), tokenizer, tokenizer.eos_token_id if pad is None else pad)
+    return TextEncoder(
+        CLIPTextModel(config).eval(), tokenizer, tokenizer.eos_token_id if pad is None else pad
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,9 @@ def text(tokenizer):
 
 def test_states_equal_transformers_padding_with_the_end_token(text, tokenizer):
     prompts = ["a red circle and a blue square", ""]
-    ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         expected = text.model(ids).last_hidden_state
     torch.testing.assert_close(text.encode(prompts), expected, rtol=0, atol=0)

@@ -13,20 +13,28 @@ from minsd.samplers.schedule import Schedule
 from minsd.unet import UNet
 
 SMALL = UNetConfig(
-    block_out_channels=(32, 64, 96), layers_per_block=2, cross_attention=(True, True, False),
-    num_heads=(2, 4, 4), context_dim=48, norm_groups=16, sample_size=16,
+    block_out_channels=(32, 64, 96),
+    layers_per_block=2,
+    cross_attention=(True, True, False),
+    num_heads=(2, 4, 4),
+    context_dim=48,
+    norm_groups=16,
+    sample_size=16,
 )
 
 
 def diffusers_unet(config: UNetConfig) -> UNet2DConditionModel:
     kinds = [("CrossAttn" if cross else "") for cross in config.cross_attention]
     return UNet2DConditionModel(
-        sample_size=config.sample_size, block_out_channels=config.block_out_channels,
+        sample_size=config.sample_size,
+        block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        attention_head_dim=config.num_heads, cross_attention_dim=config.context_dim,
-        norm_num_groups=config.norm_groups, use_linear_projection=config.linear_projection,
+        attention_head_dim=config.num_heads,
+        cross_attention_dim=config.context_dim,
+        norm_num_groups=config.norm_groups,
+        use_linear_projection=config.linear_projection,
         upcast_attention=config.upcast_attention,
     ).eval()
 
@@ -52,7 +60,9 @@ def test_full_size_parity(name):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("size", [(16, 16), (13, 22), (1, 3)], ids=str)  # odd sizes: the way up must meet each skip
+@pytest.mark.parametrize(
+    "size", [(16, 16), (13, 22), (1, 3)], ids=str
+)  # odd sizes: the way up must meet each skip
 @torch.no_grad()
 def test_sizes_and_timesteps(linear, size):
     config = UNetConfig(**{**SMALL.__dict__, "linear_projection": linear})
@@ -83,7 +93,10 @@ def whole_softmax(unet, x, t, context, grid):
     handles = []
     for name, module in unet.named_modules():
         if isinstance(module, Attention):
-            handles += [module.to_q.register_forward_hook(keep(name, "q")), module.to_k.register_forward_hook(keep(name, "k"))]
+            handles += [
+                module.to_q.register_forward_hook(keep(name, "q")),
+                module.to_k.register_forward_hook(keep(name, "k")),
+            ]
     unet(x, t, context)
     for handle in handles:
         handle.remove()
@@ -138,7 +151,8 @@ def test_early_stop_runs_nothing_after_the_last_layer_that_records(small):
     ran = []
     handles = [
         m.register_forward_hook(lambda module, args, out, name=name: ran.append(name))
-        for name, m in unet.named_modules() if isinstance(m, Attention)
+        for name, m in unet.named_modules()
+        if isinstance(m, Attention)
     ]
     unet(x, 300, context, record=AttentionRecorder((8, 8), only=True))
     for handle in handles:
@@ -167,9 +181,13 @@ def test_a_pair_of_texts_one_down_one_up(small):
     """The way down is what the first text alone makes of it; everything after it sees the second alone."""
     unet, x, context = small
     texts = torch.stack([context, context.flip(0)], dim=1)  # (B, R, 77, D)
-    down, up = ({grid: torch.full((2, grid[0] * grid[1]), text) for grid in unet.grids((16, 16))} for text in (0, 1))
+    down, up = (
+        {grid: torch.full((2, grid[0] * grid[1]), text) for grid in unet.grids((16, 16))} for text in (0, 1)
+    )
     keys = [unet.keys(texts[:, text]) for text in (0, 1)]
-    spliced = {m: keys[name.split(".")[0] != "down_blocks"][m] for name, m in unet.named_modules() if m in keys[0]}
+    spliced = {
+        m: keys[name.split(".")[0] != "down_blocks"][m] for name, m in unet.named_modules() if m in keys[0]
+    }
     assert relative(unet(x, 300, texts, region=(down, up)), unet(x, 300, spliced)) < 1e-6
     assert relative(unet(x, 300, texts, region=(down, up)), unet(x, 300, texts, region=up)) > 1e-4
 
@@ -178,7 +196,9 @@ def test_a_pair_of_texts_one_down_one_up(small):
 def test_keys_stand_for_the_text(small):
     unet, x, context = small
     keys = unet.keys(context)
-    assert torch.equal(unet(x, 300, keys), unet(x, 300, context)) and torch.equal(unet(x, 700, keys), unet(x, 700, context))
+    assert torch.equal(unet(x, 300, keys), unet(x, 300, context)) and torch.equal(
+        unet(x, 700, keys), unet(x, 700, context)
+    )
 
 
 def test_predictors_look_at_a_text_once_unless_it_takes_a_gradient(small):
@@ -207,7 +227,9 @@ def test_control_enters_as_in_diffusers():
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 48)
     shapes = [(32, 16)] * 3 + [(32, 8)] + [(64, 8)] * 2 + [(64, 4)] + [(96, 4)] * 2
     skips, middle = [torch.randn(2, c, n, n) for c, n in shapes], torch.randn(2, 96, 4, 4)
-    expected = theirs(x, 300, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle).sample
+    expected = theirs(
+        x, 300, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle
+    ).sample
     assert relative(ours(x, 300, context, control=(skips, middle)), expected) <= 1e-5
     assert relative(ours(x, 300, context), expected) > 1e-2
 
@@ -217,7 +239,13 @@ def test_default_resolution_of_the_families():
     recorder, full = AttentionRecorder(), UNetConfig()
     with torch.device("meta"):
         unet = UNet(full)
-    for (h, w), grid in (((64, 64), (16, 16)), ((96, 64), (24, 16)), ((128, 128), (32, 32)), ((32, 32), (16, 16)), ((8, 8), (8, 8))):
+    for (h, w), grid in (
+        ((64, 64), (16, 16)),
+        ((96, 64), (24, 16)),
+        ((128, 128), (32, 32)),
+        ((32, 32), (16, 16)),
+        ((8, 8), (8, 8)),
+    ):
         recorder.begin(unet.grids((h, w)), unet.attention_blocks)
         assert recorder.resolution == grid
         assert recorder.total == 5
@@ -243,9 +271,16 @@ def test_fused_projections_are_views_and_give_the_same(small):
     assert set(fused.state_dict()) == names
     assert relative(fused(x, 300, context), unet(x, 300, context)) < 1e-6
     attention = fused.down_blocks[0].attentions[0].transformer_blocks[0].attn1
-    for move in (lambda m: m, lambda m: m.double(), lambda m: m.float()):  # a move must not part views and buffer
+    for move in (
+        lambda m: m,
+        lambda m: m.double(),
+        lambda m: m.float(),
+    ):  # a move must not part views and buffer
         attention = move(attention)
         storage = attention.fused.untyped_storage().data_ptr()
-        assert {w.untyped_storage().data_ptr() for w in (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)} == {storage}
+        assert {
+            w.untyped_storage().data_ptr()
+            for w in (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)
+        } == {storage}
     attention.to_k.weight.zero_()  # what an adapter does
     assert relative(fused(x, 300, context), unet(x, 300, context)) > 1e-4

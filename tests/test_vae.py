@@ -10,7 +10,10 @@ from diffusers import AutoencoderKL
 from minsd.config import VAEConfig
 from minsd.vae import VAE, decode_in_bands, encode_in_bands, memory_needed
 
-SHAPES = {"sd": (VAEConfig(), (1, 128, 96)), "small, odd sizes": (VAEConfig((16, 32, 64, 64), 1, 4, 8), (2, 88, 56))}
+SHAPES = {
+    "sd": (VAEConfig(), (1, 128, 96)),
+    "small, odd sizes": (VAEConfig((16, 32, 64, 64), 1, 4, 8), (2, 88, 56)),
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -20,9 +23,12 @@ def test_parity(name):
     levels = len(config.block_out_channels)
     torch.manual_seed(0)
     theirs = AutoencoderKL(
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_groups, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_groups,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
     ).eval()
     with torch.device("meta"):
         ours = VAE(config)
@@ -30,7 +36,11 @@ def test_parity(name):
     pictures, latents = torch.rand(batch, 3, h, w) * 2 - 1, torch.randn(batch, 4, h // 8, w // 8)
     posterior = theirs.encode(pictures).latent_dist
     mean, logvar = ours.encode(pictures)
-    for a, b in ((mean, posterior.mean), (logvar, posterior.logvar), (ours.decode(latents), theirs.decode(latents).sample)):
+    for a, b in (
+        (mean, posterior.mean),
+        (logvar, posterior.logvar),
+        (ours.decode(latents), theirs.decode(latents).sample),
+    ):
         assert (a - b).norm() / b.norm() <= 1e-5
 
 
@@ -48,7 +58,11 @@ def test_bands_are_the_whole(shapes, size):
 @torch.no_grad()
 def test_bands_take_less_memory():
     # as wide and small as here, the finest maps weigh more than the scores of the attention, which has no bands
-    vae, z, images = VAE(VAEConfig((32, 64, 64, 64), 2, 4, 8)), torch.zeros(1, 4, 32, 32), torch.zeros(1, 3, 256, 256)
+    vae, z, images = (
+        VAE(VAEConfig((32, 64, 64, 64), 2, 4, 8)),
+        torch.zeros(1, 4, 32, 32),
+        torch.zeros(1, 3, 256, 256),
+    )
 
     def peak(code, x):
         with Live() as live:

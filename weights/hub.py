@@ -51,9 +51,15 @@ def fetch(repo: str, *, wide: bool, check: Callable[[Path], object]) -> Path:
         names = listed(repo)
         if "model_index.json" not in names:
             single = sorted(n for n in names if n.endswith(".safetensors"))
-            files = f"download its {single[0]} and give that file" if single else "nor any .safetensors file: choose another copy"
+            files = (
+                f"download its {single[0]} and give that file"
+                if single
+                else "nor any .safetensors file: choose another copy"
+            )
             raise ValueError(f"{repo} on the hub has no model_index.json: {files}")
-        folder = Path(hf.snapshot_download(repo, allow_patterns=sorted(n for n in names if SMALL.fullmatch(n))))
+        folder = Path(
+            hf.snapshot_download(repo, allow_patterns=sorted(n for n in names if SMALL.fullmatch(n)))
+        )
         check(folder)
         weights = weights_of(folder, names, variants(wide))
         if weights is None:
@@ -112,13 +118,22 @@ def files_in(folder: Path) -> set[str]:
 def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[str] | None:
     """The weight files of all parts among `names`, each part's in the first variant there is; None if one has none, or if
     the small files are not all there. Lists of shards are read in `folder`."""
-    small = {"model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)}
-    if not names >= small or not (names >= {"tokenizer/vocab.json", "tokenizer/merges.txt"} or "tokenizer/tokenizer.json" in names):
+    small = {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        *(f"{part}/config.json" for part in PARTS),
+    }
+    if not names >= small or not (
+        names >= {"tokenizer/vocab.json", "tokenizer/merges.txt"} or "tokenizer/tokenizer.json" in names
+    ):
         return None
     chosen = []
     for part, stem in PARTS.items():
         for variant in order:
-            one, index = f"{part}/{stem}{variant}.safetensors", f"{part}/{stem}.safetensors.index{variant}.json"
+            one, index = (
+                f"{part}/{stem}{variant}.safetensors",
+                f"{part}/{stem}.safetensors.index{variant}.json",
+            )
             files = [one] if one in names else shards(folder / index) if index in names else []
             if files and names >= set(files):
                 chosen += files
@@ -141,7 +156,9 @@ def unreachable(error: Exception) -> bool:
     from huggingface_hub import errors
 
     no = (ValueError, FileNotFoundError, errors.HfHubHTTPError)
-    return isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) or not isinstance(error, no)
+    return isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) or not isinstance(
+        error, no
+    )
 
 
 def explained(error: Exception, repo: str) -> Exception:
@@ -151,7 +168,9 @@ def explained(error: Exception, repo: str) -> Exception:
     status = getattr(getattr(error, "response", None), "status_code", None)
     to = f"; {repo} is gone from the hub, its files are now {MOVED[repo]}" if repo in MOVED else ""
     if isinstance(error, errors.GatedRepoError):
-        return ValueError(f"{repo} asks for its terms to be accepted first: on https://huggingface.co/{repo}, then `hf auth login` here")
+        return ValueError(
+            f"{repo} asks for its terms to be accepted first: on https://huggingface.co/{repo}, then `hf auth login` here"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         if repo in MOVED:
             return FileNotFoundError(f"{repo} is gone from the hub: its files are now {MOVED[repo]}")

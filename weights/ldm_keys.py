@@ -8,7 +8,12 @@ names alone: what is no name of theirs comes back as it is, and is then found to
 
 import re
 
-UNET, VAE, CLIP, OPEN_CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
+UNET, VAE, CLIP, OPEN_CLIP = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.transformer.",
+    "cond_stage_model.model.",
+)
 
 # What training left behind: averaged weights (trainers keep their own copy; the plain ones are what everybody runs) and
 # the noise schedule's tables, which minsd computes itself.
@@ -23,8 +28,12 @@ def left_behind(name: str) -> bool:
 
 
 _RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
 }
 
 
@@ -62,7 +71,11 @@ def unet_name(name: str, layers: int) -> str:
         block = f"up_blocks.{level}"
         if rest.startswith("conv."):
             return f"{block}.upsamplers.0.{rest}"
-    return f"{block}.attentions.{layer}.{rest}" if which == "1" else f"{block}.resnets.{layer}.{resnet_name(rest)}"
+    return (
+        f"{block}.attentions.{layer}.{rest}"
+        if which == "1"
+        else f"{block}.resnets.{layer}.{resnet_name(rest)}"
+    )
 
 
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -81,15 +94,23 @@ def vae_name(name: str, levels: int) -> str:
         block, rest = f"decoder.up_blocks.{levels - 1 - int(m[1])}", m[2]
     else:
         return name
-    return f"{block}." + re.sub(r"^block\.", "resnets.", re.sub(r"^(down|up)sample\.", r"\1samplers.0.", rest))
+    return f"{block}." + re.sub(
+        r"^block\.", "resnets.", re.sub(r"^(down|up)sample\.", r"\1samplers.0.", rest)
+    )
 
 
 _OPEN_CLIP = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
 }
 _OPEN_CLIP_ENDS = {
-    "positional_embedding": "embeddings.position_embedding.weight", "token_embedding.weight": "embeddings.token_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
 }
 
 

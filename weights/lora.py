@@ -33,7 +33,10 @@ _NAMES = re.compile(  # the layer's name, then which half, by kohya, PEFT, and d
     r"(.+?)(?:\.lora_(?P<k>down|up)|\.lora_(?P<p>A|B)(?:\.default)?|[._]lora\.(?P<d>down|up)|\.lora_linear_layer\.(?P<l>down|up))\.weight"
 )
 _OTHER = {
-    "lora_magnitude_vector": "a DoRA", "dora_scale": "a DoRA", "hada_": "a LoHa adapter", "lokr_": "a LoKr adapter",
+    "lora_magnitude_vector": "a DoRA",
+    "dora_scale": "a DoRA",
+    "hada_": "a LoHa adapter",
+    "lokr_": "a LoKr adapter",
     "lora_mid": "a LoCon in Tucker form",
 }
 
@@ -52,7 +55,10 @@ class Part:
     def delta(self) -> torch.Tensor:
         """What is added to the weight, in its shape and on its device, in float32 or better."""
         weight = self.module.weight
-        down, up = (y.to(weight.device, torch.promote_types(weight.dtype, torch.float32)).flatten(1) for y in (self.down, self.up))
+        down, up = (
+            y.to(weight.device, torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+            for y in (self.down, self.up)
+        )
         return self.factor * (up @ down).reshape(weight.shape)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,11 +98,15 @@ def read(path: str | Path, sd) -> LoRA:
             which = m["k"] or m["d"] or m["l"] or {"A": "down", "B": "up"}[m["p"]]
             found.setdefault(m[1], {})[which] = name
         else:
-            raise ValueError(f"{path} holds {name!r}, which is no part of a LoRA: a model's own weights, or another kind of adapter?")
+            raise ValueError(
+                f"{path} holds {name!r}, which is no part of a LoRA: a model's own weights, or another kind of adapter?"
+            )
     if not found:
         raise ValueError(f"{path} is an empty adapter: it holds no lora weights")
     modules, parts = _modules(sd), []
-    fused = {layer: m for m in sd.unet.modules() if isinstance(m, Attention) for layer in (m.to_q, m.to_k, m.to_v)}
+    fused = {
+        layer: m for m in sd.unet.modules() if isinstance(m, Attention) for layer in (m.to_q, m.to_k, m.to_v)
+    }
     with safe_open(path, framework="pt", device="cpu") as file:
         set_alpha = _alphas(path, file.metadata() or {})
         for key, names in found.items():
@@ -112,23 +122,33 @@ def read(path: str | Path, sd) -> LoRA:
             _check(path, key, module, down, up)
             alpha = float(file.get_tensor(alphas[key])) if key in alphas else set_alpha(name, len(down))
             shape = module.weight.shape  # files hold 1x1 convolutions as matrices, and the other way round
-            down, up = down.reshape(len(down), *shape[1:]), up.reshape(len(up), len(down), *[1] * (len(shape) - 2))
+            down, up = (
+                down.reshape(len(down), *shape[1:]),
+                up.reshape(len(up), len(down), *[1] * (len(shape) - 2)),
+            )
             parts.append(Part(name, module, fused.get(module), down, up, alpha / len(down)))
     if lost := alphas.keys() - found.keys():
         raise ValueError(f"{path} is a partial adapter: {min(lost)!r} has an alpha and no weights")
     if len({part.name for part in parts}) < len(parts):
         raise ValueError(f"{path} adapts a layer twice")
-    return LoRA(path.parent.name if path.stem in ("pytorch_lora_weights", "adapter_model") else path.stem, tuple(parts))
+    return LoRA(
+        path.parent.name if path.stem in ("pytorch_lora_weights", "adapter_model") else path.stem,
+        tuple(parts),
+    )
 
 
 def _file(path: Path) -> Path:
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ValueError(f"{path} is a pickle, which can run code when opened: get the LoRA's .safetensors version instead")
+        raise ValueError(
+            f"{path} is a pickle, which can run code when opened: get the LoRA's .safetensors version instead"
+        )
     if path.is_dir():
         for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
             if (path / name).is_file():
                 return path / name
-        raise FileNotFoundError(f"the folder {path} holds no LoRA (pytorch_lora_weights.safetensors or adapter_model.safetensors)")
+        raise FileNotFoundError(
+            f"the folder {path} holds no LoRA (pytorch_lora_weights.safetensors or adapter_model.safetensors)"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA {path}: give a .safetensors file or its folder")
     return path
@@ -138,8 +158,14 @@ def _modules(sd) -> dict[str, dict[str, nn.Module]]:
     """The layers that can be adapted, by the names that files use: dots or, as kohya does, underlines in between."""
     layers = {}
     for network, module in (("unet", sd.unet), ("text_encoder", sd.text.model)):
-        named = [(name.removeprefix("text_model."), m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        layers[network] = {form: (f"{network}.{name}", m) for name, m in named for form in (name, name.replace(".", "_"))}
+        named = [
+            (name.removeprefix("text_model."), m)
+            for name, m in module.named_modules()
+            if isinstance(m, (nn.Linear, nn.Conv2d))
+        ]
+        layers[network] = {
+            form: (f"{network}.{name}", m) for name, m in named for form in (name, name.replace(".", "_"))
+        }
     return layers
 
 
@@ -147,8 +173,14 @@ def _target(key: str, modules: dict) -> tuple[str, nn.Module] | None:
     """(name, layer) that a key of a file speaks of; None where the model has none."""
     key = key.removeprefix("base_model.model.")  # PEFT's own files
     network = "unet"
-    for prefix, whose in (("lora_unet_", "unet"), ("lora_te_", "text_encoder"), ("lora_te1_", "text_encoder"),
-                          ("unet.", "unet"), ("text_encoder.", "text_encoder"), ("text_model.", "text_encoder")):
+    for prefix, whose in (
+        ("lora_unet_", "unet"),
+        ("lora_te_", "text_encoder"),
+        ("lora_te1_", "text_encoder"),
+        ("unet.", "unet"),
+        ("text_encoder.", "text_encoder"),
+        ("text_model.", "text_encoder"),
+    ):
         if key.startswith(prefix):
             key, network = key[len(prefix) :], whose
             break
@@ -164,12 +196,18 @@ def _check(path, key, module, down, up) -> None:
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{path}: {key!r} is of {down.dtype}, not of floating point numbers")
     weight = module.weight.shape  # (out, in) or (out, in, k, k)
-    fits = up.flatten(1).shape == (weight[0], len(down)) and down[0].numel() == math.prod(weight[1:]) and len(down) > 0
+    fits = (
+        up.flatten(1).shape == (weight[0], len(down))
+        and down[0].numel() == math.prod(weight[1:])
+        and len(down) > 0
+    )
     if not fits:
         theirs = f"{down[0].numel() if len(down) else 0} -> {len(up)}, rank {len(down)} and {up.flatten(1).shape[1]}"
         why = " (the text states of SD1.x have width 768, of SD2.x 1024)" if "attn2" in key else ""
         ours = f"{weight[1:].numel()} -> {weight[0]}"
-        raise ValueError(f"{path} was made for another model: {key!r} adapts {theirs}, this model's layer is {ours}{why}")
+        raise ValueError(
+            f"{path} was made for another model: {key!r} adapts {theirs}, this model's layer is {ours}{why}"
+        )
 
 
 def _alphas(path: Path, metadata: dict):
@@ -215,11 +253,15 @@ def merge(scaled: Sequence[tuple[LoRA, float]]) -> dict[nn.Module, torch.Tensor]
         for part in lora.parts:
             sums.setdefault(part.module, []).append((part, scale))
     if any(getattr(module, "has_merged", False) for module in sums):
-        raise ValueError("an adapter is merged into this model already: unmerge it first, or merge all of them together")
+        raise ValueError(
+            "an adapter is merged into this model already: unmerge it first, or merge all of them together"
+        )
     kept = {}
     for module, parts in sums.items():
         kept[module], module.has_merged = module.weight.clone(), True
-        module.weight.copy_(module.weight + sum(scale * part.delta() for part, scale in parts))  # may be a view: in place
+        module.weight.copy_(
+            module.weight + sum(scale * part.delta() for part, scale in parts)
+        )  # may be a view: in place
     return kept
 
 
@@ -254,7 +296,9 @@ def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
     for lora, scales in scaled:
         for part in lora.parts:
             like = part.module.weight  # moved there once: a copy at every call would have the device wait
-            by_module.setdefault(part.module, []).append((replace(part, down=part.down.to(like), up=part.up.to(like)), scales))
+            by_module.setdefault(part.module, []).append(
+                (replace(part, down=part.down.to(like), up=part.up.to(like)), scales)
+            )
     chosen, known = Rows(), {}  # known: by scales and rows of the batch
 
     def rows_of(scales, x, out):
@@ -262,9 +306,13 @@ def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
         key = (id(scales), len(x), out.ndim, None if chosen.index is None else tuple(chosen.index))
         if key not in known:
             if chosen.index is not None and len(chosen.index) != len(x):
-                raise ValueError(f"adapters by row were told of {len(chosen.index)} rows, and the batch has {len(x)}")
+                raise ValueError(
+                    f"adapters by row were told of {len(chosen.index)} rows, and the batch has {len(x)}"
+                )
             if chosen.index is None and len(x) % len(scales):
-                raise ValueError(f"{len(scales)} scales of adapters for a batch of {len(x)} rows: the batch must be a multiple")
+                raise ValueError(
+                    f"{len(scales)} scales of adapters for a batch of {len(x)} rows: the batch must be a multiple"
+                )
             each = [scales[b % len(scales)] for b in chosen.index or range(len(x))]
             rows = [b for b, scale in enumerate(each) if scale]
             scale = torch.tensor([each[b] for b in rows], dtype=out.dtype, device=out.device)
@@ -288,7 +336,9 @@ def per_row(scaled: Sequence[tuple[LoRA, Sequence[float]]]):
         for module in by_module:
             stack.callback(module.register_forward_hook(hook).remove)
         # Fused projections are one product that passes the layers by. Their weights are views, so the layers can do alone.
-        for attention in {part.attention: None for lora, _ in scaled for part in lora.parts if part.attention is not None}:
+        for attention in {
+            part.attention: None for lora, _ in scaled for part in lora.parts if part.attention is not None
+        }:
             stack.callback(setattr, attention, "fused", attention.fused)
             attention.fused = None
         yield chosen
@@ -300,7 +350,11 @@ def by_region(regions, adapters: Mapping[Path, LoRA]):
     the picture none: yields the `tell` that the collage's predictor must be given, None where no region has any."""
     files = dict.fromkeys(path for region in regions for path, _ in region.lora)
     scaled = [
-        (adapters[path], [0.0, *(sum(scale for name, scale in region.lora if name == path) for region in regions)]) for path in files
+        (
+            adapters[path],
+            [0.0, *(sum(scale for name, scale in region.lora if name == path) for region in regions)],
+        )
+        for path in files
     ]
     with per_row(scaled) as rows:
         yield partial(setattr, rows, "index") if files else None

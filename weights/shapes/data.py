@@ -14,13 +14,25 @@ from PIL import Image, ImageDraw
 
 SIZE = 128
 COLOURS = {  # 8-bit RGB
-    "red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
-    "orange": (245, 135, 25), "purple": (140, 55, 180), "pink": (250, 130, 190), "black": (30, 30, 30),
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 210, 40),
+    "orange": (245, 135, 25),
+    "purple": (140, 55, 180),
+    "pink": (250, 130, 190),
+    "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 HELD_OUT = {  # colour-shape combinations never drawn or named in training: each colour once, each shape once or twice
-    ("red", "star"), ("green", "heart"), ("blue", "circle"), ("yellow", "square"),
-    ("orange", "cross"), ("purple", "triangle"), ("pink", "circle"), ("black", "heart"),
+    ("red", "star"),
+    ("green", "heart"),
+    ("blue", "circle"),
+    ("yellow", "square"),
+    ("orange", "cross"),
+    ("purple", "triangle"),
+    ("pink", "circle"),
+    ("black", "heart"),
 }
 HELD_OUT_PAIRS = {frozenset(("circle", "cross")), frozenset(("triangle", "heart"))}
 COMBINATIONS = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
@@ -50,7 +62,22 @@ def outline(shape: str, turn: float = 0.0) -> np.ndarray:
         points = np.stack([x, -y - 1], 1) / 16.5
     else:  # cross
         w = 0.33
-        points = np.array([(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)])
+        points = np.array(
+            [
+                (-w, -1),
+                (w, -1),
+                (w, -w),
+                (1, -w),
+                (1, w),
+                (w, w),
+                (w, 1),
+                (-w, 1),
+                (-w, w),
+                (-1, w),
+                (-1, -w),
+                (-w, -w),
+            ]
+        )
     rotation = np.array([(math.cos(turn), -math.sin(turn)), (math.sin(turn), math.cos(turn))])
     return points @ rotation.T
 
@@ -81,7 +108,9 @@ class Example:
     objects: tuple[Object, ...]
     ground: tuple[int, int, int]
     words: tuple[str, ...]
-    named: tuple[tuple[int | None, int, int | None], ...]  # (place of the colour word, of the shape word, object)
+    named: tuple[
+        tuple[int | None, int, int | None], ...
+    ]  # (place of the colour word, of the shape word, object)
 
     @property
     def caption(self) -> str:

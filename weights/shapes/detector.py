@@ -73,7 +73,9 @@ def bodies(mask: np.ndarray) -> list[np.ndarray]:
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # every pixel takes the largest label beside it, until nothing changes
         padded = np.pad(labels, 1)
-        spread = np.maximum.reduce([labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+        spread = np.maximum.reduce(
+            [labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+        )
         spread[~mask] = 0
         if (spread == labels).all():
             break
@@ -122,8 +124,12 @@ def _inner(mask: np.ndarray) -> np.ndarray:
 
 def find(picture: np.ndarray | Image.Image) -> list[Found]:
     """Every body of a picture (H,W,3), 8-bit RGB, on a light ground; largest first."""
-    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture).astype(np.float32)
-    rim = np.concatenate([side.reshape(-1, 3) for side in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])])
+    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture).astype(
+        np.float32
+    )
+    rim = np.concatenate(
+        [side.reshape(-1, 3) for side in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])]
+    )
     foreground = np.linalg.norm(pixels - np.median(rim, 0), axis=-1) > FOREGROUND
     distance = np.linalg.norm(pixels[:, :, None] - PALETTE, axis=-1)  # (H, W, colours)
     nearest, found = distance.argmin(-1), []
@@ -171,7 +177,10 @@ def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Ver
             left.remove(body)
         failures.append(kind)
     for body in left:
-        twice = any(body.whole and body.shape == shape and colour in (None, *body.colours) for colour, shape in subjects)
+        twice = any(
+            body.whole and body.shape == shape and colour in (None, *body.colours)
+            for colour, shape in subjects
+        )
         failures.append("doubled" if twice else "hybrid" if len(body.colours) == 2 else "extra")
     return Verdict(tuple(found), tuple(failures), len(missed))
 

@@ -33,8 +33,14 @@ from minsd.weights.shapes.train import attention_in_full
 HERE = Path(__file__).parent / "extras"
 SEED = 31  # of pictures the model has not seen
 HIDDEN = (16, 16, 32, 64)  # channels inside the embedding of control images
-RANK, LAYERS = 8, ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut")
-EXAMPLE = data.Object("red", "circle", 40, 46, 22, 0.0), data.Object("blue", "square", 88, 82, 24, 0.1)  # to try the ControlNet on
+RANK, LAYERS = (
+    8,
+    ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut"),
+)
+EXAMPLE = (
+    data.Object("red", "circle", 40, 46, 22, 0.0),
+    data.Object("blue", "square", 88, 82, 24, 0.1),
+)  # to try the ControlNet on
 HOLE = 0.42  # radius of the hole, of the object's
 
 
@@ -53,7 +59,9 @@ def pierced(example: data.Example) -> np.ndarray:
     picture = example.render()[0].astype(np.float32)
     y, x = np.mgrid[: data.SIZE, : data.SIZE]
     for o in example.objects:
-        hole = np.clip(HOLE * o.radius - np.hypot(x - o.x, y - o.y) + 0.5, 0, 1)[..., None]  # coverage, anti-aliased
+        hole = np.clip(HOLE * o.radius - np.hypot(x - o.x, y - o.y) + 0.5, 0, 1)[
+            ..., None
+        ]  # coverage, anti-aliased
         picture += hole * (np.array(example.ground, np.float32) - picture)
     return picture.round().astype(np.uint8)
 
@@ -62,7 +70,9 @@ def pierced(example: data.Example) -> np.ndarray:
 def examples(sd, count: int, draw) -> tuple[torch.Tensor, torch.Tensor, list[data.Example]]:
     """`count` pictures and captions, coded: latents (n,4,16,16), text states (n,77,D)."""
     made = [data.example(SEED, i) for i in range(count)]
-    latents = torch.cat([sd.encode([Image.fromarray(draw(e)) for e in made[i : i + 32]]) for i in range(0, count, 32)])
+    latents = torch.cat(
+        [sd.encode([Image.fromarray(draw(e)) for e in made[i : i + 32]]) for i in range(0, count, 32)]
+    )
     texts = torch.cat([sd.encode_prompt([e.caption for e in made[i : i + 32]]) for i in range(0, count, 32)])
     return latents, texts, made
 
@@ -83,7 +93,9 @@ def train(sd, parameters: list[torch.Tensor], predict, latents, args, lr: float)
         progress = max(step / steps, (time.time() - start) / (60 * minutes))
         if progress >= 1:
             break
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        optimizer.param_groups[0]["lr"] = (
+            lr * min(1, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        )
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
         pick = torch.randint(len(latents), (batch,), generator=generator)
         t = torch.randint(1000, (batch,), generator=generator)
@@ -102,7 +114,12 @@ def train(sd, parameters: list[torch.Tensor], predict, latents, args, lr: float)
             print(f"{step + 1}/{steps} weighted {shown:.4f}, {time.time() - start:.0f} s", flush=True)
         if (step + 1) % 50 == 0:
             args.out.mkdir(parents=True, exist_ok=True)
-            kept = {"step": step + 1, "shown": shown, "seconds": time.time() - start, "optimizer": optimizer.state_dict()}
+            kept = {
+                "step": step + 1,
+                "shown": shown,
+                "seconds": time.time() - start,
+                "optimizer": optimizer.state_dict(),
+            }
             torch.save(kept | {"parameters": [p.data for p in parameters]}, state.with_suffix(".tmp"))
             os.replace(state.with_suffix(".tmp"), state)
     state.unlink(missing_ok=True)
@@ -125,7 +142,9 @@ def train_control(sd, args) -> None:
         nn.init.zeros_(conv.weight), nn.init.zeros_(conv.bias)
     whole_attention(net)
     latents, texts, made = examples(sd, args.pictures, lambda e: e.render()[0])
-    images = torch.from_numpy(np.stack([np.asarray(outlines(e.objects).convert("L")) for e in made]))  # (n, 128, 128)
+    images = torch.from_numpy(
+        np.stack([np.asarray(outlines(e.objects).convert("L")) for e in made])
+    )  # (n, 128, 128)
     empty = sd.encode_prompt("")
 
     def predict(x, t, pick):
@@ -135,10 +154,19 @@ def train_control(sd, args) -> None:
     train(sd, list(net.parameters()), predict, latents, args, args.lr or 1e-3)
     c, folder = sd.config.unet, args.out / "outlines"
     config = {
-        "_class_name": "ControlNetModel", "act_fn": "silu", "attention_head_dim": c.num_heads, "block_out_channels": c.block_out_channels,
-        "conditioning_channels": 3, "conditioning_embedding_out_channels": HIDDEN, "controlnet_conditioning_channel_order": "rgb",
-        "cross_attention_dim": c.context_dim, "down_block_types": [("CrossAttn" if on else "") + "DownBlock2D" for on in c.cross_attention],
-        "in_channels": c.in_channels, "layers_per_block": c.layers_per_block, "norm_num_groups": c.norm_groups, "norm_eps": c.norm_eps,
+        "_class_name": "ControlNetModel",
+        "act_fn": "silu",
+        "attention_head_dim": c.num_heads,
+        "block_out_channels": c.block_out_channels,
+        "conditioning_channels": 3,
+        "conditioning_embedding_out_channels": HIDDEN,
+        "controlnet_conditioning_channel_order": "rgb",
+        "cross_attention_dim": c.context_dim,
+        "down_block_types": [("CrossAttn" if on else "") + "DownBlock2D" for on in c.cross_attention],
+        "in_channels": c.in_channels,
+        "layers_per_block": c.layers_per_block,
+        "norm_num_groups": c.norm_groups,
+        "norm_eps": c.norm_eps,
         "use_linear_projection": c.linear_projection,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +177,9 @@ def train_control(sd, args) -> None:
 
 def train_style(sd, args) -> None:
     torch.manual_seed(SEED)
-    fused = {layer: m for m in sd.unet.modules() if isinstance(m, Attention) for layer in (m.to_q, m.to_k, m.to_v)}
+    fused = {
+        layer: m for m in sd.unet.modules() if isinstance(m, Attention) for layer in (m.to_q, m.to_k, m.to_v)
+    }
     parts = []
     for name, module in sd.unet.named_modules():
         if name.endswith(LAYERS):
@@ -162,11 +192,22 @@ def train_style(sd, args) -> None:
     empty = sd.encode_prompt("")
     with lora.per_row([(lora.LoRA("pierced", tuple(parts)), [1.0])]):
         parameters = [p for part in parts for p in (part.down, part.up)]
-        train(sd, parameters, lambda x, t, pick: sd.unet(x, t, drop(texts, pick, empty)), latents, args, args.lr or 2e-3)
+        train(
+            sd,
+            parameters,
+            lambda x, t, pick: sd.unet(x, t, drop(texts, pick, empty)),
+            latents,
+            args,
+            args.lr or 2e-3,
+        )
     tensors = {}  # as kohya names them
     for part in parts:
         key = "lora_unet_" + part.name.replace(".", "_")
-        tensors |= {f"{key}.lora_down.weight": part.down, f"{key}.lora_up.weight": part.up, f"{key}.alpha": torch.tensor(float(RANK))}
+        tensors |= {
+            f"{key}.lora_down.weight": part.down,
+            f"{key}.lora_up.weight": part.up,
+            f"{key}.alpha": torch.tensor(float(RANK)),
+        }
     args.out.mkdir(parents=True, exist_ok=True)
     write(tensors, args.out / "pierced.safetensors")
 
@@ -179,7 +220,9 @@ def whole_attention(module: nn.Module) -> None:
 
 def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
-    save_file({name: p.detach().half().contiguous() for name, p in tensors.items()}, temporary, {"format": "pt"})
+    save_file(
+        {name: p.detach().half().contiguous() for name, p in tensors.items()}, temporary, {"format": "pt"}
+    )
     temporary.chmod(0o644)  # save_file makes them their owner's alone
     os.replace(temporary, path)
     print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -192,7 +235,9 @@ def main():
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--pictures", type=int, default=4000, help="different ones")
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--minutes", type=float, default=60.0, help="end by then, the learning rate falling in time")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="end by then, the learning rate falling in time"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()

@@ -85,7 +85,13 @@ class Run:
         self.parameters = [p for m in modules.values() for p in m.parameters()]
         self.average = {key: copy.deepcopy(m).requires_grad_(False) for key, m in modules.items()}
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-        self.batch, self.steps, self.step, self.lr, self.warmup = batch // workers.world, samples // batch, 0, lr, warmup
+        self.batch, self.steps, self.step, self.lr, self.warmup = (
+            batch // workers.world,
+            samples // batch,
+            0,
+            lr,
+            warmup,
+        )
         self.path = out / f"{name}.pt"
         if self.path.exists():
             state = torch.load(self.path, map_location=workers.device, weights_only=True)
@@ -100,8 +106,10 @@ class Run:
         if self.workers.rank:
             return
         state = {
-            "modules": {k: m.state_dict() for k, m in self.modules.items()}, "step": self.step,
-            "average": {k: m.state_dict() for k, m in self.average.items()}, "optimizer": self.optimizer.state_dict(),
+            "modules": {k: m.state_dict() for k, m in self.modules.items()},
+            "step": self.step,
+            "average": {k: m.state_dict() for k, m in self.average.items()},
+            "optimizer": self.optimizer.state_dict(),
         }
         torch.save(state, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)
@@ -116,7 +124,11 @@ class Run:
                 group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * rest)
             # Everything random in a step comes from its number: a resumed run draws what an unbroken one would.
             key = (SEED, self.step, self.workers.rank)
-            parts = losses(self.step / self.steps, np.random.default_rng(key), torch.Generator().manual_seed(hash(key) & (2**63 - 1)))
+            parts = losses(
+                self.step / self.steps,
+                np.random.default_rng(key),
+                torch.Generator().manual_seed(hash(key) & (2**63 - 1)),
+            )
             self.optimizer.zero_grad(set_to_none=True)
             sum(loss * weight for loss, weight in parts.values() if weight).backward()
             for p in self.parameters:
@@ -180,8 +192,12 @@ def confused(vae, workers) -> list[str]:
     palette, lost = torch.tensor(list(data.COLOURS.values())).float(), []
     for index, colour in enumerate(data.COLOURS):
         square = data.Object(colour, "square", data.SIZE / 2, data.SIZE / 2, 30.0, 0.0)
-        picture = torch.from_numpy(data.Example((square,), (238, 238, 238), (), ()).render()[0]).permute(2, 0, 1)[None]
-        seen = vae.decode(vae.encode(picture.to(workers.device).float() / 127.5 - 1)[0])[0, :, data.SIZE // 2, data.SIZE // 2]
+        picture = torch.from_numpy(data.Example((square,), (238, 238, 238), (), ()).render()[0]).permute(
+            2, 0, 1
+        )[None]
+        seen = vae.decode(vae.encode(picture.to(workers.device).float() / 127.5 - 1)[0])[
+            0, :, data.SIZE // 2, data.SIZE // 2
+        ]
         if int((palette - (seen.cpu() + 1) * 127.5).square().sum(1).argmin()) != index:
             lost.append(colour)
     return lost
@@ -204,7 +220,9 @@ def latents_of(vae, workers, out, count):
             cells = F.avg_pool2d(torch.from_numpy(masks), data.SIZE // 16)  # (n, 16, 16)
             wanted, places = torch.zeros(3, 16, 16), torch.full((3, 2), -1)
             for k, (colour_place, shape_place, index) in enumerate(e.named):
-                places[k] = torch.tensor([-1 if colour_place is None else colour_place + 1, shape_place + 1])  # 0: start
+                places[k] = torch.tensor(
+                    [-1 if colour_place is None else colour_place + 1, shape_place + 1]
+                )  # 0: start
                 if index is not None:
                     wanted[k] = cells[index]
             store["masks"].append((wanted * 255).round().to(torch.uint8))
@@ -226,12 +244,22 @@ def attention_in_full(q, k, v, *, probs=None, backend=None):
 
 def text_model() -> CLIPTextModel:
     c = ROW.text
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, max_position_embeddings=c.max_length,
-        hidden_act=c.hidden_act, projection_dim=c.hidden_size, bos_token_id=c.vocab_size - 2,
-        eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id, attn_implementation="eager",
-    ))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            max_position_embeddings=c.max_length,
+            hidden_act=c.hidden_act,
+            projection_dim=c.hidden_size,
+            bos_token_id=c.vocab_size - 2,
+            eos_token_id=c.eos_token_id,
+            pad_token_id=c.pad_token_id,
+            attn_implementation="eager",
+        )
+    )
 
 
 def attention_loss(recorder, masks, places):
@@ -285,8 +313,14 @@ def train_unet(workers, samples, out, deadline, scale, store):
         parts = {"eps": (error.mean(), 0.0), "weighted": ((weights * error).mean(), 1.0)}
         if weight:
             k = keep.to(workers.device)
-            masks, places = store["masks"][pick].to(workers.device).float() / 255, store["places"][pick].to(workers.device)
-            parts["attention"] = (attention_loss(recorder, masks, torch.where(k[:, None, None], places, -1)), weight)
+            masks, places = (
+                store["masks"][pick].to(workers.device).float() / 255,
+                store["places"][pick].to(workers.device),
+            )
+            parts["attention"] = (
+                attention_loss(recorder, masks, torch.where(k[:, None, None], places, -1)),
+                weight,
+            )
         return parts
 
     done = run.train(losses, deadline)
@@ -298,39 +332,83 @@ def export(vae, unet, text, scale, folder):
     u, v, t, s = ROW.unet, ROW.vae, ROW.text, ROW.schedule
     kinds = ["CrossAttn" if cross else "" for cross in u.cross_attention]
     unet_config = {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": u.num_heads,
-        "block_out_channels": u.block_out_channels, "cross_attention_dim": u.context_dim,
-        "down_block_types": [f"{k}DownBlock2D" for k in kinds], "up_block_types": [f"{k}UpBlock2D" for k in reversed(kinds)],
-        "mid_block_type": "UNetMidBlock2DCrossAttn", "in_channels": 4, "out_channels": 4, "norm_num_groups": u.norm_groups,
-        "norm_eps": u.norm_eps, "layers_per_block": u.layers_per_block, "sample_size": u.sample_size,
-        "use_linear_projection": u.linear_projection, "upcast_attention": u.upcast_attention,
-        "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "downsample_padding": 1,
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": u.num_heads,
+        "block_out_channels": u.block_out_channels,
+        "cross_attention_dim": u.context_dim,
+        "down_block_types": [f"{k}DownBlock2D" for k in kinds],
+        "up_block_types": [f"{k}UpBlock2D" for k in reversed(kinds)],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "in_channels": 4,
+        "out_channels": 4,
+        "norm_num_groups": u.norm_groups,
+        "norm_eps": u.norm_eps,
+        "layers_per_block": u.layers_per_block,
+        "sample_size": u.sample_size,
+        "use_linear_projection": u.linear_projection,
+        "upcast_attention": u.upcast_attention,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "center_input_sample": False,
+        "downsample_padding": 1,
     }
     levels = len(v.block_out_channels)
     vae_config = {
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": v.block_out_channels,
-        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "in_channels": 3, "out_channels": 3, "latent_channels": v.latent_channels, "layers_per_block": v.layers_per_block,
-        "norm_num_groups": v.norm_groups, "sample_size": data.SIZE, "scaling_factor": scale,
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": v.block_out_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": v.latent_channels,
+        "layers_per_block": v.layers_per_block,
+        "norm_num_groups": v.norm_groups,
+        "sample_size": data.SIZE,
+        "scaling_factor": scale,
     }
     scheduler_config = {
-        "_class_name": "DDIMScheduler", "num_train_timesteps": s.num_train_timesteps, "beta_start": s.beta_start,
-        "beta_end": s.beta_end, "beta_schedule": s.beta_schedule, "clip_sample": False, "steps_offset": s.steps_offset,
-        "set_alpha_to_one": s.set_alpha_to_one, "skip_prk_steps": True, "prediction_type": s.prediction_type,
-        "timestep_spacing": s.timestep_spacing, "trained_betas": None,
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": s.num_train_timesteps,
+        "beta_start": s.beta_start,
+        "beta_end": s.beta_end,
+        "beta_schedule": s.beta_schedule,
+        "clip_sample": False,
+        "steps_offset": s.steps_offset,
+        "set_alpha_to_one": s.set_alpha_to_one,
+        "skip_prk_steps": True,
+        "prediction_type": s.prediction_type,
+        "timestep_spacing": s.timestep_spacing,
+        "trained_betas": None,
     }
     text_config = {
-        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": t.vocab_size,
-        "hidden_size": t.hidden_size, "intermediate_size": t.intermediate_size, "num_hidden_layers": t.num_layers,
-        "num_attention_heads": t.num_heads, "max_position_embeddings": t.max_length, "hidden_act": t.hidden_act,
-        "projection_dim": t.hidden_size, "layer_norm_eps": 1e-5, "bos_token_id": t.vocab_size - 2,
-        "eos_token_id": t.eos_token_id, "pad_token_id": t.pad_token_id,
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": t.vocab_size,
+        "hidden_size": t.hidden_size,
+        "intermediate_size": t.intermediate_size,
+        "num_hidden_layers": t.num_layers,
+        "num_attention_heads": t.num_heads,
+        "max_position_embeddings": t.max_length,
+        "hidden_act": t.hidden_act,
+        "projection_dim": t.hidden_size,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": t.vocab_size - 2,
+        "eos_token_id": t.eos_token_id,
+        "pad_token_id": t.pad_token_id,
     }
     index = {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "feature_extractor": [None, None],
-        "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
 
@@ -340,7 +418,11 @@ def export(vae, unet, text, scale, folder):
         path.write_text(json.dumps(content, indent=2) + "\n")
 
     def weights(path, state):
-        save_file({k: p.detach().half().cpu().contiguous() for k, p in state.items()}, folder / path, {"format": "pt"})
+        save_file(
+            {k: p.detach().half().cpu().contiguous() for k, p in state.items()},
+            folder / path,
+            {"format": "pt"},
+        )
         (folder / path).chmod(0o644)  # save_file makes them their owner's alone
 
     write("model_index.json", index)
@@ -351,7 +433,11 @@ def export(vae, unet, text, scale, folder):
     weights("unet/diffusion_pytorch_model.safetensors", unet.state_dict())
     weights("vae/diffusion_pytorch_model.safetensors", vae.state_dict())
     # Checkpoints carry the prefix "text_model."; newer transformers' modules do not.
-    state = {f"text_model.{k.removeprefix('text_model.')}": p for k, p in text.state_dict().items() if "position_ids" not in k}
+    state = {
+        f"text_model.{k.removeprefix('text_model.')}": p
+        for k, p in text.state_dict().items()
+        if "position_ids" not in k
+    }
     weights("text_encoder/model.safetensors", state)
     if folder.resolve() != HERE.resolve():
         shutil.copytree(HERE / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
@@ -373,7 +459,12 @@ def work(rank, world, device, args):
         torch.set_num_threads(1)
         torch.backends.mkldnn.set_flags(True)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{args.run.resolve()}/rendezvous-{args.token}", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{args.run.resolve()}/rendezvous-{args.token}",
+            rank=rank,
+            world_size=world,
+        )
     workers = Workers(rank, world, device)
     deadline = time.time() + 60 * args.minutes if args.minutes else float("inf")
     kind = "quick" if args.quick else "full"
@@ -382,7 +473,9 @@ def work(rank, world, device, args):
     if not done:
         return
     if kind == "full" and args.vae_samples is None and (lost := confused(vae, workers)):
-        raise SystemExit(f"the VAE cannot tell {', '.join(lost)} from other colours: take another SEED, or more samples")
+        raise SystemExit(
+            f"the VAE cannot tell {', '.join(lost)} from other colours: take another SEED, or more samples"
+        )
     store = latents_of(vae, workers, args.run, PICTURES // (4 if args.quick else 1))
     z = store["latents"].double()
     moments = torch.stack([z.sum(), z.square().sum(), torch.tensor(z.numel(), dtype=torch.float64)])
@@ -406,9 +499,15 @@ def main():
     parser.add_argument("--samples", type=int, help="pictures the UNet sees in all")
     parser.add_argument("--vae-samples", type=int, help="pictures the VAE sees in all")
     parser.add_argument("--minutes", type=float, help="stop after so long, to be resumed by the same command")
-    parser.add_argument("--run", type=Path, help="checkpoints (default: run/ beside this file, run/quick/ with --quick)")
-    parser.add_argument("--out", type=Path, help="the finished folder (default: this one, or the checkpoints' with --quick)")
-    parser.add_argument("--export", action="store_true", help="write the folder from the newest checkpoint, and stop")
+    parser.add_argument(
+        "--run", type=Path, help="checkpoints (default: run/ beside this file, run/quick/ with --quick)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the finished folder (default: this one, or the checkpoints' with --quick)"
+    )
+    parser.add_argument(
+        "--export", action="store_true", help="write the folder from the newest checkpoint, and stop"
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one a core, or one GPU)")
     args = parser.parse_args()
     args.run = args.run or HERE / "run" / ("quick" if args.quick else "")

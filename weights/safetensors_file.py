@@ -15,8 +15,23 @@ import torch
 from safetensors import safe_open
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-MAX_HEADER = 32 * 2**20  # bytes. The format allows 100 MB, real ones have less than 1, and JSON grows twentyfold in memory
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MAX_HEADER = (
+    32 * 2**20
+)  # bytes. The format allows 100 MB, real ones have less than 1, and JSON grows twentyfold in memory
+ITEM_SIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 def read_json(path: Path) -> dict:
@@ -25,7 +40,9 @@ def read_json(path: Path) -> dict:
             raise ValueError(f"it has more than {MAX_HEADER >> 20} MiB")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: is {path.parent} a folder in the diffusers layout?") from None
+        raise FileNotFoundError(
+            f"{path} is missing: is {path.parent} a folder in the diffusers layout?"
+        ) from None
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
     except ValueError as error:  # not UTF-8, or not JSON
@@ -47,9 +64,13 @@ def read_header(path: Path) -> dict[str, dict]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            (length,) = struct.unpack("<Q", start) if len(start) == 8 else refuse("it is shorter than a header")
+            (length,) = (
+                struct.unpack("<Q", start) if len(start) == 8 else refuse("it is shorter than a header")
+            )
             if length > min(size - 8, MAX_HEADER):
-                refuse(f"its header claims {length} bytes, the file has {size} (truncated, or another format?)")
+                refuse(
+                    f"its header claims {length} bytes, the file has {size} (truncated, or another format?)"
+                )
             content = file.read(length)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
@@ -60,13 +81,19 @@ def read_header(path: Path) -> dict[str, dict]:
     if not isinstance(header, dict):
         refuse("its header is not a JSON object")
     notes = header.pop("__metadata__", None)
-    if notes is not None and not (isinstance(notes, dict) and all(isinstance(value, str) for value in notes.values())):
+    if notes is not None and not (
+        isinstance(notes, dict) and all(isinstance(value, str) for value in notes.values())
+    ):
         refuse("its __metadata__ is not made of strings")
     spans = []
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+            whole = (
+                isinstance(shape, list)
+                and len(shape) <= 8
+                and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+            )
         except (KeyError, TypeError, ValueError):
             refuse(f"the entry of {name[:200]!r} is malformed")
         if not name.isprintable() or len(name) > 500:  # names are printed when something does not fit
@@ -113,14 +140,22 @@ class Tensors(Mapping):
                 paths = [folder / Path(name).name for name in sorted(set(shards.values()))]
                 for path in paths:
                     if not path.is_file():
-                        raise FileNotFoundError(f"{path} is missing: {index.name} lists it as a part of the model")
+                        raise FileNotFoundError(
+                            f"{path} is missing: {index.name} lists it as a part of the model"
+                        )
                 return paths
-        pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".ckpt", ".pt")] if folder.is_dir() else []
+        pickles = (
+            [p.name for p in folder.glob("*") if p.suffix in (".bin", ".ckpt", ".pt")]
+            if folder.is_dir()
+            else []
+        )
         if pickles:
             raise ValueError(
                 f"{folder} has only {pickles[0]}, a pickle, which can run code when opened: get the model's {stem}.safetensors"
             )
-        raise FileNotFoundError(f"{folder / stem}.safetensors is missing (nor is there an fp16 variant, nor shards)")
+        raise FileNotFoundError(
+            f"{folder / stem}.safetensors is missing (nor is there an fp16 variant, nor shards)"
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path, _ = self.files[name]
@@ -129,7 +164,9 @@ class Tensors(Mapping):
                 self.open[path] = safe_open(path, framework="pt", device="cpu")
             return self.open[path].get_tensor(name)
         except Exception as error:  # what the library is stricter about than `read_header`
-            raise ValueError(f"{path} cannot be read by safetensors: {str(error).splitlines()[0]}; download it again") from None
+            raise ValueError(
+                f"{path} cannot be read by safetensors: {str(error).splitlines()[0]}; download it again"
+            ) from None
 
     def __iter__(self):
         return iter(self.files)
@@ -156,7 +193,12 @@ class Part(Mapping):
     """Some tensors of a file under other names: new name -> (name there, which third of its rows, or None for all)."""
 
     def __init__(self, tensors: Tensors, what: str, names: dict[str, tuple[str, int | None]]):
-        self.tensors, self.names, self.where, self.files = tensors, names, f"{what} {tensors.where}", tensors.files
+        self.tensors, self.names, self.where, self.files = (
+            tensors,
+            names,
+            f"{what} {tensors.where}",
+            tensors.files,
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         source, third = self.names[name]
@@ -172,7 +214,11 @@ class Part(Mapping):
     def shape(self, name: str) -> tuple[int, ...]:
         source, third = self.names[name]
         shape = self.tensors.shape(source)
-        return shape if third is None or not shape else (shape[0] / 3 if shape[0] % 3 else shape[0] // 3, *shape[1:])
+        return (
+            shape
+            if third is None or not shape
+            else (shape[0] / 3 if shape[0] % 3 else shape[0] // 3, *shape[1:])
+        )
 
     def dtype(self, name: str) -> str:
         return self.tensors.dtype(self.names[name][0])
@@ -185,14 +231,18 @@ def guess(names: Iterable[str]) -> str | None:
     """What a set of tensor names probably is, when it is not what was asked for."""
     names = dict.fromkeys(names)
     for sign, what in {
-        "conditioner.embedders": "looks like an SDXL checkpoint", "add_embedding.": "looks like an SDXL network",
+        "conditioner.embedders": "looks like an SDXL checkpoint",
+        "add_embedding.": "looks like an SDXL network",
         "label_emb.": "looks like an SDXL network",
-        "double_blocks.": "looks like a Flux checkpoint", "joint_blocks.": "looks like an SD3 checkpoint",
+        "double_blocks.": "looks like a Flux checkpoint",
+        "joint_blocks.": "looks like an SD3 checkpoint",
         "lora": "looks like a LoRA, which adapts a model and is not one",
-        "control_model.": "looks like a ControlNet", "controlnet_": "looks like a ControlNet",
+        "control_model.": "looks like a ControlNet",
+        "controlnet_": "looks like a ControlNet",
         "emb_params": "looks like a textual-inversion embedding",
         "model.diffusion_model.": ORIGINAL,
-        "first_stage_model.": "looks like a VAE alone", "decoder.conv_in": "looks like a VAE alone",
+        "first_stage_model.": "looks like a VAE alone",
+        "decoder.conv_in": "looks like a VAE alone",
         "down_blocks.": "looks like a UNet alone, in the diffusers layout",
         "encoder.layers.": "looks like a text encoder alone",
     }.items():

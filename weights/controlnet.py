@@ -31,9 +31,13 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
     """
     path, device = Path(path), torch.device(device)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ValueError(f"{path} is a pickle, which can run code when opened: get the ControlNet's .safetensors version instead")
+        raise ValueError(
+            f"{path} is a pickle, which can run code when opened: get the ControlNet's .safetensors version instead"
+        )
     if not path.exists():
-        raise FileNotFoundError(f"there is no ControlNet {path}: give a diffusers folder (config.json, ...) or a .safetensors file")
+        raise FileNotFoundError(
+            f"there is no ControlNet {path}: give a diffusers folder (config.json, ...) or a .safetensors file"
+        )
     tensors = File(path, "diffusion_pytorch_model", dtype)
     old = {new: name for name in tensors if (new := new_name(name)) is not None}
     if "controlnet_mid_block.weight" not in old:
@@ -65,19 +69,33 @@ def config_of(shapes: dict[str, tuple[int, ...]], path: Path) -> tuple[UNetConfi
         middle = "mid_block.attentions.0."
         context_dim = shapes[f"{middle}transformer_blocks.0.attn2.to_k.weight"][1]
         hidden = [shapes["controlnet_cond_embedding.conv_in.weight"][0]]
-        hidden += [shapes[f"controlnet_cond_embedding.blocks.{i}.weight"][0]
-                   for i in range(1, count(r"controlnet_cond_embedding\.blocks\.(\d+)\."), 2)]
+        hidden += [
+            shapes[f"controlnet_cond_embedding.blocks.{i}.weight"][0]
+            for i in range(1, count(r"controlnet_cond_embedding\.blocks\.(\d+)\."), 2)
+        ]
         in_channels, linear = shapes["conv_in.weight"][1], len(shapes[f"{middle}proj_in.weight"]) == 2
     except (KeyError, IndexError) as error:
-        raise ValueError(f"{path} is not a whole ControlNet of Stable Diffusion 1.x or 2.x: {error} is missing") from None
+        raise ValueError(
+            f"{path} is not a whole ControlNet of Stable Diffusion 1.x or 2.x: {error} is missing"
+        ) from None
     families = (row.unet for row in MODELS.values())
-    family = next((unet for unet in families if (unet.block_out_channels, unet.context_dim) == (widths, context_dim)), None)
+    family = next(
+        (unet for unet in families if (unet.block_out_channels, unet.context_dim) == (widths, context_dim)),
+        None,
+    )
     if "add_embedding.linear_1.weight" in shapes or (family is None and widths == (320, 640, 1280)):
-        raise ValueError(f"{path} is a ControlNet for SDXL; minsd takes those of Stable Diffusion 1.x and 2.x")
+        raise ValueError(
+            f"{path} is a ControlNet for SDXL; minsd takes those of Stable Diffusion 1.x and 2.x"
+        )
     family = family or UNetConfig(num_heads=(8,) * len(widths))
     config = replace(
-        family, in_channels=in_channels, block_out_channels=widths, layers_per_block=count(r"down_blocks\.0\.resnets\.(\d+)\."),
-        cross_attention=cross, context_dim=context_dim, linear_projection=linear,
+        family,
+        in_channels=in_channels,
+        block_out_channels=widths,
+        layers_per_block=count(r"down_blocks\.0\.resnets\.(\d+)\."),
+        cross_attention=cross,
+        context_dim=context_dim,
+        linear_projection=linear,
     )
     return config, tuple(hidden)
 
@@ -91,11 +109,18 @@ def refine(config: UNetConfig, path: Path) -> tuple[UNetConfig, bool]:
         if c.get(key):
             raise ValueError(f"{path}: {key} = {c[key]!r} is a kind of ControlNet that minsd does not know")
     if c.get("conditioning_channels", 3) != 3:
-        raise ValueError(f"{path}: control images of {c['conditioning_channels']} channels are not supported, only of 3")
-    heads = c.get("num_attention_heads") or c.get("attention_head_dim", 8)  # both mean the number of heads here
+        raise ValueError(
+            f"{path}: control images of {c['conditioning_channels']} channels are not supported, only of 3"
+        )
+    heads = c.get("num_attention_heads") or c.get(
+        "attention_head_dim", 8
+    )  # both mean the number of heads here
     config = replace(
-        config, num_heads=per_level(heads, len(config.block_out_channels)), norm_groups=c.get("norm_num_groups", 32),
-        norm_eps=c.get("norm_eps", 1e-5), upcast_attention=bool(c.get("upcast_attention")),
+        config,
+        num_heads=per_level(heads, len(config.block_out_channels)),
+        norm_groups=c.get("norm_num_groups", 32),
+        norm_eps=c.get("norm_eps", 1e-5),
+        upcast_attention=bool(c.get("upcast_attention")),
     )
     return config, c.get("controlnet_conditioning_channel_order", "rgb") == "bgr"
 
@@ -103,8 +128,12 @@ def refine(config: UNetConfig, path: Path) -> tuple[UNetConfig, bool]:
 # --- names of the original layout -------------------------------------------------------------------------------------
 
 _PARTS = {  # of a residual block
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
 }
 _LAYERS = 2  # per block, in every network of that layout
 
@@ -126,7 +155,9 @@ def new_name(name: str) -> str | None:
         layer = "conv_in" if i == 0 else "conv_out" if i == 7 else f"blocks.{i - 1}"
         return f"controlnet_cond_embedding.{layer}.{m[2]}"
     if m := re.fullmatch(r"middle_block\.([012])\.(.+)", name):
-        return "mid_block." + (f"attentions.0.{m[2]}" if m[1] == "1" else f"resnets.{int(m[1]) // 2}.{_part(m[2])}")
+        return "mid_block." + (
+            f"attentions.0.{m[2]}" if m[1] == "1" else f"resnets.{int(m[1]) // 2}.{_part(m[2])}"
+        )
     if m := re.fullmatch(r"input_blocks\.(\d+)\.([01])\.(.+)", name):
         i, rest = int(m[1]) - 1, m[3]
         if i < 0:

@@ -18,9 +18,32 @@ from pathlib import Path
 
 # The options that a line of a prompts file may set; the others hold for the whole run.
 PER_LINE = (
-    "prompt", "negative_prompt", "seed", "seeds", "num_images", "steps", "guidance_scale", "sampler", "karras", "height", "width",
-    "init_image", "strength", "noise", "init_noise", "candidates", "score", "optimize_steps", "optimize_mode", "subjects",
-    "token_indices", "excite", "layout", "crop_margin", "control_image", "control_scale",
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "seeds",
+    "num_images",
+    "steps",
+    "guidance_scale",
+    "sampler",
+    "karras",
+    "height",
+    "width",
+    "init_image",
+    "strength",
+    "noise",
+    "init_noise",
+    "candidates",
+    "score",
+    "optimize_steps",
+    "optimize_mode",
+    "subjects",
+    "token_indices",
+    "excite",
+    "layout",
+    "crop_margin",
+    "control_image",
+    "control_scale",
 )
 
 
@@ -28,7 +51,9 @@ def read_prompts(path: Path, args: Namespace, options: Mapping[str, Action]) -> 
     """The lines of a file, each over the command line's own `args`; `options`: the parser's, by name. A line's `where` says
     where it stands. ValueError or FileNotFoundError, in one line."""
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"--prompts takes a .txt file (a prompt a line) or a .jsonl file (an object a line), not {path.name}")
+        raise ValueError(
+            f"--prompts takes a .txt file (a prompt a line) or a .jsonl file (an object a line), not {path.name}"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -54,9 +79,11 @@ def read_prompts(path: Path, args: Namespace, options: Mapping[str, Action]) -> 
             except RecursionError:
                 raise ValueError(f"{line.where}brackets within brackets, too many") from None
             if not isinstance(given, dict):
-                raise ValueError(f"{line.where}a line must be an object, such as {{\"prompt\": \"a red circle\", \"seeds\": \"0-3\"}}")
+                raise ValueError(
+                    f'{line.where}a line must be an object, such as {{"prompt": "a red circle", "seeds": "0-3"}}'
+                )
             if not any(key in given for key in ("prompt", "layout")):
-                raise ValueError(f"{line.where}there is no \"prompt\"")
+                raise ValueError(f'{line.where}there is no "prompt"')
             if "seeds" in given or "seed" in given:  # these replace the command line's seeds of either kind
                 line.seed = line.seeds = line.num_images = None
             for key, value in given.items():
@@ -88,7 +115,15 @@ def set_option(line: Namespace, options: Mapping[str, Action], key: str, value) 
     action = options[name]
     if isinstance(value, list) and action.type is None:
         value = ",".join(map(str, value))
-    kind = bool if action.nargs == 0 else (float, int) if action.type is float else int if action.type is int else str
+    kind = (
+        bool
+        if action.nargs == 0
+        else (float, int)
+        if action.type is float
+        else int
+        if action.type is int
+        else str
+    )
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = {bool: "true or false", int: "a whole number", str: "text"}.get(kind, "a number")
         raise ValueError(f"{line.where}{key!r} must be {wanted}, not {json.dumps(value)}")

@@ -21,12 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from minsd import __version__, image
-from minsd.draw import draw, steps_of
+from minsd.app.draw import draw, steps_of
+from minsd.app.prompts import located
 from minsd.noise import arrange, collage, losses
 from minsd.noise.initial import read_noise, save_noise
 from minsd.noise.layout import Layout
 from minsd.pipeline import StableDiffusion, first_step
-from minsd.prompts import located
 from minsd.samplers import SAMPLERS
 
 # --- what is to be done ----------------------------------------------------------------------------------------------
@@ -35,9 +35,16 @@ from minsd.samplers import SAMPLERS
 def plan(sd: StableDiffusion, args, lines) -> list[dict]:
     """One job a picture, in the order of the prompts and their seeds. `lines`: checked arguments, one for each prompt."""
     once = {
-        "model": args.model, "model_hash": sd.model_hash, "vae": args.vae and str(args.vae),
-        "tokenizer": args.tokenizer and str(args.tokenizer), "prediction_type": args.prediction_type, "lora": args.lora,
-        "attention": args.attention, "device": sd.device.type, "dtype": str(sd.dtype).removeprefix("torch."), "versions": versions(),
+        "model": args.model,
+        "model_hash": sd.model_hash,
+        "vae": args.vae and str(args.vae),
+        "tokenizer": args.tokenizer and str(args.tokenizer),
+        "prediction_type": args.prediction_type,
+        "lora": args.lora,
+        "attention": args.attention,
+        "device": sd.device.type,
+        "dtype": str(sd.dtype).removeprefix("torch."),
+        "versions": versions(),
     }
     jobs, notes = [], []
     for line in lines:
@@ -47,7 +54,9 @@ def plan(sd: StableDiffusion, args, lines) -> list[dict]:
         raise ValueError("--save-noise takes the noise of pictures of one size")
     once_each = list({identity(job): job for job in jobs}.values())
     if len(once_each) < len(jobs):
-        notes.append(f"{len(jobs) - len(once_each)} pictures were asked for more than once: each is made once")
+        notes.append(
+            f"{len(jobs) - len(once_each)} pictures were asked for more than once: each is made once"
+        )
     for note in () if args.quiet else notes:  # only now: an error stands alone
         print(f"minsd: {note}", file=sys.stderr)
     return once_each
@@ -65,11 +74,16 @@ METHOD_OPTIONS = ("candidates", "score", "optimize_steps", "optimize_mode")
 def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) -> list[dict]:
     """The jobs of one prompt; `once`: what all have in common. `tell(note)` for what its author may not expect."""
     settings = {
-        "prompt": line.prompt, "negative_prompt": line.negative_prompt or "", **once,
-        "sampler": line.sampler or sd.config.sampler, "karras": bool(line.karras),
+        "prompt": line.prompt,
+        "negative_prompt": line.negative_prompt or "",
+        **once,
+        "sampler": line.sampler or sd.config.sampler,
+        "karras": bool(line.karras),
         "steps": sd.config.steps if line.steps is None else line.steps,
         "guidance_scale": sd.config.guidance_scale if line.guidance_scale is None else line.guidance_scale,
-        "height": line.height or sd.config.size, "width": line.width or sd.config.size, "init_noise": line.init_noise,
+        "height": line.height or sd.config.size,
+        "width": line.width or sd.config.size,
+        "init_noise": line.init_noise,
     }
     if line.looks:
         settings |= {"subjects": subjects_of(sd, line, tell), "excite": excitement(line)}
@@ -84,25 +98,43 @@ def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) 
     if line.controlnet is not None:
         picture = line.control_image or line.regions.control_image
         scale = 1.0 if line.control_scale is None else line.control_scale
-        settings |= {"controlnet": str(line.controlnet), "control_image": picture and str(picture), "control_scale": scale}
+        settings |= {
+            "controlnet": str(line.controlnet),
+            "control_image": picture and str(picture),
+            "control_scale": scale,
+        }
     if line.invert is not None:
-        settings |= {"invert": str(line.invert), "guidance_scale": 1.0 if line.guidance_scale is None else line.guidance_scale}
+        settings |= {
+            "invert": str(line.invert),
+            "guidance_scale": 1.0 if line.guidance_scale is None else line.guidance_scale,
+        }
     if line.init_image is not None:
-        settings |= {"init_image": str(line.init_image), "strength": 0.8 if line.strength is None else line.strength}
+        settings |= {
+            "init_image": str(line.init_image),
+            "strength": 0.8 if line.strength is None else line.strength,
+        }
     left_out = first_step(settings["steps"], settings.get("strength", 1.0))
     check_steps(settings["sampler"], settings["steps"], sd.schedule)
     if line.crop_margin is not None:
         settings["crop_margin"] = line.crop_margin
-        if not line.regions.regions or all(t < collage.CROP_UNTIL for t in sd.schedule.timesteps(settings["steps"])[left_out:]):
-            tell(f"{line.where}crop_margin changes nothing here: it is for a layout's regions, and for timesteps from {collage.CROP_UNTIL}")
+        if not line.regions.regions or all(
+            t < collage.CROP_UNTIL for t in sd.schedule.timesteps(settings["steps"])[left_out:]
+        ):
+            tell(
+                f"{line.where}crop_margin changes nothing here: it is for a layout's regions, and for timesteps from {collage.CROP_UNTIL}"
+            )
     seeds = line.seeds
     if line.noise is not None:
         count = len(read_noise(line.noise, (4, settings["height"] // 8, settings["width"] // 8)))
         seeds = list(range(seeds[0], seeds[0] + count)) if len(seeds) == 1 else seeds
         if count != len(seeds):
-            raise ValueError(f"{line.noise} holds {count} noises and {len(seeds)} seeds were given: one a picture")
+            raise ValueError(
+                f"{line.noise} holds {count} noises and {len(seeds)} seeds were given: one a picture"
+            )
     return [
-        settings | ({"noise_file": str(line.noise), "noise_index": k} if line.noise is not None else {}) | {"seed": seed}
+        settings
+        | ({"noise_file": str(line.noise), "noise_index": k} if line.noise is not None else {})
+        | {"seed": seed}
         for k, seed in enumerate(seeds)
     ]
 
@@ -110,7 +142,11 @@ def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) 
 @cache
 def check_steps(sampler: str, steps: int, schedule) -> None:
     """ValueError where a sampler does not take so many steps: it is tried on nothing."""
-    next(SAMPLERS[sampler](lambda x, t: x, torch.zeros(1, 1, 1, 1), schedule, steps, generator=[torch.Generator()]))
+    next(
+        SAMPLERS[sampler](
+            lambda x, t: x, torch.zeros(1, 1, 1, 1), schedule, steps, generator=[torch.Generator()]
+        )
+    )
 
 
 def layout_json(layout: Layout) -> dict:
@@ -124,8 +160,13 @@ def layout_json(layout: Layout) -> dict:
         if r.control_image is not None:
             more["control_image"] = str(r.control_image.resolve())
         regions.append({"prompt": r.prompt, **place, **more})
-    return {"prompt": layout.prompt, "negative_prompt": layout.negative_prompt, "width": layout.width, "height": layout.height,
-            "regions": regions}
+    return {
+        "prompt": layout.prompt,
+        "negative_prompt": layout.negative_prompt,
+        "width": layout.width,
+        "height": layout.height,
+        "regions": regions,
+    }
 
 
 def subjects_of(sd: StableDiffusion, line, tell: Callable[[str], None]) -> list[str | int]:
@@ -149,10 +190,37 @@ def excitement(line) -> str | None:
 
 # What tells one picture from another; all else in a line is how it went.
 IDENTITY = (
-    "prompt", "negative_prompt", "model", "vae", "tokenizer", "prediction_type", "seed", "sampler", "karras", "steps",
-    "guidance_scale", "height", "width", "init_image", "strength", "noise_file", "noise_index", "init_noise", "score",
-    "optimize_steps", "optimize_mode", "subjects", "excite", "layout", "crop_margin", "controlnet", "control_image", "control_scale",
-    "lora", "invert", "dtype",
+    "prompt",
+    "negative_prompt",
+    "model",
+    "vae",
+    "tokenizer",
+    "prediction_type",
+    "seed",
+    "sampler",
+    "karras",
+    "steps",
+    "guidance_scale",
+    "height",
+    "width",
+    "init_image",
+    "strength",
+    "noise_file",
+    "noise_index",
+    "init_noise",
+    "score",
+    "optimize_steps",
+    "optimize_mode",
+    "subjects",
+    "excite",
+    "layout",
+    "crop_margin",
+    "controlnet",
+    "control_image",
+    "control_scale",
+    "lora",
+    "invert",
+    "dtype",
 )
 
 
@@ -191,7 +259,12 @@ def done(folder: Path, write: Callable[[dict], None]) -> set[str]:
     present = set(filter(image.NUMBERED.match, os.listdir(folder)))
     for name in sorted(present - rows.keys()):
         with suppress(ValueError):  # another program's picture
-            rows[name] = {"file": name, **image.read_settings(folder / name), "seconds": None, "unet_rows": None}
+            rows[name] = {
+                "file": name,
+                **image.read_settings(folder / name),
+                "seconds": None,
+                "unet_rows": None,
+            }
             write(rows[name])
     known = set()
     for name in present & rows.keys():
@@ -216,7 +289,9 @@ def merge(folder: Path, paths: list[Path]) -> None:
         handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                order = sorted(rows, key=lambda name: (len(name.partition("-")[0]), name))  # 99999-7.png before 100000-2.png
+                order = sorted(
+                    rows, key=lambda name: (len(name.partition("-")[0]), name)
+                )  # 99999-7.png before 100000-2.png
                 file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in order)
             os.chmod(temporary, 0o644)
             os.replace(temporary, folder / "runs.jsonl")
@@ -263,14 +338,25 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
     parts = batches(mine, sd)
     args.wanted = len(mine)
     if args.resume and not args.quiet:
-        print(f"minsd: {len(mine)} of {len(jobs)} pictures are still to be made" + (" by this process" * (world > 1)), file=sys.stderr)
+        print(
+            f"minsd: {len(mine)} of {len(jobs)} pictures are still to be made"
+            + (" by this process" * (world > 1)),
+            file=sys.stderr,
+        )
     kept, evaluations = [], []
     watching = sd.unet.register_forward_pre_hook(lambda module, inputs: evaluations.append(len(inputs[0])))
     steps = sum(map(steps_of, mine))
-    with watching, tqdm(total=steps, unit="step", disable=args.quiet or rank > 0 or not steps, file=sys.stderr) as bar:
+    with (
+        watching,
+        tqdm(total=steps, unit="step", disable=args.quiet or rank > 0 or not steps, file=sys.stderr) as bar,
+    ):
         while parts:
             part, begin = parts.pop(0), time.perf_counter()
-            numbers = f"picture {args.made + 1}" if len(part) == 1 else f"pictures {args.made + 1}-{args.made + len(part)}"
+            numbers = (
+                f"picture {args.made + 1}"
+                if len(part) == 1
+                else f"pictures {args.made + 1}-{args.made + len(part)}"
+            )
             bar.set_description(f"{numbers}/{len(mine)}")
             evaluations.clear()
             at = bar.n
@@ -281,7 +367,9 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                 held = sd.graphs is not None and sd.graphs.held
                 if len(part) == 1 and not held:
                     size = f"{part[0]['width']}x{part[0]['height']}"
-                    raise ValueError(f"not even one picture of {size} fits the GPU's memory: make it smaller") from None
+                    raise ValueError(
+                        f"not even one picture of {size} fits the GPU's memory: make it smaller"
+                    ) from None
                 if held:
                     sd.graphs.release()
                 torch.cuda.empty_cache()
@@ -296,7 +384,12 @@ def run(sd: StableDiffusion, args, jobs: list[dict]) -> None:
                 path = image.save_numbered(picture, args.out, settings)
                 for name, more in extra.items():
                     save_extra(more, args.out / "extra" / f"{path.stem}-{name}")
-                row = {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": sum(evaluations) // len(part)}
+                row = {
+                    "file": path.name,
+                    **settings,
+                    "seconds": round(seconds, 3),
+                    "unet_rows": sum(evaluations) // len(part),
+                }
                 record(row)
                 args.made += 1
                 if args.json:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from minsd import image
 from minsd.controlnet import Control, Controlled, read_control_image
-from minsd.noise import arrange, collage, control, excite, initno, stability
+from minsd.noise import arrange, collage, collage_control, excite, initno, stability
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.initial import read_noise
 from minsd.noise.layout import load as load_layout
@@ -34,15 +34,26 @@ class Drawn:
 
 def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tensor, list[dict], list[dict]]:
     """The initial noise (B,4,h,w) of a batch by its method, what is to be said of each, and files that come of it."""
-    first, seeds, notes, extras = jobs[0], [job["seed"] for job in jobs], [{} for _ in jobs], [{} for _ in jobs]
+    first, seeds, notes, extras = (
+        jobs[0],
+        [job["seed"] for job in jobs],
+        [{} for _ in jobs],
+        [{} for _ in jobs],
+    )
     shape, method = (4, first["height"] // 8, first["width"] // 8), first["init_noise"]
     if first.get("noise_file"):
-        return read_noise(Path(first["noise_file"]), shape)[[job["noise_index"] for job in jobs]], notes, extras
+        return (
+            read_noise(Path(first["noise_file"]), shape)[[job["noise_index"] for job in jobs]],
+            notes,
+            extras,
+        )
     run = {key: first[key] for key in ("steps", "sampler", "karras", "height", "width")}
     if first.get("score") == "attention":
         for k, job in enumerate(jobs):
             candidates = list(range(seeds[k], seeds[k] + job["candidates"]))
-            if method == "select" and job.get("layout") and job["layout"]["regions"]:  # by where the captions of its regions look
+            if (
+                method == "select" and job.get("layout") and job["layout"]["regions"]
+            ):  # by where the captions of its regions look
                 where = {key: job[key] for key in ("steps", "sampler")}
                 scores = arrange.arrange(sd, load_layout(job["layout"]), candidates, **where).scores
                 best = max(scores)
@@ -50,19 +61,32 @@ def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tenso
                 scores = initno.attention_scores(sd, job["prompt"], job["subjects"], candidates, **run)
                 best = min(scores)  # they are losses
             seeds[k] = candidates[scores.index(best)]
-            notes[k] = {"seed": seeds[k], "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)]}
+            notes[k] = {
+                "seed": seeds[k],
+                "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)],
+            }
             tell(f"seed {seeds[k]} has the best of {len(scores)} scores, {best:.3f}")
     trip = {key: first[key] for key in ("negative_prompt", "guidance_scale", "height", "width")}
     if method == "select" and first["score"] == "stability":
         for k, job in enumerate(jobs):
-            chosen = stability.select(sd, job["prompt"], range(seeds[k], seeds[k] + job["candidates"]), progress=tell, **trip)
+            chosen = stability.select(
+                sd, job["prompt"], range(seeds[k], seeds[k] + job["candidates"]), progress=tell, **trip
+            )
             seeds[k] = chosen.seed
-            notes[k] = {"seed": chosen.seed, "candidates": [{"seed": s, "score": round(x, 5)} for s, x in chosen.scores.items()]}
+            notes[k] = {
+                "seed": chosen.seed,
+                "candidates": [{"seed": s, "score": round(x, 5)} for s, x in chosen.scores.items()],
+            }
             extras[k]["candidates"] = stability.sheet(sd, job["prompt"], chosen, **trip | run)
     if method == "optimize":
         results = stability.optimize_batch(
-            sd, [job["prompt"] for job in jobs], seeds, mode=first["optimize_mode"], optimize_steps=first["optimize_steps"],
-            progress=lambda b, message: tell(f"seed {seeds[b]}: {message}"), **trip,
+            sd,
+            [job["prompt"] for job in jobs],
+            seeds,
+            mode=first["optimize_mode"],
+            optimize_steps=first["optimize_steps"],
+            progress=lambda b, message: tell(f"seed {seeds[b]}: {message}"),
+            **trip,
         )
         for note, result in zip(notes, results):
             note["stability"] = {"before": result.before, "after": result.score}
@@ -71,11 +95,20 @@ def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tenso
         return torch.cat([result.noise for result in results]), notes, extras
     if method == "initno":
         results = initno.optimize_batch(
-            sd, [job["prompt"] for job in jobs], [job["subjects"] for job in jobs], seeds, **run,
+            sd,
+            [job["prompt"] for job in jobs],
+            [job["subjects"] for job in jobs],
+            seeds,
+            **run,
             progress=lambda b, message: tell(f"seed {seeds[b]}: {message}"),
         )
         for note, result in zip(notes, results):
-            note["initno"] = {"success": result.success, "rounds": result.rounds, "steps": result.steps, "losses": result.losses}
+            note["initno"] = {
+                "success": result.success,
+                "rounds": result.rounds,
+                "steps": result.steps,
+                "losses": result.losses,
+            }
             if result.note:
                 warnings.warn(result.note, stacklevel=2)
         return torch.cat([result.noise for result in results]), notes, extras
@@ -115,13 +148,19 @@ def predictor(sd: StableDiffusion, job: dict, prompts: list[str], seeds: list[in
     how["crop_margin"] = job.get("crop_margin")
     with lora.by_region(layout.regions, args.by_region) as tell:
         if job.get("controlnet"):
-            pictures, scales = control.read(layout, job["control_image"], job["control_scale"])
-            yield control.predictor(sd, layout, args.net, pictures, scales, tell=tell, **how)
+            pictures, scales = collage_control.read(layout, job["control_image"], job["control_scale"])
+            yield collage_control.predictor(sd, layout, args.net, pictures, scales, tell=tell, **how)
         else:
             yield collage.predictor(sd, layout, tell=tell, **how)
 
 
-def draw(sd: StableDiffusion, jobs: list[dict], args, progress: Callable[[int, int], None], tell: Callable[[str], None]) -> Drawn:
+def draw(
+    sd: StableDiffusion,
+    jobs: list[dict],
+    args,
+    progress: Callable[[int, int], None],
+    tell: Callable[[str], None],
+) -> Drawn:
     """One batch. `progress(i, t)` is called after every step of the sampler, `tell(message)` while noise is looked for."""
     with controlled(sd, jobs[0], args.net):
         return invert(sd, jobs[0]) if jobs[0].get("invert") else sample(sd, jobs, args, progress, tell)
@@ -143,7 +182,14 @@ def sample(sd: StableDiffusion, jobs: list[dict], args, progress, tell) -> Drawn
             init = sd.encode(image.fit(picture, first["width"], first["height"]))
     with predictor(sd, first, prompts, seeds, args) as predict:
         latents = sd.denoise(
-            predict, noise, seeds=seeds, init=init, strength=first.get("strength", 0.8), refine=refine, progress=progress, **run,
+            predict,
+            noise,
+            seeds=seeds,
+            init=init,
+            strength=first.get("strength", 0.8),
+            refine=refine,
+            progress=progress,
+            **run,
         )
     pictures = sd.decode(latents)
     if frames is not None:

@@ -13,7 +13,7 @@ from argparse import Action, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from minsd.prompts import located, read_prompts
+from minsd.app.prompts import located, read_prompts
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 LARGEST = 16384  # pixels a side
@@ -43,12 +43,16 @@ def check(args: Namespace, options: Mapping[str, Action]) -> list[Namespace]:
 
         args.adapters = [split_scale(text) for text in args.lora]
     if args.resume and any(line.seed is None and line.seeds is None for line in lines):
-        raise ValueError("--resume needs --seed or --seeds: without, every run draws seeds of its own and nothing is done twice")
+        raise ValueError(
+            "--resume needs --seed or --seeds: without, every run draws seeds of its own and nothing is done twice"
+        )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if args.save_noise is not None:
             raise ValueError("--save-noise is for one process: seeds give the same noise anywhere")
         if any(line.seed is None and line.seeds is None for line in lines):
-            raise ValueError("several processes need --seed or --seeds: without, each would draw seeds of its own")
+            raise ValueError(
+                "several processes need --seed or --seeds: without, each would draw seeds of its own"
+            )
     chance = random.SystemRandom().randrange(2**32)  # one for all prompts: they can be compared
     for line in lines:
         with located(line):
@@ -60,9 +64,31 @@ def check(args: Namespace, options: Mapping[str, Action]) -> list[Namespace]:
 
 # What --like takes from a picture, by the same name there.
 LIKE = (
-    "prompt", "negative_prompt", "model", "vae", "prediction_type", "seed", "steps", "guidance_scale", "sampler", "karras", "height",
-    "width", "init_image", "strength", "layout", "crop_margin", "controlnet", "control_image", "control_scale", "lora", "invert",
-    "dtype", "device", "tokenizer", "attention",
+    "prompt",
+    "negative_prompt",
+    "model",
+    "vae",
+    "prediction_type",
+    "seed",
+    "steps",
+    "guidance_scale",
+    "sampler",
+    "karras",
+    "height",
+    "width",
+    "init_image",
+    "strength",
+    "layout",
+    "crop_margin",
+    "controlnet",
+    "control_image",
+    "control_scale",
+    "lora",
+    "invert",
+    "dtype",
+    "device",
+    "tokenizer",
+    "attention",
 )
 LIKE_METHOD = ("init_noise", "score", "optimize_steps", "optimize_mode")  # only together
 PATHS = ("vae", "tokenizer", "init_image", "layout", "controlnet", "control_image", "invert")
@@ -74,9 +100,14 @@ def take_from_picture(args) -> None:
 
     settings = read_settings(args.like)
     if settings.get("noise_file") and args.noise is None:
-        raise ValueError(f"{args.like} began from the noise file {settings['noise_file']}: give it with --noise")
+        raise ValueError(
+            f"{args.like} began from the noise file {settings['noise_file']}: give it with --noise"
+        )
     keys = LIKE
-    if args.init_noise is None and settings.get("init_noise") not in (None, "invert"):  # else this run has a method of its own
+    if args.init_noise is None and settings.get("init_noise") not in (
+        None,
+        "invert",
+    ):  # else this run has a method of its own
         keys += LIKE_METHOD
         if ranked := settings.get("candidates"):  # the search began at the first of them, and is made again
             settings |= {"seed": ranked[0]["seed"]}
@@ -84,13 +115,26 @@ def take_from_picture(args) -> None:
         if args.excite is None:
             args.excite = settings.get("excite") is not None
     method = (settings if "init_noise" in keys else vars(args)).get
-    looks = method("init_noise") == "initno" or method("score") == "attention" or args.excite or args.attention_maps
+    looks = (
+        method("init_noise") == "initno"
+        or method("score") == "attention"
+        or args.excite
+        or args.attention_maps
+    )
     if looks and args.token_indices is None and args.subjects is None and settings.get("subjects"):
         words = all(isinstance(subject, str) for subject in settings["subjects"])
         setattr(args, "subjects" if words else "token_indices", ",".join(map(str, settings["subjects"])))
     for key in keys:
-        if getattr(args, key) is None and settings.get(key) is not None and not (key == "seed" and args.seeds is not None):
-            setattr(args, key, Path(settings[key]) if key in PATHS and isinstance(settings[key], str) else settings[key])
+        if (
+            getattr(args, key) is None
+            and settings.get(key) is not None
+            and not (key == "seed" and args.seeds is not None)
+        ):
+            setattr(
+                args,
+                key,
+                Path(settings[key]) if key in PATHS and isinstance(settings[key], str) else settings[key],
+            )
 
 
 def check_line(line, chance: int) -> None:
@@ -100,13 +144,17 @@ def check_line(line, chance: int) -> None:
     check_control(line)
     check_invert(line)
     for name in ("prompt", "negative_prompt"):
-        if (getattr(line, name) or "").encode(errors="replace") != (getattr(line, name) or "").encode(errors="surrogatepass"):
+        if (getattr(line, name) or "").encode(errors="replace") != (getattr(line, name) or "").encode(
+            errors="surrogatepass"
+        ):
             raise ValueError(f"the {name.replace('_', ' ')} is not text in UTF-8")
     for name in ("height", "width"):
         value = getattr(line, name)
         if value is not None and (not 8 <= value <= LARGEST or value % 8):
             nearest = min(max(8, round(value / 8) * 8), LARGEST)
-            raise ValueError(f"--{name} must be a multiple of 8 from 8 to {LARGEST}, not {value}; the nearest is {nearest}")
+            raise ValueError(
+                f"--{name} must be a multiple of 8 from 8 to {LARGEST}, not {value}; the nearest is {nearest}"
+            )
     if line.steps is not None and not 1 <= line.steps <= 1000:
         raise ValueError(f"--steps must be from 1 to 1000, not {line.steps}")
     if line.guidance_scale is not None and not abs(line.guidance_scale) <= 1000:
@@ -122,13 +170,18 @@ def check_line(line, chance: int) -> None:
     if line.num_images is not None and not 1 <= line.num_images <= 1_000_000:
         raise ValueError(f"--num-images must be from 1 to a million, not {line.num_images}")
     if line.seeds is not None and (line.seed is not None or line.num_images is not None):
-        raise ValueError("--seeds already says how many pictures and from which seeds: leave out --seed and --num-images")
+        raise ValueError(
+            "--seeds already says how many pictures and from which seeds: leave out --seed and --num-images"
+        )
     if line.seed is not None and not 0 <= line.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2^63 - 1, not {line.seed}")
     if line.seeds is not None:
         line.seeds = parse_seeds(line.seeds)
     else:
-        first, stride = chance if line.seed is None else line.seed, line.candidates or 1  # no seed is a candidate twice
+        first, stride = (
+            chance if line.seed is None else line.seed,
+            line.candidates or 1,
+        )  # no seed is a candidate twice
         line.seeds = list(range(first, first + (line.num_images or 1) * stride, stride))
     if line.seeds[-1] + (line.candidates or 1) > 2**63 or max(line.seeds) >= 2**63:
         raise ValueError(f"seeds go up to 2^63 - 1, not to {max(line.seeds) + (line.candidates or 1) - 1}")
@@ -137,14 +190,16 @@ def check_line(line, chance: int) -> None:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """"0-9,12" -> [0, ..., 9, 12]."""
+    """ "0-9,12" -> [0, ..., 9, 12]."""
     seeds = []
     for part in text.split(","):
         if not (m := re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)):
             raise ValueError(f"--seeds takes numbers and ranges such as 0-9,12, not {text!r}")
         first, last = int(m[1]), int(m[2] or m[1])
         if last < first or last - first >= 1_000_000:
-            raise ValueError(f"--seeds: {part.strip()} is not a range of at most a million seeds, lowest first")
+            raise ValueError(
+                f"--seeds: {part.strip()} is not a range of at most a million seeds, lowest first"
+            )
         seeds += range(first, last + 1)
     return seeds
 
@@ -155,11 +210,18 @@ def check_method(line) -> None:
     if method != "random":
         for name, given in (("--noise", line.noise), ("--init-image", line.init_image)):
             if given is not None:
-                raise ValueError(f"--init-noise {method} looks for the initial noise itself: leave out {name}")
+                raise ValueError(
+                    f"--init-noise {method} looks for the initial noise itself: leave out {name}"
+                )
     if method == "select":
-        line.score, line.candidates = line.score or "stability", 100 if line.candidates is None else line.candidates
+        line.score, line.candidates = (
+            line.score or "stability",
+            100 if line.candidates is None else line.candidates,
+        )
     elif line.score is not None and (method != "initno" or line.score != "attention"):
-        raise ValueError("--score is for --init-noise select (or, as attention, for initno to begin from the best of --candidates)")
+        raise ValueError(
+            "--score is for --init-noise select (or, as attention, for initno to begin from the best of --candidates)"
+        )
     elif line.score is None and line.candidates is not None:
         raise ValueError("--candidates is for --init-noise select, or for initno with --score attention")
     elif line.score is not None:
@@ -180,7 +242,9 @@ def check_method(line) -> None:
     if line.subjects is not None and line.token_indices is not None:
         raise ValueError("give --subjects or --token-indices, not both")
     if (line.subjects is not None or line.token_indices is not None) and not line.looks:
-        raise ValueError("--subjects and --token-indices are for --init-noise initno, --excite, --score attention or --attention-maps")
+        raise ValueError(
+            "--subjects and --token-indices are for --init-noise initno, --excite, --score attention or --attention-maps"
+        )
     if line.token_indices is not None:
         if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", line.token_indices):
             raise ValueError(f"--token-indices takes positions such as 2,5, not {line.token_indices!r}")
@@ -193,7 +257,9 @@ def check_layout(line) -> None:
     """Reads the layout: its prompt and its size are the picture's."""
     line.regions = None
     if line.crop_margin is not None and line.layout is None:
-        raise ValueError("--crop-margin is for --layout FILE (in a prompts file it can be a line's own, crop_margin)")
+        raise ValueError(
+            "--crop-margin is for --layout FILE (in a prompts file it can be a line's own, crop_margin)"
+        )
     if line.layout is None:
         return
     if line.crop_margin is not None and not 0 <= line.crop_margin <= 1000:
@@ -208,9 +274,16 @@ def check_layout(line) -> None:
     if line.compile and any(region.lora for region in line.regions.regions):
         raise ValueError("--compile cannot take in adapters by region (the layout's lora): leave it out")
     line.prompt, line.negative_prompt = line.regions.prompt, line.regions.negative_prompt
-    if line.init_noise == "select" and line.score == "attention" and line.regions.regions and not (line.excite or line.attention_maps):
+    if (
+        line.init_noise == "select"
+        and line.score == "attention"
+        and line.regions.regions
+        and not (line.excite or line.attention_maps)
+    ):
         if line.subjects is not None:
-            raise ValueError("with a layout, select --score attention asks where the regions' captions look: leave out --subjects")
+            raise ValueError(
+                "with a layout, select --score attention asks where the regions' captions look: leave out --subjects"
+            )
         line.looks = False
     for path in (path for region in line.regions.regions for path, _ in region.lora):
         if not path.exists():
@@ -232,10 +305,14 @@ def check_control(line) -> None:
     if line.control_image is not None and line.controlnet is None:
         raise ValueError("--controlnet and --control-image go together: give both")
     if line.controlnet is not None and not any(images):
-        raise ValueError("--controlnet needs a control image: --control-image FILE, or a control_image in the --layout")
+        raise ValueError(
+            "--controlnet needs a control image: --control-image FILE, or a control_image in the --layout"
+        )
     for path in filter(None, images if line.controlnet is not None else []):
         check_picture(path)
-    if isinstance(line.layout, Path) and not line.layout_preview:  # else of a picture, which spells all out, asked for or not
+    if (
+        isinstance(line.layout, Path) and not line.layout_preview
+    ):  # else of a picture, which spells all out, asked for or not
         check_region_control(line)
 
 
@@ -247,18 +324,30 @@ def check_region_control(line) -> None:
         keys = [key for key in ("control_image", "control_scale") if getattr(region, key) is not None]
         if keys and line.controlnet is None and not line.layout.is_dir():
             gone = f"remove the key{'s' * (len(keys) > 1)}"
-            raise ValueError(f"{line.regions.source}region {k} has a {' and a '.join(keys)}: give --controlnet FOLDER, or {gone}")
+            raise ValueError(
+                f"{line.regions.source}region {k} has a {' and a '.join(keys)}: give --controlnet FOLDER, or {gone}"
+            )
         if "control_scale" in keys and not (region.control_image or whole):
             mend = "give it a control_image, give --control-image FILE for all regions, or remove the key"
-            raise ValueError(f"{line.regions.source}region {k} has a control_scale and no control image: {mend}")
+            raise ValueError(
+                f"{line.regions.source}region {k} has a control_scale and no control image: {mend}"
+            )
 
 
 def check_invert(line) -> None:
     """--invert: a picture's noise is found, not drawn, and by ddim."""
     if line.invert is None:
         return
-    given = {"--init-noise": line.init_noise != "random", "--noise": line.noise, "--init-image": line.init_image, "--layout": line.layout,
-             "--excite": line.excite, "--attention-maps": line.attention_maps, "--seeds": line.seeds, "--num-images": line.num_images}
+    given = {
+        "--init-noise": line.init_noise != "random",
+        "--noise": line.noise,
+        "--init-image": line.init_image,
+        "--layout": line.layout,
+        "--excite": line.excite,
+        "--attention-maps": line.attention_maps,
+        "--seeds": line.seeds,
+        "--num-images": line.num_images,
+    }
     if name := next((name for name, value in given.items() if value), None):
         raise ValueError(f"--invert finds the noise of one picture: leave out {name}")
     if line.sampler not in (None, "ddim"):
@@ -297,4 +386,6 @@ def check_folder(option: str, path: Path, folder: Path) -> None:
             folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"{option} {str(path)[:200]} cannot be written to: {str(folder)[:200]}: {error.strerror}") from None
+        raise ValueError(
+            f"{option} {str(path)[:200]} cannot be written to: {str(folder)[:200]}: {error.strerror}"
+        ) from None

@@ -1,0 +1,44 @@
+"""Random numbers for samplers and initial noise: one CPU generator per image.
+
+Drawing on the CPU makes an image's noise independent of the device, of the precision and of the batch it is drawn in.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[torch.Generator]:
+    """One CPU generator per seed. ValueError for a seed outside 0 to 2^63 - 1.
+
+    `skip`: the shape (4,h,w) of initial noise already drawn from each seed. The generators are advanced past it, so that
+    noise drawn during sampling does not repeat the initial noise.
+    """
+    out = []
+    for seed in seeds:
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+        g = torch.Generator().manual_seed(seed)
+        if skip is not None:
+            torch.randn(tuple(skip), generator=g)
+        out.append(g)
+    return out
+
+
+def randn_like(generator: Sequence[torch.Generator] | None, like: Tensor) -> Tensor:
+    """Unit normal noise of the shape, device and dtype of `like` (B,...), image b's from generator b.
+
+    ValueError where there is not one generator per image.
+    """
+    if not isinstance(generator, Sequence) or len(generator) != len(like):
+        count = (
+            len(generator)
+            if isinstance(generator, Sequence)
+            else "none"
+            if generator is None
+            else "a single one"
+        )
+        raise ValueError(f"this sampler draws noise: give one generator per image, {len(like)}, not {count}")
+    drawn = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generator])
+    return drawn.to(like.device, like.dtype)
