@@ -8,6 +8,20 @@ documented at `UNetConfig.num_heads`.
 import math
 from dataclasses import dataclass, field, replace
 
+CELL = 8  # pixels a side of a latent cell
+LARGEST = 16384  # pixels a side of an image, at most
+STRENGTH = 0.8  # image to image: the fraction of the steps that run
+
+
+def check_size(height: int, width: int) -> None:
+    """ValueError where an image's sides (pixels) are not multiples of 8 from 8 to 16384."""
+    for name, value in (("height", height), ("width", width)):
+        if not CELL <= value <= LARGEST or value % CELL:
+            nearest = min(max(CELL, round(value / CELL) * CELL), LARGEST)
+            raise ValueError(
+                f"{name} must be a multiple of {CELL} from {CELL} to {LARGEST}, not {value}; the nearest is {nearest}"
+            )
+
 
 @dataclass(frozen=True)
 class UNetConfig:

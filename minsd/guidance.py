@@ -4,13 +4,52 @@ Here is the one place where v-prediction becomes eps, and where guidance is appl
 layouts know neither.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
+from minsd.config import ModelConfig
 from minsd.samplers.schedule import Schedule
 
 Predictor = Callable[[torch.Tensor, int | float], torch.Tensor]
+
+
+class Model(Protocol):
+    """What noise methods use of a `StableDiffusion` (minsd/pipeline.py), which imports them and not the other way round."""
+
+    config: ModelConfig
+    unet: Any
+    vae: Any
+    text: Any
+    schedule: Schedule
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __call__(
+        self, prompt: str | Sequence[str], seeds: Sequence[int], **how: Any
+    ) -> list[Image.Image]: ...
+    def batch_size(self, height: int, width: int) -> int: ...
+    def encode_prompt(self, prompts: Sequence[str] | str) -> torch.Tensor: ...
+    def predictor(self, context: torch.Tensor, uncond: torch.Tensor, guidance_scale: float) -> Predictor: ...
+    def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> torch.Tensor: ...
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]: ...
+
+
+@contextmanager
+def counted(unet) -> Iterator[list[int]]:
+    """The number of rows of every UNet evaluation within the block, as a growing list. Each half of guidance is a row, and so
+    is an evaluation that a checkpoint repeats."""
+    rows: list[int] = []
+    handle = unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 def eps_from_output(

@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from minsd import guidance, image
+from minsd import guidance, image, samplers
 from minsd.attention import Attention
-from minsd.config import ModelConfig
+from minsd.config import STRENGTH, ModelConfig, check_size
 from minsd.graphs import Graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as draw_noise
-from minsd.samplers import SAMPLERS
 from minsd.samplers.random import generators as make_generators
 from minsd.samplers.schedule import Schedule
 from minsd.vae import decode_in_bands, encode_in_bands, memory_needed
@@ -135,7 +134,7 @@ class StableDiffusion:
         height: int | None = None,
         width: int | None = None,
         init_image: Image.Image | None = None,
-        strength: float = 0.8,
+        strength: float = STRENGTH,
         karras: bool = False,
         refine: Callable | None = None,
     ) -> list[Image.Image]:
@@ -148,8 +147,7 @@ class StableDiffusion:
         """
         height = self.config.size if height is None else height
         width = self.config.size if width is None else width
-        if height % 8 or width % 8 or height < 8 or width < 8:
-            raise ValueError(f"height and width must be positive multiples of 8, not {height}x{width}")
+        check_size(height, width)
         shape = (4, height // 8, width // 8)
         if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
             raise ValueError(
@@ -222,7 +220,7 @@ class StableDiffusion:
         sampler: str | None = None,
         karras: bool = False,
         init: torch.Tensor | None = None,
-        strength: float = 0.8,
+        strength: float = STRENGTH,
         refine: Callable | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
@@ -233,14 +231,9 @@ class StableDiffusion:
         `progress(i, t)` is called after every step.
         """
         sampler = sampler or self.config.sampler
-        if sampler not in SAMPLERS:
-            raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
+        samplers.check(sampler, karras)
         steps = self.config.steps if steps is None else steps
-        options = {}
-        if karras:
-            if sampler != "dpmpp_2m":
-                raise ValueError(f"karras levels are for the sampler dpmpp_2m, not {sampler}")
-            options["karras"] = True
+        options = {"karras": True} if karras else {}
         first = 0 if init is None else first_step(steps, strength)
         if first:
             init = init.to(self.device, self.dtype).expand(len(noise), -1, -1, -1)
@@ -249,9 +242,10 @@ class StableDiffusion:
             options |= {"init": init, "start": first}
         start = noise.to(self.device, self.dtype)
         generator = make_generators(range(len(noise)) if seeds is None else seeds, skip=noise.shape[1:])
-        for i, t, x in SAMPLERS[sampler](
+        sample = samplers.SAMPLERS[sampler]
+        for i, t, x in sample(  # noqa: B007
             predict, start, self.schedule, steps, generator=generator, refine=refine, **options
-        ):  # noqa: B007
+        ):
             if progress is not None:
                 progress(i, t)
         return x

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from minsd.attention import AttentionRecorder
-from minsd.samplers import SAMPLERS
-from minsd.samplers.random import generators
+from minsd.guidance import Model
+from minsd.samplers import timesteps
 from minsd.text import TextEncoder
 
 # --- subjects: words -> token positions -------------------------------------------------------------------------------
@@ -180,19 +180,11 @@ def differentiate(
 
 
 def listed_timesteps(
-    sd, steps: int | None = None, sampler: str | None = None, karras: bool = False
+    sd: Model, steps: int | None = None, sampler: str | None = None, karras: bool = False
 ) -> list[int | float]:
-    """Every timestep that a run lists, in order (None: the model's own defaults). The sampler itself says which, run on a
-    single cell with nothing predicted."""
-    sampler = sampler or sd.config.sampler
-    if sampler not in SAMPLERS:
-        raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
-    cell, more = torch.zeros(1, 4, 1, 1), {"karras": True} if karras else {}
+    """Every timestep that a run visits, in order. None: the model's own default."""
     steps = sd.config.steps if steps is None else steps
-    run = SAMPLERS[sampler](
-        lambda x, t: torch.zeros_like(x), cell, sd.schedule, steps, generator=generators([0]), **more
-    )
-    return [t for _, t, _ in run]
+    return timesteps(sampler or sd.config.sampler, sd.schedule, steps, karras=karras)
 
 
 # --- losses, one value an image ---------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ bench/stability.py counts whether they do. `select` takes the best of many seeds
 The paper published no program. Where its text is silent, what we chose is an argument, and its default is named there.
 """
 
-import contextlib
 import math
 import warnings
 from collections import deque
@@ -29,8 +28,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minsd import image
+from minsd.config import check_size
+from minsd.guidance import counted
 from minsd.noise.initial import noise as draw_noise
-from minsd.samplers import SAMPLERS, ddim
+from minsd.samplers import SAMPLERS, check, ddim
 
 MEMORYLESS = (
     "ddim",
@@ -61,10 +62,7 @@ class Trip:
         sampler: str = "ddim",
         eta: float = 0.0,
     ):
-        if sampler not in SAMPLERS:
-            raise ValueError(
-                f"no sampler is called {sampler!r}; stability needs one of {', '.join(MEMORYLESS)}"
-            )
+        check(sampler)
         if sampler not in MEMORYLESS or eta != 0:
             what = f"the sampler {sampler}" if sampler not in MEMORYLESS else f"eta {eta}"
             raise ValueError(
@@ -123,18 +121,6 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
-@contextlib.contextmanager
-def counted(unet) -> Iterator[list[int]]:
-    """A list of the rows of every evaluation of the UNet in the block: each half of guidance is a row, and so is what a
-    checkpoint computes again."""
-    rows: list[int] = []
-    handle = unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    try:
-        yield rows
-    finally:
-        handle.remove()
-
-
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
@@ -173,8 +159,7 @@ def _noises(sd, prompt, noise, height=None, width=None) -> tuple[Tensor, int]:
     """Noises or seeds -> noises (B,4,h,w) and how many. ValueError where prompts or shapes do not fit."""
     if not isinstance(noise, Tensor):
         height, width = height or sd.config.size, width or sd.config.size
-        if height % 8 or width % 8 or height < 8 or width < 8:
-            raise ValueError(f"height and width must be positive multiples of 8, not {height}x{width}")
+        check_size(height, width)
         noise = (
             draw_noise(list(noise), (4, height // 8, width // 8)) if len(noise) else torch.empty(0, 4, 1, 1)
         )
@@ -462,8 +447,7 @@ def invert_picture(
     runs, for numbers that make no sense.
     """
     height, width = height or sd.config.size, width or sd.config.size
-    if height % 8 or width % 8 or height < 8 or width < 8:
-        raise ValueError(f"height and width must be positive multiples of 8, not {height}x{width}")
+    check_size(height, width)
     if iterations < 0:
         raise ValueError(f"iterations must be 0 or more, not {iterations}")
     picture = image.fit(picture, width, height)

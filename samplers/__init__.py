@@ -20,6 +20,7 @@ the clean picture predicted at y is y - sigma eps. Each sampler is then a rule f
 """
 
 from . import ddim, dpmpp, euler, heun, lcm, pndm, unipc
+from .schedule import Schedule
 
 SAMPLERS = {
     "ddim": ddim.sample,
@@ -31,3 +32,35 @@ SAMPLERS = {
     "unipc": unipc.sample,
     "lcm": lcm.sample,
 }
+
+TIMESTEPS = {
+    "ddim": ddim.timesteps,
+    "pndm": pndm.timesteps,
+    "euler": euler.timesteps,
+    "euler_a": euler.timesteps,
+    "heun": euler.timesteps,
+    "dpmpp_2m": dpmpp.timesteps,
+    "unipc": unipc.timesteps,
+    "lcm": lcm.timesteps,
+}
+
+
+def check(sampler: str, karras: bool = False) -> None:
+    """ValueError where no sampler has this name, or where it takes no Karras levels."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
+    if karras and sampler != "dpmpp_2m":
+        raise ValueError(f"karras levels are for the sampler dpmpp_2m, not {sampler}")
+
+
+def timesteps(
+    sampler: str, schedule: Schedule, steps: int, *, start: int = 0, karras: bool = False
+) -> list[int | float]:
+    """The timestep of every (i, t, x) that a sampler yields, in order. `start`: steps left out at the noisy end.
+
+    ValueError for an unknown sampler, and for a number of steps that it does not take.
+    """
+    check(sampler, karras)
+    if sampler == "pndm":
+        return pndm.timesteps(schedule, steps, start)
+    return TIMESTEPS[sampler](schedule, steps, **({"karras": True} if karras else {}))[start:]

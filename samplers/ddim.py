@@ -18,6 +18,11 @@ def step(x: torch.Tensor, eps: torch.Tensor, a: float, b: float) -> torch.Tensor
     return (b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps
 
 
+def timesteps(schedule: Schedule, steps: int) -> list[int]:
+    """The timesteps of a run, most noise first."""
+    return schedule.timesteps(steps)
+
+
 def sample(
     predict: Callable,
     x: torch.Tensor,
@@ -34,10 +39,10 @@ def sample(
     """Unit noise x (B,4,h,w) -> latents, in `steps` steps. `eta` in 0..1 draws fresh noise from `generator`, one an image."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
-    timesteps = schedule.timesteps(steps)[start:]
-    levels = [(schedule.abar(t), schedule.abar_below(t, steps, final)) for t in timesteps]
-    x = schedule.begin(init, x, timesteps[0])
-    for i, (t, (a, b)) in enumerate(zip(timesteps, levels)):
+    visited = timesteps(schedule, steps)[start:]
+    levels = [(schedule.abar(t), schedule.abar_below(t, steps, final)) for t in visited]
+    x = schedule.begin(init, x, visited[0])
+    for i, (t, (a, b)) in enumerate(zip(visited, levels)):
         if refine is not None:
             x = refine(i, t, x)
         eps = predict(x, t)
@@ -72,9 +77,8 @@ def invert(
         raise ValueError(f"anchor must be 'target' or 'source', not {anchor!r}")
     if iterations < 0:
         raise ValueError(f"iterations must be 0 or more, not {iterations}")
-    timesteps = schedule.timesteps(steps)
     stride = schedule.config.num_train_timesteps // steps
-    for i, t in enumerate(reversed(timesteps)):
+    for i, t in enumerate(reversed(timesteps(schedule, steps))):
         a, b = schedule.abar_below(t, steps, final), schedule.abar(t)
         end = step(x, predict(x, t if anchor == "target" else max(t - stride, 0)), a, b)
         for _ in range(iterations):

@@ -7,7 +7,12 @@ from this prediction and the one before.
 
 import math
 
-from .schedule import to_x, to_y
+from .schedule import Schedule, to_x, to_y
+
+
+def timesteps(schedule: Schedule, steps: int, karras: bool = False) -> list[int | float]:
+    """The timesteps of a run, most noise first; fractional under `karras`."""
+    return schedule.karras_timesteps(steps) if karras else schedule.solver_timesteps(steps)
 
 
 def sample(
@@ -16,17 +21,17 @@ def sample(
     """Unit noise x (B,4,h,w) -> latents. First order at the first step and at the last where it ends at sigma 0 or the
     run is shorter than 15 steps: extrapolation would not be stable there. `karras` spaces the levels closer together
     where there is little noise (`Schedule.karras_timesteps`)."""
-    timesteps = (schedule.karras_timesteps(steps) if karras else schedule.solver_timesteps(steps))[start:]
-    sigmas = schedule.sigmas(timesteps, final)
-    x = schedule.begin(init, x, timesteps[0])
+    visited = timesteps(schedule, steps, karras)[start:]
+    sigmas = schedule.sigmas(visited, final)
+    x = schedule.begin(init, x, visited[0])
     before = None
-    for i, t in enumerate(timesteps):
+    for i, t in enumerate(visited):
         s, s_next = sigmas[i], sigmas[i + 1]
         if refine is not None:
             x = refine(i, t, x)
         y = to_y(x, s)
         clean = y - s * predict(x, t)
-        d, last = clean, i == len(timesteps) - 1
+        d, last = clean, i == len(visited) - 1
         if before is not None and not (last and (s_next == 0 or steps < 15)):
             r = math.log(sigmas[i - 1] / s) / math.log(
                 s / s_next

@@ -2,15 +2,20 @@
 ancestral steps as in Song et al. 2021, written in sigma). The variables are explained in `samplers/__init__.py`."""
 
 from .random import randn_like
-from .schedule import to_x, to_y
+from .schedule import Schedule, to_x, to_y
+
+
+def timesteps(schedule: Schedule, steps: int) -> list[int | float]:
+    """The timesteps of a run, most noise first; fractional where the model's spacing is linspace."""
+    return schedule.timesteps(steps, fractional=True)
 
 
 def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents: along the tangent from each level to the next."""
-    timesteps = schedule.timesteps(steps, fractional=True)[start:]
-    sigmas = schedule.sigmas(timesteps, final)
-    x = schedule.begin(init, x, timesteps[0])
-    for i, t in enumerate(timesteps):
+    visited = timesteps(schedule, steps)[start:]
+    sigmas = schedule.sigmas(visited, final)
+    x = schedule.begin(init, x, visited[0])
+    for i, t in enumerate(visited):
         if refine is not None:
             x = refine(i, t, x)
         y = to_y(x, sigmas[i]) + (sigmas[i + 1] - sigmas[i]) * predict(x, t)
@@ -22,10 +27,10 @@ def sample_ancestral(
     predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None
 ):
     """As `sample`, but each step goes further down and climbs back with fresh noise from `generator`, one an image."""
-    timesteps = schedule.timesteps(steps, fractional=True)[start:]
-    sigmas = schedule.sigmas(timesteps, final)
-    x = schedule.begin(init, x, timesteps[0])
-    for i, t in enumerate(timesteps):
+    visited = timesteps(schedule, steps)[start:]
+    sigmas = schedule.sigmas(visited, final)
+    x = schedule.begin(init, x, visited[0])
+    for i, t in enumerate(visited):
         s, s_next = sigmas[i], sigmas[i + 1]
         up = (s_next**2 * (s**2 - s_next**2) / s**2) ** 0.5  # the posterior's standard deviation
         down = (s_next**2 - up**2) ** 0.5

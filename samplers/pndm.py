@@ -2,18 +2,24 @@
 from the Adams-Bashforth formula over the last four predictions. What Stable Diffusion 1.x was published with."""
 
 from .ddim import step
+from .schedule import Schedule
+
+
+def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[int]:
+    """The timesteps of a run, most noise first, its second one twice: steps + 1 of them, for steps > 1."""
+    grid = schedule.timesteps(steps)[start:]
+    return grid[:1] + grid[1:2] + grid[1:]
 
 
 def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents. Yields steps + 1 times: the second timestep is visited twice, first to complete
     the first step as the mean of its two ends. (That second visit starts anew from where the first began, so what
     `refine` does there acts on its prediction alone, as in the published program.)"""
-    grid = schedule.timesteps(steps)[start:]
-    timesteps = grid[:1] + grid[1:2] + grid[1:]
+    visited = timesteps(schedule, steps, start)
     stride = schedule.config.num_train_timesteps // steps
-    x = schedule.begin(init, x, grid[0])
+    x = schedule.begin(init, x, visited[0])
     begin, past = x, []
-    for i, t in enumerate(timesteps):
+    for i, t in enumerate(visited):
         if refine is not None:
             x = refine(i, t, x)
         if i == 0:

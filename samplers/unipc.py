@@ -6,20 +6,25 @@ made at the end of a step, needed for the next one anyway, first corrects that s
 
 import math
 
-from .schedule import to_x, to_y
+from .schedule import Schedule, to_x, to_y
+
+
+def timesteps(schedule: Schedule, steps: int) -> list[int]:
+    """The timesteps of a run, most noise first."""
+    return schedule.solver_timesteps(steps)
 
 
 def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
     """Unit noise x (B,4,h,w) -> latents. First order at the first step and the last."""
-    timesteps = schedule.solver_timesteps(steps)[start:]
-    sigmas = schedule.sigmas(timesteps, final)
-    x = schedule.begin(init, x, timesteps[0])
+    visited = timesteps(schedule, steps)[start:]
+    sigmas = schedule.sigmas(visited, final)
+    x = schedule.begin(init, x, visited[0])
     y_last, clean, before = (
         None,
         None,
         None,
     )  # where the last step began, the clean pictures predicted there and earlier
-    for i, t in enumerate(timesteps):
+    for i, t in enumerate(visited):
         s, s_next = sigmas[i], sigmas[i + 1]
         y_refined = 0
         if refine is not None:
@@ -41,7 +46,7 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
                 d = clean + a * (before - clean) / r + b * (now - clean)
             y = ratio * y_last + (1 - ratio) * d + y_refined
         d = now
-        if 0 < i < len(timesteps) - 1:
+        if 0 < i < len(visited) - 1:
             r = math.log(sigmas[i - 1] / s) / -math.log(s / s_next)
             d = now + 0.5 * (clean - now) / r
         ratio = s_next / s

@@ -180,7 +180,9 @@ def test_objects_lie_on_their_outlines_in_crops_too(shapes):
 def test_flex_with_whole_boxes_is_fixed(sd, net):
     lay = sized(made(ALL, ALL))
     for g in (1.0, 4.0):
-        make = partial(control.predictor, sd, lay, net, PICTURES, SCALES, crop_until=0, guidance_scale=g)
+        make = partial(
+            collage_control.predictor, sd, lay, net, PICTURES, SCALES, crop_until=0, guidance_scale=g
+        )
         assert relative(make(crop_margin=0)(X, 401), make()(X, 401)) < 1e-10
 
 

@@ -183,7 +183,7 @@ def test_overflow_is_never_a_black_picture(small, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"height": 100}, "multiples of 8"),
+        ({"height": 100}, "multiple of 8"),
         ({"steps": 0}, "from 1 to 1000"),
         ({"steps": 2000}, "from 1 to 1000"),
         ({"sampler": "magic"}, "no sampler is called 'magic'"),

@@ -11,6 +11,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from PIL import Image
 from test_samplers import SD
 
+from minsd import guidance
 from minsd.config import ModelConfig, ScheduleConfig, UNetConfig
 from minsd.noise import stability
 from minsd.noise.initial import noise
@@ -228,11 +229,11 @@ def test_progress_names_the_best_so_far(sd, monkeypatch):
         ({"sampler": "ddpm"}, "no sampler"),
         ({"steps": 0}, "steps"),
         ({"guidance_scale": math.nan}, "guidance"),
-        ({"height": 60}, "multiples of 8"),
+        ({"height": 60}, "multiple of 8"),
     ],
 )
 def test_refusals_come_before_any_network_runs(sd, wrong, says):
-    with stability.counted(sd.unet) as rows:
+    with guidance.counted(sd.unet) as rows:
         for call in (stability.score, stability.select):
             with pytest.raises(ValueError, match=says):
                 call(sd, PROMPTS[0], [0, 1], **wrong)
@@ -379,7 +380,7 @@ def test_a_picture_is_inverted_and_made_again(shapes):
     assert stability.psnr(picture, picture) == math.inf
     for wrong, says in (
         ({"iterations": -1}, "iterations"),
-        ({"height": 100}, "multiples of 8"),
+        ({"height": 100}, "multiple of 8"),
         ({"steps": 0}, "steps"),
     ):
         with pytest.raises(ValueError, match=says):

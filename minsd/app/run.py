@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from minsd.noise import arrange, collage, losses
 from minsd.noise.initial import read_noise, save_noise
 from minsd.noise.layout import Layout
 from minsd.pipeline import StableDiffusion, first_step
-from minsd.samplers import SAMPLERS
+from minsd.samplers import timesteps
 
 # --- what is to be done ----------------------------------------------------------------------------------------------
 
@@ -114,12 +114,12 @@ def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) 
             "strength": 0.8 if line.strength is None else line.strength,
         }
     left_out = first_step(settings["steps"], settings.get("strength", 1.0))
-    check_steps(settings["sampler"], settings["steps"], sd.schedule)
+    visited = timesteps(
+        settings["sampler"], sd.schedule, settings["steps"], start=left_out, karras=settings["karras"]
+    )
     if line.crop_margin is not None:
         settings["crop_margin"] = line.crop_margin
-        if not line.regions.regions or all(
-            t < collage.CROP_UNTIL for t in sd.schedule.timesteps(settings["steps"])[left_out:]
-        ):
+        if not line.regions.regions or all(t < collage.CROP_UNTIL for t in visited):
             tell(
                 f"{line.where}crop_margin changes nothing here: it is for a layout's regions, and for timesteps from {collage.CROP_UNTIL}"
             )
@@ -137,16 +137,6 @@ def jobs_of(sd: StableDiffusion, line, once: dict, tell: Callable[[str], None]) 
         | {"seed": seed}
         for k, seed in enumerate(seeds)
     ]
-
-
-@cache
-def check_steps(sampler: str, steps: int, schedule) -> None:
-    """ValueError where a sampler does not take so many steps: it is tried on nothing."""
-    next(
-        SAMPLERS[sampler](
-            lambda x, t: x, torch.zeros(1, 1, 1, 1), schedule, steps, generator=[torch.Generator()]
-        )
-    )
 
 
 def layout_json(layout: Layout) -> dict:
