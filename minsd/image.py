@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
+from minsd.config import SAMPLER_NAMES
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -39,23 +41,11 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
 
 
-SAMPLERS_ELSEWHERE = {  # what other tools call them
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-
-
 def parameters(settings: dict) -> str:
     """Settings in the text form that other Stable Diffusion tools write and read."""
     pairs = {
         "Steps": settings["steps"],
-        "Sampler": SAMPLERS_ELSEWHERE[settings["sampler"]] + " Karras" * bool(settings.get("karras")),
+        "Sampler": SAMPLER_NAMES[settings["sampler"]] + " Karras" * bool(settings.get("karras")),
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",

@@ -434,3 +434,29 @@ def _caption(folder: Path) -> str:
     if not isinstance(caption, str):
         raise ValueError(f"{path} must hold one JSON string, the caption, not {json.dumps(caption)[:40]}")
     return caption
+
+
+SizedLayout = Layout
+
+
+def layout_json(layout: Layout) -> dict:
+    """What a layout.json with this in it would hold; file names are absolute."""
+    regions = []
+    for r in layout.regions:
+        place = {"box": list(r.box)} if r.box is not None else {"mask": str(r.mask.resolve())}
+        more = {"negative_prompt": r.negative_prompt, "weight": r.weight}
+        more["control_scale"] = 1.0 if r.control_scale is None else r.control_scale
+        more["lora"] = [f"{path.resolve()}:{scale}" for path, scale in r.lora]
+        if r.control_image is not None:
+            more["control_image"] = str(r.control_image.resolve())
+        regions.append({"prompt": r.prompt, **place, **more})
+    return {
+        "prompt": layout.prompt,
+        "negative_prompt": layout.negative_prompt,
+        "width": layout.width,
+        "height": layout.height,
+        "regions": regions,
+    }
+
+
+Layout.to_json = lambda self: layout_json(self)
