@@ -128,9 +128,9 @@ def read_settings(path: Path) -> dict:
             text = getattr(picture, "text", {})
             settings = json.loads(text["minsd"])
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture {path}") from None
+        raise FileNotFoundError(f"there is no image {path}") from None
     except (OSError, SyntaxError):
-        raise ValueError(f"{path} is not a picture that can be read") from None
+        raise ValueError(f"{path} is not an image that can be read") from None
     except (KeyError, ValueError):
         raise ValueError(
             f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote"
