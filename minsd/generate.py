@@ -1,8 +1,8 @@
 """The command line: python -m minsd.generate "a red circle and a blue square"
 
-`main` parses the options (minsd/app/options.py), checks them (requests.py), loads the model (session.py), plans one job per
-image (jobs.py) and runs them (run.py). Errors become one line and an exit code. Heavy imports wait until the options are
-known to be good, so that --help and most errors answer at once.
+`main` parses the options (minsd/app/options.py), checks them (requests.py), loads the model (session.py),
+plans one job per image (jobs.py) and runs them (run.py). Errors become one line and an exit code. Heavy
+imports wait until the options are known to be good, so that --help and most errors answer at once.
 """
 
 import errno
@@ -21,8 +21,11 @@ from minsd.app.requests import Command, Request
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 for the user's mistakes, 130 interrupted, 1 for all else."""
-    # OpenMP's threads spin while they wait, which takes the processor from other work. Read when torch is imported.
+    """Run the command line and return its exit code: 0 done, 2 for the user's mistakes, 130 interrupted, 1
+    for all else.
+    """
+    # OpenMP's threads spin while they wait, which takes the processor from other work. Read when torch is
+    # imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     argv = sys.argv[1:] if argv is None else argv
     tally = Tally()
@@ -75,7 +78,7 @@ def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
 
 
 def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..., None]) -> None:
-    """Draw the layouts themselves to DIR/extra, on the size that the images would have. No model is loaded."""
+    """Draw the layouts themselves to DIR/extra, at the size of the images to come. No model is loaded."""
     from minsd.image import save
     from minsd.noise.layout import preview
 
@@ -92,7 +95,9 @@ def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..
 
 
 def model_size(model: str) -> int:
-    """The default side of a model's images (pixels), without loading it: 512 for a single file, whose name does not tell."""
+    """The default side of a model's images (pixels), without loading it: 512 for a single file, whose name
+    does not tell.
+    """
     from minsd.config import MODELS
 
     if model in MODELS:
@@ -135,7 +140,9 @@ def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
 
 
 def script() -> int:
-    """`main` as a program of its own: torchrun, Slurm and timeout end a run by SIGTERM, which then stops as Ctrl-C does."""
+    """`main` as a program of its own: torchrun, Slurm and timeout end a run by SIGTERM, which then stops as
+    Ctrl-C does.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return main()
 

@@ -1,12 +1,13 @@
-"""Pictures in and out: PIL <-> tensors, PNG files with their settings inside, contact sheets."""
+"""Images in and out: PIL <-> tensors, PNG files with settings as metadata, contact sheets."""
 
 import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -21,27 +22,25 @@ except ImportError:  # Windows
 
 
 def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of one size -> (B,3,H,W) float32 in -1..1."""
+    """Images of one size -> (B,3,H,W) float32 in -1..1. ValueError where sizes differ."""
     if len({p.size for p in pictures}) != 1:
-        raise ValueError(
-            f"pictures of one batch must have one size, not {sorted({p.size for p in pictures})}"
-        )
+        raise ValueError(f"images of one batch must have one size, not {sorted({p.size for p in pictures})}")
     pixels = np.stack([np.asarray(p.convert("RGB")) for p in pictures])  # (B, H, W, 3)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def from_tensor(x: torch.Tensor) -> list[Image.Image]:
-    """(B,3,H,W) about -1..1 -> pictures; values beyond are clipped."""
+    """(B,3,H,W) in about -1..1 -> images; values outside are clipped."""
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of a picture in the proportions of width x height, scaled to them (pixels)."""
+    """An image cropped about its centre to the proportions of width x height, and scaled to them (pixels)."""
     return ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
 
 
-def parameters(settings: dict) -> str:
+def parameters(settings: dict[str, Any]) -> str:
     """Settings in the text form that other Stable Diffusion tools write and read."""
     pairs = {
         "Steps": settings["steps"],
@@ -58,9 +57,11 @@ def parameters(settings: dict) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """The folder is this process's alone while the block runs, among minsd's processes and where the system can lock.
-    Yields the lock's own file, open to read and write: it holds the name of the last picture placed."""
+def locked(folder: Path) -> Iterator[TextIO]:
+    """Hold an exclusive lock on the folder among minsd processes; a no-op where the system cannot lock.
+
+    Yields the lock's file, open for reading and writing. It holds the name of the last image saved.
+    """
     with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # a network file system without locks
@@ -69,13 +70,15 @@ def locked(folder: Path):
 
 
 @contextlib.contextmanager
-def _temporary(picture: Image.Image, folder: Path, info=None):
-    """A path beside its place with the picture in it, to be renamed within the block: whole or not at all."""
+def _temporary(
+    picture: Image.Image, folder: Path, info: PngImagePlugin.PngInfo | None = None
+) -> Iterator[str]:
+    """Write a PNG to a temporary file. The block renames it; an error in the block deletes it."""
     handle, path = tempfile.mkstemp(suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             picture.save(file, format="PNG", pnginfo=info)
-        os.chmod(path, 0o644)  # mkstemp makes it its owner's alone
+        os.chmod(path, 0o644)  # mkstemp gives access to its owner alone
         yield path
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -84,31 +87,32 @@ def _temporary(picture: Image.Image, folder: Path, info=None):
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all; its folder is made."""
+    """Write a PNG, whole or not at all. Its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(picture, path.parent) as temporary:
         os.replace(temporary, path)
 
 
-def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
-    """Write `NNNNN-SEED.png` with its settings; NNNNN goes on from the highest there. Whole or not at all.
+def save_numbered(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Path:
+    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at all.
 
-    A folder may hold very many, so it is listed only where the lock's file does not name a picture that is still there."""
+    The folder may be very full. It is listed only where the lock's file names no image that still exists.
+    """
     info = PngImagePlugin.PngInfo()
     info.add_itxt("minsd", json.dumps(settings, ensure_ascii=False))
     info.add_itxt("parameters", parameters(settings))
     with _temporary(picture, folder, info) as temporary, locked(folder) as last:
-        if not NUMBERED.match(name := last.read()) or not (folder / name).exists():
+        name = last.read()
+        if not NUMBERED.match(name) or not (folder / name).exists():
             name = max(filter(NUMBERED.match, os.listdir(folder)), key=number, default="-1-")
         path = folder / f"{number(name) + 1:05d}-{settings['seed']}.png"
-        while path.exists():  # two processes that could not lock
+        while path.exists():  # where two processes could not lock
             path = folder / f"{number(path.name) + 1:05d}-{settings['seed']}.png"
-        (
-            last.seek(0),
-            last.write(path.name),
-            last.truncate(),
-            last.flush(),
-        )  # killed now: it names what is not there
+        # A kill after this leaves a lock file that names a missing image: the next run lists the folder.
+        last.seek(0)
+        last.write(path.name)
+        last.truncate()
+        last.flush()
         os.replace(temporary, path)
     return path
 
@@ -117,12 +121,12 @@ NUMBERED = re.compile(r"\d+-\d+\.png$")
 
 
 def number(name: str) -> int:
-    """The NNNNN of a picture's file name."""
+    """The NNNNN of an image's file name."""
     return int(name.rpartition("-")[0])
 
 
-def read_settings(path: Path) -> dict:
-    """The settings inside a picture that minsd wrote. ValueError when there are none."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of an image that minsd wrote, from its metadata. ValueError where there are none."""
     try:
         with Image.open(path) as picture:
             text = getattr(picture, "text", {})
@@ -132,9 +136,7 @@ def read_settings(path: Path) -> dict:
     except (OSError, SyntaxError):
         raise ValueError(f"{path} is not an image that can be read") from None
     except (KeyError, ValueError):
-        raise ValueError(
-            f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote"
-        ) from None
+        settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote")
     return settings
@@ -143,14 +145,15 @@ def read_settings(path: Path) -> dict:
 def contact_sheet(
     pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Pictures of one size in rows, each with a line of caption below it."""
+    """Images of one size in rows, with a line of caption below each."""
     w, h = pictures[0].size
     line = 14 if captions else 0
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (w + 4), rows * (h + line + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
-        x, y = (i % columns) * (w + 4) + 2, (i // columns) * (h + line + 4) + 2
+        x = (i % columns) * (w + 4) + 2
+        y = (i // columns) * (h + line + 4) + 2
         sheet.paste(picture, (x, y))
         if captions:
             draw.text((x, y + h + 1), captions[i], fill="black")

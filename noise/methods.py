@@ -1,7 +1,8 @@
 """The table of noise methods: name -> how the initial noise of a batch is found.
 
-A method is a function `(sd, batch, say) -> Found`. It takes a `Batch`, images that differ in prompt, subjects and seed
-alone, and returns their unit noise. To add one, write it in a file of its own, wrap it here, and add its row to `METHODS`.
+A method is a function `(sd, batch, say) -> Found`. It takes a `Batch`, images that differ in prompt,
+subjects and seed alone, and returns their unit noise. To add one, write it in a file of its own, wrap it
+here, and add its row to `METHODS`.
 """
 
 import warnings
@@ -137,7 +138,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-# --- what they share -------------------------------------------------------------------------------------------------
+# --- what they share --------------------------------------------------------------------------------------
 
 
 def _each(batch: Batch) -> list[dict]:
@@ -154,8 +155,9 @@ def _best_by_attention(
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """The best of each image's candidates, and what to record.
 
-    With a layout's regions, by how well each caption attends to its region (a score, higher is better); without, by the
-    attention to the subjects (a loss, lower is better). One early-stopped UNet evaluation per candidate (and region).
+    With a layout's regions, by how well each caption attends to its region (a score, higher is better);
+    without, by the attention to the subjects (a loss, lower is better). One early-stopped UNet evaluation
+    per candidate (and region).
     """
     chosen = []
     notes = []

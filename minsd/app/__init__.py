@@ -1,4 +1,6 @@
-"""The program behind `python -m minsd.generate`: options, requests, jobs, runs. The model itself is minsd/pipeline.py."""
+"""The program behind `python -m minsd.generate`: options, requests, jobs, runs. The model itself is
+minsd/pipeline.py.
+"""
 
 from dataclasses import dataclass
 

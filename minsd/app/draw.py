@@ -1,6 +1,7 @@
 """Draw one batch of jobs: find the initial noise, build the predictor, sample, decode.
 
-The jobs of a batch (minsd/app/run.py groups them) differ in prompt, seed and subjects alone. All else is read from the first.
+The jobs of a batch (minsd/app/run.py groups them) differ in prompt, seed and subjects alone. All else is
+read from the first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from minsd.pipeline import StableDiffusion
 from minsd.samplers import timesteps
 from minsd.weights import lora
 
-Progress = Callable[[int, int | float], None]
+Progress = Callable[[int, int | float], object]
 
 
 @dataclass
@@ -38,7 +39,9 @@ class Drawn:
 
 
 def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """Draw one batch. `progress(i, t)` is called after every sampling step, `say(message)` while noise is sought."""
+    """Draw one batch. `progress(i, t)` is called after every sampling step, `say(message)` while noise is
+    sought.
+    """
     with controlled(session, jobs[0]):
         return (
             invert(session.sd, jobs[0])
@@ -152,7 +155,9 @@ def controlled(session: Session, job: Job) -> Iterator[None]:
 
 @contextmanager
 def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) -> Iterator[Predictor]:
-    """The noise predictor of a batch: of its prompts, or of its layout with its regions' adapters and control images."""
+    """The noise predictor of a batch: of its prompts, or of its layout with its regions' adapters and
+    control images.
+    """
     sd = session.sd
     scale = job.sampling.guidance_scale
     if job.layout is None:

@@ -1,7 +1,7 @@
 """Jobs: one image each, every setting resolved to its last default.
 
-`plan` makes the jobs of all requests. `Job.settings()` is the only maker of the keys in an image's metadata and in
-runs.jsonl; `Job.identity()` tells whether an image is done already.
+`plan` makes the jobs of all requests. `Job.settings()` is the only maker of the keys in an image's metadata
+and in runs.jsonl; `Job.identity()` tells whether an image is done already.
 """
 
 import json
@@ -142,7 +142,7 @@ def identity(settings: Mapping[str, Any]) -> str:
     return json.dumps([candidates, seed, *(settings.get(key) for key in IDENTITY if key != "seed")])
 
 
-# --- from requests to jobs -------------------------------------------------------------------------------------------
+# --- from requests to jobs --------------------------------------------------------------------------------
 
 
 def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> tuple[list[Job], list[str]]:
@@ -207,8 +207,8 @@ def jobs_of(sd: StableDiffusion, request: Request, model: ModelSettings, notes: 
     if request.crop_margin is not None and layout is not None:
         if not layout.regions or all(t < collage.CROP_UNTIL for t in visited):
             notes.append(
-                f"{request.where}crop_margin changes nothing here: it is for a layout's regions, and for timesteps "
-                f"from {collage.CROP_UNTIL}"
+                f"{request.where}crop_margin changes nothing here: it is for a layout's regions, "
+                f"and for timesteps from {collage.CROP_UNTIL}"
             )
     if request.noise is None:
         return [replace(job, seed=seed) for seed in request.seeds]
@@ -240,10 +240,14 @@ def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
 
 
 def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[str | int]:
-    """The subjects of a request, found in its prompt where it names none. ValueError for one that the prompt lacks."""
-    subjects: list[str | int] = (
-        [*losses.automatic_subjects(request.prompt)] if request.subjects is None else request.subjects
-    )
+    """The subjects of a request, found in its prompt where it names none. ValueError for one that the
+    prompt lacks.
+    """
+    subjects: list[str | int] = []
+    if request.subjects is None:
+        subjects += losses.automatic_subjects(request.prompt)
+    else:
+        subjects += request.subjects
     losses.resolve(sd.text, request.prompt, subjects)
     if request.subjects is None:
         notes.append(f"subjects: {', '.join(map(str, subjects))}")

@@ -1,8 +1,8 @@
 """Every option of the command line, in one table.
 
-The parser, the keys of a prompts file, the settings that `--like` reads from an image, the settings that identify an image
-for `--resume`, and the range checks all come from `OPTIONS`. To add an option, add a row here and read it in
-minsd/app/requests.py. Nothing heavy is imported, so that `--help` answers at once.
+The parser, the keys of a prompts file, the settings that `--like` reads from an image, the settings that
+identify an image for `--resume`, and the range checks all come from `OPTIONS`. To add an option, add a row
+here and read it in minsd/app/requests.py. Nothing heavy is imported, so that `--help` answers at once.
 """
 
 import argparse
@@ -46,7 +46,8 @@ class Option:
     # --like takes it from an image: always, only where the image's noise method is taken over too, or never.
     like: bool = False
     like_method: bool = False
-    # The settings that carry it in an image's identity, separated by spaces; or, without any, why it changes no pixel.
+    # The settings that carry it in an image's identity, separated by spaces; or, without any, why it
+    # changes no pixel.
     identity: str = ""
     harmless: str = ""
 
@@ -89,18 +90,19 @@ class Option:
             )
 
     def from_json(self, value: Any) -> Any:
-        """The value that a prompts file gives, as the command line would have it. ValueError for another type."""
+        """A prompts file's value as the command line would have it. ValueError for another type."""
         if isinstance(value, list) and self.kind is str:
-            value = ",".join(map(str, value))
+            return ",".join(map(str, value))
         taken = {bool: (bool,), float: (float, int), int: (int,)}.get(self.kind, (str,))
         if not isinstance(value, taken) or (isinstance(value, bool) and self.kind is not bool):
             kinds = {bool: "true or false", float: "a number", int: "a whole number"}
             raise ValueError(f"{self.name!r} must be {kinds.get(self.kind, 'text')}, not {json.dumps(value)}")
         if self.choices and value not in self.choices:
             raise ValueError(f"{self.name!r} must be one of {', '.join(self.choices)}, not {value!r}")
-        with suppress(OverflowError):  # a huge whole number: the range check refuses it
-            value = self.kind(value) if self.kind in (float, Path) else value
-        return value
+        if self.kind is float:
+            with suppress(OverflowError):  # a huge whole number stays one: the range check refuses it
+                return float(value)
+        return Path(value) if self.kind is Path else value
 
 
 def _text(bound: float) -> str:
@@ -149,7 +151,8 @@ def check_ranges(given: Given) -> None:
 _ROWS = (
     # --- the image
     Option("prompt", IMAGE, str, "PROMPT", 'what to draw; may be empty ("")', like=True, identity="prompt"),
-    Option("negative_prompt", IMAGE, str, "TEXT", "what to steer away from", like=True, identity="negative_prompt"),
+    Option("negative_prompt", IMAGE, str, "TEXT",
+           "what to steer away from", like=True, identity="negative_prompt"),
     Option("seed", IMAGE, int, "N", "seed of the first image (default: a random one, printed)",
            least=0, most=2**63 - 1, like=True, identity="seed"),
     Option("seeds", IMAGE, str, "LIST", "one image per seed, such as 0-9,12", identity="seed"),
@@ -161,22 +164,29 @@ _ROWS = (
            least=-1000, most=1000, like=True, identity="guidance_scale"),
     Option("sampler", IMAGE, str, None, "default: the model's, mostly ddim",
            choices=tuple(SAMPLER_NAMES), like=True, identity="sampler"),
-    Option("karras", IMAGE, bool, None, "Karras noise levels, closer together where there is little noise (dpmpp_2m)",
+    Option("karras", IMAGE, bool, None,
+           "Karras noise levels, closer together where there is little noise (dpmpp_2m)",
            like=True, identity="karras"),
-    Option("height", IMAGE, int, "H", "pixels, a multiple of 8 (default: the model's)", like=True, identity="height"),
-    Option("width", IMAGE, int, "W", "pixels, a multiple of 8 (default: the model's)", like=True, identity="width"),
-    Option("init_image", IMAGE, Path, "FILE", "image to image: begin from this image, cropped and scaled to the size",
+    Option("height", IMAGE, int, "H",
+           "pixels, a multiple of 8 (default: the model's)", like=True, identity="height"),
+    Option("width", IMAGE, int, "W",
+           "pixels, a multiple of 8 (default: the model's)", like=True, identity="width"),
+    Option("init_image", IMAGE, Path, "FILE",
+           "image to image: begin from this image, cropped and scaled to the size",
            like=True, identity="init_image"),
-    Option("strength", IMAGE, float, "S", f"fraction of the steps to run from --init-image, 0 to 1 (default: {STRENGTH})",
+    Option("strength", IMAGE, float, "S",
+           f"fraction of the steps to run from --init-image, 0 to 1 (default: {STRENGTH})",
            least=0, most=1, like=True, identity="strength"),
     Option("noise", IMAGE, Path, "FILE", "initial noise from a file that --save-noise wrote",
            identity="noise_file noise_index"),
-    Option("layout", IMAGE, Path, "FILE|DIR", "captions for regions of the image: a layout.json, or a NoiseCollage folder",
+    Option("layout", IMAGE, Path, "FILE|DIR",
+           "captions for regions of the image: a layout.json, or a NoiseCollage folder",
            like=True, identity="layout"),
     Option("crop_margin", IMAGE, float, "FRACTION",
-           "early steps: show each region only its box plus a margin of this fraction of the box (try 0.25)",
+           "early steps: show each region only its box plus a margin of this fraction of it (try 0.25)",
            least=0, most=1000, like=True, identity="crop_margin"),
-    Option("control_image", IMAGE, Path, "FILE", "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
+    Option("control_image", IMAGE, Path, "FILE",
+           "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
            like=True, identity="control_image"),
     Option("control_scale", IMAGE, float, "S", "weight of the ControlNet (default: 1)",
            least=-100, most=100, like=True, identity="control_scale"),
@@ -184,17 +194,21 @@ _ROWS = (
     Option("init_noise", NOISE, str, None,
            "optimise it by attention maps (initno), or select or optimise it by inversion stability",
            choices=METHODS, like_method=True, identity="init_noise"),
-    Option("candidates", NOISE, int, "K", "select: keep the best of K seeds, counted from --seed (default: 100)",
+    Option("candidates", NOISE, int, "K",
+           "select: keep the best of K seeds, counted from --seed (default: 100)",
            least=1, most=100_000, identity="candidates"),
     Option("score", NOISE, str, None, "select: what the candidates are ranked by (default: stability)",
            choices=("stability", "attention"), like_method=True, identity="score"),
     Option("optimize_steps", NOISE, int, "N", "optimize: gradient steps (default: 100)",
            least=0, most=100_000, like_method=True, identity="optimize_steps"),
-    Option("optimize_mode", NOISE, str, None, "optimize: differentiate the inversion too, or not (default: full)",
+    Option("optimize_mode", NOISE, str, None,
+           "optimize: differentiate the inversion too, or not (default: full)",
            choices=("full", "detach"), like_method=True, identity="optimize_mode"),
-    Option("subjects", NOISE, str, "WORDS", 'what must not be neglected, such as "cat, rabbit" (default: found in the prompt)',
+    Option("subjects", NOISE, str, "WORDS",
+           'what must not be neglected, such as "cat, rabbit" (default: found in the prompt)',
            identity="subjects"),
-    Option("token_indices", NOISE, str, "LIST", "the same by token position, such as 2,5 (see --list-tokens)",
+    Option("token_indices", NOISE, str, "LIST",
+           "the same by token position, such as 2,5 (see --list-tokens)",
            identity="subjects"),
     Option("excite", NOISE, bool, None,
            "move the latents towards the subjects while denoising (on for initno; --no-excite turns it off)",
@@ -208,48 +222,58 @@ _ROWS = (
            like=True, identity="tokenizer"),
     Option("prediction_type", MODEL, str, None, "what the network predicts, where its files do not say",
            choices=("epsilon", "v_prediction"), like=True, identity="prediction_type"),
-    Option("controlnet", MODEL, Path, "DIR|FILE", "a ControlNet for --control-image, or for the control images of --layout",
+    Option("controlnet", MODEL, Path, "DIR|FILE",
+           "a ControlNet for --control-image, or for the control images of --layout",
            like=True, identity="controlnet"),
-    Option("lora", MODEL, str, "FILE[:SCALE]", "an adapter, merged into the weights; may be given several times",
+    Option("lora", MODEL, str, "FILE[:SCALE]",
+           "an adapter, merged into the weights; may be given several times",
            repeated=True, like=True, identity="lora"),
-    Option("device", MODEL, str, None, "default: cuda where there is one", choices=("cpu", "cuda", "mps"), like=True,
+    Option("device", MODEL, str, None,
+           "default: cuda where there is one", choices=("cpu", "cuda", "mps"), like=True,
            harmless="changes rounding alone"),
     Option("dtype", MODEL, str, None, "default: float16 on cuda, else float32",
            choices=("float32", "float16", "bfloat16"), like=True, identity="dtype"),
     Option("attention", MODEL, str, None, "attention backend (default: auto)",
            choices=("auto", "triton", "sdpa", "reference"), like=True, harmless="changes rounding alone"),
-    Option("compile", MODEL, bool, None, "torch.compile the UNet: minutes at first, faster steps after", default=False,
+    Option("compile", MODEL, bool, None,
+           "torch.compile the UNet: minutes at first, faster steps after", default=False,
            harmless="changes rounding alone"),
     # --- the run
-    Option("prompts", RUN, Path, "FILE", "one prompt per line (.txt), or one object of options per line (.jsonl)",
+    Option("prompts", RUN, Path, "FILE",
+           "one prompt per line (.txt), or one object of options per line (.jsonl)",
            harmless="its lines are recorded one by one"),
     Option("resume", RUN, bool, None, "skip the images that --out holds already", default=False,
            harmless="says which images to draw"),
     Option("out", RUN, Path, "DIR", "where images go (default: outputs)", default=Path("outputs"),
            harmless="says where files go"),
-    Option("save_noise", RUN, Path, "FILE", "write the initial noise (safetensors)", harmless="writes one more file"),
+    Option("save_noise", RUN, Path, "FILE",
+           "write the initial noise (safetensors)", harmless="writes one more file"),
     Option("invert", RUN, Path, "FILE", "find the noise that draws this image, save it, and draw from it",
            like=True, identity="invert"),
-    Option("layout_preview", RUN, bool, None, "draw the --layout itself to DIR/extra, and stop", default=False,
+    Option("layout_preview", RUN, bool, None,
+           "draw the --layout itself to DIR/extra, and stop", default=False,
            harmless="draws no image"),
     Option("attention_maps", RUN, bool, None,
            "save a sheet per image of where the words of its subjects attended, in DIR/extra", default=False,
            harmless="writes one more file"),
     Option("like", RUN, Path, "PNG", "make this image again; other options override its settings",
            harmless="the settings it supplies are recorded one by one"),
-    Option("list_tokens", RUN, bool, None, "print the prompt's tokens and their positions, and stop", default=False,
+    Option("list_tokens", RUN, bool, None,
+           "print the prompt's tokens and their positions, and stop", default=False,
            harmless="draws no image"),
-    Option("quiet", RUN, bool, None, "no progress, no notes", default=False, harmless="concerns messages alone"),
+    Option("quiet", RUN, bool, None,
+           "no progress, no notes", default=False, harmless="concerns messages alone"),
     Option("json", RUN, bool, None, "print one JSON object per image on standard output", default=False,
            harmless="concerns messages alone"),
-    Option("debug", RUN, bool, None, "tracebacks for errors", default=False, harmless="concerns messages alone"),
+    Option("debug", RUN, bool, None,
+           "tracebacks for errors", default=False, harmless="concerns messages alone"),
 )
 # fmt: on
 
 OPTIONS: dict[str, Option] = {row.name: row for row in _ROWS}
 PER_LINE = tuple(name for name, option in OPTIONS.items() if option.per_line)
-# The settings that identify an image, each once. A selection is identified by its first seed and its number of candidates,
-# which app/jobs.py adds in front.
+# The settings that identify an image, each once. A selection is identified by its first seed and its number
+# of candidates, which app/jobs.py adds in front.
 IDENTITY = tuple(
     dict.fromkeys(
         key for option in OPTIONS.values() for key in option.identity.split() if key != "candidates"

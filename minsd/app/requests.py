@@ -1,7 +1,9 @@
-"""From options to typed requests: everything that can be found wrong before a model is loaded is reported here, in one line.
+"""From options to typed requests: everything that can be found wrong before a model is loaded is reported
+here, in one line.
 
-`read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a prompts file into it, and
-returns a `Command`, what holds for the whole run, and a `Request` per prompt. Nothing heavy is imported until a file needs it.
+`read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a prompts
+file into it, and returns a `Command`, what holds for the whole run, and a `Request` per prompt. Nothing
+heavy is imported until a file needs it.
 """
 
 import os
@@ -99,7 +101,9 @@ class Request:
 
 
 def read(given: Given) -> tuple[Command, list[Request]]:
-    """The run and its prompts. ValueError or FileNotFoundError for what can be known wrong before a model is loaded."""
+    """The run and its prompts. ValueError or FileNotFoundError for what can be known wrong before a model
+    is loaded.
+    """
     if given["like"] is not None:
         if given["prompts"] is not None:
             raise ValueError("--like is for one image: leave out --prompts")
@@ -110,7 +114,7 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     unseeded = any(line["seed"] is None and line["seeds"] is None for _, line in lines)
     if given["resume"] and unseeded:
         raise ValueError(
-            "--resume needs --seed or --seeds: without, every run draws new random seeds and finds nothing done"
+            "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if given["save_noise"] is not None:
@@ -152,7 +156,7 @@ def _lines(given: Given) -> list[tuple[str, Given]]:
     return [("", given)]
 
 
-# --- --like ----------------------------------------------------------------------------------------------------------
+# --- --like -----------------------------------------------------------------------------------------------
 
 
 def take_from_image(given: Given) -> Given:
@@ -189,7 +193,7 @@ def take_from_image(given: Given) -> Given:
     return given
 
 
-# --- one prompt ------------------------------------------------------------------------------------------------------
+# --- one prompt -------------------------------------------------------------------------------------------
 
 
 def request(given: Given, where: str, chance: int) -> Request:
@@ -202,7 +206,8 @@ def request(given: Given, where: str, chance: int) -> Request:
     wants = bool(method.name == "initno" or excite or given["attention_maps"] or method.score == "attention")
     if asked is not None and not wants:
         raise ValueError(
-            "--subjects and --token-indices are for --init-noise initno, --excite, --score attention or --attention-maps"
+            "--subjects and --token-indices are for --init-noise initno, --excite, --score attention "
+            "or --attention-maps"
         )
     layout = _layout(given)
     by_captions = (
@@ -265,7 +270,8 @@ def _method(given: Given) -> NoiseMethod:
         candidates = 100 if candidates is None else candidates
     elif score is not None and (name != "initno" or score != "attention"):
         raise ValueError(
-            "--score is for --init-noise select (or, as attention, for initno to begin from the best of --candidates)"
+            "--score is for --init-noise select (or, as attention, for initno to begin from the best of "
+            "--candidates)"
         )
     elif score is None and candidates is not None:
         raise ValueError("--candidates is for --init-noise select, or for initno with --score attention")
@@ -359,7 +365,8 @@ def _check_region_control(layout: "Layout", published: bool, net: Path | None, i
         if keys and net is None and not published:
             remove = f"remove the key{'s' * (len(keys) > 1)}"
             raise ValueError(
-                f"{layout.source}region {k} has a {' and a '.join(keys)}: give --controlnet FOLDER, or {remove}"
+                f"{layout.source}region {k} has a {' and a '.join(keys)}: "
+                f"give --controlnet FOLDER, or {remove}"
             )
         if "control_scale" in keys and not (region.control_image or image or layout.control_image):
             mend = "give it a control_image, give --control-image FILE for all regions, or remove the key"
@@ -403,7 +410,9 @@ def _init_image(given: Given) -> InitImage | None:
 
 
 def _seeds(given: Given, default: int, stride: int) -> list[int]:
-    """One seed per image. `stride`: how many candidates each image has, so that no seed is a candidate twice."""
+    """One seed per image. `stride`: how many candidates each image has, so that no seed is a candidate
+    twice.
+    """
     if given["seeds"] is not None:
         if given["seed"] is not None or given["num_images"] is not None:
             raise ValueError(
@@ -436,7 +445,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------
 
 
 def check_image(path: Path) -> None:
@@ -465,7 +474,9 @@ def _check_writable(given: Given) -> None:
 
 
 def _check_folder(flag: str, path: Path, folder: Path) -> None:
-    """Check that the folder, or the nearest parent that exists, can be written to. It is made only for the first image."""
+    """Check that the folder, or the nearest parent that exists, can be written to. It is made only for the
+    first image.
+    """
     try:
         while not folder.exists():
             folder = folder.parent

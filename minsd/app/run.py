@@ -1,8 +1,9 @@
 """Run jobs: batches, files, resuming, several processes.
 
-A row is appended to runs.jsonl once its image is in place, so that a row means an image. Under torchrun every process knows
-the full list of jobs and takes its share of it: processes never communicate or wait. Each writes rows to a file of its own
-and merges it into runs.jsonl at its end. minsd/app/draw.py draws a batch; this module decides which, and saves.
+A row is appended to runs.jsonl once its image is in place, so that a row means an image. Under torchrun
+every process knows the full list of jobs and takes its share of it: processes never communicate or wait.
+Each writes rows to a file of its own and merges it into runs.jsonl at its end. minsd/app/draw.py draws a
+batch; this module decides which, and saves.
 """
 
 import json
@@ -33,7 +34,7 @@ from minsd.pipeline import StableDiffusion
 Row = dict[str, Any]  # an image's settings, its file and how its run went
 
 
-# --- what is done ----------------------------------------------------------------------------------------------------
+# --- what is done -----------------------------------------------------------------------------------------
 
 
 def recorded(paths: Iterable[Path]) -> Iterator[Row]:
@@ -44,7 +45,8 @@ def recorded(paths: Iterable[Path]) -> Iterator[Row]:
             text = path.read_text(encoding="utf-8", errors="replace")
         for line in text.splitlines():
             with suppress(json.JSONDecodeError):
-                if isinstance(row := json.loads(line), dict) and isinstance(row.get("file"), str):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("file"), str):
                     yield row
 
 
@@ -58,7 +60,9 @@ def by_file(rows: Iterable[Row]) -> dict[str, Row]:
 
 
 def done(folder: Path, write: Callable[[Row], None]) -> set[str]:
-    """Identities of the images in a folder. `write` gets a row, read from its PNG, for each image that has none."""
+    """Identities of the images in a folder. `write` gets a row, read from its PNG, for each image that has
+    none.
+    """
     rows = by_file(recorded(folder.glob("runs*.jsonl")))
     present = set(filter(image.NUMBERED.match, os.listdir(folder)))
     for name in sorted(present - rows.keys()):
@@ -78,25 +82,29 @@ def done(folder: Path, write: Callable[[Row], None]) -> set[str]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one complete row to a file of JSON lines. The file and its folder are made where they are missing."""
+    """Append one complete row to a file of JSON lines. The file and its folder are made where they are
+    missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with image.locked(path.parent), path.open("ab+") as file:  # another process may be merging it
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")  # a kill cut the last line
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")  # a kill cut the last line
         file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def merge(folder: Path, paths: list[Path]) -> None:
-    """Merge these files into runs.jsonl, one row per image, and delete them. Safe to repeat if interrupted."""
+    """Merge these files into runs.jsonl, one row per image, and delete them. Safe to repeat."""
     with image.locked(folder):
         rows = by_file(recorded([folder / "runs.jsonl", *paths]))
         handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                order = sorted(
+                by_number = sorted(
                     rows, key=lambda name: (len(name.partition("-")[0]), name)
-                )  # 99999-7.png before 100000-2.png
-                file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in order)
+                )  # 99999- before 100000-
+                file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in by_number)
             os.chmod(temporary, 0o644)
             os.replace(temporary, folder / "runs.jsonl")
         except BaseException:
@@ -106,7 +114,7 @@ def merge(folder: Path, paths: list[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,9 @@ def run(session: Session, jobs: Sequence[Job], tally: Tally) -> None:
 def _draw_all(
     session: Session, jobs: list[Job], record: Callable[[Row], None], tally: Tally
 ) -> list[torch.Tensor]:
-    """Draw jobs batch by batch, halving a batch that does not fit the GPU. Returns the noises that --save-noise asks for."""
+    """Draw jobs batch by batch, halving a batch that does not fit the GPU. Returns the noises that
+    --save-noise asks for.
+    """
     sd = session.sd
     parts = batches(jobs, sd)
     noises = []
@@ -187,7 +197,9 @@ def _draw_all(
 
 
 def batches(jobs: Sequence[Job], sd: StableDiffusion) -> list[list[Job]]:
-    """Group consecutive jobs that differ only in prompt, seed or subjects into batches of at most sd.batch_size."""
+    """Group consecutive jobs that differ only in prompt, seed or subjects into batches of at most
+    sd.batch_size.
+    """
     parts: list[list[Job]] = []
     last = None
     for job in jobs:
@@ -237,7 +249,9 @@ def save_extra(extra: Image.Image | torch.Tensor, stem: Path) -> None:
 
 
 def _merge_rows(out: Path, share: Share) -> None:
-    """Merge this process's rows, and those that a killed run of more processes left behind, into runs.jsonl."""
+    """Merge this process's rows, and those that a killed run of more processes left behind, into
+    runs.jsonl.
+    """
     paths = [out / share.rows_file] if share.world > 1 else []
     if share.rank == 0:
         left = [path for path in out.glob("runs-*.jsonl") if path.stem[5:].isdigit()]
