@@ -5,15 +5,18 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from minsd.config import SAMPLER_NAMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl
@@ -21,23 +24,92 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
+SCALED = "minsd: values 0..255"  # marks an image in "F" that `levels` made; resizing and cropping keep it
+# What Pillow may try: image formats that people have, none that runs a program (EPS) or holds other data.
+FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
+
+
+def read(path: str | Path, on: str | None = None) -> Image.Image:
+    """Read an image file of any common kind: upright, the first frame, without transparency.
+
+    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits, as
+    in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha channel,
+    as diffusers does. Warns where there are more frames. FileNotFoundError or ValueError, in one line, for
+    anything that cannot be read.
+    """
+    Image.init()
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+            frames = (
+                getattr(picture, "n_frames", 1) if picture.format != "MPO" else 1
+            )  # a phone's second image
+            if frames > 1:
+                warnings.warn(f"{path} has {frames} frames or pages: the first is used", stacklevel=2)
+            upright = ImageOps.exif_transpose(picture)
+            if on is not None and upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, on), upright)
+            return levels(upright, picture.format)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not an image") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that can be read") from None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ValueError(f"{path} is not an image that can be read: {error}") from None
+
+
+def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
+    """A Pillow image in "RGB"; in "F", values 0..255, where its one channel is finer than 8 bits.
+
+    White is 65535 for 16-bit images. Wider types state no white, and programs write 8- and 16-bit values into
+    them, so these take the smallest range that holds their values: 0..1 (floating point alone), 0..255,
+    0..65535, 0..2^31 - 1 (integers alone). ValueError for values that fit none. `file_format`: Pillow's name
+    of the format that the image was read from, where the image itself has lost it.
+    """
+    if picture.info.get(SCALED):
+        return picture
+    if not picture.mode.startswith(("I", "F")):
+        return picture.convert("RGB")
+    values = np.asarray(picture).astype(np.float64)
+    white = 65535.0
+    if picture.mode in ("I", "F"):
+        low = values.min()
+        high = values.max()
+        ranges = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0, 2.0**31 - 1)
+        if (file_format or picture.format) in ("PNG", "PPM"):  # 16 bits by definition
+            ranges = (65535.0,)
+        if not (0 <= low and high <= ranges[-1]):  # also where they are not finite
+            raise ValueError(f"its values run from {low:g} to {high:g}: scale them to 0..{ranges[0]:g}")
+        white = next(top for top in ranges if high <= top)
+    scaled = Image.fromarray((values * (255 / white)).astype(np.float32))
+    scaled.info[SCALED] = True
+    return scaled
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> "Tensor":
     """Images of one size -> (B,3,H,W) float32 in -1..1. ValueError where sizes differ."""
+    import torch
+
     if len({p.size for p in pictures}) != 1:
         raise ValueError(f"images of one batch must have one size, not {sorted({p.size for p in pictures})}")
-    pixels = np.stack([np.asarray(p.convert("RGB")) for p in pictures])  # (B, H, W, 3)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = []
+    for picture in map(levels, pictures):
+        pixels = torch.from_numpy(np.array(picture))  # (H, W, 3) of 8 bits, or (H, W) of floats
+        batch.append(pixels.clamp(0, 255).expand(3, -1, -1) if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+    return torch.stack([pixels.float() for pixels in batch]) / 127.5 - 1
 
 
-def from_tensor(x: torch.Tensor) -> list[Image.Image]:
+def from_tensor(x: "Tensor") -> list[Image.Image]:
     """(B,3,H,W) in about -1..1 -> images; values outside are clipped."""
-    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
     """An image cropped about its centre to the proportions of width x height, and scaled to them (pixels)."""
-    return ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(levels(picture), (width, height), Image.Resampling.LANCZOS)
 
 
 def parameters(settings: dict[str, Any]) -> str:
@@ -127,15 +199,11 @@ def number(name: str) -> int:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings of an image that minsd wrote, from its metadata. ValueError where there are none."""
+    read(path)
     try:
-        with Image.open(path) as picture:
-            text = getattr(picture, "text", {})
-            settings = json.loads(text["minsd"])
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path}") from None
-    except (OSError, SyntaxError):
-        raise ValueError(f"{path} is not an image that can be read") from None
-    except (KeyError, ValueError):
+        with Image.open(path, formats=["PNG"]) as picture:
+            settings = json.loads(getattr(picture, "text", {})["minsd"])
+    except (UnidentifiedImageError, KeyError, ValueError):
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote")

@@ -69,8 +69,8 @@ def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) 
     strength = STRENGTH
     if first.init is not None:
         strength = first.init.strength
-        with Image.open(first.init.path) as picture:
-            init = sd.encode(image.fit(picture, first.sampling.width, first.sampling.height))
+        picture = image.read(first.init.path)
+        init = sd.encode(image.fit(picture, first.sampling.width, first.sampling.height))
     with predictor(session, first, prompts, seeds) as predict:
         latents = sd.denoise(
             predict,
@@ -122,17 +122,16 @@ def find_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say) -> Found:
 def invert(sd: StableDiffusion, job: Job) -> Drawn:
     """The noise of an image, and the image drawn from it."""
     assert job.invert is not None
-    with Image.open(job.invert) as picture:
-        found = stability.invert_picture(
-            sd,
-            picture,
-            job.prompt,
-            negative_prompt=job.negative_prompt,
-            steps=job.sampling.steps,
-            guidance_scale=job.sampling.guidance_scale,
-            height=job.sampling.height,
-            width=job.sampling.width,
-        )
+    found = stability.invert_picture(
+        sd,
+        image.read(job.invert),
+        job.prompt,
+        negative_prompt=job.negative_prompt,
+        steps=job.sampling.steps,
+        guidance_scale=job.sampling.guidance_scale,
+        height=job.sampling.height,
+        width=job.sampling.width,
+    )
     note = {"psnr": round(found.psnr, 2), "codec_psnr": round(found.codec_psnr, 2)}
     return Drawn([found.picture], found.noise, [note], [{"noise": found.noise}])
 

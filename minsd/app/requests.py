@@ -161,9 +161,9 @@ def _lines(given: Given) -> list[tuple[str, Given]]:
 
 def take_from_image(given: Given) -> Given:
     """--like: options left out are taken from an image's settings."""
+    given = dict(given)
     from minsd.image import read_settings
 
-    given = dict(given)
     settings = read_settings(given["like"])
     if settings.get("noise_file") and given["noise"] is None:
         raise ValueError(
@@ -449,16 +449,10 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def check_image(path: Path) -> None:
-    """FileNotFoundError or ValueError where a file is not an image that Pillow can read."""
-    from PIL import Image
+    """FileNotFoundError or ValueError where a file is not an image that can be read."""
+    from minsd.image import read
 
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        raise ValueError(f"{path} is not an image that can be read") from None
+    read(path)
 
 
 def _check_writable(given: Given) -> None:
