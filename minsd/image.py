@@ -24,7 +24,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
-SCALED = "minsd: values 0..255"  # marks an image in "F" that `levels` made; resizing and cropping keep it
+SCALED = "minsd: values 0..255"  # in the info of an "F" image that `levels` made; resizing keeps it
 # What Pillow may try: image formats that people have, none that runs a program (EPS) or holds other data.
 FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
 
@@ -168,6 +168,8 @@ def save(picture: Image.Image, path: Path) -> None:
 def save_numbered(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Path:
     """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at all.
 
+    SEED is the seed asked for, which a selection may not have chosen.
+
     The folder may be very full. It is listed only where the lock's file names no image that still exists.
     """
     info = PngImagePlugin.PngInfo()
@@ -177,9 +179,10 @@ def save_numbered(picture: Image.Image, folder: Path, settings: dict[str, Any]) 
         name = last.read()
         if not NUMBERED.match(name) or not (folder / name).exists():
             name = max(filter(NUMBERED.match, os.listdir(folder)), key=number, default="-1-")
-        path = folder / f"{number(name) + 1:05d}-{settings['seed']}.png"
+        seed = settings.get("asked_seed", settings["seed"])
+        path = folder / f"{number(name) + 1:05d}-{seed}.png"
         while path.exists():  # where two processes could not lock
-            path = folder / f"{number(path.name) + 1:05d}-{settings['seed']}.png"
+            path = folder / f"{number(path.name) + 1:05d}-{seed}.png"
         # A kill after this leaves a lock file that names a missing image: the next run lists the folder.
         last.seek(0)
         last.write(path.name)

@@ -5,6 +5,7 @@ subjects and seed alone, and returns their unit noise. To add one, write it in a
 here, and add its row to `METHODS`.
 """
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Batch:
     width: int
     layout: SizedLayout | None = None
     score: str | None = None  # "attention" or "stability": how candidates are ranked
-    candidates: int = 1  # per image, counted from its seed
+    candidates: list[list[int]] | None = None  # per image: the seeds to choose among, its own first
     optimize_steps: int = 100
     optimize_mode: str = "full"
 
@@ -65,7 +66,7 @@ def random(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def select(sd: Model, batch: Batch, say: Say) -> Found:
-    """The best of `candidates` consecutive seeds per image: by attention, or by inversion stability."""
+    """The best of each image's candidates: by attention, or by inversion stability."""
     if batch.score == "attention":
         seeds, notes = _best_by_attention(sd, batch, batch.layout, say)
         return Found(unit_noise(seeds, batch.shape), notes, _each(batch))
@@ -75,11 +76,10 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
     seeds = []
     notes = []
     extras: list[dict[str, Image.Image | Tensor]] = []
-    for prompt, seed in zip(batch.prompts, batch.seeds):
-        candidates = range(seed, seed + batch.candidates)
+    for prompt, candidates in zip(batch.prompts, _candidates(batch)):
         chosen = stability.select(sd, prompt, candidates, progress=say, **size, **guided)
         seeds.append(chosen.seed)
-        notes.append(_selection(chosen.seed, chosen.scores.keys(), chosen.scores.values()))
+        notes.append(_selection(candidates[0], chosen.seed, chosen.scores.keys(), chosen.scores.values()))
         extras.append({"candidates": stability.sheet(sd, prompt, chosen, **size, **guided, **run)})
     return Found(unit_noise(seeds, batch.shape), notes, extras)
 
@@ -103,7 +103,7 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
-    """InitNO from each seed, or from the best of `candidates` seeds by attention."""
+    """InitNO from each seed, or from the best of its candidates by attention."""
     seeds = batch.seeds
     notes = _each(batch)
     if batch.score == "attention":
@@ -145,9 +145,30 @@ def _each(batch: Batch) -> list[dict]:
     return [{} for _ in batch.seeds]
 
 
-def _selection(seed: int, seeds: Iterable[int], scores: Iterable[float]) -> dict[str, Any]:
-    """The settings that record a selection: the seed chosen, and every candidate with its score."""
-    return {"seed": seed, "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(seeds, scores)]}
+def candidate_seeds(seed: int, count: int) -> list[int]:
+    """The seeds that a selection of `count` chooses among: the asked seed itself, and others derived from it.
+
+    The others are hashes of the asked seed and their number, 63 bits long. So two asked seeds share no
+    candidate, and an image's candidates are the same whether it is drawn alone or in a list.
+    """
+    digests = (hashlib.sha256(f"{seed} {k}".encode()).digest() for k in range(1, count))
+    return [seed, *(int.from_bytes(digest[:8], "big") >> 1 for digest in digests)]
+
+
+def _candidates(batch: Batch) -> list[list[int]]:
+    assert batch.candidates is not None, "a batch of a method that ranks candidates has some"
+    return batch.candidates
+
+
+def _selection(asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float]) -> dict[str, Any]:
+    """The settings that record a selection: the seeds asked for and chosen, and every candidate with its
+    score.
+    """
+    return {
+        "asked_seed": asked,
+        "seed": seed,
+        "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)],
+    }
 
 
 def _best_by_attention(
@@ -161,8 +182,7 @@ def _best_by_attention(
     """
     chosen = []
     notes = []
-    for prompt, subjects, seed in zip(batch.prompts, batch.subjects, batch.seeds):
-        candidates = list(range(seed, seed + batch.candidates))
+    for prompt, subjects, candidates in zip(batch.prompts, batch.subjects, _candidates(batch)):
         if layout is not None and layout.regions:
             scores = arrange.arrange(sd, layout, candidates, steps=batch.steps, sampler=batch.sampler).scores
             best = max(scores)
@@ -180,7 +200,7 @@ def _best_by_attention(
             )
             best = min(scores)
         chosen.append(candidates[scores.index(best)])
-        notes.append(_selection(chosen[-1], candidates, scores))
+        notes.append(_selection(candidates[0], chosen[-1], candidates, scores))
         say(f"seed {chosen[-1]} has the best of {len(scores)} scores, {best:.3f}")
     return chosen, notes
 

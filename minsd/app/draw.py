@@ -112,7 +112,7 @@ def find_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say) -> Found:
         sampling.width,
         layout=first.layout,
         score=method.score,
-        candidates=method.candidates or 1,
+        candidates=None if method.candidates is None else [job.candidates() for job in jobs],
         optimize_steps=method.optimize_steps or 0,
         optimize_mode=method.optimize_mode or "full",
     )

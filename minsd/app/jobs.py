@@ -19,6 +19,7 @@ from minsd.app.requests import Command, ControlRequest, InitImage, NoiseMethod, 
 from minsd.noise import arrange, collage, losses
 from minsd.noise.initial import read_noise
 from minsd.noise.layout import SizedLayout
+from minsd.noise.methods import candidate_seeds
 from minsd.pipeline import StableDiffusion, first_step
 from minsd.samplers import timesteps
 
@@ -88,6 +89,12 @@ class Job:
     noise_file: Path | None = None
     noise_index: int = 0  # of this image's noise in the file
 
+    def candidates(self) -> list[int]:
+        """The seeds that a selection chooses among, the asked one first."""
+        if self.method.candidate_seeds is not None:
+            return list(self.method.candidate_seeds)
+        return candidate_seeds(self.seed, self.method.candidates or 1)
+
     @property
     def start(self) -> int:
         """Steps left out at the noisy end."""
@@ -132,11 +139,11 @@ class Job:
 def identity(settings: Mapping[str, Any]) -> str:
     """Key under which an image counts as done, of a job or of a finished image's row.
 
-    A search is keyed by its first seed and its number of candidates, not by the seed it chose.
+    A selection is keyed by the seed asked for and the number of candidates, not by the seed it chose.
     """
     candidates = settings.get("candidates") or 0
-    seed = settings.get("seed")
-    if isinstance(candidates, list):  # of a finished image: each seed with its score
+    seed = settings.get("asked_seed", settings.get("seed"))
+    if isinstance(candidates, list):  # of a finished image: each seed with its score, the asked one first
         seed = candidates[0]["seed"]
         candidates = len(candidates)
     return json.dumps([candidates, seed, *(settings.get(key) for key in IDENTITY if key != "seed")])

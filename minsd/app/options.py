@@ -6,11 +6,13 @@ here and read it in minsd/app/requests.py. Nothing heavy is imported, so that `-
 """
 
 import argparse
+import difflib
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +27,8 @@ NOISE = "the initial noise (each also a key of such a line)"
 MODEL = "model and hardware"
 RUN = "many images, files, messages"
 
+KARRAS = " karras"  # what the value of --sampler ends with where a name means these noise levels as well
+
 Given = dict[str, Any]  # option name -> value, None where it was left out
 
 
@@ -38,6 +42,8 @@ class Option:
     metavar: str | None
     help: str
     choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()  # other names, as other Stable Diffusion tools have them
+    synonyms: Mapping[str, str] = field(default_factory=dict)  # other tools' values -> choices; see `plain`
     least: float = -math.inf
     most: float = math.inf
     default: Any = None
@@ -64,23 +70,34 @@ class Option:
         """Add this option to an argparse group."""
         if self.name == "prompt":
             group.add_argument("prompt", nargs="?", metavar=self.metavar, help=self.help)
+            group.add_argument("--prompt", dest="prompt_option", help=argparse.SUPPRESS)
         elif self.negatable:
             group.add_argument(self.flag, action=argparse.BooleanOptionalAction, default=None, help=self.help)
         elif self.kind is bool:
             group.add_argument(self.flag, action="store_true", default=self.default, help=self.help)
-        elif self.choices:
-            group.add_argument(self.flag, choices=self.choices, default=self.default, help=self.help)
         else:
-            action = "append" if self.repeated else "store"
-            kind = str if self.repeated else self.kind
             group.add_argument(
                 self.flag,
-                metavar=self.metavar,
-                type=kind,
-                action=action,
+                metavar="{" + ",".join(self.choices) + "}" if self.choices else self.metavar,
+                type=self.choose if self.choices else self.kind,
+                action="append" if self.repeated else "store",
                 default=self.default,
                 help=self.help,
             )
+
+    def choose(self, text: str) -> str:
+        """The choice that a text means, in any case and punctuation. ArgumentTypeError where none."""
+        if self.name == "device" and re.fullmatch(r"cuda:\d+", text):
+            return text
+        known = {plain(name): name for name in self.choices} | dict(self.synonyms)
+        choice = known.get(plain(text))
+        if choice is None:
+            near = difflib.get_close_matches(plain(text), known, 1)
+            hint = f"; did you mean {known[near[0]]}?" if near else ""
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: {text!r} (choose from {', '.join(self.choices)}{hint})"
+            )
+        return choice
 
     def check(self, value: Any) -> None:
         """ValueError where a value is outside the option's range."""
@@ -97,12 +114,22 @@ class Option:
         if not isinstance(value, taken) or (isinstance(value, bool) and self.kind is not bool):
             kinds = {bool: "true or false", float: "a number", int: "a whole number"}
             raise ValueError(f"{self.name!r} must be {kinds.get(self.kind, 'text')}, not {json.dumps(value)}")
-        if self.choices and value not in self.choices:
-            raise ValueError(f"{self.name!r} must be one of {', '.join(self.choices)}, not {value!r}")
+        if self.choices:
+            try:
+                return self.choose(value)
+            except argparse.ArgumentTypeError:
+                raise ValueError(
+                    f"{self.name!r} must be one of {', '.join(self.choices)}, not {value!r}"
+                ) from None
         if self.kind is float:
             with suppress(OverflowError):  # a huge whole number stays one: the range check refuses it
                 return float(value)
         return Path(value) if self.kind is Path else value
+
+
+def plain(text: str) -> str:
+    """A name without case, spaces and punctuation: "DPM++ 2M" and "dpm++_2m" are the same."""
+    return re.sub(r"[^a-z0-9+]", "", text.lower())
 
 
 def _text(bound: float) -> str:
@@ -130,9 +157,72 @@ def parser() -> Parser:
     return p
 
 
-def parse(argv: Sequence[str] | None) -> Given:
+def parse(argv: Sequence[str]) -> Given:
     """The command line as option name -> value. ValueError, in one line, for what cannot be parsed."""
-    return vars(parser().parse_args(argv))
+    argv = [_spelled(word) for word in argv]
+    for word, following in zip(argv, [*argv[1:], ""]):
+        if word.startswith("--save-noise=") or (
+            word == "--save-noise" and following.endswith(".safetensors")
+        ):
+            raise ValueError(
+                "--save-noise takes no value any more: the noise of each image goes to "
+                "DIR/extra/NNNNN-SEED-noise.safetensors"
+            )
+    namespace, rest = parser().parse_known_args(argv)
+    given = vars(namespace)
+    prompt = given.pop("prompt_option")
+    if prompt is not None:
+        rest += [] if given["prompt"] is None else [given["prompt"]]
+        given["prompt"] = prompt
+    if rest:
+        raise ValueError(_unrecognized(rest, given["prompt"]))
+    return normalised(given)
+
+
+def normalised(given: Given) -> Given:
+    """Options in their one form: a seed of -1 becomes a random one, and "DPM++ 2M Karras" two options."""
+    given = dict(given)
+    if given["seed"] == -1:
+        given["seed"] = None
+    if given["sampler"] is not None and given["sampler"].endswith(KARRAS):
+        given["sampler"] = given["sampler"].removesuffix(KARRAS)
+        given["karras"] = True
+    return given
+
+
+def named(key: str) -> str | None:
+    """The option that a name means: its own, or another tool's; None where there is no such option."""
+    name = key.replace("-", "_")
+    if name in OPTIONS:
+        return name
+    return next((option.name for option in OPTIONS.values() if name in option.aliases), None)
+
+
+def _spelled(word: str) -> str:
+    """A word of the command line with its option spelled as here: --cfg_scale=7 -> --guidance-scale=7."""
+    if word == "-n":
+        return OPTIONS["num_images"].flag
+    if not re.match(r"--[a-zA-Z]", word):
+        return word
+    flag, equals, value = word.partition("=")
+    name = named(flag[2:])
+    return word if name is None else f"--{name.replace('_', '-')}{equals}{value}"
+
+
+def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
+    """What to say of words that the parser does not know."""
+    flags = [word for word in rest if word.startswith("-")]
+    if not flags:
+        whole = " ".join([prompt or "", *rest]).strip()
+        return f'unrecognized arguments: {" ".join(rest)}: put the prompt in quotes, such as "{whole}"'
+    flag = flags[0].partition("=")[0]
+    names = [option.flag for option in OPTIONS.values()]
+    aliases = {
+        "--" + alias.replace("_", "-"): option.flag for option in OPTIONS.values() for alias in option.aliases
+    }
+    near = difflib.get_close_matches(flag.replace("_", "-"), [*names, *aliases], 1)
+    hint = f"; did you mean {aliases.get(near[0], near[0])}?" if near else ""
+    return f"unrecognized arguments: {' '.join(rest)}{hint} (--help lists the options)"
 
 
 def check_ranges(given: Given) -> None:
@@ -147,6 +237,31 @@ def check_ranges(given: Given) -> None:
                 raise ValueError(f"--{error}") from None
 
 
+# What other tools call samplers and dtypes, as `plain` has it.
+SAMPLERS_ELSEWHERE = {
+    **{plain(name): ours for ours, name in SAMPLER_NAMES.items()},
+    **{plain("k_" + ours): ours for ours in ("euler", "euler_a", "heun", "dpmpp_2m")},
+    "eulerancestral": "euler_a",
+    "keulerancestral": "euler_a",
+    "plms": "pndm",
+    "dpm++2m": "dpmpp_2m",
+    "dpmsolver++": "dpmpp_2m",
+    "dpmsolvermultistep": "dpmpp_2m",
+    "dpm++2mkarras": "dpmpp_2m" + KARRAS,
+    "dpmpp2mkarras": "dpmpp_2m" + KARRAS,
+    "kdpmpp2mkarras": "dpmpp_2m" + KARRAS,
+    "unipcbh2": "unipc",
+}
+DTYPES_ELSEWHERE = {
+    "fp32": "float32",
+    "full": "float32",
+    "f32": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "f16": "float16",
+    "bf16": "bfloat16",
+}
+
 # fmt: off
 _ROWS = (
     # --- the image
@@ -157,13 +272,17 @@ _ROWS = (
            least=0, most=2**63 - 1, like=True, identity="seed"),
     Option("seeds", IMAGE, str, "LIST", "one image per seed, such as 0-9,12", identity="seed"),
     Option("num_images", IMAGE, int, "N", "how many images, from consecutive seeds (default: 1)",
+           aliases=("num_images_per_prompt", "n_samples", "batch_size", "batch_count"),
            least=1, most=1_000_000, identity="seed"),
     Option("steps", IMAGE, int, "N", "sampling steps (default: the model's, mostly 50)",
+           aliases=("num_inference_steps", "num_steps", "sampling_steps", "ddim_steps"),
            least=1, most=1000, like=True, identity="steps"),
     Option("guidance_scale", IMAGE, float, "G", "how strongly the prompt steers (default: the model's)",
+           aliases=("cfg_scale", "cfg", "guidance", "scale"),
            least=-1000, most=1000, like=True, identity="guidance_scale"),
     Option("sampler", IMAGE, str, None, "default: the model's, mostly ddim",
-           choices=tuple(SAMPLER_NAMES), like=True, identity="sampler"),
+           choices=tuple(SAMPLER_NAMES), synonyms=SAMPLERS_ELSEWHERE, aliases=("scheduler", "sampler_name"),
+           like=True, identity="sampler"),
     Option("karras", IMAGE, bool, None,
            "Karras noise levels, closer together where there is little noise (dpmpp_2m)",
            like=True, identity="karras"),
@@ -195,7 +314,7 @@ _ROWS = (
            "optimise it by attention maps (initno), or select or optimise it by inversion stability",
            choices=METHODS, like_method=True, identity="init_noise"),
     Option("candidates", NOISE, int, "K",
-           "select: keep the best of K seeds, counted from --seed (default: 100)",
+           "select: keep the best of K noises, the seed's own among them (default: 100)",
            least=1, most=100_000, identity="candidates"),
     Option("score", NOISE, str, None, "select: what the candidates are ranked by (default: stability)",
            choices=("stability", "attention"), like_method=True, identity="score"),
@@ -229,10 +348,11 @@ _ROWS = (
            "an adapter, merged into the weights; may be given several times",
            repeated=True, like=True, identity="lora"),
     Option("device", MODEL, str, None,
-           "default: cuda where there is one", choices=("cpu", "cuda", "mps"), like=True,
-           harmless="changes rounding alone"),
+           "default: cuda where there is one", choices=("cpu", "cuda", "mps"),
+           synonyms={"gpu": "cuda", "metal": "mps"}, like=True, harmless="changes rounding alone"),
     Option("dtype", MODEL, str, None, "default: float16 on cuda, else float32",
-           choices=("float32", "float16", "bfloat16"), like=True, identity="dtype"),
+           choices=("float32", "float16", "bfloat16"), synonyms=DTYPES_ELSEWHERE, aliases=("precision",),
+           like=True, identity="dtype"),
     Option("attention", MODEL, str, None, "attention backend (default: auto)",
            choices=("auto", "triton", "sdpa", "reference"), like=True, harmless="changes rounding alone"),
     Option("compile", MODEL, bool, None,

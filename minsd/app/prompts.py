@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minsd.app.options import OPTIONS, PER_LINE, Given
+from minsd.app.options import OPTIONS, PER_LINE, Given, named, normalised
 
 
 def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
@@ -37,7 +37,7 @@ def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
         replaced = (
             {"seed": None, "seeds": None, "num_images": None} if {"seed", "seeds"} & line.keys() else {}
         )
-        yield where, given | replaced | line
+        yield where, normalised(given | replaced | line)
     if not found:
         raise ValueError(f"{path} holds no prompts")
 
@@ -85,8 +85,8 @@ def _options(content: str) -> Given:
 
 
 def _option(key: str, value: Any) -> tuple[str, Any]:
-    name = key.replace("-", "_")
-    if name not in OPTIONS:
+    name = named(key)
+    if name is None:
         raise ValueError(f"unknown key {key!r}; known are {', '.join(PER_LINE)}")
     if not OPTIONS[name].per_line:
         raise ValueError(f"{key!r} holds for the whole run: give it on the command line")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from minsd.noise.layout import Layout
 
 
+CANDIDATE_SEEDS = "candidate_seeds"  # no option: what --like takes from an image that was selected
+
+
 @dataclass(frozen=True)
 class Command:
     """What holds for the whole run."""
@@ -55,6 +58,7 @@ class NoiseMethod:
     score: str | None = None
     optimize_steps: int | None = None
     optimize_mode: str | None = None
+    candidate_seeds: tuple[int, ...] | None = None  # those of the image that --like repeats
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,16 @@ def take_from_image(given: Given) -> Given:
     if same_method:
         names += [name for name, option in OPTIONS.items() if option.like_method]
         ranked = settings.get("candidates")
-        if ranked:  # the search began at the first of them, and is repeated
+        if (
+            ranked
+        ):  # the selection is repeated, from the same candidates unless another seed or number is given
             settings |= {"seed": ranked[0]["seed"]}
+            if (
+                given["candidates"] in (None, len(ranked))
+                and given["seed"] is None
+                and given["seeds"] is None
+            ):
+                given[CANDIDATE_SEEDS] = tuple(candidate["seed"] for candidate in ranked)
             given["candidates"] = given["candidates"] or len(ranked)
         if given["excite"] is None:
             given["excite"] = settings.get("excite") is not None
@@ -234,7 +246,7 @@ def request(given: Given, where: str, chance: int) -> Request:
         where,
         given["prompt"],
         given["negative_prompt"] or "",
-        _seeds(given, 0 if given["invert"] is not None else chance, method.candidates or 1),
+        _seeds(given, 0 if given["invert"] is not None else chance),
         steps=given["steps"],
         guidance_scale=given["guidance_scale"],
         sampler=given["sampler"],
@@ -282,7 +294,7 @@ def _method(given: Given) -> NoiseMethod:
         for other in ("optimize_steps", "optimize_mode"):
             if given[other] is not None:
                 raise ValueError(f"{OPTIONS[other].flag} is for --init-noise optimize")
-        return NoiseMethod(name, candidates, score)
+        return NoiseMethod(name, candidates, score, candidate_seeds=given.get(CANDIDATE_SEEDS))
     steps = 100 if given["optimize_steps"] is None else given["optimize_steps"]
     return NoiseMethod(name, candidates, score, steps, given["optimize_mode"] or "full")
 
@@ -409,10 +421,8 @@ def _init_image(given: Given) -> InitImage | None:
     return InitImage(given["init_image"], STRENGTH if given["strength"] is None else given["strength"])
 
 
-def _seeds(given: Given, default: int, stride: int) -> list[int]:
-    """One seed per image. `stride`: how many candidates each image has, so that no seed is a candidate
-    twice.
-    """
+def _seeds(given: Given, default: int) -> list[int]:
+    """One seed per image."""
     if given["seeds"] is not None:
         if given["seed"] is not None or given["num_images"] is not None:
             raise ValueError(
@@ -421,10 +431,9 @@ def _seeds(given: Given, default: int, stride: int) -> list[int]:
         seeds = parse_seeds(given["seeds"])
     else:
         first = default if given["seed"] is None else given["seed"]
-        count = given["num_images"] or 1
-        seeds = list(range(first, first + count * stride, stride))
-    if seeds[-1] + stride > 2**63 or max(seeds) >= 2**63:
-        raise ValueError(f"seeds go up to 2^63 - 1, not to {max(seeds) + stride - 1}")
+        seeds = list(range(first, first + (given["num_images"] or 1)))
+    if max(seeds) >= 2**63:
+        raise ValueError(f"seeds go up to 2^63 - 1, not to {max(seeds)}")
     return seeds
 
 
