@@ -13,21 +13,22 @@ differentiably and without storing every head's. Who computes it is the backend'
     auto        one of these, by the table below
 
     map  device, dtype                              auto takes    evidence
-    no   CPU, no gradient, bias or region,          sdpa: oneDNN  measured: 18 ms, PyTorch's 27
+    no   CPU, no gradient, bias or region,          sdpa: oneDNN  measured: 18 ms, PyTorch's 27 ms
          N*M*d >= 2^22
-    no   otherwise on a CPU                         sdpa          measured, except in 16 bits
+    no   otherwise on a CPU                         sdpa          measured
     no   CUDA                                       sdpa          expected, not measured on a GPU
     yes  CUDA, float16 or bfloat16,                 triton        expected, not measured on a GPU
          head dim in TRITON_HEAD_DIMS
     yes  otherwise on CUDA                          reference     expected, not measured on a GPU
-    yes  CPU                                        reference     measured: time within 20 % of
-                                                                  storing every head's, memory bounded
+    yes  CPU                                        reference     measured: up to 20 % slower than
+                                                                  with all heads' maps in memory
 
-(Measured: 32x32 cells, bench/results/attention.csv. On a GPU `python -m bench.attention` decides.)
-autograd.py makes triton and reference differentiable.
+Measured means in float32, in bench/results/attention.csv (the times are for self-attention at 32x32
+cells). On a GPU `python -m bench.attention` will decide. autograd.py gives
+triton and reference their gradients.
 
-`group_norm` takes the kernels of groupnorm.py on CUDA in inference, PyTorch elsewhere. `Linear` is
-nn.Linear with frozen weights in mind (onednn.py).
+`group_norm` uses the kernels of groupnorm.py for inference on CUDA, and PyTorch elsewhere. `Linear`
+is an nn.Linear for frozen weights, faster on some CPUs (onednn.py).
 """
 
 import importlib
@@ -46,7 +47,8 @@ __all__ = ["BACKENDS", "HAS_TRITON", "TRITON_HEAD_DIMS", "Linear", "attention", 
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 TRITON_HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # at import: torch.compile cannot trace it
+# Found once, at import: torch.compile cannot trace the search.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -132,8 +134,8 @@ def _map_kernel(q: Tensor, backend: str) -> str:
 def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu: bool = False) -> Tensor:
     """norm(x + add), followed by SiLU if `silu`: x (B,C,h,w) -> (B,C,h,w).
 
-    `add` (B,C), if given, is one number per image and channel. By the kernels of groupnorm.py where
-    `norm_is_fused` says so, else by PyTorch; differentiable.
+    `add` (B,C), if given, is one number per image and channel. Differentiable: where a gradient is
+    needed PyTorch computes it, not the kernels (`norm_is_fused`).
     """
     if norm_is_fused(x, norm, add):
         from . import groupnorm  # imports Triton

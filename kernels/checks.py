@@ -7,7 +7,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, region: Tensor | None) -> tuple[int, int]:
-    """Check shapes, dtypes and devices as `attention` documents them; return (texts, keys per text)."""
+    """Check shapes, dtypes and devices of `attention`'s inputs; return (texts, keys per text)."""
     form = "(B,M,H,d)" if region is None else "(B,R,M,H,d)"
     if q.ndim != 4 or k.ndim != form.count(",") + 1 or k.shape != v.shape:
         shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -48,11 +48,10 @@ def _check_bias(bias: Tensor, shape: tuple[int, int, int, int]) -> None:
 
 
 def check_triton(q: Tensor, installed: bool, head_dims: tuple[int, ...]) -> None:
-    """Whether the triton backend can take q (B,N,H,d), as an error where it cannot."""
+    """Raise ValueError if the triton backend cannot take q (B,N,H,d)."""
     if not installed:
-        raise ValueError(
-            "the triton backend needs the triton package (Linux): pip install triton, or use backend='sdpa'"
-        )
+        remedy = "pip install triton, or use backend='sdpa'"
+        raise ValueError(f"the triton backend needs the triton package (Linux): {remedy}")
     if q.shape[-1] not in head_dims:
         dims = ", ".join(map(str, head_dims))
         raise ValueError(f"the triton backend has head dims {dims}, not {q.shape[-1]}; use backend='auto'")

@@ -432,11 +432,12 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 
 def _pointer(x: Tensor | None, otherwise: Tensor) -> Tensor:
-    """`x`, or if there is none another tensor in its place: the kernel needs a pointer, read or not."""
+    """`x`, or `otherwise`: a kernel needs a pointer for every argument, even one it will not read."""
     return otherwise if x is None else x
 
 
 def _region_pointer(region: Tensor | None, otherwise: Tensor) -> Tensor:
+    """`_pointer` to region (B,N) in the form the kernels read."""
     return otherwise if region is None else region.to(torch.int32).contiguous()
 
 

@@ -43,7 +43,7 @@ WARPS = 4  # expected, not measured on a GPU
 
 @triton.jit
 def _block(
-    X, Add,  # at the group's first channel: pointers to x of one image, and to `add` (read with ADD)
+    X, Add,  # at the group's first channel: pointers to x and `add` (read with ADD) of one image
     cells,  # indices of a block of cells
     P, C, sx_c, sx_p,  # cells, channels; strides of x per channel and cell
     CG: tl.constexpr, BC: tl.constexpr,  # channels of the group, and the next power of two
@@ -102,7 +102,7 @@ def _normalise(
     BP: tl.constexpr,  # cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One block of cells of one group: y. Every block merges the statistics of its group's chunks."""
+    """One block of cells of one group: y. Each block merges the statistics of all chunks itself."""
     cells, g, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1), tl.program_id(2).to(tl.int64)
     s = tl.arange(0, CHUNKS)
     at = (b * GROUPS + g) * CHUNKS + s
@@ -129,7 +129,7 @@ KERNELS = {"statistics": _statistics, "normalise": _normalise}
 
 
 def configuration(channels: int, groups: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The kernels' constants for a group of channels/groups channels, and their compiler options."""
+    """The kernels' constants for channels/groups channels per group, and their compiler options."""
     cg = channels // groups
     bc = 1 << (cg - 1).bit_length()  # the next power of two
     return {"CG": cg, "BC": bc, "BP": CELLS[bc], "CHUNKS": CHUNKS}, {"num_warps": WARPS}

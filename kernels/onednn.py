@@ -19,7 +19,7 @@ ROWS = 16  # with fewer rows oneDNN gains nothing
 # Scores held at once per thread: 2 MB, which caches hold. Twice as many took twice as long on four
 # threads.
 BLOCK = 1 << 19
-LEAST = 1 << 22  # the smallest N*M*d at which the blocked loop is faster than PyTorch's fused attention
+LEAST = 1 << 22  # the smallest N*M*d at which the blocked loop is faster than PyTorch's attention
 
 
 def available(*tensors: Tensor | None) -> bool:
@@ -40,7 +40,10 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """oneDNN's x weight^T + bias, without a gradient: x (...,i), weight (o,i), bias (o,) -> (...,o)."""
+    """oneDNN's x weight^T + bias, without a gradient.
+
+    x (...,i), weight (o,i), bias (o,) -> (...,o), all of one dtype and on a CPU.
+    """
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 

@@ -23,10 +23,11 @@ class AttentionRecorder:
     finest such level if none is that large. With `only`, the UNet stops after the last layer that
     records and returns None. A recorder can be reused: every UNet call starts it afresh.
 
-    After `unet(x, t, context, record=r)`: `r.cross` is (B,h,w,M) over the M text positions, `r.self`
-    is (B,h,w,h*w), both float32 and differentiable; `r.self[b,i,j]` is the softmax row of the query
-    at cell (i,j). `r.cross_layers` and `r.self_layers` list each layer's own mean over heads,
-    (B,h*w,M) and (B,h*w,h*w), in the order in which the layers run.
+    After `unet(x, t, context, record=r)`: `r.cross` is (B,h,w,M) over the M text positions and
+    `r.self` is (B,h,w,h*w), both float32 (float64 in a float64 network) and differentiable;
+    `r.self[b,i,j]` is the softmax row of the query at cell (i,j). `r.cross_layers` and
+    `r.self_layers` list each layer's own mean over heads, (B,h*w,M) and (B,h*w,h*w), in the order
+    in which the layers run.
     """
 
     resolution: tuple[int, int]  # set by `begin`
@@ -46,7 +47,7 @@ class AttentionRecorder:
         """
         levels = [level for level, n in enumerate(counts) if n]
         if self.wanted is None:
-            # The mean of a single layer is noisy, and SD's coarsest level has only the middle block.
+            # A single layer gives a poor mean, and SD's coarsest level has only the middle block.
             large = [level for level in levels if min(grids[level]) >= 16 and counts[level] > 1]
             self.resolution = grids[large[-1] if large else levels[0]]
         else:
@@ -143,9 +144,13 @@ class Attention(nn.Module):
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, context: Tensor | KV | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B,N,C) -> q (B,N,heads,d), k and v (B,M,heads,d), in one product if the weights are fused."""
+        """x (B,N,C) -> q (B,N,heads,d), k and v (B,M,heads,d).
+
+        `context` is text states (B,M,D), their `kv`, or None for self-attention.
+        """
         if context is None and self.fused is not None:
-            q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in linear(x, self.fused).chunk(3, dim=-1))
+            parts = linear(x, self.fused).chunk(3, dim=-1)
+            q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in parts)
             return q, k, v
         q = self.to_q(x).unflatten(-1, (self.num_heads, -1))
         if isinstance(context, tuple):

@@ -71,7 +71,7 @@ def own_copy(y: Tensor) -> Tensor:
 def capture(
     run: Callable[[], Tensor], pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], Tensor]:
-    """Capture `run` as a CUDA graph: (replay, the tensor that holds the output of every replay).
+    """Capture `run` as a CUDA graph; return `replay` and the tensor that replays write to.
 
     Graphs of one pool share the memory of their intermediate results, so they must run one after
     the other. They are captured on one `stream`, of the network's own device.
@@ -107,10 +107,10 @@ class Graphs:
     """A network's `forward`, replayed from CUDA graphs.
 
     There is one graph per input signature (structure, shapes, dtypes), captured at the signature's
-    second occurrence. The first evaluation compiles kernels and chooses algorithms, which a capture must not do, and a
-    signature that does not recur is not worth a graph. If memory runs out, during a capture or in
-    `forward` itself, all graphs are released and the network runs without. `held` is the number of
-    bytes the graphs withhold from the rest of the program.
+    second occurrence: the first evaluation compiles kernels and chooses algorithms, which a capture
+    must not do, and a signature that does not recur is not worth a graph. If memory runs out, during
+    a capture or in `forward` itself, all graphs are released and the network runs without. `held` is
+    the number of bytes the graphs withhold from the rest of the program.
     """
 
     def __init__(self, module: nn.Module):
@@ -125,7 +125,7 @@ class Graphs:
         self.held = 0
 
     def release(self) -> None:
-        """Release every graph and its memory: when other work needs it or the network has changed."""
+        """Release every graph: if other work needs the memory, or after the network has changed."""
         self.graphs.clear()
         self.seen.clear()
         self.pool = None
@@ -144,8 +144,8 @@ class Graphs:
         tensors = tensors_of(arguments)
         if record is not None or not self._can(tensors):
             return self._plainly(x, t, context, record=record, **more)
-        # Moved weights have other addresses.
-        key = signature_of(arguments), next(self.module.parameters()).data_ptr(), torch.is_grad_enabled()
+        address = next(self.module.parameters()).data_ptr()  # differs if the weights were moved
+        key = signature_of(arguments), address, torch.is_grad_enabled()
         if key not in self.graphs:
             due = key in self.seen and key not in self.refused
             self.seen.add(key)

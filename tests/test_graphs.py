@@ -1,4 +1,4 @@
-"""CUDA graphs of a network: with a stand-in for the capture on a CPU, and real ones if there is a GPU.
+"""CUDA graphs of a network: a stand-in for the capture on a CPU, real graphs if there is a GPU.
 
 The stand-in keeps what a CUDA graph keeps: a replay runs what was captured on the captured tensors
 themselves and leaves its output where the capture's was. Inputs that are not copied in, or an
@@ -166,8 +166,8 @@ def test_without_a_graph_where_none_can_be_had(unet, fake, error, recwarn):
 
 
 def test_graphs_are_released_before_the_network_runs_out_of_memory(unet, fake):
-    """A larger batch finds the memory taken by graphs: they are released and it runs. Without graphs
-    it is out of memory."""
+    """A larger batch finds the memory taken by graphs: they are released and it runs. With no graphs
+    left to release, it is out of memory."""
     plain, run = unet.forward, None
 
     def tight(x, *rest, **more):
@@ -188,7 +188,7 @@ def test_graphs_are_released_before_the_network_runs_out_of_memory(unet, fake):
         run(larger[0], 9, larger[1])
 
 
-def test_the_same_pictures_with_graphs(small, fake):
+def test_the_same_images_with_graphs(small, fake):
     expected = small("a red circle", seeds=[1, 2], steps=4)
     small.use_graphs()
     try:
@@ -218,7 +218,7 @@ def test_graphs_of_what_the_compiler_made(small_folder, fake):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_same_picture_and_no_waiting_in_the_loop(small_folder):
+def test_on_a_gpu_the_same_image_and_no_waiting_in_the_loop(small_folder):
     sd = minsd.load(str(small_folder), "cuda", torch.float16)
     start = noise([1, 2], (4, 16, 16))
     with_graphs = sd.sample("a red circle", start, steps=6)

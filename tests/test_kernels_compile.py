@@ -18,8 +18,8 @@ import pytest
 HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
 LIGHT = {"BIAS": False, "REGION": False}
 FULL = {"BIAS": True, "REGION": True}
-# In both dtypes: no bias or region, as the UNet runs them. In one dtype per head dim, by turns: bias
-# and region together, which needs the most registers; fp16 and bf16 differ in nothing that takes any.
+# In both dtypes: no bias or region, as the UNet runs them. In one dtype per head dim, alternating:
+# both, which need the most registers. The dtype makes no difference to the registers needed.
 VARIANTS = {
     "forward": [{**LIGHT, "OUT": True}, {**LIGHT, "OUT": False}, {**FULL, "OUT": True}],
     "mean_map": [LIGHT, FULL],
@@ -31,7 +31,7 @@ VARIANTS = {
     "grad_kv": [{**LIGHT, "OUT": True, "MAP": True}, {**FULL, "OUT": True, "MAP": True}],
 }
 DTYPES = ("fp16", "bf16")
-# Channels per GroupNorm group at SD's levels, those of joined skips included; NCHW and channels_last.
+# Channels per GroupNorm group at SD's levels, with and without skips; NCHW and channels_last.
 NORMS = [(size, layout) for size in (10, 30, 40, 80) for layout in ("sx_p", "sx_c")]
 LOW = ("Q", "K", "V", "Out", "dO", "dQ", "dK", "dV", "bias", "X", "Add", "Weight", "Bias", "Y")
 POINTERS = {**dict.fromkeys(("Lse", "Dsum", "Map", "G", "Mean", "M2"), "*fp32"), "region": "*i32"}
@@ -39,7 +39,7 @@ ALIGNED = ("sq_", "sk_", "sv_", "so_", "sx_", "P", "C", "chunk")
 
 
 def compile_kernel(name, dtype, size, flags):
-    """Compile an attention kernel for head dim `size`, or a GroupNorm kernel for `size` channels per group.
+    """Compile a kernel: `size` is attention's head dim or GroupNorm's channels per group.
 
     Returns registers, stack bytes per thread (0: nothing spilled) and bytes of shared memory.
     """
@@ -98,7 +98,7 @@ def jobs():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """All variants, compiled in other processes: this one may hold the kernels in interpreted form."""
+    """All variants, compiled in other processes: in this one the kernels may be interpreted."""
     compiler = pytest.importorskip("triton.compiler", reason="no Triton on this platform")
     if "constexprs" not in inspect.signature(compiler.ASTSource).parameters:
         pytest.skip("Triton before 3.3 takes its constants in another form")

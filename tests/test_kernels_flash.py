@@ -1,6 +1,7 @@
-"""The attention kernels against float64 autograd: on a GPU if there is one, else in Triton's interpreter.
+"""The attention kernels against float64 autograd.
 
-The interpreter runs them through test_kernels_interpreter.py. Shapes are small and each awkward for
+They run on a GPU if there is one, else in Triton's interpreter through test_kernels_interpreter.py.
+Shapes are small and each awkward for
 a reason: lengths just beside and across the blocks of 32 and 64, 77 keys.
 """
 
@@ -116,7 +117,7 @@ def test_one_gradient_without_the_other(parts):
 
 @here
 def test_frozen_text_and_map_alone():
-    """Keys without gradient; and the sdpa backend's map, which the kernels compute from q and k alone."""
+    """Keys without gradient; and a map from q and k alone, as the sdpa backend needs it."""
     from minsd.kernels import autograd
 
     (q, k, v), weights, _ = inputs((2, 33, 77, 3), 16, torch.float32)

@@ -52,7 +52,7 @@ def relative(a, b):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Take the kernels always, on a CPU by the interpreter; yields the shapes they were asked for."""
+    """Always take the kernels, on a CPU by the interpreter. The shapes of x in order of the calls."""
     calls = []
 
     def can(x, norm, add):
@@ -97,7 +97,7 @@ def test_same_bits_every_time_and_any_strides(fused):
 
 
 @here
-def test_the_same_picture_as_without(fused, monkeypatch):
+def test_the_same_image_as_without(fused, monkeypatch):
     unet = UNetConfig(
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -142,7 +142,7 @@ def test_without_kernels_it_is_pytorch_with_gradients():
 
 @pytest.mark.skipif(INTERPRETING, reason="needs no kernel")
 def test_where_the_kernels_are_taken(monkeypatch):
-    """Only on CUDA, never where a gradient would be lost. Tensors that claim to be on CUDA stand in."""
+    """Only on CUDA, never where a gradient would be lost. Stand-ins claim to be on CUDA."""
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
     x, norm, add = case((2, 12, 7, 9, 4), torch.float32, "cpu")
     assert not kernels.norm_is_fused(x, norm, add)

@@ -1,4 +1,4 @@
-"""oneDNN's product instead of MKL's: values and gradients against float64, and when PyTorch's is used."""
+"""oneDNN's product instead of MKL's against float64, and the cases left to PyTorch's own."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_values_and_gradient_against_float64(shape, out, with_bias, calls):
 
 
 @there
-def test_where_pytorch_multiplies_itself(calls):
+def test_where_linear_is_left_to_pytorch(calls):
     layer = Linear(8, 4)
     x = torch.randn(20, 8)
     layer(x).sum().backward()  # weights that need a gradient
@@ -87,7 +87,7 @@ def test_attention_in_blocks_against_float64(shape, dtype, tolerance, calls, mon
 
 
 @there
-def test_where_attention_is_pytorchs(calls, monkeypatch):
+def test_where_attention_is_left_to_pytorch(calls, monkeypatch):
     q, k, v = torch.randn(3, 1, 30, 2, 8).unbind()
     plain = attention(q, k, v)[0]
     assert not calls  # too small
@@ -101,7 +101,7 @@ def test_where_attention_is_pytorchs(calls, monkeypatch):
 
 
 @there
-def test_the_same_picture_as_without(small, calls, monkeypatch):
+def test_the_same_image_as_without(small, calls, monkeypatch):
     monkeypatch.setattr(onednn, "LEAST", 0)
     ours = small("a red circle", seeds=[3], steps=3)[0]
     assert calls
