@@ -13,8 +13,7 @@ from torch import nn
 
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import UNetConfig
-from minsd.kernels import group_norm
-from minsd.kernels.onednn import Linear
+from minsd.kernels import Linear, group_norm
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -207,7 +206,7 @@ class UNet(nn.Module):
     def keys(self, context: torch.Tensor) -> dict[Attention, tuple[torch.Tensor, torch.Tensor]]:
         """What every attention layer makes of the text states (B,77,D). It does not depend on x or t: `forward` takes it in
         place of the context, so that a run of many steps computes it once."""
-        return {m: m.keys(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
+        return {m: m.kv(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
 
     def forward(
         self,
