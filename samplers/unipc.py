@@ -1,4 +1,4 @@
-"""UniPC of order 2 with B(h) = exp(h) - 1, "bh2" (Zhao et al. 2023): a predictor and a free corrector.
+"""UniPC of order 2, B(h) = exp(h) - 1 ("bh2"; Zhao et al. 2023): predictor and free corrector.
 
 Written in y and sigma (explained in `samplers/__init__.py`) like DPM++, a step is
 y' = (s'/s) y + (1 - s'/s) D. The prediction at its end, which the next step needs anyway, first
