@@ -220,8 +220,7 @@ class Evaluator:
         finite = values.isfinite().all(dim=1) & gradient.flatten(1).isfinite().all(dim=1)
         evaluations = []
         for (cross, conflict, used, met, _), fine in zip(values.tolist(), finite.tolist()):
-            # The official variant avoids rounds whose response loss was too high to count the
-            # conflict.
+            # Official: a round comes last if its response loss was too high to count the conflict.
             score = cross + used + (self.official and used <= 1e-6)
             evaluations.append(Evaluation(cross, conflict, score, bool(met), fine))
         return evaluations, gradient

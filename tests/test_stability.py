@@ -329,7 +329,9 @@ def test_nothing_to_do_gives_the_plain_noise_and_picture(shapes):
 
 def test_norms_warn_and_can_be_rescaled(sd):
     rough = {"optimize_steps": 2, "lr": 300.0, "steps": 2, "mode": "full"}
-    with pytest.warns(UserWarning, match=r"norm is \d\.\d+ of unit noise's, outside 0\.97\.\.1\.03"):
+    with pytest.warns(
+        UserWarning, match=r"noise is \d\.\d+ of unit noise's, outside 0\.97\.\.1\.03: lower lr"
+    ):
         left = stability.optimize(sd, PROMPTS[0], START[:1], **rough)
     assert not 0.97 <= left.history[-1]["norm"] <= 1.03
     kept = stability.optimize(sd, PROMPTS[0], START[:1], rescale=True, **rough)
