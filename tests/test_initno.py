@@ -1,5 +1,5 @@
-"""Noise optimisation against a plain loop over one image with torch.optim.Adam, all in float64 and
-from whole softmax tensors."""
+"""Noise optimisation against a plain loop with torch.optim.Adam in float64, from whole softmax
+tensors."""
 
 import copy
 import math
