@@ -96,9 +96,8 @@ class _Updates:
         if i >= UPDATED:
             return x
         if len(x) != len(self.select):
-            raise ValueError(
-                f"these updates are for a batch of {len(self.select)} images, not {len(x)}: make new ones per batch"
-            )
+            sizes = f"{len(self.select)} images, not {len(x)}"
+            raise ValueError(f"these updates are for a batch of {sizes}: make new ones for each batch")
         if i == 0:
             self.means.clear()
         dtype = x.dtype
@@ -150,11 +149,13 @@ class _Updates:
         loss = cross
         if self.official:
             for b, maps in zip(rows.tolist(), look.maps.detach()):
-                self.means[b] = 0.9 * self.means.get(b, maps) + 0.1 * maps
+                previous = self.means[b] if b in self.means else maps
+                self.means[b] = 0.9 * previous + 0.1 * maps
         if whole:
             means = torch.stack([self.means[b] for b in rows.tolist()])
-            background = losses.clean_background(look.maps, some)
-            loss = cross + 0.1 * background + 0.1 * losses.alignment(look.maps, means, some) + conflict
+            background: Tensor = losses.clean_background(look.maps, some)
+            drift: Tensor = losses.alignment(look.maps, means, some)
+            loss = cross + 0.1 * background + 0.1 * drift + conflict
         return loss, torch.stack([cross, conflict], dim=1)
 
     def over(self, values: Tensor, i: int) -> Tensor:

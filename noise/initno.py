@@ -77,18 +77,18 @@ def optimize(
         gaussian = Gaussians(z.to(sd.device, evaluate.dtype), how.lr)
         for step in range(how.updates(turn) + 1):
             x = gaussian.apply(row)
-            [seen], gradient = evaluate(x, row)
-            result.record(seen, min(turn, how.rounds))
-            if not seen.finite:
+            [found], gradient = evaluate(x, row)
+            result.record(found, min(turn, how.rounds))
+            if not found.finite:
                 return result.failed(seed, sd.dtype)
             if progress is not None:
-                progress(how.message(turn, step, seen))
-            if seen.met:
+                progress(how.message(turn, step, found))
+            if found.met:
                 return result.ended(x, True)
             if step < how.updates(turn):
                 gaussian.descend(row, gradient, how)
-            elif seen.score < best_score:
-                best_score = seen.score
+            elif found.score < best_score:
+                best_score = found.score
                 best = z if how.official else x
     return result.ended(x if how.official else best, False)
 
@@ -129,14 +129,14 @@ class Settings:
         """Updates of the noise in try `turn`, counted from 1. One more evaluation follows them."""
         return self.last_steps if turn > self.rounds else self.round_steps - 1
 
-    def message(self, turn: int, step: int, seen: "Evaluation") -> str:
+    def message(self, turn: int, step: int, found: "Evaluation") -> str:
         """Progress in words: an image's losses in try `turn`, after `step` updates."""
         where = f"round {turn}/{self.rounds} step {step + 1}/{self.round_steps}"
         if turn > self.rounds:
             where = f"last try step {step + 1}/{self.last_steps}"
             if step == self.last_steps:
                 where = "last try, end"
-        return f"{where} cross {seen.cross:.2f} self {seen.conflict:.2f}"
+        return f"{where} cross {found.cross:.2f} self {found.conflict:.2f}"
 
 
 @dataclass
@@ -273,8 +273,10 @@ class Gaussians:
         return losses.kl_divergence(mu, log_var), gradient
 
     def descend(self, rows: Tensor, gradient: Tensor, how: Settings) -> None:
-        """One update of images `rows`, given the loss's gradient (b,4,h,w) in x; bounds the KL
-        divergence, too."""
+        """One update of images `rows`, given the loss's gradient (b,4,h,w) in x.
+
+        It also keeps the KL divergence small, in the way of the variant.
+        """
         by_log_var = 0.5 * self.noise[rows] * (0.5 * self.p[rows, 0]).exp() * gradient
         by_both = torch.stack([by_log_var, gradient], dim=1)  # (b, 2, 4, h, w)
         if how.official:
@@ -309,7 +311,7 @@ class Gaussians:
 
 
 class _Image:
-    """One image of a batch: `optimize` as a state that a loop over evaluations moves on."""
+    """One image of a batch: `optimize` as a state machine that advances once per evaluation."""
 
     def __init__(self, generator: torch.Generator, shape: tuple[int, ...], how: Settings):
         self.generator = generator
@@ -330,17 +332,19 @@ class _Image:
         self.result.ended(x, success)
         self.done = True
 
-    def move_on(self, seen: Evaluation, x: Tensor) -> None:
-        """Take in the evaluation of its noise x (1,4,h,w). Step 0 afterwards means: begin a new
-        try."""
+    def move_on(self, found: Evaluation, x: Tensor) -> None:
+        """Act on the evaluation of its noise x (1,4,h,w).
+
+        Afterwards it is done, or `step` counts one more update, or at step 0 a new try begins at `z`.
+        """
         how = self.how
-        if seen.met:
+        if found.met:
             self.end(x, True)
         elif self.step < how.updates(self.turn):
             self.step += 1
         else:
-            if seen.score < self.best_score:
-                self.best_score = seen.score
+            if found.score < self.best_score:
+                self.best_score = found.score
                 self.best = self.z if how.official else x
             if self.turn == how.tries:
                 self.end(x if how.official else self.best, False)
@@ -384,16 +388,16 @@ def optimize_batch(
         x = gaussians.apply(rows)
         evaluations, gradient = evaluate(x, rows)
         going = []  # positions in `active` of the images whose try goes on
-        for k, (b, seen) in enumerate(zip(active, evaluations)):
+        for k, (b, found) in enumerate(zip(active, evaluations)):
             image = images[b]
-            image.result.record(seen, min(image.turn, how.rounds))
-            if not seen.finite:
+            image.result.record(found, min(image.turn, how.rounds))
+            if not found.finite:
                 image.result.failed(seeds[b], sd.dtype)
                 image.done = True
                 continue
             if progress is not None:
-                progress(b, how.message(image.turn, image.step, seen))
-            image.move_on(seen, x[k : k + 1])
+                progress(b, how.message(image.turn, image.step, found))
+            image.move_on(found, x[k : k + 1])
             if image.step and not image.done:
                 going.append(k)
             elif not image.done:
@@ -424,13 +428,14 @@ def attention_scores(
     """
     select = losses.selector([losses.resolve(sd.text, prompt, subjects)]).to(sd.device)
     t = losses.listed_timesteps(sd, steps, sampler, karras)[0]
-    if not isinstance(candidates, Tensor):
-        candidates = draw_noise(candidates, _latent_shape(sd, height, width))
+    noise = candidates
+    if not isinstance(noise, Tensor):
+        noise = draw_noise(noise, _latent_shape(sd, height, width))
     context = sd.encode_prompt(prompt)
     scores = []
     with torch.no_grad():
-        size = sd.batch_size(8 * candidates.shape[-2], 8 * candidates.shape[-1])
-        for x in candidates.split(size):
+        size = sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])
+        for x in noise.split(size):
             texts = context.expand(len(x), -1, -1)
             look = losses.look(sd.unet, x.to(sd.device), t, texts, select.expand(len(x), -1, -1))
             scores.append(losses.cross_response(look.maps) + losses.self_conflict(look.claims))
