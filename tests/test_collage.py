@@ -64,7 +64,7 @@ def row_by_row(sd, x, t, lay, cells, g, weight=0.1):
     return merged / total
 
 
-# --- what must hold --------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -186,7 +186,7 @@ def test_rows_of_a_step(tiny, x, lay, options, rows):
     )  # one batch a step for both images; one step of the sampler each
 
 
-# --- the whole against its definition --------------------------------------------------------------------------------
+# --- the whole against its definition -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("negatives", [("", ""), ("blurry", "a heart")])
@@ -279,7 +279,7 @@ def test_pad_keeps_the_caption_in_a_ring():
     assert torch.equal(ring[0, 0], expected)
 
 
-# --- what is drawn ---------------------------------------------------------------------------------------------------
+# --- what is drawn --------------------------------------------------------------------------------
 
 
 def test_draws_follow_from_seed_timestep_and_region():
@@ -330,7 +330,7 @@ def test_gradients_flow_to_latents(tiny, x):
     assert (gradient * way).sum().item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5)
 
 
-# --- compat ----------------------------------------------------------------------------------------------------------
+# --- compat ---------------------------------------------------------------------------------------
 
 
 def test_compat_fill_is_the_published_resize():
@@ -380,7 +380,7 @@ def test_compat_in_the_network(tiny):
         hook.remove()
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

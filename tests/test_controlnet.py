@@ -173,7 +173,7 @@ def test_region_attention_reaches_the_controlnet(small, net, pictures):
     region = {grid: torch.ones(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((16, 16))}
     expected = unet(x, 500, texts[:, 1])
     assert relative(unet(x, 500, texts, region=region), expected) < 1e-5
-    assert relative(unet(x, 500, unet.keys(texts[:, 1])), expected) < 1e-6
+    assert relative(unet(x, 500, unet.text_kv(texts[:, 1])), expected) < 1e-6
 
 
 ORIGINAL = {  # diffusers' names -> those of the original layout, written out for a network of 4 levels of 2 layers

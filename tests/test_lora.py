@@ -208,7 +208,7 @@ def test_per_row_everywhere_is_merged_and_each_row_has_its_own(files, small_fold
     )
 
     def run():
-        keys = sd.unet.keys(context)  # as predictors take them
+        keys = sd.unet.text_kv(context)  # as predictors take them
         return sd.unet(x, 400, context), sd.unet(x, 400, keys), sd.encode_prompt(prompts)
 
     expected = {}

@@ -184,7 +184,7 @@ def test_a_pair_of_texts_one_down_one_up(small):
     down, up = (
         {grid: torch.full((2, grid[0] * grid[1]), text) for grid in unet.grids((16, 16))} for text in (0, 1)
     )
-    keys = [unet.keys(texts[:, text]) for text in (0, 1)]
+    keys = [unet.text_kv(texts[:, text]) for text in (0, 1)]
     spliced = {
         m: keys[name.split(".")[0] != "down_blocks"][m] for name, m in unet.named_modules() if m in keys[0]
     }
@@ -195,7 +195,7 @@ def test_a_pair_of_texts_one_down_one_up(small):
 @torch.no_grad()
 def test_keys_stand_for_the_text(small):
     unet, x, context = small
-    keys = unet.keys(context)
+    keys = unet.text_kv(context)
     assert torch.equal(unet(x, 300, keys), unet(x, 300, context)) and torch.equal(
         unet(x, 700, keys), unet(x, 700, context)
     )

@@ -131,7 +131,9 @@ def controlled(sd: StableDiffusion, job: dict, net):
         yield
         return
     plain, pictures = sd.unet, read_control_image(job["control_image"], job["width"], job["height"])
-    sd.unet = Controlled(plain, [Control(net, pictures, job["control_scale"])])
+    timesteps = sd.schedule.config.num_train_timesteps
+    control = Control(net, pictures, job["control_scale"], num_train_timesteps=timesteps)
+    sd.unet = Controlled(plain, [control])
     try:
         yield
     finally:
@@ -144,14 +146,15 @@ def predictor(sd: StableDiffusion, job: dict, prompts: list[str], seeds: list[in
     if not job.get("layout"):
         yield sd.guided(prompts, job["negative_prompt"], job["guidance_scale"])
         return
-    layout, how = load_layout(job["layout"]), {"guidance_scale": job["guidance_scale"], "seed": seeds}
+    layout = load_layout(job["layout"]).sized(job["width"], job["height"])
+    how = {"guidance_scale": job["guidance_scale"], "seed": seeds}
     how["crop_margin"] = job.get("crop_margin")
-    with lora.by_region(layout.regions, args.by_region) as tell:
+    with lora.by_region(layout.regions, args.by_region) as adapters:
         if job.get("controlnet"):
             pictures, scales = collage_control.read(layout, job["control_image"], job["control_scale"])
-            yield collage_control.predictor(sd, layout, args.net, pictures, scales, tell=tell, **how)
+            yield collage_control.predictor(sd, layout, args.net, pictures, scales, adapters=adapters, **how)
         else:
-            yield collage.predictor(sd, layout, tell=tell, **how)
+            yield collage.predictor(sd, layout, adapters=adapters, **how)
 
 
 def draw(
