@@ -1,5 +1,4 @@
-"""ControlNet (Zhang, Rao & Agrawala 2023, arXiv 2302.05543): a control image determines where
-things appear.
+"""ControlNet (Zhang, Rao & Agrawala 2023, arXiv 2302.05543): a control image says where things go.
 
 A trainable copy of the UNet's encoder half and middle takes the latents, the text and a control
 image. The output of each of its layers passes a convolution that started at zero and is added to
@@ -117,21 +116,24 @@ class Control:
 
     @property
     def scales(self) -> list[float]:
-        return [float(s) for s in (self.scale if isinstance(self.scale, Sequence) else [self.scale])]
+        scales = self.scale if isinstance(self.scale, Sequence) else [self.scale]
+        return [float(scale) for scale in scales]
 
     def is_active(self, t: int | float | Tensor) -> bool:
         """Whether the ControlNet is active at timestep t (a batch is judged by its first row)."""
         t = float(t.flatten()[0]) if torch.is_tensor(t) else float(t)
-        low, high = (round(self.num_train_timesteps * (1 - part), 6) for part in (self.end, self.start))
-        return any(self.scales) and (low <= t or self.end == 1) and (t < high or self.start == 0)
+        low, high = (self.num_train_timesteps * (1 - fraction) for fraction in (self.end, self.start))
+        started = self.start == 0 or t < round(high, 6)
+        ended = self.end < 1 and t < round(low, 6)
+        return any(self.scales) and started and not ended
 
 
 class Controlled:
     """A UNet with ControlNets beside it, to be called in its place. The residuals of several
     ControlNets add up.
 
-    The rows of a batch take the control images in turn, over and over: with R images, rows b and R
-    + b (the two halves of guidance) take image b. With `adapters` each row takes the image of its
+    The rows of a batch take the control images in turn, over and over: of R images, rows b and
+    R + b (the two halves of guidance) take image b. With `adapters` each row takes the image of its
     pass instead, and outside a block of `adapters.rows` the UNet runs alone. Wrapping an already
     wrapped UNet replaces its ControlNets. ValueError for a ControlNet made for another family and,
     at the first call, for images that do not fit the latents.

@@ -1,6 +1,6 @@
-"""Initial noise composed for a layout: each region's cells come from the candidate that already
-attends to its caption there.
+"""Initial noise composed for a layout.
 
+Each region's cells come from the candidate that already attends to the region's caption there.
 After Mao, Wang & Aizawa 2023 (arXiv 2305.03382 and 2312.08872), who move and collect blocks of
 noise: the initial noise largely decides where things appear, and the attention maps of the first
 timestep predict it.
@@ -25,11 +25,9 @@ class Arrangement:
     """Noise composed for a layout, and where it came from."""
 
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
-    # The candidates, by seed or by number from 0, that the background and each region's cells come
-    # from.
+    # The candidate, seed or number from 0, of the background and of each region's cells.
     chosen: list[int]
-    # The fraction of the attention to each region's subjects that falls into it, in the candidate
-    # taken.
+    # In its candidate, the fraction of the attention to a region's subjects that falls into it.
     fractions: list[float]
     scores: list[float]  # of each candidate as a whole: the product of all regions' fractions
     rows: int  # UNet rows, which stop early

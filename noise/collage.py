@@ -1,17 +1,18 @@
-"""NoiseCollage (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): a predictor that crops and merges
-predicted noises.
+"""NoiseCollage (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): crop and merge predicted noises.
 
 Region k = 1..N has a caption and a mask; k = 0 is the whole image. Every step predicts a noise for
-each of them from the same latents, eps_k = u_k + g (c_k - u_k), and merges them, eps = sum_k M_k
-eps_k. In each latent cell M_k = w_k a_k / sum_j w_j a_j: a_k is the fraction of the cell inside
-region k, w_k the region's weight, and w_0 the background weight. Any sampler can take its steps
-with the result.
+each of them from the same latents and merges the predictions:
+
+    eps_k = u_k + g (c_k - u_k)        eps = sum_k M_k eps_k        M_k = w_k a_k / sum_j w_j a_j
+
+In each latent cell a_k is the fraction of the cell inside region k, w_k the region's weight, and
+w_0 the background weight. Any sampler can take its steps with the result.
 
 In pass k >= 1 cross-attention is masked: cells inside region k attend to its caption; each cell
 outside attends to the image's caption or, drawn for each latent cell, step and region, to the empty
 prompt. Self-attention is unrestricted. The unconditional half u_k has the negative prompts in the
-same places. Where all u_k are equal, u is computed once: N + 2 UNet rows per step instead of 2 (N +
-1). All rows run as one batch, and each cell carries the number of its text.
+same places. Where all u_k are equal, u is computed once, and a step takes N + 2 UNet rows instead
+of 2 (N + 1). All rows run as one batch, and each cell carries the number of its text.
 
 A region's pass sees the whole latents (the paper's "fixed" crop), and may place its subject outside
 the region. With a crop margin (0: the paper's "flex" crop) the pass runs on a crop of the latents,
@@ -42,15 +43,14 @@ from minsd.config import CELL
 from minsd.guidance import Model, Predictor, TextKV, eps_from_output
 from minsd.noise.layout import CROP_MARGIN_MOST, Layout, SizedLayout, SizedRegion, coverage, ensure_sized
 
-OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a masked pass: its region's, the whole image's, the empty prompt
+OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a masked pass: the region's, the image's, the empty prompt
 CROP_UNTIL = 500  # the timestep down to which a crop margin applies: objects are placed by then
 ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows of a batch, on a CPU: more are no faster
 
 Grid = tuple[int, int]  # rows and columns of an attention layer's cells
 LevelMaps = dict[Grid, Tensor]  # a map for the grid of each level with cross-attention
-Halves = list[
-    LevelMaps
-]  # one for the whole network, or two: the encoder half's, then the rest's; none: unmasked
+# One for the whole network, or two: the encoder half's, then the rest's. Empty: no masks.
+Halves = list[LevelMaps]
 Place = tuple  # (..., rows, columns): an index into latents
 Row = tuple[list[str], int]  # the texts that a row's cells choose from, and the row's pass
 Cut = Callable[[int, Place], Model]
@@ -58,22 +58,22 @@ Cut = Callable[[int, Place], Model]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the passes of a collage are masked, cropped and merged. ValueError for settings that are out
-    of range or exclude one another."""
+    """How the passes of a collage are masked, cropped and merged. ValueError for settings that are
+    out of range or exclude one another."""
 
     # w_0, the weight of the whole image's pass.
     background_weight: float
     # Outside its region a pass attends to the empty prompt with this probability.
     background_drop: float
-    # Which cells of the attention grids belong to a region: "direct" (`direct_cells`), or "compat", as
-    # the published program has it.
+    # Which cells of the attention grids belong to a region: "direct" (`direct_cells`), or "compat",
+    # as in the published program.
     ladder: str
     # Instead of `background_drop`: the empty prompt for exactly the cells further from the region's
     # box than this times the box's width or height.
     pad: float | None
     # False: all cells of pass k attend to caption k.
     masked: bool
-    # A cheap ablation: a single pass, in which each cell attends to its region's caption. Nothing is merged.
+    # A cheap ablation: a single pass, in which each cell attends to its region's caption.
     attention_only: bool
     # While t >= crop_until, pass k is unmasked and sees only its box, widened on each side by
     # crop_margin times the box's size: 2 (N + 1) rows, most of them small.
@@ -205,9 +205,9 @@ def masked_passes(
     captions = [layout.prompt, *(region.prompt for region in regions)]
     negatives = [layout.negative_prompt, *(region.negative_prompt for region in regions)]
     rows = [(texts(caption, layout.prompt), k) for k, caption in enumerate(captions)]
-    # All u_k are equal where every cell of every pass has the same negative prompt, none included.
-    one_negative = len(set(negatives)) == 1 and (negatives[0] == "" or cells is None or not cells.any_empty)
-    if guidance_scale != 1 and one_negative and adapters is None:
+    # All u_k are equal where every cell of every pass attends to the same negative prompt.
+    attended = {*negatives, ""} if cells is not None and cells.any_empty else set(negatives)
+    if guidance_scale != 1 and len(attended) == 1 and adapters is None:
         rows = [([negatives[0]] * len(rows[0][0]), 0), *rows]
     elif guidance_scale != 1:
         rows = [(texts(text, layout.negative_prompt), k) for k, text in enumerate(negatives)] + rows
@@ -244,21 +244,21 @@ def single_pass(
     k: int,
 ) -> Predictor:
     """One unmasked pass, number k, on latents of `size`."""
-    prompt, negative = captioned.prompt, captioned.negative_prompt
+    texts = [captioned.prompt], [captioned.negative_prompt]
     if adapters is None:
-        return sd.predictor(sd.encode_prompt([prompt]), sd.encode_prompt([negative]), guidance_scale)
-    rows = [([prompt], k)] if guidance_scale == 1 else [([negative], k), ([prompt], k)]
+        cond, uncond = (sd.encode_prompt(text) for text in texts)
+        return sd.predictor(cond, uncond, guidance_scale)
+    rows = [(texts[0], k)] if guidance_scale == 1 else [(texts[1], k), (texts[0], k)]
     run = _Rows(sd, rows, size, adapters)
     return lambda x, t: _guided(run(x, t, []), 1, guidance_scale)[0]
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A pass that sees only a part of the latents: its predictor there, and its merge weights
-    (...,h,w)."""
+    """A pass that sees only a part of the latents: its predictor there and its merge weights."""
 
     place: Place
-    weights: Tensor
+    weights: Tensor  # (h,w) of the part
     predict: Predictor
 
 
@@ -478,9 +478,11 @@ def fixed_surroundings(
     regions: Sequence[SizedRegion], size: Grid, drop: float, pad: float | None
 ) -> Tensor | None:
     """The same for all regions, (N,1,h,w), where nothing has to be drawn; else None."""
+    if pad is None and drop not in (0, 1):
+        return None
+    maps = torch.full((len(regions), 1, *size), WHOLE if pad is None and drop == 0 else EMPTY)
     if pad is None:
-        return torch.full((len(regions), 1, *size), EMPTY if drop else WHOLE) if drop in (0, 1) else None
-    maps = torch.full((len(regions), 1, *size), EMPTY)
+        return maps
     y, x = (CELL * (torch.arange(n) + 0.5) for n in size)  # the cells' centres, in pixels
     for each, region in zip(maps, regions):
         x0, y0, x1, y1 = region.bounds
@@ -507,7 +509,8 @@ def _assign(inside: Halves, outside: Halves) -> Halves:
 def stacked(regions: Sequence[SizedRegion]) -> list[int]:
     """The regions' indices from bottom to top: the heaviest on top, of equally heavy ones the
     smallest."""
-    return sorted(range(len(regions)), key=lambda k: (regions[k].weight, -int(regions[k].pixels.sum())))
+    ranks = [(region.weight, -int(region.pixels.sum())) for region in regions]
+    return sorted(range(len(regions)), key=ranks.__getitem__)
 
 
 def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:

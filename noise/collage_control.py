@@ -1,5 +1,4 @@
-"""NoiseCollage with ControlNet (Shirakawa & Uchida, CVPR 2024, section 3.4): every region's noise
-under its own control image.
+"""NoiseCollage with ControlNet (Shirakawa & Uchida, CVPR 2024, section 3.4): one image per region.
 
 The collage is that of noise/collage.py. Here its pass k has control image k at scale k, and the
 ControlNet's rows run in one batch like the UNet's. Since the control image fixes positions,
@@ -77,7 +76,8 @@ def predictor(
     # Without its own control images, so that the collage does not warn that they are unused.
     regions = tuple(replace(region, control_image=None) for region in layout.regions)
     layout = replace(layout, control_image=None, regions=regions)
-    control = Control(net, pictures, list(scales), start, end, sd.schedule.config.num_train_timesteps)
+    timesteps = sd.schedule.config.num_train_timesteps
+    control = Control(net, pictures, list(scales), start, end, timesteps)
     adapters = Adapters() if adapters is None else adapters
 
     def cut(k: int, place: collage.Place) -> Model:

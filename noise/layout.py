@@ -1,12 +1,11 @@
-"""Layouts: a caption for the whole image, and one for each region of it. Read, checked and drawn
-here, without a model.
+"""Layouts: a caption for the whole image, and one for each of its regions. Read, checked, previewed.
 
 Two forms are read: a `layout.json`, whose keys are listed at `load`, and the folder that
 NoiseCollage's program takes (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): PALL/ for the whole
 image and P000/, P001/ ... for the regions, each with a caption file and all but PALL with a mask.
 Only numpy and Pillow are needed, so that mistakes are found before anything heavy is imported.
 
-    layout = load("layout.json")     # everything in the files, masks included: they are not read again
+    layout = load("layout.json")     # reads the files, masks included; they are not read again
     sized = layout.sized(512, 512)   # each region's pixels on an image of that size
 """
 
@@ -32,7 +31,7 @@ CONTROLS = ("pose_image.png", "sketch_image.png", "canny_image.png")
 # The colours of a preview's regions.
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1: fractions if all are at most 1, else pixels
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1: fractions if all are <= 1, else pixels
 LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
@@ -41,23 +40,23 @@ class Region:
     """A part of the image with its own caption: a box or a mask."""
 
     prompt: str
-    box: Box | None = None
+    box: Box | None = None  # as given
     mask: Path | None = None  # an image, white inside
     negative_prompt: str = ""
     weight: float = 1.0
     lora: tuple[LoRAReference, ...] = ()
     control_image: Path | None = None
     control_scale: float | None = None  # None: 1
-    mask_pixels: np.ndarray | None = field(
-        default=None, repr=False, compare=False
-    )  # the mask as read, boolean
+    # The mask as its file had it, boolean.
+    mask_pixels: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class SizedRegion(Region):
     """A region on an image of known size."""
 
-    pixels: np.ndarray = field(kw_only=True, repr=False, compare=False)  # (height, width) boolean, read-only
+    # (height, width) boolean, read-only.
+    pixels: np.ndarray = field(kw_only=True, repr=False, compare=False)
 
     @property
     def bounds(self) -> tuple[int, int, int, int]:

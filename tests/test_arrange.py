@@ -1,5 +1,4 @@
-"""Noise composed for a layout: from the candidates whose attention maps fit it, and judged by
-pixels."""
+"""Noise composed for a layout: from candidates whose maps fit it, and judged by pixels."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,4 @@
-"""NoiseCollage on a tiny network in float64: the identities that must hold, and the whole against
-one row at a time."""
+"""NoiseCollage on a tiny network in float64: identities, and the whole against single rows."""
 
 import copy
 import itertools

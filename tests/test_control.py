@@ -1,5 +1,4 @@
-"""A collage whose regions have control images and adapters: against one guided pass after the
-other, and identities."""
+"""A collage whose regions have control images and adapters: against single guided passes."""
 
 import contextlib
 import copy

@@ -1,5 +1,4 @@
-"""ControlNet against diffusers' ControlNetModel and pipeline on the same random weights, and what
-`Controlled` promises."""
+"""ControlNet against diffusers' on the same random weights, and the promises of `Controlled`."""
 
 import dataclasses
 import gc

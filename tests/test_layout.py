@@ -1,5 +1,4 @@
-"""Layouts against cells averaged by slicing, worked numbers, and every mistake their author can
-make."""
+"""Layouts against cells averaged by slicing, worked numbers, and their authors' mistakes."""
 
 import copy
 import json

@@ -1,5 +1,4 @@
-"""Adapters against diffusers and peft loading the same files, and against themselves: merged, by
-row, undone."""
+"""Adapters against diffusers and peft loading the same files; merged, per row and undone."""
 
 import json
 

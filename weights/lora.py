@@ -65,7 +65,7 @@ class HasLoRA(Protocol):
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one layer: down (r,in) and up (out,r); for convolutions (r,in,k,k) and
+    """The change of one layer: down (r,in) and up (out,r), of convolutions (r,in,k,k),
     (out,r,1,1)."""
 
     name: str
@@ -83,8 +83,8 @@ class LowRank:
         return self.factor * (up @ down).reshape(weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The change of the layer's output at its input x, (B,M,in) -> (B,M,out) or (B,in,h,w) ->
-        (B,out,h',w')."""
+        """The change of the layer's output at its input x: (B,...,in) -> (B,...,out), of convolutions
+        (B,in,h,w) -> (B,out,h',w')."""
         down, up = (half.to(x.device, x.dtype) for half in (self.down, self.up))
         if isinstance(self.module, nn.Conv2d):
             y = F.conv2d(x, down, stride=self.module.stride, padding=self.module.padding)
@@ -156,7 +156,7 @@ def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict
     for sign, kind in _OTHER_KINDS.items():
         for name in header:
             if sign in name:
-                raise ValueError(f"{path} is {kind} ({name}); minsd takes plain LoRA")
+                raise ValueError(f"{path} is {kind} ({name}); minsd reads plain LoRA")
     halves: dict[str, dict[str, str]] = {}
     alphas: dict[str, str] = {}
     for name in header:
@@ -351,8 +351,8 @@ class _RowScales:
 def per_row(
     scaled: Sequence[tuple[LoRA, Sequence[float]]], adapters: Adapters | None = None
 ) -> Iterator[None]:
-    """Within the `with` block each row of a batch has the adapters at its own scales: (LoRA, R
-    scales) pairs.
+    """Within the `with` block each row of a batch has the adapters, (LoRA, R scales) pairs, at its
+    own scales.
 
     The rows take the R scales in turn, over and over, so with R images rows b and R + b (the two
     halves of guidance) take scale b. Every batch must have a multiple of R rows, and so must its
