@@ -20,8 +20,8 @@ TextKV = dict[torch.nn.Module, tuple[Tensor, Tensor]]  # by cross-attention laye
 
 
 class Model(Protocol):
-    """The part of `StableDiffusion` (minsd/pipeline.py) that noise methods use; they must not
-    import it.
+    """The part of `StableDiffusion` that noise methods use. They cannot import the class, since
+    minsd/pipeline.py imports them.
 
     The networks may be stand-ins, such as a `Controlled` for the UNet, hence `Any`.
     """
@@ -36,8 +36,9 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    # Both *args and **how: any further parameters.
     def __call__(
-        self, prompt: str | Sequence[str], seeds: Sequence[int], **how: Any
+        self, prompt: str | Sequence[str], seeds: Sequence[int], *args: Any, **how: Any
     ) -> list[Image.Image]: ...
     def batch_size(self, height: int, width: int) -> int: ...
     def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor: ...
