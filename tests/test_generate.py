@@ -654,7 +654,7 @@ def test_pictures_of_layouts_that_ask_for_no_controlnet_can_be_made_again(tmp_pa
     out = ["--steps", "1", "--out", str(tmp_path / "o")]
     assert (
         main(["--layout", str(tmp_path), "--seed", "1", *out]) == 0
-        and "are not looked at" in capfd.readouterr().err
+        and "are not used" in capfd.readouterr().err
     )
     assert main(["--like", str(tmp_path / "o" / "00000-1.png"), *out]) == 0
     first, again = lines(tmp_path / "o")

@@ -82,7 +82,7 @@ def test_every_call_is_answered_from_its_own_inputs(unet, fake):
 def test_what_did_not_change_is_not_copied_and_what_changed_in_place_is(unet, fake):
     plain, run = unet.forward, Graphs(unet)
     x, context = inputs()
-    text_kv = unet.keys(context)
+    text_kv = unet.text_kv(context)
     run(x, 900, text_kv)
     run(x, 800, text_kv)
     (graph,) = run.graphs.values()
@@ -93,7 +93,7 @@ def test_what_did_not_change_is_not_copied_and_what_changed_in_place_is(unet, fa
     x.mul_(0.5)
     next(iter(text_kv.values()))[0].mul_(3)
     assert close(run(x, 700, text_kv), plain(x, 700, text_kv))
-    other = unet.keys(inputs(seed=5)[1])
+    other = unet.text_kv(inputs(seed=5)[1])
     assert close(run(x, 700, other), plain(x, 700, other)) and fake.captures == 1
 
 

@@ -145,7 +145,9 @@ def controlled(session: Session, job: Job) -> Iterator[None]:
         return
     plain = sd.unet
     pictures = read_control_image(job.control.image, job.sampling.width, job.sampling.height)
-    sd.unet = Controlled(plain, [Control(session.controlnet, pictures, job.control.scale)])
+    levels = sd.schedule.config.num_train_timesteps
+    control = Control(session.controlnet, pictures, job.control.scale, num_train_timesteps=levels)
+    sd.unet = Controlled(plain, [control])
     try:
         yield
     finally:
@@ -167,10 +169,10 @@ def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) 
         if job.control is not None and session.controlnet is not None:
             pictures, scales = collage_control.read(job.layout, job.control.image, job.control.scale)
             yield collage_control.predictor(
-                sd, job.layout, session.controlnet, pictures, scales, tell=adapters, **how
+                sd, job.layout, session.controlnet, pictures, scales, adapters=adapters, **how
             )
         else:
-            yield collage.predictor(sd, job.layout, tell=adapters, **how)
+            yield collage.predictor(sd, job.layout, adapters=adapters, **how)
 
 
 def steps_of(sd: StableDiffusion, job: Job) -> int:

@@ -186,7 +186,7 @@ def train_style(sd, args) -> None:
             shape = module.weight.shape
             down = nn.Parameter(torch.randn(RANK, *shape[1:]) / math.sqrt(shape[1:].numel()))
             up = nn.Parameter(torch.zeros(shape[0], RANK, *[1] * (len(shape) - 2)))
-            parts.append(lora.Part(name, module, fused.get(module), down, up, 1.0))
+            parts.append(lora.LowRank(name, module, fused.get(module), down, up, 1.0))
     whole_attention(sd.unet)
     latents, texts, _ = examples(sd, args.pictures, pierced)
     empty = sd.encode_prompt("")
