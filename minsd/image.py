@@ -32,10 +32,10 @@ FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI"
 def read(path: str | Path, on: str | None = None) -> Image.Image:
     """Read an image file of any common kind: upright, the first frame, without transparency.
 
-    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits, as
-    in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha channel,
-    as diffusers does. Warns where there are more frames. FileNotFoundError or ValueError, in one line, for
-    anything that cannot be read.
+    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits,
+    as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha
+    channel, as diffusers does. Warns where there are more frames. FileNotFoundError or ValueError, in one
+    line, for anything that cannot be read.
     """
     Image.init()
     try:
@@ -94,11 +94,13 @@ def to_tensor(pictures: Sequence[Image.Image]) -> "Tensor":
 
     if len({p.size for p in pictures}) != 1:
         raise ValueError(f"images of one batch must have one size, not {sorted({p.size for p in pictures})}")
-    batch = []
+    pixels = []
     for picture in map(levels, pictures):
-        pixels = torch.from_numpy(np.array(picture))  # (H, W, 3) of 8 bits, or (H, W) of floats
-        batch.append(pixels.clamp(0, 255).expand(3, -1, -1) if pixels.ndim == 2 else pixels.permute(2, 0, 1))
-    return torch.stack([pixels.float() for pixels in batch]) / 127.5 - 1
+        values = np.asarray(
+            picture
+        )  # (H, W, 3) of 8 bits, or (H, W) of floats that resizing may take too far
+        pixels.append(values if values.ndim == 3 else values.clip(0, 255)[..., None].repeat(3, -1))
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def from_tensor(x: "Tensor") -> list[Image.Image]:
