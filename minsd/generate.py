@@ -300,6 +300,14 @@ def warn(message, *rest, **more) -> None:
     tqdm.write(f"minsd: warning: {message}", file=sys.stderr)  # above a progress bar, not into it
 
 
+def command() -> int:
+    """`main` for a process of its own: minsd, python -m minsd, python -m minsd.generate.
+
+    SIGTERM stops it as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent by torchrun, Slurm and timeout
+    return main()
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun, Slurm and timeout end a run so
-    sys.exit(main())
+    sys.exit(command())
