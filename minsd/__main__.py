@@ -2,7 +2,7 @@
 
 import sys
 
-from minsd.generate import command
+from minsd.generate import script
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(script())

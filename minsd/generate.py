@@ -300,14 +300,13 @@ def warn(message, *rest, **more) -> None:
     tqdm.write(f"minsd: warning: {message}", file=sys.stderr)  # above a progress bar, not into it
 
 
-def command() -> int:
-    """`main` for a process of its own: minsd, python -m minsd, python -m minsd.generate.
-
-    SIGTERM stops it as Ctrl-C does.
+def script() -> int:
+    """`main` as a program of its own: torchrun, Slurm and timeout end a run by SIGTERM, which then stops as
+    Ctrl-C does.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent by torchrun, Slurm and timeout
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return main()
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(script())

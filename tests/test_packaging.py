@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import minsd
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
     "model_index.json",
@@ -318,6 +320,11 @@ def test_everything_public_resolves_after_import_minsd_alone(source):
         positional = [p.split(":")[1] for p in parameters if p.startswith("POSITIONAL")]
         assert positional[: len(before.split())] == before.split(), name
         assert set(after.split()) <= by_keyword, name
+
+
+def test_the_version_is_said_alike():
+    assert f"\nversion: {minsd.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {minsd.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_no_other_name_resolves(source):
