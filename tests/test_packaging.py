@@ -62,7 +62,8 @@ COLLAGE = "guidance_scale background_weight background_drop ladder seed"
 PARAMETERS = {
     "minsd.load": "model device dtype * tokenizer",
     f"{SD}.__call__": f"prompt seeds * noise {HOW} height width refine",
-    f"{SD}.sample": f"prompts noise * seeds {HOW}",
+    f"{SD}.sample": "prompts noise * negative_prompt guidance_scale",  # the rest goes to denoise
+    f"{SD}.denoise": "predict noise * seeds steps sampler",
     f"{SD}.encode_prompt": "prompts",
     f"{SD}.encode": "",
     f"{SD}.decode": "latents",
