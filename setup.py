@@ -1,6 +1,6 @@
 """The part of packaging that needs code; the metadata is in pyproject.toml.
 
-The top-level folders install inside minsd, where they cannot shadow PyPI packages called `kernels` etc.;
+The top-level folders install inside minsd, where they cannot shadow PyPI packages such as `kernels`.
 minsd/__init__.py makes a bare checkout look the same.
 """
 
@@ -21,7 +21,8 @@ setup(
         "": ["README.md", "py.typed"],
         "minsd.weights.shapes": [
             "model_index.json",
-            *(f"{d}/*" for d in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "extras/outlines")),
+            *(f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
+            "extras/outlines/*",
             "extras/*.safetensors",
         ],
     },

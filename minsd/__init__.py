@@ -33,11 +33,11 @@ if TYPE_CHECKING:  # what __getattr__ below imports on first use
 
 __version__ = "0.1.0"
 
-# In a checkout, `kernels`, `weights`, `samplers` and `noise` lie beside this package; setup.py installs them
-# inside it. Make `minsd.kernels` etc. resolve here too, and take the checkout's root off sys.path, where a
-# bare `kernels` would shadow the PyPI package that transformers imports.
+# In a checkout, `kernels`, `weights`, `samplers` and `noise` lie beside this package; setup.py installs
+# them inside it. Make `minsd.kernels` etc. resolve here too, and take the checkout's root off sys.path,
+# where a bare `kernels` would shadow the PyPI package that transformers imports.
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if os.path.isfile(os.path.join(_root, "setup.py")) and os.path.isdir(os.path.join(_root, "kernels")):
+if all(os.path.exists(os.path.join(_root, name)) for name in ("setup.py", "kernels")):
     __path__.append(_root)
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _root]
 

@@ -1,8 +1,8 @@
 """Fixtures shared by the tests, and the check of skipped tests.
 
-The fixtures: a small random Stable Diffusion saved by diffusers itself, for loading and whole-pipeline
-parity; the embedded model; a measure of memory. With MINSD_CI=1, a skip whose reason is not in EXPLAINED
-fails the run.
+The fixtures: a small random Stable Diffusion saved by diffusers itself, for loading and for parity of
+the whole pipeline; the embedded model; a measure of memory. With MINSD_CI=1, a skip whose reason is not
+in EXPLAINED fails the run.
 """
 
 import copy
@@ -10,7 +10,7 @@ import os
 import shutil
 import weakref
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in minsd/generate.py: set before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in minsd/generate.py, before torch
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ import minsd
 from minsd.config import UNetConfig
 from minsd.unet import UNet
 
-# Skips that are accepted under MINSD_CI=1 (.ci/run): the beginning of the reason -> why it is accepted.
+# Skips accepted under MINSD_CI=1 (.ci/run): the beginning of the reason -> why it is accepted.
 # Whatever PyPI or Debian can provide is installed there instead.
 EXPLAINED = {
     "needs a GPU": "the machine has none",
@@ -70,7 +70,7 @@ def shapes_folder():
 
 
 def small_pipeline(tokenizer_folder, prediction_type="epsilon", sd2=False):
-    """diffusers' StableDiffusionPipeline with small random networks: its classes, its initialisation."""
+    """diffusers' StableDiffusionPipeline with small random networks, initialised by diffusers."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -148,7 +148,7 @@ def shapes():
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the live tensors created within the block, backward passes included: `now` and `peak`."""
+    """Bytes of live tensors created within the block, backward passes included: `now` and `peak`."""
 
     def __init__(self):
         super().__init__()

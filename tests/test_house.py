@@ -1,7 +1,7 @@
 """The house's order: no circle between files, and no import from a lower floor to a higher one.
 
-Every import counts, including those inside functions and under TYPE_CHECKING, and so does every name that
-is reached through `import minsd`, such as minsd.load or minsd.noise.layout.
+Every import counts, including those inside functions and under TYPE_CHECKING, and so does every name
+that is reached through `import minsd`, such as minsd.load or minsd.noise.layout.
 """
 
 import ast
@@ -19,7 +19,7 @@ OUTSIDE = ("bench", "tests")  # top-level packages that are not installed
 # A file may import from its own floor and from every floor below, directly or not.
 FLOORS = {
     "doors": ("generate __main__", "app"),
-    "training": ("weights.shapes.train weights.shapes.extras", "pipeline"),  # programs, run with python -m
+    "training": ("weights.shapes.train weights.shapes.extras", "pipeline"),  # run with python -m
     "app": ("app", "pipeline"),
     "pipeline": ("pipeline", "noise"),
     "noise": ("noise", "weights guidance"),
@@ -32,7 +32,7 @@ FLOORS = {
     "kernels": ("kernels", "config"),
     "config": ("config", ""),
 }
-# minsd/__init__.py holds the version, which every file may read, and its lazy `load` imports the pipeline.
+# minsd/__init__.py holds the version, which every file may read; its lazy `load` imports the pipeline.
 EXEMPT = "minsd"
 
 
@@ -48,7 +48,7 @@ def files() -> dict[str, Path]:
 
 
 def attribute_chain(node: ast.AST) -> list[str]:
-    """["minsd", "noise", "layout"] for the expression minsd.noise.layout. Empty for other expressions."""
+    """["minsd", "noise", "layout"] for the expression minsd.noise.layout; [] for other expressions."""
     if isinstance(node, ast.Name):
         return [node.id]
     if isinstance(node, ast.Attribute):
@@ -84,7 +84,8 @@ def imports(source: str, module: str, is_package: bool, names: set[str]) -> set[
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             dotted |= {alias.name for alias in node.names}
-            whole |= any(alias.asname is None and alias.name.split(".")[0] == "minsd" for alias in node.names)
+            bound = {alias.name.split(".")[0] for alias in node.names if alias.asname is None}
+            whole |= "minsd" in bound
         elif isinstance(node, ast.ImportFrom):
             base = absolute(node.module or "", node.level, package)
             dotted |= {f"{base}.{alias.name}" for alias in node.names}
@@ -94,13 +95,10 @@ def imports(source: str, module: str, is_package: bool, names: set[str]) -> set[
                 name = str(target.value)
                 dotted.add(absolute(name.lstrip("."), len(name) - len(name.lstrip(".")), package))
             elif not is_package:
-                raise ValueError(
-                    f"{module}: import_module of a computed name is for the lazy __init__ files alone"
-                )
+                raise ValueError(f"{module}: only an __init__ file may import a computed name")
     if whole:
-        dotted |= {
-            ".".join(attribute_chain(node)) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-        }
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        dotted |= {".".join(attribute_chain(node)) for node in attributes}
     found = set()
     for name in dotted:
         if name == "minsd.load":
@@ -122,7 +120,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def floor_of(module: str) -> str:
-    """The floor with the longest name that the module begins with. ValueError where there is none."""
+    """The floor of a module, by the longest entry that fits. ValueError where none fits."""
     name = module.removeprefix("minsd.")
     fitting = {
         entry: floor

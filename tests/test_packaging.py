@@ -1,4 +1,4 @@
-"""The ways to install and run minsd, the trap of a bare top-level `kernels`, and the public names."""
+"""Ways to install and run minsd, the trap of a bare top-level `kernels`, and the public names."""
 
 import importlib.util
 import os
@@ -29,7 +29,8 @@ MODEL = (
 WORKS = (
     "import minsd, minsd.kernels, minsd.weights.load, minsd.samplers.ddim, minsd.noise.initial\n"
     "assert minsd.noise.initial.noise([0], (4, 2, 2)).shape == (1, 4, 2, 2)\n"
-    "assert (minsd.weights.load.SHAPES_FOLDER / 'unet' / 'diffusion_pytorch_model.safetensors').is_file()\n"
+    "model = minsd.weights.load.SHAPES_FOLDER / 'unet' / 'diffusion_pytorch_model.safetensors'\n"
+    "assert model.is_file()\n"
     "print(minsd.weights.load.__file__)"
 )
 
@@ -43,9 +44,9 @@ minsd.noise.initial.noise
 minsd.samplers.SAMPLERS
 minsd.samplers.ddim.sample minsd.samplers.ddim.invert
 minsd.kernels.attention
-minsd.noise.losses.cross_response minsd.noise.losses.self_conflict minsd.noise.losses.clean_background
-minsd.noise.losses.alignment minsd.noise.losses.kl_divergence minsd.noise.losses.automatic_subjects
-minsd.noise.losses.resolve
+minsd.noise.losses.cross_response minsd.noise.losses.self_conflict
+minsd.noise.losses.clean_background minsd.noise.losses.alignment minsd.noise.losses.kl_divergence
+minsd.noise.losses.automatic_subjects minsd.noise.losses.resolve
 minsd.noise.initno.optimize
 minsd.noise.stability.score minsd.noise.stability.select minsd.noise.stability.optimize
 minsd.noise.layout.load minsd.noise.layout.Layout
@@ -101,9 +102,8 @@ def run(*command: str, cwd: Path, path: str = "", python: str = sys.executable) 
 
 def checkout() -> Iterator[str]:
     """The files that git tracks or would add; links to folders and ignored files are left out."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return (name for name in sorted(set(listed.stdout.splitlines())) if (ROOT / name).is_file())
 
 
@@ -120,25 +120,31 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    run("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source), cwd=out)
+    options = ("-q", "--no-deps", "--no-build-isolation", "-w", str(out))
+    run("-m", "pip", "wheel", *options, str(source), cwd=out)
     return next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The python of a virtual environment with the wheel; its dependencies come from this environment."""
+    """The python of a virtual environment with the wheel; dependencies come from this environment."""
     folder = tmp_path_factory.mktemp("installed")
     python = borrowing(folder)
     run("-m", "pip", "--python", python, "install", "-q", "--no-deps", str(wheel), cwd=folder)
     return python
 
 
+def site_packages(python: str) -> Path:
+    """The folder in which a python finds its packages."""
+    code = "import site; print(site.getsitepackages()[0])"
+    return Path(run("-c", code, cwd=Path(python).parent, python=python))
+
+
 def borrowing(folder: Path) -> str:
-    """The python of a new virtual environment without pip, which can import this environment's packages."""
+    """The python of a new virtual environment, which can import this environment's packages."""
     run("-m", "venv", "--without-pip", str(folder / "venv"), cwd=folder)
     python = str(next((folder / "venv").glob("bin/python")))
-    packages = Path(run("-c", "import site; print(site.getsitepackages()[0])", cwd=folder, python=python))
-    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
+    (site_packages(python) / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
     return python
 
 
@@ -156,10 +162,8 @@ def test_the_wheel_holds_the_tree_under_one_name(wheel):
 
 
 def test_type_checkers_find_every_package():
-    """typings/minsd links to the folders beside minsd/: minsd.kernels etc. resolve without running code."""
-    folders = {
-        path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in (*OUTSIDE, "minsd")
-    }
+    """typings/minsd links to the folders beside minsd/, so that minsd.kernels etc. resolve statically."""
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {*OUTSIDE, "minsd"}
     links = {path.name: path for path in (ROOT / "typings" / "minsd").iterdir()}
     assert links.pop("__init__.py").resolve() == ROOT / "minsd" / "__init__.py"
     assert set(links) == folders
@@ -172,15 +176,14 @@ def test_the_sdist_holds_the_model(source, tmp_path):
     run("setup.py", "-q", "sdist", "-d", str(tmp_path), cwd=copy)
     names = tarfile.open(next(tmp_path.glob("*.tar.gz"))).getnames()
     model = [f"weights/shapes/{name}" for name in MODEL]
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels/__init__.py", *model):
+    others = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels/__init__.py")
+    for name in (*others, *model):
         assert any(n.endswith("/" + name) for n in names), name
 
 
 def test_a_normal_install_works_from_elsewhere_and_from_the_checkout(installed, source, tmp_path):
-    site_packages = Path(
-        run("-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path, python=installed)
-    )
-    assert run("-c", WORKS, cwd=tmp_path, python=installed).startswith(str(site_packages))
+    found = run("-c", WORKS, cwd=tmp_path, python=installed)
+    assert found.startswith(str(site_packages(installed)))
     # In a checkout, the checkout itself is used.
     assert run("-c", WORKS, cwd=source, python=installed).startswith(str(source))
     assert "star</w>" in run(
@@ -227,11 +230,16 @@ def test_every_door_answers_and_gives_its_exit_code(installed, tmp_path, door):
 @pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_every_door_is_stopped_by_sigterm(installed, tmp_path, door):
-    """torchrun, Slurm and timeout stop a run with SIGTERM: it ends as by Ctrl-C, and reports its progress."""
+    """torchrun, Slurm and timeout stop a run with SIGTERM: it ends as by Ctrl-C, reporting progress."""
     program, *rest = DOORS[door]
-    command = [str(Path(installed).with_name(program)), *rest, "a star", "--seeds", "0-999", "--steps", "2"]
+    command = [str(Path(installed).with_name(program)), *rest]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "a star", "--seeds", "0-999", "--steps", "2"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         for _ in range(600):
@@ -279,8 +287,8 @@ def test_importing_minsd_loads_nothing_heavy(source):
     assert run("-c", code, cwd=source) == "True"
 
 
-# Imports minsd, then the libraries that take long to import. Every name is then resolved in a fork of its
-# own, where no earlier name has imported any submodule.
+# Imports minsd, then the libraries that take long to import. Every name is then resolved in a fork of
+# its own, where no earlier name has imported any submodule.
 FORKS = """
 import importlib.util, inspect, os, sys
 import minsd
