@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what __getattr__ below imports on first use
+    import minsd.adapters as adapters
     import minsd.app as app
     import minsd.attention as attention
     import minsd.config as config
@@ -42,6 +43,7 @@ if all(os.path.exists(os.path.join(_root, name)) for name in ("setup.py", "kerne
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _root]
 
 _SUBMODULES = (
+    "adapters",
     "app",
     "attention",
     "config",
