@@ -10,10 +10,17 @@ each run of a network:
 
 Outside such a block these adapters do nothing, so that other callers of the network, such as a
 refine, run it without them.
+
+A LoRA with its scale is written FILE:SCALE on the command line, in layouts and in metadata. Everywhere
+else it is a (Path, scale) pair: `split_scale` and `join_scale`.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
 class Adapters:
@@ -57,3 +64,27 @@ def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str
     if len(adapters.passes) != rows:
         raise ValueError(f"the passes of {len(adapters.passes)} rows were given, and the batch has {rows}")
     return [k % count for k in adapters.passes]
+
+
+def split_scale(text: str) -> LoRAReference:
+    """ "style.safetensors:0.8" -> the file and 0.8, or 1 without a scale. ValueError for other forms."""
+    tag = re.fullmatch(r"<lora:(.+):([\d.]+)>", text)
+    if tag is not None:
+        raise ValueError(f"{text} is a prompt's form: give the file, such as {tag[1]}.safetensors:{tag[2]}")
+    comma = re.fullmatch(r"(.+:[-+]?\d+),(\d+)", text)
+    if comma is not None:
+        raise ValueError(f"the scale of {text} has a decimal comma: write {comma[1]}.{comma[2]}")
+    m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
+    try:
+        if m is None:
+            raise ValueError
+        return Path(m[1]), 1.0 if m[2] is None else float(m[2])
+    except ValueError:
+        raise ValueError(
+            f"a LoRA is given as FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}"
+        ) from None
+
+
+def join_scale(path: Path, scale: float) -> str:
+    """The inverse of `split_scale`."""
+    return f"{path}:{scale}"

@@ -6,13 +6,14 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from minsd.adapters import split_scale
 from minsd.config import SAMPLER_NAMES
 
 if TYPE_CHECKING:
@@ -115,19 +116,37 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def parameters(settings: dict[str, Any]) -> str:
-    """Settings in the text form that other Stable Diffusion tools write and read."""
+    """Settings in AUTOMATIC1111's text form, which other Stable Diffusion tools read and write."""
+    control = None
+    if settings.get("control_image"):
+        net = Path(settings["controlnet"]).stem
+        control = f"Module: none, Model: {net}, Weight: {settings['control_scale']}"
     pairs = {
         "Steps": settings["steps"],
         "Sampler": SAMPLER_NAMES[settings["sampler"]] + " Karras" * bool(settings.get("karras")),
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        "Denoising strength": settings.get("strength"),
+        "ControlNet 0": control,
         "Model hash": settings.get("model_hash"),
-        "Model": Path(settings["model"]).name,
+        "Model": Path(settings["model"]).name,  # last: simple readers take the last Model they see
     }
-    line = ", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None)
+    line = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None)
     negative = f"Negative prompt: {settings['negative_prompt']}\n" if settings["negative_prompt"] else ""
-    return f"{settings['prompt']}\n{negative}{line}"
+    return f"{' '.join([settings['prompt'], *map(_lora_tag, settings.get('lora') or ())])}\n{negative}{line}"
+
+
+def _quoted(value: Any) -> str:
+    """A value as it stands in `parameters`: a JSON string where it holds what separates values."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+
+
+def _lora_tag(reference: str) -> str:
+    """FILE:SCALE as other tools write it in a prompt: <lora:NAME:SCALE>."""
+    path, scale = split_scale(reference)
+    return f"<lora:{path.stem}:{scale:g}>"
 
 
 @contextlib.contextmanager
@@ -167,10 +186,16 @@ def save(picture: Image.Image, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def save_numbered(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Path:
+def save_numbered(
+    picture: Image.Image,
+    folder: Path,
+    settings: dict[str, Any],
+    before: Callable[[Path], None] = lambda path: None,
+) -> Path:
     """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at all.
 
-    SEED is the seed asked for, which a selection may not have chosen.
+    SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called just before
+    the image appears: files that belong to it are then never missing.
 
     The folder may be very full. It is listed only where the lock's file names no image that still exists.
     """
@@ -190,6 +215,7 @@ def save_numbered(picture: Image.Image, folder: Path, settings: dict[str, Any]) 
         last.write(path.name)
         last.truncate()
         last.flush()
+        before(path)
         os.replace(temporary, path)
     return path
 

@@ -5,13 +5,19 @@ device, nor on the precision, nor on the other images of a batch.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minsd.samplers.random import generators
+
+SUFFIXES = (".safetensors", ".npy", ".pt", ".pth")
+LARGEST_FILE = 2**32  # bytes: the noise of 64 images of 16384 pixels a side
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -22,40 +28,99 @@ def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators(seeds)])
 
 
-def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Initial noise (B,4,h,w), float32, from a safetensors file. `shape` is one image's, (4, h, w).
+def noise_files(path: Path) -> list[Path]:
+    """The noise files that a path stands for: itself, or those of a folder in the order of their names.
 
+    FileNotFoundError or ValueError where there are none.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no noise file {path}")
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"the folder {path} holds no noise files ({', '.join(SUFFIXES)})")
+    return files
+
+
+def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Initial noise (B,4,h,w), float32, from a noise file or a folder of them. `shape` is one image's, (4,
+    h, w).
+
+    A file holds noise of that shape, or several stacked: a .safetensors file in a tensor called noise, a .npy
+    file as its array, a .pt file as a tensor (read without unpickling anything else).
     FileNotFoundError if there is no such file; ValueError if it holds anything else.
     """
-    from safetensors.torch import load_file
+    return torch.cat([_checked(_read(file), file, shape) for file in noise_files(path)])
 
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `save_noise` recorded in a noise file: prompt, seed, init_noise, updates, ... Empty for other
+    files.
+    """
     from minsd.weights.safetensors_file import read_header
 
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no noise file {path}")
+    if path.suffix != ".safetensors":
+        return {}
+    read_header(path)
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write noise (B,4,h,w) to a file that `read_noise` reads, replacing any file of that name.
+
+    The file appears whole or not at all; its folder is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({"noise": noise.float().contiguous()}, temporary, dict(metadata) if metadata else None)
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> Tensor:
+    """Whatever tensor a noise file holds. ValueError where it holds none, or where it is not sound."""
+    from minsd.weights.safetensors_file import read_header
+
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path} is larger than any noise: {path.stat().st_size / 2**30:.1f} GB")
+    if path.suffix == ".npy":
+        try:
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        except (OSError, ValueError, TypeError, EOFError, SyntaxError) as error:
+            raise ValueError(f"{path} is not a NumPy file of numbers: {error}") from None
+    if path.suffix in (".pt", ".pth"):
+        return _read_pt(path)
     read_header(path)
     tensors = load_file(path)
     if list(tensors) != ["noise"]:
         held = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path} holds {held}; a noise file holds one tensor called noise")
-    noise = tensors["noise"].float()
-    if noise.ndim != 4 or tuple(noise.shape[1:]) != shape:
+    return tensors["noise"]
+
+
+def _read_pt(path: Path) -> Tensor:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch and the unpickler raise many kinds
+        raise ValueError(
+            f"{path} is not a PyTorch file that holds a tensor alone: save the noise by itself"
+        ) from None
+    if isinstance(held, dict) and len(held) == 1:
+        (held,) = held.values()
+    if not isinstance(held, Tensor):
+        raise ValueError(f"{path} holds a {type(held).__name__}; a noise file holds one tensor")
+    return held
+
+
+def _checked(noise: Tensor, path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Noise (B,4,h,w) in float32. ValueError for another shape and for numbers that are not finite."""
+    noise = noise[None] if noise.ndim == 3 else noise
+    if noise.ndim != 4 or tuple(noise.shape[1:]) != shape or not len(noise):
         wanted = f"(images, {', '.join(map(str, shape))})"
         raise ValueError(
             f"{path} holds noise of shape {tuple(noise.shape)}; this model and size need {wanted}"
         )
-    if not noise.isfinite().all():
+    if noise.is_complex() or not noise.isfinite().all():
         raise ValueError(f"{path} holds noise that is not finite")
-    return noise
-
-
-def save_noise(noise: Tensor, path: Path) -> None:
-    """Write noise (B,4,h,w) to a file that `read_noise` reads, replacing any file of that name.
-
-    The file appears whole or not at all.
-    """
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({"noise": noise.float().contiguous()}, temporary)
-    os.replace(temporary, path)
+    return noise.float()

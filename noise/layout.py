@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from minsd.adapters import LoRAReference, join_scale, split_scale
 from minsd.config import CELL, check_size
 
 CROP_MARGIN_MOST = 1000.0  # the largest crop margin (noise/collage.py), in sides of a region's box
@@ -32,7 +33,6 @@ CONTROLS = ("pose_image.png", "sketch_image.png", "canny_image.png")
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1: fractions if all are <= 1, else pixels
-LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
 @dataclass(frozen=True)
@@ -174,24 +174,6 @@ def coverage(pixels: np.ndarray, cell: int) -> np.ndarray:
     padded[: pixels.shape[0], : pixels.shape[1]] = pixels
     rows, columns = (np.minimum(cell, n - cell * np.arange(m)) for n, m in zip(pixels.shape, (high, wide)))
     return padded.reshape(high, cell, wide, cell).sum((1, 3)) / np.outer(rows, columns)
-
-
-def split_scale(text: str) -> LoRAReference:
-    """ "style.safetensors:0.8" -> the file and 0.8 (1 where no scale is given)."""
-    m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
-    try:
-        if m is None:
-            raise ValueError
-        return Path(m[1]), 1.0 if m[2] is None else float(m[2])
-    except ValueError:
-        raise ValueError(
-            f"a LoRA is given as FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}"
-        ) from None
-
-
-def join_scale(path: Path, scale: float) -> str:
-    """The inverse of `split_scale`."""
-    return f"{path}:{scale}"
 
 
 # --- preview --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The command line as a user meets it: files, settings inside them, exit codes, one-line errors."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sd_parsers import ParserManager
 
+from minsd import image
 from minsd.app import options
+from minsd.config import SAMPLER_NAMES
 from minsd.generate import main
-from minsd.noise.initial import noise
+from minsd.noise.initial import noise, read_metadata
 from minsd.noise.methods import METHODS
 from minsd.samplers import SAMPLERS
 
@@ -31,19 +35,7 @@ def pixels(path):
 def made(tmp_path_factory):
     """Three pictures of three steps, once for all tests that only look."""
     out = tmp_path_factory.mktemp("made")
-    assert (
-        main(
-            [
-                PROMPT,
-                *"--seeds 3,5-6 --steps 3 --out".split(),
-                str(out),
-                "--save-noise",
-                str(out / "n.safetensors"),
-                "--quiet",
-            ]
-        )
-        == 0
-    )
+    assert main([PROMPT, *"--seeds 3,5-6 --steps 3 --out".split(), str(out), "--save-noise", "--quiet"]) == 0
     return out
 
 
@@ -80,7 +72,16 @@ def test_settings_inside_the_picture(made):
 
 
 def test_saved_noise_is_the_seeds_own(made):
-    assert torch.equal(load_file(made / "n.safetensors")["noise"], noise([3, 5, 6], (4, 16, 16)))
+    for name, seed in (("00000-3", 3), ("00001-5", 5), ("00002-6", 6)):
+        path = made / "extra" / f"{name}-noise.safetensors"
+        assert torch.equal(load_file(path)["noise"], noise([seed], (4, 16, 16)))
+        metadata = read_metadata(path)
+        assert metadata["prompt"] == PROMPT and metadata["seed"] == str(seed)
+        assert (metadata["init_noise"], metadata["updates"], metadata["model"]) == (
+            "random",
+            "none",
+            "shapes",
+        )
 
 
 def test_like_makes_the_same_picture_again(made, tmp_path):
@@ -205,6 +206,66 @@ def test_a_cut_prompt_is_said(tmp_path, capfd):
     assert "cut off" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "means"),
+    [
+        ("--cfg-scale 3", {"guidance_scale": 3.0}),
+        ("--num_inference_steps=4", {"steps": 4}),
+        ("--negative_prompt x", {"negative_prompt": "x"}),
+        ("-n 2", {"num_images": 2}),
+        ("--dtype fp16", {"dtype": "float16"}),
+        ("--dtype BF16", {"dtype": "bfloat16"}),
+        ("--device cuda:1", {"device": "cuda:1"}),
+        ("--device gpu", {"device": "cuda"}),
+        ("--init-noise InitNO", {"init_noise": "initno"}),
+        ("--sampler k_euler_a", {"sampler": "euler_a", "karras": None}),
+        ("--sampler DPM++_2M_Karras", {"sampler": "dpmpp_2m", "karras": True}),
+        ("--sampler UniPC", {"sampler": "unipc"}),
+        ("--seed -1", {"seed": None}),
+    ],
+)
+def test_options_as_other_tools_spell_them(words, means):
+    given = options.parse([PROMPT, *words.split()])
+    assert {name: given[name] for name in means} == means and given["prompt"] == PROMPT
+    for prompt in (["--prompt", PROMPT], [f"--prompt={PROMPT}"]):
+        assert options.parse([*words.split(), *prompt]) == given
+
+
+def test_every_sampler_is_known_by_its_name_elsewhere():
+    for ours, theirs in SAMPLER_NAMES.items():
+        for name in (ours, theirs, theirs.lower(), theirs.replace(" ", "_")):
+            assert options.OPTIONS["sampler"].choose(name) == ours
+
+
+def test_parameters_are_read_by_another_program(tmp_path, made):
+    """Of sd-parsers, and by the form's own rule: a value with a comma, colon or line break is a JSON string."""
+    manager = ParserManager()
+    (tmp_path / "my model, v2 final").mkdir()
+    settings = json.loads(Image.open(made / "00000-3.png").text["minsd"])
+    settings |= {"negative_prompt": "a heart", "karras": True, "sampler": "dpmpp_2m", "strength": 0.6}
+    settings |= {
+        "lora": ["styles/ink.safetensors:0.8"],
+        "controlnet": "nets/canny",
+        "control_image": "edges.png",
+    }
+    settings |= {"control_scale": 0.5}
+    path = image.save_numbered(Image.new("RGB", (8, 8)), tmp_path, settings)
+    found = manager.parse(path)
+    (sampler,) = found.samplers
+    assert (
+        sampler.name == "DPM++ 2M Karras"
+        and sampler.parameters["seed"] == "3"
+        and sampler.model.name == "shapes"
+    )
+    assert [p.value for p in sampler.prompts] == [f"{PROMPT} <lora:ink:0.8>"]
+    assert [p.value for p in sampler.negative_prompts] == ["a heart"]
+    assert found.metadata["Denoising strength"] == "0.6"
+    text = Image.open(path).text["parameters"]
+    assert 'ControlNet 0: "Module: none, Model: canny, Weight: 0.5"' in text
+    quoted = image.parameters(settings | {"model": "x/my model, v2: final"}).splitlines()[-1]
+    assert json.loads(quoted.rpartition("Model: ")[2]) == "my model, v2: final"
+
+
 def bad(*args, says):
     return pytest.param(args, says, id=says)
 
@@ -219,11 +280,17 @@ def bad(*args, says):
         bad("x", "--steps", "ten", says="invalid int value: 'ten'"),
         bad("x", "--sampler", "magic", says="invalid choice: 'magic'"),
         bad("x", "--guidance-scale", "nan", says="--guidance-scale must be from -1000 to 1000, not nan"),
-        bad("x", "--seed", "-1", says="--seed must be from 0"),
+        bad("x", "--seed", "-2", says="--seed must be from 0"),
         bad("x", "--seeds", "1-", says="--seeds takes numbers and ranges"),
         bad("x", "--seeds", "1-4", "--seed", "2", says="--seeds already says"),
         bad("x", "--num-images", "0", says="--num-images must be from 1"),
-        bad("x", "--modle", "y", says="unrecognized arguments: --modle"),
+        bad("x", "--modle", "y", says="unrecognized arguments: --modle y; did you mean --model?"),
+        bad("a", "red", "circle", says='put the prompt in quotes, such as "a red circle"'),
+        bad("x", "--sampler", "eulr", says="did you mean euler?"),
+        bad("x", "--model", "shape", says="did you mean shapes?"),
+        bad("x", "--vae", "nosuch", says="there is no VAE nosuch"),
+        bad("x", "--lora", "x.safetensors:0,8", says="decimal comma: write x.safetensors:0.8"),
+        bad("x", "--lora", "<lora:x:0.8>", says="give the file, such as x.safetensors:0.8"),
         bad("x", "--model", "nosuch", says="there is no model 'nosuch'"),
         bad(PROMPT, "--excite", "--subjects", "cat", says="'cat' is not in the prompt"),
         bad(PROMPT, "--excite", "--token-indices", "3,99", says="token index 99 is outside the prompt"),
@@ -258,8 +325,8 @@ def bad(*args, says):
         bad("x", "--attention", "magic", says="invalid choice: 'magic'"),
         bad("x", "--noise", "nosuch.safetensors", says="no noise file nosuch.safetensors"),
         bad("--like", "nosuch.png", says="no image nosuch.png"),
-        bad("x", "--save-noise", "no/such/folder/n.safetensors", says="there is no folder"),
-        bad("x", "--save-noise", ".", says="is a folder"),
+        bad("x", "--save-noise", "n.safetensors", says="--save-noise takes no value any more"),
+        bad("x", "--save-noise=n", says="--save-noise takes no value any more"),
         bad("x", "--attention", "triton", "--device", "cpu", says="for a GPU"),
         bad("x", "--width", "999999992", says="from 8 to 16384"),
         pytest.param(
@@ -348,38 +415,138 @@ def test_initno_with_its_maps(tmp_path, capfd):
     assert np.array_equal(pixels(tmp_path / "00001-1.png"), pixels(tmp_path / "00000-1.png"))
 
 
-def test_excite_alone_and_left_out(tmp_path):
-    save, steps = (
-        tmp_path / "n.safetensors",
-        ["--seed", "1", "--steps", "4", "--out", str(tmp_path), "--quiet"],
-    )
-    assert main([PROMPT, "--excite", "--token-indices", "3,7", *steps]) == 0
-    assert main([PROMPT, "--init-noise", "initno", "--no-excite", "--save-noise", str(save), *steps]) == 0
-    assert main([PROMPT, "--noise", str(save), *steps]) == 0  # what InitNO found, drawn plainly
+def test_excite_alone_and_left_out(tmp_path, capfd):
+    steps = ["--seed", "1", "--steps", "4", "--out", str(tmp_path), "--quiet"]
+    assert main([PROMPT, "--excite", "--token-indices", "3,7", "--save-noise", *steps]) == 0
+    assert main([PROMPT, "--init-noise", "initno", "--no-excite", "--save-noise", *steps]) == 0
+    saved = [tmp_path / "extra" / f"0000{k}-1-noise.safetensors" for k in range(2)]
+    assert main([PROMPT, "--noise", str(saved[1]), *steps]) == 0  # what InitNO found, drawn plainly
     excited, left_out, plain = lines(tmp_path)
     assert (excited["excite"], excited["subjects"], left_out["excite"]) == ("attend-and-excite", [3, 7], None)
     assert np.array_equal(pixels(tmp_path / left_out["file"]), pixels(tmp_path / plain["file"]))
+    assert main([PROMPT, "--noise", str(saved[0]), *steps[:-1]]) == 0
+    note = "updates while denoising also shaped the images of 00000-1-noise.safetensors (attend-and-excite)"
+    assert note in capfd.readouterr().err
+    assert main([PROMPT, "--noise", str(saved[1]), *steps[:-1]]) == 0
+    assert "updates while denoising" not in capfd.readouterr().err
 
 
-def test_selection_by_attention(tmp_path):
-    args = [PROMPT, *"--seed 3 --num-images 2 --steps 4 --init-noise select --score attention".split()]
-    args += ["--candidates", "5"]
-    assert main([*args, "--out", str(tmp_path), "--quiet"]) == 0
-    rows = lines(tmp_path)
-    for row, first in zip(rows, (3, 8)):
-        assert [c["seed"] for c in row["candidates"]] == list(range(first, first + 5))
-        assert row["seed"] == min(row["candidates"], key=lambda c: c["score"])["seed"] and row[
-            "file"
-        ].endswith(f"-{row['seed']}.png")
+def test_noise_files_of_every_kind_draw_the_same(made, tmp_path):
+    own = noise([3, 5, 6], (4, 16, 16))
+    np.save(tmp_path / "n.npy", own.numpy())
+    np.save(tmp_path / "double.npy", own.double().numpy())
+    torch.save(own, tmp_path / "n.pt")
+    torch.save({"latents": own}, tmp_path / "dict.pt")
+    save_file({"noise": own}, tmp_path / "n.safetensors")
+    names = [tmp_path / name for name in ("n.npy", "double.npy", "n.pt", "dict.pt", "n.safetensors")]
+    for path in [*names, made / "extra"]:
+        out = tmp_path / f"out-{path.name}"
+        args = [PROMPT, *"--seeds 3,5-6 --steps 3 --quiet --out".split(), str(out), "--noise", str(path)]
+        assert main(args) == 0
+        for row in lines(out):
+            twin = next(made.glob(f"*-{row['seed']}.png"))
+            assert np.array_equal(pixels(out / row["file"]), pixels(twin)), path
+    np.save(tmp_path / "one.npy", own[0].numpy())  # (4, h, w)
     assert (
-        main([PROMPT, "--seed", str(rows[0]["seed"]), "--steps", "4", "--out", str(tmp_path), "--quiet"]) == 0
+        main(
+            [
+                PROMPT,
+                *"--seed 3 --steps 1 --quiet".split(),
+                "--out",
+                str(tmp_path / "o"),
+                "--noise",
+                str(names[0])[:-5] + "one.npy",
+            ]
+        )
+        == 0
     )
+
+
+def test_noise_files_that_are_refused(tmp_path, capfd):
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "words.npy", np.array(["a"]))
+    torch.save([torch.zeros(1, 4, 16, 16)], tmp_path / "list.pt")
+    torch.save(pathlib.PurePosixPath("x"), tmp_path / "object.pt")
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 no archive")
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "empty").mkdir()
+    for name, says in {
+        "objects.npy": "is not a NumPy file of numbers",
+        "words.npy": "is not a NumPy file of numbers",
+        "cut.npy": "is not a NumPy file of numbers",
+        "list.pt": "holds a list; a noise file holds one tensor",
+        "object.pt": "is not a PyTorch file that holds a tensor alone",
+        "cut.pt": "is not a PyTorch file that holds a tensor alone",
+        "empty": "holds no noise files",
+    }.items():
+        assert main(["x", "--noise", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2, name
+        error = capfd.readouterr().err
+        assert says in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_noise_is_saved_across_a_resume_and_by_every_process(tmp_path, monkeypatch):
+    args = [PROMPT, *"--seeds 0-3 --steps 1 --quiet --save-noise --resume --out".split(), str(tmp_path)]
+    assert main([*args[:2], "0-1", *args[3:]]) == 0
+    assert main(args) == 0
+    saved = sorted(path.name for path in (tmp_path / "extra").iterdir())
+    assert saved == [f"{row['file'][:-4]}-noise.safetensors" for row in lines(tmp_path)] and len(saved) == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([*args[:2], "0-5", *args[3:]]) == 0
+    assert len(list((tmp_path / "extra").iterdir())) == len(lines(tmp_path)) == 6
+
+
+def test_selections_of_different_seeds_share_no_candidate(tmp_path):
+    how = [
+        *"--steps 4 --init-noise select --score attention --candidates 5 --quiet --out".split(),
+        str(tmp_path),
+    ]
+    assert main([PROMPT, "--seeds", "3-4", *how]) == 0
+    rows = lines(tmp_path)
+    for row, asked in zip(rows, (3, 4)):
+        assert row["asked_seed"] == asked == row["candidates"][0]["seed"]
+        assert row["seed"] == min(row["candidates"], key=lambda c: c["score"])["seed"]
+        assert row["file"].endswith(f"-{asked}.png") and all(
+            0 <= c["seed"] < 2**63 for c in row["candidates"]
+        )
+    seeds = [c["seed"] for row in rows for c in row["candidates"]]
+    assert len(set(seeds)) == 10
+
+    chosen = rows[0]["seed"]
+    assert main([PROMPT, "--seed", str(chosen), "--steps", "4", "--out", str(tmp_path), "--quiet"]) == 0
     assert (
         np.abs(pixels(tmp_path / lines(tmp_path)[-1]["file"]) - pixels(tmp_path / rows[0]["file"])).max() <= 2
     )
-    assert main([*args, "--out", str(tmp_path), "--quiet", "--resume"]) == 0 and len(lines(tmp_path)) == 3
+    assert main([PROMPT, "--seed", "4", *how]) == 0  # alone as in a list
+    assert lines(tmp_path)[-1]["candidates"] == rows[1]["candidates"]
+    assert main([PROMPT, "--seeds", "3-4", *how, "--resume"]) == 0 and len(lines(tmp_path)) == 4
     assert main(["--like", str(tmp_path / rows[0]["file"]), "--out", str(tmp_path), "--quiet"]) == 0
-    assert lines(tmp_path)[-1]["candidates"] == rows[0]["candidates"]
+    again = lines(tmp_path)[-1]
+    assert (again["candidates"], again["asked_seed"]) == (rows[0]["candidates"], 3)
+
+
+def test_selections_of_earlier_versions_are_resumed_and_repeated(tmp_path):
+    """They chose among consecutive seeds, and named the file by the chosen one."""
+    how = [
+        *"--steps 2 --init-noise select --score attention --candidates 3 --quiet --out".split(),
+        str(tmp_path),
+    ]
+    assert main([PROMPT, "--seed", "7", *how]) == 0
+    (row,) = lines(tmp_path)
+    old = {k: v for k, v in row.items() if k != "asked_seed"}
+    old |= {"candidates": [{"seed": s, "score": 0.5} for s in (7, 8, 9)], "seed": 8, "file": "00000-8.png"}
+    (tmp_path / row["file"]).unlink()
+    (tmp_path / "runs.jsonl").unlink()
+    (tmp_path / ".lock").unlink()
+    settings = {k: v for k, v in old.items() if k not in ("file", "seconds", "unet_rows")}
+    image.save_numbered(Image.new("RGB", (128, 128)), tmp_path, settings)
+    (tmp_path / "runs.jsonl").write_text(json.dumps(old) + "\n")
+    assert main([PROMPT, "--seed", "7", *how, "--resume"]) == 0 and len(lines(tmp_path)) == 1
+    assert main(["--like", str(tmp_path / "00000-8.png"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    (again,) = lines(tmp_path / "again")
+    assert [c["seed"] for c in again["candidates"]] == [7, 8, 9] and again["asked_seed"] == 7
 
 
 def test_selection_by_stability_with_its_sheet(tmp_path):
@@ -396,7 +563,7 @@ def test_selection_by_stability_with_its_sheet(tmp_path):
         and row["seed"] == max(row["candidates"], key=lambda c: c["score"])["seed"]
     )
     assert row["unet_rows"] >= 3 * 30  # ten steps down under guidance, ten up without, for each of three
-    assert [p.name for p in (tmp_path / "extra").iterdir()] == [f"00000-{row['seed']}-candidates.png"]
+    assert [p.name for p in (tmp_path / "extra").iterdir()] == ["00000-3-candidates.png"]
 
 
 def test_optimisation_by_stability(tmp_path):

@@ -25,6 +25,7 @@ from minsd.pipeline import StableDiffusion
 from minsd.samplers import timesteps
 from minsd.weights import lora
 
+Extras = dict[str, Image.Image | Tensor]  # further files of an image, by name
 Progress = Callable[[int, int | float], object]
 
 
@@ -35,7 +36,7 @@ class Drawn:
     images: list[Image.Image]
     noise: Tensor  # (B, 4, h, w)
     notes: list[dict[str, Any]]
-    extras: list[dict[str, Image.Image | Tensor]]  # further files per image, by name
+    extras: list[Extras]  # per image
 
 
 def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:

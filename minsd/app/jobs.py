@@ -17,7 +17,7 @@ from minsd.app.options import IDENTITY
 from minsd.app.prompts import located
 from minsd.app.requests import Command, ControlRequest, InitImage, NoiseMethod, Request
 from minsd.noise import arrange, collage, losses
-from minsd.noise.initial import read_noise
+from minsd.noise.initial import noise_files, read_metadata, read_noise
 from minsd.noise.layout import SizedLayout
 from minsd.noise.methods import candidate_seeds
 from minsd.pipeline import StableDiffusion, first_step
@@ -173,9 +173,6 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
     for request in requests:
         with located(request.where):
             jobs += jobs_of(sd, request, model, notes)
-    sizes = {(job.sampling.height, job.sampling.width) for job in jobs}
-    if command.save_noise is not None and len(sizes) > 1:
-        raise ValueError("--save-noise takes the noise of images of one size")
     unique = list({job.identity(): job for job in jobs}.values())
     if len(unique) < len(jobs):
         notes.append(f"{len(jobs) - len(unique)} images were asked for more than once: each is made once")
@@ -221,6 +218,7 @@ def jobs_of(sd: StableDiffusion, request: Request, model: ModelSettings, notes: 
         return [replace(job, seed=seed) for seed in request.seeds]
     shape = (4, sampling.height // 8, sampling.width // 8)
     count = len(read_noise(request.noise, shape))
+    notes += [f"{request.where}{note}" for note in _noise_notes(request.noise)]
     first = request.seeds[0]
     seeds = list(range(first, first + count)) if len(request.seeds) == 1 else request.seeds
     if count != len(seeds):
@@ -228,6 +226,22 @@ def jobs_of(sd: StableDiffusion, request: Request, model: ModelSettings, notes: 
             f"{request.noise} holds {count} noises and {len(seeds)} seeds were given: give one per image"
         )
     return [replace(job, seed=seed, noise_index=k) for k, seed in enumerate(seeds)]
+
+
+def _noise_notes(path: Path) -> list[str]:
+    """What the user should know of noise files whose noise alone does not make their image."""
+    updated = []
+    for file in noise_files(path):
+        updates = read_metadata(file).get("updates", "none")
+        if updates != "none":
+            updated.append(f"{file.name} ({updates})")
+    if not updated:
+        return []
+    names = ", ".join(updated[:3]) + " ..." * (len(updated) > 3)
+    return [
+        f"updates while denoising also shaped the images of {names}: "
+        "the noise alone does not draw them again (--like does)"
+    ]
 
 
 def _sampling(sd: StableDiffusion, request: Request) -> Sampling:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from minsd import __version__
 from minsd.config import SAMPLER_NAMES, STRENGTH, check_size
@@ -106,12 +106,17 @@ class Option:
                 f"{self.flag} must be from {_text(self.least)} to {_text(self.most)}, not {value}"
             )
 
+    def takes(self, value: object) -> bool:
+        """Whether a JSON value is of this option's type."""
+        taken = {bool: (bool,), float: (float, int), int: (int,)}.get(self.kind, (str,))
+        return isinstance(value, taken) and (not isinstance(value, bool) or self.kind is bool)
+
     def from_json(self, value: Any) -> Any:
         """A prompts file's value as the command line would have it. ValueError for another type."""
         if isinstance(value, list) and self.kind is str:
             return ",".join(map(str, value))
-        taken = {bool: (bool,), float: (float, int), int: (int,)}.get(self.kind, (str,))
-        if not isinstance(value, taken) or (isinstance(value, bool) and self.kind is not bool):
+        value = cast(Any, value)  # no list from here on, which type checkers would remember
+        if not self.takes(value):
             kinds = {bool: "true or false", float: "a number", int: "a whole number"}
             raise ValueError(f"{self.name!r} must be {kinds.get(self.kind, 'text')}, not {json.dumps(value)}")
         if self.choices:
@@ -296,7 +301,8 @@ _ROWS = (
     Option("strength", IMAGE, float, "S",
            f"fraction of the steps to run from --init-image, 0 to 1 (default: {STRENGTH})",
            least=0, most=1, like=True, identity="strength"),
-    Option("noise", IMAGE, Path, "FILE", "initial noise from a file that --save-noise wrote",
+    Option("noise", IMAGE, Path, "FILE|DIR",
+           "initial noise from a file (.safetensors, .npy, .pt) or a folder of them, as --save-noise writes",
            identity="noise_file noise_index"),
     Option("layout", IMAGE, Path, "FILE|DIR",
            "captions for regions of the image: a layout.json, or a NoiseCollage folder",
@@ -366,8 +372,8 @@ _ROWS = (
            harmless="says which images to draw"),
     Option("out", RUN, Path, "DIR", "where images go (default: outputs)", default=Path("outputs"),
            harmless="says where files go"),
-    Option("save_noise", RUN, Path, "FILE",
-           "write the initial noise (safetensors)", harmless="writes one more file"),
+    Option("save_noise", RUN, bool, None, "save the initial noise of each image, in DIR/extra", default=False,
+           harmless="writes one more file"),
     Option("invert", RUN, Path, "FILE", "find the noise that draws this image, save it, and draw from it",
            like=True, identity="invert"),
     Option("layout_preview", RUN, bool, None,

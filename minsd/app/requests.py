@@ -6,6 +6,7 @@ file into it, and returns a `Command`, what holds for the whole run, and a `Requ
 heavy is imported until a file needs it.
 """
 
+import difflib
 import os
 import random
 import re
@@ -14,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minsd.adapters import split_scale
 from minsd.app.options import EXAMPLE, OPTIONS, Given, check_ranges
 from minsd.app.prompts import located, read_prompts
-from minsd.config import STRENGTH
+from minsd.config import MODELS, STRENGTH
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
@@ -41,7 +43,7 @@ class Command:
     compile: bool
     out: Path
     resume: bool
-    save_noise: Path | None
+    save_noise: bool
     layout_preview: bool
     attention_maps: bool
     list_tokens: bool
@@ -121,8 +123,6 @@ def read(given: Given) -> tuple[Command, list[Request]]:
             "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if given["save_noise"] is not None:
-            raise ValueError("--save-noise is for one process: leave it out under torchrun")
         if unseeded:
             raise ValueError(
                 "several processes need --seed or --seeds: without, each would draw random seeds of its own"
@@ -134,18 +134,17 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     for where, line in lines:
         with located(where):
             requests.append(request(line, where, chance))
+    _check_files(given)
     if not given["list_tokens"]:
-        _check_writable(given)
+        _check_writable(given["out"])
     return _command(given), requests
 
 
 def _command(given: Given) -> Command:
-    # An image of an earlier version lists an adapter as [file, scale].
-    lora = [part if isinstance(part, str) else ":".join(map(str, part)) for part in given["lora"] or []]
     taken = {name: given[name] for name in Command.__dataclass_fields__}
     attention = given["attention"] or "auto"
     return Command(
-        **taken | {"model": given["model"] or "shapes", "attention": attention, "lora": tuple(lora)}
+        **taken | {"model": given["model"] or "shapes", "attention": attention, "lora": tuple(_lora(given))}
     )
 
 
@@ -410,7 +409,7 @@ def _check_values(given: Given) -> None:
         raise ValueError("--karras is for --sampler dpmpp_2m")
     if given["strength"] is not None and given["init_image"] is None:
         raise ValueError("--strength is for --init-image")
-    if given["noise"] is not None and not given["noise"].is_file():
+    if given["noise"] is not None and not given["noise"].exists():
         raise FileNotFoundError(f"there is no noise file {given['noise']}")
 
 
@@ -457,6 +456,34 @@ def parse_seeds(text: str) -> list[int]:
 # --- files ------------------------------------------------------------------------------------------------
 
 
+def _check_files(given: Given) -> None:
+    """FileNotFoundError for files of the whole run that are not there, before anything heavy is imported."""
+    from minsd.weights import hub
+
+    model = given["model"] or "shapes"
+    if model not in MODELS and not Path(model).exists():
+        if Path(model).suffix in (".safetensors", ".ckpt") or not hub.is_id(model):
+            near = difflib.get_close_matches(model, MODELS, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise FileNotFoundError(
+                f"there is no model {model!r}: give a diffusers folder, a .safetensors file, a hub id, "
+                f"or one of {', '.join(MODELS)}{hint}"
+            )
+    for name, what in (("vae", "VAE"), ("tokenizer", "folder"), ("controlnet", "ControlNet")):
+        if given[name] is not None and not given[name].exists():
+            raise FileNotFoundError(
+                f"there is no {what} {given[name]}: {OPTIONS[name].flag} takes {OPTIONS[name].metavar}"
+            )
+    for path, _ in (split_scale(text) for text in _lora(given)):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no LoRA {path}: give a .safetensors file or its folder")
+
+
+def _lora(given: Given) -> list[str]:
+    """The adapters as FILE:SCALE. An image of an earlier version lists them as [file, scale]."""
+    return [part if isinstance(part, str) else ":".join(map(str, part)) for part in given["lora"] or []]
+
+
 def check_image(path: Path) -> None:
     """FileNotFoundError or ValueError where a file is not an image that can be read."""
     from minsd.image import read
@@ -464,27 +491,16 @@ def check_image(path: Path) -> None:
     read(path)
 
 
-def _check_writable(given: Given) -> None:
-    """ValueError where the run's files could not be written."""
-    _check_folder("--out", given["out"], given["out"])
-    path = given["save_noise"]
-    if path is not None:
-        if path.is_dir():
-            raise ValueError(f"--save-noise {path} is a folder: name a file in it")
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--save-noise: there is no folder {path.absolute().parent}")
-        _check_folder("--save-noise", path, path.absolute().parent)
-
-
-def _check_folder(flag: str, path: Path, folder: Path) -> None:
-    """Check that the folder, or the nearest parent that exists, can be written to. It is made only for the
-    first image.
+def _check_writable(out: Path) -> None:
+    """ValueError where --out, or the nearest parent that exists, cannot be written to. The first image
+    makes the folder.
     """
+    folder = out
     try:
         while not folder.exists():
             folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
-            f"{flag} {str(path)[:200]} cannot be written to: {str(folder)[:200]}: {error.strerror}"
+            f"--out {str(out)[:200]} cannot be written to: {str(folder)[:200]}: {error.strerror}"
         ) from None

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from minsd import image
 from minsd.app import Tally
-from minsd.app.draw import Drawn, draw, steps_of
+from minsd.app.draw import Drawn, Extras, draw, steps_of
 from minsd.app.jobs import Job, identity
 from minsd.app.session import Session
 from minsd.guidance import counted
@@ -148,21 +147,14 @@ def run(session: Session, jobs: Sequence[Job], tally: Tally) -> None:
     if command.resume and not session.quiet:
         by_whom = " by this process" if share.world > 1 else ""
         print(f"minsd: {len(mine)} of {len(jobs)} images are still to be made{by_whom}", file=sys.stderr)
-    noises = _draw_all(session, mine, record, tally)
-    if noises and command.save_noise is not None:
-        save_noise(torch.cat(noises), command.save_noise)
+    _draw_all(session, mine, record, tally)
     _merge_rows(command.out, share)
 
 
-def _draw_all(
-    session: Session, jobs: list[Job], record: Callable[[Row], None], tally: Tally
-) -> list[torch.Tensor]:
-    """Draw jobs batch by batch, halving a batch that does not fit the GPU. Returns the noises that
-    --save-noise asks for.
-    """
+def _draw_all(session: Session, jobs: list[Job], record: Callable[[Row], None], tally: Tally) -> None:
+    """Draw jobs batch by batch, halving a batch that does not fit the GPU."""
     sd = session.sd
     parts = batches(jobs, sd)
-    noises = []
     steps = sum(steps_of(sd, job) for job in jobs)
     bar = tqdm(total=steps, unit="step", disable=session.quiet or not steps, file=sys.stderr)
     with counted(sd.unet) as rows, bar:
@@ -184,6 +176,9 @@ def _draw_all(
                 continue
             seconds = (time.perf_counter() - begin) / len(part)
             bar.set_postfix_str("")
+            if session.command.save_noise:
+                for b, extras in enumerate(drawn.extras):
+                    extras["noise"] = drawn.noise[b : b + 1].cpu()
             for row in _save(session.command.out, part, drawn, seconds, sum(rows) // len(part)):
                 record(row)
                 tally.made += 1
@@ -191,9 +186,6 @@ def _draw_all(
                     print(json.dumps(row, ensure_ascii=False), flush=True)
                 elif not session.quiet:
                     bar.write(f"minsd: {session.command.out / row['file']}", file=sys.stderr)
-            if session.command.save_noise is not None:
-                noises.append(drawn.noise.cpu())
-    return noises
 
 
 def batches(jobs: Sequence[Job], sd: StableDiffusion) -> list[list[Job]]:
@@ -233,19 +225,27 @@ def _save(out: Path, jobs: Sequence[Job], drawn: Drawn, seconds: float, unet_row
     out.mkdir(parents=True, exist_ok=True)
     for job, picture, note, extras in zip(jobs, drawn.images, drawn.notes, drawn.extras):
         settings = {**job.settings(), **note}
-        path = image.save_numbered(picture, out, settings)
-        for name, extra in extras.items():
-            save_extra(extra, out / "extra" / f"{path.stem}-{name}")
+        path = image.save_numbered(picture, out, settings, partial(_save_extras, extras, settings))
         yield {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": unet_rows}
 
 
-def save_extra(extra: Image.Image | torch.Tensor, stem: Path) -> None:
-    """Save an image or a noise that belongs to an image. `stem`: the path without its suffix."""
-    if isinstance(extra, torch.Tensor):
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        save_noise(extra, stem.with_name(stem.name + ".safetensors"))
-    else:
-        image.save(extra, stem.with_name(stem.name + ".png"))
+def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
+    """Save what belongs to an image about to appear at `path`, in the folder extra/ beside it."""
+    for name, extra in extras.items():
+        stem = f"{path.stem}-{name}"
+        if isinstance(extra, torch.Tensor):
+            save_noise(extra, path.parent / "extra" / f"{stem}.safetensors", noise_metadata(settings))
+        else:
+            image.save(extra, path.parent / "extra" / f"{stem}.png")
+
+
+def noise_metadata(settings: Row) -> dict[str, str]:
+    """What a noise file says of its noise. `updates`: what else moved the latents of its image while
+    denoising.
+    """
+    named = ("prompt", "negative_prompt", "seed", "init_noise", "model", "model_hash")
+    said = {name: str(settings[name]) for name in named if settings.get(name) is not None}
+    return {**said, "updates": settings.get("excite") or "none"}
 
 
 def _merge_rows(out: Path, share: Share) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from minsd.adapters import split_scale
 from minsd.app.requests import Command, Request
 from minsd.controlnet import ControlNet
-from minsd.noise.layout import split_scale
 from minsd.pipeline import StableDiffusion, load
 from minsd.weights import lora
 from minsd.weights.controlnet import load_controlnet
