@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from minsd import image
@@ -217,13 +216,7 @@ def read_control_image(path: str | Path, width: int, height: int) -> Tensor:
     An image of another size is scaled and cropped to width x height pixels. FileNotFoundError or
     ValueError, in one line.
     """
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no control image {path}") from None
-    except (UnidentifiedImageError, OSError):
-        raise ValueError(f"the control image {path} is not an image that can be read") from None
+    picture = image.read(path, what="control image")
     if picture.size != (width, height):
         picture = image.fit(picture, width, height)
     return (image.to_tensor([picture]) + 1) / 2

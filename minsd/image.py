@@ -30,13 +30,13 @@ SCALED = "minsd: values 0..255"  # in the info of an "F" image that `levels` mad
 FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
 
 
-def read(path: str | Path, on: str | None = None) -> Image.Image:
+def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
     """Read an image file of any common kind: upright, the first frame, without transparency.
 
-    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits,
-    as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha
-    channel, as diffusers does. Warns where there are more frames. FileNotFoundError or ValueError, in one
-    line, for anything that cannot be read.
+    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits, as
+    in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha channel,
+    as diffusers does. `what` names the file in errors. Warns where there are more frames.
+    FileNotFoundError or ValueError, in one line, for anything that cannot be read.
     """
     Image.init()
     try:
@@ -52,13 +52,13 @@ def read(path: str | Path, on: str | None = None) -> Image.Image:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, on), upright)
             return levels(upright, picture.format)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path}") from None
+        raise FileNotFoundError(f"there is no {what} {path}") from None
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, not an image") from None
+        raise ValueError(f"the {what} {path} is a folder") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that can be read") from None
+        raise ValueError(f"the {what} {path} is not an image that can be read") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise ValueError(f"{path} is not an image that can be read: {error}") from None
+        raise ValueError(f"the {what} {path} is not an image that can be read: {error}") from None
 
 
 def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from minsd import image
 from minsd.adapters import LoRAReference, join_scale, split_scale
 from minsd.config import CELL, check_size
 
@@ -318,12 +319,12 @@ def _check_filled(pixels: np.ndarray, box: Box | None, where: str) -> None:
 
 def _read_mask(path: Path, where: str) -> np.ndarray:
     try:
-        with Image.open(path) as picture:
-            mask = np.asarray(picture.convert("L")) >= 128
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{where}there is no mask file {path}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        raise ValueError(f"{where}the mask {path} is not an image that can be read") from None
+        picture = image.read(path, on="black", what="mask file")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}{error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+    mask = np.asarray(picture if picture.mode == "F" else picture.convert("L")) >= 128
     mask.flags.writeable = False
     return mask
 

@@ -538,6 +538,7 @@ def invert_picture(
         x = trip.down(noise, row)
     coded = sd.decode(latents)[0]
     back = sd.decode(x)[0]
+    picture = image.from_tensor(image.to_tensor([picture]))[0]  # in 8 bits, as what it is compared with
     return Inversion(noise.float().cpu(), back, psnr(back, picture), psnr(coded, picture), sum(rows))
 
 

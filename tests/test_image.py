@@ -152,3 +152,35 @@ def test_damaged_files_and_other_formats_are_refused_in_one_line(tmp_path):
         read(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no image"):
         read(tmp_path / "none.png")
+
+
+def test_every_reader_takes_them(tmp_path):
+    """Control images, masks and images to invert or begin from are read alike."""
+    from minsd.controlnet import read_control_image
+    from minsd.noise import layout
+    from minsd.noise.stability import psnr
+
+    fine = save(tmp_path / "depth.png", (65535 * RAMP).round().astype(np.uint16))
+    eight = save(tmp_path / "eight.png", EIGHT)
+    control, coarse = (read_control_image(path, 96, 64) for path in (fine, eight))
+    assert (control - coarse).abs().max() < 0.6 / 255 and len(control[0, 0].unique()) == 96
+    scaled = read_control_image(fine, 64, 64)
+    assert scaled.shape == (1, 3, 64, 64) and scaled.min() >= 0 and scaled.max() <= 1
+
+    shape = np.zeros((64, 96), bool)
+    shape[16:48, 24:72] = True
+    cut = np.zeros((64, 96, 4), np.uint8)
+    cut[..., :3] = 255
+    cut[..., 3] = 255 * shape  # white everywhere, but transparent outside
+    masks = {
+        "alpha.png": Image.fromarray(cut),
+        "fine.png": Image.fromarray((65535 * shape).astype(np.uint16)),
+        "one.png": Image.fromarray(shape),
+        "float.tif": Image.fromarray(shape.astype(np.float32)),
+    }
+    for name, mask in masks.items():
+        save(tmp_path / name, mask)
+        regions = [{"prompt": "a star", "mask": str(tmp_path / name)}]
+        sized = layout.load({"prompt": "x", "regions": regions}).sized(96, 64)
+        assert np.array_equal(sized.regions[0].pixels, shape), name
+    assert psnr(read(eight), read(eight)) == np.inf
