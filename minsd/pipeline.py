@@ -169,34 +169,14 @@ class StableDiffusion:
         height = self.config.size if height is None else height
         width = self.config.size if width is None else width
         check_size(height, width)
-        shape = (4, height // 8, width // 8)
-        if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
-            wanted = ", ".join(map(str, shape))
-            raise ValueError(
-                f"noise (images, {wanted}) is needed for {width}x{height}, not {tuple(noise.shape)}"
-            )
-        if seeds is None:
-            seeds = [0] if noise is None else range(len(noise))
-        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-        if not seeds:
-            raise ValueError("no seeds were given: give one per image")
-        noise = unit_noise(seeds, shape) if noise is None else noise
-        prompts = [prompt] * len(noise) if isinstance(prompt, str) else list(prompt)
-        if not len(prompts) == len(noise) == len(seeds):
-            raise ValueError(
-                f"give one prompt, seed and noise per image, not {len(prompts)} prompts, {len(seeds)} seeds "
-                f"and {len(noise)} noises"
-            )
-
+        prompts, seeds, noise = _per_image(prompt, seeds, noise, (4, height // 8, width // 8))
         init = None if init_image is None else self.encode(image.fit(init_image, width, height))
         pictures = []
-        size = self.batch_size(height, width)
-        for start in range(0, len(noise), size):
-            part = slice(start, start + size)
+        for part in torch.arange(len(noise)).split(self.batch_size(height, width)):
             latents = self.sample(
-                prompts[part],
+                [prompts[k] for k in part],
                 noise[part],
-                seeds=seeds[part],
+                seeds=[seeds[k] for k in part],
                 negative_prompt=negative_prompt,
                 steps=steps,
                 sampler=sampler,
@@ -352,6 +332,31 @@ class StableDiffusion:
         if self.device.type == "cuda":
             limit = min(16 * limit, 0.8 * free_memory(self.device) / (2 * 50e3 * self.dtype.itemsize))
         return max(1, int(limit // cells))
+
+
+def _per_image(
+    prompt: str | Sequence[str],
+    seeds: Sequence[int] | int | None,
+    noise: Tensor | None,
+    shape: tuple[int, int, int],
+) -> tuple[list[str], list[int], Tensor]:
+    """One prompt, one seed and one noise per image. ValueError where they do not fit."""
+    if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
+        wanted = f"(images, {', '.join(map(str, shape))})"
+        raise ValueError(f"noise of shape {wanted} is needed for this size, not {tuple(noise.shape)}")
+    if seeds is None:
+        seeds = range(1 if noise is None else len(noise))
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    if not seeds:
+        raise ValueError("no seeds were given: give one per image")
+    noise = unit_noise(seeds, shape) if noise is None else noise
+    prompts = [prompt] * len(noise) if isinstance(prompt, str) else list(prompt)
+    if not len(prompts) == len(noise) == len(seeds):
+        raise ValueError(
+            f"give one prompt, seed and noise per image, not {len(prompts)} prompts, {len(seeds)} seeds "
+            f"and {len(noise)} noises"
+        )
+    return prompts, seeds, noise
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -164,44 +164,59 @@ def _lines(given: Given) -> list[tuple[str, Given]]:
 
 def take_from_image(given: Given) -> Given:
     """--like: options left out are taken from an image's settings."""
-    given = dict(given)
     from minsd.image import read_settings
 
+    given = dict(given)
     settings = read_settings(given["like"])
     if settings.get("noise_file") and given["noise"] is None:
         raise ValueError(
             f"{given['like']} began from the noise file {settings['noise_file']}: give it with --noise"
         )
-    names = [name for name, option in OPTIONS.items() if option.like]
     same_method = given["init_noise"] is None and settings.get("init_noise") not in (None, "invert")
     if same_method:
-        names += [name for name, option in OPTIONS.items() if option.like_method]
-        ranked = settings.get("candidates")
+        settings = _take_method(given, settings)
+    _take_subjects(given, settings, settings if same_method else given)
+    for name, option in OPTIONS.items():
+        value = settings.get(name)
         if (
-            ranked
-        ):  # the selection is repeated, from the same candidates unless another seed or number is given
-            settings |= {"seed": ranked[0]["seed"]}
-            if (
-                given["candidates"] in (None, len(ranked))
-                and given["seed"] is None
-                and given["seeds"] is None
-            ):
-                given[CANDIDATE_SEEDS] = tuple(candidate["seed"] for candidate in ranked)
-            given["candidates"] = given["candidates"] or len(ranked)
-        if given["excite"] is None:
-            given["excite"] = settings.get("excite") is not None
-    method = settings if same_method else given
+            given[name] is not None
+            or value is None
+            or not (option.like or (same_method and option.like_method))
+        ):
+            continue
+        if name == "seed" and given["seeds"] is not None:
+            continue
+        given[name] = Path(value) if option.kind is Path and isinstance(value, str) else value
+    return given
+
+
+def _take_method(given: Given, settings: Given) -> Given:
+    """Take over how the image's noise was found. Returns its settings as they were before the search.
+
+    A selection is repeated, from the same candidates unless another seed or number is given.
+    """
+    ranked = settings.get("candidates")
+    if ranked:
+        settings = settings | {"seed": ranked[0]["seed"]}
+        if given["candidates"] in (None, len(ranked)) and given["seed"] is None and given["seeds"] is None:
+            given[CANDIDATE_SEEDS] = tuple(candidate["seed"] for candidate in ranked)
+        given["candidates"] = given["candidates"] or len(ranked)
+    if given["excite"] is None:
+        given["excite"] = settings.get("excite") is not None
+    return settings
+
+
+def _take_subjects(given: Given, settings: Given, method: Given) -> None:
+    """Take over the image's subjects where the run to come asks for any and names none. `method`: whose it
+    is.
+    """
     asks = method.get("init_noise") == "initno" or method.get("score") == "attention"
     asks = asks or given["excite"] or given["attention_maps"]
-    if asks and given["token_indices"] is None and given["subjects"] is None and settings.get("subjects"):
-        words = all(isinstance(subject, str) for subject in settings["subjects"])
-        given["subjects" if words else "token_indices"] = ",".join(map(str, settings["subjects"]))
-    for name in names:
-        value = settings.get(name)
-        if given[name] is not None or value is None or (name == "seed" and given["seeds"] is not None):
-            continue
-        given[name] = Path(value) if OPTIONS[name].kind is Path and isinstance(value, str) else value
-    return given
+    named = given["token_indices"] is not None or given["subjects"] is not None
+    subjects = settings.get("subjects")
+    if asks and subjects and not named:
+        words = all(isinstance(subject, str) for subject in subjects)
+        given["subjects" if words else "token_indices"] = ",".join(map(str, subjects))
 
 
 # --- one prompt -------------------------------------------------------------------------------------------
