@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minsd
-from minsd.weights.load import read_header
+from minsd.weights.safetensors_file import read_header
 
 
 def tensors(folder):

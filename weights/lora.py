@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import nn
 
 from minsd.attention import Attention
-from minsd.weights.load import read_header
+from minsd.weights.safetensors_file import PICKLES, read_header
 
 _NAMES = re.compile(  # the layer's name, then which half, by kohya, PEFT, and diffusers early and late
     r"(.+?)(?:\.lora_(?P<k>down|up)|\.lora_(?P<p>A|B)(?:\.default)?|[._]lora\.(?P<d>down|up)|\.lora_linear_layer\.(?P<l>down|up))\.weight"
@@ -138,7 +138,7 @@ def read(path: str | Path, sd) -> LoRA:
 
 
 def _file(path: Path) -> Path:
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which can run code when opened: get the LoRA's .safetensors version instead"
         )
