@@ -86,7 +86,7 @@ def test_a_word_of_several_pieces_has_several_positions(text):
         ("a red circle", "circ", "not in the prompt"),  # a part of a word is not the word
         ("a circle and a circle", "circle", "occurs 2 times.*circle#1"),
         ("a circle and a circle", "circle#3", "occurs only 2 times"),
-        ("a circle", "circle#x", "which occurrence"),
+        ("a circle", "circle#x", "number of the occurrence"),
         ("a circle", " ", "empty"),
         ("a red star and " * 20 + "a heart", "heart", "beyond the 77 tokens"),
     ],
