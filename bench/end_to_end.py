@@ -29,7 +29,7 @@ import minsd
 from bench import clocked, forget_peak, on_gpu, peak_mb, report
 from bench.load import make_folder
 from minsd.config import MODELS
-from minsd.kernels.onednn import linear
+from minsd.kernels import linear
 from minsd.noise.initial import noise
 from minsd.unet import UNet
 

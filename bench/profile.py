@@ -76,7 +76,7 @@ def main():
     context = torch.randn(args.batch, 77, config.context_dim, device=args.device, dtype=dtype)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with torch.no_grad():
-        keys = unet.keys(context)
+        keys = unet.text_kv(context)
         for _ in range(3):
             unet(x, 500, keys)
         with profile(activities=activities) as trace:

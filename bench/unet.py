@@ -81,7 +81,9 @@ def worker(args):
                 context = torch.randn(batch, 77, config.context_dim, generator=generator).to(device, dtype)
                 t = torch.tensor(481, device=device)
                 known = {
-                    (size, batch): (x, 481, unet.keys(context)) if args.worker == "minsd" else (x, t, context)
+                    (size, batch): (x, 481, unet.text_kv(context))
+                    if args.worker == "minsd"
+                    else (x, t, context)
                 }
             forget_peak(device)
             out, seconds, cpu = clocked(device, unet, *known[size, batch])

@@ -1,68 +1,91 @@
-"""FlashAttention that also returns the mean of its probabilities over heads, with a gradient: four Triton kernels.
+"""FlashAttention that also returns its probabilities averaged over heads, with a gradient.
 
-Dao et al. 2022 and Dao 2023 keep the softmax of one block of queries in registers and walk over the keys; nothing of
-size heads x N x M is ever written. What one image cell looked at is exactly what they throw away. It comes back like so.
+FlashAttention (Dao et al. 2022; Dao 2023) keeps the softmax of one block of queries in registers
+while it walks over the keys: nothing of size heads x N x M is ever written. It therefore discards
+where each image cell attends. The four Triton kernels below also return that map, averaged over
+heads, and still write nothing of size heads x N x M.
 
 With S = scale Q K^T + bias (per head) and P = softmax(S) by rows,
 
     out = P V            FlashAttention's output
-    map = 1/H sum_h P    what this file adds: (B, N, M), one H-th of what "return the probabilities" costs
+    map = 1/H sum_h P    added here: (B, N, M), one H-th of all heads' probabilities
 
-The map cannot be had in the forward walk: while it runs, no row knows its normaliser yet, and summing over heads would
-need other blocks' registers. But the forward kernel leaves behind one number a row and head, the log-sum-exp
-lse = log sum_m exp(S_m), and with it any block of P can be made again, finished, in any order: P = exp(S - lse). So a
-second kernel takes one (queries x keys) block of the map, recomputes S head after head, adds the P up in registers and
-writes the mean once. No atomics, a fixed order of summing: the same bits every time.
+The forward walk cannot produce the map: no row knows its normaliser before the walk ends, and a
+sum over heads would need the registers of other blocks. But the forward kernel stores one number
+per row and head, the log-sum-exp lse = log sum_m exp(S_m), and with it any block of P can be
+recomputed, normalised, in any order: P = exp(S - lse). So a second kernel takes one (queries x
+keys) block of the map, recomputes S head by head, sums the P in registers and writes the mean
+once. There are no atomics and the order of summation is fixed: repeated runs are bit-identical.
 
-The gradient. Let dO be that of out and G that of the map. P feeds both, so
+The gradient. Let dO be the gradient of out and G that of the map. P feeds both, so
 
     dP = dO V^T + G / H
 
-where only the first term depends on the head. Through a softmax row, dS = P (dP - D) with D = sum_m P dP, that is
+where only the first term depends on the head. The gradient of a softmax row is dS = P (dP - D)
+with D = sum_m P dP, that is
 
     D = sum_m P (dO V^T)  +  1/H sum_m P G  =  sum_d dO out  +  1/H sum_m P G
 
-The first sum is FlashAttention's trick: P V is `out`, known, so it is a product of two rows of d numbers. The second has no
-such shortcut: it needs a walk over the keys before dS can be formed. (Folding both into one walk, as sum(P dP) K
-subtracted at the end, subtracts two large nearly equal sums; in 16 bits little is left. Two walks it is.) Then, as ever,
+The first sum is FlashAttention's shortcut: P V is the stored `out`, so it is a dot product of two
+rows of d numbers. The second has no shortcut: it takes a walk over the keys before dS can be
+formed. (Folding both into one walk, subtracting sum(P dP) K at the end, would take the difference
+of two large, nearly equal sums and lose most digits in 16 bits. Hence two walks.) As in any
+attention,
 
     dQ = scale dS K      dK = scale dS^T Q      dV = P^T dO
 
-    1 _forward   a block of queries walks over the keys:          out, lse
-    2 _mean_map  a block of the map walks over the heads:         map
-    3 _grad_q    a block of queries walks over the keys, twice:   D, then dQ
-    4 _grad_kv   a block of keys walks over the queries:          dK, dV (left out where neither is wanted)
+    1 _forward   a block of queries walks over the keys:         out, lse
+    2 _mean_map  a block of the map walks over the heads:        map
+    3 _grad_q    a block of queries walks over the keys, twice:  D, then dQ
+    4 _grad_kv   a block of keys walks over the queries:         dK, dV (skipped if not needed)
 
-Details that matter. Exponentials are base 2 (one instruction): S is scaled by log2(e) and lse is a base-2 logarithm.
-A row whose keys are all hidden has S = -inf everywhere; its lse is set to +inf, so that every later P is 2^(-inf) = 0.
-Head dims that are not powers of two lie in two pieces (40 = 32 + 16 with 8 columns of zeros, 80 = 64 + 16,
-160 = 128 + 32) because Triton's blocks are powers of two: padding 80 to 128 would waste 37 % of every product. With
-`region`, row n sees key m only if m // length == region[n] (several texts laid end to end).
+Details that matter. Exponentials are base 2 (one instruction): S is scaled by log2(e) and lse is
+a base-2 logarithm. A row whose keys are all hidden has S = -inf everywhere; its lse is set to
++inf, so that every later P is 2^(-inf) = 0. Triton's blocks are powers of two, so a head dim that
+is not one is split into two pieces (40 = 32 + 16 with 8 columns of zeros, 80 = 64 + 16, 160 = 128
++ 32): padding 80 to 128 would waste 37 % of every product. With `region`, row n attends to key m
+only if m // length == region[n] (several texts concatenated).
+
+Evidence. Outputs and gradients agree with float64 in Triton's interpreter, and all 16-bit
+variants that the tests compile for sm_90 keep their work in registers. The speed on a GPU is
+expected, not measured.
 """
+
+# Triton's compiler gives kernels their types. Pyright takes a call from one kernel to another for a
+# function that never returns.
+# pyright: reportGeneralTypeIssues=false
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# head dim -> its two pieces; a second of 0 is none. Blocks are at least 16 wide: tl.dot's smallest.
+# head dim -> its two pieces; a second piece of 0 means none. No piece is narrower than 16, the
+# least tl.dot takes.
 PIECES = {8: (16, 0), 16: (16, 0), 32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (64, 16), 160: (128, 32)}
 
-# kernel -> (queries, keys) in a block, warps, stages. Static: the interpreter has no autotuning, a table can be read, and
-# the sm_90 compile test proves that none of these spills registers. To be tuned where there is a GPU.
+# kernel -> (queries per block, keys per block, warps, stages). A fixed table: the interpreter has
+# no autotuning, and the compile test shows that no entry spills registers on sm_90.
 BLOCKS = {
-    "forward": (64, 64, 4, 2),
-    "mean_map": (32, 32, 4, 2),
-    "grad_q": (64, 32, 4, 2),
-    "grad_kv": (32, 64, 8, 2),
+    "forward": (64, 64, 4, 2),  # expected, not measured on a GPU
+    "mean_map": (32, 32, 4, 2),  # expected, not measured on a GPU
+    "grad_q": (64, 32, 4, 2),  # expected, not measured on a GPU
+    "grad_kv": (32, 64, 8, 2),  # expected, not measured on a GPU
 }
-BLOCKS_160 = {**BLOCKS, "forward": (64, 32, 4, 2)}  # 64 x 64 spills there, with a bias and a region
+# Head dim 160: with a bias and a region, 64 x 64 spills. Expected, not measured on a GPU.
+BLOCKS_160 = {**BLOCKS, "forward": (64, 32, 4, 2)}
 
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
-    """a @ b summed in float32. The interpreter multiplies bf16 wrongly (triton #11584): "upcast" is for it."""
+    """a @ b summed in float32.
+
+    "upcast" is for the interpreter, which multiplies bfloat16 wrongly (triton #11584).
+    """
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -71,7 +94,10 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows of a (count, D) matrix as two pieces (rows, D0), (rows, D1), zeros outside; the second is the first if D1 is 0."""
+    """Load rows of a (count, D) matrix as two pieces, (rows, D0) and (rows, D1); zeros outside it.
+
+    If D1 is 0 there is no second piece: the first is returned again in its place.
+    """
     inside = rows[:, None] < count
     c0 = tl.arange(0, D0)[None, :]
     first = tl.load(ptr + rows[:, None] * stride + c0, mask=inside & (c0 < D), other=0.0)
@@ -84,6 +110,8 @@ def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.co
 
 @triton.jit
 def _store(ptr, rows, count, stride, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Store two pieces (rows, D0) and (rows, D1) as rows of a (count, D) matrix: the inverse of
+    `_rows`."""
     inside = rows[:, None] < count
     c0 = tl.arange(0, D0)[None, :]
     tl.store(ptr + rows[:, None] * stride + c0, x0, mask=inside & (c0 < D))
@@ -103,78 +131,44 @@ def _product(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q0,
-    q1,
-    k0,
-    k1,
-    rows,
-    cols,
-    N,
-    M,
-    scale,
-    bias,
-    sb_n,
-    sb_m,
-    region,
-    length,
-    D1: tl.constexpr,
-    BIAS: tl.constexpr,
-    REGION: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Base-2 scores log2(e) (scale q k^T + bias) of a block, -inf where a query may not look."""
+    q0, q1,  # (rows, D0), (rows, D1): the pieces of a block of queries
+    k0, k1,  # (cols, D0), (cols, D1): the pieces of a block of keys
+    rows, cols,  # indices of these queries (0 to N) and keys (0 to M)
+    N, M, scale,
+    bias, sb_n, sb_m,  # at this image and head: pointer, strides per query and key
+    region, length,  # at this image: pointer to N text numbers; keys per text
+    D1: tl.constexpr, BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Base-2 scores log2(e) (scale q k^T + bias) of a block (rows, cols), -inf at hidden keys."""
     s = _product(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)  # (rows, cols)
-    seen = cols[None, :] < M
+    visible = cols[None, :] < M
     if BIAS:
-        inside = (rows[:, None] < N) & seen
-        s += (
-            tl.load(bias + rows[:, None] * sb_n + cols[None, :] * sb_m, mask=inside, other=0.0).to(tl.float32)
-            * LOG2E
-        )
+        inside = (rows[:, None] < N) & visible
+        block = tl.load(bias + rows[:, None] * sb_n + cols[None, :] * sb_m, mask=inside, other=0.0)
+        s += block.to(tl.float32) * LOG2E
     if REGION:
         text = tl.load(region + rows, mask=rows < N, other=-1)
-        seen = seen & ((cols // length)[None, :] == text[:, None])
-    return tl.where(seen, s, -float("inf"))
+        visible = visible & ((cols // length)[None, :] == text[:, None])
+    return tl.where(visible, s, -float("inf"))
 
 
 @triton.jit
 def _forward(
-    Q,
-    K,
-    V,
-    Out,
-    Lse,
-    bias,
-    region,
-    sq_b,
-    sq_n,
-    sq_h,
-    sk_b,
-    sk_m,
-    sk_h,
-    sv_b,
-    sv_m,
-    sv_h,
-    sb_b,
-    sb_h,
-    sb_n,
-    sb_m,
-    H,
-    N,
-    M,
-    length,
-    scale,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BIAS: tl.constexpr,
-    REGION: tl.constexpr,
-    OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One block of queries of one head: out and lse. Without OUT, lse alone."""
+    Q, K, V,  # read: (B, N, H, D), (B, M, H, D), (B, M, H, D), each row of D contiguous
+    Out,  # written with OUT: (B, N, H, D), contiguous
+    Lse,  # written: (B, H, N) float32, contiguous
+    bias,  # read with BIAS: (B, H, N, M), a stride of 0 along broadcast dimensions
+    region,  # read with REGION: (B, N) int32, contiguous, the text of each query
+    sq_b, sq_n, sq_h,  # strides of Q in elements: per image, query, head
+    sk_b, sk_m, sk_h,  # strides of K: per image, key, head
+    sv_b, sv_m, sv_h,  # strides of V: per image, key, head
+    sb_b, sb_h, sb_n, sb_m,  # strides of bias: per image, head, query, key
+    H, N, M, length, scale,  # heads, queries, keys, keys per text, factor of the scores
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,  # head dim and its pieces
+    BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
+    BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: out and lse; without OUT only lse."""
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
     V += b * sv_b + h * sv_h
@@ -189,28 +183,11 @@ def _forward(
     for start in range(0, M, BM):
         cols = start + tl.arange(0, BM)
         k0, k1 = _rows(K, cols, M, sk_m, D, D0, D1)
-        s = _scores(
-            q0,
-            q1,
-            k0,
-            k1,
-            rows,
-            cols,
-            N,
-            M,
-            scale,
-            bias,
-            sb_n,
-            sb_m,
-            region,
-            length,
-            D1,
-            BIAS,
-            REGION,
-            PRECISION,
-        )
+        s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length,
+                    D1, BIAS, REGION, PRECISION)  # fmt: skip
         new = tl.maximum(top, tl.max(s, axis=1))
-        base = tl.where(new == -float("inf"), 0.0, new)  # nothing seen yet: keep inf - inf out of it
+        # While every key so far is hidden, new is -inf: subtracting 0 avoids inf - inf.
+        base = tl.where(new == -float("inf"), 0.0, new)
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
@@ -221,49 +198,32 @@ def _forward(
             o0 = o0 * shrink[:, None] + _dot(p, v0, PRECISION)
             if D1 > 0:
                 o1 = o1 * shrink[:, None] + _dot(p, v1, PRECISION)
-    dead = total == 0.0  # no key at all
+    dead = total == 0.0  # every key is hidden
     lse = tl.where(dead, float("inf"), top + tl.log2(tl.where(dead, 1.0, total)))
     tl.store(Lse + (b * H + h) * N + rows, lse, mask=rows < N)
     if OUT:
-        share = 1.0 / tl.where(dead, 1.0, total)
-        o0 = (o0 * share[:, None]).to(Out.dtype.element_ty)
-        o1 = (o1 * share[:, None]).to(Out.dtype.element_ty)
+        inverse = 1.0 / tl.where(dead, 1.0, total)
+        o0 = (o0 * inverse[:, None]).to(Out.dtype.element_ty)
+        o1 = (o1 * inverse[:, None]).to(Out.dtype.element_ty)
         _store(Out + (b * N * H + h) * D, rows, N, H * D, o0, o1, D, D0, D1)
 
 
 @triton.jit
 def _mean_map(
-    Q,
-    K,
-    Map,
-    Lse,
-    bias,
-    region,
-    sq_b,
-    sq_n,
-    sq_h,
-    sk_b,
-    sk_m,
-    sk_h,
-    sb_b,
-    sb_h,
-    sb_n,
-    sb_m,
-    H,
-    N,
-    M,
-    length,
-    scale,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BIAS: tl.constexpr,
-    REGION: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One block of the map: heads in order, summed in registers."""
+    Q, K,  # read: (B, N, H, D), (B, M, H, D), each row of D contiguous
+    Map,  # written: (B, N, M) float32, contiguous
+    Lse,  # read: (B, H, N) float32, from `_forward`
+    bias,  # read with BIAS: (B, H, N, M), a stride of 0 along broadcast dimensions
+    region,  # read with REGION: (B, N) int32, contiguous
+    sq_b, sq_n, sq_h,  # strides of Q in elements: per image, query, head
+    sk_b, sk_m, sk_h,  # strides of K: per image, key, head
+    sb_b, sb_h, sb_n, sb_m,  # strides of bias: per image, head, query, key
+    H, N, M, length, scale,  # heads, queries, keys, keys per text, factor of the scores
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,  # head dim and its pieces
+    BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
+    BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of the map: heads are added in order, in registers."""
     cols, rows = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     b = tl.program_id(2).to(tl.int64)
     Q += b * sq_b
@@ -275,26 +235,8 @@ def _mean_map(
         q0, q1 = _rows(Q + h * sq_h, rows, N, sq_n, D, D0, D1)
         k0, k1 = _rows(K + h * sk_h, cols, M, sk_m, D, D0, D1)
         lse = tl.load(Lse + (b * H + h) * N + rows, mask=rows < N, other=float("inf"))
-        s = _scores(
-            q0,
-            q1,
-            k0,
-            k1,
-            rows,
-            cols,
-            N,
-            M,
-            scale,
-            bias + h * sb_h,
-            sb_n,
-            sb_m,
-            region,
-            length,
-            D1,
-            BIAS,
-            REGION,
-            PRECISION,
-        )
+        s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias + h * sb_h, sb_n, sb_m, region, length,
+                    D1, BIAS, REGION, PRECISION)  # fmt: skip
         mean += tl.exp2(s - lse[:, None])
     inside = (rows[:, None] < N) & (cols[None, :] < M)
     tl.store(Map + b * N * M + rows[:, None] * M + cols[None, :], mean / H, mask=inside)
@@ -302,59 +244,35 @@ def _mean_map(
 
 @triton.jit
 def _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H):
+    """G / H of a block (rows, cols): the part of dP that every head shares."""
     inside = (rows[:, None] < N) & (cols[None, :] < M)
     return tl.load(G + rows[:, None] * sg_n + cols[None, :] * sg_m, mask=inside, other=0.0) / H
 
 
 @triton.jit
 def _grad_q(
-    Q,
-    K,
-    V,
-    Out,
-    Lse,
-    bias,
-    region,
-    dO,
-    G,
-    dQ,
-    Dsum,
-    sq_b,
-    sq_n,
-    sq_h,
-    sk_b,
-    sk_m,
-    sk_h,
-    sv_b,
-    sv_m,
-    sv_h,
-    sb_b,
-    sb_h,
-    sb_n,
-    sb_m,
-    so_b,
-    so_n,
-    so_h,
-    sg_b,
-    sg_n,
-    sg_m,
-    H,
-    N,
-    M,
-    length,
-    scale,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BIAS: tl.constexpr,
-    REGION: tl.constexpr,
-    OUT: tl.constexpr,
-    MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One block of queries of one head: D (kept for `_grad_kv`) and dQ. OUT and MAP: which of dO and G there are."""
+    Q, K, V,  # read: (B, N, H, D), (B, M, H, D), (B, M, H, D), each row of D contiguous
+    Out,  # read with OUT: (B, N, H, D), contiguous, from `_forward`
+    Lse,  # read: (B, H, N) float32, from `_forward`
+    bias,  # read with BIAS: (B, H, N, M), a stride of 0 along broadcast dimensions
+    region,  # read with REGION: (B, N) int32, contiguous
+    dO,  # read with OUT: (B, N, H, D), gradient of out, each row of D contiguous
+    G,  # read with MAP: (B, N, M) float32, gradient of the map
+    dQ,  # written: (B, N, H, D), contiguous
+    Dsum,  # written: (B, H, N) float32, the D of each row, for `_grad_kv`
+    sq_b, sq_n, sq_h,  # strides of Q in elements: per image, query, head
+    sk_b, sk_m, sk_h,  # strides of K: per image, key, head
+    sv_b, sv_m, sv_h,  # strides of V: per image, key, head
+    sb_b, sb_h, sb_n, sb_m,  # strides of bias: per image, head, query, key
+    so_b, so_n, so_h,  # strides of dO: per image, query, head
+    sg_b, sg_n, sg_m,  # strides of G: per image, query, key
+    H, N, M, length, scale,  # heads, queries, keys, keys per text, factor of the scores
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,  # head dim and its pieces
+    BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
+    BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: D, then dQ. OUT: out has a gradient; MAP: the map has
+    one."""
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
     V += b * sv_b + h * sv_h
@@ -375,26 +293,8 @@ def _grad_q(
         for start in range(0, M, BM):
             cols = start + tl.arange(0, BM)
             k0, k1 = _rows(K, cols, M, sk_m, D, D0, D1)
-            s = _scores(
-                q0,
-                q1,
-                k0,
-                k1,
-                rows,
-                cols,
-                N,
-                M,
-                scale,
-                bias,
-                sb_n,
-                sb_m,
-                region,
-                length,
-                D1,
-                BIAS,
-                REGION,
-                PRECISION,
-            )
+            s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length,
+                        D1, BIAS, REGION, PRECISION)  # fmt: skip
             dsum += tl.sum(tl.exp2(s - lse) * _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H), axis=1)
     tl.store(Dsum + (b * H + h) * N + rows, dsum, mask=rows < N)
 
@@ -403,26 +303,8 @@ def _grad_q(
     for start in range(0, M, BM):
         cols = start + tl.arange(0, BM)
         k0, k1 = _rows(K, cols, M, sk_m, D, D0, D1)
-        s = _scores(
-            q0,
-            q1,
-            k0,
-            k1,
-            rows,
-            cols,
-            N,
-            M,
-            scale,
-            bias,
-            sb_n,
-            sb_m,
-            region,
-            length,
-            D1,
-            BIAS,
-            REGION,
-            PRECISION,
-        )
+        s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length,
+                    D1, BIAS, REGION, PRECISION)  # fmt: skip
         dp = tl.zeros((BN, BM), tl.float32)
         if OUT:
             v0, v1 = _rows(V, cols, M, sv_m, D, D0, D1)
@@ -440,52 +322,25 @@ def _grad_q(
 
 @triton.jit
 def _grad_kv(
-    Q,
-    K,
-    V,
-    Lse,
-    bias,
-    region,
-    dO,
-    G,
-    dK,
-    dV,
-    Dsum,
-    sq_b,
-    sq_n,
-    sq_h,
-    sk_b,
-    sk_m,
-    sk_h,
-    sv_b,
-    sv_m,
-    sv_h,
-    sb_b,
-    sb_h,
-    sb_n,
-    sb_m,
-    so_b,
-    so_n,
-    so_h,
-    sg_b,
-    sg_n,
-    sg_m,
-    H,
-    N,
-    M,
-    length,
-    scale,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BIAS: tl.constexpr,
-    REGION: tl.constexpr,
-    OUT: tl.constexpr,
-    MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    Q, K, V,  # read: (B, N, H, D), (B, M, H, D), (B, M, H, D), each row of D contiguous
+    Lse,  # read: (B, H, N) float32, from `_forward`
+    bias,  # read with BIAS: (B, H, N, M), a stride of 0 along broadcast dimensions
+    region,  # read with REGION: (B, N) int32, contiguous
+    dO,  # read with OUT: (B, N, H, D), gradient of out, each row of D contiguous
+    G,  # read with MAP: (B, N, M) float32, gradient of the map
+    dK, dV,  # written, dV only with OUT: (B, M, H, D), contiguous
+    Dsum,  # read: (B, H, N) float32, from `_grad_q`
+    sq_b, sq_n, sq_h,  # strides of Q in elements: per image, query, head
+    sk_b, sk_m, sk_h,  # strides of K: per image, key, head
+    sv_b, sv_m, sv_h,  # strides of V: per image, key, head
+    sb_b, sb_h, sb_n, sb_m,  # strides of bias: per image, head, query, key
+    so_b, so_n, so_h,  # strides of dO: per image, query, head
+    sg_b, sg_n, sg_m,  # strides of G: per image, query, key
+    H, N, M, length, scale,  # heads, queries, keys, keys per text, factor of the scores
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,  # head dim and its pieces
+    BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
+    BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One block of keys of one head: dK, and with OUT dV."""
     cols, h, b = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1), tl.program_id(2).to(tl.int64)
     Q += b * sq_b + h * sq_h
@@ -505,38 +360,19 @@ def _grad_kv(
     for start in range(0, N, BN):
         rows = start + tl.arange(0, BN)
         q0, q1 = _rows(Q, rows, N, sq_n, D, D0, D1)
-        lse = tl.load(Lse + rows, mask=rows < N, other=float("inf"))[
-            :, None
-        ]  # +inf: rows past the end give P = 0
+        # +inf for rows past the end, so that their P is 0
+        lse = tl.load(Lse + rows, mask=rows < N, other=float("inf"))[:, None]
         dsum = tl.load(Dsum + rows, mask=rows < N, other=0.0)[:, None]
-        s = _scores(
-            q0,
-            q1,
-            k0,
-            k1,
-            rows,
-            cols,
-            N,
-            M,
-            scale,
-            bias,
-            sb_n,
-            sb_m,
-            region,
-            length,
-            D1,
-            BIAS,
-            REGION,
-            PRECISION,
-        )
+        s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length,
+                    D1, BIAS, REGION, PRECISION)  # fmt: skip
         p = tl.exp2(s - lse)
         dp = tl.zeros((BN, BM), tl.float32)
         if OUT:
             do0, do1 = _rows(dO, rows, N, so_n, D, D0, D1)
-            turned = tl.trans(p.to(do0.dtype))
-            dv0 += _dot(turned, do0, PRECISION)
+            transposed = tl.trans(p.to(do0.dtype))
+            dv0 += _dot(transposed, do0, PRECISION)
             if D1 > 0:
-                dv1 += _dot(turned, do1, PRECISION)
+                dv1 += _dot(transposed, do1, PRECISION)
             dp += _product(do0, do1, v0, v1, D1, PRECISION)
         if MAP:
             dp += _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H)
@@ -553,162 +389,165 @@ def _grad_kv(
 
 
 KERNELS = {"forward": _forward, "mean_map": _mean_map, "grad_q": _grad_q, "grad_kv": _grad_kv}
-INTERPRETED = not isinstance(
-    _forward, triton.runtime.JITFunction
-)  # TRITON_INTERPRET=1 when this file was imported
+# Whether TRITON_INTERPRET=1 was set when this file was imported.
+INTERPRETED = not isinstance(_forward, triton.runtime.JITFunction)
+
+# (queries per block, keys per block) -> number of programs along each axis
+Grid = Callable[[int, int], tuple[int, int, int]]
+Strides = tuple[int, ...]
 
 
-def configuration(name: str, head_dim: int) -> tuple[dict, dict]:
-    """A kernel's constants (block sizes, the pieces of the head dim) and its compiler options."""
+def configuration(name: str, head_dim: int) -> tuple[dict[str, int], dict[str, int]]:
+    """A kernel's constants (block sizes, pieces of the head dim) and its compiler options."""
     d0, d1 = PIECES[head_dim]
     bn, bm, warps, stages = (BLOCKS_160 if head_dim == 160 else BLOCKS)[name]
     return {"D": head_dim, "D0": d0, "D1": d1, "BN": bn, "BM": bm}, {"num_warps": warps, "num_stages": stages}
 
 
-def _launch(name, blocks, like, *args, **flags):
-    """Run a kernel on `blocks(queries, keys in a block)` programs. `like` is q: its device, dtype and head dim decide."""
-    if not (like.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"the triton backend needs tensors on a CUDA device, not on {like.device}; take backend='auto'"
-        )
-    constants, options = configuration(name, like.shape[-1])
-    precision = (
-        "tf32"
-        if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED
-        else "ieee"
-    )
-    if INTERPRETED and like.dtype == torch.bfloat16:
-        precision = "upcast"
-    with torch.cuda.device(like.device if like.is_cuda else -1):
-        KERNELS[name][blocks(constants["BN"], constants["BM"])](
-            *args, **constants, **flags, PRECISION=precision, **options
-        )
+def _precision(dtype: torch.dtype) -> str:
+    """The PRECISION of `_dot`. Float32 uses TF32 where PyTorch's own matrix products may."""
+    if INTERPRETED:
+        return "upcast" if dtype == torch.bfloat16 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _inner(x):
-    """The kernels take any strides but the last, which must be 1."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _launch(name: str, grid: Grid, q: Tensor, *args: Tensor | int | float, **flags: bool) -> None:
+    """Run a kernel on `grid` programs, compiled for the device, dtype and head dim of `q`."""
+    if not (q.is_cuda or INTERPRETED):
+        raise ValueError(f"the triton backend needs CUDA tensors, not {q.device.type}; use backend='auto'")
+    constants, options = configuration(name, q.shape[-1])
+    kernel = KERNELS[name][grid(constants["BN"], constants["BM"])]
+    with torch.cuda.device(q.device if q.is_cuda else -1):
+        kernel(*args, **constants, **flags, PRECISION=_precision(q.dtype), **options)
 
 
-def _bias(bias, q, k):
-    """A pointer and four strides, 0 where the bias is broadcast."""
+def _blocks(count: int, size: int) -> int:
+    """Blocks of `size` that cover `count`."""
+    return -(-count // size)
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """`x` with a last stride of 1; the kernels take any other strides as they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pointer(x: Tensor | None, otherwise: Tensor) -> Tensor:
+    """`x`, or `otherwise`: a kernel needs a pointer for every argument, even one it will not read."""
+    return otherwise if x is None else x
+
+
+def _region_pointer(region: Tensor | None, otherwise: Tensor) -> Tensor:
+    """`_pointer` to region (B,N) in the form the kernels read."""
+    return otherwise if region is None else region.to(torch.int32).contiguous()
+
+
+def _bias_strides(bias: Tensor | None, q: Tensor, k: Tensor) -> Strides:
+    """Four strides, 0 along broadcast dimensions."""
     if bias is None:
-        return q, (0, 0, 0, 0)
-    return bias, bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
+        return (0, 0, 0, 0)
+    return bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
 
 
-def _region(region, q):
-    return q if region is None else region.to(torch.int32).contiguous()
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    region: Tensor | None,
+    length: int,
+    probs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention on inputs already checked: shapes as in `minsd.kernels.attention`.
 
-
-def forward(q, k, v, scale, bias, region, length, probs):
-    """-> (out (B,N,H,d), map (B,N,M) float32, lse (B,H,N) float32). `v` None: no out; not `probs`: no map; they are empty."""
-    q, k, v = _inner(q), _inner(k), _inner(v)
+    The keys of several texts are concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M)
+    float32 and lse (B,H,N) float32, which `backward` needs. `out` is empty if `v` is None, the map
+    is empty without `probs`. Raises ValueError for tensors that are not on a CUDA device.
+    """
+    q = _contiguous_rows(q)
+    k = _contiguous_rows(k)
+    v = None if v is None else _contiguous_rows(v)
     (b, n, h, d), m = q.shape, k.shape[1]
     out = torch.empty((b, n, h, d) if v is not None else 0, device=q.device, dtype=q.dtype)
     maps = torch.empty((b, n, m) if probs else 0, device=q.device, dtype=torch.float32)
     lse = torch.empty(b, h, n, device=q.device, dtype=torch.float32)
+
     flags = {"BIAS": bias is not None, "REGION": region is not None}
-    bias, sb = _bias(bias, q, k)
-    region, some_v = _region(region, q), k if v is None else v
+    hidden = _pointer(bias, q), _region_pointer(region, q)
+    values = _pointer(v, k)
+    sq, sk, sv = (y.stride()[:3] for y in (q, k, values))
+    sb = _bias_strides(bias, q, k)
     sizes = h, n, m, length, scale
-    _launch(
-        "forward",
-        lambda bn, bm: (triton.cdiv(n, bn), h, b),
-        q,
-        q,
-        k,
-        some_v,
-        out,
-        lse,
-        bias,
-        region,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *some_v.stride()[:3],
-        *sb,
-        *sizes,
-        **flags,
-        OUT=v is not None,
-    )
+
+    def query_blocks(bn: int, bm: int) -> tuple[int, int, int]:
+        return _blocks(n, bn), h, b
+
+    def map_blocks(bn: int, bm: int) -> tuple[int, int, int]:
+        return _blocks(m, bm), _blocks(n, bn), b
+
+    pointers = q, k, values, out, lse, *hidden
+    _launch("forward", query_blocks, q, *pointers, *sq, *sk, *sv, *sb, *sizes, **flags, OUT=v is not None)
     if probs:
-        _launch(
-            "mean_map",
-            lambda bn, bm: (triton.cdiv(m, bm), triton.cdiv(n, bn), b),
-            q,
-            q,
-            k,
-            maps,
-            lse,
-            bias,
-            region,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *sb,
-            *sizes,
-            **flags,
-        )
+        _launch("mean_map", map_blocks, q, q, k, maps, lse, *hidden, *sq, *sk, *sb, *sizes, **flags)
     return out, maps, lse
 
 
-def backward(grad_out, grad_maps, q, k, v, out, lse, scale, bias, region, length, keys):
-    """-> gradients of q, k and v in their shapes; those of k and v are empty unless `keys`."""
-    q, k, v, grad_out = _inner(q), _inner(k), _inner(v), _inner(grad_out)
+def backward(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    region: Tensor | None,
+    length: int,
+    need_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each in the shape of its input.
+
+    `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of out and map; None means zero.
+    `out` and `lse` are what `forward` returned. The gradients of k and v are empty without
+    `need_kv`, that of v also if `v` is None.
+    """
+    q = _contiguous_rows(q)
+    k = _contiguous_rows(k)
+    v = None if v is None else _contiguous_rows(v)
+    grad_out = None if grad_out is None else _contiguous_rows(grad_out)
     (b, n, h, _), m = q.shape, k.shape[1]
     dq = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    dk = torch.empty(k.shape if keys else 0, device=q.device, dtype=q.dtype)
-    dv = torch.zeros if grad_out is None else torch.empty
-    dv = dv(k.shape if keys and v is not None else 0, device=q.device, dtype=q.dtype)
+    dk = torch.empty(k.shape if need_kv else 0, device=q.device, dtype=q.dtype)
+    dv = torch.empty(k.shape if need_kv and v is not None else 0, device=q.device, dtype=q.dtype)
+    if grad_out is None:
+        dv.zero_()  # the kernel will not write it
     dsum = torch.empty_like(lse)
+
     flags = {
         "BIAS": bias is not None,
         "REGION": region is not None,
         "OUT": grad_out is not None,
         "MAP": grad_maps is not None,
     }
-    bias, sb = _bias(bias, q, k)
-    region, some_v = _region(region, q), k if v is None else v
-    do, so = (q, (0, 0, 0)) if grad_out is None else (grad_out, grad_out.stride()[:3])
-    g, sg = (q, (0, 0, 0)) if grad_maps is None else (grad_maps, grad_maps.stride())
-    strides = *q.stride()[:3], *k.stride()[:3], *some_v.stride()[:3], *sb, *so, *sg
+    hidden = _pointer(bias, q), _region_pointer(region, q)
+    values = _pointer(v, k)
+    grads = _pointer(grad_out, q), _pointer(grad_maps, q)
+    so = (0, 0, 0) if grad_out is None else grad_out.stride()[:3]
+    sg = (0, 0, 0) if grad_maps is None else grad_maps.stride()
+    sq, sk, sv = (y.stride()[:3] for y in (q, k, values))
+    strides = *sq, *sk, *sv, *_bias_strides(bias, q, k), *so, *sg
     sizes = h, n, m, length, scale
-    _launch(
-        "grad_q",
-        lambda bn, bm: (triton.cdiv(n, bn), h, b),
-        q,
-        q,
-        k,
-        some_v,
-        out,
-        lse,
-        bias,
-        region,
-        do,
-        g,
-        dq,
-        dsum,
-        *strides,
-        *sizes,
-        **flags,
-    )
-    if keys:
-        _launch(
-            "grad_kv",
-            lambda bn, bm: (triton.cdiv(m, bm), h, b),
-            q,
-            q,
-            k,
-            some_v,
-            lse,
-            bias,
-            region,
-            do,
-            g,
-            dk,
-            dv,
-            dsum,
-            *strides,
-            *sizes,
-            **flags,
-        )
+
+    def query_blocks(bn: int, bm: int) -> tuple[int, int, int]:
+        return _blocks(n, bn), h, b
+
+    def key_blocks(bn: int, bm: int) -> tuple[int, int, int]:
+        return _blocks(m, bm), h, b
+
+    pointers = q, k, values, out, lse, *hidden, *grads, dq, dsum
+    _launch("grad_q", query_blocks, q, *pointers, *strides, *sizes, **flags)
+    if need_kv:
+        pointers = q, k, values, lse, *hidden, *grads, dk, dv, dsum
+        _launch("grad_kv", key_blocks, q, *pointers, *strides, *sizes, **flags)
     return dq, dk, dv

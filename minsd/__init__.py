@@ -4,24 +4,46 @@
     sd = minsd.load("shapes")
     images = sd("a red circle and a blue square", seeds=[0, 1])
 
-Everything named in the README resolves from here lazily: importing minsd alone imports nothing heavy.
+Submodules are imported when they are first used, so `import minsd` alone imports nothing heavy.
 """
 
 import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ below imports on first use
+    import minsd.adapters as adapters
+    import minsd.app as app
+    import minsd.attention as attention
+    import minsd.config as config
+    import minsd.controlnet as controlnet
+    import minsd.generate as generate
+    import minsd.graphs as graphs
+    import minsd.guidance as guidance
+    import minsd.image as image
+    import minsd.kernels as kernels
+    import minsd.noise as noise
+    import minsd.pipeline as pipeline
+    import minsd.samplers as samplers
+    import minsd.text as text
+    import minsd.unet as unet
+    import minsd.vae as vae
+    import minsd.weights as weights
+    from minsd.pipeline import load as load
 
 __version__ = "0.1.0"
 
-# In a checkout, `kernels`, `weights`, `samplers` and `noise` lie beside this package instead of inside it
-# (setup.py's package_dir puts them inside when installing). Make `minsd.kernels` etc. resolve, and keep the
-# checkout's root off sys.path, where a bare `kernels` would shadow the PyPI package that transformers imports.
+# In a checkout, `kernels`, `weights`, `samplers` and `noise` lie beside this package; setup.py installs
+# them inside it. Make `minsd.kernels` etc. resolve here too, and take the checkout's root off sys.path,
+# where a bare `kernels` would shadow the PyPI package that transformers imports.
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if os.path.isfile(os.path.join(_root, "setup.py")) and os.path.isdir(os.path.join(_root, "kernels")):
+if all(os.path.exists(os.path.join(_root, name)) for name in ("setup.py", "kernels")):
     __path__.append(_root)
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _root]
 
 _SUBMODULES = (
+    "adapters",
     "app",
     "attention",
     "config",
@@ -30,30 +52,26 @@ _SUBMODULES = (
     "graphs",
     "guidance",
     "image",
+    "kernels",
+    "noise",
     "pipeline",
+    "samplers",
     "text",
     "unet",
     "vae",
-    "kernels",
-    "noise",
-    "samplers",
     "weights",
 )
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == "load":
-        from .pipeline import load
+        from minsd.pipeline import load
 
         return load
     if name in _SUBMODULES:
-        try:
-            return importlib.import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":
-                raise
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), "load", *_SUBMODULES})

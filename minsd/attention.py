@@ -1,140 +1,184 @@
-"""The UNet's attention (Vaswani et al. 2017), and the recorder that asks it where it looked.
+"""The UNet's attention (Vaswani et al. 2017), and the recorder that collects its maps.
 
-Layers that record nothing call PyTorch's fused attention and hold no probabilities. A layer whose query grid is the
-recorder's gets `probs="mean"`: the mean over heads only, never all heads (see minsd/kernels).
+Layers that record nothing call PyTorch's fused attention and hold no probabilities. Layers at the
+recorder's resolution also return their attention map, averaged over heads; per-head maps are never
+stored (see minsd/kernels).
 """
 
-import torch
-from torch import nn
+from collections.abc import Callable
 
-from minsd.kernels import attention
-from minsd.kernels.onednn import Linear, linear
+import torch
+from torch import Tensor, nn
+
+from minsd.kernels import Linear, attention, linear
+
+KV = tuple[Tensor, Tensor]  # keys and values, each (B, M, heads, d)
 
 
 class AttentionRecorder:
-    """Collects head- and layer-mean attention probabilities at one resolution, differentiably.
+    """Collects attention probabilities at one resolution, averaged over heads and layers.
 
-    `resolution` is (rows, columns) in cells; by default the coarsest level with cross-attention whose shorter side is
-    at least 16 (16x16 for SD1.x at 512x512), or the finest such level where none is that large. With `only`, the UNet
-    stops after the last layer that records and returns None. A recorder can be used again: every UNet call starts it
-    afresh.
+    `resolution` is (rows, columns) in cells. By default it is the coarsest level with
+    cross-attention whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512), or the
+    finest such level if none is that large. With `only`, the UNet stops after the last layer that
+    records and returns None. A recorder can be reused: every UNet call starts it afresh.
 
-    After `unet(x, t, context, record=r)`: `r.cross` is (B,h,w,M) over the M text positions, `r.self` (B,h,w,h*w),
-    both float32; `r.self[b,i,j]` is the softmax row of the query at cell (i,j). `r.cross_layers` and `r.self_layers`
-    list each layer's own head mean (B,h*w,...), in the order in which the layers run.
+    After `unet(x, t, context, record=r)`: `r.cross` is (B,h,w,M) over the M text positions and
+    `r.self` is (B,h,w,h*w), both float32 (float64 in a float64 network) and differentiable;
+    `r.self[b,i,j]` is the softmax row of the query at cell (i,j). `r.cross_layers` and
+    `r.self_layers` list each layer's own mean over heads, (B,h*w,M) and (B,h*w,h*w), in the order
+    in which the layers run.
     """
 
+    resolution: tuple[int, int]  # set by `begin`
+    total: int  # layers of each kind at this resolution
+
     def __init__(self, resolution: tuple[int, int] | None = None, *, only: bool = False):
-        self.wanted, self.only = resolution, only
-        self.cross_layers, self.self_layers = [], []
+        self.wanted = resolution
+        self.only = only
+        self.cross_layers: list[Tensor] = []
+        self.self_layers: list[Tensor] = []
 
     def begin(self, grids: list[tuple[int, int]], counts: list[int]) -> None:
-        """Called by the UNet: the query grid of each level, finest first, and how many transformer blocks work on it."""
+        """Called by the UNet first: choose the resolution and forget earlier maps.
+
+        `grids` is the query grid (rows, columns) of each level, finest first, and `counts` its
+        number of transformer blocks. Raises ValueError if no layer works at the resolution wanted.
+        """
         levels = [level for level, n in enumerate(counts) if n]
         if self.wanted is None:
-            # Where the middle's single block is all there is (SD's coarsest level), one layer makes a poor mean.
+            # A single layer gives a poor mean, and SD's coarsest level has only the middle block.
             large = [level for level in levels if min(grids[level]) >= 16 and counts[level] > 1]
             self.resolution = grids[large[-1] if large else levels[0]]
         else:
-            self.resolution = tuple(self.wanted)
-            if self.resolution not in (offered := [grids[level] for level in levels]):
-                names = ", ".join(f"{h}x{w}" for h, w in offered)
-                raise ValueError(
-                    f"no attention layer works on {self.wanted[0]}x{self.wanted[1]} cells; choose from {names}"
-                )
+            h, w = self.wanted
+            self.resolution = (h, w)
+            offered = [grids[level] for level in levels]
+            if self.resolution not in offered:
+                names = ", ".join(f"{rows}x{columns}" for rows, columns in offered)
+                raise ValueError(f"no attention layer works on {h}x{w} cells; choose from {names}")
         self.total = sum(n for n, grid in zip(counts, grids) if grid == self.resolution)
-        self.cross_layers, self.self_layers = [], []
+        self.cross_layers = []
+        self.self_layers = []
 
-    def wants(self, grid: tuple[int, int]) -> bool:
+    def wants(self, grid: tuple[int, int] | None) -> bool:
+        """Whether a layer whose queries form this grid records."""
         return grid == self.resolution
 
     @property
     def done(self) -> bool:
-        """All layers that record have run and nothing else is wanted: the UNet may stop."""
+        """Whether the UNet may stop: every layer that records has run, and only maps are wanted."""
         return self.only and len(self.cross_layers) == self.total
 
-    def _mean(self, maps: list[torch.Tensor]) -> torch.Tensor:
+    def _mean(self, maps: list[Tensor]) -> Tensor:
         if not maps:
             raise ValueError("nothing is recorded yet: call unet(x, t, context, record=recorder) first")
         return (sum(maps[1:], maps[0]) / len(maps)).unflatten(1, self.resolution)
 
     @property
-    def cross(self) -> torch.Tensor:
-        return self._mean(self.cross_layers)  # (B, h, w, M)
+    def cross(self) -> Tensor:
+        """Cross-attention averaged over heads and layers: (B,h,w,M)."""
+        return self._mean(self.cross_layers)
 
     @property
-    def self(self) -> torch.Tensor:
-        return self._mean(self.self_layers)  # (B, h, w, h*w)
+    def self(self) -> Tensor:
+        """Self-attention averaged over heads and layers: (B,h,w,h*w)."""
+        return self._mean(self.self_layers)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of image cells, to one another (`attn1`) or to the text (`attn2`, with `context_dim`)."""
+    """Multi-head attention of image cells, to one another (`attn1`) or to the text (`attn2`).
 
-    attend = staticmethod(attention)  # training, whose weights take gradients, has its own
+    `dim` is the number of channels C, `context_dim` the width D of the text states; without it the
+    layer is self-attention.
+    """
+
+    # Replaced during training, where weights need gradients.
+    attend: Callable[..., tuple[Tensor, Tensor | None]] = staticmethod(attention)
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
-        self.num_heads, self.is_cross, self.backend = num_heads, context_dim is not None, "auto"
+        self.num_heads = num_heads
+        self.is_cross = context_dim is not None
+        self.backend = "auto"
         self.to_q = Linear(dim, dim, bias=False)
         self.to_k = Linear(context_dim or dim, dim, bias=False)
         self.to_v = Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.ModuleList([Linear(dim, dim)])
-        self.fused = None
+        self.fused: Tensor | None = None
 
-    def fuse(self, device=None, dtype=None) -> None:
-        """Lay the projections that share an input side by side in one buffer, so that one product serves them all.
+    def fuse(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Lay the projections of one input side by side in a buffer, so that one product does all.
 
-        The weights stay where they were by name, as views of that buffer: what writes to them (a loader, an adapter)
-        writes to it. For frozen weights only: gradients would not find their way back to the views. A module on the
-        meta device gets an empty buffer on `device` in `dtype`, to be filled through the weights.
+        The weights keep their names, as views of that buffer: a loader or an adapter that writes to
+        them writes to it. For frozen weights only, since gradients would not reach the views. A
+        module on the meta device gets an empty buffer on `device` in `dtype`, to be filled through
+        the weights.
         """
         layers = (self.to_k, self.to_v) if self.is_cross else (self.to_q, self.to_k, self.to_v)
         weights = [layer.weight.detach() for layer in layers]
         if weights[0].is_meta:
-            self.fused = torch.empty(sum(map(len, weights)), weights[0].shape[1], device=device, dtype=dtype)
+            fused = torch.empty(sum(map(len, weights)), weights[0].shape[1], device=device, dtype=dtype)
         else:
-            self.fused = torch.cat(weights)
-        for layer, weight in zip(layers, self.fused.chunk(len(layers))):
+            fused = torch.cat(weights)
+        for layer, weight in zip(layers, fused.chunk(len(layers))):
             layer.weight = nn.Parameter(weight, requires_grad=False)
+        self.fused = fused
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)  # .to() moves each weight by itself
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        super()._apply(fn, recurse)  # .to() moves each weight separately
         if self.fused is not None:
             self.fuse()
         return self
 
-    def keys(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v (B,M,heads,d) of what is looked at, (B,M,D): of a text the same at every step."""
-        k, v = (
-            (self.to_k(context), self.to_v(context))
-            if self.fused is None
-            else linear(context, self.fused).chunk(2, dim=-1)
-        )
+    def kv(self, context: Tensor) -> KV:
+        """Keys and values, each (B,M,heads,d), of what the cells attend to, (B,M,D).
+
+        Those of a text are the same at every step: compute them once (`UNet.keys`).
+        """
+        if self.fused is None:
+            k = self.to_k(context)
+            v = self.to_v(context)
+        else:
+            k, v = linear(context, self.fused).chunk(2, dim=-1)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
-    def project(self, x: torch.Tensor, context):
-        """-> q (B,N,heads,d), k and v (B,M,heads,d): views of as few products as the weights allow."""
+    def project(self, x: Tensor, context: Tensor | KV | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B,N,C) -> q (B,N,heads,d), k and v (B,M,heads,d).
+
+        `context` is text states (B,M,D), their `kv`, or None for self-attention.
+        """
         if context is None and self.fused is not None:
-            return [y.unflatten(-1, (self.num_heads, -1)) for y in linear(x, self.fused).chunk(3, dim=-1)]
+            parts = linear(x, self.fused).chunk(3, dim=-1)
+            q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in parts)
+            return q, k, v
         q = self.to_q(x).unflatten(-1, (self.num_heads, -1))
-        return q, *(context if isinstance(context, tuple) else self.keys(x if context is None else context))
+        if isinstance(context, tuple):
+            return q, *context
+        return q, *self.kv(x if context is None else context)
 
     def forward(
         self,
-        x,
-        context=None,
+        x: Tensor,
+        context: Tensor | KV | None = None,
         *,
-        grid=None,
+        grid: tuple[int, int] | None = None,
         record: AttentionRecorder | None = None,
-        region: torch.Tensor | None = None,
-    ):
-        """x (B,N,C); context (B,M,D) or its `keys`; with `region` (B,N), each cell's text among several, (B,R,M,D)."""
+        region: Tensor | None = None,
+    ) -> Tensor:
+        """x (B,N,C) of the cells of `grid` (rows, columns) -> (B,N,C).
+
+        `context` is text states (B,M,D) or their `kv`; None means self-attention. With `region`
+        (B,N) it is (B,R,M,D), and each cell attends to one of the R texts.
+        """
         q, k, v = self.project(x, context)
-        recording = record is not None and record.wants(grid)
-        more = {} if region is None else {"region": region}
-        out, probs = self.attend(
-            q, k, v, probs="mean" if recording else None, backend=self.backend, **more
-        )  # (B, N, heads, d)
-        if recording:
-            (record.cross_layers if self.is_cross else record.self_layers).append(probs)  # (B, N, M)
-        return self.to_out[0](out.flatten(2))
+        if record is not None and not record.wants(grid):
+            record = None
+        # Without a region `attend` is not passed one: its replacements need not know the argument.
+        options = {} if region is None else {"region": region}
+        probs = None if record is None else "mean"
+        out, maps = self.attend(q, k, v, probs=probs, backend=self.backend, **options)
+        if record is not None and maps is not None:
+            layers = record.cross_layers if self.is_cross else record.self_layers
+            layers.append(maps)  # (B, N, M)
+        return self.to_out[0](out.flatten(2))  # out: (B, N, heads, d)

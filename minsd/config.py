@@ -11,6 +11,16 @@ from dataclasses import dataclass, field, replace
 CELL = 8  # pixels per side of a latent cell
 LARGEST = 16384  # pixels per side of an image, at most
 STRENGTH = 0.8  # image to image: the fraction of the steps that run
+SAMPLER_NAMES = {  # ours (samplers.SAMPLERS, without its imports) -> what other Stable Diffusion tools call them
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
 
 
 def check_size(height: int, width: int) -> None:

@@ -1,8 +1,9 @@
-"""ControlNet (Zhang, Rao & Agrawala 2023, arXiv 2302.05543): a picture tells the UNet where things go.
+"""ControlNet (Zhang, Rao & Agrawala 2023, arXiv 2302.05543): a control image says where things go.
 
-A trainable copy of the UNet's way down and of its middle sees the latents, the text and a control image, and what each of
-its layers makes, through a convolution that began at zero, is added to what the UNet's same layer keeps for its way up.
-Attribute names are those of diffusers' ControlNetModel checkpoints; weights/control.py fills one from files.
+A trainable copy of the UNet's encoder half and middle takes the latents, the text and a control
+image. The output of each of its layers passes a convolution that started at zero and is added to
+the matching skip of the UNet. Attribute names are those of diffusers' ControlNetModel checkpoints;
+weights/controlnet.py fills one from files.
 
     net = load_controlnet("control_v11p_sd15_canny", device="cpu", dtype=torch.float32)
     unet = Controlled(sd.unet, [Control(net, read_control_image("edges.png", 512, 512), scale=0.8)])
@@ -12,22 +13,23 @@ Attribute names are those of diffusers' ControlNetModel checkpoints; weights/con
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from torch import nn
+from torch import Tensor, nn
 
 from minsd import image
-from minsd.config import UNetConfig
-from minsd.unet import UNet, timestep_embedding
-
-TIMESTEPS = 1000  # of training
+from minsd.adapters import Adapters, settings_of_rows
+from minsd.attention import AttentionRecorder
+from minsd.config import CELL, UNetConfig
+from minsd.unet import CellTexts, Residuals, TextKV, UNet, skip_channels
 
 
 class ControlImageEmbedding(nn.Module):
-    """The control image at the size of the latents: eight convolutions, of which three halve it."""
+    """The control image at the size of the latents: eight convolutions, three of which halve it."""
 
     def __init__(self, channels: int, hidden: Sequence[int]):
         super().__init__()
@@ -37,194 +39,191 @@ class ControlImageEmbedding(nn.Module):
             self.blocks += [nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c_next, 3, padding=1, stride=2)]
         self.conv_out = nn.Conv2d(hidden[-1], channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for conv in (self.conv_in, *self.blocks):
             x = F.silu(conv(x))
         return self.conv_out(x)
 
 
 class ControlNet(UNet):
-    """A UNet without its way up: it returns what it would have kept for it. An empty network, as `UNet` is."""
+    """A UNet without its decoder half: returns residuals for the skips and the middle. An empty
+    network, as `UNet` is."""
 
     def __init__(self, config: UNetConfig, hidden: Sequence[int] = (16, 32, 96, 256), bgr: bool = False):
         super().__init__(config)
         del self.up_blocks, self.conv_norm_out, self.conv_out
-        self.bgr = bgr  # the order in which its control images had their colours in training
-        widths, n = config.block_out_channels, config.layers_per_block
-        kept = [widths[0]]  # as in UNet.__init__
-        for level, width in enumerate(widths):
-            kept += [width] * (n + (level < len(widths) - 1))
+        self.bgr = bgr  # whether its control images had blue first in training
+        widths = config.block_out_channels
         self.controlnet_cond_embedding = ControlImageEmbedding(widths[0], hidden)
-        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in kept)
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skip_channels(config))
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Control images (B,3,8h,8w) in 0..1 -> (B,C,h,w), the same at every step."""
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Control images (B,3,8h,8w) in 0..1 -> (B,C0,h,w), the same at every step."""
         return self.controlnet_cond_embedding(pictures.flip(1) if self.bgr else pictures)
 
-    def forward(self, x, t, context, embedded, *, region=None) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """x, t, context and region as `UNet.forward` takes them, `embedded` (B,C,h,w) from `embed`
-        -> (what to add to each tensor that the UNet keeps, and to its middle): its `control`."""
-        t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-        temb = F.silu(
-            self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
-        )  # (B, 4*C0)
+    def forward(
+        self,
+        x: Tensor,
+        t: int | float | Tensor,
+        context: Tensor | TextKV,
+        embedded: Tensor,
+        *,
+        region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
+    ) -> Residuals:
+        """x, t, context and region as `UNet.forward` takes them, `embedded` (B,C0,h,w) from
+        `embed` -> the UNet's `control`: a residual for each skip, and one for the middle."""
         region_down, region_up = region if isinstance(region, tuple) else (region, region)
-
-        x = self.conv_in(x) + embedded  # (B, C0, h, w)
-        skips = [x]
-        for block in self.down_blocks:
-            for resnet, transformer in block.layers():
-                x = resnet(x, temb)
-                if transformer is not None:
-                    x = transformer(x, context, region=region_down)
-                skips.append(x)
-            for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
-        x = self.mid_block.resnets[0](x, temb)
-        x = self.mid_block.attentions[0](x, context, region=region_up)
-        x = self.mid_block.resnets[1](x, temb)
-        return [
-            conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)
-        ], self.controlnet_mid_block(x)
+        x, skips, temb = self.encode(x, t, context, region=region_down, add=embedded)
+        x = self.middle(x, temb, context, region=region_up)
+        residuals = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        return residuals, self.controlnet_mid_block(x)
 
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet, what it looks at, and how much of it counts when.
+    """A ControlNet, its control images, how strongly it acts, and when.
 
-    `pictures` (R,3,H,W) in 0..1 are control images, one for all rows of a batch (R = 1) or each row's own; `scale` a number
-    or R of them. `start` and `end` are shares of the way from noise to picture, counted in training timesteps: with
-    start 0.2 and end 0.8 it counts at 200 <= t < 800. That is the same share of the steps for evenly spaced ones.
+    `pictures` (R,3,H,W) in 0..1 are control images: one for all rows of a batch (R = 1), or one
+    per row. `scale` multiplies the residuals: a number, or R of them. `start` and `end` are
+    fractions of the way from noise to image, counted in the schedule's `num_train_timesteps`: of
+    1000, start 0.2 and end 0.8 make it act at 200 <= t < 800. With evenly spaced timesteps that is
+    the same fraction of the steps. ValueError for images and numbers that do not fit.
     """
 
     net: ControlNet
-    pictures: torch.Tensor
+    pictures: Tensor
     scale: float | Sequence[float] = 1.0
     start: float = 0.0
     end: float = 1.0
+    num_train_timesteps: int = 1000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.pictures is None:
             raise ValueError("a ControlNet needs a control image: give one (--control-image FILE)")
         if self.pictures.ndim != 4 or self.pictures.shape[1] != 3:
             raise ValueError(f"control images must be (B,3,H,W), not {tuple(self.pictures.shape)}")
         if not np.isfinite(self.scales).all() or len(self.scales) not in (1, len(self.pictures)):
             raise ValueError(
-                f"a control scale must be a number, or one for each of {len(self.pictures)} control images, not {self.scale}"
+                f"a control scale must be a number, or one for each of {len(self.pictures)} control images, "
+                f"not {self.scale}"
             )
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(
-                f"control start and end must be shares of the steps, 0 <= start < end <= 1, not {self.start} and {self.end}"
+                "control start and end must be fractions of the steps, 0 <= start < end <= 1, "
+                f"not {self.start} and {self.end}"
             )
 
     @property
     def scales(self) -> list[float]:
-        return [float(s) for s in (self.scale if isinstance(self.scale, Sequence) else [self.scale])]
+        scales = self.scale if isinstance(self.scale, Sequence) else [self.scale]
+        return [float(scale) for scale in scales]
 
-    def counts(self, t: int | float | torch.Tensor) -> bool:
-        """Whether it has a say at timestep t (of a batch: at the first row's)."""
-        t = float(t.flatten()[0] if torch.is_tensor(t) else t)
-        to, fro = (round(TIMESTEPS * (1 - share), 6) for share in (self.end, self.start))
-        return any(self.scales) and (to <= t or self.end == 1) and (t < fro or self.start == 0)
+    def is_active(self, t: int | float | Tensor) -> bool:
+        """Whether the ControlNet is active at timestep t (a batch is judged by its first row)."""
+        t = float(t.flatten()[0]) if torch.is_tensor(t) else float(t)
+        low, high = (self.num_train_timesteps * (1 - fraction) for fraction in (self.end, self.start))
+        started = self.start == 0 or t < round(high, 6)
+        ended = self.end < 1 and t < round(low, 6)
+        return any(self.scales) and started and not ended
 
 
 class Controlled:
-    """A UNet with ControlNets beside it, to be called in its place: several add up.
+    """A UNet with ControlNets beside it, to be called in its place. The residuals of several
+    ControlNets add up.
 
-    The rows of a batch take the control images in turn, over and over: with an image for each of R pictures, rows b and
-    R + b (the halves of guidance) take image b. Where `index`, B integers, is set, row b of the next batches takes image
-    index[b]. A UNet that has ControlNets beside it already exchanges them for these. Raises ValueError for a ControlNet
-    made for another family, and for images that do not fit the latents.
+    The rows of a batch take the control images in turn, over and over: of R images, rows b and
+    R + b (the two halves of guidance) take image b. With `adapters` each row takes the image of its
+    pass instead, and outside a block of `adapters.rows` the UNet runs alone. Wrapping an already
+    wrapped UNet replaces its ControlNets. ValueError for a ControlNet made for another family and,
+    at the first call, for images that do not fit the latents.
     """
 
-    def __init__(self, unet: "UNet | Controlled", controls: Sequence[Control]):
-        self.unet, self.controls, self.embedded = (
-            unet.unet if isinstance(unet, Controlled) else unet,
-            list(controls),
-            {},
-        )
-        self.index: Sequence[int] | None = None
+    def __init__(
+        self, unet: "UNet | Controlled", controls: Sequence[Control], adapters: Adapters | None = None
+    ):
+        self.unet: UNet = unet.unet if isinstance(unet, Controlled) else unet
+        self.controls = list(controls)
+        self.adapters = adapters
+        self._embedded: dict[int, Tensor] = {}  # by number of the control
         for control in self.controls:
-            theirs, ours = control.net.config, unet.config
-            if theirs.context_dim != ours.context_dim:
-                raise ValueError(
-                    f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have {ours.context_dim} "
-                    "(SD1.x: 768, SD2.x: 1024): take the one for this model's family"
-                )
-            if (theirs.block_out_channels, theirs.layers_per_block) != (
-                ours.block_out_channels,
-                ours.layers_per_block,
-            ):
-                widths = f"{theirs.block_out_channels} channels, the model has {ours.block_out_channels}"
-                raise ValueError(f"the ControlNet was made for a network with {widths}")
+            _check_family(control.net.config, self.unet.config)
 
-    def __getattr__(self, name):  # config, grids, ... are the UNet's
-        if name == "unet":
+    def __getattr__(self, name: str) -> Any:  # config, grids, ... are the UNet's
+        if name == "unet":  # not set yet: a copy in the making
             raise AttributeError(name)
         return getattr(self.unet, name)
 
-    def keys(self, context: torch.Tensor) -> dict:
-        """As `UNet.keys`, those of the ControlNets included."""
-        return {
-            m: kv
-            for net in (self.unet, *(control.net for control in self.controls))
-            for m, kv in net.keys(context).items()
-        }
+    def text_kv(self, context: Tensor) -> TextKV:
+        """As `UNet.text_kv`, with the ControlNets' layers included."""
+        found = self.unet.text_kv(context)
+        for control in self.controls:
+            found |= control.net.text_kv(context)
+        return found
 
-    def __call__(self, x, t, context, *, record=None, region=None):
-        total = None
+    def __call__(
+        self,
+        x: Tensor,
+        t: int | float | Tensor,
+        context: Tensor | TextKV,
+        *,
+        record: AttentionRecorder | None = None,
+        region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
+    ) -> Tensor | None:
+        """As `UNet.forward`."""
+        total: list[Tensor] | None = None
         for number, control in enumerate(self.controls):
-            if not control.counts(t):
+            if not control.is_active(t):
                 continue
-            added = control.net(x, t, context, self._embedding(number, x), region=region)
-            scale = self._for_rows(torch.tensor(control.scales), x)[:, None, None, None]  # (B, 1, 1, 1)
-            added = [scale * y for y in (*added[0], added[1])]
-            total = added if total is None else [a + b for a, b in zip(total, added, strict=True)]
-        return self.unet(
-            x,
-            t,
-            context,
-            record=record,
-            region=region,
-            control=None if total is None else (total[:-1], total[-1]),
-        )
+            images = settings_of_rows(len(x), len(control.pictures), self.adapters, "control images")
+            if images is None:
+                continue
+            skips, middle = control.net(x, t, context, self._embedding(number, x)[images], region=region)
+            scale = torch.tensor([control.scales[k % len(control.scales)] for k in images])
+            scale = scale.to(x.device, x.dtype)[:, None, None, None]  # (B, 1, 1, 1)
+            scaled = [scale * y for y in (*skips, middle)]
+            total = scaled if total is None else [a + b for a, b in zip(total, scaled, strict=True)]
+        residuals = None if total is None else (total[:-1], total[-1])
+        return self.unet(x, t, context, record=record, region=region, control=residuals)
 
-    def _embedding(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """The control image of each row of x, embedded once a run."""
+    def _embedding(self, number: int, x: Tensor) -> Tensor:
+        """The control images (R,C0,h,w) of a control at the latents' size, embedded once."""
         control = self.controls[number]
-        if (h := control.pictures.shape[-2], w := control.pictures.shape[-1]) != (
-            8 * x.shape[-2],
-            8 * x.shape[-1],
-        ):
-            raise ValueError(
-                f"a control image of {w}x{h} pixels does not fit a picture of {8 * x.shape[-1]}x{8 * x.shape[-2]}"
-            )
-        if number not in self.embedded:
-            self.embedded[number] = control.net.embed(control.pictures.to(x.device, x.dtype))  # (R, C, h, w)
-        return self._for_rows(self.embedded[number], x)
-
-    def _for_rows(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """One row of y (R,...) for each row of x (B,...)."""
-        if len(x) % len(y) if self.index is None else len(x) != len(self.index):
-            told = "" if self.index is None else f" (of which {len(self.index)} were told theirs)"
-            raise ValueError(
-                f"{len(y)} control images for a batch of {len(x)} rows{told}: give one, or one a row"
-            )
-        rows = torch.tensor([b % len(y) for b in self.index or range(len(x))])
-        return y.to(x.device, x.dtype)[rows.to(x.device)]
+        height, width = control.pictures.shape[-2:]
+        if (height, width) != (CELL * x.shape[-2], CELL * x.shape[-1]):
+            size = f"{CELL * x.shape[-1]}x{CELL * x.shape[-2]}"
+            raise ValueError(f"a control image of {width}x{height} pixels does not fit an image of {size}")
+        if number not in self._embedded:
+            self._embedded[number] = control.net.embed(control.pictures.to(x.device, x.dtype))
+        return self._embedded[number].to(x.device, x.dtype)
 
 
-def read_control_image(path: str | Path, width: int, height: int) -> torch.Tensor:
-    """A control image as it is (edges, a pose, ...: nothing is detected here), cut and scaled to width x height pixels if it
-    has another size -> (1,3,height,width) in 0..1. FileNotFoundError or ValueError, in one line."""
+def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
+    """ValueError where a ControlNet does not fit the UNet."""
+    if theirs.context_dim != ours.context_dim:
+        raise ValueError(
+            f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have "
+            f"{ours.context_dim} (SD1.x: 768, SD2.x: 1024): take the one for this model's family"
+        )
+    sizes = [f"{c.block_out_channels} channels in blocks of {c.layers_per_block}" for c in (theirs, ours)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the ControlNet was made for a network with {sizes[0]}, the model has {sizes[1]}")
+
+
+def read_control_image(path: str | Path, width: int, height: int) -> Tensor:
+    """A control image (edges, a pose, ...) used as it is: nothing is detected here ->
+    (1,3,height,width) in 0..1.
+
+    An image of another size is scaled and cropped to width x height pixels. FileNotFoundError or
+    ValueError, in one line.
+    """
     try:
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB")
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no control image {path}") from None
     except (UnidentifiedImageError, OSError):
-        raise ValueError(f"the control image {path} is not a picture that can be read") from None
-    picture = picture if picture.size == (width, height) else image.fit(picture, width, height)
+        raise ValueError(f"the control image {path} is not an image that can be read") from None
+    if picture.size != (width, height):
+        picture = image.fit(picture, width, height)
     return (image.to_tensor([picture]) + 1) / 2

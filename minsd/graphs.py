@@ -1,65 +1,84 @@
-"""CUDA graphs: a network's evaluation, some 1,500 kernels, launched as one.
+"""CUDA graphs: one evaluation of a network, some 1,500 kernels, launched as one.
 
-At batch 1 a GPU is done with a kernel of the UNet before Python has launched the next. A CUDA graph records the launches of one
-evaluation and repeats them in a single call. It is bound to addresses: a replay reads the memory that held the inputs at the
-capture and writes where the output was. So each graph has inputs of its own, into which a call's are copied (those that are
-not the same tensors as last time: a prompt's keys and values stay where they are), and its output is copied out.
+At batch 1 a GPU finishes a kernel of the UNet before Python has launched the next (expected, not
+measured on a GPU). A CUDA graph records the launches of one evaluation and repeats them in a single
+call. It is bound to memory addresses: a replay reads its inputs where they were at the capture and
+writes its output where it was then. So each graph has inputs of its own. A call's tensors are
+copied into them, except those that are unchanged since the last call, such as a prompt's keys and
+values, and the output is copied out.
 
-Whoever calls the network need not know: what is recorded, differentiated or watched by hooks runs as ever.
+The caller notices nothing: evaluations that record attention, need gradients or run hooks bypass
+the graphs.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-LIMIT = 8  # graphs at once; one more, and all go
+LIMIT = 8  # most graphs kept; capturing one more releases all of them
+
+Pool = Any  # the handle that torch.cuda.graph_pool_handle returns
 
 
-def tensors_of(value) -> list[torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples, in their order."""
-    if torch.is_tensor(value):
+def tensors_of(value: object) -> list[Tensor]:
+    """The tensors in nested dicts, lists and tuples, in order."""
+    if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [y for part in parts for y in tensors_of(part)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [y for part in value for y in tensors_of(part)]
+    return []
 
 
-def form_of(value):
-    """What must be equal for a graph to serve again: structure, shapes, dtypes and whatever is no tensor."""
-    if torch.is_tensor(value):
+def signature_of(value: Any) -> Hashable:
+    """Equal for values that one graph can serve: structure, shapes, dtypes, devices, constants."""
+    if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
-        return "dict", *((key, form_of(part)) for key, part in value.items())
-    return (type(value), *map(form_of, value)) if isinstance(value, (list, tuple)) else value
+        return "dict", *((key, signature_of(part)) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(signature_of, value)
+    return value
 
 
-def replaced(value, tensors: Iterator[torch.Tensor]):
-    """The same structure around other tensors."""
-    if torch.is_tensor(value):
+def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """A copy of nested dicts, lists and tuples that holds the next of `tensors` for each tensor."""
+    if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, dict):
         return {key: replaced(part, tensors) for key, part in value.items()}
-    return (
-        type(value)(replaced(part, tensors) for part in value) if isinstance(value, (list, tuple)) else value
-    )
+    if isinstance(value, (list, tuple)):
+        return type(value)(replaced(part, tensors) for part in value)
+    return value
 
 
-def own_copy(y: torch.Tensor) -> torch.Tensor:
-    """The same numbers in memory of its own, with the same strides: a compiler made its code for these."""
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())
-    ):  # expanded: cells share memory
+def own_copy(y: Tensor) -> Tensor:
+    """A detached copy of y, of any shape, in memory of its own.
+
+    It has the strides of y, since torch.compile generates code for these, unless y is expanded
+    (a stride of 0): then several elements share memory, and the copy is dense.
+    """
+    if any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())):
         return y.detach().clone()
     return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y.detach())
 
 
-def capture(run: Callable[[], torch.Tensor], pool, stream) -> tuple[Callable[[], None], torch.Tensor]:
-    """-> (replay, the tensor in which every replay leaves its output). Graphs of one pool share the memory of what lies
-    between input and output: they run one after the other, and are captured on one stream of the network's own device."""
+def capture(
+    run: Callable[[], Tensor], pool: Pool, stream: torch.cuda.Stream | None
+) -> tuple[Callable[[], None], Tensor]:
+    """Capture `run` as a CUDA graph; return `replay` and the tensor that replays write to.
+
+    Graphs of one pool share the memory of their intermediate results, so they must run one after
+    the other. They are captured on one `stream`, of the network's own device.
+    """
+    assert stream is not None
     graph = torch.cuda.CUDAGraph()
-    # The outer two put device and stream back even where the end of a broken capture raises.
+    # The outer two restore device and stream even if the end of a failed capture raises.
     with torch.cuda.device(stream.device), torch.cuda.stream(torch.cuda.current_stream(stream.device)):
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             out = run()
@@ -68,12 +87,14 @@ def capture(run: Callable[[], torch.Tensor], pool, stream) -> tuple[Callable[[],
 
 @dataclass
 class Graph:
-    inputs: list[torch.Tensor]  # read by every replay
-    sources: list[tuple[torch.Tensor, int]]  # what was copied into each, and its version then
-    replay: Callable[[], None]
-    output: torch.Tensor
+    """One captured evaluation. Calling it with a call's tensors returns a new output tensor."""
 
-    def __call__(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+    inputs: list[Tensor]  # read by every replay
+    sources: list[tuple[Tensor, int]]  # the tensor last copied into each, and its version then
+    replay: Callable[[], None]
+    output: Tensor  # written by every replay
+
+    def __call__(self, tensors: list[Tensor]) -> Tensor:
         for i, (new, (old, version)) in enumerate(zip(tensors, self.sources)):
             if new is not old or new._version != version:
                 self.inputs[i].copy_(new)
@@ -83,84 +104,90 @@ class Graph:
 
 
 class Graphs:
-    """A network's `forward` by CUDA graphs, one for each form of its inputs, captured when that comes the second time.
+    """A network's `forward`, replayed from CUDA graphs.
 
-    The first evaluation of a form compiles kernels and chooses algorithms, which a capture must not do; and a form that does not
-    come again is not worth one. Where memory runs out, here or in `forward` itself, all graphs go and the network runs
-    without. `held` is how many bytes they keep from the rest of the program; `release` gives these back.
+    There is one graph per input signature (structure, shapes, dtypes), captured at the signature's
+    second occurrence: the first evaluation compiles kernels and chooses algorithms, which a capture
+    must not do, and a signature that does not recur is not worth a graph. If memory runs out, during
+    a capture or in `forward` itself, all graphs are released and the network runs without. `held` is
+    the number of bytes the graphs withhold from the rest of the program.
     """
 
     def __init__(self, module: nn.Module):
-        self.module, self.run = module, module.forward
+        self.module = module
+        self.run: Callable[..., Tensor] = module.forward
         self.parts = [part for part in module.modules() if part is not module]
-        self.graphs: dict[tuple, Graph] = {}
-        self.seen, self.refused = set(), set()
-        self.pool, self.stream, self.held = None, None, 0
+        self.graphs: dict[Hashable, Graph] = {}
+        self.seen: set[Hashable] = set()
+        self.refused: set[Hashable] = set()
+        self.pool: Pool = None
+        self.stream: torch.cuda.Stream | None = None
+        self.held = 0
 
     def release(self) -> None:
-        """Let go of every graph and of the memory in it: before other work that needs it, and when the network has changed."""
+        """Release every graph: if other work needs the memory, or after the network has changed."""
         self.graphs.clear()
         self.seen.clear()
-        self.pool, self.stream, self.held = None, None, 0
+        self.pool = None
+        self.stream = None
+        self.held = 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def __call__(self, x, t, context, *, record=None, **more):
+    def __call__(
+        self, x: Tensor, t: int | float | Tensor, context: Any, *, record: object = None, **more: Any
+    ) -> Any:
         """As `UNet.forward`."""
-        if not torch.is_tensor(t):  # a number would be compiled in
+        if not torch.is_tensor(t):  # a graph would keep a number as a constant
             t = torch.full((), t, device=x.device, dtype=torch.float32)
         arguments = (x, t, context, more)
         tensors = tensors_of(arguments)
         if record is not None or not self._can(tensors):
             return self._plainly(x, t, context, record=record, **more)
-        key = (
-            form_of(arguments),
-            next(self.module.parameters()).data_ptr(),
-            torch.is_grad_enabled(),
-        )  # moved weights have other addresses
-        if key not in self.graphs and (key in self.refused or key not in self.seen):
+        address = next(self.module.parameters()).data_ptr()  # differs if the weights were moved
+        key = signature_of(arguments), address, torch.is_grad_enabled()
+        if key not in self.graphs:
+            due = key in self.seen and key not in self.refused
             self.seen.add(key)
-            return self._plainly(*arguments[:3], **more)
-        if key not in self.graphs and not self._captured(key, arguments, tensors):
-            return self._plainly(*arguments[:3], **more)
+            if not due or not self._captured(key, arguments, tensors):
+                return self._plainly(x, t, context, **more)
         return self.graphs[key](tensors)
 
-    def _can(self, tensors) -> bool:
+    def _can(self, tensors: list[Tensor]) -> bool:
+        """Whether these inputs may be answered from a graph."""
         if torch.is_grad_enabled() and any(y.requires_grad for y in tensors):
             return False
-        if torch.is_inference_mode_enabled() or any(
-            y.is_inference() for y in tensors
-        ):  # these have no version to compare
+        # Inference tensors have no version, by which a change would be noticed.
+        if torch.is_inference_mode_enabled() or any(y.is_inference() for y in tensors):
             return False
-        if any(
-            part._forward_hooks or part._forward_pre_hooks for part in self.parts
-        ):  # an adapter's, or someone who watches
+        # An adapter's hooks, or an observer's: Python that a replay would skip.
+        if any(part._forward_hooks or part._forward_pre_hooks for part in self.parts):
             return False
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
-    def _captured(self, key, arguments, tensors) -> bool:
-        """Whether there now is a graph for `key`."""
+    def _captured(self, key: Hashable, arguments: tuple[Any, ...], tensors: list[Tensor]) -> bool:
+        """Capture a graph for `key`; whether there now is one."""
         if len(self.graphs) >= LIMIT:
             self.release()
-        x0 = tensors[0]
-        cuda = x0.is_cuda
+        device = tensors[0].device
+        cuda = tensors[0].is_cuda
         if cuda:
             torch.cuda.empty_cache()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.stream = self.stream or torch.cuda.Stream(x0.device)
-        before = torch.cuda.memory_reserved(x0.device) if cuda else 0
+            self.stream = self.stream or torch.cuda.Stream(device)
+        before = torch.cuda.memory_reserved(device) if cuda else 0
         try:
             inputs = [own_copy(y) for y in tensors]
             x, t, context, more = replaced(arguments, iter(inputs))
             with torch.no_grad():
                 replay, output = capture(lambda: self.run(x, t, context, **more), self.pool, self.stream)
-        except (
-            RuntimeError
-        ) as error:  # of memory, mostly: the network alone needs less than beside its graphs
-            reason = None if isinstance(error, torch.cuda.OutOfMemoryError) else str(error).splitlines()[0]
+        except RuntimeError as error:
+            # Mostly out of memory: the network alone needs less than beside its graphs.
+            out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+            reason = None if out_of_memory else str(error).splitlines()[0]
         else:
             self.graphs[key] = Graph(inputs, [(y, y._version) for y in tensors], replay, output)
-            self.held += (torch.cuda.memory_reserved(x0.device) if cuda else 0) - before
+            self.held += (torch.cuda.memory_reserved(device) if cuda else 0) - before
             return True
         self.release()
         self.refused.add(key)
@@ -168,7 +195,8 @@ class Graphs:
             warnings.warn(f"the network runs without a CUDA graph: {reason}", stacklevel=3)
         return False
 
-    def _plainly(self, *arguments, **more):
+    def _plainly(self, *arguments: Any, **more: Any) -> Any:
+        """Run the network itself; out of memory, release the graphs and try once more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:

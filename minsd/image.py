@@ -1,16 +1,22 @@
-"""Pictures in and out: PIL <-> tensors, PNG files with their settings inside, contact sheets."""
+"""Images in and out: PIL <-> tensors, PNG files with settings as metadata, contact sheets."""
 
 import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from minsd.config import SAMPLER_NAMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl
@@ -18,44 +24,101 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of one size -> (B,3,H,W) float32 in -1..1."""
+SCALED = "minsd: values 0..255"  # in the info of an "F" image that `levels` made; resizing keeps it
+# What Pillow may try: image formats that people have, none that runs a program (EPS) or holds other data.
+FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
+
+
+def read(path: str | Path, on: str | None = None) -> Image.Image:
+    """Read an image file of any common kind: upright, the first frame, without transparency.
+
+    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits,
+    as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha
+    channel, as diffusers does. Warns where there are more frames. FileNotFoundError or ValueError, in one
+    line, for anything that cannot be read.
+    """
+    Image.init()
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+            frames = (
+                getattr(picture, "n_frames", 1) if picture.format != "MPO" else 1
+            )  # a phone's second image
+            if frames > 1:
+                warnings.warn(f"{path} has {frames} frames or pages: the first is used", stacklevel=2)
+            upright = ImageOps.exif_transpose(picture)
+            if on is not None and upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, on), upright)
+            return levels(upright, picture.format)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not an image") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that can be read") from None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ValueError(f"{path} is not an image that can be read: {error}") from None
+
+
+def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
+    """A Pillow image in "RGB"; in "F", values 0..255, where its one channel is finer than 8 bits.
+
+    White is 65535 for 16-bit images. Wider types state no white, and programs write 8- and 16-bit values into
+    them, so these take the smallest range that holds their values: 0..1 (floating point alone), 0..255,
+    0..65535, 0..2^31 - 1 (integers alone). ValueError for values that fit none. `file_format`: Pillow's name
+    of the format that the image was read from, where the image itself has lost it.
+    """
+    if picture.info.get(SCALED):
+        return picture
+    if not picture.mode.startswith(("I", "F")):
+        return picture.convert("RGB")
+    values = np.asarray(picture).astype(np.float64)
+    white = 65535.0
+    if picture.mode in ("I", "F"):
+        low = values.min()
+        high = values.max()
+        ranges = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0, 2.0**31 - 1)
+        if (file_format or picture.format) in ("PNG", "PPM"):  # 16 bits by definition
+            ranges = (65535.0,)
+        if not (0 <= low and high <= ranges[-1]):  # also where they are not finite
+            raise ValueError(f"its values run from {low:g} to {high:g}: scale them to 0..{ranges[0]:g}")
+        white = next(top for top in ranges if high <= top)
+    scaled = Image.fromarray((values * (255 / white)).astype(np.float32))
+    scaled.info[SCALED] = True
+    return scaled
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> "Tensor":
+    """Images of one size -> (B,3,H,W) float32 in -1..1. ValueError where sizes differ."""
+    import torch
+
     if len({p.size for p in pictures}) != 1:
-        raise ValueError(
-            f"pictures of one batch must have one size, not {sorted({p.size for p in pictures})}"
-        )
-    pixels = np.stack([np.asarray(p.convert("RGB")) for p in pictures])  # (B, H, W, 3)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        raise ValueError(f"images of one batch must have one size, not {sorted({p.size for p in pictures})}")
+    pixels = []
+    for picture in map(levels, pictures):
+        values = np.asarray(
+            picture
+        )  # (H, W, 3) of 8 bits, or (H, W) of floats that resizing may take too far
+        pixels.append(values if values.ndim == 3 else values.clip(0, 255)[..., None].repeat(3, -1))
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def from_tensor(x: torch.Tensor) -> list[Image.Image]:
-    """(B,3,H,W) about -1..1 -> pictures; values beyond are clipped."""
-    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def from_tensor(x: "Tensor") -> list[Image.Image]:
+    """(B,3,H,W) in about -1..1 -> images; values outside are clipped."""
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of a picture in the proportions of width x height, scaled to them (pixels)."""
-    return ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    """An image cropped about its centre to the proportions of width x height, and scaled to them (pixels)."""
+    return ImageOps.fit(levels(picture), (width, height), Image.Resampling.LANCZOS)
 
 
-SAMPLERS_ELSEWHERE = {  # what other tools call them
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-
-
-def parameters(settings: dict) -> str:
+def parameters(settings: dict[str, Any]) -> str:
     """Settings in the text form that other Stable Diffusion tools write and read."""
     pairs = {
         "Steps": settings["steps"],
-        "Sampler": SAMPLERS_ELSEWHERE[settings["sampler"]] + " Karras" * bool(settings.get("karras")),
+        "Sampler": SAMPLER_NAMES[settings["sampler"]] + " Karras" * bool(settings.get("karras")),
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
@@ -68,9 +131,11 @@ def parameters(settings: dict) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """The folder is this process's alone while the block runs, among minsd's processes and where the system can lock.
-    Yields the lock's own file, open to read and write: it holds the name of the last picture placed."""
+def locked(folder: Path) -> Iterator[TextIO]:
+    """Hold an exclusive lock on the folder among minsd processes; a no-op where the system cannot lock.
+
+    Yields the lock's file, open for reading and writing. It holds the name of the last image saved.
+    """
     with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # a network file system without locks
@@ -79,13 +144,15 @@ def locked(folder: Path):
 
 
 @contextlib.contextmanager
-def _temporary(picture: Image.Image, folder: Path, info=None):
-    """A path beside its place with the picture in it, to be renamed within the block: whole or not at all."""
+def _temporary(
+    picture: Image.Image, folder: Path, info: PngImagePlugin.PngInfo | None = None
+) -> Iterator[str]:
+    """Write a PNG to a temporary file. The block renames it; an error in the block deletes it."""
     handle, path = tempfile.mkstemp(suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             picture.save(file, format="PNG", pnginfo=info)
-        os.chmod(path, 0o644)  # mkstemp makes it its owner's alone
+        os.chmod(path, 0o644)  # mkstemp gives access to its owner alone
         yield path
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -94,31 +161,35 @@ def _temporary(picture: Image.Image, folder: Path, info=None):
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all; its folder is made."""
+    """Write a PNG, whole or not at all. Its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(picture, path.parent) as temporary:
         os.replace(temporary, path)
 
 
-def save_numbered(picture: Image.Image, folder: Path, settings: dict) -> Path:
-    """Write `NNNNN-SEED.png` with its settings; NNNNN goes on from the highest there. Whole or not at all.
+def save_numbered(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Path:
+    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at all.
 
-    A folder may hold very many, so it is listed only where the lock's file does not name a picture that is still there."""
+    SEED is the seed asked for, which a selection may not have chosen.
+
+    The folder may be very full. It is listed only where the lock's file names no image that still exists.
+    """
     info = PngImagePlugin.PngInfo()
     info.add_itxt("minsd", json.dumps(settings, ensure_ascii=False))
     info.add_itxt("parameters", parameters(settings))
     with _temporary(picture, folder, info) as temporary, locked(folder) as last:
-        if not NUMBERED.match(name := last.read()) or not (folder / name).exists():
+        name = last.read()
+        if not NUMBERED.match(name) or not (folder / name).exists():
             name = max(filter(NUMBERED.match, os.listdir(folder)), key=number, default="-1-")
-        path = folder / f"{number(name) + 1:05d}-{settings['seed']}.png"
-        while path.exists():  # two processes that could not lock
-            path = folder / f"{number(path.name) + 1:05d}-{settings['seed']}.png"
-        (
-            last.seek(0),
-            last.write(path.name),
-            last.truncate(),
-            last.flush(),
-        )  # killed now: it names what is not there
+        seed = settings.get("asked_seed", settings["seed"])
+        path = folder / f"{number(name) + 1:05d}-{seed}.png"
+        while path.exists():  # where two processes could not lock
+            path = folder / f"{number(path.name) + 1:05d}-{seed}.png"
+        # A kill after this leaves a lock file that names a missing image: the next run lists the folder.
+        last.seek(0)
+        last.write(path.name)
+        last.truncate()
+        last.flush()
         os.replace(temporary, path)
     return path
 
@@ -127,24 +198,18 @@ NUMBERED = re.compile(r"\d+-\d+\.png$")
 
 
 def number(name: str) -> int:
-    """The NNNNN of a picture's file name."""
+    """The NNNNN of an image's file name."""
     return int(name.rpartition("-")[0])
 
 
-def read_settings(path: Path) -> dict:
-    """The settings inside a picture that minsd wrote. ValueError when there are none."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of an image that minsd wrote, from its metadata. ValueError where there are none."""
+    read(path)
     try:
-        with Image.open(path) as picture:
-            text = getattr(picture, "text", {})
-            settings = json.loads(text["minsd"])
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture {path}") from None
-    except (OSError, SyntaxError):
-        raise ValueError(f"{path} is not a picture that can be read") from None
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote"
-        ) from None
+        with Image.open(path, formats=["PNG"]) as picture:
+            settings = json.loads(getattr(picture, "text", {})["minsd"])
+    except (UnidentifiedImageError, KeyError, ValueError):
+        settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote")
     return settings
@@ -153,14 +218,15 @@ def read_settings(path: Path) -> dict:
 def contact_sheet(
     pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Pictures of one size in rows, each with a line of caption below it."""
+    """Images of one size in rows, with a line of caption below each."""
     w, h = pictures[0].size
     line = 14 if captions else 0
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (w + 4), rows * (h + line + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
-        x, y = (i % columns) * (w + 4) + 2, (i // columns) * (h + line + 4) + 2
+        x = (i % columns) * (w + 4) + 2
+        y = (i // columns) * (h + line + 4) + 2
         sheet.paste(picture, (x, y))
         if captions:
             draw.text((x, y + h + 1), captions[i], fill="black")

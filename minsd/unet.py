@@ -1,24 +1,36 @@
 """The noise-predicting network of Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al. 2020).
 
-A U of residual blocks with transformer blocks between them: down the levels keeping what each layer made, through the
-middle, and up again with the kept tensors joined on. Read from `UNet` at the bottom upwards. Attribute names are those
-of diffusers' UNet2DConditionModel checkpoints, so a state dict loads without a table.
+Residual blocks with transformer blocks between them. The encoder half halves the resolution level
+by level and keeps each layer's output (the skips); after the middle block, the decoder half
+doubles it again and concatenates a skip before each layer. Read from `UNet` at the bottom upwards.
+Attribute names are those of diffusers' UNet2DConditionModel checkpoints, so a state dict loads
+without a table.
 """
 
 import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import UNetConfig
-from minsd.kernels import group_norm
-from minsd.kernels.onednn import Linear
+from minsd.kernels import Linear, group_norm
+
+Grid = tuple[int, int]  # rows and columns of a level's cells
+# Keys and values of each cross-attention layer, (B,77,heads,d) each.
+TextKV = dict[Attention, tuple[Tensor, Tensor]]
+# Which text each cell attends to: (B, rows*columns) integers for the grid of each level.
+CellTexts = dict[Grid, Tensor]
+# What a ControlNet adds: one tensor per skip, and one for the middle.
+Residuals = tuple[list[Tensor], Tensor]
 
 
-def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sinusoids of t (B,) at `dim/2` frequencies from 1 to 1/10000, cosines first -> (B, dim) float32."""
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of t (B,) at `dim/2` frequencies from 1 to 1/10000, cosines first -> (B, dim)
+    float32."""
     frequencies = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10000.0) / (dim // 2)))
     angles = t.float()[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -30,12 +42,13 @@ class TimestepEmbedding(nn.Module):
         self.linear_1 = Linear(dim, dim_out)
         self.linear_2 = Linear(dim_out, dim_out)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, twice, around a skip; the time embedding shifts every channel in between."""
+    """Norm, SiLU, convolution, twice, with a residual connection; the time embedding shifts
+    channels."""
 
     def __init__(self, c_in: int, c_out: int, dim_time: int, config: UNetConfig):
         super().__init__()
@@ -46,7 +59,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x, temb):
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(group_norm(x, self.norm1, silu=True))
         h = self.conv2(group_norm(h, self.norm2, self.time_emb_proj(temb), silu=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -59,7 +72,7 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = Linear(dim, 2 * dim_out)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 
@@ -67,16 +80,16 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList(
-            [GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)]
-        )  # [1]: dropout's place
+        # Checkpoints number dropout as layer 1: the identity keeps its place.
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
-    """Cells look at one another, then at the text, then think."""
+    """Self-attention, cross-attention to the text, a feed-forward layer: each with a residual
+    connection."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int):
         super().__init__()
@@ -87,15 +100,23 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x, context, grid, record, region):
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | TextKV,
+        grid: Grid,
+        record: AttentionRecorder | None,
+        region: Tensor | None,
+    ) -> Tensor:
         x = x + self.attn1(self.norm1(x), grid=grid, record=record)  # (B, h*w, C)
-        context = context[self.attn2] if isinstance(context, dict) else context
-        x = x + self.attn2(self.norm2(x), context, grid=grid, record=record, region=region)
+        text = context[self.attn2] if isinstance(context, dict) else context
+        x = x + self.attn2(self.norm2(x), text, grid=grid, record=record, region=region)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer(nn.Module):
-    """A transformer block on the cells of a feature map, between two projections, around a skip."""
+    """A transformer block on the cells of a feature map, between projections, with a residual
+    connection."""
 
     def __init__(self, dim: int, num_heads: int, config: UNetConfig):
         super().__init__()
@@ -105,16 +126,21 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, num_heads, config.context_dim)])
         self.proj_out = Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x, context, record=None, region=None):
-        grid = tuple(x.shape[-2:])  # (h, w)
-        if region is not None:
-            region = region[grid]  # (B, h*w)
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | TextKV,
+        record: AttentionRecorder | None = None,
+        region: CellTexts | None = None,
+    ) -> Tensor:
+        grid = (x.shape[-2], x.shape[-1])  # (h, w)
+        cells = None if region is None else region[grid]  # (B, h*w)
         h = group_norm(x, self.norm)
         h = h if self.linear else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, h*w, C)
         h = self.proj_in(h) if self.linear else h
         for block in self.transformer_blocks:
-            h = block(h, context, grid, record, region)
+            h = block(h, context, grid, record, cells)
         h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, grid)  # (B, C, h, w)
         h = h if self.linear else self.proj_out(h)
@@ -126,7 +152,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
@@ -135,39 +161,58 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, size):
+    def forward(self, x: Tensor, size: Grid) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Block(nn.Module):
-    """One level's layers by name. Their order of running is written out in `UNet.forward`, where it can be seen whole."""
+    """One level's layers, by name. `UNet` below spells out the order in which they run."""
 
-    def __init__(self, resnets, attentions, downsampler=None, upsampler=None):
+    def __init__(
+        self,
+        resnets: list[ResnetBlock],
+        attentions: list[Transformer],
+        downsampler: Downsample | None = None,
+        upsampler: Upsample | None = None,
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        if attentions:  # absent, not empty, at levels without: as in the checkpoints
+        if attentions:  # absent, not empty, at levels without any: as in the checkpoints
             self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
-    def layers(self):
-        """(resnet, transformer or None) pairs."""
+    def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        """(resnet, transformer or None) pairs, in the order in which they run."""
         return zip(self.resnets, getattr(self, "attentions", None) or [None] * len(self.resnets))
 
 
+if TYPE_CHECKING:
+
+    class Blocks(nn.ModuleList):
+        """A ModuleList whose items are known to be blocks."""
+
+        def __iter__(self) -> Iterator[Block]: ...
+else:
+    Blocks = nn.ModuleList
+
+
 class UNet(nn.Module):
-    """Predicts the noise (or v, by the checkpoint) in latents. An empty network: `minsd.load` fills and freezes one."""
+    """Predicts the noise (or v, by the checkpoint) in latents. An empty network: `minsd.load`
+    fills and freezes one."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        widths, n = config.block_out_channels, config.layers_per_block
-        last, dim_time = len(widths) - 1, 4 * widths[0]
+        widths = config.block_out_channels
+        n = config.layers_per_block
+        last = len(widths) - 1
+        dim_time = 4 * widths[0]
 
-        def resnet(c_in, c_out):
+        def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, dim_time, config)
 
-        def transformers(level, count):
+        def transformers(level: int, count: int) -> list[Transformer]:
             if not config.cross_attention[level]:
                 return []
             return [Transformer(widths[level], config.num_heads[level], config) for _ in range(count)]
@@ -175,18 +220,18 @@ class UNet(nn.Module):
         self.time_embedding = TimestepEmbedding(widths[0], dim_time)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
-        self.down_blocks = nn.ModuleList()
-        skips, c = [widths[0]], widths[0]  # channels of every tensor kept on the way down; channels now
+        self.down_blocks = Blocks()
+        skips = skip_channels(config)
+        c = widths[0]
         for level, width in enumerate(widths):
             resnets = [resnet(c if i == 0 else width, width) for i in range(n)]
             down = Downsample(width) if level < last else None
             self.down_blocks.append(Block(resnets, transformers(level, n), downsampler=down))
-            skips += [width] * (n + (level < last))
             c = width
 
         self.mid_block = Block([resnet(c, c), resnet(c, c)], [Transformer(c, config.num_heads[-1], config)])
 
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks = Blocks()
         for level, width in reversed(list(enumerate(widths))):
             resnets = [resnet((c if i == 0 else width) + skips.pop(), width) for i in range(n + 1)]
             up = Upsample(width) if level > 0 else None
@@ -196,68 +241,54 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-        attention_blocks = [(2 * n + 1) * on for on in config.cross_attention]
-        attention_blocks[-1] += 1  # the middle's
-        self.attention_blocks = attention_blocks  # transformer blocks at each level
+        # How many transformer blocks work at each level, finest first.
+        self.attention_blocks = [(2 * n + 1) * on for on in config.cross_attention]
+        self.attention_blocks[-1] += 1  # the middle's
 
-    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+    def grids(self, size: Grid) -> list[Grid]:
         """(rows, columns) of every level, finest first, for latents of `size`."""
-        return [(-(-size[0] // 2**i), -(-size[1] // 2**i)) for i in range(len(self.down_blocks))]
+        return [
+            (-(-size[0] // 2**i), -(-size[1] // 2**i)) for i in range(len(self.config.block_out_channels))
+        ]
 
-    def keys(self, context: torch.Tensor) -> dict[Attention, tuple[torch.Tensor, torch.Tensor]]:
-        """What every attention layer makes of the text states (B,77,D). It does not depend on x or t: `forward` takes it in
-        place of the context, so that a run of many steps computes it once."""
-        return {m: m.keys(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
+    def text_kv(self, context: Tensor) -> TextKV:
+        """Keys and values of every cross-attention layer for text states (B,77,D). They depend on
+        neither x nor t: compute them once per run and pass them to `forward` as `context`."""
+        return {m: m.kv(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
 
     def forward(
         self,
-        x: torch.Tensor,
-        t: int | float | torch.Tensor,
-        context: torch.Tensor | dict,
+        x: Tensor,
+        t: int | float | Tensor,
+        context: Tensor | TextKV,
         *,
         record: AttentionRecorder | None = None,
-        region: dict[tuple[int, int], torch.Tensor] | tuple[dict, dict] | None = None,
-        control: tuple[list[torch.Tensor], torch.Tensor] | None = None,
-    ) -> torch.Tensor | None:
-        """x (B,4,h,w) latents, t a training timestep or (B,) of them, context (B,77,D) text states or their `keys`
-        -> (B,4,h,w).
+        region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
+        control: Residuals | None = None,
+    ) -> Tensor | None:
+        """Latents x (B,4,h,w), a training timestep t or (B,) of them, and text states (B,77,D) or
+        their `text_kv` -> noise or v (B,4,h,w). h and w may be any size: each upsampling takes its
+        size from the skip it meets.
 
-        `record` collects attention maps on the way; with `record.only` the pass ends after the last layer that records
-        and returns None. h and w may be any size: the way up takes each size from what was kept on the way down.
-
-        With `region`, context is (B,R,77,D), R texts for each picture, and every cell looks at one of them:
-        `region[grid]` is (B, rows*columns) integers 0..R-1 for the grid of each level with cross-attention (`grids`). Of a
-        pair of such dicts the first serves the way down, the second the middle and the way up.
-        `control` is what a ControlNet adds: one tensor for each skip, in the order of `skips` below, and one for the middle.
+        `record` collects attention maps. With `record.only` the evaluation ends after the last
+        layer that records, and returns None. `region`: with context (B,R,77,D), R texts per image,
+        each cell attends to one of them, 0..R-1. Of a pair, the first serves the encoder half, the
+        second the middle and the decoder half. `control`: a ControlNet's residuals, in the order
+        of the skips below.
         """
         if record is not None:
-            record.begin(self.grids(x.shape[-2:]), self.attention_blocks)
-        t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
-        temb = F.silu(temb)  # every resnet applies it first: once here  # (B, 4*C0)
+            record.begin(self.grids((x.shape[-2], x.shape[-1])), self.attention_blocks)
         region_down, region_up = region if isinstance(region, tuple) else (region, region)
 
-        x = self.conv_in(x)  # (B, C0, h, w)
-        skips = [x]
-        for block in self.down_blocks:
-            for resnet, transformer in block.layers():
-                x = resnet(x, temb)
-                if transformer is not None:
-                    x = transformer(x, context, record, region_down)
-                skips.append(x)
-            for downsample in block.downsamplers:
-                x = downsample(x)  # (B, C, h/2, w/2)
-                skips.append(x)
+        x, skips, temb = self.encode(x, t, context, record, region_down)
         if record is not None and record.done:
             return None
 
-        x = self.mid_block.resnets[0](x, temb)
-        x = self.mid_block.attentions[0](x, context, record, region_up)
-        x = self.mid_block.resnets[1](x, temb)
+        x = self.middle(x, temb, context, record, region_up)  # (B, C, h/8, w/8) in SD1.x
         if record is not None and record.done:
             return None
         if control is not None:
-            skips = [skip + add for skip, add in zip(skips, control[0], strict=True)]
+            skips = [skip + residual for skip, residual in zip(skips, control[0], strict=True)]
             x = x + control[1]
 
         for block in self.up_blocks:
@@ -270,3 +301,58 @@ class UNet(nn.Module):
             for upsample in block.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or one less where the size was odd
         return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
+
+    def encode(
+        self,
+        x: Tensor,
+        t: int | float | Tensor,
+        context: Tensor | TextKV,
+        record: AttentionRecorder | None = None,
+        region: CellTexts | None = None,
+        add: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The encoder half: latents (B,4,h,w) -> the coarsest feature map, the skips, and the time
+        embedding (B,4*C0).
+
+        `add` (B,C0,h,w) is added to the first feature map: a ControlNet's embedded control image.
+        """
+        t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
+        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        temb = F.silu(temb)  # once here, since every resnet block begins with it
+
+        x = self.conv_in(x)  # (B, C0, h, w)
+        if add is not None:
+            x = x + add
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(x, temb)
+                if transformer is not None:
+                    x = transformer(x, context, record, region)
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)  # (B, C, h/2, w/2)
+                skips.append(x)
+        return x, skips, temb
+
+    def middle(
+        self,
+        x: Tensor,
+        temb: Tensor,
+        context: Tensor | TextKV,
+        record: AttentionRecorder | None = None,
+        region: CellTexts | None = None,
+    ) -> Tensor:
+        """The middle block: a feature map of the coarsest level -> another of its shape."""
+        x = self.mid_block.resnets[0](x, temb)
+        x = self.mid_block.attentions[0](x, context, record, region)
+        return self.mid_block.resnets[1](x, temb)
+
+
+def skip_channels(config: UNetConfig) -> list[int]:
+    """Channels of each skip, in the order in which the encoder half keeps them."""
+    widths = config.block_out_channels
+    channels = [widths[0]]
+    for level, width in enumerate(widths):
+        channels += [width] * (config.layers_per_block + (level < len(widths) - 1))
+    return channels

@@ -1,5 +1,21 @@
-"""The subject: where an image starts. One file per method; each names its paper."""
+"""The subject of minsd: the initial noise of an image. One file per method; each names its paper.
 
-from . import initial
+Submodules are imported when they are first used, so importing this package imports nothing heavy.
+"""
 
-__all__ = ["initial"]
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise  # the submodule exists, but something that it imports does not
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(module.name for module in pkgutil.iter_modules(__path__))})

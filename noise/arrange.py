@@ -1,7 +1,9 @@
-"""A collage of noise: each region's part of the candidate in which the network sees the region's caption there.
+"""Initial noise composed for a layout.
 
-After Mao, Wang & Aizawa 2023 (arXiv 2305.03382 and 2312.08872), who move and collect blocks of noise: where things appear is
-in the initial noise already, and the attention maps of the first timestep tell it.
+Each region's cells come from the candidate that already attends to the region's caption there.
+After Mao, Wang & Aizawa 2023 (arXiv 2305.03382 and 2312.08872), who move and collect blocks of
+noise: the initial noise largely decides where things appear, and the attention maps of the first
+timestep predict it.
 """
 
 from collections.abc import Sequence
@@ -10,35 +12,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minsd.config import CELL
+from minsd.guidance import Model
 from minsd.noise import losses
 from minsd.noise.collage import direct_cells, stacked
 from minsd.noise.initial import noise as draw_noise
-from minsd.noise.layout import CELL, Layout, coverage
+from minsd.noise.layout import Layout, SizedLayout, SizedRegion, coverage, ensure_sized
 
 
 @dataclass
 class Arrangement:
-    """Noise put together for a layout, and from what."""
+    """Noise composed for a layout, and where it came from."""
 
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
-    chosen: list[
-        int
-    ]  # which of the candidates, seeds or numbers from 0, the picture's and each region's part come from
-    shares: list[
-        float
-    ]  # how much of the attention to a region's subjects fell into it, in the candidate taken, 0 to 1
-    scores: list[float]  # of each candidate as a whole: the product of all regions' shares, 0 to 1
+    # The candidate, seed or number from 0, of the background and of each region's cells.
+    chosen: list[int]
+    # In its candidate, the fraction of the attention to a region's subjects that falls into it.
+    fractions: list[float]
+    scores: list[float]  # of each candidate as a whole: the product of all regions' fractions
     rows: int  # UNet rows, which stop early
 
 
-def caption_subjects(sd, layout: Layout) -> list[list]:
-    """For each region where its caption names subjects, as `sd.text.positions` has it. ValueError for a caption with none."""
+def caption_subjects(sd: Model, layout: Layout) -> list[list[list[int]]]:
+    """For each region the token positions of its caption's subjects, as `sd.text.positions` returns
+    them. ValueError for a caption without subjects."""
     found = []
     for k, region in enumerate(layout.regions, 1):
         try:
-            found.append(
-                [sd.text.positions(region.prompt, word) for word in losses.automatic_subjects(region.prompt)]
-            )
+            subjects = losses.automatic_subjects(region.prompt)
+            found.append([sd.text.positions(region.prompt, subject) for subject in subjects])
         except ValueError as error:
             raise ValueError(f"region {k}: {error}") from None
     return found
@@ -46,53 +48,75 @@ def caption_subjects(sd, layout: Layout) -> list[list]:
 
 @torch.no_grad()
 def arrange(
-    sd,
+    sd: Model,
     layout: Layout,
     candidates: Sequence[int] | Tensor,
     *,
     steps: int | None = None,
     sampler: str | None = None,
 ) -> Arrangement:
-    """Unit noise for a layout: cut from candidates, seeds or noises (K,4,h,w), those parts where its regions would appear anyway.
+    """Unit noise for a layout, composed from candidates, seeds or noises (K,4,h,w).
 
-    At the first timestep of `steps` of a sampler the network is asked for each region's caption alone, on every candidate. The
-    region takes its latent cells from the one whose attention to the caption's subjects (`losses.automatic_subjects`) falls into
-    the region most; the rest of the picture comes from the one best for all of them, the greatest product of these shares.
-    Where regions overlap the heaviest is on top, of equals the smallest. ValueError, before any network runs, for a layout
-    without regions, captions without subjects, no candidates, or shapes that do not fit.
+    The UNet is evaluated on every candidate at the first timestep of `steps` of a sampler, under
+    each region's caption alone. A region's cells come from the candidate with the largest fraction
+    of its attention to the caption's subjects (`losses.automatic_subjects`) inside the region. The
+    background comes from the candidate with the greatest product of these fractions. Where regions
+    overlap, the one with the greatest weight wins; ties go to the smaller one. ValueError, before
+    any network runs, for a layout without regions, captions without subjects, no candidates, or
+    shapes that do not fit.
     """
-    if layout.width is None:
-        layout = layout.sized(sd.config.size, sd.config.size)
+    layout = ensure_sized(layout, sd.config.size)
     if not layout.regions:
         raise ValueError("a layout without regions has nothing to arrange noise for: give it some")
-    size = layout.height // CELL, layout.width // CELL
-    given = candidates
-    if not isinstance(given, Tensor):
-        given = draw_noise(list(candidates), (4, *size)) if len(candidates) else torch.empty(0)
-    if given.ndim != 4 or tuple(given.shape[2:]) != size or not len(given):
-        raise ValueError(
-            f"candidates must be seeds or noises (K,4,{size[0]},{size[1]}), at least one, not of shape {tuple(given.shape)}"
-        )
+    given = _noises(layout, candidates)
     t = losses.listed_timesteps(sd, steps, sampler)[0]
-    selects, shares = [losses.selector([places]) for places in caption_subjects(sd, layout)], []
-    for region, select in zip(layout.regions, selects):
-        context, inside = sd.encode_prompt(region.prompt), []
-        for part in given.split(sd.batch_size(layout.height, layout.width)):
-            wide = [y.expand(len(part), -1, -1) for y in (context, select.to(sd.device))]
-            maps = losses.look(sd.unet, part.to(sd.device), t, *wide).maps  # (b, S, rows, columns)
-            fill = coverage(region.pixels, CELL << sd.unet.grids(size).index(tuple(maps.shape[-2:])))
-            inside.append(
-                ((maps * torch.from_numpy(fill).to(maps)).sum((-2, -1)) / maps.sum((-2, -1))).mean(1)
-            )  # (b,)
-        shares.append(torch.cat(inside).cpu())
-    shares = torch.stack(shares)  # (N, K)
-    scores = shares.prod(0)  # (K,)
-    bests = [int(scores.argmax()), *shares.argmax(1).tolist()]
-    noise = given[bests[0]][None].clone()
+    subjects = caption_subjects(sd, layout)
+    attended = [
+        _inside(sd, layout, region, losses.selector([places]), given, t)
+        for region, places in zip(layout.regions, subjects)
+    ]
+    fractions = torch.stack(attended)  # (N, K)
+    scores = fractions.prod(0)  # (K,)
+    background = int(scores.argmax())
+    best = fractions.argmax(1).tolist()
+    noise = given[background][None].clone()
     for k in stacked(layout.regions):
         cells = torch.from_numpy(direct_cells(layout.regions[k].pixels, CELL))
-        noise[0, :, cells] = given[bests[k + 1]][:, cells]
-    chosen = bests if isinstance(candidates, Tensor) else [list(candidates)[k] for k in bests]
-    return Arrangement(
-        noise, chosen, shares.amax(1).tolist(), scores.tolist(), len(given) * len(layout.regions)
-    )
+        noise[0, :, cells] = given[best[k]][:, cells]
+    chosen = [background, *best]
+    if not isinstance(candidates, Tensor):
+        chosen = [candidates[k] for k in chosen]
+    rows = len(given) * len(layout.regions)
+    return Arrangement(noise, chosen, fractions.amax(1).tolist(), scores.tolist(), rows)
+
+
+def _noises(layout: SizedLayout, candidates: Sequence[int] | Tensor) -> Tensor:
+    """The candidates' noises (K,4,h,w). ValueError where there are none or they do not fit the
+    layout."""
+    shape = (4, layout.height // CELL, layout.width // CELL)
+    given = candidates
+    if not isinstance(given, Tensor):
+        given = draw_noise(list(given), shape) if len(given) else torch.empty(0)
+    if given.ndim != 4 or given.shape[2:] != shape[1:] or not len(given):
+        raise ValueError(
+            f"candidates must be seeds or noises (K,4,{shape[1]},{shape[2]}), at least one, "
+            f"not of shape {tuple(given.shape)}"
+        )
+    return given
+
+
+def _inside(
+    sd: Model, layout: SizedLayout, region: SizedRegion, select: Tensor, given: Tensor, t: int | float
+) -> Tensor:
+    """The fraction (K,) of the attention to a region's subjects, `select` (1,S,77), that falls into
+    it, for noises (K,4,h,w)."""
+    context = sd.encode_prompt(region.prompt)  # (1, 77, D)
+    select = select.to(sd.device)
+    fractions = []
+    for part in given.split(sd.batch_size(layout.height, layout.width)):
+        contexts, selects = (y.expand(len(part), -1, -1) for y in (context, select))
+        maps = losses.look(sd.unet, part.to(sd.device), t, contexts, selects).maps  # (b, S, rows, columns)
+        level = sd.unet.grids(tuple(given.shape[2:])).index(tuple(maps.shape[-2:]))
+        fill = torch.from_numpy(coverage(region.pixels, CELL << level)).to(maps)
+        fractions.append(((maps * fill).sum((-2, -1)) / maps.sum((-2, -1))).mean(1))  # (b,)
+    return torch.cat(fractions).cpu()

@@ -1,54 +1,111 @@
-"""NoiseCollage (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): a predictor that crops and merges predicted noises.
+"""NoiseCollage (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): crop and merge predicted noises.
 
-Region k = 1..N has a caption and a mask; k = 0 is the whole picture. Every step predicts a noise for each of them from the
-same latents, eps_k = u_k + g (c_k - u_k), and joins them, eps = sum_k M_k eps_k, where M_k = w_k a_k / sum_j w_j a_j in each
-latent cell: a_k says how far region k fills it, and w_0 is the background weight. Any sampler then takes its step.
+Region k = 1..N has a caption and a mask; k = 0 is the whole image. Every step predicts a noise for
+each of them from the same latents and merges the predictions:
 
-In pass k >= 1 each cell looks at one text (cross-attention alone; cells see one another everywhere): region k's within its
-mask; outside at the picture's caption or at the empty prompt, drawn for each latent cell, step and region. The guidance
-half u_k has the negative prompts in the same places. Where all u_k must be equal they are computed once, which makes N + 2
-rows a step of 2 (N + 1). All rows go through the network together, each cell with the number of its text.
+    eps_k = u_k + g (c_k - u_k)        eps = sum_k M_k eps_k        M_k = w_k a_k / sum_j w_j a_j
 
-A region's pass sees the whole latents (the paper's "fixed" crop) and may well see its subject somewhere else in their noise.
-With a crop margin (0: its "flex" crop) it sees those of its box and of a margin around it alone, as if they were the picture;
-once objects have their places all passes see the whole again, and what two crops made differently grows together.
+In each latent cell a_k is the fraction of the cell inside region k, w_k the region's weight, and
+w_0 the background weight. Any sampler can take its steps with the result.
 
-Passes can differ in more than their texts: ControlNets (noise/control.py) and adapters (weights/lora.py, `by_region`) that
-take each row of a batch by itself are told the rows' passes.
+In pass k >= 1 cross-attention is masked: cells inside region k attend to its caption; each cell
+outside attends to the image's caption or, drawn for each latent cell, step and region, to the empty
+prompt. Self-attention is unrestricted. The unconditional half u_k has the negative prompts in the
+same places. Where all u_k are equal, u is computed once, and a step takes N + 2 UNet rows instead
+of 2 (N + 1). All rows run as one batch, and each cell carries the number of its text.
 
-Noise that InitNO optimised or that a score selected for the picture's caption can be what a collage begins from: what was
-optimised is then the plain run under that caption, which the collage's pass 0 repeats.
+A region's pass sees the whole latents (the paper's "fixed" crop), and may place its subject outside
+the region. With a crop margin (0: the paper's "flex" crop) the pass runs on a crop of the latents,
+the region's box plus the margin, as if that were the image. Once objects are placed (t < 500) all
+passes see the whole latents again, which blends the crops.
 
-Where things appear is in the initial noise already, and a collage does not move them far: noise/arrange.py looks for noise
-in which they are where the layout has them.
+Passes can differ in more than their texts: ControlNets (noise/collage_control.py) and LoRAs
+(weights/lora.py, `by_region`) can act on each pass in their own way (minsd/adapters.py).
+
+A collage can start from noise that InitNO optimised, or a score selected, for the whole image's
+caption: that caption's plain run is the collage's pass 0. The initial noise largely decides where
+things appear, and a collage does not move them far: noise/arrange.py composes noise in which they
+are where the layout has them.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from minsd.guidance import Predictor, eps_from_output
-from minsd.noise.layout import CELL, Layout, coverage
+from minsd.adapters import Adapters
+from minsd.config import CELL
+from minsd.guidance import Model, Predictor, TextKV, eps_from_output
+from minsd.noise.layout import CROP_MARGIN_MOST, Layout, SizedLayout, SizedRegion, coverage, ensure_sized
 
-OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a row: the region's, the whole picture's, none
-CROP_UNTIL = 500  # the timestep down to which a crop margin holds: objects have their places by then
-ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows together, on a CPU: more is no faster
+OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a masked pass: the region's, the image's, the empty prompt
+CROP_UNTIL = 500  # the timestep down to which a crop margin applies: objects are placed by then
+ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows of a batch, on a CPU: more are no faster
 
-Grid = tuple[int, int]  # rows, columns of an attention layer's cells
-Ways = list[
-    dict[Grid, Tensor]
-]  # something for each grid; two of them where the way up through the network differs
-Place = tuple  # (..., rows, columns): what indexes latents
-Tell = Callable[[list[int]], None]  # takes the pass of each row of the next run of a network
+Grid = tuple[int, int]  # rows and columns of an attention layer's cells
+LevelMaps = dict[Grid, Tensor]  # a map for the grid of each level with cross-attention
+# One for the whole network, or two: the encoder half's, then the rest's. Empty: no masks.
+Halves = list[LevelMaps]
+Place = tuple  # (..., rows, columns): an index into latents
+Row = tuple[list[str], int]  # the texts that a row's cells choose from, and the row's pass
+Cut = Callable[[int, Place], Model]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the passes of a collage are masked, cropped and merged. ValueError for settings that are
+    out of range or exclude one another."""
+
+    # w_0, the weight of the whole image's pass.
+    background_weight: float
+    # Outside its region a pass attends to the empty prompt with this probability.
+    background_drop: float
+    # Which cells of the attention grids belong to a region: "direct" (`direct_cells`), or "compat",
+    # as in the published program.
+    ladder: str
+    # Instead of `background_drop`: the empty prompt for exactly the cells further from the region's
+    # box than this times the box's width or height.
+    pad: float | None
+    # False: all cells of pass k attend to caption k.
+    masked: bool
+    # A cheap ablation: a single pass, in which each cell attends to its region's caption.
+    attention_only: bool
+    # While t >= crop_until, pass k is unmasked and sees only its box, widened on each side by
+    # crop_margin times the box's size: 2 (N + 1) rows, most of them small.
+    crop_margin: float | None
+    crop_until: float
+
+    def __post_init__(self) -> None:
+        if self.ladder not in ("direct", "compat"):
+            raise ValueError(f"no ladder is called {self.ladder!r}; choose from direct, compat")
+        if not 0 <= self.background_weight < math.inf:
+            raise ValueError(f"background_weight must be 0 or more, not {self.background_weight}")
+        if not 0 <= self.background_drop <= 1:
+            raise ValueError(f"background_drop must be from 0 to 1, not {self.background_drop}")
+        if self.pad is not None and not 0 <= self.pad < math.inf:
+            raise ValueError(f"pad must be 0 or more, not {self.pad}")
+        if self.attention_only and not self.masked:
+            raise ValueError("attention_only is one masked pass: it does not go with masked=False")
+        if self.crop_margin is None:
+            return
+        if not 0 <= self.crop_margin <= CROP_MARGIN_MOST:
+            raise ValueError(
+                f"crop_margin must be from 0 to {CROP_MARGIN_MOST:g}, such as 0.25, not {self.crop_margin}"
+            )
+        if self.attention_only or self.ladder == "compat":
+            raise ValueError(
+                "crop_margin goes neither with attention_only nor with the ladder compat, "
+                "whose passes see everything"
+            )
 
 
 def predictor(
-    sd,
+    sd: Model,
     layout: Layout,
     *,
     guidance_scale: float = 7.5,
@@ -61,210 +118,255 @@ def predictor(
     masked: bool = True,
     crop_margin: float | None = None,
     crop_until: float = CROP_UNTIL,
-    tell: Tell | None = None,
-    cut: Callable[[int, Place], tuple] | None = None,
+    adapters: Adapters | None = None,
+    cut: Cut | None = None,
 ) -> Predictor:
-    """predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, to be handed to any sampler.
+    """predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, for any sampler.
 
-    `background_weight` is w_0. Outside a region its pass looks at the empty prompt with probability `background_drop`; with
-    `pad` instead, just where a cell lies further from the region's box than `pad` times the box's width or height. The draws
-    follow from the image's seed, t and the region's number alone: `seed` is one for all images, or a list with one each.
-    `attention_only` is the cheap ablation: one pass, each cell looks at its region's text, nothing is merged. `ladder` says
-    which cells of the attention grids are a region's: "direct" (`direct_cells`), or "compat" as the published program does.
-    Without `masked` all cells of pass k look at caption k. So they do at t >= `crop_until` with `crop_margin`, and see nothing of
-    the latents further from the region's box than that times the box's width or height: 2 (N + 1) rows, most of them small.
-    `tell(passes)` is called before each run of the network or of the text encoder with the number of the pass, 0..N, of every
-    row: for what acts on rows each in its own way. No u_k is then taken for another's. `cut(k, place)` gives the model, and its
-    `tell`, for pass k where that sees no more than latents[place].
-    ValueError, before any network runs, for what cannot be.
+    `Scheme` explains the settings. The random choices of text depend on nothing but the image's
+    seed, t and the region's number: `seed` is one for all images, or a list with one per image.
+    `adapters`: those that act by pass, such as `lora.by_region` yields; unconditional predictions
+    are then not shared between passes. `cut(k, place)` returns the model to use when pass k sees
+    only the crop latents[place]. ValueError, before any network runs, for settings that do not fit.
     """
-    if layout.width is None:
-        layout = layout.sized(sd.config.size, sd.config.size)
+    scheme = Scheme(
+        background_weight=background_weight,
+        background_drop=background_drop,
+        ladder=ladder,
+        pad=pad,
+        masked=masked,
+        attention_only=attention_only,
+        crop_margin=crop_margin,
+        crop_until=crop_until,
+    )
+    layout = ensure_sized(layout, sd.config.size)
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    _check(
-        layout,
-        seeds,
-        guidance_scale,
-        background_weight,
-        background_drop,
-        ladder,
-        pad,
-        attention_only,
-        masked,
-        crop_margin,
-        tell,
-    )
-    regions, compat, guided = layout.regions, ladder == "compat", guidance_scale != 1
-    masked = masked and bool(regions)
-    if not regions and tell is None:
-        return sd.predictor(
-            sd.encode_prompt([layout.prompt]), sd.encode_prompt([layout.negative_prompt]), guidance_scale
-        )
-
-    size = layout.height // CELL, layout.width // CELL
-    fill = np.array([compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in regions])
-    fill = fill.reshape(len(regions), *size)
-    merge = merge_weights(fill, [background_weight, *(r.weight for r in regions)])  # (N + 1, h, w)
-    merge = torch.from_numpy(merge).to(sd.device, sd.dtype)[:, None, None]
-    grids = sd.unet.grids(size)
-    looking = [level for level, blocks in enumerate(sd.unet.attention_blocks) if blocks]
-    levels = [grids[level] for level in looking]
-    if not masked:
-        own = []
-    elif compat:
-        own = carry(torch.from_numpy(fill == 1), levels, compat)
-    else:
-        own = [
-            {
-                grids[i]: torch.from_numpy(np.stack([direct_cells(r.pixels, CELL << i) for r in regions]))
-                for i in looking
-            }
-        ]
-
-    captions, negatives = (
-        [layout.prompt, *(r.prompt for r in regions)],
-        [layout.negative_prompt, *(r.negative_prompt for r in regions)],
-    )
+    _check(layout, seeds, guidance_scale, attention_only, adapters)
+    if not layout.regions and adapters is None:
+        return single_pass(sd, layout, _size(layout), guidance_scale, None, 0)
     if attention_only:
-        fixed = [
-            {grid: _painted(cells, regions) for grid, cells in way.items()} for way in own
-        ]  # (1, 1, cells)
-        rows = [(text, 0) for text in ([negatives, captions] if guided else [captions])]
+        predict = attention_only_pass(sd, layout, ladder, guidance_scale)
     else:
-        surroundings = (
-            _surroundings(regions, size, background_drop, pad) if masked else None
-        )  # (N, 1, h, w); None: to be drawn
-        fixed = (
-            []
-            if not masked
-            else None
-            if surroundings is None
-            else _assign(own, carry(surroundings, levels, compat))
-        )
-        no_empty = not masked or (surroundings is not None and not (surroundings == EMPTY).any())
-        shared = (
-            tell is None and len(set(negatives)) == 1 and (negatives[0] == "" or no_empty)
-        )  # every u_k is the same number
-        texts = 3 if masked else 1
-        rows = [([text, layout.prompt, ""][:texts], k) for k, text in enumerate(captions)]
-        if guided and shared:
-            rows = [([negatives[0]] * texts, 0)] + rows
-        elif guided:
-            rows = [
-                ([text, layout.negative_prompt, ""][:texts], k) for k, text in enumerate(negatives)
-            ] + rows
-    conditional = 1 if attention_only else len(captions)  # rows; the others are u
-    run = _Rows(sd, *zip(*rows), size, tell)
+        predict = masked_passes(sd, layout, scheme, guidance_scale, seeds, adapters)
+    if crop_margin is not None:
+        crops = _crops(sd, layout, scheme, guidance_scale, adapters, cut)
+        predict = cropped(predict, crops, crop_until)
+    return _fitting(predict, _size(layout), seeds)
 
-    places, crops = [] if crop_margin is None else crop_places(layout, crop_margin), []
-    for k, (place, whose) in enumerate(zip(places, (layout, *regions))):
-        high, wide = (CELL * (part.stop - part.start) for part in place[1:])
-        model, mine = (sd, tell) if cut is None else cut(k, place)
-        told = mine and (lambda passes, k=k, mine=mine: mine([k] * len(passes)))
-        part = Layout(whose.prompt, (), whose.negative_prompt, wide, high)
-        crops.append(predictor(model, part, guidance_scale=guidance_scale, tell=told))
 
-    def predict(x, t):
-        if tuple(x.shape[-2:]) != size:
+def _check(
+    layout: SizedLayout,
+    seeds: list[int],
+    guidance_scale: float,
+    attention_only: bool,
+    adapters: Adapters | None,
+) -> None:
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
+    if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds):
+        raise ValueError(f"seeds must be whole numbers from 0, not {seeds}")
+    if attention_only and adapters is not None:
+        raise ValueError("attention_only is one pass for all regions: it does not go with adapters")
+    for k, region in enumerate(layout.regions, 1):
+        if region.lora and adapters is None:
             raise ValueError(
-                f"the layout has {size[0]}x{size[1]} latent cells: latents of shape {tuple(x.shape)} do not fit it"
+                f"region {k} has an adapter of its own (lora): "
+                "give the collage the adapters of lora.by_region"
             )
-        if len(seeds) not in (1, len(x)):
-            raise ValueError(
-                f"the collage was given {len(seeds)} seeds for {len(x)} images: give one, or one each"
-            )
-        if crops and t >= crop_until:
-            total = torch.zeros_like(x)
-            for m, place, eps in zip(merge.to(x.dtype), places, crops):  # M_k is 0 beyond the crop
-                total[place] += m[place] * eps(x[place], t)
-            return total
-        cells = fixed
-        if cells is None:
-            drawn = [
-                [drawn_surroundings(size, background_drop, s, t, k) for s in seeds]
-                for k in range(len(regions))
-            ]
-            cells = _assign(own, carry(torch.stack([torch.stack(row) for row in drawn]), levels, compat))
-        eps = run(x, t, cells)  # (rows, B, 4, h, w)
-        u, c = eps[:-conditional], eps[-conditional:]
-        if guided:
-            c = u + guidance_scale * (c - u)
-        return c[0] if attention_only else (merge.to(c.dtype) * c).sum(0)
+    if any(layout.control_images):
+        warnings.warn("no ControlNet was given: the layout's control images are not used", stacklevel=3)
+
+
+def _size(layout: SizedLayout) -> Grid:
+    """Rows and columns of the layout's latent cells."""
+    return layout.height // CELL, layout.width // CELL
+
+
+# --- predictors -----------------------------------------------------------------------------------
+
+
+def masked_passes(
+    sd: Model,
+    layout: SizedLayout,
+    scheme: Scheme,
+    guidance_scale: float,
+    seeds: Sequence[int],
+    adapters: Adapters | None,
+) -> Predictor:
+    """The N + 1 passes on the whole latents, merged."""
+    regions = layout.regions
+    masked = scheme.masked and bool(regions)
+    cells = _PassCells(sd, layout, scheme, seeds) if masked else None
+    merge = _merge(sd, layout, scheme)  # (N + 1, 1, 1, h, w)
+
+    def texts(own: str, whole: str) -> list[str]:
+        return [own, whole, ""] if masked else [own]
+
+    captions = [layout.prompt, *(region.prompt for region in regions)]
+    negatives = [layout.negative_prompt, *(region.negative_prompt for region in regions)]
+    rows = [(texts(caption, layout.prompt), k) for k, caption in enumerate(captions)]
+    # All u_k are equal where every cell of every pass attends to the same negative prompt.
+    attended = {*negatives, ""} if cells is not None and cells.any_empty else set(negatives)
+    if guidance_scale != 1 and len(attended) == 1 and adapters is None:
+        rows = [([negatives[0]] * len(rows[0][0]), 0), *rows]
+    elif guidance_scale != 1:
+        rows = [(texts(text, layout.negative_prompt), k) for k, text in enumerate(negatives)] + rows
+    run = _Rows(sd, rows, _size(layout), adapters)
+
+    def predict(x: Tensor, t: int | float) -> Tensor:
+        eps = run(x, t, [] if cells is None else cells.at(t))  # (rows, B, 4, h, w)
+        eps = _guided(eps, len(captions), guidance_scale)  # (N + 1, B, 4, h, w)
+        return (merge.to(eps.dtype) * eps).sum(0)
 
     return predict
 
 
-def crop_places(layout: Layout, margin: float) -> list[Place]:
-    """What each pass sees of the latents (..., h, w): all of them, then each region's box and its margin, in whole cells."""
+def attention_only_pass(sd: Model, layout: SizedLayout, ladder: str, guidance_scale: float) -> Predictor:
+    """A single pass in which each cell attends to the caption of its region, or to the image's
+    outside of all regions."""
+    cells = [
+        {grid: _painted(inside, layout.regions) for grid, inside in half.items()}  # (1, 1, cells)
+        for half in _region_cells(sd, layout, ladder)
+    ]
+    captions = [layout.prompt, *(region.prompt for region in layout.regions)]
+    negatives = [layout.negative_prompt, *(region.negative_prompt for region in layout.regions)]
+    rows = [(captions, 0)] if guidance_scale == 1 else [(negatives, 0), (captions, 0)]
+    run = _Rows(sd, rows, _size(layout), None)
+    return lambda x, t: _guided(run(x, t, cells), 1, guidance_scale)[0]
+
+
+def single_pass(
+    sd: Model,
+    captioned: SizedLayout | SizedRegion,
+    size: Grid,
+    guidance_scale: float,
+    adapters: Adapters | None,
+    k: int,
+) -> Predictor:
+    """One unmasked pass, number k, on latents of `size`."""
+    texts = [captioned.prompt], [captioned.negative_prompt]
+    if adapters is None:
+        cond, uncond = (sd.encode_prompt(text) for text in texts)
+        return sd.predictor(cond, uncond, guidance_scale)
+    rows = [(texts[0], k)] if guidance_scale == 1 else [(texts[1], k), (texts[0], k)]
+    run = _Rows(sd, rows, size, adapters)
+    return lambda x, t: _guided(run(x, t, []), 1, guidance_scale)[0]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A pass that sees only a part of the latents: its predictor there and its merge weights."""
+
+    place: Place
+    weights: Tensor  # (h,w) of the part
+    predict: Predictor
+
+
+def cropped(inner: Predictor, crops: Sequence[Crop], until: float) -> Predictor:
+    """The merged predictions of the crops while t >= `until`, then `inner`."""
+
+    def predict(x: Tensor, t: int | float) -> Tensor:
+        if t < until:
+            return inner(x, t)
+        total = torch.zeros_like(x)
+        for crop in crops:
+            total[crop.place] += crop.weights.to(x.dtype) * crop.predict(x[crop.place], t)
+        return total
+
+    return predict
+
+
+def _crops(
+    sd: Model,
+    layout: SizedLayout,
+    scheme: Scheme,
+    guidance_scale: float,
+    adapters: Adapters | None,
+    cut: Cut | None,
+) -> list[Crop]:
+    assert scheme.crop_margin is not None
+    merge = _merge(sd, layout, scheme)[:, 0, 0]  # (N + 1, h, w)
+    crops = []
+    for k, place in enumerate(crop_places(layout, scheme.crop_margin)):
+        _, rows, columns = place
+        size = rows.stop - rows.start, columns.stop - columns.start
+        model = sd if cut is None else cut(k, place)
+        captioned = layout.regions[k - 1] if k else layout
+        predict = single_pass(model, captioned, size, guidance_scale, adapters, k)
+        crops.append(Crop(place, merge[k][place], predict))  # M_k is 0 outside the crop
+    return crops
+
+
+def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
+    """Each pass's part of the latents (..., h, w): all of them, then each region's box with its
+    margin, in whole cells."""
     places = [(..., slice(0, layout.height // CELL), slice(0, layout.width // CELL))]
     for region in layout.regions:
         x0, y0, x1, y1 = region.bounds
         place = []
-        for low, high, size in ((y0, y1, layout.height), (x0, x1, layout.width)):
-            low, high = low // CELL, -(-high // CELL)
+        for start, stop, size in ((y0, y1, layout.height), (x0, x1, layout.width)):
+            low = start // CELL
+            high = -(-stop // CELL)
             more = round(margin * (high - low))
             place.append(slice(max(low - more, 0), min(high + more, size // CELL)))
         places.append((..., *place))
     return places
 
 
-def _check(
-    layout,
-    seeds,
-    guidance_scale,
-    background_weight,
-    background_drop,
-    ladder,
-    pad,
-    attention_only,
-    masked,
-    crop_margin,
-    tell,
-) -> None:
-    if ladder not in ("direct", "compat"):
-        raise ValueError(f"no ladder is called {ladder!r}; choose from direct, compat")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
-    if not 0 <= background_weight < math.inf:
-        raise ValueError(f"background_weight must be 0 or more, not {background_weight}")
-    if not 0 <= background_drop <= 1:
-        raise ValueError(f"background_drop must be from 0 to 1, not {background_drop}")
-    if pad is not None and not 0 <= pad < math.inf:
-        raise ValueError(f"pad must be 0 or more, not {pad}")
-    if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds):
-        raise ValueError(f"seeds must be whole numbers from 0, not {seeds}")
-    if attention_only and not (masked and tell is None):
-        raise ValueError(
-            "attention_only is one pass with every region in it: it goes with neither masked=False nor tell"
-        )
-    if crop_margin is not None and not 0 <= crop_margin < math.inf:
-        raise ValueError(f"crop_margin must be 0 or more, such as 0.25, not {crop_margin}")
-    if crop_margin is not None and (attention_only or ladder == "compat"):
-        raise ValueError(
-            "crop_margin goes neither with attention_only nor with the ladder compat, whose passes see everything"
-        )
-    for k, region in enumerate(layout.regions, 1):
-        if region.lora and tell is None:
+def _guided(eps: Tensor, conditional: int, guidance_scale: float) -> Tensor:
+    """eps (rows,B,4,h,w): unconditional rows, one or as many, then the conditional ones -> guided
+    (conditional,B,4,h,w)."""
+    u, c = eps[:-conditional], eps[-conditional:]
+    return c if guidance_scale == 1 else u + guidance_scale * (c - u)
+
+
+def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
+    """The predictor, for latents of this size and batches of as many images as seeds only."""
+
+    def predict(x: Tensor, t: int | float) -> Tensor:
+        if tuple(x.shape[-2:]) != size:
             raise ValueError(
-                f"region {k} has an adapter of its own (lora): the collage must be given the tell of lora.by_region"
+                f"the layout has {size[0]}x{size[1]} latent cells: "
+                f"latents of shape {tuple(x.shape)} do not fit it"
             )
-    if any(layout.control_images):
-        warnings.warn("no ControlNet was given: the layout's control images are not looked at", stacklevel=3)
+        if len(seeds) not in (1, len(x)):
+            raise ValueError(
+                f"the collage was given {len(seeds)} seeds for {len(x)} images: give one, or one per image"
+            )
+        return inner(x, t)
+
+    return predict
 
 
-# --- masks on the latent grid: how much a region's noise counts ------------------------------------------------------
+# --- masks on the latent grid: the weight of each region's noise ----------------------------------
+
+
+def _fill(layout: SizedLayout, ladder: str) -> np.ndarray:
+    """The fraction of each latent cell inside each region, (N,h,w)."""
+    compat = ladder == "compat"
+    fill = [compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in layout.regions]
+    return np.array(fill).reshape(len(layout.regions), *_size(layout))
+
+
+def _merge(sd: Model, layout: SizedLayout, scheme: Scheme) -> Tensor:
+    """M (N+1,1,1,h,w) on the model's device."""
+    weights = [scheme.background_weight, *(region.weight for region in layout.regions)]
+    merge = merge_weights(_fill(layout, scheme.ladder), weights)
+    return torch.from_numpy(merge).to(sd.device, sd.dtype)[:, None, None]
 
 
 def compat_fill(pixels: np.ndarray) -> np.ndarray:
-    """The mask (H,W) on the latent grid as the published program has it, (h,w) float64: the 8-bit picture resized by Pillow's
-    antialiased bicubic, each pass rounded and clipped to 0..255."""
+    """The mask (H,W) on the latent grid as the published program has it, (h,w) float64: resized as
+    an 8-bit image by Pillow's antialiased bicubic filter, each pass of which is rounded and clipped
+    to 0..255."""
     high, wide = (n // CELL for n in pixels.shape)
     picture = Image.fromarray(pixels.astype(np.uint8) * 255)
     return np.asarray(picture.resize((wide, high), Image.Resampling.BICUBIC)) / 255
 
 
 def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """M (N+1,h,w) of `fill` (N,h,w), how far each region fills each latent cell, and w_0 ... w_N. It sums to 1.
+    """M (N+1,h,w) of `fill` (N,h,w), the fraction of each latent cell inside each region, and w_0
+    ... w_N. It sums to 1.
 
     ValueError where a cell has no weight at all: w_0 is 0 and no region reaches it.
     """
@@ -272,18 +374,70 @@ def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     total = m.sum(0)
     if not total.all():
         raise ValueError(
-            f"no region covers {100 * np.mean(total == 0):.1f} % of the picture, and background_weight is 0: "
+            f"no region covers {100 * np.mean(total == 0):.1f} % of the image, and background_weight is 0: "
             "give it a weight such as 0.1, or regions that cover everything"
         )
     return m / total
 
 
-# --- cells of the attention grids: who looks at which text -----------------------------------------------------------
+# --- cells of the attention grids: which text each attends to -------------------------------------
+
+
+class _PassCells:
+    """The text that each cell attends to in every pass. `any_empty`: whether any cell ever attends
+    to the empty prompt."""
+
+    def __init__(self, sd: Model, layout: SizedLayout, scheme: Scheme, seeds: Sequence[int]):
+        self.size = _size(layout)
+        self.levels = _levels(sd, self.size)
+        self.compat = scheme.ladder == "compat"
+        self.inside = _region_cells(sd, layout, scheme.ladder)
+        self.drop = scheme.background_drop
+        self.seeds = seeds
+        self.count = len(layout.regions)
+        self.fixed: Halves | None = None  # None: drawn at every step
+        self.any_empty = True
+        outside = fixed_surroundings(layout.regions, self.size, scheme.background_drop, scheme.pad)
+        if outside is not None:
+            self.fixed = self._assigned(outside)
+            self.any_empty = bool((outside == EMPTY).any())
+
+    def at(self, t: int | float) -> Halves:
+        """(N+1, B or 1, cells) for each grid."""
+        if self.fixed is not None:
+            return self.fixed
+        drawn = [
+            torch.stack([drawn_surroundings(self.size, self.drop, seed, t, k) for seed in self.seeds])
+            for k in range(self.count)
+        ]
+        return self._assigned(torch.stack(drawn))
+
+    def _assigned(self, outside: Tensor) -> Halves:
+        return _assign(self.inside, carry(outside, self.levels, self.compat))
+
+
+def _levels(sd: Model, size: Grid) -> list[Grid]:
+    """The grids with cross-attention, finest first."""
+    grids = sd.unet.grids(size)
+    return [grid for grid, blocks in zip(grids, sd.unet.attention_blocks) if blocks]
+
+
+def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
+    """The cells of each grid that belong to each region, (N,h,w) boolean."""
+    size = _size(layout)
+    if ladder == "compat":
+        return carry(torch.from_numpy(_fill(layout, ladder) == 1), _levels(sd, size), True)
+    found = {}
+    for level, (grid, blocks) in enumerate(zip(sd.unet.grids(size), sd.unet.attention_blocks)):
+        if blocks:
+            inside = [direct_cells(region.pixels, CELL << level) for region in layout.regions]
+            found[grid] = torch.from_numpy(np.stack(inside))
+    return [found]
 
 
 def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """The cells (squares of `cell` pixels) at least half inside a mask (H,W) -> (h,w) boolean. Where there is none, the one
-    that holds the mask's centre."""
+    """The cells (squares of `cell` pixels) at least half inside a mask (H,W) -> (h,w) boolean. If
+    there are none, the cell at the mask's centre."""
     inside = coverage(pixels, cell) >= 0.5
     if not inside.any():
         row, column = (int((places.mean() + 0.5) // cell) for places in np.nonzero(pixels))
@@ -292,125 +446,134 @@ def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 
 def nearest(maps: Tensor, grid: Grid) -> Tensor:
-    """(...,h,w) resized to a grid: the source of row i is floor(i * h / rows), and alike for columns."""
+    """(...,h,w) resized to a grid: the source of row i is floor(i * h / rows), and the same for
+    columns."""
     rows, columns = (torch.arange(out) * n // out for n, out in zip(maps.shape[-2:], grid))
     return maps[..., rows[:, None], columns]
 
 
-def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Ways:
-    """Maps (...,h,w) of the latent cells on each of the levels, finest first. "compat" resizes what it has resized, layer
-    after layer, down and up again: after the coarsest grid everything consists of that grid's blocks."""
+def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
+    """Maps (...,h,w) of the latent cells on each of the levels, finest first. "compat" resizes the
+    result of the layer before, through the encoder half and the decoder half: after the coarsest
+    grid everything consists of that grid's blocks."""
     if not compat:
         return [{grid: nearest(maps, grid) for grid in levels}]
-    ways = []
+    halves = []
     for order in (levels, levels[::-1]):
-        ways.append({})
+        half = {}
         for grid in order:
-            maps = ways[-1][grid] = nearest(maps, grid)
-    return ways
+            maps = nearest(maps, grid)
+            half[grid] = maps
+        halves.append(half)
+    return halves
 
 
 def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: int) -> Tensor:
-    """The texts (h,w) that cells look at outside region k: the picture's or, with probability `drop`, none."""
+    """The texts (h,w) of the cells outside region k: WHOLE or, with probability `drop`, EMPTY."""
     draws = np.random.default_rng((seed, round(float(t) * 2**20), k)).random(size)
     return torch.from_numpy(np.where(draws < drop, EMPTY, WHOLE))
 
 
-def _surroundings(regions, size: Grid, drop: float, pad: float | None) -> Tensor | None:
-    """The same (N,1,h,w) where nothing is drawn; else None."""
+def fixed_surroundings(
+    regions: Sequence[SizedRegion], size: Grid, drop: float, pad: float | None
+) -> Tensor | None:
+    """The same for all regions, (N,1,h,w), where nothing has to be drawn; else None."""
+    if pad is None and drop not in (0, 1):
+        return None
+    maps = torch.full((len(regions), 1, *size), WHOLE if pad is None and drop == 0 else EMPTY)
     if pad is None:
-        return torch.full((len(regions), 1, *size), EMPTY if drop else WHOLE) if drop in (0, 1) else None
-    maps = torch.full((len(regions), 1, *size), EMPTY)
-    y, x = (CELL * (torch.arange(n) + 0.5) for n in size)  # cells' centres, pixels
+        return maps
+    y, x = (CELL * (torch.arange(n) + 0.5) for n in size)  # the cells' centres, in pixels
     for each, region in zip(maps, regions):
         x0, y0, x1, y1 = region.bounds
-        wide, high = pad * (x1 - x0), pad * (y1 - y0)
+        wide = pad * (x1 - x0)
+        high = pad * (y1 - y0)
         near = ((y >= y0 - high) & (y <= y1 + high))[:, None] & (x >= x0 - wide) & (x <= x1 + wide)
         each[0, near] = WHOLE
     return maps
 
 
-def _assign(own: Ways, outside: Ways) -> Ways:
-    """Each cell's text in every pass: own (N,h,w) boolean and outside (N,B,h,w) -> (N+1,B,h*w), pass 0 all at text 0."""
-    ways = []
-    for mine, others in zip(own, outside, strict=True):
-        cells = {grid: torch.where(mine[grid][:, None], OWN, others[grid]).flatten(2) for grid in mine}
-        ways.append({grid: torch.cat([torch.zeros_like(c[:1]), c]) for grid, c in cells.items()})
-    return ways
+def _assign(inside: Halves, outside: Halves) -> Halves:
+    """inside (N,h,w) boolean and the texts outside (N,B,h,w) -> each pass's texts (N+1,B,h*w), pass
+    0 all at text 0."""
+    halves = []
+    for own, others in zip(inside, outside, strict=True):
+        half = {}
+        for grid in own:
+            texts = torch.where(own[grid][:, None], OWN, others[grid]).flatten(2)  # (N, B, h*w)
+            half[grid] = torch.cat([torch.zeros_like(texts[:1]), texts])
+        halves.append(half)
+    return halves
 
 
-def stacked(regions) -> list[int]:
-    """Regions' places in the list, those on top last."""
-    return sorted(range(len(regions)), key=lambda k: (regions[k].weight, -int(regions[k].pixels.sum())))
+def stacked(regions: Sequence[SizedRegion]) -> list[int]:
+    """The regions' indices from bottom to top: the heaviest on top, of equally heavy ones the
+    smallest."""
+    ranks = [(region.weight, -int(region.pixels.sum())) for region in regions]
+    return sorted(range(len(regions)), key=ranks.__getitem__)
 
 
-def _painted(own: Tensor, regions) -> Tensor:
-    """One text number for each cell, 0 the whole picture's: own (N,h,w) -> (1,1,h*w). Where regions overlap the heaviest
-    wins, and of equally heavy ones the smallest."""
-    cells = torch.zeros(own.shape[1:], dtype=torch.long)
+def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
+    """One text number per cell: its topmost region's, 1..N, or 0, the whole image's. (N,h,w)
+    boolean -> (1,1,h*w)."""
+    cells = torch.zeros(inside.shape[1:], dtype=torch.long)
     for k in stacked(regions):
-        cells[own[k]] = k + 1
+        cells[inside[k]] = k + 1
     return cells.flatten()[None, None]
 
 
-# --- rows of one step through the network ----------------------------------------------------------------------------
+# --- rows of one step through the network ---------------------------------------------------------
 
 
 class _Rows:
-    """Runs rows of several texts, each with the cells of one pass, for every image of a batch: all at once as far as memory
-    goes. What attention makes of the texts is computed once."""
+    """Runs the rows of all passes, for every image of a batch: at once, as far as memory allows.
+    The attention's keys and values of the texts are computed once."""
 
-    def __init__(self, sd, texts: Sequence[list[str]], passes: Sequence[int], size: Grid, tell: Tell | None):
-        self.sd, self.passes, self.known, self.tell = (
-            sd,
-            torch.tensor(passes),
-            {},
-            tell or (lambda passes: None),
-        )
-        unique = sorted({(text, k if tell else 0) for row, k in zip(texts, passes) for text in row})
-        self.tell([k for _, k in unique])
-        states = dict(zip(unique, sd.encode_prompt([text for text, _ in unique])))
-        self.tell([])
-        context = [
-            torch.stack([states[text, k if tell else 0] for text in row]) for row, k in zip(texts, passes)
-        ]
+    def __init__(self, sd: Model, rows: Sequence[Row], size: Grid, adapters: Adapters | None):
+        self.sd = sd
+        self.passes = torch.tensor([k for _, k in rows])
+        self.adapters = Adapters() if adapters is None else adapters
+        self.known: dict[int, list[tuple[Tensor, Tensor, TextKV]]] = {}
+        # With adapters a text's states may differ from pass to pass.
+        keys = [[(text, 0 if adapters is None else k) for text in texts] for texts, k in rows]
+        unique = sorted({key for row in keys for key in row})
+        with self.adapters.rows([k for _, k in unique]):
+            states = dict(zip(unique, sd.encode_prompt([text for text, _ in unique])))
+        context = torch.stack([torch.stack([states[key] for key in row]) for row in keys])
         self.context = (
-            torch.stack(context) if len(texts[0]) > 1 else torch.cat(context)
+            context if context.shape[1] > 1 else context[:, 0]
         )  # (rows, R, 77, D), or (rows, 77, D)
-        cells = size[0] * size[1]
-        pictures = sd.batch_size(CELL * size[0], CELL * size[1])  # each of two rows
-        self.limit = max(2 * pictures, ROWS_AT_ONCE // cells if sd.device.type == "cpu" else 0)
+        images = sd.batch_size(CELL * size[0], CELL * size[1])  # two rows each
+        at_once = ROWS_AT_ONCE // (size[0] * size[1]) if sd.device.type == "cpu" else 0
+        self.limit = max(2 * images, at_once)
 
-    def parts(self, n: int) -> list[tuple[Tensor, Tensor, dict]]:
-        """(rows, images, keys of their texts) of each pass through the network, for n images."""
+    def parts(self, n: int) -> list[tuple[Tensor, Tensor, TextKV]]:
+        """(rows, images, the rows' keys and values) of each evaluation of the network, for n
+        images."""
         if n not in self.known:
-            self.tell(self.passes.tolist())
-            each = self.sd.unet.keys(self.context)
-            row, image = torch.arange(len(self.context) * n) // n, torch.arange(len(self.context) * n) % n
-            self.known = {
-                n: [
-                    (r, b, {m: (k[r.to(k.device)], v[r.to(v.device)]) for m, (k, v) in each.items()})
-                    for r, b in zip(row.split(self.limit), image.split(self.limit))
-                ]
-            }
+            with self.adapters.rows(self.passes.tolist()):
+                text_kv = self.sd.unet.text_kv(self.context)
+            numbers = torch.arange(len(self.context) * n)
+            self.known = {n: []}
+            for part in numbers.split(self.limit):
+                row = part // n
+                kv = {m: (k[row.to(k.device)], v[row.to(v.device)]) for m, (k, v) in text_kv.items()}
+                self.known[n].append((row, part % n, kv))
         return self.known[n]
 
-    def __call__(self, x: Tensor, t: int | float, ways: Ways) -> Tensor:
-        """Latents (B,4,h,w) and each pass's cells, (passes, B or 1, h*w) a grid -> every row's eps (rows,B,4,h,w). No cells:
-        there is one text a row."""
+    def __call__(self, x: Tensor, t: int | float, cells: Halves) -> Tensor:
+        """Latents (B,4,h,w) and each pass's cells, (passes, B or 1, h*w) for each grid -> every
+        row's eps (rows,B,4,h,w). Without cells each row has one text."""
         out = []
-        for r, b, keys in self.parts(len(x)):
-            chosen = []
-            for way in ways:
-                chosen.append(
-                    {
-                        grid: c[self.passes[r], b if c.shape[1] > 1 else 0].to(x.device)
-                        for grid, c in way.items()
-                    }
-                )
-            region = tuple(chosen) if len(chosen) == 2 else chosen[0] if chosen else None
-            mine = x[b.to(x.device)]
-            self.tell(self.passes[r].tolist())
-            out.append(eps_from_output(self.sd.unet(mine, t, keys, region=region), mine, t, self.sd.schedule))
-        self.tell([])  # whoever else runs the network, such as a refine, has it plain
+        for row, image, text_kv in self.parts(len(x)):
+            passes = self.passes[row]
+            halves = [
+                {grid: c[passes, image if c.shape[1] > 1 else 0].to(x.device) for grid, c in half.items()}
+                for half in cells
+            ]
+            region = tuple(halves) if len(halves) == 2 else next(iter(halves), None)
+            latents = x[image.to(x.device)]
+            with self.adapters.rows(passes.tolist()):
+                output = self.sd.unet(latents, t, text_kv, region=region)
+            out.append(eps_from_output(output, latents, t, self.sd.schedule))
         return torch.cat(out).unflatten(0, (len(self.context), len(x)))

@@ -1,49 +1,415 @@
-"""Initial noise optimisation (InitNO: Guo et al., CVPR 2024, arXiv 2404.04650): noise that attends to every subject.
+"""InitNO: a seed's noise optimised from attention maps (Guo et al., CVPR 2024, arXiv 2404.04650).
 
-One look at where the network attends at the very first timestep tells much of which subjects a picture will have. InitNO
-shifts and scales a seed's noise, x = noise * exp(log_var / 2) + mu, by gradient descent on the losses of noise/losses.py,
-while KL(N(mu, exp(log_var)) || N(0, 1)) keeps x what the network knows as noise. After a round of steps without
-success it begins again from fresh noise.
+Where the network attends at the very first timestep largely determines which subjects an image will
+show. InitNO shifts and scales a seed's noise by gradient descent on the losses of noise/losses.py,
 
-`variant="official"` does what the published program does (rounds from fresh noise, KL projected after every step, a
-longer last try from the best round's noise), `variant="paper"` what the paper's text says (KL inside the objective, the
-best of the rounds). One departure: a round that succeeds is kept, even where a failed one had scored below it.
+    x = noise * exp(log_var / 2) + mu,
 
-`attention_scores` is our cheaper cousin: rank seeds by the same look and take the best.
+while KL(N(mu, exp(log_var)) || N(0, 1)) keeps x close to what the network knows as noise. After a
+round of steps without success it begins again from fresh noise.
+
+`variant="official"` does what the published program does: rounds from fresh noise, KL projected
+after every step, and a longer last try from the best round's noise. `variant="paper"` does what the
+paper's text says: KL inside the objective, and the best of the rounds. One departure: a successful
+round is always kept, even if an earlier failed round reached a lower loss.
+
+`optimize` is one image, from top to bottom. `optimize_batch` does the same for many at once.
+`attention_scores` only ranks seeds by the same losses, which is cheaper.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minsd.guidance import Model
 from minsd.noise import losses
 from minsd.noise.initial import noise as draw_noise
+from minsd.noise.losses import Subjects
 from minsd.samplers.random import generators
 
-Subjects = str | Sequence[str | int] | None  # as `losses.resolve` takes them
-CROSS_LIMIT = 0.2  # the response loss below which a noise will do
-MASK = 0.5  # the conflict counts only once every subject is attended to at least this little
-KL_TURNS = 20_000  # of the projection, at most (the original has no bound; 705 have been seen)
+CROSS_LIMIT = 0.2  # a noise is good enough if its response loss is below this
+MASK = 0.5  # official variant: ignore the conflict loss while the response loss exceeds this
+KL_TURNS = 20_000  # most steps of one projection (the original has no bound; up to 705 were needed)
+
+
+def optimize(
+    sd: Model,
+    prompt: str,
+    subjects: Subjects,
+    seed: int,
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    karras: bool = False,
+    height: int | None = None,
+    width: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> "Result":
+    """A seed's noise, optimised until the prompt's subjects are attended to.
+
+    `subjects`: words of the prompt or token indices (0 is the start token), or None for the last
+    word of each of its parts. `steps`, `sampler` and `karras` are those of the run to come, whose
+    first timestep they determine. `height` and `width` are in pixels. `settings`: see `Settings`.
+    `progress(message)` follows it: "round 2/5 step 7/10 cross 0.31 self 0.22".
+
+    ValueError, before any network runs, for wrong settings and subjects that cannot be found. If a
+    loss or gradient is not finite, the result is the seed's plain noise, with a note.
+    """
+    how = Settings(**settings)
+    [generator] = generators([seed])
+    evaluate = Evaluator(sd, [prompt], [subjects], how, steps, sampler, karras)
+    shape = _latent_shape(sd, height, width)
+    row = torch.zeros(1, dtype=torch.long, device=sd.device)  # of a batch of one
+    x = best = z = torch.randn(shape, generator=generator)[None]  # the seed's own noise
+    best_score = math.inf
+    result = Result(z)
+    for turn in range(1, how.tries + 1):
+        if turn > how.rounds:  # the official variant's last try
+            z = best
+        elif turn > 1:
+            z = torch.randn(shape, generator=generator)[None]
+        gaussian = Gaussians(z.to(sd.device, evaluate.dtype), how.lr)
+        for step in range(how.updates(turn) + 1):
+            x = gaussian.apply(row)
+            [found], gradient = evaluate(x, row)
+            result.record(found, min(turn, how.rounds))
+            if not found.finite:
+                return result.failed(seed, sd.dtype)
+            if progress is not None:
+                progress(how.message(turn, step, found))
+            if found.met:
+                return result.ended(x, True)
+            if step < how.updates(turn):
+                gaussian.descend(row, gradient, how)
+            elif found.score < best_score:
+                best_score = found.score
+                best = z if how.official else x
+    return result.ended(x if how.official else best, False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of InitNO. ValueError for those that make no sense."""
+
+    variant: str = "official"  # or "paper"
+    rounds: int = 5  # from fresh noise; 0 leaves the seed's noise as it is
+    round_steps: int = 10  # UNet evaluations per round
+    last_steps: int = 50  # updates of the official variant's last try
+    lr: float = 1e-2
+    cross_limit: float = CROSS_LIMIT
+    conflict_limit: float | None = None  # None: the model's own
+    kl_limit: float = 1e-3  # the official variant's bound on the KL divergence
+    kl_weight: float = 500.0  # the paper's weight of the KL divergence
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("official", "paper"):
+            raise ValueError(f"no variant is called {self.variant!r}; choose official or paper")
+        if self.rounds < 0 or self.round_steps < 1 or self.last_steps < 0:
+            raise ValueError(
+                "rounds and last_steps must be 0 or more and round_steps 1 or more, not "
+                f"{self.rounds}, {self.last_steps} and {self.round_steps}"
+            )
+
+    @property
+    def official(self) -> bool:
+        return self.variant == "official"
+
+    @property
+    def tries(self) -> int:
+        """The rounds, and the official variant's last try after them."""
+        return self.rounds + self.official if self.rounds else 0
+
+    def updates(self, turn: int) -> int:
+        """Updates of the noise in try `turn`, counted from 1. One more evaluation follows them."""
+        return self.last_steps if turn > self.rounds else self.round_steps - 1
+
+    def message(self, turn: int, step: int, found: "Evaluation") -> str:
+        """Progress in words: an image's losses in try `turn`, after `step` updates."""
+        where = f"round {turn}/{self.rounds} step {step + 1}/{self.round_steps}"
+        if turn > self.rounds:
+            where = f"last try step {step + 1}/{self.last_steps}"
+            if step == self.last_steps:
+                where = "last try, end"
+        return f"{where} cross {found.cross:.2f} self {found.conflict:.2f}"
 
 
 @dataclass
 class Result:
-    """One image's optimised noise, and how it went."""
+    """One image's optimised noise, and how the optimisation went."""
 
     noise: Tensor  # (1, 4, h, w) on the CPU
-    success: bool  # the noise returned met both limits
-    rounds: int  # begun; the last try from the best round's noise is not counted
-    steps: int  # looks at the network, most with a gradient
-    losses: dict[str, dict[str, float]]  # "before" and "after" -> "cross" and "self"
+    success: bool = False  # this noise met both limits
+    rounds: int = 0  # rounds begun; the official variant's last try is not counted
+    steps: int = 0  # UNet evaluations, most with a backward pass
+    # "before" and "after" -> "cross" and "self"
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str | None = None  # what went wrong
+
+    def record(self, evaluation: "Evaluation", round: int) -> None:
+        """Count an evaluation, and keep its losses if they are finite."""
+        self.steps += 1
+        self.rounds = round
+        if evaluation.finite:
+            self.losses["after"] = {"cross": evaluation.cross, "self": evaluation.conflict}
+            self.losses.setdefault("before", self.losses["after"])
+
+    def ended(self, x: Tensor, success: bool) -> "Result":
+        """With the noise x (1,4,h,w) in which it ended."""
+        self.noise = x.cpu()
+        self.success = success
+        return self
+
+    def failed(self, seed: int, dtype: torch.dtype) -> "Result":
+        """With the seed's plain noise, a note and a warning, because something is not finite."""
+        self.note = (
+            f"the noise could not be optimised: the losses are not finite in {dtype}; "
+            "the seed's own noise is kept"
+        )
+        warnings.warn(f"seed {seed}: {self.note}", stacklevel=3)
+        return self
+
+
+class Evaluation(NamedTuple):
+    """Losses of one image at one noise."""
+
+    cross: float  # how little attention the most neglected subject gets
+    conflict: float  # how far the regions that subjects claim overlap
+    score: float  # of a round that ends here: the lower the better
+    met: bool  # both losses are below their limits
+    finite: bool  # losses and gradient
+
+
+class Evaluator:
+    """Losses and gradients of the images of a batch, at the first timestep of their run."""
+
+    def __init__(
+        self,
+        sd: Model,
+        prompts: Sequence[str],
+        subjects: Sequence[Subjects],
+        how: Settings,
+        steps: int | None = None,
+        sampler: str | None = None,
+        karras: bool = False,
+    ):
+        places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects)]
+        self.select = losses.selector(places).to(sd.device)  # (B, S, 77)
+        self.t = losses.listed_timesteps(sd, steps, sampler, karras)[0]
+        self.sd = sd
+        self.official = how.official
+        self.cross_limit = how.cross_limit
+        limit = how.conflict_limit
+        self.conflict_limit = sd.config.conflict_limit if limit is None else limit
+        self.dtype = torch.promote_types(sd.dtype, torch.float32)  # of noises and their gradients
+        self.context = sd.encode_prompt(prompts)  # (B, 77, D)
+
+    def __call__(self, x: Tensor, rows: Tensor) -> tuple[list[Evaluation], Tensor]:
+        """Evaluations of noises x (b,4,h,w) of images `rows`, and the loss's gradient (b,4,h,w)."""
+        select = self.select[rows]
+
+        def objective(look: losses.Look, part: Tensor) -> tuple[Tensor | None, Tensor]:
+            return self.loss(look, select[part])
+
+        values, gradient = losses.differentiate(self.sd, x, self.t, self.context[rows], select, objective)
+        finite = values.isfinite().all(dim=1) & gradient.flatten(1).isfinite().all(dim=1)
+        evaluations = []
+        for (cross, conflict, used, met, _), fine in zip(values.tolist(), finite.tolist()):
+            # Official: a round comes last if its response loss was too high to count the conflict.
+            score = cross + used + (self.official and used <= 1e-6)
+            evaluations.append(Evaluation(cross, conflict, score, bool(met), fine))
+        return evaluations, gradient
+
+    def loss(self, look: losses.Look, select: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The loss to descend (b,), None if all images meet their limits, and its parts (b,5)."""
+        some = select.any(dim=-1)  # (b, S)
+        cross = losses.cross_response(look.maps, some)
+        conflict = losses.self_conflict(look.claims, some)
+        used = conflict.where(cross <= MASK, 0.0) if self.official else conflict
+        loss = cross + used
+        if self.official:
+            loss = loss + losses.clean_background(look.maps, some)
+        met = (cross < self.cross_limit) & (conflict < self.conflict_limit)
+        values = torch.stack([cross, conflict, used, met.to(cross), loss], dim=1)
+        return None if met.all() else loss, values
+
+
+class Gaussians:
+    """The shift and scale of each image's noise, and Adam (Kingma & Ba 2015) with a state for each.
+
+    torch.optim.Adam has one step count for a whole batch, and moves images that should rest,
+    because their moments are not zero.
+    """
+
+    def __init__(self, noise: Tensor, lr: float, eps: float = 1e-3):
+        self.noise = noise  # (B, 4, h, w), of each image's current try
+        self.lr = lr
+        self.eps = eps
+        self.p = noise.new_zeros(len(noise), 2, *noise.shape[1:])  # (B, 2, 4, h, w): log_var, mu
+        self.first = torch.zeros_like(self.p)
+        self.second = torch.zeros_like(self.p)
+        self.count = noise.new_zeros(len(noise))
+
+    def restart(self, b: int, noise: Tensor) -> None:
+        """Begin again for image b, from noise (1,4,h,w)."""
+        self.noise[b] = noise[0]
+        for state in (self.p, self.first, self.second, self.count):
+            state[b] = 0
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """x (b,4,h,w) of images `rows`."""
+        log_var, mu = self.p[rows].unbind(1)
+        return self.noise[rows] * (0.5 * log_var).exp() + mu
+
+    def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """KL divergences (b,) of images `rows`, and their gradients (b,2,4,h,w)."""
+        log_var, mu = self.p[rows].unbind(1)
+        gradient = torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[0].numel()
+        return losses.kl_divergence(mu, log_var), gradient
+
+    def descend(self, rows: Tensor, gradient: Tensor, how: Settings) -> None:
+        """One update of images `rows`, given the loss's gradient (b,4,h,w) in x.
+
+        It also keeps the KL divergence small, in the way of the variant.
+        """
+        by_log_var = 0.5 * self.noise[rows] * (0.5 * self.p[rows, 0]).exp() * gradient
+        by_both = torch.stack([by_log_var, gradient], dim=1)  # (b, 2, 4, h, w)
+        if how.official:
+            self._adam(rows, by_both)
+            self.project(rows, how.kl_limit)
+        else:
+            self._adam(rows, by_both + how.kl_weight * self.kl(rows)[1])
+
+    def project(self, rows: Tensor, limit: float) -> None:
+        """Steps down the KL divergence alone, for each image until it is within the limit."""
+        for _ in range(KL_TURNS):
+            kl, gradient = self.kl(rows)
+            over = kl > limit
+            if not over.any():
+                return
+            rows = rows[over]
+            self._adam(rows, gradient[over])
+        warnings.warn(
+            f"the noise's KL divergence is still above {limit} after {KL_TURNS} steps", stacklevel=4
+        )
+
+    def _adam(self, rows: Tensor, gradient: Tensor, b1: float = 0.9, b2: float = 0.999) -> None:
+        self.count[rows] += 1
+        self.first[rows] = b1 * self.first[rows] + (1 - b1) * gradient
+        self.second[rows] = b2 * self.second[rows] + (1 - b2) * gradient**2
+        n = self.count[rows].view(-1, 1, 1, 1, 1)
+        spread = (self.second[rows] / (1 - b2**n)).sqrt() + self.eps
+        self.p[rows] -= self.lr * self.first[rows] / (1 - b1**n) / spread
+
+
+# --- many images at once -------------------------------------------------------------------------
+
+
+class _Image:
+    """One image of a batch: `optimize` as a state machine that advances once per evaluation."""
+
+    def __init__(self, generator: torch.Generator, shape: tuple[int, ...], how: Settings):
+        self.generator = generator
+        self.shape = shape
+        self.how = how
+        self.turn = 1
+        self.step = 0  # updates made in this try
+        self.z = self.draw()  # the noise that this try began from
+        self.best = self.z
+        self.best_score = math.inf
+        self.result = Result(self.z)
+        self.done = not how.tries
+
+    def draw(self) -> Tensor:
+        return torch.randn(self.shape, generator=self.generator)[None]
+
+    def end(self, x: Tensor, success: bool) -> None:
+        self.result.ended(x, success)
+        self.done = True
+
+    def move_on(self, found: Evaluation, x: Tensor) -> None:
+        """Act on the evaluation of its noise x (1,4,h,w).
+
+        Afterwards it is done, or `step` counts one more update, or at step 0 a new try begins at `z`.
+        """
+        how = self.how
+        if found.met:
+            self.end(x, True)
+        elif self.step < how.updates(self.turn):
+            self.step += 1
+        else:
+            if found.score < self.best_score:
+                self.best_score = found.score
+                self.best = self.z if how.official else x
+            if self.turn == how.tries:
+                self.end(x if how.official else self.best, False)
+                return
+            self.turn += 1
+            self.step = 0
+            self.z = self.best if self.turn > how.rounds else self.draw()
+
+
+def optimize_batch(
+    sd: Model,
+    prompts: Sequence[str],
+    subjects: Sequence[Subjects],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    karras: bool = False,
+    height: int | None = None,
+    width: int | None = None,
+    progress: Callable[[int, str], None] | None = None,
+    **settings: Any,
+) -> list[Result]:
+    """`optimize` for several images at once: one prompt, its subjects and one seed per image.
+
+    Each image succeeds, begins again and falls back on its own, whatever the others do.
+    `progress(b, message)` follows image b. Other arguments and errors as in `optimize`.
+    """
+    how = Settings(**settings)
+    if not len(prompts) == len(subjects) == len(seeds):
+        counts = f"{len(prompts)} prompts, {len(subjects)} subjects and {len(seeds)} seeds"
+        raise ValueError(f"give one prompt, its subjects and one seed per image, not {counts}")
+    shape = _latent_shape(sd, height, width)
+    images = [_Image(generator, shape, how) for generator in generators(seeds)]
+    evaluate = Evaluator(sd, prompts, subjects, how, steps, sampler, karras)
+    noise = torch.cat([image.z for image in images]).to(sd.device, evaluate.dtype)
+    gaussians = Gaussians(noise, how.lr)
+    active = [b for b, image in enumerate(images) if not image.done]
+    while active:
+        rows = torch.tensor(active, device=sd.device)
+        x = gaussians.apply(rows)
+        evaluations, gradient = evaluate(x, rows)
+        going = []  # positions in `active` of the images whose try goes on
+        for k, (b, found) in enumerate(zip(active, evaluations)):
+            image = images[b]
+            image.result.record(found, min(image.turn, how.rounds))
+            if not found.finite:
+                image.result.failed(seeds[b], sd.dtype)
+                image.done = True
+                continue
+            if progress is not None:
+                progress(b, how.message(image.turn, image.step, found))
+            image.move_on(found, x[k : k + 1])
+            if image.step and not image.done:
+                going.append(k)
+            elif not image.done:
+                gaussians.restart(b, image.z)
+        if going:
+            gaussians.descend(rows[going], gradient[going], how)
+        active = [b for b in active if not images[b].done]
+    return [image.result for image in images]
 
 
 def attention_scores(
-    sd,
+    sd: Model,
     prompt: str,
     subjects: Subjects,
     candidates: Sequence[int] | Tensor,
@@ -54,249 +420,28 @@ def attention_scores(
     height: int | None = None,
     width: int | None = None,
 ) -> list[float]:
-    """L_cross + L_self of each candidate at the first timestep: the lower, the better its picture's chances.
+    """Response plus conflict loss of each candidate at the first timestep: the lower the better.
 
-    `candidates` are seeds, or unit noises (K,4,h,w). No step is taken and nothing differentiated: one early-stopped
-    evaluation of the conditional branch each, many at once. Other arguments and ValueErrors as in `optimize`.
+    `candidates` are seeds, or unit noises (K,4,h,w). Each costs one early-stopped evaluation of the
+    conditional branch, without a gradient; many run at once. Other arguments and ValueErrors as in
+    `optimize`.
     """
-    select = losses.selector([losses.resolve(sd.text, prompt, subjects)])
+    select = losses.selector([losses.resolve(sd.text, prompt, subjects)]).to(sd.device)
     t = losses.listed_timesteps(sd, steps, sampler, karras)[0]
-    height, width = height or sd.config.size, width or sd.config.size
-    noise = (
-        candidates if isinstance(candidates, Tensor) else draw_noise(candidates, (4, height // 8, width // 8))
-    )
-    context, scores = sd.encode_prompt(prompt), []
+    noise = candidates
+    if not isinstance(noise, Tensor):
+        noise = draw_noise(noise, _latent_shape(sd, height, width))
+    context = sd.encode_prompt(prompt)
+    scores = []
     with torch.no_grad():
-        for x in noise.split(sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])):
-            wide = [y.expand(len(x), -1, -1) for y in (context, select.to(sd.device))]
-            seen = losses.look(sd.unet, x.to(sd.device), t, *wide)
-            scores.append(losses.cross_response(seen.maps) + losses.self_conflict(seen.claims))
+        size = sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])
+        for x in noise.split(size):
+            texts = context.expand(len(x), -1, -1)
+            look = losses.look(sd.unet, x.to(sd.device), t, texts, select.expand(len(x), -1, -1))
+            scores.append(losses.cross_response(look.maps) + losses.self_conflict(look.claims))
     return torch.cat(scores).tolist()
 
 
-def optimize(
-    sd,
-    prompt: str,
-    subjects: Subjects,
-    seed: int,
-    *,
-    progress: Callable[[str], None] | None = None,
-    **options,
-) -> Result:
-    """A seed's noise, optimised until the prompt's subjects are attended to.
-
-    `subjects`: words of the prompt or token indices (0 is the start token), or None to take the last word of each of its
-    parts. Options, progress messages and errors: see `optimize_batch`, of which this is a batch of one.
-    """
-    tell = None if progress is None else lambda b, message: progress(message)
-    return optimize_batch(sd, [prompt], [subjects], [seed], progress=tell, **options)[0]
-
-
-def optimize_batch(
-    sd,
-    prompts: Sequence[str],
-    subjects: Sequence[Subjects],
-    seeds: Sequence[int],
-    *,
-    steps: int | None = None,
-    sampler: str | None = None,
-    karras: bool = False,
-    height: int | None = None,
-    width: int | None = None,
-    variant: str = "official",
-    rounds: int = 5,
-    round_steps: int = 10,
-    last_steps: int = 50,
-    lr: float = 1e-2,
-    cross_limit: float = CROSS_LIMIT,
-    conflict_limit: float | None = None,
-    kl_limit: float = 1e-3,
-    kl_weight: float = 500.0,
-    progress: Callable[[int, str], None] | None = None,
-) -> list[Result]:
-    """One Result an image; each stops, begins again and falls back on its own, whatever the others of its batch do.
-
-    Prompts, subjects and seeds are lists of one length. `steps`, `sampler` and `karras` are those of the run to come: they
-    say which timestep is its first. Height and width in pixels. `conflict_limit` defaults to the model's. `kl_limit` bounds
-    the official variant's projection, `kl_weight` is the paper's. With 0 rounds a seed's noise comes back as it is.
-    `progress(b, message)` follows image b: "round 2/5 step 7/10 cross 0.31 self 0.22".
-
-    ValueError, before any network runs, for subjects that cannot be found. A loss or gradient that is not finite gives the
-    seed's plain noise, and a note.
-    """
-    if variant not in ("official", "paper"):
-        raise ValueError(f"no variant is called {variant!r}; choose official or paper")
-    if rounds < 0 or round_steps < 1 or last_steps < 0:
-        raise ValueError(
-            f"rounds and their steps are counts: not {rounds} rounds of {round_steps} steps, then {last_steps}"
-        )
-    if not len(prompts) == len(subjects) == len(seeds):
-        raise ValueError(
-            f"one prompt, its subjects and one seed an image: not {len(prompts)}, {len(subjects)} and {len(seeds)}"
-        )
-    official, limits = (
-        variant == "official",
-        (cross_limit, sd.config.conflict_limit if conflict_limit is None else conflict_limit),
-    )
-    select = losses.selector([losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects)]).to(
-        sd.device
-    )
-    t = losses.listed_timesteps(sd, steps, sampler, karras)[0]
-    wide = torch.promote_types(sd.dtype, torch.float32)
-    shape = (4, (height or sd.config.size) // 8, (width or sd.config.size) // 8)
-    images = [_Image(g, shape) for g in generators(seeds)]
-    noise = torch.cat([image.plain for image in images]).to(
-        sd.device, wide
-    )  # (B, 4, h, w), of each image's current round
-    if rounds == 0:
-        return [image.result(False) for image in images]
-    context = sd.encode_prompt(prompts)  # (B, 77, D)
-    gaussians = Gaussians(noise, lr)
-
-    def objective(seen: losses.Look, rows: Tensor):
-        some = select[live[rows]].any(dim=-1)  # (b, S)
-        cross, conflict = losses.cross_response(seen.maps, some), losses.self_conflict(seen.claims, some)
-        used = conflict.where(cross <= MASK, 0.0) if official else conflict
-        loss = cross + used + losses.clean_background(seen.maps, some) if official else cross + used
-        met = (cross < limits[0]) & (conflict < limits[1])
-        return None if met.all() else loss, torch.stack([cross, conflict, used, loss], dim=1)
-
-    active = list(range(len(images)))
-    while active:
-        live = torch.tensor(active, device=sd.device)
-        x = gaussians.apply(noise, live)
-        told, gradient = losses.differentiate(sd, x, t, context[live], select[live], objective)
-        finite = (told.isfinite().all(dim=1) & gradient.flatten(1).isfinite().all(dim=1)).tolist()
-        going = []  # places in `active`
-        for k, (b, (cross, conflict, *_)) in enumerate(zip(active, told.tolist())):
-            image = images[b]
-            image.looks += 1
-            if finite[k]:
-                image.seen["after"] = {"cross": cross, "self": conflict}
-                image.seen.setdefault("before", image.seen["after"])
-            else:
-                image.note = f"the noise could not be optimised: the losses are not finite in {sd.dtype}; the seed's own noise is kept"
-                warnings.warn(f"seed {seeds[b]}: {image.note}", stacklevel=2)
-                image.done = image.result(False)
-                continue
-            if cross < limits[0] and conflict < limits[1]:
-                image.done = image.result(True, x[k])
-            elif image.last and image.step == last_steps:
-                image.done = image.result(False, x[k])
-            else:
-                going.append(k)
-            if progress is not None:
-                length = last_steps if image.last else round_steps
-                where = "last try" if image.last else f"round {image.round}/{rounds}"
-                where += f" step {image.step + 1}/{length}" if image.step < length else ", its end"
-                progress(b, f"{where} cross {cross:.2f} self {conflict:.2f}")
-        if going:
-            rows = live[going]
-            gaussians.step(rows, gradient[going], noise, 0.0 if official else kl_weight)
-            if official:
-                gaussians.project(rows, kl_limit)
-        for k in going:
-            b, image, (cross, _, used, _) = active[k], images[active[k]], told[k].tolist()
-            image.step += 1
-            if image.last or image.step < round_steps:
-                continue
-            score = cross + used + (used <= 1e-6 if official else 0)
-            if (
-                score < image.score
-            ):  # the official variant returns to the noise drawn, the paper keeps what was made of it
-                image.score, image.best = score, noise[b].clone() if official else x[k]
-            if image.round < rounds:
-                noise[b] = image.draw().to(noise)[0]
-                image.round, image.step = image.round + 1, 0
-            elif official:
-                noise[b], image.last, image.step = image.best, True, 0
-            else:
-                image.done = image.result(False, image.best)
-            gaussians.reset(b)
-        active = [b for b in active if images[b].done is None]
-    return [image.done for image in images]
-
-
-@dataclass
-class _Image:
-    """Where one image of a batch is in its rounds."""
-
-    generator: torch.Generator
-    shape: tuple[int, ...]
-    round: int = 1
-    step: int = 0  # updates made in this round
-    last: bool = False  # the rounds have failed; this is the last try
-    looks: int = 0
-    score: float = math.inf  # of the best round so far
-    best: Tensor | None = None
-    seen: dict = field(default_factory=dict)
-    note: str | None = None
-    done: Result | None = None
-
-    def __post_init__(self):
-        self.plain = self.draw()  # the seed's own noise
-
-    def draw(self) -> Tensor:
-        return torch.randn(self.shape, generator=self.generator)[None]
-
-    def result(self, success: bool, x: Tensor | None = None) -> Result:
-        noise = self.plain if x is None else x[None].cpu()
-        return Result(noise, success, self.round if self.looks else 0, self.looks, self.seen, self.note)
-
-
-class Gaussians:
-    """The shift and scale of each image's noise, and Adam (Kingma & Ba 2015) with a state and step count for each.
-
-    torch.optim.Adam shares one count over a batch, and its moments with the images that should not move in a step.
-    """
-
-    def __init__(self, like: Tensor, lr: float, eps: float = 1e-3):
-        self.lr, self.eps = lr, eps
-        self.p = like.new_zeros(len(like), 2, *like.shape[1:])  # (B, 2, 4, h, w): log_var, mu
-        self.first, self.second, self.count = (
-            torch.zeros_like(self.p),
-            torch.zeros_like(self.p),
-            like.new_zeros(len(like)),
-        )
-
-    def reset(self, b: int) -> None:
-        for state in (self.p, self.first, self.second, self.count):
-            state[b] = 0
-
-    def apply(self, noise: Tensor, rows: Tensor) -> Tensor:
-        log_var, mu = self.p[rows].unbind(1)
-        return noise[rows] * (0.5 * log_var).exp() + mu
-
-    def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """KL divergences (b,) of rows and their gradients (b,2,4,h,w)."""
-        log_var, mu = self.p[rows].unbind(1)
-        return losses.kl_divergence(mu, log_var), torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[
-            0
-        ].numel()
-
-    def step(self, rows: Tensor, gradient: Tensor, noise: Tensor, kl_weight: float) -> None:
-        """One step down a loss whose gradient in x is given, plus kl_weight times the KL divergence."""
-        by_log_var = 0.5 * noise[rows] * (0.5 * self.p[rows, 0]).exp() * gradient
-        self._adam(rows, torch.stack([by_log_var, gradient], dim=1) + kl_weight * self.kl(rows)[1])
-
-    def project(self, rows: Tensor, limit: float) -> None:
-        """Steps on the KL divergence alone, for each image while it is above the limit."""
-        for _ in range(KL_TURNS):
-            kl, gradient = self.kl(rows)
-            over = kl > limit
-            if not over.any():
-                return
-            rows = rows[over]
-            self._adam(rows, gradient[over])
-        warnings.warn(
-            f"the noise's KL divergence is still above {limit} after {KL_TURNS} steps; left there",
-            stacklevel=3,
-        )
-
-    def _adam(self, rows: Tensor, gradient: Tensor, b1: float = 0.9, b2: float = 0.999) -> None:
-        self.count[rows] += 1
-        self.first[rows] = b1 * self.first[rows] + (1 - b1) * gradient
-        self.second[rows] = b2 * self.second[rows] + (1 - b2) * gradient**2
-        n = self.count[rows].view(-1, 1, 1, 1, 1)
-        spread = (self.second[rows] / (1 - b2**n)).sqrt() + self.eps
-        self.p[rows] -= self.lr * self.first[rows] / (1 - b1**n) / spread
+def _latent_shape(sd: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """One image's latents at height x width pixels (None: the model's size)."""
+    return 4, (height or sd.config.size) // 8, (width or sd.config.size) // 8

@@ -1,132 +1,162 @@
-"""Layouts: a caption for the whole picture, and one for each region of it. Read, checked and drawn here, without a model.
+"""Layouts: a caption for the whole image, and one for each of its regions. Read, checked, previewed.
 
-Two forms are read. A `layout.json`, whose keys `load` lists; and the folder that NoiseCollage's program takes (Shirakawa
-& Uchida, CVPR 2024, arXiv 2403.03485): PALL/ for the whole picture, P000/, P001/ ... for regions, each with a caption file
-and all but PALL with a mask. Only numpy and Pillow are needed, so that mistakes are found before anything heavy is imported.
+Two forms are read: a `layout.json`, whose keys are listed at `load`, and the folder that
+NoiseCollage's program takes (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): PALL/ for the whole
+image and P000/, P001/ ... for the regions, each with a caption file and all but PALL with a mask.
+Only numpy and Pillow are needed, so that mistakes are found before anything heavy is imported.
+
+    layout = load("layout.json")     # reads the files, masks included; they are not read again
+    sized = layout.sized(512, 512)   # each region's pixels on an image of that size
 """
 
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-CELL = 8  # pixels a side of a latent cell
+from minsd.config import CELL, check_size
+
+CROP_MARGIN_MOST = 1000.0  # the largest crop margin (noise/collage.py), in sides of a region's box
 TOP_KEYS = ("prompt", "negative_prompt", "width", "height", "regions")
 REGION_KEYS = ("prompt", "box", "mask", "negative_prompt", "weight", "lora", "control_image", "control_scale")
 CAPTIONS = ("self_caption.json", "blip_caption.json")
 MASKS = ("bbox_mask_image.png", "mask_image.png")
 CONTROLS = ("pose_image.png", "sketch_image.png", "canny_image.png")
-COLOURS = (
-    "#d62728",
-    "#1f77b4",
-    "#2ca02c",
-    "#ff7f0e",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#17becf",
-)  # of a preview's regions
+# The colours of a preview's regions.
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1: fractions if all are <= 1, else pixels
+LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the picture with its own caption: a box or a mask. `lora`, `control_image` and `control_scale` are for
-    adapters and ControlNet."""
+    """A part of the image with its own caption: a box or a mask."""
 
     prompt: str
-    box: tuple[float, float, float, float] | None = (
-        None  # x0, y0, x1, y1 as given: fractions when all are <= 1, else pixels
-    )
-    mask: Path | None = None  # a picture, white inside
+    box: Box | None = None  # as given
+    mask: Path | None = None  # an image, white inside
     negative_prompt: str = ""
     weight: float = 1.0
-    lora: tuple[tuple[Path, float], ...] = ()  # files and scales
+    lora: tuple[LoRAReference, ...] = ()
     control_image: Path | None = None
-    control_scale: float | None = None  # left out: 1
-    drawn: np.ndarray | None = field(
-        default=None, repr=False, compare=False
-    )  # the mask as its file has it, boolean
-    pixels: np.ndarray | None = field(
-        default=None, repr=False, compare=False
-    )  # (height, width) boolean, once the size is known
+    control_scale: float | None = None  # None: 1
+    # The mask as its file had it, boolean.
+    mask_pixels: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class SizedRegion(Region):
+    """A region on an image of known size."""
+
+    # (height, width) boolean, read-only.
+    pixels: np.ndarray = field(kw_only=True, repr=False, compare=False)
 
     @property
     def bounds(self) -> tuple[int, int, int, int]:
-        """x0, y0, x1, y1 of the smallest box around the region, pixels, the last two exclusive."""
-        rows, columns = np.flatnonzero(self.pixels.any(1)), np.flatnonzero(self.pixels.any(0))
-        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        """x0, y0, x1, y1 of the smallest box around the region, in pixels, x1 and y1 exclusive."""
+        return _bounds(self.pixels)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Captions and regions. Width and height (pixels) may be open, for the model to say: `sized` settles them. `notes`
-    say what was done to the input that its author may not expect."""
+    """Captions and regions, as read. Width and height (pixels) may be open, for the model to
+    decide."""
 
     prompt: str
     regions: tuple[Region, ...] = ()
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
-    control_image: Path | None = None  # the whole picture's, of the folder form
-    notes: tuple[str, ...] = ()
-    source: str = field(default="", compare=False)  # "layout.json: ", how errors begin
+    control_image: Path | None = None  # the whole image's, in the folder form
+    source: str = field(default="", compare=False)  # "layout.json: ", the beginning of errors
 
     @property
     def control_images(self) -> list[Path | None]:
-        """The whole picture's, and each region's."""
+        """The whole image's, then each region's."""
         return [self.control_image, *(region.control_image for region in self.regions)]
 
-    def sized(self, width: int, height: int) -> "Layout":
-        """This layout on a picture of width x height pixels, multiples of 8: every region's `pixels` drawn.
+    def sized(self, width: int, height: int) -> "SizedLayout":
+        """This layout on an image of width x height pixels, multiples of 8.
 
-        ValueError for boxes that leave the picture and for regions that fill no latent cell by half.
+        ValueError for boxes that leave the image and for regions that do not fill half of any
+        latent cell.
         """
-        for name, value in (("width", width), ("height", height)):
-            if value > 16384:
-                raise ValueError(
-                    f"{self.source}the layout's {name} must be at most 16384 pixels, not {value}"
-                )
-            if value < CELL or value % CELL:
-                raise ValueError(
-                    f"{self.source}the layout's {name} must be a positive multiple of {CELL}, not {value}"
-                )
-        notes, regions = list(self.notes), []
+        try:
+            check_size(height, width)
+        except ValueError as error:
+            raise ValueError(f"{self.source}the layout's {error}") from None
+        regions = []
+        notes = []
         for k, region in enumerate(self.regions, 1):
-            if region.drawn is None:
-                pixels = _box_pixels(region.box, width, height, f"{self.source}region {k}: ")
-            elif region.drawn.shape == (height, width):
-                pixels = region.drawn.copy()
+            where = f"{self.source}region {k}"
+            mask = region.mask_pixels
+            if mask is None:
+                pixels = _box_pixels(region.box, width, height, f"{where}: ")
+            elif mask.shape == (height, width):
+                pixels = mask.copy()
             else:
-                had = f"{region.drawn.shape[1]}x{region.drawn.shape[0]}"
+                size = f"{mask.shape[1]}x{mask.shape[0]}"
                 notes.append(
-                    f"region {k}: its mask of {had} pixels was resized to the picture's {width}x{height}"
+                    f"region {k}: its mask of {size} pixels was resized to the image's {width}x{height}"
                 )
-                pixels = np.array(
-                    Image.fromarray(region.drawn).resize((width, height), Image.Resampling.NEAREST)
-                )
-            _check_filled(pixels, region.box, f"{self.source}region {k}")
+                resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+                pixels = np.array(resized)
+            _check_filled(pixels, region.box, where)
             pixels.flags.writeable = False
-            regions.append(replace(region, pixels=pixels))
-        return replace(
-            self, width=width, height=height, regions=tuple(regions), notes=tuple(dict.fromkeys(notes))
-        )
+            regions.append(SizedRegion(**_values(region, Region), pixels=pixels))
+        given = _values(self, Layout) | {"regions": tuple(regions), "width": width, "height": height}
+        return SizedLayout(**given, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class SizedLayout(Layout):
+    """A layout on an image of known size. `notes` report changes to the input that its author may
+    not expect."""
+
+    regions: tuple[SizedRegion, ...] = ()
+    width: int = field(kw_only=True)
+    height: int = field(kw_only=True)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of a layout.json for this layout. File names are absolute. The folder form's
+        control image for the whole image has no key there."""
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "width": self.width,
+            "height": self.height,
+            "regions": [_region_json(region) for region in self.regions],
+        }
+
+
+def ensure_sized(layout: Layout, default: int) -> SizedLayout:
+    """The layout itself if it is sized, else on an image of its own size or, where it has none, a
+    square of `default` pixels."""
+    if isinstance(layout, SizedLayout):
+        return layout
+    return layout.sized(layout.width or default, layout.height or default)
 
 
 def load(source: str | Path | dict) -> Layout:
-    """A layout from a layout.json, a folder of the published form, or what a layout.json would hold.
+    """A layout from a layout.json, a folder of the published form, or the contents of a layout.json.
 
         {"prompt": "two shapes", "negative_prompt": "", "width": 512, "height": 512,
-         "regions": [{"prompt": "a red circle", "box": [0, 0, 0.5, 1], "negative_prompt": "", "weight": 1.0, "lora": ["FILE:0.8"],
-                      "control_image": "edges.png", "control_scale": 1.0},
+         "regions": [{"prompt": "a red circle", "box": [0, 0, 0.5, 1], "negative_prompt": "", "weight": 1.0,
+                      "lora": ["FILE:0.8"], "control_image": "edges.png", "control_scale": 1.0},
                      {"prompt": "a blue square", "mask": "square.png"}]}
 
-    Only the prompts, and a box or a mask for each region, must be there. Without width and height the model's own size is
-    taken. A region's negative prompt, left out, is the picture's. File names count from where the layout.json is.
-    ValueError or FileNotFoundError, in one line, for all else.
+    Only the prompts, and a box or a mask for each region, are required. Without width and height
+    the image has the model's own size. A region's negative prompt defaults to the image's. File
+    names are relative to the layout.json. ValueError or FileNotFoundError, in one line, for
+    anything else; where the size is given, regions that do not fit it are found here too.
     """
     if isinstance(source, dict):
         return _from_dict(source, Path(), "the layout: ")
@@ -137,147 +167,209 @@ def load(source: str | Path | dict) -> Layout:
 
 
 def coverage(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """The share of each cell (a square of `cell` pixels, cut at the picture's end) inside a mask (H,W) -> (h,w) float64."""
-    high, wide = -(-pixels.shape[0] // cell), -(-pixels.shape[1] // cell)
+    """The fraction of each cell (a square of `cell` pixels, cut at the image's edge) inside a mask
+    (H,W) -> (h,w) float64."""
+    high, wide = (-(-n // cell) for n in pixels.shape)
     padded = np.zeros((high * cell, wide * cell))
     padded[: pixels.shape[0], : pixels.shape[1]] = pixels
     rows, columns = (np.minimum(cell, n - cell * np.arange(m)) for n, m in zip(pixels.shape, (high, wide)))
     return padded.reshape(high, cell, wide, cell).sum((1, 3)) / np.outer(rows, columns)
 
 
-def preview(layout: Layout, size: int = 512) -> Image.Image:
-    """The layout drawn: every region's outline and caption, its latent cells shaded by how far it fills them, and below a
-    line each on its place and share of the picture. `size`: the picture's sides where the layout leaves them open."""
-    if layout.width is None:
-        layout = layout.sized(size, size)
-    scale = max(1, round(640 / max(layout.width, layout.height)))
-    wide, high = scale * layout.width, scale * layout.height
-    shade, colours = np.full((high, wide, 3), 255.0), []
-    for k, region in enumerate(layout.regions):
-        colours.append(colour := COLOURS[k % len(COLOURS)])
-        filled = (
-            coverage(region.pixels, CELL).repeat(scale * CELL, 0).repeat(scale * CELL, 1)[..., None]
-        )  # (H, W, 1)
-        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-        shade += 0.3 * filled * (rgb - shade)
-    union = np.any([r.pixels for r in layout.regions], axis=0) if layout.regions else np.zeros(1, bool)
-    twice = np.sum([r.pixels for r in layout.regions], axis=0) > 1 if layout.regions else union
-    lines = [("black", f"0  {layout.prompt!r}, the whole picture, {layout.width}x{layout.height}")]
-    for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
-        x0, y0, x1, y1 = region.bounds
-        kind = "box" if region.mask is None else "mask within"
-        what = f"{k}  {region.prompt!r}, {kind} {x0},{y0} to {x1},{y1}, {100 * region.pixels.mean():.1f} %"
-        what += f", weight {region.weight:g}" * (
-            region.weight != 1
-        ) + f", not {region.negative_prompt!r}" * bool(region.negative_prompt)
-        lines.append((colour, what))
-    lines.append(
-        (
-            "black",
-            f"outside every region {100 * (1 - union.mean()):.1f} %, in more than one {100 * twice.mean():.1f} %",
-        )
-    )
-    lines += [("black", note) for note in layout.notes]
+def split_scale(text: str) -> LoRAReference:
+    """ "style.safetensors:0.8" -> the file and 0.8 (1 where no scale is given)."""
+    m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
+    try:
+        if m is None:
+            raise ValueError
+        return Path(m[1]), 1.0 if m[2] is None else float(m[2])
+    except ValueError:
+        raise ValueError(
+            f"a LoRA is given as FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}"
+        ) from None
 
-    text = [
-        (colour, line.encode("latin-1", "replace").decode("latin-1")) for colour, line in lines
-    ]  # what any font has
-    out = Image.new("RGB", (max(wide, 480), high + 16 * len(text) + 8), "white")
-    out.paste(Image.fromarray(shade.round().astype(np.uint8)))
+
+def join_scale(path: Path, scale: float) -> str:
+    """The inverse of `split_scale`."""
+    return f"{path}:{scale}"
+
+
+# --- preview --------------------------------------------------------------------------------------
+
+
+def preview(layout: Layout, size: int = 512) -> Image.Image:
+    """The layout drawn: every region's outline and caption, and its latent cells shaded by the
+    fraction that it fills. Below, a line of text per region. `size`: the image's sides in pixels
+    where the layout leaves them open."""
+    layout = ensure_sized(layout, size)
+    scale = max(1, round(640 / max(layout.width, layout.height)))
+    high = scale * layout.height
+    wide = scale * layout.width
+    colours = [COLOURS[k % len(COLOURS)] for k in range(len(layout.regions))]
+    lines = _legend(layout, colours)
+    out = Image.new("RGB", (max(wide, 480), high + 16 * len(lines) + 8), "white")
+    out.paste(_shading(layout, colours, scale))
     pen = ImageDraw.Draw(out)
     pen.rectangle((0, 0, wide - 1, high - 1), outline="black")
     for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
-        edge = np.pad(region.pixels, 1).repeat(scale, 0).repeat(scale, 1)
-        inner = edge.copy()
-        for axis in (0, 1):
-            for step in (-2, 2):
-                inner &= np.roll(edge, step, axis)
-        rim = (edge & ~inner)[scale:-scale, scale:-scale]
-        out.paste(colour, (0, 0), Image.fromarray(rim))
+        out.paste(colour, (0, 0), _outline(region, scale))
         x0, y0, *_ = region.bounds
-        caption = f"{k} {region.prompt}".encode("latin-1", "replace").decode("latin-1")
-        pen.text((scale * x0 + 5, scale * y0 + 4), caption, fill=colour)
-    for i, (colour, line) in enumerate(text):
-        pen.text((4, high + 4 + 16 * i), line, fill=colour)
+        pen.text((scale * x0 + 5, scale * y0 + 4), _printable(f"{k} {region.prompt}"), fill=colour)
+    for i, (colour, line) in enumerate(lines):
+        pen.text((4, high + 4 + 16 * i), _printable(line), fill=colour)
     return out
 
 
-# --- regions' pixels -------------------------------------------------------------------------------------------------
+def _printable(text: str) -> str:
+    """The text in characters that any font has."""
+    return text.encode("latin-1", "replace").decode("latin-1")
 
 
-def _in_fractions(box) -> bool:
+def _shading(layout: SizedLayout, colours: list[str], scale: int) -> Image.Image:
+    shade = np.full((scale * layout.height, scale * layout.width, 3), 255.0)
+    for region, colour in zip(layout.regions, colours):
+        filled = coverage(region.pixels, CELL).repeat(scale * CELL, 0).repeat(scale * CELL, 1)  # (H, W)
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        shade += 0.3 * filled[..., None] * (rgb - shade)
+    return Image.fromarray(shade.round().astype(np.uint8))
+
+
+def _outline(region: SizedRegion, scale: int) -> Image.Image:
+    """The region's edge, two pixels wide on its own side, as a mask at the preview's scale."""
+    inside = np.pad(region.pixels, 1).repeat(scale, 0).repeat(scale, 1)
+    inner = inside.copy()
+    for axis in (0, 1):
+        for step in (-2, 2):
+            inner &= np.roll(inside, step, axis)
+    return Image.fromarray((inside & ~inner)[scale:-scale, scale:-scale])
+
+
+def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
+    """(colour, text) of the lines below a preview."""
+    lines = [("black", f"0  {layout.prompt!r}, the whole picture, {layout.width}x{layout.height}")]
+    times = np.zeros((layout.height, layout.width), int)  # in how many regions each pixel lies
+    for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
+        times += region.pixels
+        x0, y0, x1, y1 = region.bounds
+        kind = "box" if region.mask is None else "mask within"
+        line = f"{k}  {region.prompt!r}, {kind} {x0},{y0} to {x1},{y1}, {100 * region.pixels.mean():.1f} %"
+        if region.weight != 1:
+            line += f", weight {region.weight:g}"
+        if region.negative_prompt:
+            line += f", not {region.negative_prompt!r}"
+        lines.append((colour, line))
+    outside = 100 * (1 - np.mean(times > 0))
+    shared = 100 * np.mean(times > 1)
+    lines.append(("black", f"outside every region {outside:.1f} %, in more than one {shared:.1f} %"))
+    return lines + [("black", note) for note in layout.notes]
+
+
+# --- regions' pixels ------------------------------------------------------------------------------
+
+
+def _values(value: Region | Layout, kind: type[Region] | type[Layout]) -> dict[str, Any]:
+    """The fields that a region or layout has in common with `kind`, by name."""
+    return {f.name: getattr(value, f.name) for f in fields(kind)}
+
+
+def _bounds(pixels: np.ndarray) -> tuple[int, int, int, int]:
+    rows = np.flatnonzero(pixels.any(1))
+    columns = np.flatnonzero(pixels.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _in_fractions(box: Sequence[float]) -> bool:
     return max(box) <= 1
 
 
-def _hint(box) -> str:
-    """What to add where a box fails that may have been meant in fractions."""
+def _hint(box: Sequence[float] | None) -> str:
+    """An addition to the error of a box that may have been meant in fractions."""
     if box is None or _in_fractions(box) or all(v == int(v) for v in box):
         return ""
     return "; a number above 1 makes all four of a box pixels: fractions are 0 to 1"
 
 
-def _check_box(box, width: int | None, height: int | None, where: str) -> None:
-    """What is wrong with a box in fractions can be seen before the picture's size is known, and most with one in pixels."""
-    wide, high, inside = (
-        width or math.inf,
-        height or math.inf,
-        f"a picture of {width}x{height} pixels" if width else "the picture",
-    )
+def _check_box(box: Sequence[float], width: int | None, height: int | None, where: str) -> None:
+    """ValueError for a box that no image has; of a box in pixels, with width and height, for one
+    that leaves the image."""
+    x_most = math.inf if width is None else width
+    y_most = math.inf if height is None else height
+    inside = "the image" if width is None else f"an image of {width}x{height} pixels"
     if _in_fractions(box):
-        wide, high, inside = 1, 1, "fractions 0 to 1"
+        x_most = y_most = 1
+        inside = "fractions 0 to 1"
     x0, y0, x1, y1 = box
-    if not (0 <= x0 < x1 <= wide and 0 <= y0 < y1 <= high):
+    if not (0 <= x0 < x1 <= x_most and 0 <= y0 < y1 <= y_most):
         raise ValueError(
-            f"{where}the box {list(box)} must have 0 <= x0 < x1 and 0 <= y0 < y1 and lie inside {inside}{_hint(box)}"
+            f"{where}the box {list(box)} must have 0 <= x0 < x1 and 0 <= y0 < y1 "
+            f"and lie inside {inside}{_hint(box)}"
         )
 
 
-def _box_pixels(box, width: int, height: int, where: str) -> np.ndarray:
+def _box_pixels(box: Box | None, width: int, height: int, where: str) -> np.ndarray:
+    """The pixels (height, width) inside a box, whose sides are rounded to whole pixels."""
+    if box is None:
+        raise ValueError(f"{where}give a box [x0, y0, x1, y1] or a mask file, one of the two")
     _check_box(box, width, height, where)
-    x0, y0, x1, y1 = box
-    if _in_fractions(box):
-        x0, x1, y0, y1 = x0 * width, x1 * width, y0 * height, y1 * height
-    x0, y0, x1, y1 = (math.floor(v + 0.5) for v in (x0, y0, x1, y1))
+    sides = (width, height, width, height) if _in_fractions(box) else (1, 1, 1, 1)
+    x0, y0, x1, y1 = (math.floor(v * side + 0.5) for v, side in zip(box, sides))
     pixels = np.zeros((height, width), bool)
     pixels[y0:y1, x0:x1] = True
     return pixels
 
 
-def _check_filled(pixels: np.ndarray, box, where: str) -> None:
+def _check_filled(pixels: np.ndarray, box: Box | None, where: str) -> None:
+    """ValueError for a region that is empty or does not fill half of any latent cell."""
     if not pixels.any():
-        why = (
-            "its mask needs white pixels inside"
-            if box is None
-            else f"its box {list(box)} must be at least a pixel wide and high"
-        )
-        raise ValueError(f"{where} is empty: {why}{_hint(box)}")
+        mend = "its mask needs white pixels inside"
+        if box is not None:
+            mend = f"its box {list(box)} must be at least a pixel wide and high"
+        raise ValueError(f"{where} is empty: {mend}{_hint(box)}")
     if coverage(pixels, CELL).max() < 0.5:
-        x0, y0, x1, y1 = Region("", pixels=pixels).bounds
-        size = f"{x1 - x0}x{y1 - y0} pixels, {int(pixels.sum())} in all,"
+        x0, y0, x1, y1 = _bounds(pixels)
         raise ValueError(
-            f"{where} is too small: its {size} fill no latent cell of 8x8 pixels by half; 32 pixels within one cell "
-            f"are the least, and a box of 11x11 is enough wherever it lies{_hint(box)}"
+            f"{where} is too small: its {x1 - x0}x{y1 - y0} pixels, {int(pixels.sum())} in all, "
+            "fill no latent cell of 8x8 pixels by half; 32 pixels within one cell are the least, "
+            f"and a box of 11x11 is enough wherever it lies{_hint(box)}"
         )
 
 
 def _read_mask(path: Path, where: str) -> np.ndarray:
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("L")) >= 128
+            mask = np.asarray(picture.convert("L")) >= 128
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}there is no mask file {path}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError):
-        raise ValueError(f"{where}the mask {path} is not a picture that can be read") from None
+        raise ValueError(f"{where}the mask {path} is not an image that can be read") from None
+    mask.flags.writeable = False
+    return mask
 
 
-# --- layout.json -----------------------------------------------------------------------------------------------------
+# --- layout.json ----------------------------------------------------------------------------------
 
 
-def _read_json(path: Path):
-    def once(pairs):
+def _region_json(region: Region) -> dict[str, Any]:
+    given: dict[str, Any] = {"prompt": region.prompt}
+    if region.box is not None:
+        given["box"] = list(region.box)
+    elif region.mask is not None:
+        given["mask"] = str(region.mask.resolve())
+    given["negative_prompt"] = region.negative_prompt
+    given["weight"] = region.weight
+    given["control_scale"] = 1.0 if region.control_scale is None else region.control_scale
+    given["lora"] = [join_scale(path.resolve(), scale) for path, scale in region.lora]
+    if region.control_image is not None:
+        given["control_image"] = str(region.control_image.resolve())
+    return given
+
+
+def _read_json(path: Path) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        if again := next((key for key in keys if keys.count(key) > 1), None):
-            raise ValueError(f"{path}: the key {again!r} is there twice in one object")
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{path}: the key {key!r} is there twice in one object")
         return dict(pairs)
 
     try:
@@ -287,17 +379,17 @@ def _read_json(path: Path):
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
     except RecursionError:
-        raise ValueError(f"{path} has brackets within brackets, too many") from None
+        raise ValueError(f"{path} nests its brackets too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
 
 
-def _from_dict(given, folder: Path, where: str) -> Layout:
+def _from_dict(given: Any, folder: Path, where: str) -> Layout:
     _check_keys(given, TOP_KEYS, where)
-    size = [_value(given, key, int, None, where) for key in ("width", "height")]
-    if (size[0] is None) != (size[1] is None):
+    width, height = (_value(given, key, int, None, where) for key in ("width", "height"))
+    if (width is None) != (height is None):
         raise ValueError(f"{where}give width and height, or neither")
     negative = _value(given, "negative_prompt", str, "", where)
     regions = _value(given, "regions", list, [], where)
@@ -307,74 +399,73 @@ def _from_dict(given, folder: Path, where: str) -> Layout:
         negative,
         source=where,
     )
-    return layout if size[0] is None else layout.sized(*size)
+    return layout if width is None else _of_size(layout, width, height)
 
 
-def _region(given, negative: str, folder: Path, where: str) -> Region:
+def _of_size(layout: Layout, width: int, height: int) -> Layout:
+    """The layout for this size alone. ValueError where its regions do not fit it."""
+    layout.sized(width, height)
+    return replace(layout, width=width, height=height)
+
+
+def _region(given: Any, negative: str, folder: Path, where: str) -> Region:
     _check_keys(given, REGION_KEYS, where)
     if ("box" in given) == ("mask" in given):
         raise ValueError(f"{where}give a box [x0, y0, x1, y1] or a mask file, one of the two")
-    box, mask = _value(given, "box", list, None, where), _value(given, "mask", str, None, where)
-    if box is not None and not (len(box) == 4 and all(_is(v, float) for v in box)):
-        raise ValueError(f"{where}a box is four numbers [x0, y0, x1, y1], not {json.dumps(box)}")
+    box = _value(given, "box", list, None, where)
+    mask = _file(given, "mask", folder, where)
     if box is not None:
+        if not (len(box) == 4 and all(_is(v, float) for v in box)):
+            raise ValueError(f"{where}a box is four numbers [x0, y0, x1, y1], not {json.dumps(box)}")
         _check_box(box, None, None, where)
-    weight, scale = (
-        float(_value(given, "weight", float, 1.0, where)),
-        _value(given, "control_scale", float, None, where),
-    )
+    weight = float(_value(given, "weight", float, 1.0, where))
     if weight <= 0:
         raise ValueError(f"{where}the weight must be more than 0, not {weight:g}")
+    scale = _value(given, "control_scale", float, None, where)
     lora = _value(given, "lora", list, [], where)
     if not all(isinstance(name, str) and name for name in lora):
         raise ValueError(f"{where}lora is a list of files, each FILE or FILE:SCALE, not {json.dumps(lora)}")
-    lora = tuple((folder / path, by) for path, by in map(split_scale, lora))
-    control = _value(given, "control_image", str, None, where)
-    if control is not None and not (folder / control).is_file():
-        raise FileNotFoundError(f"{where}there is no control image {folder / control}")
-    mask = None if mask is None else folder / mask
+    control = _file(given, "control_image", folder, where)
+    if control is not None and not control.is_file():
+        raise FileNotFoundError(f"{where}there is no control image {control}")
     return Region(
         _required(given, "prompt", where),
         None if box is None else tuple(box),
         mask,
         _value(given, "negative_prompt", str, negative, where),
         weight,
-        lora,
-        None if control is None else folder / control,
+        _references(lora, folder),
+        control,
         None if scale is None else float(scale),
         None if mask is None else _read_mask(mask, where),
     )
 
 
-def split_scale(text: str) -> tuple[Path, float]:
-    """ "style.safetensors:0.8" -> the file and 0.8 (1 where none is said)."""
-    m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
-    try:
-        return Path(m[1]), 1.0 if m[2] is None else float(m[2])
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"a LoRA is given as FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}"
-        ) from None
+def _references(names: Iterable[str], folder: Path) -> tuple[LoRAReference, ...]:
+    references = (split_scale(name) for name in names)
+    return tuple((folder / path, scale) for path, scale in references)
 
 
-def _check_keys(given, known: tuple[str, ...], where: str) -> None:
+def _check_keys(given: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(given, dict):
         raise ValueError(
             f"{where}this must be an object with the keys {', '.join(known)}, not {json.dumps(given)[:40]}"
         )
-    if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"{where}unknown key {unknown[0]!r}; known are {', '.join(known)}")
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where}unknown key {key!r}; known are {', '.join(known)}")
 
 
-def _is(value, kind: type) -> bool:
-    if kind is float:
-        return (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        )  # not nan, nor past a float
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is(value: object, kind: type) -> bool:
+    if isinstance(value, bool):
+        return False
+    if kind is float:  # neither nan nor beyond a float's range
+        return isinstance(value, (int, float)) and abs(value) < 1e300
+    return isinstance(value, kind)
 
 
-def _value(given: dict, key: str, kind: type, default, where: str):
+def _value(given: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
+    """A key's value, of that type; `default` where the key is missing."""
     if key not in given:
         return default
     if not _is(given[key], kind):
@@ -383,43 +474,46 @@ def _value(given: dict, key: str, kind: type, default, where: str):
     return given[key]
 
 
-def _required(given: dict, key: str, where: str) -> str:
+def _file(given: dict[str, Any], key: str, folder: Path, where: str) -> Path | None:
+    name = _value(given, key, str, None, where)
+    return None if name is None else folder / name
+
+
+def _required(given: dict[str, Any], key: str, where: str) -> str:
     if key not in given:
         raise ValueError(f"{where}there is no {key!r}")
-    return _value(given, key, str, None, where)
+    return _value(given, key, str, "", where)
 
 
-# --- the published folder --------------------------------------------------------------------------------------------
+# --- the published folder -------------------------------------------------------------------------
 
 
 def _from_folder(folder: Path) -> Layout:
-    """PALL/ and P000/, P001/ ...: the picture is as large as the first region's mask. Gaps in the numbers do no harm."""
+    """PALL/ and P000/, P001/ ...: the image has the size of the first region's mask. The numbers
+    may have gaps."""
     whole = folder / "PALL"
     if not whole.is_dir():
         raise FileNotFoundError(
-            f"{folder} has no folder PALL for the whole picture: give a layout.json, or a folder with PALL, P000 ..."
+            f"{folder} has no folder PALL for the whole image: "
+            "give a layout.json, or a folder with PALL, P000 ..."
         )
-    parts = sorted(
-        (p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"P\d+", p.name)),
-        key=lambda p: int(p.name[1:]),
-    )
+    parts = [part for part in folder.iterdir() if part.is_dir() and re.fullmatch(r"P\d+", part.name)]
     regions = []
-    for part in parts:
+    masks = []
+    for part in sorted(parts, key=lambda part: int(part.name[1:])):
         mask = _first(part, MASKS)
         if mask is None:
             raise FileNotFoundError(f"there is no mask file {part / MASKS[0]} (nor {MASKS[1]})")
-        regions.append(
-            Region(
-                _caption(part), mask=mask, control_image=_first(part, CONTROLS), drawn=_read_mask(mask, "")
-            )
-        )
+        masks.append(_read_mask(mask, ""))
+        control = _first(part, CONTROLS)
+        regions.append(Region(_caption(part), mask=mask, control_image=control, mask_pixels=masks[-1]))
     layout = Layout(
         _caption(whole), tuple(regions), control_image=_first(whole, CONTROLS), source=f"{folder}: "
     )
-    if not regions:
+    if not masks:
         return layout
-    height, width = regions[0].drawn.shape
-    return layout.sized(width, height)
+    height, width = masks[0].shape
+    return _of_size(layout, width, height)
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:

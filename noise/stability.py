@@ -1,25 +1,31 @@
-"""Noise that inversion finds again: selection and optimisation by inversion stability (Qi, Bai, Xiong & Xie 2024, arXiv 2407.14041).
+"""Noise that inversion recovers: selection and optimisation by inversion stability
+(Qi, Bai, Xiong & Xie 2024, arXiv 2407.14041).
 
-Denoise a noise to latents, invert these by DDIM (samplers/ddim.py), and compare what comes out with what went in:
+Denoise a noise to latents, invert these by DDIM (samplers/ddim.py), and compare the result with the
+noise:
 
     s(noise) = cos(noise, noise'),   noise' = invert(denoise(noise, prompt)),
 
-each image's latents flattened; the VAE has no part in it. The paper's claim is that noises of high s make better pictures;
-bench/stability.py counts whether they do. `select` takes the best of many seeds. `optimize` descends J = 1 - s, with the gradient
+each image's latents flattened. The VAE takes no part in it. The paper claims that noises of high s
+make better images; bench/stability.py counts whether they do. `select` takes the best of many
+seeds. `optimize` descends J = 1 - s, with one of two gradients:
 
-- "full": of the whole way there and back. Every step is checkpointed (Chen et al. 2016): kept are one step's activations
-  and the latents between steps, whatever the number of steps;
-- "detach": with v = noise' / |noise'| held constant, which with u = noise / |noise| is -(v - s u) / |noise|. It is perpendicular
-  to the noise, its norm is the sine of the angle over |noise|, and nothing is differentiated.
+- "full": through denoising and inversion. Every step is checkpointed (Chen et al. 2016), so memory
+  holds one step's activations and the latents between steps, whatever the number of steps;
+- "detach": with v = noise' / |noise'| held constant. With u = noise / |noise| that is
+  -(v - s u) / |noise|: perpendicular to the noise, its norm the sine of the angle over |noise|.
+  Nothing is differentiated.
 
-The paper published no program. Where its text is silent, what we chose is an argument, and its default is named there.
+The paper published no program. Where its text leaves something open, minsd's choice is an argument,
+and its default is documented there.
 """
 
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,30 +35,32 @@ from torch.utils.checkpoint import checkpoint
 
 from minsd import image
 from minsd.config import check_size
-from minsd.guidance import counted
+from minsd.guidance import Model, counted
 from minsd.noise.initial import noise as draw_noise
 from minsd.samplers import SAMPLERS, check, ddim
+from minsd.samplers.schedule import Predictor, Steps, Timestep
 
-MEMORYLESS = (
-    "ddim",
-    "euler",
-    "heun",
-)  # each step a function of x and t alone: the others have no inverse to speak of
-PAPER_NUMBERS = 65_536  # in the latents that the paper's learning rate of 100 was meant for
-NORMAL = (0.97, 1.03)  # |noise| / sqrt(d), within which it still looks to the network like noise
+# Each step is a function of x and t alone. The other samplers have no inverse to speak of.
+MEMORYLESS = ("ddim", "euler", "heun")
+PAPER_NUMBERS = 65_536  # numbers in the latents that the paper's learning rate of 100 is meant for
+NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) within which the network still takes it for noise
 
 
 class Trip:
-    """There and back for some prompts: unit noise (B,4,h,w) -> latents -> the noise that inversion finds.
+    """Denoising and inversion under some prompts: unit noise (B,4,h,w) -> latents -> noise'.
 
-    prompts: one for every image, or one each. Down in `steps` of `sampler` at `guidance_scale` (None: the model's, 7.5
-    for Stable Diffusion), up by plain DDIM inversion in as many at `guidance_invert`. Never by fixed points: these
-    bring every noise back. `eta` must be 0.
+    `prompts`: one for every image, or one per image. Denoise in `steps` of `sampler` at
+    `guidance_scale` (None: the model's, 7.5 for Stable Diffusion), then invert with plain DDIM in
+    the same number of steps at `guidance_invert`. No fixed-point iteration: it would recover every
+    noise, so the score would say nothing.
+
+    ValueError for a sampler that cannot be inverted, an `eta` other than 0, and numbers that make
+    no sense.
     """
 
     def __init__(
         self,
-        sd,
+        sd: Model,
         prompts: str | Sequence[str],
         *,
         negative_prompt: str = "",
@@ -64,123 +72,145 @@ class Trip:
     ):
         check(sampler)
         if sampler not in MEMORYLESS or eta != 0:
-            what = f"the sampler {sampler}" if sampler not in MEMORYLESS else f"eta {eta}"
+            culprit = f"the sampler {sampler}" if sampler not in MEMORYLESS else f"eta {eta}"
             raise ValueError(
-                f"stability needs a sampler that can be inverted, but {what} has noise or memory: use ddim at eta 0"
+                "stability needs a sampler that can be inverted, but "
+                f"{culprit} has noise or memory: use ddim at eta 0"
             )
         guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale) or not math.isfinite(guidance_invert):
-            raise ValueError(f"guidance must be a number, not {guidance_scale} down and {guidance_invert} up")
-        sd.schedule.timesteps(steps)  # refuses what is no number of steps
-        self.sd, self.steps, self.sampler, self.scales = sd, steps, sampler, (guidance_scale, guidance_invert)
-        self.final = (
-            "zero" if sd.schedule.config.set_alpha_to_one else "abar0"
-        )  # both ways, whatever the sampler's own
+            scales = f"{guidance_scale} and {guidance_invert}"
+            raise ValueError(f"guidance_scale and guidance_invert must be numbers, not {scales}")
+        sd.schedule.timesteps(steps)  # raises for a wrong number of steps
+        self.sd = sd
+        self.steps = steps
+        self.sampler = sampler
+        self.guidance_scale = guidance_scale
+        self.guidance_invert = guidance_invert
+        # Both directions share this level, whatever the sampler's own.
+        self.final = "zero" if sd.schedule.config.set_alpha_to_one else "abar0"
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self.cond = sd.encode_prompt(prompts[:1] if len(set(prompts)) == 1 else prompts)  # (1 or B, 77, D)
+        shared = len(set(prompts)) == 1
+        self.cond = sd.encode_prompt(prompts[:1] if shared else prompts)  # (1 or B, 77, D)
         self.uncond = sd.encode_prompt([negative_prompt])  # (1, 77, D)
 
     @property
-    def wide(self) -> torch.dtype:
-        """What latents are kept in: float32, or float64 where the network has it. The network runs in its own."""
+    def dtype(self) -> torch.dtype:
+        """Of the latents: float32, or float64 for a float64 network, which runs in its own
+        precision."""
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def __call__(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """noise' (b,4,h,w) of images `rows`, whose noise (b,4,h,w) is given. The grad mode is the caller's."""
+        """noise' (b,4,h,w) of images `rows`, from their noise (b,4,h,w). The grad mode is the
+        caller's."""
         return self.up(self.down(noise, rows, checkpointed), rows, checkpointed)
 
     def down(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        predict = self._predictor(self.scales[0], rows, checkpointed)
-        return _end(SAMPLERS[self.sampler](predict, noise, self.sd.schedule, self.steps, final=self.final))
+        """Denoise: noise (b,4,h,w) -> latents."""
+        predict = self._predictor(self.guidance_scale, rows, checkpointed)
+        sample = SAMPLERS[self.sampler]
+        return _last(sample(predict, noise, self.sd.schedule, self.steps, final=self.final))
 
     def up(self, latents: Tensor, rows: Tensor, checkpointed: bool = False, iterations: int = 0) -> Tensor:
-        predict = self._predictor(self.scales[1], rows, checkpointed)
-        return _end(
-            ddim.invert(
-                predict, latents, self.sd.schedule, self.steps, iterations=iterations, final=self.final
-            )
-        )
+        """Invert: latents (b,4,h,w) -> noise."""
+        predict = self._predictor(self.guidance_invert, rows, checkpointed)
+        how = {"iterations": iterations, "final": self.final}
+        return _last(ddim.invert(predict, latents, self.sd.schedule, self.steps, **how))
 
-    def _predictor(self, scale: float, rows: Tensor, checkpointed: bool):
-        cond, dtype = self.cond if len(self.cond) == 1 else self.cond[rows], self.sd.dtype
+    def _predictor(self, scale: float, rows: Tensor, checkpointed: bool) -> Predictor:
+        cond = self.cond if len(self.cond) == 1 else self.cond[rows]
         predict = self.sd.predictor(cond, self.uncond, scale)
 
-        def wide(x, t):
-            return predict(x.to(dtype), t).to(x.dtype)
+        def in_network_dtype(x: Tensor, t: Timestep) -> Tensor:
+            return predict(x.to(self.sd.dtype), t).to(x.dtype)
 
-        return (lambda x, t: checkpoint(wide, x, t, use_reentrant=False)) if checkpointed else wide
+        def recomputed(x: Tensor, t: Timestep) -> Tensor:
+            return checkpoint(in_network_dtype, x, t, use_reentrant=False)
+
+        return recomputed if checkpointed else in_network_dtype
 
 
-def _end(run: Iterator[tuple[int, int, Tensor]]) -> Tensor:
+def _last(run: Steps) -> Tensor:
     return deque(run, maxlen=1)[0][2]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of each image's latents (B,...) as one vector -> (B,)."""
+    """Cosine of the angle between each image's latents (B,...), taken as vectors -> (B,)."""
     a, b = a.flatten(1), b.flatten(1)
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
+# --- scores --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Scores:
-    scores: list[float]  # -1..1, one a noise; not a number where sampling overflowed
-    rows: int  # UNet rows: 3 T a noise under guidance down alone, 4 T both ways, 2 T without
+    """Inversion stability of some noises."""
+
+    scores: list[float]  # -1..1, one per noise; nan where sampling overflowed
+    rows: int  # UNet evaluations: per noise 3 T (4 T with guidance both ways, 2 T without any)
 
 
 @torch.no_grad()
 def score(
-    sd,
+    sd: Model,
     prompt: str | Sequence[str],
     noise: Tensor | Sequence[int],
     *,
     height: int | None = None,
     width: int | None = None,
-    **trip,
+    **trip: Any,
 ) -> Scores:
-    """The inversion stability of noises (K,4,h,w), or of seeds (height and width in pixels are theirs).
+    """The inversion stability of noises (K,4,h,w), or of seeds (at height x width pixels).
 
-    prompt: one for all or one each. `trip`: `negative_prompt`, `steps` (10), `guidance_scale`, `guidance_invert` (1),
-    `sampler` ("ddim"), `eta` (0); see `Trip`, and for its errors, which come before any network runs. As many noises at a
-    time as `sd.batch_size` says; how many does not change the scores beyond rounding.
+    `prompt`: one for all or one per noise. `trip`: the settings of `Trip`, `negative_prompt`,
+    `steps` (10), `guidance_scale`, `guidance_invert` (1), `sampler` ("ddim") and `eta` (0). As many
+    noises at a time as `sd.batch_size` allows; their number changes scores by no more than
+    rounding.
+
+    ValueError, before any network runs, as in `Trip`, and for prompts or shapes that do not fit.
     """
-    noise, _ = _noises(sd, prompt, noise, height, width)
-    trip, found = Trip(sd, prompt, **trip), []
+    noise = _noises(sd, prompt, noise, height, width)
+    travel = Trip(sd, prompt, **trip)
+    scores: list[float] = []
+    size = sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])
     with counted(sd.unet) as rows:
-        for part in torch.arange(len(noise)).split(sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])):
-            x = noise[part].to(sd.device, trip.wide)
-            found += cosine(x, trip(x, part)).clamp(-1, 1).tolist()  # rounding leaves the interval
-    return Scores(found, sum(rows))
+        for part in torch.arange(len(noise)).split(size):
+            x = noise[part].to(sd.device, travel.dtype)
+            scores += cosine(x, travel(x, part)).clamp(-1, 1).tolist()  # rounding may exceed 1
+    return Scores(scores, sum(rows))
 
 
-def _noises(sd, prompt, noise, height=None, width=None) -> tuple[Tensor, int]:
-    """Noises or seeds -> noises (B,4,h,w) and how many. ValueError where prompts or shapes do not fit."""
+def _noises(
+    sd: Model,
+    prompt: str | Sequence[str],
+    noise: Tensor | Sequence[int],
+    height: int | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """Noises or seeds -> noises (B,4,h,w). ValueError for prompts or shapes that do not fit."""
     if not isinstance(noise, Tensor):
         height, width = height or sd.config.size, width or sd.config.size
         check_size(height, width)
-        noise = (
-            draw_noise(list(noise), (4, height // 8, width // 8)) if len(noise) else torch.empty(0, 4, 1, 1)
-        )
+        shape = (4, height // 8, width // 8)
+        noise = draw_noise(list(noise), shape) if len(noise) else torch.empty(0, *shape)
     if noise.ndim != 4 or not len(noise):
-        raise ValueError(f"noise must be of shape (images, 4, h, w), at least one, not {tuple(noise.shape)}")
+        raise ValueError(f"noise must be of shape (images, 4, h, w), not {tuple(noise.shape)}")
     if not isinstance(prompt, str) and len(prompt) != len(noise):
-        raise ValueError(
-            f"one prompt for all noises or one each: not {len(prompt)} prompts for {len(noise)} noises"
-        )
-    return noise, len(noise)
+        counts = f"{len(prompt)} for {len(noise)} noises"
+        raise ValueError(f"give one prompt for all noises, or one prompt per noise, not {counts}")
+    return noise
 
 
 @dataclass
 class Selection:
-    """The seed taken, and every candidate's score."""
+    """The seed chosen, and the score of every candidate."""
 
     seed: int
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
     score: float
     scores: dict[int, float]  # seed -> score, in the order of the candidates
-    rows: int  # UNet rows spent
+    rows: int  # UNet evaluations
 
     @property
     def ranked(self) -> list[int]:
@@ -193,7 +223,7 @@ def _rank(score: float) -> float:
 
 
 def select(
-    sd,
+    sd: Model,
     prompt: str,
     seeds: Sequence[int],
     *,
@@ -202,201 +232,240 @@ def select(
     height: int | None = None,
     width: int | None = None,
     progress: Callable[[str], None] | None = None,
-    **trip,
+    **trip: Any,
 ) -> Selection:
-    """The most stable of some seeds' noises, or the least (`worst`, for experiments). Equal scores: the first.
+    """The seed with the most stable noise, or the least (`worst`, for experiments); the first of
+    equals.
 
-    `known` scores (seed -> score, of the same prompt and settings) are not computed again, nor is a seed given twice.
-    `progress(message)` after every batch: "20/100 best 0.912 (seed 7)". `trip` and errors as in `score`; FloatingPointError
-    where no candidate has a score.
+    `known` scores (seed -> score, of the same prompt and settings) are not computed again, nor is a
+    seed given twice. `progress(message)` is called after every batch: "20/100 best 0.912 (seed 7)".
+    `trip` and ValueErrors as in `score`; FloatingPointError if no candidate has a score.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")
     Trip(sd, prompt, **trip)  # its errors come first
-    known, shape = dict(known or {}), {"height": height, "width": width}
-    open_seeds = [seed for seed in dict.fromkeys(seeds) if seed not in known]
-    rows, size = 0, sd.batch_size(height or sd.config.size, width or sd.config.size)
-    take, word = (min, "worst") if worst else (max, "best")
+    wanted = list(dict.fromkeys(seeds))
+    scores = dict(known or {})
+    missing = [seed for seed in wanted if seed not in scores]
+    size = sd.batch_size(height or sd.config.size, width or sd.config.size)
+    rows = 0
 
     def chosen() -> int | None:
-        return take(
-            (s for s in dict.fromkeys(seeds) if not math.isnan(known.get(s, math.nan))),
-            key=known.get,
-            default=None,
-        )
+        scored = [seed for seed in wanted if not math.isnan(scores.get(seed, math.nan))]
+        take = min if worst else max
+        return take(scored, key=lambda seed: scores[seed]) if scored else None
 
-    for at in range(0, len(open_seeds), size):
-        part = open_seeds[at : at + size]
-        result = score(sd, prompt, part, **shape, **trip)
-        known.update(zip(part, result.scores))
+    for start in range(0, len(missing), size):
+        part = missing[start : start + size]
+        result = score(sd, prompt, part, height=height, width=width, **trip)
+        scores.update(zip(part, result.scores))
         rows += result.rows
-        if progress is not None and (seed := chosen()) is not None:
-            done = sum(s in known for s in dict.fromkeys(seeds))
-            progress(f"{done}/{len(dict.fromkeys(seeds))} {word} {known[seed]:.3f} (seed {seed})")
-    if (seed := chosen()) is None:
+        seed = chosen()
+        if progress is not None and seed is not None:
+            done = sum(s in scores for s in wanted)
+            name = "worst" if worst else "best"
+            progress(f"{done}/{len(wanted)} {name} {scores[seed]:.3f} (seed {seed})")
+    seed = chosen()
+    if seed is None:
         raise FloatingPointError(
             f"no candidate has a score: sampling in {sd.dtype} overflowed; try --dtype float32 or bfloat16"
         )
-    noise, _ = _noises(sd, prompt, [seed], height, width)
-    return Selection(seed, noise, known[seed], {s: known[s] for s in seeds}, rows)
+    noise = _noises(sd, prompt, [seed], height, width)
+    return Selection(seed, noise, scores[seed], {s: scores[s] for s in wanted}, rows)
 
 
-def sheet(sd, prompt: str, selection: Selection, count: int = 4, **how) -> Image.Image:
-    """The pictures of the `count` best and, in the row below, worst candidates, each with seed and score. `how` goes to `sd`."""
+def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: Any) -> Image.Image:
+    """Images of the `count` best candidates, and below them of the worst, with seeds and scores.
+
+    `how` goes to `sd`.
+    """
     best, worst = selection.ranked[:count], selection.ranked[-count:]
     seeds = list(dict.fromkeys(best + worst))
     drawn = dict(zip(seeds, sd(prompt, seeds, **how)))
     shown = best + worst if len(selection.scores) > count else best
-    return image.contact_sheet(
-        [drawn[s] for s in shown], len(best), [f"{s}: {selection.scores[s]:.3f}" for s in shown]
-    )
+    captions = [f"{s}: {selection.scores[s]:.3f}" for s in shown]
+    return image.contact_sheet([drawn[s] for s in shown], len(best), captions)
 
 
-# --- optimisation -----------------------------------------------------------------------------------------------------
+# --- optimisation --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Settings of `optimize`: gradient descent with momentum on 1 - s. ValueError for wrong ones.
+
+    The paper's learning rate of 100 is for latents of 65,536 numbers. Gradients scale with 1 /
+    sqrt(d) and |noise| with sqrt(d), so a rate proportional to d moves the noise by the same
+    fraction of itself: that is the default.
+
+    The noise may leave the sphere of radius sqrt(d) on which unit noise lies. A warning says so
+    outside 0.97 to 1.03 of it; `rescale` puts the noise back after every step.
+    """
+
+    mode: str = "full"  # or "detach": see the top of this file
+    optimize_steps: int = 100
+    lr: float | None = None  # None: the paper's 100, scaled to the size of the latents
+    momentum: float = 0.5  # the paper's
+    keep: str = "last"  # which iterate: the "last" or the "best"
+    rescale: bool = False
+    checkpointed: bool = True  # False saves a forward pass of "full", if all activations fit
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("full", "detach"):
+            raise ValueError(f"mode must be 'full' or 'detach', not {self.mode!r}")
+        if self.keep not in ("last", "best"):
+            raise ValueError(f"keep must be 'last' or 'best', not {self.keep!r}")
+        if self.optimize_steps < 0:
+            raise ValueError(f"optimize_steps must be 0 or more, not {self.optimize_steps}")
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise ValueError(f"lr must be 0 or more, not {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be 0 or more and below 1, not {self.momentum}")
 
 
 @dataclass
 class Result:
-    """One image's optimised noise, and how it went."""
+    """One image's optimised noise, and how the optimisation went."""
 
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
-    score: float  # of this noise
-    before: float  # of the noise it began from
-    history: list[dict[str, float]] = field(
-        default_factory=list
-    )  # every iterate's score, norm (|noise| / sqrt(d)), mean, std
-    rows: float = 0  # UNet rows spent on this image, recomputed ones included
+    score: float = math.nan  # of this noise
+    before: float = math.nan  # of the noise it began from
+    # Per iterate: its score, norm (|noise| / sqrt(d)), mean and std.
+    history: list[dict[str, float]] = field(default_factory=list)
+    rows: float = 0  # UNet evaluations for this image, recomputed ones included
     note: str | None = None  # what went wrong
 
 
 def optimize(
-    sd, prompt: str, seed: int | Tensor, *, progress: Callable[[str], None] | None = None, **options
+    sd: Model,
+    prompt: str,
+    seed: int | Tensor,
+    *,
+    progress: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> Result:
-    """A seed's noise, or a noise (1,4,h,w), made more stable. Options, progress and errors: see `optimize_batch`."""
-    tell = None if progress is None else lambda b, message: progress(message)
-    return optimize_batch(
-        sd, [prompt], seed if isinstance(seed, Tensor) else [seed], progress=tell, **options
-    )[0]
+    """A seed's noise, or a noise (1,4,h,w), made more stable: `optimize_batch` with a batch of one."""
+
+    def report(b: int, message: str) -> None:
+        if progress is not None:
+            progress(message)
+
+    noise = seed if isinstance(seed, Tensor) else [seed]
+    return optimize_batch(sd, [prompt], noise, progress=report, **settings)[0]
 
 
 def optimize_batch(
-    sd,
+    sd: Model,
     prompts: str | Sequence[str],
     noise: Tensor | Sequence[int],
     *,
-    mode: str = "full",
-    optimize_steps: int = 100,
-    lr: float | None = None,
-    momentum: float = 0.5,
-    keep: str = "last",
-    rescale: bool = False,
-    checkpointed: bool = True,
     height: int | None = None,
     width: int | None = None,
     progress: Callable[[int, str], None] | None = None,
-    **trip,
+    **settings: Any,
 ) -> list[Result]:
-    """Gradient descent on 1 - s from noises (B,4,h,w) or seeds; a Result each, independent of the others of the batch.
+    """Gradient descent on 1 - s from noises (B,4,h,w), or from seeds at height x width pixels.
 
-    `mode`: "full" or "detach" (see the top of this file). SGD with the paper's `momentum`; `lr` is by default the paper's 100,
-    for latents of 65,536 numbers, scaled to these: gradients go with 1 / sqrt(d) and |noise| with sqrt(d), so that an lr in
-    proportion to d moves the noise by the same share of itself. The noise may leave the sphere of radius sqrt(d) where unit
-    noise lives: a warning says so outside 0.97..1.03 of it, and `rescale` puts it back after every step. `keep`: the "last"
-    iterate, or the "best". `checkpointed=False` keeps all activations of "full": faster by a forward pass, if they fit.
-    `trip`: as in `score`.
+    `settings`: those of `Descent` and `Trip`. One Result per image, independent of the others of
+    the batch. `progress(b, message)` follows image b: "step 7/100 score 0.912 best 0.934 norm 1.002
+    mean 0.001 std 1.002".
 
-    `progress(b, message)` follows image b: "step 7/100 score 0.912 best 0.934 norm 1.002 mean 0.001 std 1.002". ValueError for a
-    caller's errors, before any network runs. A score or gradient that is not finite gives back the noise begun from, with a note.
+    ValueError, before any network runs, for settings, prompts and shapes that make no sense. If a
+    score or gradient is not finite, the result is the noise as it was, with a note.
     """
-    if mode not in ("full", "detach"):
-        raise ValueError(f"mode must be 'full' or 'detach', not {mode!r}")
-    if keep not in ("last", "best"):
-        raise ValueError(f"keep must be 'last' or 'best', not {keep!r}")
-    if optimize_steps < 0 or not ((lr is None or 0 <= lr < math.inf) and 0 <= momentum < 1):
-        raise ValueError(
-            f"{optimize_steps} steps at lr {lr}, momentum {momentum}: steps and lr must be 0 or more, momentum in 0..1"
-        )
-    noise, count = _noises(sd, prompts, noise, height, width)
-    lr = 100.0 * noise[0].numel() / PAPER_NUMBERS if lr is None else lr
-    trip = Trip(sd, prompts, **trip)
+    own = {f.name: settings.pop(f.name) for f in fields(Descent) if f.name in settings}
+    how = Descent(**own)
+    noise = _noises(sd, prompts, noise, height, width)
+    trip = Trip(sd, prompts, **settings)
     size = sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])
-    size = max(1, size // 2) if mode == "full" else size  # a gradient keeps more than a guided step does
-    results = []
-    for part in torch.arange(count).split(size):
+    if how.mode == "full":
+        size = max(1, size // 2)  # a gradient needs more memory than a guided step
+    results: list[Result] = []
+    for part in torch.arange(len(noise)).split(size):
         with counted(sd.unet) as rows:
-            results += _descend(
-                trip,
-                noise[part],
-                part,
-                mode,
-                optimize_steps,
-                lr,
-                momentum,
-                keep,
-                rescale,
-                checkpointed,
-                progress,
-            )
-        for result in results[-len(part) :]:
+            found = _descend(trip, how, noise[part], part, progress)
+        for result in found:
             result.rows = sum(rows) / len(part)
+        results += found
     return results
 
 
 def _descend(
-    trip, start, part, mode, optimize_steps, lr, momentum, keep, rescale, checkpointed, progress
+    trip: Trip, how: Descent, start: Tensor, rows: Tensor, progress: Callable[[int, str], None] | None
 ) -> list[Result]:
-    x = start.to(trip.sd.device, trip.wide)
-    root, velocity = x[0].numel() ** 0.5, torch.zeros_like(x)
-    results = [Result(s[None].cpu(), math.nan, math.nan) for s in start]
-    warned = [False] * len(x)
-    for step in range(optimize_steps + 1):
-        last = step == optimize_steps  # it is only scored
-        scores, gradient = gradients(trip, x, part, "score" if last else mode, checkpointed)
+    """`optimize_batch` for images `rows`, whose noises are `start` (b,4,h,w), all at a time."""
+    d = start[0].numel()
+    lr = 100.0 * d / PAPER_NUMBERS if how.lr is None else how.lr
+    x = start.to(trip.sd.device, trip.dtype)
+    velocity = torch.zeros_like(x)
+    results = [Result(noise[None].cpu()) for noise in start]
+    for step in range(how.optimize_steps + 1):
+        last = step == how.optimize_steps  # only scored
+        scores, gradient = gradients(trip, x, rows, "score" if last else how.mode, how.checkpointed)
         finite = scores.isfinite() & gradient.flatten(1).isfinite().all(dim=1)
-        told = torch.stack(
-            [scores, x.flatten(1).norm(dim=1) / root, x.flatten(1).mean(dim=1), x.flatten(1).std(dim=1)],
-            dim=1,
-        )
-        for k, (result, (s, norm, mean, std)) in enumerate(zip(results, told.tolist())):
+        flat = x.flatten(1)
+        norms = flat.norm(dim=1) / d**0.5
+        values = torch.stack([scores, norms, flat.mean(dim=1), flat.std(dim=1)], dim=1)
+        for k, (result, fine, (s, norm, mean, std)) in enumerate(
+            zip(results, finite.tolist(), values.tolist())
+        ):
             if result.note:
                 continue
-            if not finite[k]:
-                result.note = f"the noise could not be optimised: not finite in {trip.sd.dtype} at step {step}; it is left as it was"
-                warnings.warn(result.note, stacklevel=4)
-                result.noise, result.score = start[k][None].cpu(), result.before
+            if not fine:
+                _fail(result, start[k], f"not finite in {trip.sd.dtype} at step {step}")
                 continue
             result.history.append({"score": s, "norm": norm, "mean": mean, "std": std})
-            result.before = s if step == 0 else result.before
-            if keep == "last" and last or keep == "best" and not s <= result.score:
-                result.noise, result.score = (
-                    (x if step else start)[k][None].cpu(),
-                    s,
-                )  # untouched noise comes back as it is
-            if step and not NORMAL[0] <= norm <= NORMAL[1] and not warned[k]:
-                warned[k] = True
-                message = f"at step {step} the noise's norm is {norm:.3f} of unit noise's, outside {NORMAL[0]}..{NORMAL[1]}"
-                warnings.warn(f"{message}: a smaller lr, or rescale, keeps it there", stacklevel=4)
+            if step == 0:
+                result.before = s
+            keep = last if how.keep == "last" else not s <= result.score
+            if keep:
+                # Noise that no step has changed is returned as it was given.
+                result.noise = (x if step else start)[k][None].cpu()
+                result.score = s
+            _warn_of_norm(result.history)
             if progress is not None:
                 best = max(h["score"] for h in result.history)
-                message = f"step {step}/{optimize_steps} score {s:.3f} best {best:.3f} norm {norm:.3f} mean {mean:.3f} std {std:.3f}"
-                progress(int(part[k]), message)
-        if last:
-            return results
+                numbers = f"score {s:.3f} best {best:.3f} norm {norm:.3f} mean {mean:.3f} std {std:.3f}"
+                progress(int(rows[k]), f"step {step}/{how.optimize_steps} {numbers}")
         gradient[~finite] = 0
-        velocity = momentum * velocity + gradient
+        velocity = how.momentum * velocity + gradient
         x = x - lr * velocity
-        if rescale:
-            x = x * (root / x.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+        if how.rescale:
+            x = x * (d**0.5 / x.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    return results
+
+
+def _fail(result: Result, start: Tensor, reason: str) -> None:
+    """Give back the noise (4,h,w) that the optimisation began from, with a note and a warning."""
+    result.note = f"the noise could not be optimised: {reason}; it is left as it was"
+    result.noise = start[None].cpu()
+    result.score = result.before
+    warnings.warn(result.note, stacklevel=5)
+
+
+def _warn_of_norm(history: list[dict[str, float]]) -> None:
+    """Warn at the first step after which the norm is outside NORMAL."""
+    low, high = NORMAL
+    norms = [h["norm"] for h in history[1:]]
+    outside = [norm for norm in norms if not low <= norm <= high]
+    if len(outside) == 1 and outside[0] == norms[-1]:
+        warnings.warn(
+            f"at step {len(norms)} the norm of the noise is {norms[-1]:.3f} of unit noise's, "
+            f"outside {low}..{high}: lower lr, or use rescale",
+            stacklevel=5,
+        )
 
 
 def gradients(
     trip: Trip, x: Tensor, rows: Tensor, mode: str, checkpointed: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Scores (b,) of noises x (b,4,h,w) and the gradient of 1 - s in each, by `mode`; zero for "score"."""
+    """Scores (b,) of noises x (b,4,h,w) of images `rows`, and the gradient of 1 - s in each noise.
+
+    `mode`: "full" or "detach", or "score" for a gradient of zeros.
+    """
     if mode == "full":
-        scale = (
-            1024.0 if trip.sd.dtype == torch.float16 else 1.0
-        )  # the gradient of a cosine is lost in 16 bits
+        # The gradient of a cosine is so small that float16 would lose it.
+        scale = 1024.0 if trip.sd.dtype == torch.float16 else 1.0
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             s = cosine(leaf, trip(leaf, rows, checkpointed))
@@ -408,27 +477,28 @@ def gradients(
         if mode == "score":
             return s.clamp(-1, 1), torch.zeros_like(x)
         size = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)  # |noise|
-        u, v = x / size, back / back.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        u = x / size
+        v = back / back.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return s.clamp(-1, 1), -(v - s.view(-1, 1, 1, 1) * u) / size
 
 
-# --- the inversion of a picture -----------------------------------------------------------------------------------------
+# --- inversion of an image -----------------------------------------------------------------------
 
 
 @dataclass
 class Inversion:
-    """A picture's noise, and what becomes of it on the way back."""
+    """An image's noise, and the image reconstructed from it."""
 
-    noise: Tensor  # (1, 4, h, w) float32 on the CPU: from it, DDIM with the same settings makes the reconstruction
+    noise: Tensor  # (1, 4, h, w) float32 on the CPU; DDIM with the same settings reconstructs from it
     picture: Image.Image  # the reconstruction
-    psnr: float  # of the reconstruction against the picture, dB
-    codec_psnr: float  # of the picture through the VAE alone: what an exact inversion would reach
-    rows: int
+    psnr: float  # of the reconstruction against the image, dB
+    codec_psnr: float  # of the image through the VAE alone, dB: reached by an exact inversion
+    rows: int  # UNet evaluations
 
 
 @torch.no_grad()
 def invert_picture(
-    sd,
+    sd: Model,
     picture: Image.Image,
     prompt: str = "",
     *,
@@ -440,11 +510,13 @@ def invert_picture(
     height: int | None = None,
     width: int | None = None,
 ) -> Inversion:
-    """A picture, cut and scaled to height x width pixels -> the noise that makes it, and its reconstruction, both by DDIM.
+    """An image, cropped and scaled to height x width pixels -> its noise and its reconstruction by
+    DDIM.
 
-    `iterations` of the fixed point at every step make the inversion more nearly exact where steps are small: from some 25 on;
-    among few large ones they diverge. Guidance up or down other than 1 reconstructs badly. ValueError, before any network
-    runs, for numbers that make no sense.
+    `iterations` of the fixed point at every step make the inversion more exact if steps are small
+    (25 or more of them); with few large steps they diverge. Guidance other than 1, in either
+    direction, reconstructs badly. ValueError, before any network runs, for numbers that make no
+    sense.
     """
     height, width = height or sd.config.size, width or sd.config.size
     check_size(height, width)
@@ -461,14 +533,15 @@ def invert_picture(
     )
     row = torch.zeros(1, dtype=torch.long)
     with counted(sd.unet) as rows:
-        latents = sd.encode(picture).to(trip.wide)
+        latents = sd.encode(picture).to(trip.dtype)
         noise = trip.up(latents, row, iterations=iterations)
         x = trip.down(noise, row)
-    coded, back = sd.decode(latents)[0], sd.decode(x)[0]
+    coded = sd.decode(latents)[0]
+    back = sd.decode(x)[0]
     return Inversion(noise.float().cpu(), back, psnr(back, picture), psnr(coded, picture), sum(rows))
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures of one size, dB; infinite where they are equal."""
+    """Peak signal-to-noise ratio of two 8-bit images of one size, dB; infinite if they are equal."""
     error = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
     return math.inf if error == 0 else float(10 * np.log10(255**2 / error))

@@ -1,28 +1,38 @@
-"""Samplers: generator functions that walk latents down a schedule's noise levels, one file each.
+"""Samplers: generator functions that take latents down a schedule's noise levels, one file each.
 
-Every one has the shape `sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None)`:
+Each has the form `sample(predict, x, schedule, steps, *, init=None, start=0, generator=None,
+refine=None, final=None)`:
 
-- `predict(x, t) -> eps`, the noise predictor; `x` (B,4,h,w) unit noise, or latents at the first level.
-- Image to image: with `init`, the latents (B,4,h,w) of a picture, the run begins there instead, noised by x to the
-  level of step `start`; the steps before are left out.
-- It yields `(i, t, x)` after every step: the step's number, its timestep, the latents after it, always in
-  variance-preserving scale (x = sqrt(abar) x0 + sqrt(1 - abar) eps) whatever the sampler keeps inside.
+- `predict(x, t) -> eps` is the noise predictor; `x` (B,4,h,w) is unit noise.
+- It yields `(i, t, x)` after every step: the step's number, its timestep, and the latents after it.
+  They are always in variance-preserving scale, x = sqrt(abar) x0 + sqrt(1 - abar) eps, whatever the
+  sampler uses internally.
 - `refine(i, t, x) -> x` may change the latents before the prediction at each listed timestep.
-- `generator`: one per image, for samplers that draw noise on the way; the others take it and draw nothing.
+- `init` (image to image): clean latents (B,4,h,w) of an image. The first `start` steps are left
+  out; the run begins from `init`, noised by x to the level of the first timestep that is left.
+- `generator`: one per image, for samplers that draw noise during the run. The others ignore it.
 - `final` overrides the last level: "abar0" or "zero".
+
+Beside it, `timesteps(schedule, steps, start=0)` lists the timestep of every `(i, t, x)`, most noise
+first, without running anything.
 
 The grad mode is the caller's. Levels and timesteps are Python numbers: nothing waits for the GPU.
 
-Most samplers solve the same equation in the same variables. Divide the latents by sqrt(abar): y = x / sqrt(abar) =
-x0 + sigma eps with sigma = sqrt((1 - abar) / abar), and denoising becomes dy/dsigma = eps (Song et al. 2021; Karras et
-al. 2022, appendix B). As abar = 1 / (1 + sigma^2), y = x sqrt(1 + sigma^2): `to_y` and `to_x` are those two lines, and
-the clean picture predicted at y is y - sigma eps. Each sampler is then a rule for a step in sigma.
+Most samplers solve the same equation in the same variables. Divide the latents by sqrt(abar):
+
+    y = x / sqrt(abar) = x0 + sigma eps,   sigma = sqrt((1 - abar) / abar),
+
+and denoising becomes dy/dsigma = eps (Song et al. 2021; Karras et al. 2022, appendix B). As
+abar = 1 / (1 + sigma^2), y = x sqrt(1 + sigma^2): `to_y` and `to_x` are those two lines. The clean
+latents predicted at y are y - sigma eps. Each sampler is then a rule for a step in sigma.
 """
 
-from . import ddim, dpmpp, euler, heun, lcm, pndm, unipc
-from .schedule import Schedule
+from collections.abc import Callable
 
-SAMPLERS = {
+from . import ddim, dpmpp, euler, heun, lcm, pndm, unipc
+from .schedule import Schedule, Steps, Timestep
+
+SAMPLERS: dict[str, Callable[..., Steps]] = {
     "ddim": ddim.sample,
     "pndm": pndm.sample,
     "euler": euler.sample,
@@ -33,12 +43,12 @@ SAMPLERS = {
     "lcm": lcm.sample,
 }
 
-TIMESTEPS = {
+TIMESTEPS: dict[str, Callable[..., list[Timestep]]] = {
     "ddim": ddim.timesteps,
     "pndm": pndm.timesteps,
     "euler": euler.timesteps,
     "euler_a": euler.timesteps,
-    "heun": euler.timesteps,
+    "heun": heun.timesteps,
     "dpmpp_2m": dpmpp.timesteps,
     "unipc": unipc.timesteps,
     "lcm": lcm.timesteps,
@@ -46,7 +56,7 @@ TIMESTEPS = {
 
 
 def check(sampler: str, karras: bool = False) -> None:
-    """ValueError where no sampler has this name, or where it takes no Karras levels."""
+    """ValueError for an unknown sampler, and for Karras levels with a sampler that has none."""
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
     if karras and sampler != "dpmpp_2m":
@@ -55,12 +65,11 @@ def check(sampler: str, karras: bool = False) -> None:
 
 def timesteps(
     sampler: str, schedule: Schedule, steps: int, *, start: int = 0, karras: bool = False
-) -> list[int | float]:
-    """The timestep of every (i, t, x) that a sampler yields, in order. `start`: steps left out at the noisy end.
+) -> list[Timestep]:
+    """The timestep of every `(i, t, x)` that a sampler yields, without its first `start` steps.
 
-    ValueError for an unknown sampler, and for a number of steps that it does not take.
+    ValueError as in `check`, and for a number of steps that the sampler cannot take.
     """
     check(sampler, karras)
-    if sampler == "pndm":
-        return pndm.timesteps(schedule, steps, start)
-    return TIMESTEPS[sampler](schedule, steps, **({"karras": True} if karras else {}))[start:]
+    options = {"karras": True} if karras else {}
+    return TIMESTEPS[sampler](schedule, steps, start, **options)

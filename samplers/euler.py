@@ -1,18 +1,32 @@
-"""Euler's rule for dy/dsigma = eps, plain and ancestral (Karras et al. 2022, algorithm 1 without its second half;
-ancestral steps as in Song et al. 2021, written in sigma). The variables are explained in `samplers/__init__.py`."""
+"""Euler's rule for dy/dsigma = eps, plain and ancestral (Karras et al. 2022, algorithm 1 without
+its second half; ancestral steps as in Song et al. 2021, written in sigma). The variables are
+explained in `samplers/__init__.py`."""
+
+from torch import Tensor
 
 from .random import randn_like
-from .schedule import Schedule, to_x, to_y
+from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, to_x, to_y
 
 
-def timesteps(schedule: Schedule, steps: int) -> list[int | float]:
-    """The timesteps of a run, most noise first; fractional where the model's spacing is linspace."""
-    return schedule.timesteps(steps, fractional=True)
+def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
+    """The timesteps of a run without its first `start` steps; fractional under linspace spacing."""
+    return schedule.timesteps(steps, fractional=True)[start:]
 
 
-def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
-    """Unit noise x (B,4,h,w) -> latents: along the tangent from each level to the next."""
-    visited = timesteps(schedule, steps)[start:]
+def sample(
+    predict: Predictor,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    init: Tensor | None = None,
+    start: int = 0,
+    generator: Generators | None = None,
+    refine: Refine | None = None,
+    final: str | None = None,
+) -> Steps:
+    """Unit noise x (B,4,h,w) -> latents, along the tangent from each level to the next."""
+    visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = schedule.begin(init, x, visited[0])
     for i, t in enumerate(visited):
@@ -24,10 +38,22 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
 
 
 def sample_ancestral(
-    predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None
-):
-    """As `sample`, but each step goes further down and climbs back with fresh noise from `generator`, one an image."""
-    visited = timesteps(schedule, steps)[start:]
+    predict: Predictor,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    init: Tensor | None = None,
+    start: int = 0,
+    generator: Generators | None = None,
+    refine: Refine | None = None,
+    final: str | None = None,
+) -> Steps:
+    """As `sample`, but each step overshoots its level and returns to it with fresh noise.
+
+    The noise is drawn from `generator`, one per image. ValueError without generators.
+    """
+    visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = schedule.begin(init, x, visited[0])
     for i, t in enumerate(visited):

@@ -1,20 +1,35 @@
-"""Heun's second-order rule for dy/dsigma = eps (Karras et al. 2022, algorithm 1, without churn): Euler's step, then again
-with the mean of the slopes at both ends. The variables are explained in `samplers/__init__.py`."""
+"""Heun's second-order rule for dy/dsigma = eps (Karras et al. 2022, algorithm 1, without churn):
+Euler's step, then again with the mean of the slopes at both ends. The variables are explained in
+`samplers/__init__.py`."""
+
+from torch import Tensor
 
 from .euler import timesteps
-from .schedule import to_x, to_y
+from .schedule import Generators, Predictor, Refine, Schedule, Steps, to_x, to_y
 
 
-def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
-    """Unit noise x (B,4,h,w) -> latents, two predictions a step but at the last, where sigma is 0."""
-    visited = timesteps(schedule, steps)[start:]
+def sample(
+    predict: Predictor,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    init: Tensor | None = None,
+    start: int = 0,
+    generator: Generators | None = None,
+    refine: Refine | None = None,
+    final: str | None = None,
+) -> Steps:
+    """Unit noise x (B,4,h,w) -> latents, with two predictions per step; the last step has one."""
+    visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = schedule.begin(init, x, visited[0])
     for i, t in enumerate(visited):
         s, s_next = sigmas[i], sigmas[i + 1]
         if refine is not None:
             x = refine(i, t, x)
-        y, slope = to_y(x, s), predict(x, t)
+        y = to_y(x, s)
+        slope = predict(x, t)
         y_next = y + (s_next - s) * slope
         if i + 1 < len(visited):
             slope_next = predict(to_x(y_next, s_next), visited[i + 1])

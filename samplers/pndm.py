@@ -1,32 +1,58 @@
-"""PNDM without its Runge-Kutta start, also called PLMS (Liu et al. 2022, sections 3.3 and 4): DDIM's step, with eps taken
-from the Adams-Bashforth formula over the last four predictions. What Stable Diffusion 1.x was published with."""
+"""PNDM without its Runge-Kutta start, also called PLMS (Liu et al. 2022, sections 3.3 and 4):
+DDIM's step, with eps from the Adams-Bashforth formula over the last four predictions. Stable
+Diffusion 1.x was published with it."""
+
+from torch import Tensor
 
 from .ddim import step
-from .schedule import Schedule
+from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
 
 
-def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[int]:
-    """The timesteps of a run, most noise first, its second one twice: steps + 1 of them, for steps > 1."""
+def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
+    """The timesteps of a run without its first `start` steps; the second one is listed twice.
+
+    So there is one more than there are steps, unless a single step is left.
+    """
     grid = schedule.timesteps(steps)[start:]
     return grid[:1] + grid[1:2] + grid[1:]
 
 
-def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
-    """Unit noise x (B,4,h,w) -> latents. Yields steps + 1 times: the second timestep is visited twice, first to complete
-    the first step as the mean of its two ends. (That second visit starts anew from where the first began, so what
-    `refine` does there acts on its prediction alone, as in the published program.)"""
+def sample(
+    predict: Predictor,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    init: Tensor | None = None,
+    start: int = 0,
+    generator: Generators | None = None,
+    refine: Refine | None = None,
+    final: str | None = None,
+) -> Steps:
+    """Unit noise x (B,4,h,w) -> latents. Yields steps + 1 times.
+
+    The second timestep is visited twice: the first visit completes the first step, with the mean of
+    the predictions at its two ends. It starts anew from where the first step began, so `refine`
+    affects only its prediction there, as in the published program.
+    """
     visited = timesteps(schedule, steps, start)
     stride = schedule.config.num_train_timesteps // steps
     x = schedule.begin(init, x, visited[0])
-    begin, past = x, []
+    begin = x
+    past: list[Tensor] = []  # the last four predictions
     for i, t in enumerate(visited):
+        a = schedule.abar(t)
+        b = schedule.abar_below(t, steps, final)
         if refine is not None:
             x = refine(i, t, x)
         if i == 0:
             begin = x
         eps = predict(x, t)
-        if i == 1:
-            x, eps = begin, (eps + past[-1]) / 2
+        if i == 1:  # the first step again, from its beginning to t
+            a = schedule.abar(t + stride)
+            b = schedule.abar(t)
+            x = begin
+            eps = (eps + past[-1]) / 2
         else:
             past = [*past[-3:], eps]
             if len(past) == 2:
@@ -35,10 +61,5 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
                 eps = (23 * past[-1] - 16 * past[-2] + 5 * past[-3]) / 12
             elif len(past) == 4:
                 eps = (55 * past[-1] - 59 * past[-2] + 37 * past[-3] - 9 * past[-4]) / 24
-        a, b = (
-            (schedule.abar(t + stride), schedule.abar(t))
-            if i == 1
-            else (schedule.abar(t), schedule.abar_below(t, steps, final))
-        )
         x = step(x, eps, a, b)
         yield i, t, x

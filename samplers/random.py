@@ -1,6 +1,7 @@
 """Random numbers for samplers and initial noise: one CPU generator per image.
 
-Drawing on the CPU makes an image's noise independent of the device, of the precision and of the batch it is drawn in.
+Drawing on the CPU makes an image's noise independent of the device, of the precision and of the
+batch it is drawn in.
 """
 
 from collections.abc import Sequence
@@ -8,12 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .schedule import Generators
+
 
 def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[torch.Generator]:
     """One CPU generator per seed. ValueError for a seed outside 0 to 2^63 - 1.
 
-    `skip`: the shape (4,h,w) of initial noise already drawn from each seed. The generators are advanced past it, so that
-    noise drawn during sampling does not repeat the initial noise.
+    `skip`: the shape (4,h,w) of initial noise already drawn from each seed. The generators are
+    advanced past it, so that noise drawn during sampling does not repeat the initial noise.
     """
     out = []
     for seed in seeds:
@@ -26,19 +29,16 @@ def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[
     return out
 
 
-def randn_like(generator: Sequence[torch.Generator] | None, like: Tensor) -> Tensor:
-    """Unit normal noise of the shape, device and dtype of `like` (B,...), image b's from generator b.
+def randn_like(generator: Generators | None, like: Tensor) -> Tensor:
+    """Unit normal noise of the shape, device and dtype of `like` (B,...), row b from generator b.
 
-    ValueError where there is not one generator per image.
+    ValueError unless there is one generator per image.
     """
+    needed = f"this sampler draws noise: give one generator per image, {len(like)} in all"
+    if generator is None:
+        raise ValueError(f"{needed}; there is none")
     if not isinstance(generator, Sequence) or len(generator) != len(like):
-        count = (
-            len(generator)
-            if isinstance(generator, Sequence)
-            else "none"
-            if generator is None
-            else "a single one"
-        )
-        raise ValueError(f"this sampler draws noise: give one generator per image, {len(like)}, not {count}")
+        given = len(generator) if isinstance(generator, Sequence) else "a single generator"
+        raise ValueError(f"{needed}, not {given}")
     drawn = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generator])
     return drawn.to(like.device, like.dtype)

@@ -1,45 +1,54 @@
-"""UniPC of order 2 with B(h) = exp(h) - 1, "bh2" (Zhao et al. 2023): a predictor, and a corrector that costs nothing.
+"""UniPC of order 2, B(h) = exp(h) - 1 ("bh2"; Zhao et al. 2023): predictor and free corrector.
 
-Written in y and sigma (explained in `samplers/__init__.py`) like DPM++: y' = (s'/s) y + (1 - s'/s) D. The prediction
-made at the end of a step, needed for the next one anyway, first corrects that step's end.
+Written in y and sigma (explained in `samplers/__init__.py`) like DPM++, a step is
+y' = (s'/s) y + (1 - s'/s) D. The prediction at its end, which the next step needs anyway, first
+corrects that end.
 """
 
 import math
 
-from .schedule import Schedule, to_x, to_y
+from torch import Tensor
+
+from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, to_x, to_y
 
 
-def timesteps(schedule: Schedule, steps: int) -> list[int]:
-    """The timesteps of a run, most noise first."""
-    return schedule.solver_timesteps(steps)
+def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
+    """The timesteps of a run without its first `start` steps, most noise first."""
+    return schedule.solver_timesteps(steps)[start:]
 
 
-def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, refine=None, final=None):
-    """Unit noise x (B,4,h,w) -> latents. First order at the first step and the last."""
-    visited = timesteps(schedule, steps)[start:]
+def sample(
+    predict: Predictor,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    init: Tensor | None = None,
+    start: int = 0,
+    generator: Generators | None = None,
+    refine: Refine | None = None,
+    final: str | None = None,
+) -> Steps:
+    """Unit noise x (B,4,h,w) -> latents. The first and the last step are of first order."""
+    visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = schedule.begin(init, x, visited[0])
-    y_last, clean, before = (
-        None,
-        None,
-        None,
-    )  # where the last step began, the clean pictures predicted there and earlier
+    y_last = x  # where the last step began
+    clean = before = x  # the clean latents predicted there, and one step earlier
     for i, t in enumerate(visited):
         s, s_next = sigmas[i], sigmas[i + 1]
-        y_refined = 0
+        y_refined = 0.0  # the change made by refine, which the corrector adds to its own step
         if refine is not None:
             refined = refine(i, t, x)
-            y_refined = to_y(
-                refined - x, s
-            )  # what it changed; the corrector below starts from the step's beginning
+            y_refined = to_y(refined - x, s)
             x = refined
-        now = to_y(x, s) - s * predict(x, t)
         y = to_y(x, s)
+        now = y - s * predict(x, t)
         if i > 0:
             ratio = s / sigmas[i - 1]
             if i == 1:
                 d = clean + 0.5 * (now - clean)
-            else:  # fit the two differences, as the predictor of that step saw them and as the new prediction does
+            else:  # fit both differences: the one that step's predictor used, and the new one
                 h = math.log(sigmas[i - 1] / s)
                 r = math.log(sigmas[i - 2] / sigmas[i - 1]) / -h
                 a, b = _corrector_weights(r, h)
@@ -56,8 +65,10 @@ def sample(predict, x, schedule, steps, *, init=None, start=0, generator=None, r
 
 
 def _corrector_weights(r: float, h: float) -> tuple[float, float]:
-    """The weights of the differences at r (behind) and 1 (the step's end): the solution of
-    [[1, 1], [r, 1]] (a, b) = (phi_2, 2 phi_3) h-scaled by B(h), theorem 3.1."""
+    """Weights of the differences at r (one step behind) and at 1 (the step's end).
+
+    They solve [[1, 1], [r, 1]] (a, b) = (phi_2, 2 phi_3), scaled by h and B(h) (theorem 3.1).
+    """
     b_h = math.expm1(-h)
     phi = b_h / -h - 1
     first = phi / b_h

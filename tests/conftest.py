@@ -1,11 +1,16 @@
-"""A small random Stable Diffusion saved by diffusers itself, for loading and whole-pipeline parity; a measure of memory."""
+"""Fixtures shared by the tests, and the check of skipped tests.
+
+The fixtures: a small random Stable Diffusion saved by diffusers itself, for loading and for parity of
+the whole pipeline; the embedded model; a measure of memory. With MINSD_CI=1, a skip whose reason is not
+in EXPLAINED fails the run.
+"""
 
 import copy
 import os
 import shutil
 import weakref
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as minsd/generate.py has it: before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in minsd/generate.py, before torch
 
 import pytest
 import torch
@@ -16,6 +21,46 @@ import minsd
 from minsd.config import UNetConfig
 from minsd.unet import UNet
 
+# Skips accepted under MINSD_CI=1 (.ci/run): the beginning of the reason -> why it is accepted.
+# Whatever PyPI or Debian can provide is installed there instead.
+EXPLAINED = {
+    "needs a GPU": "the machine has none",
+    "needs a CUDA device": "the machine has none",
+    "needs two GPUs": "the machine has fewer",
+    "has CUDA": "tests the error on a machine without a GPU",
+    "needs no kernel": "repeated in Triton's interpreter, and has nothing to interpret",
+}
+unexplained: list[str] = []
+
+
+def note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Keep a skip whose reason is not in EXPLAINED."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    where = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = where.removeprefix("Skipped: ")
+    if not reason.startswith(tuple(EXPLAINED)):
+        unexplained.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    note_skip(report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if unexplained and os.environ.get("MINSD_CI") == "1":
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if unexplained and os.environ.get("MINSD_CI") == "1":
+        terminalreporter.section("skips that tests/conftest.py does not explain")
+        terminalreporter.write("".join(f"{line}\n" for line in unexplained))
+
 
 @pytest.fixture(scope="session")
 def shapes_folder():
@@ -25,7 +70,7 @@ def shapes_folder():
 
 
 def small_pipeline(tokenizer_folder, prediction_type="epsilon", sd2=False):
-    """diffusers' own StableDiffusionPipeline with small random networks (its classes, its initialisation)."""
+    """diffusers' StableDiffusionPipeline with small random networks, initialised by diffusers."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -87,7 +132,7 @@ def small_folder(tmp_path_factory, shapes_folder):
 
 @pytest.fixture
 def broken_folder(small_folder, tmp_path):
-    """A copy to spoil."""
+    """A copy of `small_folder` that a test may damage."""
     return shutil.copytree(small_folder, tmp_path / "broken")
 
 
@@ -103,7 +148,7 @@ def shapes():
 
 
 class Live(TorchDispatchMode):
-    """Bytes of tensors alive that were made under it, and their greatest sum: backward passes included."""
+    """Bytes of live tensors created within the block, backward passes included: `now` and `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +173,10 @@ class Live(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def tiny(small):
-    """Four levels as in Stable Diffusion, random, in float64; its attention is sharpened so that texts matter."""
+    """A random float64 UNet with four levels, as in Stable Diffusion.
+
+    Its attention is sharpened, so that the text matters.
+    """
     torch.manual_seed(1)
     sd = copy.copy(small)
     sd.unet = UNet(

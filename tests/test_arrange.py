@@ -1,4 +1,4 @@
-"""Noise put together for a layout: from the candidates whose maps say so, and judged by pixels."""
+"""Noise composed for a layout: from candidates whose maps fit it, and judged by pixels."""
 
 import numpy as np
 import pytest
@@ -16,18 +16,17 @@ A, B = "a red circle", "a blue square"
 def make(prompt, *regions):
     """A layout of (caption, box) or (caption, box, more)."""
     listed = [{"prompt": r[0], "box": r[1], **(r[2] if len(r) > 2 else {})} for r in regions]
-    return layout.load({"prompt": prompt, "width": 128, "height": 128, "regions": listed})
+    return layout.load({"prompt": prompt, "regions": listed}).sized(128, 128)
 
 
-def shares(sd, prompt, word, z, t, pixels):
-    """How much of the attention to a word falls into a mask, written out for one noise: maps sharpened over tokens, smoothed
-    over 3x3 cells, both as noise/losses.py says."""
+def fraction(sd, prompt, word, z, t, pixels):
+    """The fraction of the attention to a word inside a mask, written out for one noise: maps
+    sharpened over tokens and smoothed over 3x3 cells, both as in noise/losses.py."""
     record = AttentionRecorder(only=True)
     with torch.no_grad():
         sd.unet(z, t, sd.encode_prompt(prompt), record=record)
-    words = (
-        (100 * record.cross[0, ..., 1:76]).softmax(-1)[..., sd.text.positions(prompt, word)[0] - 1].numpy()
-    )
+    token = sd.text.positions(prompt, word)[0]
+    words = (100 * record.cross[0, ..., 1:76]).softmax(-1)[..., token - 1].numpy()
     side = np.exp(-1.0)
     kernel = np.array([side, 1, side]) / (1 + 2 * side)
     smooth = scipy.ndimage.correlate(words, np.outer(kernel, kernel), mode="mirror")
@@ -36,13 +35,13 @@ def shares(sd, prompt, word, z, t, pixels):
     return (smooth * inside).sum() / smooth.sum()
 
 
-def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeypatch):
+def test_arranged_noise_comes_from_the_candidates_that_attend_there(tiny, monkeypatch):
     lay = make("a park", (A, [0, 64, 64, 128]), (B, [64, 0, 128, 64]))
     seeds, t, rows = [5, 9, 2, 7], tiny.schedule.timesteps(10)[0], []
     given = noise(seeds, (4, 16, 16))
     expected = np.array(
         [
-            [shares(tiny, r.prompt, word, z[None].double(), t, r.pixels) for z in given]
+            [fraction(tiny, r.prompt, word, z[None].double(), t, r.pixels) for z in given]
             for r, word in zip(lay.regions, ("circle", "square"))
         ]
     )
@@ -50,7 +49,7 @@ def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeyp
     found = arrange.arrange(tiny, lay, seeds, steps=10)
     handle.remove()
     assert sum(rows) == found.rows == 8 and found.noise.dtype == torch.float32
-    assert found.shares == pytest.approx(expected.max(1), rel=1e-6)
+    assert found.fractions == pytest.approx(expected.max(1), rel=1e-6)
     best = [expected.prod(0).argmax(), *expected.argmax(1)]
     assert found.chosen == [seeds[k] for k in best]
     place = torch.full((16, 16), best[0])
@@ -60,18 +59,17 @@ def test_arranged_noise_is_cut_from_the_candidates_that_look_there(tiny, monkeyp
     again = arrange.arrange(tiny, lay, given, steps=10)
     assert again.chosen == best and torch.equal(again.noise, found.noise)
     whole = [0, 0, 128, 128]
-    nested = make(
-        "a park", (A, [0, 0, 32, 32]), (B, whole), ("a green star", whole, {"weight": 0.5})
-    )  # heaviest, then smallest on top
+    # The heaviest on top, then the smallest.
+    nested = make("a park", (A, [0, 0, 32, 32]), (B, whole), ("a green star", whole, {"weight": 0.5}))
     found = arrange.arrange(tiny, nested, given, steps=10)
     _, a, b, _ = (given[k] for k in found.chosen)
-    assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4]) and torch.equal(
-        found.noise[0, :, 4:], b[:, 4:]
-    )
+    assert torch.equal(found.noise[0, :, :4, :4], a[:, :4, :4])
+    assert torch.equal(found.noise[0, :, 4:], b[:, 4:])
 
 
 def test_captioned_shapes_land_in_their_boxes(shapes):
-    """The embedded model and a detector that sees pixels alone; bench/layout.py counts, this is the same in small."""
+    """The embedded model, judged by a detector that sees only pixels: a small version of
+    bench/layout.py."""
     right = {"plain": 0, "collage": 0}
     for subjects, boxes in (
         (("red circle", "blue square"), ([0, 0.2, 0.45, 0.8], [0.55, 0.2, 1, 0.8])),

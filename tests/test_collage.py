@@ -1,4 +1,4 @@
-"""NoiseCollage on a tiny network in float64: the identities that must hold, and the whole against one row at a time."""
+"""NoiseCollage on a tiny network in float64: identities, and the whole against single rows."""
 
 import copy
 import itertools
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from minsd.adapters import Adapters
 from minsd.attention import Attention
 from minsd.config import ScheduleConfig
 from minsd.kernels import attention
@@ -27,9 +28,8 @@ def relative(a, b):
 def make(prompt, *regions, negative="", width=128, height=128):
     """A layout of (caption, box) or (caption, box, more)."""
     listed = [{"prompt": r[0], "box": r[1], **(r[2] if len(r) > 2 else {})} for r in regions]
-    return layout.load(
-        {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "regions": listed}
-    )
+    given = {"prompt": prompt, "negative_prompt": negative, "regions": listed}
+    return layout.load(given).sized(width, height)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def plain(sd, prompt, negative="", g=7.5):
 
 
 def row_by_row(sd, x, t, lay, cells, g, weight=0.1):
-    """The definition, for one image and boxes of whole cells: 2 (N + 1) separate passes. `cells(k, grid)` is the (h,w) of
-    0 (own text), 1 (the picture's), 2 (none) in pass k."""
+    """The definition, for one image and boxes of whole cells: 2 (N + 1) separate passes. `cells(k,
+    grid)` is the (h,w) of 0 (own text), 1 (the image's), 2 (none) in pass k."""
     h, w = x.shape[-2:]
     total, merged = torch.zeros(h, w, dtype=x.dtype), torch.zeros_like(x)
     for k in range(len(lay.regions) + 1):
@@ -64,17 +64,16 @@ def row_by_row(sd, x, t, lay, cells, g, weight=0.1):
     return merged / total
 
 
-# --- what must hold --------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_collages_that_are_plain_sampling(tiny, x, dtype, limit, prediction_type):
-    sd, x = copy.copy(tiny), x.to(dtype)
-    sd.unet, sd.schedule = (
-        copy.deepcopy(tiny.unet).to(dtype),
-        Schedule(ScheduleConfig(prediction_type=prediction_type)),
-    )
+    sd = copy.copy(tiny)
+    sd.unet = copy.deepcopy(tiny.unet).to(dtype)
+    sd.schedule = Schedule(ScheduleConfig(prediction_type=prediction_type))
+    x = x.to(dtype)
     a, b = plain(sd, A, "blurry")(x, T), plain(sd, B, "blurry")(x, T)
     assert relative(a, b) > 1e-2  # texts matter, or nothing would be tested
     for lay, options, expected in (
@@ -101,9 +100,7 @@ def test_merge_weights():
     assert m[:, 3, 3].tolist() == [1, 0, 0]
     rng = np.random.default_rng(0)
     assert np.allclose(collage.merge_weights(rng.random((5, 9, 7)), rng.random(6)).sum(0), 1, atol=1e-12)
-    with pytest.raises(
-        ValueError, match=r"no region covers 37.5 % of the picture, and background_weight is 0"
-    ):
+    with pytest.raises(ValueError, match=r"no region covers 37.5 % of the image, and background_weight is 0"):
         collage.merge_weights(fill, [0, 1, 1])
     assert np.allclose(collage.merge_weights(np.ones((1, 4, 4)), [0, 1])[1], 1)
 
@@ -140,9 +137,8 @@ def test_fused_region_attention_is_attention_of_gathered_rows(tiny, x, monkeypat
         for b, text in itertools.product(range(len(q)), range(k.shape[1])):
             rows = region[b] == text
             if rows.any():
-                out[b, rows] = attention(q[b : b + 1, rows], k[b : b + 1, text], v[b : b + 1, text], **rest)[
-                    0
-                ][0]
+                one = slice(b, b + 1)
+                out[b, rows] = attention(q[one, rows], k[one, text], v[one, text], **rest)[0][0]
         return out, None
 
     monkeypatch.setattr(Attention, "attend", staticmethod(gathered))
@@ -155,25 +151,23 @@ def test_fused_region_attention_is_attention_of_gathered_rows(tiny, x, monkeypat
         (make(A, (A, LEFT), (B, RIGHT)), {}, 4),  # N + 2
         (make(A, (A, LEFT), (B, RIGHT)), {"guidance_scale": 1}, 3),
         (make(A, (A, LEFT), (B, RIGHT, {"negative_prompt": "a heart"})), {}, 6),  # 2 (N + 1)
-        (
-            make(A, (A, LEFT), (B, RIGHT), negative="blurry"),
-            {},
-            6,
-        ),  # cells that look at nothing are without the negative prompt too
+        # Cells at the empty prompt are without the negative prompt too.
+        (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {}, 6),
         (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"background_drop": 0}, 4),
         (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"pad": 0.1}, 6),
-        (
-            make(A, (A, LEFT), (B, RIGHT), negative="blurry"),
-            {"pad": 5.0},
-            4,
-        ),  # so wide that no cell is left to look at nothing
+        # So wide that no cell is left at the empty prompt.
+        (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"pad": 5.0}, 4),
         (make(A, (A, LEFT), (B, RIGHT)), {"attention_only": True}, 2),
         (make(A, (A, LEFT), (B, RIGHT)), {"attention_only": True, "guidance_scale": 1}, 1),
         (make(A), {}, 2),
         (make(A, (A, LEFT), (B, RIGHT)), {"masked": False}, 4),
-        (make(A, (A, LEFT), (B, RIGHT), negative="blurry"), {"masked": False}, 4),  # no cell looks at nothing
-        (make(A, (A, LEFT), (B, RIGHT)), {"tell": lambda passes: None}, 6),  # who knows what each row is told
-        (make(A), {"tell": lambda passes: None}, 2),
+        (
+            make(A, (A, LEFT), (B, RIGHT), negative="blurry"),
+            {"masked": False},
+            4,
+        ),  # no cell at the empty prompt
+        (make(A, (A, LEFT), (B, RIGHT)), {"adapters": Adapters()}, 6),  # they may differ from pass to pass
+        (make(A), {"adapters": Adapters()}, 2),
     ],
 )
 def test_rows_of_a_step(tiny, x, lay, options, rows):
@@ -181,12 +175,10 @@ def test_rows_of_a_step(tiny, x, lay, options, rows):
     handle = tiny.unet.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     steps = list(SAMPLERS["unipc"](collage.predictor(tiny, lay, **options), x, tiny.schedule, 3))
     handle.remove()
-    assert (
-        calls == [2 * rows] * 3 and len(steps) == 3
-    )  # one batch a step for both images; one step of the sampler each
+    assert calls == [2 * rows] * 3 and len(steps) == 3  # one batch per step, for both images
 
 
-# --- the whole against its definition --------------------------------------------------------------------------------
+# --- the whole against its definition -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("negatives", [("", ""), ("blurry", "a heart")])
@@ -208,9 +200,7 @@ def test_against_one_row_at_a_time(tiny, x, negatives, prediction_type, drop):
         where = torch.zeros(grid, dtype=torch.long)
         if k:
             where += 2 if drop else 1
-            x0, y0, x1, y1 = (
-                v * grid[0] // 128 for v in boxes[k - 1]
-            )  # the boxes consist of whole cells at every level
+            x0, y0, x1, y1 = (v * grid[0] // 128 for v in boxes[k - 1])  # whole cells at every level
             where[y0:y1, x0:x1] = 0
         return where
 
@@ -230,30 +220,36 @@ def test_unmasked_passes_are_the_plain_predictions_of_their_captions(tiny, x, ne
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_every_row_s_pass_is_told_before_each_run(tiny, x, monkeypatch, masked):
-    """Of the text encoder, of the layers that take the texts, and of the network; nothing else changes."""
+def test_adapters_know_every_row_s_pass(tiny, x, monkeypatch, masked):
+    """In each run of the text encoder, of the layers that take the texts, and of the network;
+    nothing else changes."""
     monkeypatch.setattr(tiny, "batch_size", lambda height, width: 1, raising=False)
     monkeypatch.setattr(collage, "ROWS_AT_ONCE", 5 * 256)
-    told, seen = [], []
-    handles = [
-        tiny.text.model.register_forward_pre_hook(
-            lambda m, args: seen.append(("text", len(args[0]), told[-1]))
-        ),
-        tiny.unet.register_forward_pre_hook(lambda m, args: seen.append(("unet", len(args[0]), told[-1]))),
-    ]
+    adapters, seen = Adapters(), {"text": [], "keys": [], "unet": []}
+
+    def watch(module, name):
+        return module.register_forward_pre_hook(
+            lambda m, args: seen[name].append((len(args[0]), adapters.passes))
+        )
+
+    layer = next(m for m in tiny.unet.modules() if isinstance(m, Attention) and m.is_cross)
+    handles = [watch(tiny.text.model, "text"), watch(layer.to_k, "keys"), watch(tiny.unet, "unet")]
     lay = make("a park", (A, LEFT), (B, RIGHT))
-    out = collage.predictor(tiny, lay, masked=masked, background_drop=1, tell=told.append)(x, T)
+    monkeypatch.setattr(layer, "fused", None)  # so that to_k is called
+    out = collage.predictor(tiny, lay, masked=masked, background_drop=1, adapters=adapters)(x, T)
     for handle in handles:
         handle.remove()
     assert relative(out, collage.predictor(tiny, lay, masked=masked, background_drop=1)(x, T)) < 1e-10
-    assert all(len(passes) == rows for _, rows, passes in seen)
-    unet = [passes for what, _, passes in seen if what == "unet"]
-    assert unet == [[0, 0, 1, 1, 2], [2, 0, 0, 1, 1], [2, 2]]  # two images: u_0, u_1, u_2, then c_0, c_1, c_2
-    assert sorted(set(seen[0][2])) == [0, 1, 2] and [0, 1, 2, 0, 1, 2] in told
+    assert all(len(passes) == rows for found in seen.values() for rows, passes in found)
+    # Two images: u_0, u_1, u_2, then c_0, c_1, c_2.
+    assert [passes for _, passes in seen["unet"]] == [(0, 0, 1, 1, 2), (2, 0, 0, 1, 1), (2, 2)]
+    assert [passes for _, passes in seen["keys"]] == [(0, 1, 2, 0, 1, 2)]
+    assert len(seen["text"]) == 1 and set(seen["text"][0][1]) == {0, 1, 2}
+    assert adapters.passes is None
 
 
 def test_attention_only_takes_each_cell_s_own_text(tiny, x):
-    """Where regions overlap, the heaviest; of equals the smallest. Elsewhere the picture's caption."""
+    """Where regions overlap, the heaviest; of equals the smallest. Elsewhere the image's caption."""
     lay = make(
         "a park",
         (A, [64, 64, 128, 128]),
@@ -273,13 +269,13 @@ def test_attention_only_takes_each_cell_s_own_text(tiny, x):
 
 def test_pad_keeps_the_caption_in_a_ring():
     lay = make("a park", (A, [48, 64, 80, 96]))  # 4x4 cells
-    ring = collage._surroundings(lay.regions, (16, 16), 0.75, 0.5)  # two more on each side
+    ring = collage.fixed_surroundings(lay.regions, (16, 16), 0.75, 0.5)  # two more on each side
     expected = torch.full((16, 16), collage.EMPTY)
     expected[6:14, 4:12] = collage.WHOLE
     assert torch.equal(ring[0, 0], expected)
 
 
-# --- what is drawn ---------------------------------------------------------------------------------------------------
+# --- random choices --------------------------------------------------------------------------------
 
 
 def test_draws_follow_from_seed_timestep_and_region():
@@ -330,7 +326,7 @@ def test_gradients_flow_to_latents(tiny, x):
     assert (gradient * way).sum().item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5)
 
 
-# --- compat ----------------------------------------------------------------------------------------------------------
+# --- compat ---------------------------------------------------------------------------------------
 
 
 def test_compat_fill_is_the_published_resize():
@@ -355,7 +351,8 @@ def test_compat_ladder_numbers():
 
 @torch.no_grad()
 def test_compat_in_the_network(tiny):
-    """Layer by layer: down as the mask shrinks, after the coarsest grid its blocks everywhere; the next evaluation begins anew."""
+    """Layer by layer: the mask shrinks through the encoder half; after the coarsest grid its blocks
+    are everywhere. The next evaluation begins anew."""
     lay = make(A, (B, [16, 32, 136, 160]), width=256, height=256)
     fill = torch.from_numpy(collage.compat_fill(lay.regions[0].pixels))
     full, seen = fill == 1, []
@@ -380,13 +377,13 @@ def test_compat_in_the_network(tiny):
         hook.remove()
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"background_weight": 0}, "no region covers 50.0 % of the picture, and background_weight is 0"),
+        ({"background_weight": 0}, "no region covers 50.0 % of the image, and background_weight is 0"),
         ({"background_weight": -1}, "background_weight must be 0 or more"),
         ({"background_drop": 1.5}, "background_drop must be from 0 to 1"),
         ({"pad": -1}, "pad must be 0 or more"),
@@ -394,9 +391,11 @@ def test_compat_in_the_network(tiny):
         ({"guidance_scale": float("nan")}, "guidance_scale must be a number"),
         ({"seed": -1}, "whole numbers from 0"),
         ({"seed": []}, "whole numbers from 0"),
-        ({"attention_only": True, "masked": False}, "attention_only is one pass"),
-        ({"crop_margin": -0.1}, "crop_margin must be 0 or more"),
-        ({"crop_margin": float("inf")}, "crop_margin must be 0 or more"),
+        ({"attention_only": True, "masked": False}, "attention_only is one masked pass"),
+        ({"attention_only": True, "adapters": Adapters()}, "attention_only is one pass for all regions"),
+        ({"crop_margin": -0.1}, "crop_margin must be from 0 to 1000, such as 0.25, not -0.1"),
+        ({"crop_margin": 1001.0}, "crop_margin must be from 0 to 1000, such as 0.25, not 1001.0"),
+        ({"crop_margin": float("nan")}, "crop_margin must be from 0 to 1000"),
         ({"crop_margin": 0, "attention_only": True}, "crop_margin goes neither with"),
         ({"crop_margin": 0, "ladder": "compat"}, "crop_margin goes neither with"),
     ],
@@ -422,6 +421,5 @@ def test_what_does_not_fit(tiny, x):
 def test_a_layout_without_a_size_takes_the_model_s(tiny, x):
     open_size = layout.load({"prompt": A, "regions": [{"prompt": B, "box": [0, 0, 0.5, 1]}]})
     assert tiny.config.size == 128
-    assert torch.equal(
-        collage.predictor(tiny, open_size)(x, T), collage.predictor(tiny, make(A, (B, LEFT)))(x, T)
-    )
+    ours, expected = (collage.predictor(tiny, lay)(x, T) for lay in (open_size, make(A, (B, LEFT))))
+    assert torch.equal(ours, expected)

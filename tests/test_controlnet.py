@@ -1,4 +1,4 @@
-"""ControlNet against diffusers' ControlNetModel and pipeline on the same random weights, and what `Controlled` promises."""
+"""ControlNet against diffusers' on the same random weights, and the promises of `Controlled`."""
 
 import dataclasses
 import gc
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import minsd
 from minsd import guidance
+from minsd.adapters import Adapters
 from minsd.config import MODELS
 from minsd.controlnet import Control, Controlled, ControlNet, read_control_image
 from minsd.weights.controlnet import load_controlnet
@@ -114,9 +115,8 @@ def test_pipeline_parity(small, net, net_folder, shapes_folder, pictures, more):
     ).images
     controls = [Control(net, pictures[:1], 0.9, **more), Control(net, pictures[1:], 0.4)]
     assert relative(controlled(small, controls, seeds=[0], steps=10), expected) <= 1e-4
-    assert (
-        relative(controlled(small, controls[1:], seeds=[0], steps=10), expected) > 1e-2
-    )  # the first one matters
+    without = controlled(small, controls[1:], seeds=[0], steps=10)
+    assert relative(without, expected) > 1e-2  # the first one matters
 
 
 @torch.no_grad()
@@ -126,17 +126,28 @@ def test_rows_take_their_own_image_and_scale(small, net, pictures):
         alone = controlled(small, [Control(net, pictures[b : b + 1], scale)], seeds=[b])
         assert relative(both[b : b + 1], alone) < 1e-5
     x, context = torch.randn(3, 4, 16, 16), torch.randn(3, 77, 32)
-    unet = Controlled(small.unet, [Control(net, pictures, [0.7, 0.2])])
-    unet.index = [1, 0, 1]
-    told = unet(x, 500, context)
+    adapters = Adapters()
+    unet = Controlled(small.unet, [Control(net, pictures, [0.7, 0.2])], adapters)
+    with adapters.rows([1, 0, 1]):
+        by_pass = unet(x, 500, context)
+        with pytest.raises(ValueError, match="3 rows were given, and the batch has 2"):
+            unet(x[:2], 500, context[:2])
     for b, k in enumerate((1, 0, 1)):
-        alone = Controlled(small.unet, [Control(net, pictures[k : k + 1], (0.7, 0.2)[k])])(
-            x[b : b + 1], 500, context[b : b + 1]
-        )
-        assert relative(told[b : b + 1], alone) < 1e-5
+        one = Controlled(small.unet, [Control(net, pictures[k : k + 1], (0.7, 0.2)[k])])
+        assert relative(by_pass[b : b + 1], one(x[b : b + 1], 500, context[b : b + 1])) < 1e-5
+    assert torch.equal(unet(x, 500, context), small.unet(x, 500, context))  # outside a block it does nothing
     off = controlled(small, [Control(net, pictures, 0.0)])
     assert torch.equal(off, controlled(small, []))
     assert relative(both, off) > 1e-2
+
+
+def test_start_and_end_are_fractions_of_the_schedule(net, pictures):
+    for timesteps, active in ((1000, range(200, 800)), (500, range(100, 400)), (10, range(2, 8))):
+        control = Control(net, pictures, 1.0, 0.2, 0.8, timesteps)
+        assert [t for t in range(timesteps) if control.is_active(t)] == list(active)
+        assert all(Control(net, pictures, num_train_timesteps=timesteps).is_active(t) for t in (0, timesteps))
+    assert Control(net, pictures, 1.0, 0.2, 0.8).is_active(torch.tensor([500, 900]))
+    assert not Control(net, pictures, 0.0).is_active(500)
 
 
 @torch.no_grad()
@@ -149,13 +160,14 @@ def test_another_set_of_controls_takes_the_first_one_s_place(small, net, picture
 
 
 @torch.no_grad()
-def test_texts_of_down_and_up_reach_the_controlnet(small, net, pictures):
-    """Text 0 on the way down, text 1 from the middle on, as a collage's "compat" cells may have it."""
+def test_texts_of_both_halves_reach_the_controlnet(small, net, pictures):
+    """Text 0 in the encoder half, text 1 from the middle on, as a collage's "compat" cells may have
+    it."""
     torch.manual_seed(8)
     x, texts, grids = torch.randn(1, 4, 16, 16), torch.randn(1, 2, 77, 32), small.unet.grids((16, 16))
     down, up = ({grid: torch.full((1, grid[0] * grid[1]), text) for grid in grids} for text in (0, 1))
     unet = Controlled(small.unet, [Control(net, pictures[:1])])
-    added = net(x, 300, texts[:, 0], net.embed(pictures[:1]))[0]  # its way down, at text 0
+    added = net(x, 300, texts[:, 0], net.embed(pictures[:1]))[0]  # its encoder half, at text 0
     middle = net(x, 300, texts, net.embed(pictures[:1]), region=(down, up))[1]
     expected = small.unet(x, 300, texts, region=(down, up), control=(added, middle))
     assert relative(unet(x, 300, texts, region=(down, up)), expected) < 1e-5
@@ -165,18 +177,16 @@ def test_texts_of_down_and_up_reach_the_controlnet(small, net, pictures):
 def test_region_attention_reaches_the_controlnet(small, net, pictures):
     """Every cell at text 1 of 3 is that text alone, in the UNet and in the ControlNet."""
     torch.manual_seed(7)
-    x, texts, unet = (
-        torch.randn(2, 4, 16, 16),
-        torch.randn(2, 3, 77, 32),
-        Controlled(small.unet, [Control(net, pictures)]),
-    )
+    x, texts = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 77, 32)
+    unet = Controlled(small.unet, [Control(net, pictures)])
     region = {grid: torch.ones(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((16, 16))}
     expected = unet(x, 500, texts[:, 1])
     assert relative(unet(x, 500, texts, region=region), expected) < 1e-5
-    assert relative(unet(x, 500, unet.keys(texts[:, 1])), expected) < 1e-6
+    assert relative(unet(x, 500, unet.text_kv(texts[:, 1])), expected) < 1e-6
 
 
-ORIGINAL = {  # diffusers' names -> those of the original layout, written out for a network of 4 levels of 2 layers
+# diffusers' names -> those of the original layout, written out for a network of 4 levels of 2 layers
+ORIGINAL = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
@@ -290,7 +300,7 @@ def test_one_clear_line_for_what_does_not_fit(small, small_folder, net, net_fold
     refused(ValueError, "start < end", lambda: Control(net, pictures, start=0.5, end=0.5))
     refused(ValueError, "control scale", lambda: Control(net, pictures, [1.0, 2.0, 3.0]))
     little = [Control(net, pictures[..., :64, :64])]
-    refused(ValueError, "64x64 pixels does not fit a picture of 128x128", lambda: controlled(small, little))
+    refused(ValueError, "64x64 pixels does not fit an image of 128x128", lambda: controlled(small, little))
     two = [Control(net, pictures)]
     refused(
         ValueError,
@@ -305,8 +315,8 @@ def test_control_images_are_taken_as_given(tmp_path):
     x = read_control_image(tmp_path / "edges.png", 48, 64)
     assert np.array_equal((x[0] * 255).round().permute(1, 2, 0).numpy(), pixels)
     assert read_control_image(tmp_path / "edges.png", 128, 64).shape == (1, 3, 64, 128)
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match="not a picture"):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match="not an image"):
         read_control_image(tmp_path / "text.png", 64, 64)
     with pytest.raises(FileNotFoundError, match="no control image"):
         read_control_image(tmp_path / "none.png", 64, 64)

@@ -1,4 +1,5 @@
-"""Updates while denoising against a plain DDIM loop over one image, in float64 and from whole softmax tensors."""
+"""Updates while denoising against a plain DDIM loop over one image in float64, from whole softmax
+tensors."""
 
 import copy
 
@@ -16,7 +17,7 @@ PLACES = [[3], [7]]
 
 @pytest.fixture(scope="module")
 def double(small_folder):
-    """The small random model in float64: its attention is uniform, so subjects are spread on purpose."""
+    """The small random model in float64. Its attention is nearly uniform: sharpen it."""
     sd = minsd.load(str(small_folder), "cpu")
     sd.unet.double()
     for name, weight in sd.unet.named_parameters():
@@ -26,9 +27,13 @@ def double(small_folder):
 
 
 def plain_run(whole, sd, z, steps, variant, scale, repeats):
-    """The specification read line by line, under DDIM at guidance 5 -> latents, evaluations of the losses."""
+    """The specification line by line, under DDIM at guidance 5 -> latents, evaluations of the
+    losses."""
     context, empty = sd.encode_prompt(PROMPT), sd.encode_prompt("")
-    timesteps, x, running, evaluations = sd.schedule.timesteps(steps), z.double(), [], 0
+    timesteps = sd.schedule.timesteps(steps)
+    x = z.double()
+    running = []
+    evaluations = 0
     sizes = scale * np.sqrt(np.linspace(1, 0.5, steps))
 
     def evaluate(x, t, full):
@@ -99,10 +104,8 @@ def test_the_step_sizes_are_those_of_the_sampler_in_use(shapes, monkeypatch):
     monkeypatch.setattr(
         losses, "differentiate", lambda sd, x, *_: (torch.full((len(x), 2), 0.1), torch.ones_like(x))
     )
-    refine, x = (
-        excite.updates(shapes, [PROMPT], [None], steps=10, sampler="pndm", scale=3.0),
-        torch.zeros(1, 4, 16, 16),
-    )
+    refine = excite.updates(shapes, [PROMPT], [None], steps=10, sampler="pndm", scale=3.0)
+    x = torch.zeros(1, 4, 16, 16)
     assert [refine(i, 1, x)[0, 0, 0, 0].item() for i in (0, 5, 10)] == pytest.approx(
         [-3, -3 * 0.75**0.5, -3 * 0.5**0.5]
     )
@@ -110,7 +113,8 @@ def test_the_step_sizes_are_those_of_the_sampler_in_use(shapes, monkeypatch):
 
 def test_an_image_whose_losses_are_not_finite_goes_on_without_updates(shapes):
     sd = copy.copy(shapes)
-    refine, x = excite.updates(sd, [PROMPT] * 2, [None] * 2, steps=30), noise([0, 1], (4, 16, 16))
+    refine = excite.updates(sd, [PROMPT] * 2, [None] * 2, steps=30)
+    x = noise([0, 1], (4, 16, 16))
     x[0] = 1e38
     with pytest.warns(UserWarning, match="not finite"):
         moved = refine(0, 958, x)
@@ -118,8 +122,9 @@ def test_an_image_whose_losses_are_not_finite_goes_on_without_updates(shapes):
 
 
 def test_the_embedded_model_attends_more(shapes):
-    """At one timestep, update after update: the response loss of noises that neglect a subject falls."""
-    said = [[] for _ in range(6)]
+    """At one timestep, update after update: the response loss of noises that neglect a subject
+    falls."""
+    seen = [[] for _ in range(6)]
     x = noise(range(6), (4, 16, 16))
     for _ in range(6):
         refine = excite.updates(
@@ -128,10 +133,10 @@ def test_the_embedded_model_attends_more(shapes):
             [None] * 6,
             steps=30,
             scale=2.0,
-            progress=lambda b, message: said[b].append(float(message.split()[5])),
+            progress=lambda b, message: seen[b].append(float(message.split()[5])),
         )
         x = refine(1, shapes.schedule.timesteps(30)[0], x)
-    before, after = np.array(said)[:, 0], np.array(said)[:, -1]
+    before, after = np.array(seen)[:, 0], np.array(seen)[:, -1]
     assert (before > 0.2).sum() >= 2
     assert after[before > 0.2].mean() < before[before > 0.2].mean() - 0.1
     assert all(

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minsd import generate
+from minsd.app import options
 from minsd.generate import main
 from minsd.noise.initial import noise
+from minsd.noise.methods import METHODS
 from minsd.samplers import SAMPLERS
 
 PROMPT = "a red circle and a blue square"
@@ -34,11 +35,7 @@ def made(tmp_path_factory):
         main(
             [
                 PROMPT,
-                "--seeds",
-                "3,5-6",
-                "--steps",
-                "3",
-                "--out",
+                *"--seeds 3,5-6 --steps 3 --out".split(),
                 str(out),
                 "--save-noise",
                 str(out / "n.safetensors"),
@@ -97,11 +94,7 @@ def test_like_makes_the_same_picture_again(made, tmp_path):
             [
                 "--like",
                 str(made / "00001-5.png"),
-                "--seed",
-                "9",
-                "--steps",
-                "2",
-                "--out",
+                *"--seed 9 --steps 2 --out".split(),
                 str(tmp_path),
                 "--quiet",
             ]
@@ -147,13 +140,9 @@ def test_noise_from_a_file_is_what_the_picture_begins_from(made, tmp_path):
     save_file({"noise": noise([5], (4, 16, 16))}, tmp_path / "five.safetensors")
     args = [
         PROMPT,
-        "--seed",
-        "77",
-        "--noise",
+        *"--seed 77 --noise".split(),
         str(tmp_path / "five.safetensors"),
-        "--steps",
-        "3",
-        "--out",
+        *"--steps 3 --out".split(),
         str(tmp_path),
         "--quiet",
     ]
@@ -191,8 +180,17 @@ def test_a_random_seed_is_printed_and_kept(tmp_path, capfd):
     assert first != second and f"seed {first}" in capfd.readouterr().err
 
 
-def test_the_samplers_offered_are_those_there_are():
-    assert generate.SAMPLERS == tuple(SAMPLERS)
+def test_the_names_offered_are_those_there_are():
+    assert options.OPTIONS["sampler"].choices == tuple(SAMPLERS)
+    assert options.OPTIONS["init_noise"].choices == tuple(METHODS)
+
+
+def test_every_option_identifies_an_image_or_says_why_it_changes_none():
+    for option in options.OPTIONS.values():
+        assert bool(option.identity) != bool(option.harmless), option.name
+    keys = {*options.IDENTITY, "candidates"}
+    per_line = {"noise": "noise_file", "seeds": "seed", "num_images": "seed", "token_indices": "subjects"}
+    assert keys >= {per_line.get(name, name) for name in options.PER_LINE}
 
 
 def test_list_tokens(capfd, tmp_path):
@@ -220,7 +218,7 @@ def bad(*args, says):
         bad("x", "--steps", "-3", says="--steps must be from 1 to 1000, not -3"),
         bad("x", "--steps", "ten", says="invalid int value: 'ten'"),
         bad("x", "--sampler", "magic", says="invalid choice: 'magic'"),
-        bad("x", "--guidance-scale", "nan", says="--guidance-scale must be a number"),
+        bad("x", "--guidance-scale", "nan", says="--guidance-scale must be from -1000 to 1000, not nan"),
         bad("x", "--seed", "-1", says="--seed must be from 0"),
         bad("x", "--seeds", "1-", says="--seeds takes numbers and ranges"),
         bad("x", "--seeds", "1-4", "--seed", "2", says="--seeds already says"),
@@ -247,19 +245,19 @@ def bad(*args, says):
             "nosuch",
             "--control-image",
             "tests/nosuch.png",
-            says="there is no picture tests/nosuch.png",
+            says="there is no image tests/nosuch.png",
         ),
-        bad("--invert", "nosuch.png", says="there is no picture nosuch.png"),
+        bad("--invert", "nosuch.png", says="there is no image nosuch.png"),
         bad("--invert", "y.png", "--sampler", "euler", says="leave out --sampler euler"),
         bad("--invert", "y.png", "--seeds", "0-3", says="leave out --seeds"),
         bad("x", "--vae", "nosuch", says="nosuch"),
-        bad("x", "--init-image", "nosuch.png", says="there is no picture nosuch.png"),
-        bad("x", "--init-image", __file__, says="is not a picture that can be read"),
+        bad("x", "--init-image", "nosuch.png", says="there is no image nosuch.png"),
+        bad("x", "--init-image", __file__, says="is not an image that can be read"),
         bad("x", "--strength", "0.5", says="--strength is for --init-image"),
         bad("x", "--karras", says="--karras is for --sampler dpmpp_2m"),
         bad("x", "--attention", "magic", says="invalid choice: 'magic'"),
         bad("x", "--noise", "nosuch.safetensors", says="no noise file nosuch.safetensors"),
-        bad("--like", "nosuch.png", says="no picture nosuch.png"),
+        bad("--like", "nosuch.png", says="no image nosuch.png"),
         bad("x", "--save-noise", "no/such/folder/n.safetensors", says="there is no folder"),
         bad("x", "--save-noise", ".", says="is a folder"),
         bad("x", "--attention", "triton", "--device", "cpu", says="for a GPU"),
@@ -308,7 +306,7 @@ def test_bad_noise_and_pictures(tmp_path, capfd):
             main(["x", "--noise", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "out")]) == 2
         )
         assert says in capfd.readouterr().err
-    for name, says in {"plain": "carries no minsd settings", "text": "not a picture"}.items():
+    for name, says in {"plain": "carries no minsd settings", "text": "not an image"}.items():
         assert main(["--like", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / "out")]) == 2
         assert says in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -318,17 +316,9 @@ def test_image_to_image_and_like(tmp_path, made):
     picture = made / "00000-3.png"
     args = [
         PROMPT,
-        "--seed",
-        "1",
-        "--init-image",
+        *"--seed 1 --init-image".split(),
         str(picture),
-        "--strength",
-        "0.5",
-        "--steps",
-        "4",
-        "--sampler",
-        "dpmpp_2m",
-        "--karras",
+        *"--strength 0.5 --steps 4 --sampler dpmpp_2m --karras".split(),
     ]
     assert main([*args, "--out", str(tmp_path), "--quiet"]) == 0
     row = lines(tmp_path)[0]
@@ -343,18 +333,7 @@ def test_image_to_image_and_like(tmp_path, made):
 
 
 def test_initno_with_its_maps(tmp_path, capfd):
-    args = [
-        PROMPT,
-        "--seed",
-        "1",
-        "--steps",
-        "4",
-        "--init-noise",
-        "initno",
-        "--attention-maps",
-        "--out",
-        str(tmp_path),
-    ]
+    args = [PROMPT, *"--seed 1 --steps 4 --init-noise initno --attention-maps --out".split(), str(tmp_path)]
     assert main(args) == 0
     assert "subjects: circle, square" in capfd.readouterr().err
     row = lines(tmp_path)[0]
@@ -383,19 +362,7 @@ def test_excite_alone_and_left_out(tmp_path):
 
 
 def test_selection_by_attention(tmp_path):
-    args = [
-        PROMPT,
-        "--seed",
-        "3",
-        "--num-images",
-        "2",
-        "--steps",
-        "4",
-        "--init-noise",
-        "select",
-        "--score",
-        "attention",
-    ]
+    args = [PROMPT, *"--seed 3 --num-images 2 --steps 4 --init-noise select --score attention".split()]
     args += ["--candidates", "5"]
     assert main([*args, "--out", str(tmp_path), "--quiet"]) == 0
     rows = lines(tmp_path)
@@ -418,15 +385,7 @@ def test_selection_by_attention(tmp_path):
 def test_selection_by_stability_with_its_sheet(tmp_path):
     args = [
         PROMPT,
-        "--seed",
-        "3",
-        "--steps",
-        "4",
-        "--init-noise",
-        "select",
-        "--candidates",
-        "3",
-        "--out",
+        *"--seed 3 --steps 4 --init-noise select --candidates 3 --out".split(),
         str(tmp_path),
         "--quiet",
     ]
@@ -457,13 +416,7 @@ def test_inversion_of_a_picture(made, tmp_path):
         "",
         "--noise",
         str(noise_file),
-        "--guidance-scale",
-        "1",
-        "--steps",
-        "20",
-        "--seed",
-        "0",
-        "--out",
+        *"--guidance-scale 1 --steps 20 --seed 0 --out".split(),
         str(tmp_path),
         "--quiet",
     ]
@@ -480,11 +433,7 @@ def test_layout_and_its_preview(tmp_path, capfd):
     args = [
         "--layout",
         str(tmp_path / "l.json"),
-        "--seed",
-        "1",
-        "--steps",
-        "2",
-        "--out",
+        *"--seed 1 --steps 2 --out".split(),
         str(tmp_path / "o"),
         "--quiet",
     ]
@@ -530,12 +479,7 @@ def test_a_bad_box_is_one_line_with_its_file(tmp_path, capfd, box):
             [
                 "--layout",
                 str(tmp_path / "l.json"),
-                "--seed",
-                "1",
-                "--steps",
-                "1",
-                "--excite",
-                "--out",
+                *"--seed 1 --steps 1 --excite --out".split(),
                 str(tmp_path / "o"),
             ]
         )
@@ -597,11 +541,7 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
         run = [
             "--layout",
             str(tmp_path / f"{name}.json"),
-            "--seed",
-            "3",
-            "--steps",
-            "2",
-            "--out",
+            *"--seed 3 --steps 2 --out".split(),
             str(tmp_path / "o"),
             "--quiet",
         ]
@@ -628,38 +568,12 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
     assert np.array_equal(pixels(tmp_path / "o" / lines(tmp_path / "o")[4]["file"]), others[2])
     monkeypatch.chdir(tmp_path)  # a relative path; and other runs of the network between the collage's
     assert (
-        main(
-            [
-                "--layout",
-                "lora.json",
-                "--seed",
-                "3",
-                "--steps",
-                "2",
-                "--out",
-                "o",
-                "--quiet",
-                "--excite",
-                "--attention-maps",
-            ]
-        )
+        main([*"--layout lora.json --seed 3 --steps 2 --out o --quiet --excite --attention-maps".split()])
         == 0
     )
     (tmp_path / "none.json").write_text(json.dumps({"prompt": PROMPT, "regions": []}))
     select = [
-        "--init-noise",
-        "select",
-        "--score",
-        "attention",
-        "--candidates",
-        "2",
-        "--steps",
-        "2",
-        "--seed",
-        "3",
-        "--quiet",
-        "--out",
-        "o",
+        *"--init-noise select --score attention --candidates 2 --steps 2 --seed 3 --quiet --out o".split()
     ]
     assert main(["--layout", "none.json", *select]) == 0
     (tmp_path / "dumb.json").write_text(
@@ -675,7 +589,7 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
         assert main([*lost, *more]) == 2 and message in capfd.readouterr().err
     (tmp_path / "edges.png").write_text("no picture")
     assert main(["--layout", str(tmp_path / "both.json"), *control[:2], "--out", str(tmp_path / "o")]) == 2
-    assert "edges.png is not a picture" in capfd.readouterr().err
+    assert "edges.png is not an image" in capfd.readouterr().err
     (tmp_path / "style.safetensors").unlink()
     assert main(lost) == 2 and "there is no LoRA" in capfd.readouterr().err
 
@@ -740,7 +654,7 @@ def test_pictures_of_layouts_that_ask_for_no_controlnet_can_be_made_again(tmp_pa
     out = ["--steps", "1", "--out", str(tmp_path / "o")]
     assert (
         main(["--layout", str(tmp_path), "--seed", "1", *out]) == 0
-        and "are not looked at" in capfd.readouterr().err
+        and "are not used" in capfd.readouterr().err
     )
     assert main(["--like", str(tmp_path / "o" / "00000-1.png"), *out]) == 0
     first, again = lines(tmp_path / "o")
@@ -762,7 +676,7 @@ def test_interrupt_keeps_what_is_done(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(pipeline.StableDiffusion, "decode", interrupted)
     assert main(["x", "--seeds", "0-3", "--steps", "1", "--out", str(tmp_path), "--quiet"]) == 130
-    assert "1 of 4 pictures are done" in capfd.readouterr().err
+    assert "1 of 4 images are done" in capfd.readouterr().err
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".png" or p.suffix == ".tmp"] == [
         "00000-0.png"
     ] and len(lines(tmp_path)) == 1

@@ -1,7 +1,8 @@
-"""CUDA graphs of a network: with a stand-in for the capture on the CPU, and for real where there is a GPU.
+"""CUDA graphs of a network: a stand-in for the capture on a CPU, real graphs if there is a GPU.
 
-The stand-in keeps what a CUDA graph keeps: a replay runs what was captured on the captured tensors themselves, and leaves
-its output where the capture's was. Inputs that were not copied in, or an output handed out as it is, give wrong numbers.
+The stand-in keeps what a CUDA graph keeps: a replay runs what was captured on the captured tensors
+themselves and leaves its output where the capture's was. Inputs that are not copied in, or an
+output that is not copied out, give wrong numbers.
 """
 
 import numpy as np
@@ -73,39 +74,36 @@ def test_every_call_is_answered_from_its_own_inputs(unet, fake):
     for i, t in enumerate((999, 500, 250.5, torch.tensor(3), torch.tensor([7, 900]))):
         x, context = inputs(seed=i)
         kept.append((run(x, t, context), plain(x, t, context)))
-    assert all(close(a, b) for a, b in kept)  # outputs of earlier calls, too, were not written over
-    assert (fake.captures, fake.replays) == (
-        1,
-        2,
-    )  # 999 as it is, 500 and 250.5 by graph; the others' t is of another form, once
+    assert all(close(a, b) for a, b in kept)  # nor were outputs of earlier calls overwritten
+    # 999 runs the network, 500 and 250.5 a graph; the other two have signatures of their own.
+    assert (fake.captures, fake.replays) == (1, 2)
 
 
 def test_what_did_not_change_is_not_copied_and_what_changed_in_place_is(unet, fake):
     plain, run = unet.forward, Graphs(unet)
     x, context = inputs()
-    keys = unet.keys(context)
-    run(x, 900, keys)
-    run(x, 800, keys)
+    text_kv = unet.text_kv(context)
+    run(x, 900, text_kv)
+    run(x, 800, text_kv)
     (graph,) = run.graphs.values()
     versions = [y._version for y in graph.inputs]
-    assert close(run(x, 700, keys), plain(x, 700, keys))
-    assert [y._version - v for y, v in zip(graph.inputs, versions)] == [0, 1] + [0] * 2 * len(keys)  # t alone
+    assert close(run(x, 700, text_kv), plain(x, 700, text_kv))
+    copied = [y._version - v for y, v in zip(graph.inputs, versions)]
+    assert copied == [0, 1] + [0] * 2 * len(text_kv)  # only t
     x.mul_(0.5)
-    next(iter(keys.values()))[0].mul_(3)
-    assert close(run(x, 700, keys), plain(x, 700, keys))
-    other = unet.keys(inputs(seed=5)[1])
+    next(iter(text_kv.values()))[0].mul_(3)
+    assert close(run(x, 700, text_kv), plain(x, 700, text_kv))
+    other = unet.text_kv(inputs(seed=5)[1])
     assert close(run(x, 700, other), plain(x, 700, other)) and fake.captures == 1
 
 
-def test_one_graph_for_each_form(unet, fake, monkeypatch):
+def test_one_graph_per_signature(unet, fake, monkeypatch):
     monkeypatch.setattr(graphs, "LIMIT", 3)
     plain, run = unet.forward, Graphs(unet)
     x, context = inputs()
     region = {grid: torch.zeros(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((8, 8))}
-    control = (
-        [torch.ones(2, c, n, n) for c, n in ((16, 8), (16, 8), (16, 4), (32, 4))],
-        torch.ones(2, 32, 4, 4),
-    )
+    skips = [torch.ones(2, c, n, n) for c, n in ((16, 8), (16, 8), (16, 4), (32, 4))]
+    control = skips, torch.ones(2, 32, 4, 4)
     forms = [
         ((x, 9, context), {}),
         ((x[:1], 9, context[:1]), {}),
@@ -118,14 +116,14 @@ def test_one_graph_for_each_form(unet, fake, monkeypatch):
         assert fake.captures == (3 if round_ else 0)
     for _ in range(2):
         assert close(run(*forms[3][0], **forms[3][1]), plain(*forms[3][0], **forms[3][1]))
-    assert fake.captures == 4 and len(run.graphs) == 1  # the fourth: the others went
+    assert fake.captures == 4 and len(run.graphs) == 1  # the fourth released the others
     other = {grid: cells + 1 for grid, cells in region.items()}
     context = torch.stack([context, context.flip(0)], dim=1)  # (B, R, 77, D)
     for pair in ((region, other), (region, other), (other, region)):
         assert close(run(x, 9, context, region=pair), plain(x, 9, context, region=pair))
-    assert fake.captures == 5  # one for pairs
+    assert fake.captures == 5  # one for pairs of regions
     assert not close(run(x, 9, context, region=(region, other)), run(x, 9, context, region=(other, region)))
-    unet.to(torch.float64).to(torch.float32)  # weights at other addresses: the graph must not be taken
+    unet.to(torch.float64).to(torch.float32)  # weights at other addresses
     run(*forms[3][0], **forms[3][1])
     assert fake.captures == 5
 
@@ -161,15 +159,15 @@ def test_without_a_graph_where_none_can_be_had(unet, fake, error, recwarn):
     for _ in range(4):
         assert close(run(x, 9, context), plain(x, 9, context))
     assert fake.captures == 1 and not run.graphs
-    assert [str(w.message) for w in recwarn] == (
-        []
-        if isinstance(error, torch.cuda.OutOfMemoryError)
-        else ["the network runs without a CUDA graph: not permitted when stream is capturing"]
-    )
+    expected = []
+    if not isinstance(error, torch.cuda.OutOfMemoryError):
+        expected = ["the network runs without a CUDA graph: not permitted when stream is capturing"]
+    assert [str(w.message) for w in recwarn] == expected
 
 
-def test_graphs_go_before_the_network_runs_out_of_memory(unet, fake):
-    """A larger picture finds the memory taken by graphs: they go, and it runs; where there are none it is out of memory."""
+def test_graphs_are_released_before_the_network_runs_out_of_memory(unet, fake):
+    """A larger batch finds the memory taken by graphs: they are released and it runs. With no graphs
+    left to release, it is out of memory."""
     plain, run = unet.forward, None
 
     def tight(x, *rest, **more):
@@ -186,17 +184,18 @@ def test_graphs_go_before_the_network_runs_out_of_memory(unet, fake):
     large = inputs(4)
     assert close(run(large[0], 9, large[1]), plain(large[0], 9, large[1])) and not run.graphs
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        run(*(lambda x, context: (x, 9, context))(*inputs(5)))
+        larger = inputs(5)
+        run(larger[0], 9, larger[1])
 
 
-def test_the_same_pictures_with_graphs(small, fake):
+def test_the_same_images_with_graphs(small, fake):
     expected = small("a red circle", seeds=[1, 2], steps=4)
     small.use_graphs()
     try:
         ours = small("a red circle", seeds=[1, 2], steps=4)
         assert fake.captures == 1 and fake.replays == 3
         other = small("a blue square", seeds=[1, 2], steps=4)
-        assert fake.captures == 1 and fake.replays == 7  # another prompt by the same graph
+        assert fake.captures == 1 and fake.replays == 7  # another prompt, the same graph
         small.set_attention("sdpa")
         assert not small.graphs.graphs
     finally:
@@ -219,7 +218,7 @@ def test_graphs_of_what_the_compiler_made(small_folder, fake):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_same_picture_and_no_waiting_in_the_loop(small_folder):
+def test_on_a_gpu_the_same_image_and_no_waiting_in_the_loop(small_folder):
     sd = minsd.load(str(small_folder), "cuda", torch.float16)
     start = noise([1, 2], (4, 16, 16))
     with_graphs = sd.sample("a red circle", start, steps=6)

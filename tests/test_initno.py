@@ -1,4 +1,5 @@
-"""Noise optimisation against a plain loop over one image with torch.optim.Adam, all in float64 and from whole softmax tensors."""
+"""Noise optimisation against a plain loop with torch.optim.Adam in float64, from whole softmax
+tensors."""
 
 import copy
 import math
@@ -27,16 +28,18 @@ def double(shapes):
 def plain_initno(
     whole, sd, seed, t, variant, rounds, round_steps, last_steps, lr, limits, kl_limit=1e-3, kl_weight=500
 ):
-    """The specification read line by line: one noise -> (noise, success, rounds begun, losses of every evaluation)."""
+    """The specification read line by line: one noise -> (noise, success, rounds begun, losses of
+    every evaluation)."""
     context, g = sd.encode_prompt(PROMPT), torch.Generator().manual_seed(seed)
     history = []
 
     def attempt(z, steps, closing):
         log_var, mu = (torch.zeros_like(z, requires_grad=True) for _ in range(2))
-        adam, kl = (
-            torch.optim.Adam([log_var, mu], lr=lr, eps=1e-3),
-            lambda: -0.5 * (1 + log_var - mu**2 - log_var.exp()).mean(),
-        )
+        adam = torch.optim.Adam([log_var, mu], lr=lr, eps=1e-3)
+
+        def kl():
+            return -0.5 * (1 + log_var - mu**2 - log_var.exp()).mean()
+
         for step in range(steps + closing):
             x = z * (0.5 * log_var).exp() + mu
             cross, conflict, background, *_ = plain_losses(*whole.maps(sd.unet, x, t, context), PLACES)
@@ -47,9 +50,8 @@ def plain_initno(
                 return x.detach(), False, None
             used = conflict * 0 if variant == "official" and cross > 0.5 else conflict
             adam.zero_grad()
-            (
-                cross + used + background if variant == "official" else cross + used + kl_weight * kl()
-            ).backward()
+            loss = cross + used + (background if variant == "official" else kl_weight * kl())
+            loss.backward()
             adam.step()
             while variant == "official" and kl() > kl_limit:
                 adam.zero_grad()
@@ -75,51 +77,45 @@ def plain_initno(
 @pytest.mark.parametrize(
     "variant, seeds, limits, how",
     [
-        (
-            "official",
-            [1, 5],
-            (0.2, 0.3),
-            {"rounds": 2, "round_steps": 2, "last_steps": 2},
-        ),  # never succeeds: self stays above 0.4 here
+        # Never succeeds: self stays above 0.4 here.
+        ("official", [1, 5], (0.2, 0.3), {"rounds": 2, "round_steps": 2, "last_steps": 2}),
         ("official", [1, 5, 8], (0.15, math.inf), {"rounds": 3, "round_steps": 3, "last_steps": 8}),
         ("paper", [1, 5], (0.2, 0.3), {"rounds": 2, "round_steps": 3, "last_steps": 0}),
     ],
 )
-def test_optimisation_equals_a_plain_loop_and_a_batch_its_images(
+def test_one_image_equals_a_plain_loop_and_a_batch_its_images(
     double, monkeypatch, variant, seeds, limits, how
 ):
-    lr, n = 1e-2, len(seeds)
     with monkeypatch.context() as patched:
         whole = Whole(patched)
         expected = [
-            plain_initno(whole, double, seed, 981, variant, lr=lr, limits=limits, **how) for seed in seeds
+            plain_initno(whole, double, seed, 981, variant, lr=1e-2, limits=limits, **how) for seed in seeds
         ]
-    batch = initno.optimize_batch(
-        double,
-        [PROMPT] * n,
-        [["circle", "square"]] * n,
-        seeds,
-        variant=variant,
-        lr=lr,
-        cross_limit=limits[0],
-        conflict_limit=limits[1],
-        **how,
-    )
-    for result, (x, success, rounds, history) in zip(batch, expected):
-        assert (result.success, result.rounds, result.steps) == (success, rounds, len(history))
-        assert result.losses["before"] == pytest.approx(dict(zip(("cross", "self"), history[0])), abs=1e-7)
-        assert (result.noise - x).abs().max() < 1e-6
-        assert result.noise.shape == (1, 4, 16, 16) and result.note is None
-        if variant == "official":
-            assert result.losses["after"] == pytest.approx(
-                dict(zip(("cross", "self"), history[-1])), abs=1e-6
-            )
+    how |= {"variant": variant, "lr": 1e-2, "cross_limit": limits[0], "conflict_limit": limits[1]}
+    words = ["circle", "square"]
+    alone = [initno.optimize(double, PROMPT, words, seed, **how) for seed in seeds]
+    batch = initno.optimize_batch(double, [PROMPT] * len(seeds), [words] * len(seeds), seeds, **how)
+    [first] = initno.optimize_batch(double, [PROMPT], [words], seeds[:1], **how)
+    assert torch.equal(first.noise, alone[0].noise) and first.losses == alone[0].losses
+    for result, one, (x, success, rounds, history) in zip(batch, alone, expected):
+        for found in (result, one):
+            assert (found.success, found.rounds, found.steps) == (success, rounds, len(history))
+            before, after = (dict(zip(("cross", "self"), history[k])) for k in (0, -1))
+            assert found.losses["before"] == pytest.approx(before, abs=1e-7)
+            if variant == "official":
+                assert found.losses["after"] == pytest.approx(after, abs=1e-6)
+            assert (found.noise - x).abs().max() < 1e-6
+            assert found.noise.shape == (1, 4, 16, 16) and found.note is None
+        assert (result.noise - one.noise).abs().max() < 1e-9
+        for when in ("before", "after"):
+            assert result.losses[when] == pytest.approx(one.losses[when], abs=1e-9)
     if limits[1] == math.inf:
         assert len({len(history) for *_, history in expected}) > 1  # each went its own way
 
 
 def test_the_embedded_model_is_helped(shapes):
-    """Seeds whose noise neglects a subject come out attending to all; KL stays within its bound; no weight has a gradient."""
+    """Seeds whose noise neglects a subject come out attending to all; KL stays within its bound; no
+    weight has a gradient."""
     seeds = list(range(12))
     results = initno.optimize_batch(shapes, [PROMPT] * 12, [None] * 12, seeds, steps=30)
     before, after = ([r.losses[when]["cross"] for r in results] for when in ("before", "after"))
@@ -181,7 +177,8 @@ def test_losses_that_are_not_finite_leave_the_seeds_noise(shapes):
 
 
 def test_the_projection_is_bounded_and_says_so(monkeypatch):
-    """Two of three noises are far off: each goes on alone until it is near enough, or the bound is hit."""
+    """Two of three noises are far off: each goes on alone until it is near enough, or the bound is
+    hit."""
 
     def away():
         g = initno.Gaussians(torch.zeros(3, 4, 4, 4), lr=1e-2)
@@ -223,7 +220,7 @@ def test_progress_tells_where_it_is(shapes):
             "round 2/2 step 1/2",
             "round 2/2 step 2/2",
             "last try step 1/1",
-            "last try, its end",
+            "last try, end",
         )
     ]
 
@@ -238,7 +235,7 @@ def test_progress_tells_where_it_is(shapes):
         (lambda sd: initno.optimize(sd, PROMPT, None, 0, sampler="ddmi"), "no sampler"),
         (lambda sd: initno.optimize(sd, PROMPT, None, 0, rounds=-1), "rounds"),
         (lambda sd: initno.optimize(sd, PROMPT, None, -1), "seed"),
-        (lambda sd: initno.optimize_batch(sd, [PROMPT], [None], [0, 1]), "one seed an image"),
+        (lambda sd: initno.optimize_batch(sd, [PROMPT], [None], [0, 1]), "one seed per image"),
         (lambda sd: initno.attention_scores(sd, PROMPT, [0], [0, 1]), "outside the prompt"),
     ],
 )

@@ -20,7 +20,8 @@ def end(run):
 
 
 def theirs(steps, output, start, **config):
-    """diffusers' loop, as its inversion pipelines write it: latents at each level, the timestep of the next one."""
+    """diffusers' loop, as in its inversion pipelines: latents at a level, the timestep of the next
+    one."""
     scheduler = DDIMInverseScheduler(**SD | config)
     scheduler.set_timesteps(steps)
     x, grid = start, [int(t) for t in scheduler.timesteps]
@@ -38,23 +39,19 @@ def test_whole_inversions_equal_diffusers(steps, spacing, one):
     out = list(ddim.invert(predict, START, Schedule(ScheduleConfig(**config)), steps))
     assert [t for _, t, _ in out] == grid and [i for i, _, _ in out] == list(range(steps))
     assert relative(out[-1][2], expected) <= 1e-6  # diffusers keeps its levels in float32
-    other = end(
-        ddim.invert(
-            predict,
-            START,
-            Schedule(ScheduleConfig(timestep_spacing=spacing)),
-            steps,
-            final="abar0" if one else "zero",
-        )
-    )
+    schedule = Schedule(ScheduleConfig(timestep_spacing=spacing))
+    other = end(ddim.invert(predict, START, schedule, steps, final="abar0" if one else "zero"))
     assert relative(other, expected) > 1e-4  # the last level matters
 
 
 @pytest.mark.parametrize("steps", [10, 25, 50])
 def test_whole_inversions_of_v_models_equal_diffusers(steps):
-    """A network that says v, converted in minsd.guidance. diffusers takes its v for one at the level the latents are at;
-    so does minsd where the network is asked there (`source`). Where it is asked at the level they go to (`target`), minsd
-    converts at that level, and diffusers gets the same eps written as v at the other."""
+    """A v-predicting network, converted in minsd.guidance.
+
+    diffusers converts v at the level of the latents. minsd does the same if the network is
+    evaluated at that level (`source`). If it is evaluated at the next level (`target`), minsd
+    converts there; diffusers then gets the same eps, expressed as v at the level of the latents.
+    """
     schedule = Schedule(ScheduleConfig(prediction_type="v_prediction"))
     stride, abars = 1000 // steps, schedule.alphas_cumprod
 
@@ -84,28 +81,30 @@ def test_whole_inversions_of_v_models_equal_diffusers(steps):
 @pytest.mark.parametrize("steps", [10, 25, 50])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-6), (torch.float64, 1e-13)])
 def test_the_same_eps_both_ways_returns(dtype, bound, steps, spacing, v):
-    schedule = Schedule(
-        ScheduleConfig(timestep_spacing=spacing, prediction_type="v_prediction" if v else "epsilon")
-    )
-    said, start = {}, START.to(dtype)
+    prediction_type = "v_prediction" if v else "epsilon"
+    schedule = Schedule(ScheduleConfig(timestep_spacing=spacing, prediction_type=prediction_type))
+    start = START.to(dtype)
+    recorded = {}
 
-    def saying(x, t):
-        said[t] = eps_from_output(
-            as_v(x, t, schedule.alphas_cumprod) if v else predict(x, t), x, t, schedule
-        ).to(dtype)
-        return said[t]
+    def record(x, t):
+        output = as_v(x, t, schedule.alphas_cumprod) if v else predict(x, t)
+        recorded[t] = eps_from_output(output, x, t, schedule).to(dtype)
+        return recorded[t]
 
-    latents = end(ddim.sample(saying, start, schedule, steps))
-    back = end(ddim.invert(lambda x, t: said[t], latents, schedule, steps))
+    def replay(x, t):
+        return recorded[t]
+
+    latents = end(ddim.sample(record, start, schedule, steps))
+    back = end(ddim.invert(replay, latents, schedule, steps))
     assert (back - start).norm() / start.norm() <= bound
-    said.clear()  # and the other way round
-    noisy = end(ddim.invert(saying, start, schedule, steps))
-    again = end(ddim.sample(lambda x, t: said[t], noisy, schedule, steps))
+    recorded.clear()  # and the other way round
+    noisy = end(ddim.invert(record, start, schedule, steps))
+    again = end(ddim.sample(replay, noisy, schedule, steps))
     assert (again - start).norm() / start.norm() <= bound
 
 
 def test_fixed_points_make_the_inversion_exact():
-    """Plain inversion misses, each iteration misses less, many miss by rounding; from either first guess."""
+    """The error falls with each iteration, down to rounding, whichever the first guess."""
     schedule = Schedule(ScheduleConfig())
 
     def gentle(x, t):  # a contraction at every step, as the implicit step needs

@@ -1,30 +1,36 @@
 """Attention backends in plain PyTorch against a float64 computation written out here."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from minsd import kernels
 from minsd.kernels import attention, reference
+from minsd.kernels.autograd import forward_op
 
 BACKENDS = ["auto", "sdpa", "reference"]
 
 
 def exact(q, k, v, scale, bias=None):
-    """float64, head by head, row by row."""
+    """out (B,N,H,d) and map (B,N,M) in float64, head by head and row by row."""
     q, k, v = q.double(), k.double(), v.double()
-    out, maps = torch.zeros_like(q), q.new_zeros(*q.shape[:2], k.shape[1])
+    out = torch.zeros_like(q)
+    maps = q.new_zeros(*q.shape[:2], k.shape[1])
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
             for n in range(q.shape[1]):
                 s = k[b, :, h] @ q[b, n, h] * scale
                 if bias is not None:
                     s = s + bias[b, h, n].double()
-                p = (
-                    torch.zeros_like(s)
-                    if (s == -torch.inf).all()
-                    else (s - s.max()).exp() / (s - s.max()).exp().sum()
-                )
-                out[b, n, h], maps[b, n] = p @ v[b, :, h], maps[b, n] + p / q.shape[2]
+                if (s == -torch.inf).all():
+                    p = torch.zeros_like(s)
+                else:
+                    p = (s - s.max()).exp() / (s - s.max()).exp().sum()
+                out[b, n, h] = p @ v[b, :, h]
+                maps[b, n] = maps[b, n] + p / q.shape[2]
     return out, maps
 
 
@@ -45,9 +51,8 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "shape", [(2, 33, 77, 3, 40), (1, 16, 16, 1, 8), (2, 5, 154, 2, 64)], ids=str
-)  # B N M heads d
+# B, N, M, heads, d
+@pytest.mark.parametrize("shape", [(2, 33, 77, 3, 40), (1, 16, 16, 1, 8), (2, 5, 154, 2, 64)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_outputs_maps_and_gradients(backend, shape, masked, chunked, request):
@@ -55,16 +60,14 @@ def test_outputs_maps_and_gradients(backend, shape, masked, chunked, request):
         request.getfixturevalue("small_chunks")
     b, n, m, h, d = shape
     g = torch.Generator().manual_seed(0)
-    qkv = torch.randn(b, max(n, m), 3, h, d, generator=g).unbind(
-        2
-    )  # strided, as fused projections leave them
+    # strided, as fused projections return them
+    qkv = torch.randn(b, max(n, m), 3, h, d, generator=g).unbind(2)
     q, k, v = qkv[0][:, :n], qkv[1][:, :m], qkv[2][:, :m]
     bias = None
     if masked:
-        bias = torch.randn(b, h, n, m, generator=g).masked_fill(
-            torch.rand(b, h, n, m, generator=g) < 0.3, -torch.inf
-        )
-        bias[0, :, 2] = -torch.inf  # a row with nothing to look at
+        bias = torch.randn(b, h, n, m, generator=g)
+        bias = bias.masked_fill(torch.rand(b, h, n, m, generator=g) < 0.3, -torch.inf)
+        bias[0, :, 2] = -torch.inf  # a row with every key hidden
     weights = torch.randn(b, n, h, d, generator=g), torch.randn(b, n, m, generator=g)
     ours = outputs_and_gradients(
         lambda *a: attention(*a, bias=bias, probs="mean", backend=backend), (q, k, v), weights
@@ -90,11 +93,7 @@ def test_the_oracle_itself_differentiates_through_dead_rows():
 @pytest.mark.parametrize("size", [(1, 1, 1, 9), (2, 1, 5, 1), (1, 3, 5, 9), (2, 3, 5, 9)], ids=str)
 def test_bias_broadcasts(backend, size):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, 5, 3, 8, generator=g),
-        torch.randn(2, 9, 3, 8, generator=g),
-        torch.randn(2, 9, 3, 8, generator=g),
-    )
+    q, k, v = (torch.randn(2, n, 3, 8, generator=g) for n in (5, 9, 9))
     bias = torch.randn(size, generator=g)
     bias[0, 0, 0, 0] = -torch.inf
     out, maps = attention(q, k, v, bias=bias, probs="mean", backend=backend)
@@ -154,9 +153,7 @@ def test_gradcheck_of_the_reference(small_chunks):
 @pytest.mark.parametrize("with_v", [True, False])
 def test_opcheck(with_v):
     q, k, v = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (6, 7, 7))
-    torch.library.opcheck(
-        kernels.forward_op, (q, k, v if with_v else None, 0.3, None, None, 7, True, "reference")
-    )
+    torch.library.opcheck(forward_op, (q, k, v if with_v else None, 0.3, None, None, 7, True, "reference"))
 
 
 def test_compiled_equals_eager_without_graph_breaks():
@@ -167,14 +164,16 @@ def test_compiled_equals_eager_without_graph_breaks():
         return attention(q, k, v, probs="mean")
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    for a, b in zip(
-        outputs_and_gradients(compiled, (q, k, v), weights), outputs_and_gradients(f, (q, k, v), weights)
-    ):
-        assert torch.allclose(a, b, atol=1e-6)
+    ours = outputs_and_gradients(compiled, (q, k, v), weights)
+    eager = outputs_and_gradients(f, (q, k, v), weights)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, eager))
 
 
 def test_memory_stays_bounded(monkeypatch):
-    """No operation, forward or backward, makes anything larger than the map; all heads' probabilities are 8 times that."""
+    """No operation, forward or backward, makes a tensor larger than the map.
+
+    All heads' probabilities are 8 times that.
+    """
     n, largest = 1024, 0
     monkeypatch.setattr(reference, "LIMIT", 1 << 17)
     q, k, v = (torch.randn(1, n, 8, 8, requires_grad=True) for _ in range(3))
@@ -193,7 +192,7 @@ def test_memory_stays_bounded(monkeypatch):
     assert largest == n * n
     with Watch():
         reference.whole(q, k, v, 1.0)
-    assert largest == 8 * n * n  # what would be seen
+    assert largest == 8 * n * n  # `Watch` notices what is not bounded
 
 
 def test_no_second_derivative():
@@ -228,23 +227,31 @@ def test_what_a_caller_gets_wrong():
 
 
 def test_triton_errors_are_one_line(monkeypatch):
-    wide, x = torch.zeros(1, 4, 1, 24), torch.zeros(1, 4, 1, 8)
-    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    x = torch.zeros(1, 4, 1, 8)
+    unsupported = torch.zeros(1, 4, 1, 24)
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
     with pytest.raises(ValueError, match="head dims 8, 16"):
-        attention(wide, wide, wide, backend="triton")
+        attention(unsupported, unsupported, unsupported, backend="triton")
     with pytest.raises(ValueError, match="no float64"):
         attention(x.double(), x.double(), x.double(), backend="triton")
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs the triton package"):
         attention(x, x, x, backend="triton")
 
 
-def test_triton_is_not_imported_before_a_launch():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, torch, minsd.kernels as k; x = torch.zeros(1, 4, 1, 8); k.attention(x, x, x, probs='mean');"
-        " assert 'minsd.kernels.flash' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=kernels.__path__[0] + "/..")
+def test_triton_is_imported_only_for_a_kernel():
+    code = """
+import sys
+import torch
+by_torch = {"triton"} & set(sys.modules)  # none in torch 2.13
+import minsd
+x = torch.zeros(1, 4, 1, 8)
+minsd.kernels.attention(x, x, x, probs="mean")
+assert minsd.kernels.reference.LIMIT and minsd.kernels.onednn.ROWS
+kernels = {"triton", "minsd.kernels.flash", "minsd.kernels.groupnorm"}
+assert not (kernels - by_torch) & set(sys.modules)
+if minsd.kernels.HAS_TRITON:
+    assert minsd.kernels.flash.KERNELS and minsd.kernels.groupnorm.KERNELS
+assert not hasattr(minsd.kernels, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(kernels.__file__).parents[1])

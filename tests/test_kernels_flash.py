@@ -1,7 +1,8 @@
-"""The attention kernels against float64 autograd: for real where there is a GPU, else in Triton's interpreter.
+"""The attention kernels against float64 autograd.
 
-Into which they come by way of test_kernels_interpreter.py. Small shapes, each awkward for a reason: lengths beside and
-across the blocks of 32 and 64, 77 keys.
+They run on a GPU if there is one, else in Triton's interpreter through test_kernels_interpreter.py.
+Shapes are small and each awkward for
+a reason: lengths just beside and across the blocks of 32 and 64, 77 keys.
 """
 
 import os
@@ -33,7 +34,10 @@ here = pytest.mark.skipif(
 
 
 def inputs(shape, d, dtype, masked=False, generator_seed=0):
-    """q, k, v strided as a fused projection leaves them, gradients of out and map, a bias with dead rows or None."""
+    """q, k, v strided as fused projections return them; gradients of out and map; a bias or None.
+
+    The bias has a row that hides every key.
+    """
     b, n, m, h = shape
     g = torch.Generator().manual_seed(generator_seed)
     q, k, v = torch.randn(b, max(n, m), 3, h, d, generator=g).to(DEVICE, dtype).unbind(2)
@@ -43,16 +47,15 @@ def inputs(shape, d, dtype, masked=False, generator_seed=0):
     )
     bias = None
     if masked:
-        bias = torch.randn(b, 1, n, m, generator=g).masked_fill(
-            torch.rand(b, 1, n, m, generator=g) < 0.3, -torch.inf
-        )
+        bias = torch.randn(b, 1, n, m, generator=g)
+        bias = bias.masked_fill(torch.rand(b, 1, n, m, generator=g) < 0.3, -torch.inf)
         bias[0, :, 2] = -torch.inf
         bias = bias.to(DEVICE)
     return (q[:, :n], k[:, :m], v[:, :m]), weights, bias
 
 
 def exact(q, k, v, bias=None):
-    """The definition in float64, for autograd. A dead row's scores are replaced before the softmax and its row after."""
+    """The definition in float64, for autograd; a row with every key hidden is 0."""
     s = torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5
     if bias is not None:
         s = s + bias.double()
@@ -87,6 +90,12 @@ def assert_close(results, truths, tolerance, names=("out", "map", "dq", "dk", "d
         assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
+def test_the_door_knows_the_head_dims():
+    from minsd.kernels import TRITON_HEAD_DIMS, flash
+
+    assert tuple(flash.PIECES) == TRITON_HEAD_DIMS == HEAD_DIMS
+
+
 @here
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", HEAD_DIMS)
@@ -108,8 +117,8 @@ def test_one_gradient_without_the_other(parts):
 
 @here
 def test_frozen_text_and_map_alone():
-    """Keys without gradient; and sdpa's map, computed from q and k alone by the kernels."""
-    from minsd import kernels
+    """Keys without gradient; and a map from q and k alone, as the sdpa backend needs it."""
+    from minsd.kernels import autograd
 
     (q, k, v), weights, _ = inputs((2, 33, 77, 3), 16, torch.float32)
     truth = run(exact, [y.double() for y in (q, k, v)], weights)
@@ -117,11 +126,10 @@ def test_frozen_text_and_map_alone():
     out, maps = ours(q, k, v)
     (dq,) = torch.autograd.grad((out * weights[0]).sum() + (maps * weights[1]).sum(), q)
     assert_close([dq], [truth[2]], 5e-7)
-    _, maps = kernels._differentiable(q, k, None, q.shape[-1] ** -0.5, None, None, 77, True, "triton")
+    _, maps = autograd.apply(q, k, None, q.shape[-1] ** -0.5, None, None, 77, True, "triton")
     (dq,) = torch.autograd.grad((maps * weights[1]).sum(), q)
-    assert_close(
-        [maps, dq], [truth[1], run(exact, [y.double() for y in (q, k, v)], weights, ("map",))[2]], 5e-7
-    )
+    truth_dq = run(exact, [y.double() for y in (q, k, v)], weights, ("map",))[2]
+    assert_close([maps, dq], [truth[1], truth_dq], 5e-7)
 
 
 @here
@@ -129,11 +137,8 @@ def test_bias_of_every_broadcast_and_dead_rows():
     qkv, weights, _ = inputs((2, 33, 40, 3), 16, torch.float32)
     for sizes in ((1, 1, 1, 40), (2, 1, 1, 40), (1, 3, 33, 1), (1, 1, 1, 1), (2, 3, 33, 40)):
         bias = torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        assert_close(
-            run(ours, qkv, weights, bias=bias),
-            run(exact, [y.double() for y in qkv], weights, bias=bias),
-            5e-7,
-        )
+        truth = run(exact, [y.double() for y in qkv], weights, bias=bias)
+        assert_close(run(ours, qkv, weights, bias=bias), truth, 5e-7)
     bias = torch.zeros(1, 1, 33, 1, device=DEVICE)
     bias[:, :, 7] = -torch.inf
     out, maps, dq, _, _ = run(ours, qkv, weights, bias=bias)
@@ -161,9 +166,8 @@ def test_nan_rows_stay_in_their_rows_and_large_logits_stay_finite():
 
 @here
 def test_same_bits_every_time():
-    qkv, weights, bias = inputs(
-        (1, 65, 33, 2), 16, torch.float16, masked=True
-    )  # two blocks of queries, two of keys
+    # two blocks of queries, two of keys
+    qkv, weights, bias = inputs((1, 65, 33, 2), 16, torch.float16, masked=True)
     first = run(ours, qkv, weights, bias=bias)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(run(ours, qkv, weights, bias=bias), first))
@@ -186,10 +190,9 @@ def test_region_attention_is_attention_of_each_region(biased):
         for text in range(texts):
             rows, keys = region[b] == text, slice(text * length, (text + 1) * length)
             some = None if bias is None else bias[b : b + 1, :, rows, keys]
-            out, maps = exact(
-                leaves[0][b : b + 1, rows], leaves[1][b : b + 1, text], leaves[2][b : b + 1, text], some
-            )
-            assert_close([result[0][b : b + 1, rows], result[1][b : b + 1, rows]], [out, maps], 5e-7)
+            one = slice(b, b + 1)
+            out, maps = exact(leaves[0][one, rows], leaves[1][one, text], leaves[2][one, text], some)
+            assert_close([result[0][one, rows], result[1][one, rows]], [out, maps], 5e-7)
             loss = loss + (out * weights[0][b, rows]).sum() + (maps * weights[1][b, rows]).sum()
     assert_close(result[2:], torch.autograd.grad(loss, leaves), 5e-7, ("dq", "dk", "dv"))
     nowhere = (region < 0) | (region == texts)
@@ -198,7 +201,7 @@ def test_region_attention_is_attention_of_each_region(biased):
 
 @here
 def test_opcheck_of_the_custom_operator():
-    from minsd.kernels import forward_op
+    from minsd.kernels.autograd import forward_op
 
     (q, k, v), _, bias = inputs((1, 17, 20, 2), 16, torch.float32, masked=True)
     q, k, v = (y.detach().requires_grad_() for y in (q, k, v))

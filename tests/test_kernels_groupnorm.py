@@ -1,6 +1,7 @@
-"""GroupNorm(x + add) and SiLU in two kernels against float64: for real where there is a GPU, else in Triton's interpreter.
+"""GroupNorm(x + add) and SiLU in two kernels against float64.
 
-Into which they come by way of test_kernels_interpreter.py; what needs no kernel runs anyhow.
+They run on a GPU if there is one, else in Triton's interpreter through test_kernels_interpreter.py.
+Tests that need no kernel run in any case.
 """
 
 import os
@@ -22,7 +23,8 @@ DEVICE = "cpu" if INTERPRETING else "cuda"
 here = pytest.mark.skipif(
     not INTERPRETING and not torch.cuda.is_available(), reason="needs a CUDA device (or TRITON_INTERPRET=1)"
 )
-# B, C, h, w, groups: odd sizes; SD's finest level at 10 channels a group, 300 cells in two blocks; one cell; one channel a group
+# B, C, h, w, groups: odd sizes; SD's finest level (10 channels per group) with a ragged last block;
+# one cell; one channel per group
 SHAPES = [(2, 12, 7, 9, 4), (1, 40, 33, 50, 4), (2, 32, 1, 1, 8), (1, 4, 40, 60, 4)]
 
 
@@ -50,14 +52,14 @@ def relative(a, b):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The kernels wherever they can work: in the interpreter on the CPU, too."""
+    """Always take the kernels, on a CPU by the interpreter. The shapes of x in order of the calls."""
     calls = []
 
     def can(x, norm, add):
         calls.append(tuple(x.shape))
         return True
 
-    monkeypatch.setattr(kernels, "_norm_is_fused", can)
+    monkeypatch.setattr(kernels, "norm_is_fused", can)
     return calls
 
 
@@ -79,11 +81,10 @@ def test_against_float64(shape, layout, dtype, tolerance, fused):
 
 @here
 def test_a_large_mean_does_not_cancel(fused):
-    """Means a thousand standard deviations from 0: a sum of squares would leave no digit of the variance."""
+    """Means of 1000 standard deviations: a sum of squares would leave no digit of the variance."""
     x, norm, _ = case((1, 8, 30, 40, 2), torch.float32, DEVICE, mean=1000.0)
-    assert (
-        relative(group_norm(x, norm, silu=True), exact(x, norm, None)) < 1e-4
-    )  # x itself has 6e-5 of a standard deviation left
+    # float32 stores x to 6e-5 of a standard deviation.
+    assert relative(group_norm(x, norm, silu=True), exact(x, norm, None)) < 1e-4
 
 
 @here
@@ -91,12 +92,12 @@ def test_same_bits_every_time_and_any_strides(fused):
     x, norm, add = case((2, 12, 7, 9, 4), torch.float16, DEVICE)
     first = group_norm(x, norm, add, silu=True)
     assert all(torch.equal(group_norm(x, norm, add, silu=True), first) for _ in range(5))
-    turned = x.transpose(2, 3)
-    assert torch.equal(group_norm(turned, norm, add), group_norm(turned.contiguous(), norm, add))
+    transposed = x.transpose(2, 3)
+    assert torch.equal(group_norm(transposed, norm, add), group_norm(transposed.contiguous(), norm, add))
 
 
 @here
-def test_the_same_picture_as_without(fused, monkeypatch):
+def test_the_same_image_as_without(fused, monkeypatch):
     unet = UNetConfig(
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -121,10 +122,9 @@ def test_the_same_picture_as_without(fused, monkeypatch):
         return latents, [np.asarray(picture).astype(int) for picture in sd.decode(latents)]
 
     latents, pictures = draw()
-    assert (
-        made == [2 * (2 * 8 + 4 + 1)] and len(fused) > made[0]
-    )  # in 2 steps: of 8 residual blocks, 4 transformers, the end
-    monkeypatch.setattr(kernels, "_norm_is_fused", lambda *args: False)
+    # per step: two in each of 8 residual blocks, one in each of 4 transformers, one at the end
+    assert made == [2 * (2 * 8 + 4 + 1)] and len(fused) > made[0]
+    monkeypatch.setattr(kernels, "norm_is_fused", lambda *args: False)
     plain, expected = draw()
     assert 0 < relative(latents, plain) < 1e-5
     assert all(np.abs(a - b).max() <= 2 for a, b in zip(pictures, expected)) and np.std(expected[0]) > 10
@@ -142,21 +142,20 @@ def test_without_kernels_it_is_pytorch_with_gradients():
 
 @pytest.mark.skipif(INTERPRETING, reason="needs no kernel")
 def test_where_the_kernels_are_taken(monkeypatch):
-    """On CUDA alone, never where a gradient would be lost. Tensors that say they are on CUDA stand in for some."""
-    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    """Only on CUDA, never where a gradient would be lost. Stand-ins claim to be on CUDA."""
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
     x, norm, add = case((2, 12, 7, 9, 4), torch.float32, "cpu")
-    assert not kernels._norm_is_fused(x, norm, add)
+    assert not kernels.norm_is_fused(x, norm, add)
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     on = x.as_subclass(OnCuda)
-    assert kernels._norm_is_fused(on, norm, add) and kernels._norm_is_fused(on, norm, None)
-    assert not kernels._norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
+    assert kernels.norm_is_fused(on, norm, add) and kernels.norm_is_fused(on, norm, None)
+    assert not kernels.norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
     with torch.no_grad():
-        assert kernels._norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
-    assert not kernels._norm_is_fused(on, norm, add.requires_grad_())
-    assert not kernels._norm_is_fused(on.double(), norm.double(), None)
-    assert (
-        MODELS["sd15"].unet.norm_groups == 32 and max(MODELS["sd15"].unet.block_out_channels) * 2 // 32 <= 256
-    )
+        assert kernels.norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
+    assert not kernels.norm_is_fused(on, norm, add.requires_grad_())
+    assert not kernels.norm_is_fused(on.double(), norm.double(), None)
+    sd15 = MODELS["sd15"].unet
+    assert max(sd15.block_out_channels) * 2 // sd15.norm_groups <= 256

@@ -1,6 +1,7 @@
-"""The Triton kernels' own tests, run in Triton's interpreter: it needs no GPU.
+"""The Triton kernels' own tests, run in Triton's interpreter, which needs no GPU.
 
-Triton decides between compiler and interpreter when a kernel is decorated, so the interpreter gets a process of its own.
+Triton chooses between compiler and interpreter when a kernel is decorated, so the interpreter gets a
+process of its own.
 """
 
 import os

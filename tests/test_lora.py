@@ -1,4 +1,4 @@
-"""Adapters against diffusers and peft loading the same files, and against themselves: merged, by row, undone."""
+"""Adapters against diffusers and peft loading the same files; merged, per row and undone."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minsd
+from minsd.adapters import Adapters
 from minsd.noise.initial import noise
 from minsd.samplers.random import generators, randn_like
 from minsd.weights import lora
@@ -57,7 +58,7 @@ def add_random_adapter(pipe, alpha):
 
 @pytest.fixture(scope="session")
 def files(small_folder, tmp_path_factory):
-    """One file a format, each written with the libraries' own savers or names -> {format: path}."""
+    """One file per format, each written with the libraries' own savers or names -> {format: path}."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
@@ -110,9 +111,8 @@ def files(small_folder, tmp_path_factory):
 @torch.no_grad()
 def test_parity_with_diffusers_loading_the_same_file(files, small_folder, form):
     sd, pipe = minsd.load(str(small_folder), "cpu"), pipeline(small_folder)
-    before = pipe.unet(
-        *(inputs := (torch.randn(2, 4, 16, 16), torch.tensor(400), torch.randn(2, 77, 32)))
-    ).sample
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor(400), torch.randn(2, 77, 32)
+    before = pipe.unet(*inputs).sample
     pipe.load_lora_weights(str(files[form]))
     pipe.set_adapters(pipe.get_list_adapters()["unet"], 0.7)
     kept = lora.merge([(lora.read(files[form], sd), 0.7)])
@@ -129,7 +129,7 @@ def test_parity_with_diffusers_loading_the_same_file(files, small_folder, form):
 def test_an_lcm_adapter_with_the_lcm_sampler_draws_what_diffusers_draws(
     files, small_folder, tmp_path, monkeypatch
 ):
-    """LCM-LoRA's make: kohya's names, every layer of the UNet, none of the text encoder. Four steps, little guidance."""
+    """As LCM-LoRA is made: kohya's names, every layer of the UNet, none of the text encoder."""
     from diffusers import LCMScheduler
 
     tensors = {name: p for name, p in load_file(files["kohya"]).items() if name.startswith("lora_unet_")}
@@ -165,10 +165,8 @@ def test_peft_folder_takes_its_alpha_from_the_configuration(small_folder, tmp_pa
     )
     adapted = get_peft_model(unet, config)
     adapted.save_pretrained(tmp_path)
-    sd, inputs = (
-        minsd.load(str(small_folder), "cpu"),
-        (torch.randn(1, 4, 16, 16), torch.tensor(400), torch.randn(1, 77, 32)),
-    )
+    sd = minsd.load(str(small_folder), "cpu")
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor(400), torch.randn(1, 77, 32)
     lora.merge([(lora.read(tmp_path, sd), 1.0)])
     assert relative(sd.unet(inputs[0], 400, inputs[2]), adapted(*inputs).sample) <= 1e-5
 
@@ -201,15 +199,12 @@ def test_per_row_everywhere_is_merged_and_each_row_has_its_own(files, small_fold
     sd = minsd.load(str(small_folder), "cpu", torch.float64)
     a, b = lora.read(files["kohya"], sd), lora.read(files["plain"], sd)
     torch.manual_seed(5)
-    x, context, prompts = (
-        torch.randn(4, 4, 16, 16).double(),
-        torch.randn(4, 77, 32).double(),
-        ["a red circle"] * 4,
-    )
+    x, context = torch.randn(4, 4, 16, 16).double(), torch.randn(4, 77, 32).double()
+    prompts = ["a red circle"] * 4
 
     def run():
-        keys = sd.unet.keys(context)  # as predictors take them
-        return sd.unet(x, 400, context), sd.unet(x, 400, keys), sd.encode_prompt(prompts)
+        text_kv = sd.unet.text_kv(context)  # as predictors use it
+        return sd.unet(x, 400, context), sd.unet(x, 400, text_kv), sd.encode_prompt(prompts)
 
     expected = {}
     for pair in ((0.0, 0.0), (0.9, 0.0), (0.5, -0.7), (0.0, 1.2)):
@@ -222,11 +217,14 @@ def test_per_row_everywhere_is_merged_and_each_row_has_its_own(files, small_fold
     with lora.per_row([(a, [0.9])]):
         everywhere = run()
     order = [2, 0, 0, 3, 1]
-    with lora.per_row([(a, [p[0] for p in pairs]), (b, [p[1] for p in pairs])]) as told:
-        told.index = order
-        chosen = sd.unet(x[order], 400, context[order])
-        with pytest.raises(ValueError, match="5 rows, and the batch has 4"):
-            sd.unet(x, 400, context)
+    adapters = Adapters()
+    with lora.per_row([(a, [p[0] for p in pairs]), (b, [p[1] for p in pairs])], adapters):
+        with adapters.rows(order):
+            chosen = sd.unet(x[order], 400, context[order])
+            with pytest.raises(ValueError, match="5 rows were given, and the batch has 4"):
+                sd.unet(x, 400, context)
+        outside = sd.unet(x, 400, context)
+    assert relative(outside, expected[0.0, 0.0][0]) < 1e-12
     for k, row in zip(order, chosen):
         assert relative(row, expected[pairs[k]][0][k]) < 1e-12
     for which in range(3):

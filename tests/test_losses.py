@@ -1,5 +1,7 @@
-"""Attention losses against a plain float64 computation from whole softmax tensors; Otsu and components against their definitions."""
+"""Attention losses against plain float64 ones from whole softmax tensors; Otsu and components by
+definition."""
 
+import copy
 from fractions import Fraction
 from itertools import combinations
 
@@ -17,11 +19,12 @@ from minsd.noise import losses
 PROMPT = "a red circle and a blue square"
 
 
-# --- the same by other means: everything materialised, one image, loops -------------------------------------------------
+# --- the same by other means: everything materialised, one image, loops --------------------------
 
 
 class Whole:
-    """Runs the whole UNet with every attention written out, and keeps the softmax tensors (heads, N, M) of one grid."""
+    """Runs the whole UNet with plain attention, and keeps the softmax tensors (heads, N, M) of one
+    grid."""
 
     def __init__(self, monkeypatch, cells=256):
         self.cells, self.cross, self.self = cells, [], []
@@ -50,20 +53,24 @@ def plain_smooth(m):
 
 
 def plain_otsu(m):
-    """By the definition: of all thresholds, the first that makes w0 w1 (mean0 - mean1)^2 largest, in fractions."""
+    """By definition: the first threshold that maximises w0 w1 (mean0 - mean1)^2, in exact
+    fractions."""
     levels = [int(v * 255) for v in m.detach().flatten()]
-    best, at = Fraction(0), 0
+    best = Fraction(0)
+    at = 0
     for t in range(256):
         low, high = [v for v in levels if v <= t], [v for v in levels if v > t]
         if low and high:
             apart = Fraction(sum(low), len(low)) - Fraction(sum(high), len(high))
-            if (value := len(low) * len(high) * apart**2) > best:
+            value = len(low) * len(high) * apart**2
+            if value > best:
                 best, at = value, t
     return at
 
 
 def plain_losses(cross, self_maps, subjects, running=None):
-    """One image's maps -> cross response, conflict, background, alignment (0 without `running`), and the subjects' maps."""
+    """One image's maps -> response, conflict, background, alignment (0 without `running`),
+    subjects' maps."""
     sharp = (100 * cross[..., 1:-1]).softmax(-1)
     maps = [plain_smooth(torch.stack([sharp[..., k - 1] for k in tokens]).mean(0)) for tokens in subjects]
     w = maps[0].shape[1]
@@ -90,42 +97,36 @@ def ours(seen, present=None):
     )
 
 
-# --- losses ------------------------------------------------------------------------------------------------------------
+# --- losses --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_losses_and_gradients_equal_those_of_whole_softmax_tensors(shapes, dtype, within, monkeypatch):
-    """Through the embedded network: early-stopped and batched here, whole and one by one there (float64)."""
-    import copy
-
-    prompts, subjects = (
-        [PROMPT, "a green star, a red cross and a pink heart"],
-        [[[3], [7]], [[2, 3], [7], [11]]],
-    )
-    x, unet = (
-        torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
-        copy.deepcopy(shapes.unet),
-    )
+    """Through the embedded network: early-stopped and batched, against whole and one by one
+    (float64)."""
+    prompts = [PROMPT, "a green star, a red cross and a pink heart"]
+    subjects = [[[3], [7]], [[2, 3], [7], [11]]]
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    unet = copy.deepcopy(shapes.unet)
     context, select = shapes.text.encode(prompts), losses.selector(subjects)
     leaf = x.to(dtype).requires_grad_()
     seen = losses.look(unet.to(dtype), leaf, 981, context.to(dtype), select)
     values = ours(seen, select.any(-1))
     gradients = [torch.autograd.grad(v.sum(), leaf, retain_graph=True)[0] for v in values]
 
-    whole, sizes = Whole(monkeypatch), []
+    whole = Whole(monkeypatch)
+    sizes = []
     for b in range(2):
         leaf = x[b : b + 1].clone().requires_grad_()
         maps = whole.maps(unet.double(), leaf, 981, context[b : b + 1].double())
         for value, gradient, expected in zip(values, gradients, plain_losses(*maps, subjects[b])):
             assert abs(value[b].item() - expected.item()) <= within
-            theirs = (
-                torch.autograd.grad(expected, leaf, retain_graph=True)[0][0]
-                if expected.requires_grad
-                else torch.zeros(4, 16, 16)
-            )
+            theirs = torch.zeros(4, 16, 16)
+            if expected.requires_grad:
+                theirs = torch.autograd.grad(expected, leaf, retain_graph=True)[0][0]
             assert (gradient[b] - theirs).abs().max() <= within * max(1, theirs.abs().max())
             sizes.append(theirs.abs().max().item())
-    assert sorted(sizes)[3] > 1e-4  # most of the six say something
+    assert sorted(sizes)[3] > 1e-4  # most of the six matter
 
 
 def random_maps(b, s, seed, dtype=torch.float64):
@@ -137,11 +138,9 @@ def random_maps(b, s, seed, dtype=torch.float64):
 def test_losses_by_finite_differences():
     m, claims, mean = (random_maps(1, 3, seed)[..., :5, :6].clone().requires_grad_() for seed in range(3))
     check = torch.autograd.gradcheck
-    assert (
-        check(losses.cross_response, (m,))
-        and check(losses.self_conflict, (claims,))
-        and check(losses.clean_background, (m,))
-    )
+    assert check(losses.cross_response, (m,))
+    assert check(losses.self_conflict, (claims,))
+    assert check(losses.clean_background, (m,))
     assert check(lambda m: losses.alignment(m, mean.detach()), (m,))
     assert check(losses.kl_divergence, (m, mean))
 
@@ -156,20 +155,16 @@ def test_an_image_with_fewer_subjects_is_as_it_is_alone():
         lambda n, b: losses.alignment(m[b, :n], mean[b, :n], present[b, :n]),
     ):
         both = loss(3, slice(0, 2))
-        assert torch.equal(both[:1], loss(3, slice(0, 1))) and torch.allclose(
-            both[1:], loss(2, slice(1, 2)), atol=1e-15
-        )
-    assert losses.self_conflict(claims[:, :1]).tolist() == [
-        0,
-        0,
-    ]  # a single subject has nothing to conflict with
+        assert torch.equal(both[:1], loss(3, slice(0, 1)))
+        assert torch.allclose(both[1:], loss(2, slice(1, 2)), atol=1e-15)
+    assert losses.self_conflict(claims[:, :1]).tolist() == [0, 0]  # nothing to conflict with
 
 
 def test_background_is_the_strongest_response_outside_the_peaks_part():
     m = torch.full((1, 1, 8, 8), 0.05)
-    m[0, 0, 0, 7] = (
-        0.2  # the highest of the lower class, which the comparison with >= lets in: it must be no part's neighbour
-    )
+    # The highest of the lower class. The comparison with >= lets it in, so it must not touch a
+    # part.
+    m[0, 0, 0, 7] = 0.2
     m[0, 0, 1:3, 1:3] = torch.tensor([[0.9, 0.7], [0.7, 0.7]])
     assert losses.clean_background(m).item() == 0  # nothing outside is above the part's least, 0.7
     m[0, 0, 5:7, 5:7] = 0.8
@@ -180,15 +175,14 @@ def test_background_is_the_strongest_response_outside_the_peaks_part():
 
 
 def test_kl_is_that_of_normal_distributions():
-    mu, log_var = torch.randn(
-        2, 3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    ).unbind(0)
+    generator = torch.Generator().manual_seed(0)
+    mu, log_var = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64, generator=generator).unbind(0)
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(0.0, 1.0))
     assert torch.allclose(losses.kl_divergence(mu, log_var), expected.flatten(1).mean(1))
 
 
-# --- image processing --------------------------------------------------------------------------------------------------
+# --- image processing ----------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 255), min_size=12, max_size=12), st.sampled_from(["float32", "float64"]))
@@ -205,9 +199,9 @@ def test_otsu_of_many_maps_at_once_and_of_the_odd_ones():
     assert losses.otsu(m)[2:].tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("share", [0.3, 0.55, 0.7, 1.0])
-def test_component_is_scipys(share):
-    mask = torch.rand(3, 4, 11, 17, generator=torch.Generator().manual_seed(1)) < share
+@pytest.mark.parametrize("fraction", [0.3, 0.55, 0.7, 1.0])
+def test_component_is_scipys(fraction):
+    mask = torch.rand(3, 4, 11, 17, generator=torch.Generator().manual_seed(1)) < fraction
     at = torch.randint(11 * 17, (3, 4), generator=torch.Generator().manual_seed(2))
     ours = losses.component(mask, at)
     for m, p, part in zip(mask.flatten(0, 1), at.flatten().tolist(), ours.flatten(0, 1)):
@@ -224,7 +218,7 @@ def test_component_follows_a_snake_to_its_end():
     assert torch.equal(losses.component(mask, torch.zeros(1, 1, dtype=torch.long)), mask)
 
 
-# --- subjects ----------------------------------------------------------------------------------------------------------
+# --- subjects ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,15 +271,10 @@ def test_subjects_that_cannot_be(prompt, subjects, message, shapes):
 
 
 def test_the_timesteps_a_run_lists(shapes):
-    assert (
-        losses.listed_timesteps(shapes, 50, "ddim")[0]
-        == losses.listed_timesteps(shapes, 50, "pndm")[0]
-        == 981
-    )
-    assert (
-        len(losses.listed_timesteps(shapes, 10, "pndm")) == 11
-        and len(losses.listed_timesteps(shapes, 10, "heun")) == 10
-    )
+    assert losses.listed_timesteps(shapes, 50, "ddim")[0] == 981
+    assert losses.listed_timesteps(shapes, 50, "pndm")[0] == 981
+    assert len(losses.listed_timesteps(shapes, 10, "pndm")) == 11
+    assert len(losses.listed_timesteps(shapes, 10, "heun")) == 10
     assert losses.listed_timesteps(shapes, 10, "dpmpp_2m", karras=True)[0] == pytest.approx(999)
     with pytest.raises(ValueError, match="no sampler"):
         losses.listed_timesteps(shapes, 10, "ddmi")

@@ -42,11 +42,7 @@ def test_prompts_of_a_text_file_share_batches(tmp_path, monkeypatch):
             [
                 "--prompts",
                 str(tmp_path / "p.txt"),
-                "--seeds",
-                "3-4",
-                "--steps",
-                "2",
-                "--out",
+                *"--seeds 3-4 --steps 2 --out".split(),
                 str(tmp_path / "o"),
                 "--quiet",
             ]
@@ -64,11 +60,7 @@ def test_prompts_of_a_text_file_share_batches(tmp_path, monkeypatch):
         main(
             [
                 "a blue square and a green star",
-                "--seed",
-                "4",
-                "--steps",
-                "2",
-                "--out",
+                *"--seed 4 --steps 2 --out".split(),
                 str(tmp_path / "one"),
                 "--quiet",
             ]
@@ -96,11 +88,7 @@ def test_objects_of_a_jsonl_file_have_options_of_their_own(tmp_path):
             [
                 "--prompts",
                 str(tmp_path / "p.jsonl"),
-                "--seed",
-                "5",
-                "--steps",
-                "1",
-                "--out",
+                *"--seed 5 --steps 1 --out".split(),
                 str(tmp_path / "o"),
                 "--quiet",
             ]
@@ -189,16 +177,7 @@ def test_a_layout_that_does_not_fit_is_told_by_line_before_anything_is_drawn(tmp
     (tmp_path / "p.jsonl").write_text(
         "\n".join(json.dumps({"layout": name, "excite": True}) for name in (good, bad))
     )
-    args = [
-        "--prompts",
-        str(tmp_path / "p.jsonl"),
-        "--seed",
-        "1",
-        "--steps",
-        "1",
-        "--out",
-        str(tmp_path / "o"),
-    ]
+    args = ["--prompts", str(tmp_path / "p.jsonl"), *"--seed 1 --steps 1 --out".split(), str(tmp_path / "o")]
     assert main([*args, "--layout", good, *how] if how else args) == 2
     error = capfd.readouterr().err
     assert error.startswith(
@@ -210,11 +189,7 @@ def test_a_layout_that_does_not_fit_is_told_by_line_before_anything_is_drawn(tmp
 def test_resume_makes_what_is_missing_and_nothing_else(tmp_path, capfd):
     args = [
         "a red circle",
-        "--seeds",
-        "0-5,3",
-        "--steps",
-        "1",
-        "--out",
+        *"--seeds 0-5,3 --steps 1 --out".split(),
         str(tmp_path),
         "--resume",
     ]  # 3 is asked for twice
@@ -228,7 +203,7 @@ def test_resume_makes_what_is_missing_and_nothing_else(tmp_path, capfd):
     (tmp_path / "tmpabc.tmp").write_bytes(b"half a picture")
     (tmp_path / "00099-9.png").write_bytes(b"not ours")
     assert main(args) == 0
-    assert "1 of 6 pictures are still to be made" in capfd.readouterr().err
+    assert "1 of 6 images are still to be made" in capfd.readouterr().err
     good = list(running.recorded([tmp_path / "runs.jsonl"]))
     assert sorted(r["seed"] for r in good if (tmp_path / r["file"]).exists()) == [0, 1, 2, 3, 4, 5]
     assert {r["seed"]: r["file"] for r in good}.items() >= {k: v for k, v in first.items() if k != 1}.items()
@@ -245,11 +220,7 @@ def launch(processes, *args):
         "-m",
         "torch.distributed.run",
         f"--nproc-per-node={processes}",
-        "--master-port=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-        "-m",
-        "minsd.generate",
+        *"--master-port=0 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m minsd.generate".split(),
         *args,
     ]
     return subprocess.Popen(

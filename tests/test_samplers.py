@@ -1,4 +1,5 @@
-"""Schedule and samplers against diffusers' schedulers over whole trajectories, with a fixed nonlinear predictor."""
+"""Schedule and samplers against whole trajectories of diffusers' schedulers, with a fixed
+predictor."""
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from diffusers import (
 
 from minsd.config import ScheduleConfig
 from minsd.noise.initial import noise
-from minsd.samplers import SAMPLERS, ddim
+from minsd.samplers import SAMPLERS, ddim, timesteps
 from minsd.samplers.random import generators, randn_like
 from minsd.samplers.schedule import Schedule
 
@@ -78,9 +79,8 @@ def test_ddim_equals_diffusers(steps, eta):
     assert relative(ours, x) <= 1e-5
 
 
-LEADING = {k: v for k, v in SD.items() if k != "clip_sample" and k != "set_alpha_to_one"} | {
-    "timestep_spacing": "leading"
-}
+LEADING = {k: v for k, v in SD.items() if k not in ("clip_sample", "set_alpha_to_one")}
+LEADING["timestep_spacing"] = "leading"
 
 
 def relatives(name, prediction_type="epsilon", **more):
@@ -99,26 +99,26 @@ def relatives(name, prediction_type="epsilon", **more):
 
 
 def as_v(x, t, alphas_cumprod):
-    """The same predictor as a v-predicting network would say it: v = (eps - sqrt(1 - abar) x) / sqrt(abar)."""
-    t, sigmas = float(t), ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt()
+    """The output of a v-predicting network with the same eps: v = (eps - sqrt(1 - abar) x) /
+    sqrt(abar)."""
+    t = float(t)
+    sigmas = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt()
     sigma = torch.lerp(sigmas[int(t)], sigmas[min(int(t) + 1, 999)], torch.tensor(t - int(t)).double())
     abar = 1 / (1 + sigma**2)
     return (predict(x, t) - (1 - abar).sqrt() * x) / abar.sqrt()
 
 
 def diffusers_trajectory(scheduler, start, steps, v=False):
-    """diffusers' loop as its pipelines write it, from latents that are `start` in variance-preserving scale."""
+    """diffusers' loop as in its pipelines, from `start` in variance-preserving scale."""
     scheduler.set_timesteps(steps)
     x = start
-    if (
-        hasattr(scheduler, "sigmas") and scheduler.init_noise_sigma != 1
-    ):  # Euler and Heun keep y = x sqrt(1 + sigma^2)
+    # Euler and Heun keep y = x sqrt(1 + sigma^2).
+    if hasattr(scheduler, "sigmas") and scheduler.init_noise_sigma != 1:
         x = start * (float(scheduler.sigmas[0]) ** 2 + 1) ** 0.5
     for t in scheduler.timesteps:
         y = scheduler.scale_model_input(x, t)
-        x = scheduler.step(
-            as_v(y, t, scheduler.alphas_cumprod) if v else predict(y, float(t)), t, x
-        ).prev_sample
+        output = as_v(y, t, scheduler.alphas_cumprod) if v else predict(y, float(t))
+        x = scheduler.step(output, t, x).prev_sample
     return x
 
 
@@ -129,11 +129,10 @@ DETERMINISTIC = ("pndm", "euler", "heun", "dpmpp_2m", "unipc")
 @pytest.mark.parametrize("steps", [10, 25, 50])
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_whole_trajectories_equal_diffusers(name, steps, v):
-    theirs = relatives(
-        name, "v_prediction" if v and name != "pndm" else "epsilon"
-    )  # PNDM: against converted eps
+    v = v and name != "pndm"  # PNDM: against converted eps
+    theirs = relatives(name, "v_prediction" if v else "epsilon")
     start = noise([0, 1], (4, 8, 8)).double()
-    expected = diffusers_trajectory(theirs, start, steps, v and name != "pndm")
+    expected = diffusers_trajectory(theirs, start, steps, v)
     out = list(SAMPLERS[name](predict, start, Schedule(ScheduleConfig()), steps))
     assert len(out) == steps + (name == "pndm")
     grid = [int(t) for t in theirs.timesteps]
@@ -157,8 +156,10 @@ def test_other_spacings_equal_diffusers(name, spacing, v):
 
 @pytest.mark.parametrize("steps", [10, 25, 50])
 def test_karras_levels_equal_diffusers(steps):
-    """diffusers rounds the timestep it shows the network (not the level): so does the predictor here."""
-    theirs, start = relatives("dpmpp_2m", use_karras_sigmas=True), noise([0, 1], (4, 8, 8)).double()
+    """diffusers rounds the timestep that it passes to the network (not the level); so does this
+    predictor."""
+    theirs = relatives("dpmpp_2m", use_karras_sigmas=True)
+    start = noise([0, 1], (4, 8, 8)).double()
     expected = diffusers_trajectory(theirs, start, steps)
     schedule = Schedule(ScheduleConfig())
     out = list(SAMPLERS["dpmpp_2m"](lambda x, t: predict(x, round(t)), start, schedule, steps, karras=True))
@@ -168,20 +169,24 @@ def test_karras_levels_equal_diffusers(steps):
 
 @pytest.mark.parametrize("name", [*DETERMINISTIC, "ddim"])
 def test_image_to_image_equals_diffusers(name):
-    """From clean latents noised to a later level. PNDM's class, begun late, skips the timestep after its second visit
-    (its pipeline's known fault), so there the truth is a run of its own over the later timesteps."""
+    """From clean latents noised to a later level.
+
+    PNDM's class, begun late, skips the timestep after its second visit (a known fault of its
+    pipeline). There the truth is a run over the later timesteps alone.
+    """
     theirs = relatives(name)
-    x0, z, steps, begin = noise([5, 6], (4, 8, 8)).double(), noise([0, 1], (4, 8, 8)).double(), 20, 8
+    x0, z = noise([5, 6], (4, 8, 8)).double(), noise([0, 1], (4, 8, 8)).double()
+    steps, begin = 20, 8
     theirs.set_timesteps(steps)
-    timesteps = theirs.timesteps[begin * theirs.order :]
+    grid = theirs.timesteps[begin * theirs.order :]
     if name == "pndm":
         theirs.set_timesteps(steps)
-        timesteps = torch.cat([theirs.timesteps[:1], theirs.timesteps[2:]])[begin:]  # each once
-        timesteps = torch.cat([timesteps[:1], timesteps[1:2], timesteps[1:]])
-    x = theirs.add_noise(x0, z, timesteps[:1])
+        grid = torch.cat([theirs.timesteps[:1], theirs.timesteps[2:]])[begin:]  # each once
+        grid = torch.cat([grid[:1], grid[1:2], grid[1:]])
+    x = theirs.add_noise(x0, z, grid[:1])
     if hasattr(theirs, "set_begin_index"):
         theirs.set_begin_index(begin * theirs.order)
-    for t in timesteps:
+    for t in grid:
         y = theirs.scale_model_input(x, t)
         x = theirs.step(predict(y, int(t)), t, x).prev_sample
     seen = []
@@ -194,7 +199,8 @@ def test_image_to_image_equals_diffusers(name):
         start=begin,
         refine=lambda i, t, x: seen.append(t) or x,
     )
-    assert seen[0] == int(timesteps[0]) and i + 1 == len(seen) == steps - begin + (name == "pndm")
+    assert seen[0] == int(grid[0]) and i + 1 == len(seen) == steps - begin + (name == "pndm")
+    assert seen == timesteps(name, Schedule(ScheduleConfig()), steps, start=begin)
     assert relative(ours, x) <= 1e-5
 
 
@@ -216,7 +222,8 @@ def test_stochastic_ones_equal_diffusers_on_the_same_noise(name, steps, monkeypa
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
 def test_the_last_level_can_be_abar0(name):
-    theirs, start = relatives(name, final_sigmas_type="sigma_min"), noise([0], (4, 8, 8)).double()
+    theirs = relatives(name, final_sigmas_type="sigma_min")
+    start = noise([0], (4, 8, 8)).double()
     for steps in (5, 20):
         expected = diffusers_trajectory(theirs, start, steps)
         *_, (_, _, ours) = SAMPLERS[name](predict, start, Schedule(ScheduleConfig()), steps, final="abar0")
@@ -225,7 +232,7 @@ def test_the_last_level_can_be_abar0(name):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.float64, 1e-13)], ids=str)
 def test_inversion_with_the_same_eps_returns(dtype, bound):
-    """With eps a function of t alone, the way back is exactly the way there."""
+    """With eps a function of t alone, the inversion is exact."""
     schedule, start = Schedule(ScheduleConfig()), noise([0], (4, 8, 8)).to(dtype)
     fixed = {t: noise([t], (4, 8, 8)).to(dtype) for t in schedule.timesteps(10)}
     *_, (_, _, x0) = ddim.sample(lambda x, t: fixed[t], start, schedule, 10)
@@ -247,8 +254,11 @@ def test_final_level():
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_contract(name):
-    """Yields (i, t, x) after every step, refines before each listed timestep, keeps grad mode, dtype and graph."""
-    schedule, start, seen = Schedule(ScheduleConfig()), noise([0, 1], (4, 8, 8)).double().requires_grad_(), []
+    """Yields (i, t, x) after every step, refines before each listed timestep, keeps grad mode,
+    dtype, graph."""
+    schedule = Schedule(ScheduleConfig())
+    start = noise([0, 1], (4, 8, 8)).double().requires_grad_()
+    seen = []
 
     def refine(i, t, x):
         seen.append((i, t))
@@ -256,6 +266,7 @@ def test_contract(name):
 
     steps = list(SAMPLERS[name](predict, start, schedule, 5, generator=generators([0, 1]), refine=refine))
     assert seen == [(i, t) for i, t, _ in steps] and torch.is_grad_enabled()
+    assert [t for _, t in seen] == timesteps(name, schedule, 5)
     x = steps[-1][2]
     assert x.dtype == torch.float64 and torch.autograd.grad(x.sum(), start)[0].abs().sum() > 0
 
@@ -288,9 +299,8 @@ def test_what_else_is_refused():
 def test_noise_depends_on_the_seed_alone():
     batch = noise([5, 6, 7], (4, 8, 8))
     assert torch.equal(batch[2], noise([7], (4, 8, 8))[0]) and not torch.equal(batch[0], batch[1])
-    assert torch.equal(
-        batch[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))
-    )  # what everyone draws
+    # The usual way to draw it.
+    assert torch.equal(batch[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)))
     later = randn_like(generators([5], skip=(4, 8, 8)), batch[:1])
     g = torch.Generator().manual_seed(5)
     torch.randn(4, 8, 8, generator=g)

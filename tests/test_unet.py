@@ -62,7 +62,7 @@ def test_full_size_parity(name):
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize(
     "size", [(16, 16), (13, 22), (1, 3)], ids=str
-)  # odd sizes: the way up must meet each skip
+)  # odd sizes: upsampling must meet each skip
 @torch.no_grad()
 def test_sizes_and_timesteps(linear, size):
     config = UNetConfig(**{**SMALL.__dict__, "linear_projection": linear})
@@ -84,7 +84,8 @@ def small():
 
 
 def whole_softmax(unet, x, t, context, grid):
-    """Head- and layer-mean maps by hooks on to_q and to_k: independent of the recorder and of the kernels."""
+    """Head- and layer-mean maps by hooks on to_q and to_k: independent of the recorder and of the
+    kernels."""
     sums, counts, inputs = {}, {}, {}
 
     def keep(name, which):
@@ -162,8 +163,8 @@ def test_early_stop_runs_nothing_after_the_last_layer_that_records(small):
 
 
 @torch.no_grad()
-def test_each_cell_looks_at_its_own_text(small):
-    """Upper half one text, lower half another: gathered row by row from ordinary attention over each text."""
+def test_each_cell_attends_to_its_own_text(small):
+    """Upper half one text, lower half another, against ordinary attention over each text."""
     unet, x, context = small
     texts = torch.stack([context, context.flip(0)], dim=1)  # (B, R, 77, D)
     one = {grid: torch.ones(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((16, 16))}
@@ -177,33 +178,35 @@ def test_each_cell_looks_at_its_own_text(small):
 
 
 @torch.no_grad()
-def test_a_pair_of_texts_one_down_one_up(small):
-    """The way down is what the first text alone makes of it; everything after it sees the second alone."""
+def test_a_pair_of_texts_one_for_each_half(small):
+    """The encoder half attends to the first text alone, everything after it to the second alone."""
     unet, x, context = small
     texts = torch.stack([context, context.flip(0)], dim=1)  # (B, R, 77, D)
     down, up = (
         {grid: torch.full((2, grid[0] * grid[1]), text) for grid in unet.grids((16, 16))} for text in (0, 1)
     )
-    keys = [unet.keys(texts[:, text]) for text in (0, 1)]
+    first, second = (unet.text_kv(texts[:, text]) for text in (0, 1))
     spliced = {
-        m: keys[name.split(".")[0] != "down_blocks"][m] for name, m in unet.named_modules() if m in keys[0]
+        m: (first if name.startswith("down_blocks") else second)[m]
+        for name, m in unet.named_modules()
+        if m in first
     }
     assert relative(unet(x, 300, texts, region=(down, up)), unet(x, 300, spliced)) < 1e-6
     assert relative(unet(x, 300, texts, region=(down, up)), unet(x, 300, texts, region=up)) > 1e-4
 
 
 @torch.no_grad()
-def test_keys_stand_for_the_text(small):
+def test_keys_and_values_stand_for_the_text(small):
     unet, x, context = small
-    keys = unet.keys(context)
-    assert torch.equal(unet(x, 300, keys), unet(x, 300, context)) and torch.equal(
-        unet(x, 700, keys), unet(x, 700, context)
-    )
+    text_kv = unet.text_kv(context)
+    for t in (300, 700):
+        assert torch.equal(unet(x, t, text_kv), unet(x, t, context))
 
 
-def test_predictors_look_at_a_text_once_unless_it_takes_a_gradient(small):
+def test_predictors_project_a_text_once_unless_it_takes_a_gradient(small):
     unet, x, context = small
-    calls, schedule = [], Schedule(ScheduleConfig())
+    calls = []
+    schedule = Schedule(ScheduleConfig())
     layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
     handle = layer.to_k.register_forward_hook(lambda *args: calls.append(1))
     cond, uncond = context[:1].clone(), context[1:].clone()
@@ -235,18 +238,19 @@ def test_control_enters_as_in_diffusers():
 
 
 def test_default_resolution_of_the_families():
-    """Counts and grids only: SD1.x at 512x512 records 16x16, from 5 cross- and 5 self-attention layers."""
+    """Counts and grids only: SD1.x at 512x512 records 16x16, from 5 cross- and 5 self-attention
+    layers."""
     recorder, full = AttentionRecorder(), UNetConfig()
     with torch.device("meta"):
         unet = UNet(full)
-    for (h, w), grid in (
+    for size, grid in (
         ((64, 64), (16, 16)),
         ((96, 64), (24, 16)),
         ((128, 128), (32, 32)),
         ((32, 32), (16, 16)),
         ((8, 8), (8, 8)),
     ):
-        recorder.begin(unet.grids((h, w)), unet.attention_blocks)
+        recorder.begin(unet.grids(size), unet.attention_blocks)
         assert recorder.resolution == grid
         assert recorder.total == 5
 
@@ -271,16 +275,10 @@ def test_fused_projections_are_views_and_give_the_same(small):
     assert set(fused.state_dict()) == names
     assert relative(fused(x, 300, context), unet(x, 300, context)) < 1e-6
     attention = fused.down_blocks[0].attentions[0].transformer_blocks[0].attn1
-    for move in (
-        lambda m: m,
-        lambda m: m.double(),
-        lambda m: m.float(),
-    ):  # a move must not part views and buffer
-        attention = move(attention)
+    for dtype in (torch.float32, torch.float64, torch.float32):  # a move must not part views and buffer
+        attention = attention.to(dtype)
         storage = attention.fused.untyped_storage().data_ptr()
-        assert {
-            w.untyped_storage().data_ptr()
-            for w in (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)
-        } == {storage}
-    attention.to_k.weight.zero_()  # what an adapter does
+        weights = (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)
+        assert {weight.untyped_storage().data_ptr() for weight in weights} == {storage}
+    attention.to_k.weight.zero_()  # as an adapter does
     assert relative(fused(x, 300, context), unet(x, 300, context)) > 1e-4

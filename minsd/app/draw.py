@@ -1,137 +1,153 @@
-"""One batch of jobs to its pictures: the initial noise by its method, what predicts the noise, the walk down, the decoding.
+"""Draw one batch of jobs: find the initial noise, build the predictor, sample, decode.
 
-A batch (minsd/run.py makes them) differs in prompt, seed and subjects at most, so all else is read from its first job.
+The jobs of a batch (minsd/app/run.py groups them) differ in prompt, seed and subjects alone. All else is
+read from the first.
 """
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image
+from torch import Tensor
 
 from minsd import image
+from minsd.app.jobs import Job
+from minsd.app.session import Session
+from minsd.config import STRENGTH
 from minsd.controlnet import Control, Controlled, read_control_image
-from minsd.noise import arrange, collage, collage_control, excite, initno, stability
-from minsd.noise.initial import noise as draw_noise
+from minsd.guidance import Predictor
+from minsd.noise import collage, collage_control, excite, stability
 from minsd.noise.initial import read_noise
-from minsd.noise.layout import load as load_layout
-from minsd.pipeline import StableDiffusion, first_step
+from minsd.noise.methods import METHODS, Batch, Found, Say
+from minsd.pipeline import StableDiffusion
+from minsd.samplers import timesteps
 from minsd.weights import lora
+
+Progress = Callable[[int, int | float], object]
 
 
 @dataclass
 class Drawn:
-    """A batch: its pictures, the noise they began from, what is to be said of each, and further files by name."""
+    """A batch: its images, the noise they began from, and what the noise method recorded of each."""
 
-    pictures: list[Image.Image]
-    noise: torch.Tensor  # (B, 4, h, w)
-    notes: list[dict]
-    extras: list[dict[str, Image.Image | torch.Tensor]]
+    images: list[Image.Image]
+    noise: Tensor  # (B, 4, h, w)
+    notes: list[dict[str, Any]]
+    extras: list[dict[str, Image.Image | Tensor]]  # further files per image, by name
 
 
-def find_noise(sd: StableDiffusion, jobs: list[dict], tell) -> tuple[torch.Tensor, list[dict], list[dict]]:
-    """The initial noise (B,4,h,w) of a batch by its method, what is to be said of each, and files that come of it."""
-    first, seeds, notes, extras = (
-        jobs[0],
-        [job["seed"] for job in jobs],
-        [{} for _ in jobs],
-        [{} for _ in jobs],
-    )
-    shape, method = (4, first["height"] // 8, first["width"] // 8), first["init_noise"]
-    if first.get("noise_file"):
+def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
+    """Draw one batch. `progress(i, t)` is called after every sampling step, `say(message)` while noise is
+    sought.
+    """
+    with controlled(session, jobs[0]):
         return (
-            read_noise(Path(first["noise_file"]), shape)[[job["noise_index"] for job in jobs]],
-            notes,
-            extras,
+            invert(session.sd, jobs[0])
+            if jobs[0].invert is not None
+            else sample(session, jobs, progress, say)
         )
-    run = {key: first[key] for key in ("steps", "sampler", "karras", "height", "width")}
-    if first.get("score") == "attention":
-        for k, job in enumerate(jobs):
-            candidates = list(range(seeds[k], seeds[k] + job["candidates"]))
-            if (
-                method == "select" and job.get("layout") and job["layout"]["regions"]
-            ):  # by where the captions of its regions look
-                where = {key: job[key] for key in ("steps", "sampler")}
-                scores = arrange.arrange(sd, load_layout(job["layout"]), candidates, **where).scores
-                best = max(scores)
-            else:
-                scores = initno.attention_scores(sd, job["prompt"], job["subjects"], candidates, **run)
-                best = min(scores)  # they are losses
-            seeds[k] = candidates[scores.index(best)]
-            notes[k] = {
-                "seed": seeds[k],
-                "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)],
-            }
-            tell(f"seed {seeds[k]} has the best of {len(scores)} scores, {best:.3f}")
-    trip = {key: first[key] for key in ("negative_prompt", "guidance_scale", "height", "width")}
-    if method == "select" and first["score"] == "stability":
-        for k, job in enumerate(jobs):
-            chosen = stability.select(
-                sd, job["prompt"], range(seeds[k], seeds[k] + job["candidates"]), progress=tell, **trip
-            )
-            seeds[k] = chosen.seed
-            notes[k] = {
-                "seed": chosen.seed,
-                "candidates": [{"seed": s, "score": round(x, 5)} for s, x in chosen.scores.items()],
-            }
-            extras[k]["candidates"] = stability.sheet(sd, job["prompt"], chosen, **trip | run)
-    if method == "optimize":
-        results = stability.optimize_batch(
-            sd,
-            [job["prompt"] for job in jobs],
-            seeds,
-            mode=first["optimize_mode"],
-            optimize_steps=first["optimize_steps"],
-            progress=lambda b, message: tell(f"seed {seeds[b]}: {message}"),
-            **trip,
-        )
-        for note, result in zip(notes, results):
-            note["stability"] = {"before": result.before, "after": result.score}
-            if result.note:
-                warnings.warn(result.note, stacklevel=2)
-        return torch.cat([result.noise for result in results]), notes, extras
-    if method == "initno":
-        results = initno.optimize_batch(
-            sd,
-            [job["prompt"] for job in jobs],
-            [job["subjects"] for job in jobs],
-            seeds,
+
+
+def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
+    """From noise to images."""
+    sd = session.sd
+    first = jobs[0]
+    run = {"steps": first.sampling.steps, "sampler": first.sampling.sampler, "karras": first.sampling.karras}
+    prompts = [job.prompt for job in jobs]
+    subjects = [list(job.subjects) if job.subjects is not None else None for job in jobs]
+    found = find_noise(sd, jobs, say)
+    seeds = [note.get("seed", job.seed) for job, note in zip(jobs, found.notes)]
+    refine = None
+    if first.excite is not None:
+        refine = excite.updates(sd, prompts, subjects, variant=first.excite, **run)
+    frames = None
+    if session.command.attention_maps:
+        refine, frames = excite.watch(sd, prompts, subjects, before=refine, **run)
+    init = None
+    strength = STRENGTH
+    if first.init is not None:
+        strength = first.init.strength
+        picture = image.read(first.init.path)
+        init = sd.encode(image.fit(picture, first.sampling.width, first.sampling.height))
+    with predictor(session, first, prompts, seeds) as predict:
+        latents = sd.denoise(
+            predict,
+            found.noise,
+            seeds=seeds,
+            init=init,
+            strength=strength,
+            refine=refine,
+            progress=progress,
             **run,
-            progress=lambda b, message: tell(f"seed {seeds[b]}: {message}"),
         )
-        for note, result in zip(notes, results):
-            note["initno"] = {
-                "success": result.success,
-                "rounds": result.rounds,
-                "steps": result.steps,
-                "losses": result.losses,
-            }
-            if result.note:
-                warnings.warn(result.note, stacklevel=2)
-        return torch.cat([result.noise for result in results]), notes, extras
-    return draw_noise(seeds, shape), notes, extras
+    images = sd.decode(latents)
+    if frames is not None:
+        for b, (picture, extra) in enumerate(zip(images, found.extras)):
+            extra["attention"] = excite.sheet(
+                picture, frames, b, [str(subject) for subject in subjects[b] or ()]
+            )
+    return Drawn(images, found.noise, found.notes, found.extras)
 
 
-def invert(sd: StableDiffusion, job: dict) -> Drawn:
-    """The noise of a picture, and what is drawn from it."""
-    keys = ("negative_prompt", "steps", "guidance_scale", "height", "width")
-    with Image.open(job["invert"]) as picture:
-        found = stability.invert_picture(sd, picture, job["prompt"], **{key: job[key] for key in keys})
+def find_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say) -> Found:
+    """The initial noise of a batch: from a file, or by the jobs' method."""
+    first = jobs[0]
+    sampling = first.sampling
+    if first.noise_file is not None:
+        noise = read_noise(first.noise_file, (4, sampling.height // 8, sampling.width // 8))
+        return Found(noise[[job.noise_index for job in jobs]], [{} for _ in jobs], [{} for _ in jobs])
+    method = first.method
+    batch = Batch(
+        [job.prompt for job in jobs],
+        [job.seed for job in jobs],
+        [None if job.subjects is None else list(job.subjects) for job in jobs],
+        first.negative_prompt,
+        sampling.guidance_scale,
+        sampling.steps,
+        sampling.sampler,
+        sampling.karras,
+        sampling.height,
+        sampling.width,
+        layout=first.layout,
+        score=method.score,
+        candidates=None if method.candidates is None else [job.candidates() for job in jobs],
+        optimize_steps=method.optimize_steps or 0,
+        optimize_mode=method.optimize_mode or "full",
+    )
+    return METHODS[method.name](sd, batch, say)
+
+
+def invert(sd: StableDiffusion, job: Job) -> Drawn:
+    """The noise of an image, and the image drawn from it."""
+    assert job.invert is not None
+    found = stability.invert_picture(
+        sd,
+        image.read(job.invert),
+        job.prompt,
+        negative_prompt=job.negative_prompt,
+        steps=job.sampling.steps,
+        guidance_scale=job.sampling.guidance_scale,
+        height=job.sampling.height,
+        width=job.sampling.width,
+    )
     note = {"psnr": round(found.psnr, 2), "codec_psnr": round(found.codec_psnr, 2)}
     return Drawn([found.picture], found.noise, [note], [{"noise": found.noise}])
 
 
 @contextmanager
-def controlled(sd: StableDiffusion, job: dict, net):
-    """Within the block a ControlNet stands beside the network, whatever calls it."""
-    if not job.get("control_image"):
+def controlled(session: Session, job: Job) -> Iterator[None]:
+    """Within the block every call of the UNet passes through the job's ControlNet, if it has one."""
+    sd = session.sd
+    if job.control is None or job.control.image is None or session.controlnet is None:
         yield
         return
-    plain, pictures = sd.unet, read_control_image(job["control_image"], job["width"], job["height"])
-    sd.unet = Controlled(plain, [Control(net, pictures, job["control_scale"])])
+    plain = sd.unet
+    pictures = read_control_image(job.control.image, job.sampling.width, job.sampling.height)
+    levels = sd.schedule.config.num_train_timesteps
+    control = Control(session.controlnet, pictures, job.control.scale, num_train_timesteps=levels)
+    sd.unet = Controlled(plain, [control])
     try:
         yield
     finally:
@@ -139,68 +155,31 @@ def controlled(sd: StableDiffusion, job: dict, net):
 
 
 @contextmanager
-def predictor(sd: StableDiffusion, job: dict, prompts: list[str], seeds: list[int], args):
-    """What predicts a batch's noise, within the block: the prompts, or the layout with what its regions have of their own."""
-    if not job.get("layout"):
-        yield sd.guided(prompts, job["negative_prompt"], job["guidance_scale"])
+def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) -> Iterator[Predictor]:
+    """The noise predictor of a batch: of its prompts, or of its layout with its regions' adapters and
+    control images.
+    """
+    sd = session.sd
+    scale = job.sampling.guidance_scale
+    if job.layout is None:
+        yield sd.guided(prompts, job.negative_prompt, scale)
         return
-    layout, how = load_layout(job["layout"]), {"guidance_scale": job["guidance_scale"], "seed": seeds}
-    how["crop_margin"] = job.get("crop_margin")
-    with lora.by_region(layout.regions, args.by_region) as tell:
-        if job.get("controlnet"):
-            pictures, scales = collage_control.read(layout, job["control_image"], job["control_scale"])
-            yield collage_control.predictor(sd, layout, args.net, pictures, scales, tell=tell, **how)
+    how = {"guidance_scale": scale, "seed": seeds, "crop_margin": job.crop_margin}
+    with lora.by_region(job.layout.regions, session.adapters) as adapters:
+        if job.control is not None and session.controlnet is not None:
+            pictures, scales = collage_control.read(job.layout, job.control.image, job.control.scale)
+            yield collage_control.predictor(
+                sd, job.layout, session.controlnet, pictures, scales, adapters=adapters, **how
+            )
         else:
-            yield collage.predictor(sd, layout, tell=tell, **how)
+            yield collage.predictor(sd, job.layout, adapters=adapters, **how)
 
 
-def draw(
-    sd: StableDiffusion,
-    jobs: list[dict],
-    args,
-    progress: Callable[[int, int], None],
-    tell: Callable[[str], None],
-) -> Drawn:
-    """One batch. `progress(i, t)` is called after every step of the sampler, `tell(message)` while noise is looked for."""
-    with controlled(sd, jobs[0], args.net):
-        return invert(sd, jobs[0]) if jobs[0].get("invert") else sample(sd, jobs, args, progress, tell)
-
-
-def sample(sd: StableDiffusion, jobs: list[dict], args, progress, tell) -> Drawn:
-    """From noise to pictures."""
-    first, prompts, subjects = jobs[0], [job["prompt"] for job in jobs], [job.get("subjects") for job in jobs]
-    noise, notes, extras = find_noise(sd, jobs, tell)
-    seeds = [note.get("seed", job["seed"]) for job, note in zip(jobs, notes)]
-    run = {key: first[key] for key in ("steps", "sampler", "karras")}
-    refine = frames = init = None
-    if first.get("excite"):
-        refine = excite.updates(sd, prompts, subjects, variant=first["excite"], **run)
-    if args.attention_maps:
-        refine, frames = excite.watch(sd, prompts, subjects, before=refine, **run)
-    if first.get("init_image"):
-        with Image.open(first["init_image"]) as picture:
-            init = sd.encode(image.fit(picture, first["width"], first["height"]))
-    with predictor(sd, first, prompts, seeds, args) as predict:
-        latents = sd.denoise(
-            predict,
-            noise,
-            seeds=seeds,
-            init=init,
-            strength=first.get("strength", 0.8),
-            refine=refine,
-            progress=progress,
-            **run,
-        )
-    pictures = sd.decode(latents)
-    if frames is not None:
-        for b, (picture, extra) in enumerate(zip(pictures, extras)):
-            extra["attention"] = excite.sheet(picture, frames, b, [str(subject) for subject in subjects[b]])
-    return Drawn(pictures, noise, notes, extras)
-
-
-def steps_of(job: dict) -> int:
-    """How often a sampler calls `progress` for a picture."""
-    steps = job["steps"] - (first_step(job["steps"], job["strength"]) if job.get("init_image") else 0)
-    if job.get("invert"):
+def steps_of(sd: StableDiffusion, job: Job) -> int:
+    """How often the sampler calls `progress` for an image."""
+    if job.invert is not None:
         return 0
-    return steps + (job["sampler"] == "pndm" and steps > 1)  # which visits one timestep twice
+    sampling = job.sampling
+    return len(
+        timesteps(sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras)
+    )

@@ -1,134 +1,96 @@
 """Prompts files: many prompts, each with options of its own over those of the command line.
 
-A .txt file has a prompt a line, and # comments; a .jsonl file an object a line, whose keys are the command line's long options:
+A .txt file has one prompt per line, and # comments. A .jsonl file has one object per line, whose keys are
+the command line's long options:
 
     {"prompt": "a red circle", "seeds": "0-3", "steps": 20}
     {"layout": "layout.json", "seed": 7, "init_noise": "initno"}
 
-What is wrong in a line is told with the file's name and the line's number; here what can be seen in the line alone, by
-minsd/arguments.py what its options make together, and by minsd/run.py what the model does not take.
+Errors name the file and the line. This module checks each value alone; minsd/app/requests.py checks how a
+line's options go together, and minsd/app/jobs.py what the model accepts.
 """
 
-import copy
 import json
-from argparse import Action, Namespace
-from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-# The options that a line of a prompts file may set; the others hold for the whole run.
-PER_LINE = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "seeds",
-    "num_images",
-    "steps",
-    "guidance_scale",
-    "sampler",
-    "karras",
-    "height",
-    "width",
-    "init_image",
-    "strength",
-    "noise",
-    "init_noise",
-    "candidates",
-    "score",
-    "optimize_steps",
-    "optimize_mode",
-    "subjects",
-    "token_indices",
-    "excite",
-    "layout",
-    "crop_margin",
-    "control_image",
-    "control_scale",
-)
+from minsd.app.options import OPTIONS, PER_LINE, Given, named, normalised
 
 
-def read_prompts(path: Path, args: Namespace, options: Mapping[str, Action]) -> list[Namespace]:
-    """The lines of a file, each over the command line's own `args`; `options`: the parser's, by name. A line's `where` says
-    where it stands. ValueError or FileNotFoundError, in one line."""
+def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
+    """Every line of a prompts file over the options `given` on the command line.
+
+    Yields (where, options); `where` is how an error in that line begins. ValueError or FileNotFoundError,
+    in one line.
+    """
+    found = False
+    for number, content in enumerate(_text(path).split("\n"), 1):
+        content = content.strip()
+        if not content or (path.suffix == ".txt" and content.startswith("#")):
+            continue
+        found = True
+        where = f"{path}, line {number}: "
+        with located(where):
+            line = {"prompt": content} if path.suffix == ".txt" else _options(content)
+        replaced = (
+            {"seed": None, "seeds": None, "num_images": None} if {"seed", "seeds"} & line.keys() else {}
+        )
+        yield where, normalised(given | replaced | line)
+    if not found:
+        raise ValueError(f"{path} holds no prompts")
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Prefix errors raised in the block with the line's file and number."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}{error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def _text(path: Path) -> str:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(
-            f"--prompts takes a .txt file (a prompt a line) or a .jsonl file (an object a line), not {path.name}"
+            "--prompts takes a .txt file (one prompt per line) or a .jsonl file (one object per line), "
+            f"not {path.name}"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no prompts file {path}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    lines = []
-    for number, content in enumerate(text.split("\n"), 1):
-        content = content.strip()
-        if not content or (path.suffix == ".txt" and content.startswith("#")):
-            continue
-        line = copy.copy(args)
-        line.where = f"{path}, line {number}: "
-        if path.suffix == ".txt":
-            line.prompt = content
-        else:
-            try:
-                given = json.loads(content)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{line.where}not JSON: {error.msg} at column {error.colno}") from None
-            except RecursionError:
-                raise ValueError(f"{line.where}brackets within brackets, too many") from None
-            if not isinstance(given, dict):
-                raise ValueError(
-                    f'{line.where}a line must be an object, such as {{"prompt": "a red circle", "seeds": "0-3"}}'
-                )
-            if not any(key in given for key in ("prompt", "layout")):
-                raise ValueError(f'{line.where}there is no "prompt"')
-            if "seeds" in given or "seed" in given:  # these replace the command line's seeds of either kind
-                line.seed = line.seeds = line.num_images = None
-            for key, value in given.items():
-                set_option(line, options, key, value)
-        lines.append(line)
-    if not lines:
-        raise ValueError(f"{path} holds no prompts")
-    return lines
 
 
-@contextmanager
-def located(line: Namespace):
-    """What is wrong with a line, found within the block, is told with where it stands."""
+def _options(content: str) -> Given:
+    """The options of one line of a .jsonl file."""
     try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{line.where}{error}") from None
+        line = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply: too many brackets") from None
+    if not isinstance(line, dict):
+        raise ValueError('a line must be an object, such as {"prompt": "a red circle", "seeds": "0-3"}')
+    if "prompt" not in line and "layout" not in line:
+        raise ValueError('there is no "prompt"')
+    return {name: value for name, value in (_option(key, value) for key, value in line.items())}
+
+
+def _option(key: str, value: Any) -> tuple[str, Any]:
+    name = named(key)
+    if name is None:
+        raise ValueError(f"unknown key {key!r}; known are {', '.join(PER_LINE)}")
+    if not OPTIONS[name].per_line:
+        raise ValueError(f"{key!r} holds for the whole run: give it on the command line")
+    try:
+        return name, OPTIONS[name].from_json(value)
     except ValueError as error:
-        raise ValueError(f"{line.where}{error}") from None
-
-
-def set_option(line: Namespace, options: Mapping[str, Action], key: str, value) -> None:
-    """One key of an object in a prompts file, as if it had been given on the command line."""
-    name = key.replace("-", "_")
-    if name not in PER_LINE:
-        if name in options:
-            raise ValueError(f"{line.where}{key!r} holds for the whole run: give it on the command line")
-        raise ValueError(f"{line.where}unknown key {key!r}; known are {', '.join(PER_LINE)}")
-    action = options[name]
-    if isinstance(value, list) and action.type is None:
-        value = ",".join(map(str, value))
-    kind = (
-        bool
-        if action.nargs == 0
-        else (float, int)
-        if action.type is float
-        else int
-        if action.type is int
-        else str
-    )
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        wanted = {bool: "true or false", int: "a whole number", str: "text"}.get(kind, "a number")
-        raise ValueError(f"{line.where}{key!r} must be {wanted}, not {json.dumps(value)}")
-    if action.choices and value not in action.choices:
-        raise ValueError(f"{line.where}{key!r} must be one of {', '.join(action.choices)}, not {value!r}")
-    with suppress(OverflowError):  # of a whole number too large, which is refused as any other of its size
-        value = float(value) if action.type is float else value
-    setattr(line, name, Path(value) if action.type is Path else value)
+        raise ValueError(str(error).replace(repr(name), repr(key), 1)) from None

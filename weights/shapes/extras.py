@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import minsd
-from minsd.attention import Attention
 from minsd.controlnet import ControlNet
 from minsd.guidance import Model
 from minsd.weights import lora
@@ -216,9 +215,7 @@ def control_json(sd: Model) -> dict[str, Any]:
 
 def train_style(sd: Model, options: Options) -> None:
     torch.manual_seed(SEED)
-    fused: dict[nn.Module, Attention] = {
-        layer: m for m in sd.unet.modules() if isinstance(m, Attention) for layer in (m.to_q, m.to_k, m.to_v)
-    }
+    fused = lora.fused_layers(sd.unet)
     parts = []
     parameters = []
     for name, module in sd.unet.named_modules():
@@ -227,7 +224,7 @@ def train_style(sd: Model, options: Options) -> None:
             shape = module.weight.shape
             down = nn.Parameter(torch.randn(RANK, *shape[1:]) / math.sqrt(shape[1:].numel()))
             up = nn.Parameter(torch.zeros(shape[0], RANK, *[1] * (len(shape) - 2)))
-            parts.append(lora.Part(name, module, fused.get(module), down, up, 1.0))
+            parts.append(lora.LowRank(name, module, fused.get(module), down, up, 1.0))
             parameters += [down, up]
     use_attention_in_full(sd.unet)
     latents, texts, _ = examples(sd, options.pictures, pierced)

@@ -1,0 +1,401 @@
+"""Every option of the command line, in one table.
+
+The parser, the keys of a prompts file, the settings that `--like` reads from an image, the settings that
+identify an image for `--resume`, and the range checks all come from `OPTIONS`. To add an option, add a row
+here and read it in minsd/app/requests.py. Nothing heavy is imported, so that `--help` answers at once.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minsd import __version__
+from minsd.config import SAMPLER_NAMES, STRENGTH, check_size
+
+EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
+METHODS = ("random", "initno", "select", "optimize")  # noise.methods.METHODS, without its imports
+
+IMAGE = "what to draw (each also a key of a line of --prompts FILE.jsonl)"
+NOISE = "the initial noise (each also a key of such a line)"
+MODEL = "model and hardware"
+RUN = "many images, files, messages"
+
+KARRAS = " karras"  # what the value of --sampler ends with where a name means these noise levels as well
+
+Given = dict[str, Any]  # option name -> value, None where it was left out
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: how it is written, checked, and recorded."""
+
+    name: str  # as in a prompts file and in an image's settings; --its-name on the command line
+    group: str
+    kind: type  # str, int, float, Path or bool
+    metavar: str | None
+    help: str
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()  # other names, as other Stable Diffusion tools have them
+    synonyms: Mapping[str, str] = field(default_factory=dict)  # other tools' values -> choices; see `plain`
+    least: float = -math.inf
+    most: float = math.inf
+    default: Any = None
+    repeated: bool = False
+    negatable: bool = False
+    # --like takes it from an image: always, only where the image's noise method is taken over too, or never.
+    like: bool = False
+    like_method: bool = False
+    # The settings that carry it in an image's identity, separated by spaces; or, without any, why it
+    # changes no pixel.
+    identity: str = ""
+    harmless: str = ""
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def per_line(self) -> bool:
+        """Whether a line of a prompts file may set it."""
+        return self.group in (IMAGE, NOISE)
+
+    def add_to(self, group: Any) -> None:
+        """Add this option to an argparse group."""
+        if self.name == "prompt":
+            group.add_argument("prompt", nargs="?", metavar=self.metavar, help=self.help)
+            group.add_argument("--prompt", dest="prompt_option", help=argparse.SUPPRESS)
+        elif self.negatable:
+            group.add_argument(self.flag, action=argparse.BooleanOptionalAction, default=None, help=self.help)
+        elif self.kind is bool:
+            group.add_argument(self.flag, action="store_true", default=self.default, help=self.help)
+        else:
+            group.add_argument(
+                self.flag,
+                metavar="{" + ",".join(self.choices) + "}" if self.choices else self.metavar,
+                type=self.choose if self.choices else self.kind,
+                action="append" if self.repeated else "store",
+                default=self.default,
+                help=self.help,
+            )
+
+    def choose(self, text: str) -> str:
+        """The choice that a text means, in any case and punctuation. ArgumentTypeError where none."""
+        if self.name == "device" and re.fullmatch(r"cuda:\d+", text):
+            return text
+        known = {plain(name): name for name in self.choices} | dict(self.synonyms)
+        choice = known.get(plain(text))
+        if choice is None:
+            near = difflib.get_close_matches(plain(text), known, 1)
+            hint = f"; did you mean {known[near[0]]}?" if near else ""
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: {text!r} (choose from {', '.join(self.choices)}{hint})"
+            )
+        return choice
+
+    def check(self, value: Any) -> None:
+        """ValueError where a value is outside the option's range."""
+        if self.kind in (int, float) and value is not None and not self.least <= value <= self.most:
+            raise ValueError(
+                f"{self.flag} must be from {_text(self.least)} to {_text(self.most)}, not {value}"
+            )
+
+    def from_json(self, value: Any) -> Any:
+        """A prompts file's value as the command line would have it. ValueError for another type."""
+        if isinstance(value, list) and self.kind is str:
+            return ",".join(map(str, value))
+        taken = {bool: (bool,), float: (float, int), int: (int,)}.get(self.kind, (str,))
+        if not isinstance(value, taken) or (isinstance(value, bool) and self.kind is not bool):
+            kinds = {bool: "true or false", float: "a number", int: "a whole number"}
+            raise ValueError(f"{self.name!r} must be {kinds.get(self.kind, 'text')}, not {json.dumps(value)}")
+        if self.choices:
+            try:
+                return self.choose(value)
+            except argparse.ArgumentTypeError:
+                raise ValueError(
+                    f"{self.name!r} must be one of {', '.join(self.choices)}, not {value!r}"
+                ) from None
+        if self.kind is float:
+            with suppress(OverflowError):  # a huge whole number stays one: the range check refuses it
+                return float(value)
+        return Path(value) if self.kind is Path else value
+
+
+def plain(text: str) -> str:
+    """A name without case, spaces and punctuation: "DPM++ 2M" and "dpm++_2m" are the same."""
+    return re.sub(r"[^a-z0-9+]", "", text.lower())
+
+
+def _text(bound: float) -> str:
+    return "2^63 - 1" if bound == 2**63 - 1 else f"{bound:.15g}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises its errors instead of printing a usage block and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists the options)")
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m minsd.generate",
+        description="Draw images from a prompt.",
+        epilog=f"example: {EXAMPLE}",
+        allow_abbrev=False,
+    )
+    groups = {title: p.add_argument_group(title) for title in (IMAGE, NOISE, MODEL, RUN)}
+    for option in OPTIONS.values():
+        option.add_to(groups[option.group])
+    groups[RUN].add_argument("--version", action="version", version=f"minsd {__version__}")
+    return p
+
+
+def parse(argv: Sequence[str]) -> Given:
+    """The command line as option name -> value. ValueError, in one line, for what cannot be parsed."""
+    argv = [_spelled(word) for word in argv]
+    for word, following in zip(argv, [*argv[1:], ""]):
+        if word.startswith("--save-noise=") or (
+            word == "--save-noise" and following.endswith(".safetensors")
+        ):
+            raise ValueError(
+                "--save-noise takes no value any more: the noise of each image goes to "
+                "DIR/extra/NNNNN-SEED-noise.safetensors"
+            )
+    namespace, rest = parser().parse_known_args(argv)
+    given = vars(namespace)
+    prompt = given.pop("prompt_option")
+    if prompt is not None:
+        rest += [] if given["prompt"] is None else [given["prompt"]]
+        given["prompt"] = prompt
+    if rest:
+        raise ValueError(_unrecognized(rest, given["prompt"]))
+    return normalised(given)
+
+
+def normalised(given: Given) -> Given:
+    """Options in their one form: a seed of -1 becomes a random one, and "DPM++ 2M Karras" two options."""
+    given = dict(given)
+    if given["seed"] == -1:
+        given["seed"] = None
+    if given["sampler"] is not None and given["sampler"].endswith(KARRAS):
+        given["sampler"] = given["sampler"].removesuffix(KARRAS)
+        given["karras"] = True
+    return given
+
+
+def named(key: str) -> str | None:
+    """The option that a name means: its own, or another tool's; None where there is no such option."""
+    name = key.replace("-", "_")
+    if name in OPTIONS:
+        return name
+    return next((option.name for option in OPTIONS.values() if name in option.aliases), None)
+
+
+def _spelled(word: str) -> str:
+    """A word of the command line with its option spelled as here: --cfg_scale=7 -> --guidance-scale=7."""
+    if word == "-n":
+        return OPTIONS["num_images"].flag
+    if not re.match(r"--[a-zA-Z]", word):
+        return word
+    flag, equals, value = word.partition("=")
+    name = named(flag[2:])
+    return word if name is None else f"--{name.replace('_', '-')}{equals}{value}"
+
+
+def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
+    """What to say of words that the parser does not know."""
+    flags = [word for word in rest if word.startswith("-")]
+    if not flags:
+        whole = " ".join([prompt or "", *rest]).strip()
+        return f'unrecognized arguments: {" ".join(rest)}: put the prompt in quotes, such as "{whole}"'
+    flag = flags[0].partition("=")[0]
+    names = [option.flag for option in OPTIONS.values()]
+    aliases = {
+        "--" + alias.replace("_", "-"): option.flag for option in OPTIONS.values() for alias in option.aliases
+    }
+    near = difflib.get_close_matches(flag.replace("_", "-"), [*names, *aliases], 1)
+    hint = f"; did you mean {aliases.get(near[0], near[0])}?" if near else ""
+    return f"unrecognized arguments: {' '.join(rest)}{hint} (--help lists the options)"
+
+
+def check_ranges(given: Given) -> None:
+    """ValueError for the first per-line option outside its range."""
+    for name in PER_LINE:
+        OPTIONS[name].check(given[name])
+    for name in ("height", "width"):
+        if given[name] is not None:
+            try:
+                check_size(**{"height": 8, "width": 8, name: given[name]})
+            except ValueError as error:
+                raise ValueError(f"--{error}") from None
+
+
+# What other tools call samplers and dtypes, as `plain` has it.
+SAMPLERS_ELSEWHERE = {
+    **{plain(name): ours for ours, name in SAMPLER_NAMES.items()},
+    **{plain("k_" + ours): ours for ours in ("euler", "euler_a", "heun", "dpmpp_2m")},
+    "eulerancestral": "euler_a",
+    "keulerancestral": "euler_a",
+    "plms": "pndm",
+    "dpm++2m": "dpmpp_2m",
+    "dpmsolver++": "dpmpp_2m",
+    "dpmsolvermultistep": "dpmpp_2m",
+    "dpm++2mkarras": "dpmpp_2m" + KARRAS,
+    "dpmpp2mkarras": "dpmpp_2m" + KARRAS,
+    "kdpmpp2mkarras": "dpmpp_2m" + KARRAS,
+    "unipcbh2": "unipc",
+}
+DTYPES_ELSEWHERE = {
+    "fp32": "float32",
+    "full": "float32",
+    "f32": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "f16": "float16",
+    "bf16": "bfloat16",
+}
+
+# fmt: off
+_ROWS = (
+    # --- the image
+    Option("prompt", IMAGE, str, "PROMPT", 'what to draw; may be empty ("")', like=True, identity="prompt"),
+    Option("negative_prompt", IMAGE, str, "TEXT",
+           "what to steer away from", like=True, identity="negative_prompt"),
+    Option("seed", IMAGE, int, "N", "seed of the first image (default: a random one, printed)",
+           least=0, most=2**63 - 1, like=True, identity="seed"),
+    Option("seeds", IMAGE, str, "LIST", "one image per seed, such as 0-9,12", identity="seed"),
+    Option("num_images", IMAGE, int, "N", "how many images, from consecutive seeds (default: 1)",
+           aliases=("num_images_per_prompt", "n_samples", "batch_size", "batch_count"),
+           least=1, most=1_000_000, identity="seed"),
+    Option("steps", IMAGE, int, "N", "sampling steps (default: the model's, mostly 50)",
+           aliases=("num_inference_steps", "num_steps", "sampling_steps", "ddim_steps"),
+           least=1, most=1000, like=True, identity="steps"),
+    Option("guidance_scale", IMAGE, float, "G", "how strongly the prompt steers (default: the model's)",
+           aliases=("cfg_scale", "cfg", "guidance", "scale"),
+           least=-1000, most=1000, like=True, identity="guidance_scale"),
+    Option("sampler", IMAGE, str, None, "default: the model's, mostly ddim",
+           choices=tuple(SAMPLER_NAMES), synonyms=SAMPLERS_ELSEWHERE, aliases=("scheduler", "sampler_name"),
+           like=True, identity="sampler"),
+    Option("karras", IMAGE, bool, None,
+           "Karras noise levels, closer together where there is little noise (dpmpp_2m)",
+           like=True, identity="karras"),
+    Option("height", IMAGE, int, "H",
+           "pixels, a multiple of 8 (default: the model's)", like=True, identity="height"),
+    Option("width", IMAGE, int, "W",
+           "pixels, a multiple of 8 (default: the model's)", like=True, identity="width"),
+    Option("init_image", IMAGE, Path, "FILE",
+           "image to image: begin from this image, cropped and scaled to the size",
+           like=True, identity="init_image"),
+    Option("strength", IMAGE, float, "S",
+           f"fraction of the steps to run from --init-image, 0 to 1 (default: {STRENGTH})",
+           least=0, most=1, like=True, identity="strength"),
+    Option("noise", IMAGE, Path, "FILE", "initial noise from a file that --save-noise wrote",
+           identity="noise_file noise_index"),
+    Option("layout", IMAGE, Path, "FILE|DIR",
+           "captions for regions of the image: a layout.json, or a NoiseCollage folder",
+           like=True, identity="layout"),
+    Option("crop_margin", IMAGE, float, "FRACTION",
+           "early steps: show each region only its box plus a margin of this fraction of it (try 0.25)",
+           least=0, most=1000, like=True, identity="crop_margin"),
+    Option("control_image", IMAGE, Path, "FILE",
+           "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
+           like=True, identity="control_image"),
+    Option("control_scale", IMAGE, float, "S", "weight of the ControlNet (default: 1)",
+           least=-100, most=100, like=True, identity="control_scale"),
+    # --- the initial noise
+    Option("init_noise", NOISE, str, None,
+           "optimise it by attention maps (initno), or select or optimise it by inversion stability",
+           choices=METHODS, like_method=True, identity="init_noise"),
+    Option("candidates", NOISE, int, "K",
+           "select: keep the best of K noises, the seed's own among them (default: 100)",
+           least=1, most=100_000, identity="candidates"),
+    Option("score", NOISE, str, None, "select: what the candidates are ranked by (default: stability)",
+           choices=("stability", "attention"), like_method=True, identity="score"),
+    Option("optimize_steps", NOISE, int, "N", "optimize: gradient steps (default: 100)",
+           least=0, most=100_000, like_method=True, identity="optimize_steps"),
+    Option("optimize_mode", NOISE, str, None,
+           "optimize: differentiate the inversion too, or not (default: full)",
+           choices=("full", "detach"), like_method=True, identity="optimize_mode"),
+    Option("subjects", NOISE, str, "WORDS",
+           'what must not be neglected, such as "cat, rabbit" (default: found in the prompt)',
+           identity="subjects"),
+    Option("token_indices", NOISE, str, "LIST",
+           "the same by token position, such as 2,5 (see --list-tokens)",
+           identity="subjects"),
+    Option("excite", NOISE, bool, None,
+           "move the latents towards the subjects while denoising (on for initno; --no-excite turns it off)",
+           negatable=True, identity="excite"),
+    # --- model and hardware
+    Option("model", MODEL, str, "NAME|DIR|FILE|ID",
+           "shapes (the embedded model, default), a diffusers folder, a .safetensors file, or a hub id",
+           like=True, identity="model"),
+    Option("vae", MODEL, Path, "DIR|FILE", "another VAE than the model's own", like=True, identity="vae"),
+    Option("tokenizer", MODEL, Path, "DIR", "for single files: a folder with vocab.json and merges.txt",
+           like=True, identity="tokenizer"),
+    Option("prediction_type", MODEL, str, None, "what the network predicts, where its files do not say",
+           choices=("epsilon", "v_prediction"), like=True, identity="prediction_type"),
+    Option("controlnet", MODEL, Path, "DIR|FILE",
+           "a ControlNet for --control-image, or for the control images of --layout",
+           like=True, identity="controlnet"),
+    Option("lora", MODEL, str, "FILE[:SCALE]",
+           "an adapter, merged into the weights; may be given several times",
+           repeated=True, like=True, identity="lora"),
+    Option("device", MODEL, str, None,
+           "default: cuda where there is one", choices=("cpu", "cuda", "mps"),
+           synonyms={"gpu": "cuda", "metal": "mps"}, like=True, harmless="changes rounding alone"),
+    Option("dtype", MODEL, str, None, "default: float16 on cuda, else float32",
+           choices=("float32", "float16", "bfloat16"), synonyms=DTYPES_ELSEWHERE, aliases=("precision",),
+           like=True, identity="dtype"),
+    Option("attention", MODEL, str, None, "attention backend (default: auto)",
+           choices=("auto", "triton", "sdpa", "reference"), like=True, harmless="changes rounding alone"),
+    Option("compile", MODEL, bool, None,
+           "torch.compile the UNet: minutes at first, faster steps after", default=False,
+           harmless="changes rounding alone"),
+    # --- the run
+    Option("prompts", RUN, Path, "FILE",
+           "one prompt per line (.txt), or one object of options per line (.jsonl)",
+           harmless="its lines are recorded one by one"),
+    Option("resume", RUN, bool, None, "skip the images that --out holds already", default=False,
+           harmless="says which images to draw"),
+    Option("out", RUN, Path, "DIR", "where images go (default: outputs)", default=Path("outputs"),
+           harmless="says where files go"),
+    Option("save_noise", RUN, Path, "FILE",
+           "write the initial noise (safetensors)", harmless="writes one more file"),
+    Option("invert", RUN, Path, "FILE", "find the noise that draws this image, save it, and draw from it",
+           like=True, identity="invert"),
+    Option("layout_preview", RUN, bool, None,
+           "draw the --layout itself to DIR/extra, and stop", default=False,
+           harmless="draws no image"),
+    Option("attention_maps", RUN, bool, None,
+           "save a sheet per image of where the words of its subjects attended, in DIR/extra", default=False,
+           harmless="writes one more file"),
+    Option("like", RUN, Path, "PNG", "make this image again; other options override its settings",
+           harmless="the settings it supplies are recorded one by one"),
+    Option("list_tokens", RUN, bool, None,
+           "print the prompt's tokens and their positions, and stop", default=False,
+           harmless="draws no image"),
+    Option("quiet", RUN, bool, None,
+           "no progress, no notes", default=False, harmless="concerns messages alone"),
+    Option("json", RUN, bool, None, "print one JSON object per image on standard output", default=False,
+           harmless="concerns messages alone"),
+    Option("debug", RUN, bool, None,
+           "tracebacks for errors", default=False, harmless="concerns messages alone"),
+)
+# fmt: on
+
+OPTIONS: dict[str, Option] = {row.name: row for row in _ROWS}
+PER_LINE = tuple(name for name, option in OPTIONS.items() if option.per_line)
+# The settings that identify an image, each once. A selection is identified by its first seed and its number
+# of candidates, which app/jobs.py adds in front.
+IDENTITY = tuple(
+    dict.fromkeys(
+        key for option in OPTIONS.values() for key in option.identity.split() if key != "candidates"
+    )
+)

@@ -1,0 +1,490 @@
+"""From options to typed requests: everything that can be found wrong before a model is loaded is reported
+here, in one line.
+
+`read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a prompts
+file into it, and returns a `Command`, what holds for the whole run, and a `Request` per prompt. Nothing
+heavy is imported until a file needs it.
+"""
+
+import os
+import random
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minsd.app.options import EXAMPLE, OPTIONS, Given, check_ranges
+from minsd.app.prompts import located, read_prompts
+from minsd.config import STRENGTH
+
+if TYPE_CHECKING:
+    from minsd.noise.layout import Layout
+
+
+CANDIDATE_SEEDS = "candidate_seeds"  # no option: what --like takes from an image that was selected
+
+
+@dataclass(frozen=True)
+class Command:
+    """What holds for the whole run."""
+
+    model: str
+    vae: Path | None
+    tokenizer: Path | None
+    prediction_type: str | None
+    controlnet: Path | None
+    lora: tuple[str, ...]  # FILE or FILE:SCALE, as given
+    device: str | None
+    dtype: str | None
+    attention: str
+    compile: bool
+    out: Path
+    resume: bool
+    save_noise: Path | None
+    layout_preview: bool
+    attention_maps: bool
+    list_tokens: bool
+    quiet: bool
+    json: bool
+
+
+@dataclass(frozen=True)
+class NoiseMethod:
+    """How the initial noise is found. None: not an option of this method."""
+
+    name: str  # of noise.methods.METHODS; or "invert"
+    candidates: int | None = None
+    score: str | None = None
+    optimize_steps: int | None = None
+    optimize_mode: str | None = None
+    candidate_seeds: tuple[int, ...] | None = None  # those of the image that --like repeats
+
+
+@dataclass(frozen=True)
+class InitImage:
+    """Where image to image begins, and the fraction of the steps that it runs."""
+
+    path: Path
+    strength: float
+
+
+@dataclass(frozen=True)
+class ControlRequest:
+    """A ControlNet, its conditioning image (None: the layout's own), and its weight."""
+
+    net: Path
+    image: Path | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one prompt is drawn with, checked. None: the model's own default."""
+
+    where: str  # how an error in it begins: "prompts.jsonl, line 2: "
+    prompt: str
+    negative_prompt: str
+    seeds: list[int]
+    steps: int | None
+    guidance_scale: float | None
+    sampler: str | None
+    karras: bool
+    height: int | None  # pixels
+    width: int | None
+    method: NoiseMethod
+    wants_subjects: bool
+    subjects: list[str | int] | None  # words or token indices; None: found in the prompt
+    excite: bool | None  # latent updates while denoising; None: as the method does
+    noise: Path | None
+    init: InitImage | None
+    layout: "Layout | None"
+    crop_margin: float | None
+    control: ControlRequest | None
+    invert: Path | None
+
+
+def read(given: Given) -> tuple[Command, list[Request]]:
+    """The run and its prompts. ValueError or FileNotFoundError for what can be known wrong before a model
+    is loaded.
+    """
+    if given["like"] is not None:
+        if given["prompts"] is not None:
+            raise ValueError("--like is for one image: leave out --prompts")
+        given = take_from_image(given)
+    lines = _lines(given)
+    if given["layout_preview"] and given["layout"] is None:
+        raise ValueError("--layout-preview is for --layout FILE")
+    unseeded = any(line["seed"] is None and line["seeds"] is None for _, line in lines)
+    if given["resume"] and unseeded:
+        raise ValueError(
+            "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if given["save_noise"] is not None:
+            raise ValueError("--save-noise is for one process: leave it out under torchrun")
+        if unseeded:
+            raise ValueError(
+                "several processes need --seed or --seeds: without, each would draw random seeds of its own"
+            )
+    chance = random.SystemRandom().randrange(
+        2**32
+    )  # one for all prompts, so that their images can be compared
+    requests = []
+    for where, line in lines:
+        with located(where):
+            requests.append(request(line, where, chance))
+    if not given["list_tokens"]:
+        _check_writable(given)
+    return _command(given), requests
+
+
+def _command(given: Given) -> Command:
+    # An image of an earlier version lists an adapter as [file, scale].
+    lora = [part if isinstance(part, str) else ":".join(map(str, part)) for part in given["lora"] or []]
+    taken = {name: given[name] for name in Command.__dataclass_fields__}
+    attention = given["attention"] or "auto"
+    return Command(
+        **taken | {"model": given["model"] or "shapes", "attention": attention, "lora": tuple(lora)}
+    )
+
+
+def _lines(given: Given) -> list[tuple[str, Given]]:
+    """The options of each prompt, and how an error in it begins."""
+    if given["prompts"] is not None:
+        if given["prompt"] is not None:
+            raise ValueError("give a prompt or --prompts FILE, not both")
+        return list(read_prompts(given["prompts"], given))
+    if given["prompt"] is None and given["layout"] is None and given["invert"] is None:
+        raise ValueError(f"a prompt is needed, for example: {EXAMPLE}")
+    return [("", given)]
+
+
+# --- --like -----------------------------------------------------------------------------------------------
+
+
+def take_from_image(given: Given) -> Given:
+    """--like: options left out are taken from an image's settings."""
+    given = dict(given)
+    from minsd.image import read_settings
+
+    settings = read_settings(given["like"])
+    if settings.get("noise_file") and given["noise"] is None:
+        raise ValueError(
+            f"{given['like']} began from the noise file {settings['noise_file']}: give it with --noise"
+        )
+    names = [name for name, option in OPTIONS.items() if option.like]
+    same_method = given["init_noise"] is None and settings.get("init_noise") not in (None, "invert")
+    if same_method:
+        names += [name for name, option in OPTIONS.items() if option.like_method]
+        ranked = settings.get("candidates")
+        if (
+            ranked
+        ):  # the selection is repeated, from the same candidates unless another seed or number is given
+            settings |= {"seed": ranked[0]["seed"]}
+            if (
+                given["candidates"] in (None, len(ranked))
+                and given["seed"] is None
+                and given["seeds"] is None
+            ):
+                given[CANDIDATE_SEEDS] = tuple(candidate["seed"] for candidate in ranked)
+            given["candidates"] = given["candidates"] or len(ranked)
+        if given["excite"] is None:
+            given["excite"] = settings.get("excite") is not None
+    method = settings if same_method else given
+    asks = method.get("init_noise") == "initno" or method.get("score") == "attention"
+    asks = asks or given["excite"] or given["attention_maps"]
+    if asks and given["token_indices"] is None and given["subjects"] is None and settings.get("subjects"):
+        words = all(isinstance(subject, str) for subject in settings["subjects"])
+        given["subjects" if words else "token_indices"] = ",".join(map(str, settings["subjects"]))
+    for name in names:
+        value = settings.get(name)
+        if given[name] is not None or value is None or (name == "seed" and given["seeds"] is not None):
+            continue
+        given[name] = Path(value) if OPTIONS[name].kind is Path and isinstance(value, str) else value
+    return given
+
+
+# --- one prompt -------------------------------------------------------------------------------------------
+
+
+def request(given: Given, where: str, chance: int) -> Request:
+    """One prompt's options, checked and completed. `chance`: the seed where none is given."""
+    method = _method(given)
+    asked = _subjects(given)
+    excite = (
+        None if given["excite"] is False and method.name != "initno" else given["excite"]
+    )  # nothing to turn off
+    wants = bool(method.name == "initno" or excite or given["attention_maps"] or method.score == "attention")
+    if asked is not None and not wants:
+        raise ValueError(
+            "--subjects and --token-indices are for --init-noise initno, --excite, --score attention "
+            "or --attention-maps"
+        )
+    layout = _layout(given)
+    by_captions = (
+        layout is not None and layout.regions and method.name == "select" and method.score == "attention"
+    )
+    if by_captions and not (excite or given["attention_maps"]):
+        if asked is not None:
+            raise ValueError(
+                "with a layout, select --score attention ranks by the regions' captions: leave out --subjects"
+            )
+        wants = False
+    if layout is not None:
+        given = given | {"prompt": layout.prompt, "negative_prompt": layout.negative_prompt}
+        given |= {
+            name: getattr(layout, name) for name in ("width", "height") if getattr(layout, name) is not None
+        }
+    control = _control(given, layout)
+    if given["invert"] is not None:
+        _check_invert(given, method)
+        method = NoiseMethod("invert")
+        given = given | {"prompt": given["prompt"] or "", "sampler": "ddim"}
+    _check_values(given)
+    return Request(
+        where,
+        given["prompt"],
+        given["negative_prompt"] or "",
+        _seeds(given, 0 if given["invert"] is not None else chance),
+        steps=given["steps"],
+        guidance_scale=given["guidance_scale"],
+        sampler=given["sampler"],
+        karras=bool(given["karras"]),
+        height=given["height"],
+        width=given["width"],
+        method=method,
+        wants_subjects=wants,
+        subjects=asked,
+        excite=excite,
+        noise=given["noise"],
+        init=_init_image(given),
+        layout=layout,
+        crop_margin=given["crop_margin"],
+        control=control,
+        invert=given["invert"],
+    )
+
+
+def _method(given: Given) -> NoiseMethod:
+    """How the initial noise is found, with the method's defaults."""
+    name = given["init_noise"] or "random"
+    score = given["score"]
+    candidates = given["candidates"]
+    if name != "random":
+        for other in ("noise", "init_image"):
+            if given[other] is not None:
+                raise ValueError(
+                    f"--init-noise {name} finds the initial noise itself: leave out {OPTIONS[other].flag}"
+                )
+    if name == "select":
+        score = score or "stability"
+        candidates = 100 if candidates is None else candidates
+    elif score is not None and (name != "initno" or score != "attention"):
+        raise ValueError(
+            "--score is for --init-noise select (or, as attention, for initno to begin from the best of "
+            "--candidates)"
+        )
+    elif score is None and candidates is not None:
+        raise ValueError("--candidates is for --init-noise select, or for initno with --score attention")
+    elif score is not None:
+        candidates = 16 if candidates is None else candidates
+    OPTIONS["candidates"].check(candidates)
+    if name != "optimize":
+        for other in ("optimize_steps", "optimize_mode"):
+            if given[other] is not None:
+                raise ValueError(f"{OPTIONS[other].flag} is for --init-noise optimize")
+        return NoiseMethod(name, candidates, score, candidate_seeds=given.get(CANDIDATE_SEEDS))
+    steps = 100 if given["optimize_steps"] is None else given["optimize_steps"]
+    return NoiseMethod(name, candidates, score, steps, given["optimize_mode"] or "full")
+
+
+def _subjects(given: Given) -> list[str | int] | None:
+    words = given["subjects"]
+    indices = given["token_indices"]
+    if words is not None and indices is not None:
+        raise ValueError("give --subjects or --token-indices, not both")
+    if words is not None:
+        return [part.strip() for part in words.split(",")]
+    if indices is None:
+        return None
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", indices):
+        raise ValueError(f"--token-indices takes positions such as 2,5, not {indices!r}")
+    return [int(part) for part in indices.split(",")]
+
+
+def _layout(given: Given) -> "Layout | None":
+    """The layout, with the command line's prompts in place of its own where they are given."""
+    if given["layout"] is None:
+        if given["crop_margin"] is not None:
+            raise ValueError(
+                "--crop-margin is for --layout FILE (in a prompts file it can be a line's own, crop_margin)"
+            )
+        return None
+    OPTIONS["crop_margin"].check(given["crop_margin"])
+    from minsd.noise.layout import load
+
+    layout = load(given["layout"])
+    for name in ("prompt", "negative_prompt"):
+        if given[name] is not None and given[name] != getattr(layout, name):
+            layout = replace(layout, **{name: given[name]})
+    if given["compile"] and any(region.lora for region in layout.regions):
+        raise ValueError("--compile cannot take in adapters by region (the layout's lora): leave it out")
+    for path in (path for region in layout.regions for path, _ in region.lora):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no LoRA {path}")
+    for name in ("width", "height"):
+        own = getattr(layout, name)
+        if own is not None and given[name] not in (None, own):
+            raise ValueError(f"the layout is for a {name} of {own} pixels: leave out --{name}")
+    return layout
+
+
+def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
+    """The ControlNet and its conditioning images, which go together."""
+    net = given["controlnet"]
+    image = given["control_image"]
+    if given["control_scale"] is not None and net is None:
+        raise ValueError("--control-scale is for --controlnet")
+    OPTIONS["control_scale"].check(given["control_scale"])
+    if image is not None and net is None:
+        raise ValueError("--controlnet and --control-image go together: give both")
+    images = [image, *([] if layout is None else layout.control_images)]
+    if net is not None and not any(images):
+        raise ValueError(
+            "--controlnet needs a control image: --control-image FILE, or a control_image in the --layout"
+        )
+    for path in filter(None, images if net is not None else []):
+        check_image(path)
+    # The settings of an image spell out every region's scale, asked for or not.
+    if layout is not None and isinstance(given["layout"], Path) and not given["layout_preview"]:
+        _check_region_control(layout, given["layout"].is_dir(), net, image)
+    if net is None:
+        return None
+    own = None if layout is None else layout.control_image
+    return ControlRequest(
+        net, image or own, 1.0 if given["control_scale"] is None else given["control_scale"]
+    )
+
+
+def _check_region_control(layout: "Layout", published: bool, net: Path | None, image: Path | None) -> None:
+    """Reject per-region control settings that would otherwise be ignored silently.
+
+    `published`: a NoiseCollage folder, which always contains control images, used or not.
+    """
+    for k, region in enumerate(layout.regions, 1):
+        keys = [key for key in ("control_image", "control_scale") if getattr(region, key) is not None]
+        if keys and net is None and not published:
+            remove = f"remove the key{'s' * (len(keys) > 1)}"
+            raise ValueError(
+                f"{layout.source}region {k} has a {' and a '.join(keys)}: "
+                f"give --controlnet FOLDER, or {remove}"
+            )
+        if "control_scale" in keys and not (region.control_image or image or layout.control_image):
+            mend = "give it a control_image, give --control-image FILE for all regions, or remove the key"
+            raise ValueError(f"{layout.source}region {k} has a control_scale and no control image: {mend}")
+
+
+def _check_invert(given: Given, method: NoiseMethod) -> None:
+    """--invert finds the noise of one image, by ddim."""
+    others = ("noise", "init_image", "layout", "excite", "attention_maps", "seeds", "num_images")
+    clashes = [OPTIONS[name].flag for name in others if given[name]]
+    if method.name != "random":
+        clashes.insert(0, "--init-noise")
+    if clashes:
+        raise ValueError(f"--invert finds the noise of one image: leave out {clashes[0]}")
+    if given["sampler"] not in (None, "ddim"):
+        raise ValueError(f"--invert runs ddim backwards: leave out --sampler {given['sampler']}")
+    check_image(given["invert"])
+
+
+def _check_values(given: Given) -> None:
+    """Ranges, and the options that need another one."""
+    for name in ("prompt", "negative_prompt"):
+        try:
+            (given[name] or "").encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the {name.replace('_', ' ')} is not text in UTF-8") from None
+    check_ranges(given)
+    if given["karras"] and given["sampler"] != "dpmpp_2m":
+        raise ValueError("--karras is for --sampler dpmpp_2m")
+    if given["strength"] is not None and given["init_image"] is None:
+        raise ValueError("--strength is for --init-image")
+    if given["noise"] is not None and not given["noise"].is_file():
+        raise FileNotFoundError(f"there is no noise file {given['noise']}")
+
+
+def _init_image(given: Given) -> InitImage | None:
+    if given["init_image"] is None:
+        return None
+    check_image(given["init_image"])
+    return InitImage(given["init_image"], STRENGTH if given["strength"] is None else given["strength"])
+
+
+def _seeds(given: Given, default: int) -> list[int]:
+    """One seed per image."""
+    if given["seeds"] is not None:
+        if given["seed"] is not None or given["num_images"] is not None:
+            raise ValueError(
+                "--seeds already says how many images and from which seeds: leave out --seed and --num-images"
+            )
+        seeds = parse_seeds(given["seeds"])
+    else:
+        first = default if given["seed"] is None else given["seed"]
+        seeds = list(range(first, first + (given["num_images"] or 1)))
+    if max(seeds) >= 2**63:
+        raise ValueError(f"seeds go up to 2^63 - 1, not to {max(seeds)}")
+    return seeds
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-9,12" -> [0, ..., 9, 12]."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"--seeds takes numbers and ranges such as 0-9,12, not {text!r}")
+        first = int(match[1])
+        last = int(match[2] or match[1])
+        if last < first or last - first >= 1_000_000:
+            raise ValueError(
+                f"--seeds: {part.strip()} is not a range of at most a million seeds, lowest first"
+            )
+        seeds += range(first, last + 1)
+    return seeds
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def check_image(path: Path) -> None:
+    """FileNotFoundError or ValueError where a file is not an image that can be read."""
+    from minsd.image import read
+
+    read(path)
+
+
+def _check_writable(given: Given) -> None:
+    """ValueError where the run's files could not be written."""
+    _check_folder("--out", given["out"], given["out"])
+    path = given["save_noise"]
+    if path is not None:
+        if path.is_dir():
+            raise ValueError(f"--save-noise {path} is a folder: name a file in it")
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--save-noise: there is no folder {path.absolute().parent}")
+        _check_folder("--save-noise", path, path.absolute().parent)
+
+
+def _check_folder(flag: str, path: Path, folder: Path) -> None:
+    """Check that the folder, or the nearest parent that exists, can be written to. It is made only for the
+    first image.
+    """
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {str(path)[:200]} cannot be written to: {str(folder)[:200]}: {error.strerror}"
+        ) from None

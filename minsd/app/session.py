@@ -1,0 +1,63 @@
+"""The session of a run: the loaded model, the adapters and the ControlNet beside it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from minsd.app.requests import Command, Request
+from minsd.controlnet import ControlNet
+from minsd.noise.layout import split_scale
+from minsd.pipeline import StableDiffusion, load
+from minsd.weights import lora
+from minsd.weights.controlnet import load_controlnet
+
+
+@dataclass
+class Session:
+    """The loaded model with what stands beside it."""
+
+    sd: StableDiffusion
+    command: Command
+    quiet: bool  # --quiet, or not the first of several processes
+    controlnet: ControlNet | None = None
+    adapters: dict[Path, lora.LoRA] = field(default_factory=dict)  # those of layouts' regions, by path
+
+
+def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> Session:
+    """Load the model and everything that stands beside it. ValueError or FileNotFoundError for what cannot
+    be loaded.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if command.attention == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("--attention triton is for a GPU: leave it out")
+    sd = load(
+        command.model,
+        device,
+        getattr(torch, command.dtype) if command.dtype else None,
+        vae=command.vae,
+        tokenizer=command.tokenizer,
+        prediction_type=command.prediction_type,
+    )
+    if sd.device.type == "cuda":
+        torch.cuda.set_device(sd.device)  # otherwise every process would also create a CUDA context on GPU 0
+    session = Session(sd, command, quiet)
+    layouts = [request.layout for request in requests if request.layout is not None]
+    paths = {path for layout in layouts for region in layout.regions for path, _ in region.lora}
+    session.adapters = {path: lora.read(path, sd) for path in paths}
+    if command.lora:
+        named = [split_scale(text) for text in command.lora]
+        lora.merge([(lora.read(path, sd), scale) for path, scale in named])
+    if command.controlnet is not None:
+        session.controlnet = load_controlnet(command.controlnet, device=sd.device, dtype=sd.dtype)
+    sd.set_attention(command.attention, *([] if session.controlnet is None else [session.controlnet]))
+    if command.compile:
+        sd.compile()
+    return session

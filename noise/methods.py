@@ -1,0 +1,212 @@
+"""The table of noise methods: name -> how the initial noise of a batch is found.
+
+A method is a function `(sd, batch, say) -> Found`. It takes a `Batch`, images that differ in prompt,
+subjects and seed alone, and returns their unit noise. To add one, write it in a file of its own, wrap it
+here, and add its row to `METHODS`.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minsd.guidance import Model
+from minsd.noise import arrange, initno, stability
+from minsd.noise.initial import noise as unit_noise
+from minsd.noise.layout import SizedLayout
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images whose noise is found together, with the settings of the run to come."""
+
+    prompts: list[str]
+    seeds: list[int]
+    subjects: list[list[str | int] | None]  # per image; None where the run does not ask for any
+    negative_prompt: str
+    guidance_scale: float
+    steps: int
+    sampler: str
+    karras: bool
+    height: int  # pixels
+    width: int
+    layout: SizedLayout | None = None
+    score: str | None = None  # "attention" or "stability": how candidates are ranked
+    candidates: list[list[int]] | None = None  # per image: the seeds to choose among, its own first
+    optimize_steps: int = 100
+    optimize_mode: str = "full"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image's latents."""
+        return 4, self.height // 8, self.width // 8
+
+
+class Found(NamedTuple):
+    """The noise of a batch, and what to record of each image."""
+
+    noise: Tensor  # (B, 4, h, w), unit normal unless the method optimised it
+    notes: list[dict[str, Any]]  # per image: settings to record beside the job's own, such as the seed chosen
+    extras: list[dict[str, Image.Image | Tensor]]  # per image: further files to save, by name
+
+
+Method = Callable[[Model, Batch, Say], Found]
+
+
+def random(sd: Model, batch: Batch, say: Say) -> Found:
+    """Each seed's own noise."""
+    return Found(unit_noise(batch.seeds, batch.shape), _each(batch), _each(batch))
+
+
+def select(sd: Model, batch: Batch, say: Say) -> Found:
+    """The best of each image's candidates: by attention, or by inversion stability."""
+    if batch.score == "attention":
+        seeds, notes = _best_by_attention(sd, batch, batch.layout, say)
+        return Found(unit_noise(seeds, batch.shape), notes, _each(batch))
+    size = {"height": batch.height, "width": batch.width}
+    guided = {"negative_prompt": batch.negative_prompt, "guidance_scale": batch.guidance_scale}
+    run = {"steps": batch.steps, "sampler": batch.sampler, "karras": batch.karras}
+    seeds = []
+    notes = []
+    extras: list[dict[str, Image.Image | Tensor]] = []
+    for prompt, candidates in zip(batch.prompts, _candidates(batch)):
+        chosen = stability.select(sd, prompt, candidates, progress=say, **size, **guided)
+        seeds.append(chosen.seed)
+        notes.append(_selection(candidates[0], chosen.seed, chosen.scores.keys(), chosen.scores.values()))
+        extras.append({"candidates": stability.sheet(sd, prompt, chosen, **size, **guided, **run)})
+    return Found(unit_noise(seeds, batch.shape), notes, extras)
+
+
+def optimize(sd: Model, batch: Batch, say: Say) -> Found:
+    """Each seed's noise, optimised for inversion stability."""
+    results = stability.optimize_batch(
+        sd,
+        batch.prompts,
+        batch.seeds,
+        mode=batch.optimize_mode,
+        optimize_steps=batch.optimize_steps,
+        negative_prompt=batch.negative_prompt,
+        guidance_scale=batch.guidance_scale,
+        height=batch.height,
+        width=batch.width,
+        progress=lambda b, message: say(f"seed {batch.seeds[b]}: {message}"),
+    )
+    notes = [{"stability": {"before": result.before, "after": result.score}} for result in results]
+    return _optimised(results, notes, batch)
+
+
+def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
+    """InitNO from each seed, or from the best of its candidates by attention."""
+    seeds = batch.seeds
+    notes = _each(batch)
+    if batch.score == "attention":
+        seeds, notes = _best_by_attention(sd, batch, None, say)
+    results = initno.optimize_batch(
+        sd,
+        batch.prompts,
+        batch.subjects,
+        seeds,
+        steps=batch.steps,
+        sampler=batch.sampler,
+        karras=batch.karras,
+        height=batch.height,
+        width=batch.width,
+        progress=lambda b, message: say(f"seed {seeds[b]}: {message}"),
+    )
+    for note, result in zip(notes, results):
+        note["initno"] = {
+            "success": result.success,
+            "rounds": result.rounds,
+            "steps": result.steps,
+            "losses": result.losses,
+        }
+    return _optimised(results, notes, batch)
+
+
+METHODS: dict[str, Method] = {
+    "random": random,
+    "initno": initno_method,
+    "select": select,
+    "optimize": optimize,
+}
+
+
+# --- what they share --------------------------------------------------------------------------------------
+
+
+def _each(batch: Batch) -> list[dict]:
+    return [{} for _ in batch.seeds]
+
+
+def candidate_seeds(seed: int, count: int) -> list[int]:
+    """The seeds that a selection of `count` chooses among: the asked seed itself, and others derived from it.
+
+    The others are hashes of the asked seed and their number, 63 bits long. So two asked seeds share no
+    candidate, and an image's candidates are the same whether it is drawn alone or in a list.
+    """
+    digests = (hashlib.sha256(f"{seed} {k}".encode()).digest() for k in range(1, count))
+    return [seed, *(int.from_bytes(digest[:8], "big") >> 1 for digest in digests)]
+
+
+def _candidates(batch: Batch) -> list[list[int]]:
+    assert batch.candidates is not None, "a batch of a method that ranks candidates has some"
+    return batch.candidates
+
+
+def _selection(asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float]) -> dict[str, Any]:
+    """The settings that record a selection: the seeds asked for and chosen, and every candidate with its
+    score.
+    """
+    return {
+        "asked_seed": asked,
+        "seed": seed,
+        "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)],
+    }
+
+
+def _best_by_attention(
+    sd: Model, batch: Batch, layout: SizedLayout | None, say: Say
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """The best of each image's candidates, and what to record.
+
+    With a layout's regions, by how well each caption attends to its region (a score, higher is better);
+    without, by the attention to the subjects (a loss, lower is better). One early-stopped UNet evaluation
+    per candidate (and region).
+    """
+    chosen = []
+    notes = []
+    for prompt, subjects, candidates in zip(batch.prompts, batch.subjects, _candidates(batch)):
+        if layout is not None and layout.regions:
+            scores = arrange.arrange(sd, layout, candidates, steps=batch.steps, sampler=batch.sampler).scores
+            best = max(scores)
+        else:
+            scores = initno.attention_scores(
+                sd,
+                prompt,
+                subjects,
+                candidates,
+                steps=batch.steps,
+                sampler=batch.sampler,
+                karras=batch.karras,
+                height=batch.height,
+                width=batch.width,
+            )
+            best = min(scores)
+        chosen.append(candidates[scores.index(best)])
+        notes.append(_selection(candidates[0], chosen[-1], candidates, scores))
+        say(f"seed {chosen[-1]} has the best of {len(scores)} scores, {best:.3f}")
+    return chosen, notes
+
+
+def _optimised(results: Sequence[Any], notes: list[dict[str, Any]], batch: Batch) -> Found:
+    for result in results:
+        if result.note:
+            warnings.warn(result.note, stacklevel=3)
+    return Found(torch.cat([result.noise for result in results]), notes, _each(batch))
