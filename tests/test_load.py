@@ -1,7 +1,9 @@
-"""Loading: what diffusers saved comes back tensor for tensor, and what is wrong is refused in one line."""
+"""Loading: models saved by diffusers come back tensor for tensor; faulty ones are refused in one line."""
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minsd
-from minsd.weights.load import read_header
+from minsd.weights.safetensors_file import PICKLES, read_header
 
 
 def tensors(folder):
@@ -17,7 +19,7 @@ def tensors(folder):
     return load_file(folder / f"{stem}.safetensors")
 
 
-def refused(folder, capfd=None):
+def refused(folder):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         minsd.load(str(folder), "cpu")
     message = str(error.value)
@@ -38,7 +40,7 @@ def test_every_tensor_is_what_the_file_holds(small_folder, small):
 
 
 def test_text_positions_are_rebuilt(small):
-    """Made on the meta device, this buffer would be garbage and text states silently wrong."""
+    """After the meta device this buffer would be garbage, and text states silently wrong."""
     buffers = {name: b for name, b in small.text.model.named_buffers() if name.endswith("position_ids")}
     assert buffers and all(torch.equal(b[0], torch.arange(77)) for b in buffers.values())
 
@@ -58,10 +60,10 @@ def test_the_fp16_variant_and_casts(small_folder, broken_folder, small, dtype):
     assert torch.equal(sd.unet.conv_in.weight, expected)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which memory is a file's")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_what_has_the_dtype_stays_mapped(broken_folder, small, dtype):
-    """Wherever it lies, but for float32 matrices: products round otherwise where they do not start at a multiple of 64 bytes."""
+def test_tensors_of_the_right_dtype_stay_mapped(broken_folder, small, dtype):
+    """Except misaligned float32 matrices, whose products may round differently: these are copied."""
     path = broken_folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path)
     sd = minsd.load(str(broken_folder), "cpu", dtype)
@@ -71,34 +73,30 @@ def test_what_has_the_dtype_stays_mapped(broken_folder, small, dtype):
         if str(path) in line
     ]
     start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    mapped, moved = 0, 0
+    mapped, copied = 0, 0
     for name, entry in read_header(path).items():
         weight = sd.unet.get_parameter(name)
         here = any(int(a, 16) <= weight.data_ptr() < int(b, 16) for a, b in maps)
-        well = dtype != torch.float32 or weight.ndim < 2 or (start + entry["data_offsets"][0]) % 64 == 0
+        any_place = dtype != torch.float32 or weight.ndim < 2
+        aligned = any_place or (start + entry["data_offsets"][0]) % 64 == 0
         fused = ".attn" in name and ".to_out." not in name and ".attn2.to_q." not in name
-        assert here == (well and not fused) and (
-            dtype != torch.float32 or weight.ndim < 2 or weight.data_ptr() % 64 == 0
-        )
-        mapped, moved = mapped + here, moved + (not well)
-    assert mapped > 100 and (moved > 0) == (dtype == torch.float32)
+        assert here == (aligned and not fused)
+        assert any_place or weight.data_ptr() % 64 == 0
+        mapped += here
+        copied += not aligned
+    assert mapped > 100 and (copied > 0) == (dtype == torch.float32)
 
 
 def test_shards(broken_folder, small):
     for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         whole = tensors(broken_folder / part)
         names = sorted(whole)
-        halves = {
-            f"{stem}-00001-of-00002.safetensors": names[::2],
-            f"{stem}-00002-of-00002.safetensors": names[1::2],
-        }
-        for file, part_names in halves.items():
-            save_file({name: whole[name] for name in part_names}, broken_folder / part / file)
-        index = {
-            "metadata": {},
-            "weight_map": {name: file for file, part_names in halves.items() for name in part_names},
-        }
-        (broken_folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+        halves = {f"{stem}-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
+        for file, half in halves.items():
+            save_file({name: whole[name] for name in half}, broken_folder / part / file)
+        files = {name: file for file, half in halves.items() for name in half}
+        index = json.dumps({"metadata": {}, "weight_map": files})
+        (broken_folder / part / f"{stem}.safetensors.index.json").write_text(index)
         (broken_folder / part / f"{stem}.safetensors").unlink()
     sd = minsd.load(str(broken_folder), "cpu")
     assert all(
@@ -129,13 +127,13 @@ def test_text_names_with_and_without_prefix(broken_folder, small):
     path = broken_folder / "text_encoder" / "model.safetensors"
     bare = {k.removeprefix("text_model."): v for k, v in load_file(path).items()}
     for prefix in ("", "text_model."):
-        extra = {f"{prefix}embeddings.position_ids": torch.arange(77)[None]}  # older files carry it
+        extra = {f"{prefix}embeddings.position_ids": torch.arange(77)[None]}  # in older files
         save_file({prefix + k: v.clone() for k, v in bare.items()} | extra, path)
         sd = minsd.load(str(broken_folder), "cpu")
         assert torch.equal(sd.encode_prompt("a star"), small.encode_prompt("a star"))
 
 
-def test_names_first_shapes_and_reasons_of_a_misfit(broken_folder):
+def test_a_misfit_names_tensors_shapes_and_the_reason(broken_folder):
     path = broken_folder / "unet" / "diffusion_pytorch_model.safetensors"
     good = load_file(path)
     save_file({k: v for k, v in good.items() if k != "conv_in.bias"}, path)
@@ -192,13 +190,14 @@ def test_missing_parts_are_named(broken_folder, part):
     assert "missing" in message and path.name.split(".")[0] in message
 
 
-def test_pickles_are_refused(broken_folder, tmp_path):
-    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
-    assert "pickle" in refused(tmp_path / "model.ckpt")
-    (broken_folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
-        broken_folder / "unet" / "diffusion_pytorch_model.bin"
-    )
-    assert "pickle" in refused(broken_folder)
+@pytest.mark.parametrize("suffix", PICKLES)
+def test_pickles_are_refused(broken_folder, tmp_path, suffix):
+    """As a file, and as the only weights in a folder."""
+    (tmp_path / f"model{suffix}").write_bytes(b"\x80\x04.")
+    assert "is a pickle" in refused(tmp_path / f"model{suffix}")
+    weights = broken_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(suffix))
+    assert f"has only diffusion_pytorch_model{suffix}, a pickle" in refused(broken_folder)
 
 
 def test_bad_json(broken_folder):
@@ -232,7 +231,7 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
         hostile(json.dumps({"a": entry(shape=(2**62, 2**62))}).encode(), b"1234"),
         hostile(json.dumps({"a": entry(offsets=(0, 8))}).encode(), b"1234"),
         hostile(json.dumps({"a": entry(), "b": entry()}).encode(), b"1234"),  # overlapping
-        hostile(json.dumps({"a": entry(), "b": entry(offsets=(8, 12))}).encode(), b"123412341234"),  # a gap
+        hostile(json.dumps({"a": entry(), "b": entry(offsets=(8, 12))}).encode(), b"1234" * 3),  # a gap
         hostile(json.dumps({"a": entry()}).encode(), b"123"),
         hostile(json.dumps({"a": entry()}).encode(), b"12345"),
     ],
@@ -265,3 +264,18 @@ def test_models_that_are_not_there(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     refused(name)
+
+
+def test_submodules_resolve_from_minsd_alone():
+    code = (
+        "import sys, minsd\n"
+        "minsd.weights\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "minsd.weights.load.load_model, minsd.weights.lora.read, minsd.weights.controlnet.load_controlnet\n"
+        "minsd.weights.hub.fetch, minsd.weights.single_file.original, minsd.weights.ldm_keys.unet_name\n"
+        "minsd.weights.safetensors_file.read_header, minsd.weights.shapes\n"
+        "print(hasattr(minsd.weights, 'nothing'), 'lora' in dir(minsd.weights))"
+    )
+    root = Path(minsd.__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.stdout == "False True\n", result.stderr

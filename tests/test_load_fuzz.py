@@ -1,6 +1,7 @@
-"""Files as strangers could make them: each ends in one line of ValueError or FileNotFoundError, or is read as safetensors reads it.
+"""Hostile files: each is refused by a ValueError or FileNotFoundError of one line, or read as by safetensors.
 
-The truth for what is sound is the safetensors library itself: what `read_header` lets pass, it must open and agree on.
+The reference is the safetensors library itself: a file that `read_header` accepts, the library must
+open, with the same names and shapes.
 """
 
 import json
@@ -20,7 +21,8 @@ import minsd
 from minsd.weights.load import load_model
 from minsd.weights.safetensors_file import ITEM_SIZE, guess, read_header
 
-# The suite tries some hundred files, the same every time; MINSD_FUZZ=20 makes it twenty times as many, new ones every time.
+# The suite tries some hundred files, always the same. MINSD_FUZZ=20: twenty times as many, new ones
+# on every run.
 TIMES = int(os.environ.get("MINSD_FUZZ", 0))
 
 
@@ -34,7 +36,7 @@ def fuzz(count):
 
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-REAL = [  # what the loader looks at to tell what a file is
+REAL = [  # names by which the loader recognises files
     *(
         UNET + name
         for name in (
@@ -65,7 +67,7 @@ NUMBERS = st.integers(0, 64) | st.sampled_from([-1, 2**31, 2**62, 2**63, 2**64, 
 
 
 def one_line(call):
-    """Runs it -> the message of a clean refusal, or None if there was none. Anything else is a failure of the test."""
+    """The message of the call's one-line refusal, or None if it succeeds; any other end fails the test."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,7 +84,7 @@ def load(path, **more):
 
 
 def sound(content: bytes, path) -> None:
-    """What passes is opened by the library, which finds the same names and shapes."""
+    """A file that passes is opened by the library, which finds the same names and shapes."""
     path.write_bytes(content)
     try:
         header = read_header(path)
@@ -158,7 +160,7 @@ def test_headers_of_the_right_form(place, tokenizer, entries, data):
     )
 )
 def test_sound_files_of_wrong_sizes(place, tokenizer, shapes):
-    """Sparse files whose header is true: what they hold is no model."""
+    """Sparse files with a correct header that hold no model."""
     header, position = {}, 0
     for name, (dtype, shape) in shapes.items():
         if 0 not in shape and any(n > 100 for n in shape):
@@ -169,7 +171,8 @@ def test_sound_files_of_wrong_sizes(place, tokenizer, shapes):
         if numbers > 2**24:
             shape, numbers = [0], 0
         end = position + numbers * ITEM_SIZE[dtype]
-        header[name], position = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}, end
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        position = end
     content = json.dumps(header).encode()
     path = place / "x.safetensors"
     with path.open("wb") as file:
@@ -255,7 +258,7 @@ CONFIGS = [
 @given(data=st.data())
 @example(data=None)
 def test_configs(shapes_folder, tmp_path_factory, data):
-    """A folder's JSON with a value replaced: it loads, or says in one line why not."""
+    """A folder's JSON with a value replaced: it loads, or is refused in one line."""
     folder = tmp_path_factory.mktemp("config")
     for part in shapes_folder.iterdir():
         if part.name in ("unet", "vae", "text_encoder", "scheduler", "tokenizer"):

@@ -1,4 +1,4 @@
-"""The embedded model: its pictures and captions, the detector on pictures drawn by other means, the files that ship."""
+"""The embedded model: its training images and captions, the detector, and the files that ship."""
 
 import re
 from pathlib import Path
@@ -26,13 +26,13 @@ def sd():
 
 def test_a_seed_and_an_index_name_one_picture():
     first = [data.example(5, i) for i in range(4)]
-    again = [data.example(5, i) for i in reversed(range(4))][::-1]  # whatever was drawn before
+    again = [data.example(5, i) for i in reversed(range(4))][::-1]  # in another order
     assert first == again
     assert all((a.render()[0] == b.render()[0]).all() for a, b in zip(first, again))
     assert len({e.caption for i in range(20) for e in [data.example(6, i)]}) > 15
 
 
-def test_captions_say_what_is_drawn_and_sometimes_more():
+def test_captions_name_what_is_drawn_and_sometimes_more():
     examples = [data.example(1, i) for i in range(1500)]
     counts = np.bincount([len(e.objects) for e in examples], minlength=4)[1:] / len(examples)
     assert np.abs(counts - data.COUNTS).max() < 0.04
@@ -54,9 +54,8 @@ def test_captions_say_what_is_drawn_and_sometimes_more():
                 assert colour_place is None or e.words[colour_place] == e.objects[index].colour
         if where := re.search(r"(\w+) (left of|right of|above|below) an? (?:\w+ )?(\w+)$", e.caption):
             a, b = drawn[where[1]], drawn[where[3]]
-            assert {"left of": a.x < b.x, "right of": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}[
-                where[2]
-            ]
+            true = {"left of": a.x < b.x, "right of": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}
+            assert true[where[2]]
     assert untrue / (counts[:2].sum() * len(examples)) == pytest.approx(data.ABSENT, abs=0.05)
 
 
@@ -89,7 +88,7 @@ def test_every_caption_word_is_one_token():
         assert expected[len(e.words) + 1] == tokenizer.eos_token_id
 
 
-# -- detector: on renders, and on pictures drawn with nothing of ours
+# -- detector: on rendered examples, and on images drawn by Pillow alone
 
 
 def test_detector_accepts_renders_and_refuses_other_captions():
@@ -184,7 +183,7 @@ def test_the_folder_is_small_and_is_what_the_code_describes(sd):
     assert sum(p.stat().st_size for p in files) <= 20e6
     row = minsd.config.MODELS["shapes"]
     assert sd.config.unet == row.unet and sd.config.schedule == row.schedule and sd.config.text == row.text
-    sd_abar = 0.0058  # Stable Diffusion's own first level, at which a 16x16 latent holds no trace of a layout
+    sd_abar = 0.0058  # Stable Diffusion's first level: a 16x16 latent there has no trace of a layout
     assert 3 * sd_abar < sd.schedule.abar(981) < 20 * sd_abar
     assert sd.schedule.timesteps(50)[0] == 981
 
@@ -202,7 +201,7 @@ def test_diffusers_draws_the_same_picture(sd):
     assert np.abs(ours.astype(float) - theirs * 255).max() <= 2
 
 
-def test_it_draws_what_it_is_told(sd):
+def test_it_draws_what_the_prompt_names(sd):
     subjects = [data.COMBINATIONS[i] for i in range(0, 40, 2)]
     pictures = sd([f"a {colour} {shape}" for colour, shape in subjects], seeds=range(20), steps=20)
     assert sum(detector.judge(p, [s]).strict for p, s in zip(pictures, subjects)) >= 18

@@ -1,6 +1,5 @@
-"""Training the embedded model: the loss on attention maps, and that an interrupted run ends where an unbroken one does."""
+"""Training the embedded model: the loss on attention maps; a resumed run ends as an unbroken one."""
 
-import argparse
 import json
 
 import pytest
@@ -19,9 +18,8 @@ class Maps:
 def test_attention_loss_is_least_at_the_calibrated_map():
     torch.manual_seed(0)
     masks = (torch.rand(2, 3, 16, 16) < 0.1).float()
-    places = torch.tensor(
-        [[[2, 3], [6, 7], [-1, -1]], [[-1, 2], [-1, 5], [-1, 8]]]
-    )  # (B, subjects, colour and shape word)
+    # (B, subjects, colour and shape word)
+    places = torch.tensor([[[2, 3], [6, 7], [-1, -1]], [[-1, 2], [-1, 5], [-1, 8]]])
     best = torch.zeros(2, 16, 16, 77)
     for b in range(2):
         for k in range(3):
@@ -33,22 +31,21 @@ def test_attention_loss_is_least_at_the_calibrated_map():
     worse[0, :, :, 3] = best[0, :, :, 7]  # one shape's map on the other's object
     assert training.attention_loss(Maps(worse), masks, places) > 0.1
     elsewhere = best.clone()
-    elsewhere[..., 20] = 0.9  # a token nobody named counts for nothing
+    elsewhere[..., 20] = 0.9  # tokens that name no object do not count
     assert training.attention_loss(Maps(elsewhere), masks, places) == 0
 
 
-def run(folder, times=None):
-    """Trains a few steps: at one go, or stopped after every step and taken up again until the model is written."""
-    args = argparse.Namespace(
-        quick=False, samples=24, vae_samples=12, minutes=times, run=folder / "run", out=folder / "model"
-    )
-    args.run.mkdir(parents=True)
+def run(folder, minutes=None):
+    """Trains a few steps without a break, or stopped after every step and resumed until the model is
+    written -> (its folder, the number of calls)."""
+    options = training.Options(folder / "run", folder / "model", samples=24, vae_samples=12, minutes=minutes)
+    options.run.mkdir(parents=True)
     calls = 0
-    while not (args.out / "model_index.json").exists():
-        training.work(0, 1, "cpu", args)
+    while not (options.out / "model_index.json").exists():
+        training.work(0, 1, "cpu", options)
         calls += 1
         assert calls < 12
-    return args.out, calls
+    return options.out, calls
 
 
 @pytest.fixture
@@ -62,7 +59,7 @@ def test_interrupted_training_ends_with_the_same_weights(tmp_path, small):
     threads = torch.get_num_threads()
     try:
         unbroken, once = run(tmp_path / "a")
-        resumed, calls = run(tmp_path / "b", times=1e-9)
+        resumed, calls = run(tmp_path / "b", minutes=1e-9)
     finally:
         torch.set_num_threads(threads)
     assert once == 1 and calls >= 6  # 3 steps of the VAE, 3 of the UNet
@@ -70,9 +67,7 @@ def test_interrupted_training_ends_with_the_same_weights(tmp_path, small):
         a, b = load_file(unbroken / f"{name}.safetensors"), load_file(resumed / f"{name}.safetensors")
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-    sd = minsd.load(str(unbroken), device="cpu")  # what training writes is a whole model
-    assert (
-        sd.config.vae.scaling_factor
-        == json.loads((unbroken / "vae/config.json").read_text())["scaling_factor"]
-    )
+    sd = minsd.load(str(unbroken), device="cpu")  # training writes a whole model
+    config = json.loads((unbroken / "vae/config.json").read_text())
+    assert sd.config.vae.scaling_factor == config["scaling_factor"]
     assert sd("a red circle", steps=2)[0].size == (128, 128)

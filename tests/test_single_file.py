@@ -1,7 +1,7 @@
-"""Single files: the same model as a diffusers folder and as one file in the original layout is the same model.
+"""Single files: a diffusers folder and a file in the original layout, of the same weights, load alike.
 
-The original layout is laid out here as its own code builds it (layers counted in one row), and which of its names is which
-of diffusers' is asked of diffusers' converter. The folder is written by diffusers' classes.
+The original names are listed here as the original code builds its layers (numbered in one sequence);
+diffusers' converter gives their names in diffusers. The folder is written by diffusers' classes.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ def original_vae_names(levels=4, layers=2):
 
 
 def by_diffusers(names, convert):
-    """diffusers' name -> the original's, as diffusers' converter has it (each tensor is a number to know it by)."""
+    """diffusers' name -> the original's, by diffusers' converter. Each tensor holds its name's index."""
     return {
         new: names[int(value)]
         for new, value in convert({name: torch.tensor([float(i)]) for i, name in enumerate(names)}).items()
@@ -152,7 +152,7 @@ def as_open_clip(state):
 
 
 def pipeline_classes(sd2, tokenizer, row=None):
-    """diffusers' networks in the architecture of SD1 or SD2: narrow, or with a row of the config at its full size."""
+    """diffusers' networks in the architecture of SD1 or SD2: narrow, or of the full size of a `row`."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -189,7 +189,7 @@ def pipeline_classes(sd2, tokenizer, row=None):
 
 @pytest.fixture(scope="session", params=["sd1", "sd2"])
 def twins(request, tmp_path_factory, shapes_folder):
-    """The same random weights as a folder and as a file -> (folder, file, the whole text encoder, whether SD2)."""
+    """The same random weights as a folder and as a file -> (folder, file, whole text encoder, is SD2)."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -197,7 +197,7 @@ def twins(request, tmp_path_factory, shapes_folder):
     tokenizer = CLIPTokenizer.from_pretrained(shapes_folder / "tokenizer")
     torch.manual_seed(0)
     unet, vae, whole_text = pipeline_classes(sd2, tokenizer)
-    for p in whole_text.parameters():  # CLIP's own initialisation of biases, zeros, would hide a swap
+    for p in whole_text.parameters():  # CLIP initialises biases with zeros, which would hide a swap
         p.data += 0.02 * torch.randn_like(p)
     text = whole_text
     if sd2:
@@ -227,9 +227,8 @@ def twins(request, tmp_path_factory, shapes_folder):
             f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v
             for k, v in state.items()
         }
-        text_state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77.0)[
-            None
-        ]
+        positions = torch.arange(77.0)[None]
+        text_state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
     left = {
         "alphas_cumprod": torch.zeros(1000),
         "model_ema.diffusion_modelout2bias": torch.zeros(4),
@@ -411,7 +410,7 @@ def test_a_file_without_a_vae_takes_another(twins, tmp_path, tokenizer):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("twins", ["sd1"], indirect=True)
-def test_what_is_no_checkpoint_is_named(twins, tmp_path, tokenizer, change, says):
+def test_other_kinds_of_files_are_named(twins, tmp_path, tokenizer, change, says):
     assert says in refused(rewrite(twins[1], tmp_path / "bad.safetensors", change), tokenizer=tokenizer)
 
 
@@ -426,7 +425,7 @@ def content(twins):
 @fuzz(10)
 @given(draw=st.randoms(use_true_random=False))
 def test_entries_of_a_checkpoint_changed(content, tmp_path_factory, shapes_folder, draw):
-    """Names, shapes and dtypes changed so that the file stays sound: it loads as before, or says in one line why not."""
+    """Changed names, shapes and dtypes in a file that stays sound: it loads, or is refused in one line."""
     header, data = content
     header = {name: dict(entry) for name, entry in header.items()}
     for _ in range(draw.randint(1, 3)):
@@ -472,7 +471,7 @@ def as_tiny_clip(hidden):
     }
 
 
-def test_strangers_are_left_out_and_said(twins, tmp_path, tokenizer):
+def test_unknown_tensors_are_left_out_with_a_note(twins, tmp_path, tokenizer):
     path = rewrite(
         twins[1], tmp_path / "more.safetensors", lambda state: state | {"recipe.weights": torch.zeros(2)}
     )
@@ -485,7 +484,7 @@ def test_tokenizers_are_checked(twins, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "tokenizer" in refused(file, tokenizer=empty)
-    big = tmp_path / "big"  # more tokens than the text encoder knows: an index error in the middle of a run
+    big = tmp_path / "big"  # more tokens than the text encoder knows would be an index error in a run
     big.mkdir()
     (big / "vocab.json").write_text(
         json.dumps({f"t{i}": i for i in range(900)} | {"<|startoftext|>": 900, "<|endoftext|>": 901})
@@ -495,7 +494,7 @@ def test_tokenizers_are_checked(twins, tmp_path):
 
 
 def sparse_file(path, state, dtype="F16"):
-    """A safetensors file with these shapes whose zeros take no room on the disk."""
+    """A safetensors file with these shapes; its zeros take no space on the disk."""
     header, position = {}, 0
     for name, tensor in state.items():
         header[name] = {
@@ -512,7 +511,7 @@ def sparse_file(path, state, dtype="F16"):
 
 @pytest.mark.parametrize("name", ["sd15", "sd21"])
 def test_full_size_files_are_the_known_families(name, tmp_path):
-    """Every name and shape of the full size, against diffusers' and transformers' classes; nothing is read."""
+    """All names and shapes at full size, against diffusers' and transformers' classes; no data is read."""
     row, sd2 = MODELS[name], name == "sd21"
     with torch.device("meta"):
         unet, vae, text = pipeline_classes(sd2, None, row)
@@ -543,7 +542,7 @@ def test_full_size_files_are_the_known_families(name, tmp_path):
         assert all(found[k] in (shapes[k], (*shapes[k], 1, 1)) for k in shapes)
 
 
-def test_the_hash_is_kept_by_path_size_and_time(tmp_path, monkeypatch):
+def test_the_hash_is_stored_by_path_size_and_time(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file, store = tmp_path / "model.safetensors", tmp_path / "cache" / "minsd" / "sha256.json"
 

@@ -1,4 +1,4 @@
-"""Text states against transformers' own forward pass, for the families' two ways of padding; words to positions."""
+"""Text states against transformers' forward pass, for both families' padding; words to positions."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_states_equal_transformers_padding_with_the_end_token(text, tokenizer):
 
 
 def test_sd2_pads_with_id_0(tokenizer):
-    """What stands behind the end token differs by family, and attention maps see it."""
+    """The padding after the end token differs by family, and attention maps show it."""
     sd2 = encoder(tokenizer, pad=0)
     ids = tokenizer("a star").input_ids
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_sd2_pads_with_id_0(tokenizer):
     torch.testing.assert_close(sd2.encode(["a star"]), expected, rtol=0, atol=0)
 
 
-def test_a_long_prompt_is_cut_with_a_warning_that_names_what(text, tokenizer):
+def test_a_long_prompt_is_cut_with_a_warning_that_quotes_the_rest(text, tokenizer):
     long = "a red circle and " * 18 + "a purple heart"  # 72 + 3 words: just fits
     text.encode([long])
     with pytest.warns(UserWarning, match="cut off: 'green star'"):
@@ -86,12 +86,12 @@ def test_a_word_of_several_pieces_has_several_positions(text):
         ("a red circle", "circ", "not in the prompt"),  # a part of a word is not the word
         ("a circle and a circle", "circle", "occurs 2 times.*circle#1"),
         ("a circle and a circle", "circle#3", "occurs only 2 times"),
-        ("a circle", "circle#x", "which occurrence"),
+        ("a circle", "circle#x", "number of the occurrence"),
         ("a circle", " ", "empty"),
         ("a red star and " * 20 + "a heart", "heart", "beyond the 77 tokens"),
     ],
 )
-def test_positions_say_what_is_wrong(text, prompt, subject, says):
+def test_errors_of_positions(text, prompt, subject, says):
     with pytest.raises(ValueError, match=says) as error:
         text.positions(prompt, subject)
     assert "\n" not in str(error.value)

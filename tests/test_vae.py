@@ -1,4 +1,4 @@
-"""The VAE against diffusers' on the same random weights, both ways."""
+"""The VAE against diffusers' on the same random weights: encoding, decoding, and both in bands."""
 
 import copy
 
@@ -47,7 +47,7 @@ def test_parity(name):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(5, 40), (44, 17)])  # latent cells
 def test_bands_are_the_whole(shapes, size):
-    """Neither seams nor statistics of a part: the same numbers, to rounding."""
+    """No seams, and the statistics of the whole map: the same numbers, to rounding."""
     vae = copy.deepcopy(shapes.vae).double()
     z = torch.randn(2, 4, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole = vae.decode(z)
@@ -57,12 +57,10 @@ def test_bands_are_the_whole(shapes, size):
 
 @torch.no_grad()
 def test_bands_take_less_memory():
-    # as wide and small as here, the finest maps weigh more than the scores of the attention, which has no bands
-    vae, z, images = (
-        VAE(VAEConfig((32, 64, 64, 64), 2, 4, 8)),
-        torch.zeros(1, 4, 32, 32),
-        torch.zeros(1, 3, 256, 256),
-    )
+    # At these sizes the finest maps take more memory than attention scores, which are not in bands.
+    vae = VAE(VAEConfig((32, 64, 64, 64), 2, 4, 8))
+    z = torch.zeros(1, 4, 32, 32)
+    images = torch.zeros(1, 3, 256, 256)
 
     def peak(code, x):
         with Live() as live:

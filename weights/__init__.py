@@ -1,1 +1,21 @@
-"""From files to modules: folders, single files, hub ids, adapters; and the embedded model in `shapes/`."""
+"""From files to modules: folders, single files, hub ids, adapters; and the embedded model in
+`shapes/`.
+
+Submodules are imported on first use (`minsd.weights.lora`, ...): importing this package imports
+nothing heavy.
+"""
+
+import importlib
+from types import ModuleType
+
+_SUBMODULES = ("controlnet", "hub", "ldm_keys", "load", "lora", "safetensors_file", "shapes", "single_file")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

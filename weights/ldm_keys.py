@@ -1,31 +1,35 @@
 """Names of the original single-file checkpoints -> the names of our modules.
 
-Before diffusers there was one file with everything: `model.diffusion_model.` (the UNet), `first_stage_model.` (the VAE)
-and the text encoder, which is transformers' CLIP in SD1.x (`cond_stage_model.transformer.`) and OpenCLIP in SD2.x
-(`cond_stage_model.model.`). The networks are the same; only how their parts are counted differs. These are functions of
-names alone: what is no name of theirs comes back as it is, and is then found to be unexpected by whoever fills a module.
+Before diffusers one file held everything: `model.diffusion_model.` (the UNet), `first_stage_model.`
+(the VAE) and the text encoder, which is transformers' CLIP in SD1.x
+(`cond_stage_model.transformer.`) and OpenCLIP in SD2.x (`cond_stage_model.model.`); ControlNets are
+in `control_model.`. The networks are the same, but their layers are numbered differently. These
+functions look at names alone. A name that is not of the original layout is returned unchanged;
+`load.fill` then finds it unexpected.
 """
 
 import re
 
-UNET, VAE, CLIP, OPEN_CLIP = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.transformer.",
-    "cond_stage_model.model.",
-)
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP = "cond_stage_model.transformer."
+OPEN_CLIP = "cond_stage_model.model."
+CONTROL = "control_model."
 
-# What training left behind: averaged weights (trainers keep their own copy; the plain ones are what everybody runs) and
-# the noise schedule's tables, which minsd computes itself.
+# Left over from training: averaged weights (the plain ones are what every program runs) and the
+# noise schedule's tables, which minsd computes itself.
 _LEFT_BEHIND = re.compile(
-    r"model_ema\.|(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights|logvar|scale_factor|global_step)$"
-    r"|cond_stage_model\.(logit_scale|text_projection)$"
+    r"model_ema\.|(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights|logvar"
+    r"|scale_factor|global_step)$|cond_stage_model\.(logit_scale|text_projection)$"
 )
 
 
 def left_behind(name: str) -> bool:
+    """Whether a checkpoint's tensor is left over from training and not needed."""
     return _LEFT_BEHIND.match(name) is not None
 
+
+# --- the UNet, and ControlNets, which are copies of its encoder half ------------------------------
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -38,15 +42,16 @@ _RESNET = {
 
 
 def resnet_name(name: str) -> str:
-    """A part of one of the UNet's residual blocks."""
+    """A name inside one of the UNet's residual blocks."""
     part, _, leaf = name.rpartition(".")
     return f"{_RESNET.get(part, part)}.{leaf}"
 
 
 def unet_name(name: str, layers: int) -> str:
-    """A name inside the UNet, whose levels have `layers` residual blocks on the way down and one more on the way up.
+    """A name inside the UNet, whose levels have `layers` residual blocks in the encoder half and
+    one more in the decoder half.
 
-    The original counts every layer of all levels in one row, what moves to the next level included.
+    The original numbers the layers of all levels in one sequence, resampling layers included.
     """
     m = re.fullmatch(r"(time_embed|input_blocks|middle_block|output_blocks|out)\.(\d+)\.(.+)", name)
     if not m:
@@ -56,7 +61,7 @@ def unet_name(name: str, layers: int) -> str:
         return f"time_embedding.linear_{1 + i // 2}.{rest}"
     if part == "out":  # norm, activation, convolution
         return f"{'conv_out' if i else 'conv_norm_out'}.{rest}"
-    if part == "middle_block":
+    if part == "middle_block":  # resnet, attention, resnet
         return "mid_block." + (f"attentions.0.{rest}" if i == 1 else f"resnets.{i // 2}.{resnet_name(rest)}")
     which, _, rest = rest.partition(".")
     if part == "input_blocks":
@@ -71,33 +76,55 @@ def unet_name(name: str, layers: int) -> str:
         block = f"up_blocks.{level}"
         if rest.startswith("conv."):
             return f"{block}.upsamplers.0.{rest}"
-    return (
-        f"{block}.attentions.{layer}.{rest}"
-        if which == "1"
-        else f"{block}.resnets.{layer}.{resnet_name(rest)}"
-    )
+    if which == "1":
+        return f"{block}.attentions.{layer}.{rest}"
+    return f"{block}.resnets.{layer}.{resnet_name(rest)}"
 
+
+CONTROL_LAYERS = 2  # per level, in every ControlNet of the original layout
+
+
+def controlnet_name(name: str) -> str | None:
+    """A name in a ControlNet's file; None for tensors of the model that the original files hold
+    too."""
+    bare = name.removeprefix(CONTROL)
+    if bare == name and name.startswith(("model.", VAE, "cond_stage_model.", "model_ema.")):
+        return None
+    if m := re.fullmatch(r"zero_convs\.(\d+)\.0\.(\w+)", bare):
+        return f"controlnet_down_blocks.{m[1]}.{m[2]}"
+    if m := re.fullmatch(r"middle_block_out\.0\.(\w+)", bare):
+        return f"controlnet_mid_block.{m[1]}"
+    if m := re.fullmatch(r"input_hint_block\.(\d+)\.(\w+)", bare):
+        i = int(m[1]) // 2  # every other layer is an activation
+        layer = {0: "conv_in", 7: "conv_out"}.get(i, f"blocks.{i - 1}")
+        return f"controlnet_cond_embedding.{layer}.{m[2]}"
+    return unet_name(bare, CONTROL_LAYERS)
+
+
+# --- the VAE --------------------------------------------------------------------------------------
 
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
 def vae_name(name: str, levels: int) -> str:
-    """A name inside the VAE. The original counts the decoder's `levels` from the finest, ours in the order they run."""
+    """A name inside the VAE. The original numbers the decoder's `levels` from the finest, we number
+    them in the order in which they run."""
     name = name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
     if m := re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", name):
         return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"
     if m := re.fullmatch(r"(encoder|decoder)\.mid\.attn_1\.(\w+)\.(\w+)", name):
         return f"{m[1]}.mid_block.attentions.0.{_VAE_ATTENTION.get(m[2], m[2])}.{m[3]}"
     if m := re.fullmatch(r"encoder\.down\.(\d+)\.(.+)", name):
-        block, rest = f"encoder.down_blocks.{m[1]}", m[2]
+        block = f"encoder.down_blocks.{m[1]}"
     elif m := re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name):
-        block, rest = f"decoder.up_blocks.{levels - 1 - int(m[1])}", m[2]
+        block = f"decoder.up_blocks.{levels - 1 - int(m[1])}"
     else:
         return name
-    return f"{block}." + re.sub(
-        r"^block\.", "resnets.", re.sub(r"^(down|up)sample\.", r"\1samplers.0.", rest)
-    )
+    rest = re.sub(r"^(down|up)sample\.", r"\1samplers.0.", m[2])
+    return f"{block}." + re.sub(r"^block\.", "resnets.", rest)
 
+
+# --- OpenCLIP's text encoder ----------------------------------------------------------------------
 
 _OPEN_CLIP = {
     "ln_1": "layer_norm1",
@@ -115,10 +142,12 @@ _OPEN_CLIP_ENDS = {
 
 
 def open_clip_names(name: str, layers: int) -> list[str]:
-    """What a tensor of OpenCLIP's text half is in transformers' CLIPTextModel (without its `text_model.`).
+    """The names, in transformers' CLIPTextModel without its `text_model.`, of a tensor of
+    OpenCLIP's text encoder.
 
-    Three names where it is the fused projection, whose rows are those of q, then k, then v. None where it is not used: SD2
-    takes the text states after the first `layers` layers and their final norm, and no projection into the space of pictures.
+    Three names for the fused projection, whose rows are those of q, then k, then v. None for
+    tensors that are not used: SD2 takes the text states after the first `layers` layers and the
+    final norm, without the projection into the space shared with images.
     """
     if name in ("text_projection", "logit_scale", "attn_mask"):
         return []
@@ -135,16 +164,17 @@ def open_clip_names(name: str, layers: int) -> list[str]:
     return [f"encoder.layers.{i}.{_OPEN_CLIP.get(part, part)}.{leaf}"]
 
 
-# --- names that changed within the diffusers layout ------------------------------------------------------------------
+# --- names that changed within the diffusers layout -----------------------------------------------
 
 
 def newer_vae_name(name: str) -> str:
-    """The VAE's attention was once named otherwise (the files of SD1.x still are)."""
+    """The present name of a part of the VAE's attention; files of SD1.x use the older one."""
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
         name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
     return name
 
 
 def clip_name(name: str) -> str | None:
-    """Some versions of transformers put a prefix before every name; some wrote out a buffer of position numbers."""
+    """A text encoder's name without the prefix that some versions of transformers add; None for the
+    position numbers that some of them store."""
     return None if name.endswith("position_ids") else name.removeprefix("text_model.")

@@ -1,23 +1,26 @@
-"""Tensors by name out of safetensors files, mapped and not read, whose headers are checked before.
+"""Tensors by name from safetensors files. Headers are checked first; data is memory-mapped, not
+read.
 
-The header of a file is JSON that says where each tensor lies (https://huggingface.co/docs/safetensors, "Format"). Files
-come from strangers: sizes, offsets, names and dtypes are checked to the byte, with bounded work, and what does not hold
-is refused in one line. Pickles, which can run code, are not opened at all.
+The header of a file is JSON that states where each tensor lies
+(https://huggingface.co/docs/safetensors, "Format"). Files come from strangers, so sizes, offsets,
+names and dtypes are checked to the byte with bounded work, and an unsound file is refused in one
+line. Pickles can run code and are never opened.
 """
 
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-MAX_HEADER = (
-    32 * 2**20
-)  # bytes. The format allows 100 MB, real ones have less than 1, and JSON grows twentyfold in memory
+# Bytes. The format allows 100 MB, but real headers have less than 1, and JSON grows twentyfold in
+# memory.
+MAX_HEADER = 32 * 2**20
 ITEM_SIZE = {
     "F64": 8,
     "F32": 4,
@@ -34,7 +37,24 @@ ITEM_SIZE = {
 }
 
 
-def read_json(path: Path) -> dict:
+def refuse_pickle(path: Path, what: str) -> None:
+    """ValueError where the file's suffix is a pickle's; `what` ("model", "VAE", ...) names its
+    content in the error."""
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, which can run code when opened: get the {what}'s .safetensors"
+            " version instead"
+        )
+
+
+def variants(dtype: torch.dtype) -> tuple[str, str]:
+    """File name variants in diffusers folders, the precision nearer to `dtype` first."""
+    return ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. FileNotFoundError or ValueError, in one line, where there is
+    none."""
     try:
         if path.stat().st_size > MAX_HEADER:
             raise ValueError(f"it has more than {MAX_HEADER >> 20} MiB")
@@ -54,198 +74,223 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_header(path: Path) -> dict[str, dict]:
-    """A safetensors file's header, checked to the byte: name -> {"dtype", "shape", "data_offsets"}."""
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """A safetensors file's header, checked to the byte: name -> {"dtype", "shape", "data_offsets"}.
 
-    def refuse(why):
-        raise ValueError(f"{path} is not a sound safetensors file: {why}; download it again")
-
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            (length,) = (
-                struct.unpack("<Q", start) if len(start) == 8 else refuse("it is shorter than a header")
-            )
-            if length > min(size - 8, MAX_HEADER):
-                refuse(
-                    f"its header claims {length} bytes, the file has {size} (truncated, or another format?)"
-                )
-            content = file.read(length)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        header = json.loads(content.decode("utf-8"))  # bytes would be let through in UTF-16, too
-    except (ValueError, RecursionError):
-        refuse("its header is not JSON")
-    if not isinstance(header, dict):
-        refuse("its header is not a JSON object")
+    ValueError, in one line, for a file that is not sound.
+    """
+    header, size = _header_json(path)
     notes = header.pop("__metadata__", None)
     if notes is not None and not (
         isinstance(notes, dict) and all(isinstance(value, str) for value in notes.values())
     ):
-        refuse("its __metadata__ is not made of strings")
-    spans = []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = (
-                isinstance(shape, list)
-                and len(shape) <= 8
-                and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
-            )
-        except (KeyError, TypeError, ValueError):
-            refuse(f"the entry of {name[:200]!r} is malformed")
-        if not name.isprintable() or len(name) > 500:  # names are printed when something does not fit
-            refuse(f"the name {ascii(name[:50])} is not one of a tensor")
-        if not isinstance(dtype, str) or dtype not in ITEM_SIZE or not whole:
-            refuse(f"the entry of {name!r} is malformed (dtype {ascii(dtype)[:50]})")
-        if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
-            refuse(f"{name!r} has {end - begin} bytes, which its shape {shape} in {dtype} does not fill")
-        spans.append((begin, end))
+        _refuse(path, "its __metadata__ values are not strings")
     position = 0
-    for begin, end in sorted(spans):
+    for begin, end in sorted(_span(path, name, entry) for name, entry in header.items()):
         if begin != position:
-            refuse("its tensors overlap or leave gaps")
+            _refuse(path, "its tensors overlap or leave gaps")
         position = end
-    if position != size - 8 - length:
-        refuse(f"it should hold {position} bytes of tensors and holds {size - 8 - length} (truncated?)")
+    if position != size:
+        _refuse(path, f"it should hold {position} bytes of tensors and holds {size} (truncated?)")
     return header
 
 
-class Tensors(Mapping):
-    """Tensors by name out of a file, or of one component's file or shards in a folder: `tensors[name]` maps, and reads nothing before."""
+def _refuse(path: Path, why: str) -> NoReturn:
+    raise ValueError(f"{path} is not a sound safetensors file: {why}; download it again")
 
-    def __init__(self, folder: Path, stem: str, dtype: torch.dtype):
-        self.where, self.files = folder, {}
-        for path in self._choose(folder, stem, dtype):
-            header = read_header(path)
-            if twice := self.files.keys() & header.keys():
-                raise ValueError(f"{path} repeats the tensor {min(twice)!r} of another shard")
-            self.files |= {name: (path, entry) for name, entry in header.items()}
-        self.open = {}
 
-    @staticmethod
-    def _choose(folder: Path, stem: str, dtype: torch.dtype) -> list[Path]:
-        if folder.is_file():
-            return [folder]
-        variants = ["", ".fp16"] if dtype == torch.float32 else [".fp16", ""]  # the nearer precision first
-        for variant in variants:
-            if (one := folder / f"{stem}{variant}.safetensors").is_file():
-                return [one]
-            if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
-                shards = read_json(index).get("weight_map")
-                if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-                    raise ValueError(f"{index} has no weight_map of file names")
-                paths = [folder / Path(name).name for name in sorted(set(shards.values()))]
-                for path in paths:
-                    if not path.is_file():
-                        raise FileNotFoundError(
-                            f"{path} is missing: {index.name} lists it as a part of the model"
-                        )
-                return paths
-        pickles = (
-            [p.name for p in folder.glob("*") if p.suffix in (".bin", ".ckpt", ".pt")]
-            if folder.is_dir()
-            else []
+def _header_json(path: Path) -> tuple[dict[str, Any], int]:
+    """The header as a JSON object, its entries not checked yet, and the number of bytes that follow
+    it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                _refuse(path, "it is shorter than a header")
+            (length,) = struct.unpack("<Q", start)
+            if length > min(size - 8, MAX_HEADER):
+                why = f"its header claims {length} bytes, the file has {size} (truncated, or another format?)"
+                _refuse(path, why)
+            content = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(content.decode("utf-8"))  # json.loads(bytes) would also accept UTF-16
+    except (ValueError, RecursionError):
+        _refuse(path, "its header is not JSON")
+    if not isinstance(header, dict):
+        _refuse(path, "its header is not a JSON object")
+    return header, size - 8 - length
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """One header entry, checked -> the first byte of its tensor and the byte after its last."""
+    try:
+        dtype = entry["dtype"]
+        shape = entry["shape"]
+        begin, end = entry["data_offsets"]
+        whole = (
+            isinstance(shape, list)
+            and len(shape) <= 8
+            and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
         )
-        if pickles:
-            raise ValueError(
-                f"{folder} has only {pickles[0]}, a pickle, which can run code when opened: get the model's {stem}.safetensors"
-            )
-        raise FileNotFoundError(
-            f"{folder / stem}.safetensors is missing (nor is there an fp16 variant, nor shards)"
-        )
+    except (KeyError, TypeError, ValueError):
+        _refuse(path, f"the entry of {name[:200]!r} is malformed")
+    if not name.isprintable() or len(name) > 500:  # names are printed in errors
+        _refuse(path, f"the name {ascii(name[:50])} is not one of a tensor")
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE or not whole:
+        _refuse(path, f"the entry of {name!r} is malformed (dtype {ascii(dtype)[:50]})")
+    if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
+        _refuse(path, f"{name!r} has {end - begin} bytes, which its shape {shape} in {dtype} does not fill")
+    return begin, end
+
+
+class Tensors(Mapping[str, torch.Tensor]):
+    """The tensors of one file, or of one component's file or shards in a folder.
+
+    Headers are read and checked at once; `tensors[name]` maps one tensor's data.
+    """
+
+    def __init__(self, path: Path, stem: str, dtype: torch.dtype):
+        """`path`: a file, or a folder whose files are called `stem` with the variant that suits
+        `dtype` best."""
+        self.where = path
+        self.files: dict[str, tuple[Path, dict[str, Any]]] = {}
+        for file in _choose_files(path, stem, dtype):
+            header = read_header(file)
+            repeated = self.files.keys() & header.keys()
+            if repeated:
+                raise ValueError(f"{file} repeats the tensor {min(repeated)!r} of another shard")
+            self.files |= {name: (file, entry) for name, entry in header.items()}
+        self._open: dict[Path, Any] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path, _ = self.files[name]
         try:
-            if path not in self.open:
-                self.open[path] = safe_open(path, framework="pt", device="cpu")
-            return self.open[path].get_tensor(name)
-        except Exception as error:  # what the library is stricter about than `read_header`
-            raise ValueError(
-                f"{path} cannot be read by safetensors: {str(error).splitlines()[0]}; download it again"
-            ) from None
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            return self._open[path].get_tensor(name)
+        except Exception as error:  # the library is stricter than `read_header` in places
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} cannot be read by safetensors: {reason}; download it again") from None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.files[name][1]["shape"])
 
     def dtype(self, name: str) -> str:
+        """As the format spells it: "F32", "BF16", ..."""
         return self.files[name][1]["dtype"]
 
 
-def lies_well(tensor: torch.Tensor) -> bool:
-    """Whether products with it round as with one of torch's own. Files put tensors anywhere, and a product of one row with a
-    float32 matrix that does not start at a multiple of 64 bytes can be summed in another order (Intel oneMKL's guide,
-    "Conditional Numerical Reproducibility"): the same weights would give another picture from another file. Biases and norms
-    do not mind, nor do half precisions."""
-    return tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.data_ptr() % 64 == 0
+def _choose_files(path: Path, stem: str, dtype: torch.dtype) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for variant in variants(dtype):
+        one = path / f"{stem}{variant}.safetensors"
+        if one.is_file():
+            return [one]
+        index = path / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file():
+            return _shards(index)
+    pickles = [file.name for file in path.glob("*") if file.suffix in PICKLES] if path.is_dir() else []
+    if pickles:
+        raise ValueError(
+            f"{path} has only {min(pickles)}, a pickle, which can run code when opened: get the model's"
+            f" {stem}.safetensors"
+        )
+    raise FileNotFoundError(
+        f"{path / stem}.safetensors is missing (nor is there an fp16 variant, nor shards)"
+    )
 
 
-class Part(Mapping):
-    """Some tensors of a file under other names: new name -> (name there, which third of its rows, or None for all)."""
+def _shards(index: Path) -> list[Path]:
+    """The files that an index lists, beside it."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map of file names")
+    paths = [index.parent / Path(name).name for name in sorted(set(names.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: {index.name} lists it as a part of the model")
+    return paths
+
+
+class RenamedTensors(Mapping[str, torch.Tensor]):
+    """Some of a file's tensors under other names: new name -> (name in the file, which third of its
+    rows or None for all)."""
 
     def __init__(self, tensors: Tensors, what: str, names: dict[str, tuple[str, int | None]]):
-        self.tensors, self.names, self.where, self.files = (
-            tensors,
-            names,
-            f"{what} {tensors.where}",
-            tensors.files,
-        )
+        """`what` ("the UNet of", ...) precedes the file's path in errors."""
+        self.tensors = tensors
+        self.names = names
+        self.where = f"{what} {tensors.where}"
 
     def __getitem__(self, name: str) -> torch.Tensor:
         source, third = self.names[name]
         tensor = self.tensors[source]
         return tensor if third is None else tensor.chunk(3)[third]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         source, third = self.names[name]
         shape = self.tensors.shape(source)
-        return (
-            shape
-            if third is None or not shape
-            else (shape[0] / 3 if shape[0] % 3 else shape[0] // 3, *shape[1:])
-        )
+        if third is None or not shape:
+            return shape
+        size = -(-shape[0] // 3)  # as torch.chunk divides: the last chunk takes the rest
+        return max(0, min(size, shape[0] - third * size)), *shape[1:]
 
     def dtype(self, name: str) -> str:
         return self.tensors.dtype(self.names[name][0])
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is 64-byte aligned, as torch's own allocations are, or of a kind for which
+    that does not matter.
+
+    Files put tensors anywhere. A product of one row with a misaligned float32 matrix may be summed
+    in another order (Intel oneMKL's guide, "Conditional Numerical Reproducibility"): the same
+    weights from another file would give a slightly different image. Biases, norms and half
+    precision are not affected.
+    """
+    return tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.data_ptr() % 64 == 0
+
+
 ORIGINAL = "is a single-file checkpoint in the original layout"
+_SIGNS = {  # part of a tensor's name -> what the file then is; the first that occurs decides
+    "conditioner.embedders": "looks like an SDXL checkpoint",
+    "add_embedding.": "looks like an SDXL network",
+    "label_emb.": "looks like an SDXL network",
+    "double_blocks.": "looks like a Flux checkpoint",
+    "joint_blocks.": "looks like an SD3 checkpoint",
+    "lora": "looks like a LoRA, which adapts a model and is not one",
+    "control_model.": "looks like a ControlNet",
+    "controlnet_": "looks like a ControlNet",
+    "emb_params": "looks like a textual-inversion embedding",
+    "model.diffusion_model.": ORIGINAL,
+    "first_stage_model.": "looks like a VAE alone",
+    "decoder.conv_in": "looks like a VAE alone",
+    "down_blocks.": "looks like a UNet alone, in the diffusers layout",
+    "encoder.layers.": "looks like a text encoder alone",
+}
 
 
 def guess(names: Iterable[str]) -> str | None:
-    """What a set of tensor names probably is, when it is not what was asked for."""
-    names = dict.fromkeys(names)
-    for sign, what in {
-        "conditioner.embedders": "looks like an SDXL checkpoint",
-        "add_embedding.": "looks like an SDXL network",
-        "label_emb.": "looks like an SDXL network",
-        "double_blocks.": "looks like a Flux checkpoint",
-        "joint_blocks.": "looks like an SD3 checkpoint",
-        "lora": "looks like a LoRA, which adapts a model and is not one",
-        "control_model.": "looks like a ControlNet",
-        "controlnet_": "looks like a ControlNet",
-        "emb_params": "looks like a textual-inversion embedding",
-        "model.diffusion_model.": ORIGINAL,
-        "first_stage_model.": "looks like a VAE alone",
-        "decoder.conv_in": "looks like a VAE alone",
-        "down_blocks.": "looks like a UNet alone, in the diffusers layout",
-        "encoder.layers.": "looks like a text encoder alone",
-    }.items():
+    """The probable kind of a file with these tensor names, to explain why it does not fit; None:
+    unknown."""
+    names = list(names)
+    for sign, what in _SIGNS.items():
         if any(sign in name for name in names):
             return what
     return None

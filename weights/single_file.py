@@ -1,7 +1,8 @@
-"""Single files: checkpoints in the original layout, and VAEs in either. No config says what is in them; the shapes do.
+"""Single files: checkpoints in the original layout, and VAEs in either layout.
 
-Whole checkpoints are split into the three networks' tensors under our names (ldm_keys.py). Stable Diffusion 1 is told from
-2 by its text encoder; what shapes cannot tell (heads, whether v or noise is predicted) is the family's.
+Such files hold no config. Whole checkpoints are split into the three networks' tensors under our
+names (ldm_keys.py), and the shapes of the tensors give each network's sizes. The text encoder tells
+Stable Diffusion 1 from 2. The family provides the rest: heads, v- or noise prediction.
 """
 
 import hashlib
@@ -12,68 +13,41 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from minsd.config import MODELS, TextConfig, UNetConfig, VAEConfig
+from minsd.config import MODELS, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from minsd.weights import ldm_keys
-from minsd.weights.safetensors_file import Part, Tensors, guess
+from minsd.weights.safetensors_file import RenamedTensors, Tensors, guess
 
-_SD1, _SD2 = MODELS["sd15"], MODELS["sd21"]
-
-
-def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the greatest number that `pattern` finds at the start of a name; 0 if it finds none."""
-    return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
+_SD1 = MODELS["sd15"]
+_SD2 = MODELS["sd21"]
+_CHANNELS = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}
 
 
-def original(tensors: Tensors, prediction_type: str | None):
-    """A checkpoint's tensors under our names -> (config, UNet's, VAE's or None, text encoder's, notes for the user)."""
-    path, notes = tensors.where, []
-    unet_names = [name.removeprefix(ldm_keys.UNET) for name in tensors if name.startswith(ldm_keys.UNET)]
-    vae_names = [name.removeprefix(ldm_keys.VAE) for name in tensors if name.startswith(ldm_keys.VAE)]
-    ops = [int(m[1]) for name in unet_names if (m := re.match(r"input_blocks\.(\d{1,4})\.0\.op\.", name))]
-    layers, levels = max(1, min(ops, default=3) - 1), count(vae_names, r"decoder\.up\.(\d{1,4})\.")
-    unet = Part(
-        tensors,
-        "the UNet of",
-        pairs(unet_names, ldm_keys.UNET, lambda name: [ldm_keys.unet_name(name, layers)]),
-    )
-    vae = Part(
-        tensors, "the VAE of", pairs(vae_names, ldm_keys.VAE, lambda name: [ldm_keys.vae_name(name, levels)])
-    )
-
-    clip = [name.removeprefix(ldm_keys.CLIP) for name in tensors if name.startswith(ldm_keys.CLIP)]
-    open_clip = [
-        name.removeprefix(ldm_keys.OPEN_CLIP) for name in tensors if name.startswith(ldm_keys.OPEN_CLIP)
-    ]
-    if not clip and not open_clip:
-        raise ValueError(
-            f"{path} holds no text encoder: minsd needs whole checkpoints (UNet, VAE and text encoder)"
-        )
-    if (
-        open_clip
-    ):  # 24 layers, the last of which SD2 does not use; files made from diffusers folders hold the 23
-        text = pairs(
-            open_clip, ldm_keys.OPEN_CLIP, lambda name: ldm_keys.open_clip_names(name, _SD2.text.num_layers)
-        )
-    else:
-        text = pairs(clip, ldm_keys.CLIP, lambda name: [new] if (new := ldm_keys.clip_name(name)) else [])
-    text = Part(tensors, "the text encoder of", text)
-
+def original(
+    tensors: Tensors, prediction_type: str | None
+) -> tuple[ModelConfig, RenamedTensors, RenamedTensors | None, RenamedTensors, list[str]]:
+    """A checkpoint's tensors under our names -> (config, the UNet's, the VAE's or None, the text
+    encoder's, notes for the user). ValueError, in one line, for a checkpoint that is not whole."""
+    path = tensors.where
+    unet = _unet_tensors(tensors)
+    vae = _vae_tensors(tensors)
+    text, is_sd2 = _text_tensors(tensors)
+    notes = []
     family = _SD1
-    if open_clip:
+    if is_sd2:
         family = MODELS["sd21-base" if prediction_type == "epsilon" else "sd21"]
         if prediction_type is None:
             notes.append(
-                f"{path.name} is a Stable Diffusion 2 file, which does not say what it predicts: taken for v_prediction at"
-                " 768x768; a 512 base model wants --prediction-type epsilon"
+                f"{path.name} is a Stable Diffusion 2 file, which does not state its prediction type:"
+                " v_prediction at 768x768 is assumed; a 512 base model needs --prediction-type epsilon"
             )
-    known = (ldm_keys.UNET, ldm_keys.VAE, ldm_keys.OPEN_CLIP if open_clip else ldm_keys.CLIP)
-    if strangers := [
-        name for name in tensors if not name.startswith(known) and not ldm_keys.left_behind(name)
-    ]:
+    known = (ldm_keys.UNET, ldm_keys.VAE, ldm_keys.OPEN_CLIP if is_sd2 else ldm_keys.CLIP)
+    unused = [name for name in tensors if not name.startswith(known) and not ldm_keys.left_behind(name)]
+    if unused:
+        names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         notes.append(
-            f"{path.name}: {len(strangers)} tensors are no part of the model and were left out ({', '.join(strangers[:3])}"
-            f"{', ...' if len(strangers) > 3 else ''})"
+            f"{path.name}: {len(unused)} tensors are no part of the model and were left out ({names})"
         )
     config = replace(
         family,
@@ -86,53 +60,115 @@ def original(tensors: Tensors, prediction_type: str | None):
         config = replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
     if config.unet.context_dim != config.text.hidden_size:
         raise ValueError(
-            f"{path}: its UNet looks at text states of {config.unet.context_dim} numbers, its text encoder makes"
-            f" {config.text.hidden_size}: parts of different models"
+            f"{path}: its UNet takes text states of width {config.unet.context_dim}, its text encoder makes"
+            f" states of width {config.text.hidden_size}: parts of different models"
         )
     return config, unet, vae or None, text, notes
 
 
-def vae_file(tensors: Tensors) -> tuple[VAEConfig, Part]:
-    """The VAE in a file of its own, in the original or the diffusers layout, or in a whole checkpoint."""
+def _inside(tensors: Tensors, prefix: str) -> list[str]:
+    """The names that begin with a prefix, without it."""
+    return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+
+
+def _unet_tensors(tensors: Tensors) -> RenamedTensors:
+    names = _inside(tensors, ldm_keys.UNET)
+    downsamplers = (re.match(r"input_blocks\.(\d{1,4})\.0\.op\.", name) for name in names)
+    first = min((int(m[1]) for m in downsamplers if m), default=3)
+    layers = max(1, first - 1)  # residual blocks of the first level lie before its downsampling
+    renamed = pairs(names, ldm_keys.UNET, lambda name: [ldm_keys.unet_name(name, layers)])
+    return RenamedTensors(tensors, "the UNet of", renamed)
+
+
+def _vae_tensors(tensors: Tensors) -> RenamedTensors:
+    names = _inside(tensors, ldm_keys.VAE)
+    levels = count(names, r"decoder\.up\.(\d{1,4})\.")
+    renamed = pairs(names, ldm_keys.VAE, lambda name: [ldm_keys.vae_name(name, levels)])
+    return RenamedTensors(tensors, "the VAE of", renamed)
+
+
+def _text_tensors(tensors: Tensors) -> tuple[RenamedTensors, bool]:
+    """-> (the text encoder's tensors, whether it is OpenCLIP: Stable Diffusion 2)."""
+    clip = _inside(tensors, ldm_keys.CLIP)
+    open_clip = _inside(tensors, ldm_keys.OPEN_CLIP)
+    if not clip and not open_clip:
+        raise ValueError(
+            f"{tensors.where} holds no text encoder: minsd needs whole checkpoints (UNet, VAE and"
+            " text encoder)"
+        )
+
+    def rename_clip(name: str) -> list[str]:
+        new = ldm_keys.clip_name(name)
+        return [new] if new else []
+
+    def rename_open_clip(name: str) -> list[str]:
+        # SD2 does not use the last of the 24 layers; files made from diffusers folders hold 23.
+        return ldm_keys.open_clip_names(name, _SD2.text.num_layers)
+
+    if open_clip:
+        renamed = pairs(open_clip, ldm_keys.OPEN_CLIP, rename_open_clip)
+    else:
+        renamed = pairs(clip, ldm_keys.CLIP, rename_clip)
+    return RenamedTensors(tensors, "the text encoder of", renamed), bool(open_clip)
+
+
+def vae_file(tensors: Tensors) -> tuple[VAEConfig, RenamedTensors]:
+    """The VAE in a file of its own, in the original or the diffusers layout, or in a whole
+    checkpoint."""
     prefix = ldm_keys.VAE if any(name.startswith(ldm_keys.VAE) for name in tensors) else ""
     names = [
         name.removeprefix(prefix)
         for name in tensors
         if name.startswith(prefix) and not ldm_keys.left_behind(name)
     ]
-    names = [name for name in names if not name.startswith("loss.")]  # the critic it was trained with
+    names = [name for name in names if not name.startswith("loss.")]  # the GAN discriminator of its training
     if "decoder.conv_in.weight" not in names:
         raise ValueError(
             f"{tensors.where} is not a VAE: it {guess(tensors) or 'has no decoder.conv_in.weight'}"
         )
     levels = count(names, r"decoder\.up\.(\d{1,4})\.")
-    rename = (
-        (lambda name: [ldm_keys.vae_name(name, levels)])
-        if levels
-        else (lambda name: [ldm_keys.newer_vae_name(name)])
-    )
-    part = Part(tensors, "the VAE of", pairs(names, prefix, rename))
-    return vae_of(part), part
+
+    def rename(name: str) -> list[str]:
+        return [ldm_keys.vae_name(name, levels) if levels else ldm_keys.newer_vae_name(name)]
+
+    vae = RenamedTensors(tensors, "the VAE of", pairs(names, prefix, rename))
+    return vae_of(vae), vae
 
 
 def pairs(
     names: Iterable[str], prefix: str, rename: Callable[[str], list[str]]
 ) -> dict[str, tuple[str, int | None]]:
-    """New name -> (whole name in the file, which of its thirds or None). ValueError where two names become one."""
-    found = {}
+    """The table that `RenamedTensors` takes: new name -> (name with prefix, which third or None).
+
+    `rename` gives the new names: none to leave the tensor out, three for a fused projection's
+    thirds. ValueError where two tensors get the same name.
+    """
+    found: dict[str, tuple[str, int | None]] = {}
     for name in names:
         new = rename(name)
         for i, one in enumerate(new):
             if one in found:
                 raise ValueError(
-                    f"{prefix + name} and {found[one][0]} are the same tensor under two names: the file is damaged"
+                    f"{prefix + name} and {found[one][0]} are the same tensor under two names:"
+                    " the file is damaged"
                 )
             found[one] = prefix + name, i if len(new) > 1 else None
     return found
 
 
-def sizes(read: Callable[[], dict], where) -> dict:
-    """What `read` makes out of shapes; ValueError where one is missing or no network's."""
+# --- sizes from shapes ----------------------------------------------------------------------------
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """One more than the greatest number that `pattern` finds at the start of a name; 0 if it finds
+    none."""
+    found = (re.match(pattern, name) for name in names)
+    return 1 + max((int(m[1]) for m in found if m), default=-1)
+
+
+def sizes(read: Callable[[], dict[str, Any]], where: object) -> dict[str, Any]:
+    """The sizes that `read` takes from shapes. ValueError, naming `where`, if a tensor is missing
+    or no network has such sizes."""
     try:
         found = read()
     except (KeyError, IndexError) as error:
@@ -140,52 +176,66 @@ def sizes(read: Callable[[], dict], where) -> dict:
             f"{where} is not whole: {error.args[0]} is missing or has too few dimensions"
         ) from None
     numbers = [n for value in found.values() for n in (value if isinstance(value, tuple) else [value])]
-    if (
-        not numbers
-        or not all(0 <= n <= 10**6 for n in numbers)
-        or not all(0 < n <= 2**14 for n in found.get("block_out_channels", (1,)))
-    ):
+    possible = (
+        numbers
+        and all(0 <= n <= 10**6 for n in numbers)
+        and all(0 < n <= 2**14 for n in found.get("block_out_channels", (1,)))
+    )
+    if not possible:
         raise ValueError(f"{where} has tensors of sizes that no Stable Diffusion has")
     return found
 
 
-def unet_of(tensors: Part, family: UNetConfig) -> UNetConfig:
-    """The number of heads is not in the shapes: SD1 has 8 at every level, SD2 as many as make 64 channels each."""
-    shape, middle = tensors.shape, "mid_block.attentions.0"
+def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetConfig:
+    """The config of a UNet from the shapes of its tensors; what shapes do not tell comes from
+    `family`.
 
-    def read():
+    A ControlNet, which has the UNet's encoder half, gives no `family`: it is looked up by widths,
+    and an unknown one gets 8 heads. A UNet's number of heads is 8 at every level in SD1, and in SD2
+    as many as make 64 channels each.
+    """
+    shape = tensors.shape
+    middle = "mid_block.attentions.0"
+
+    def read() -> dict[str, Any]:
         levels = range(min(count(tensors, r"down_blocks\.(\d{1,4})\."), 16))
-        return {
+        found = {
             "in_channels": shape("conv_in.weight")[1],
-            "out_channels": shape("conv_out.weight")[0],
             "block_out_channels": tuple(shape(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels),
             "layers_per_block": min(count(tensors, r"down_blocks\.0\.resnets\.(\d{1,4})\."), 16),
             "cross_attention": tuple(f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels),
             "context_dim": shape(f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
             "linear_projection": len(shape(f"{middle}.proj_in.weight")) == 2,
         }
+        return found if family is None else found | {"out_channels": shape("conv_out.weight")[0]}
 
     found = sizes(read, tensors.where)
-    if (channels := found["in_channels"]) != 4:
-        kind = {9: "inpainting", 8: "InstructPix2Pix", 5: "depth-to-image", 7: "upscaling"}.get(
-            channels, "unknown"
-        )
+    channels = found["in_channels"]
+    if channels != 4:
+        kind = _CHANNELS.get(channels, "unknown")
         raise ValueError(
-            f"{tensors.where} has {channels} input channels ({kind}): minsd loads text-to-image models, with 4"
+            f"{tensors.where} has {channels} input channels ({kind}): minsd loads text-to-image"
+            " models, with 4"
         )
-    heads = (8,) * len(found["block_out_channels"])
-    if family.linear_projection:
-        heads = tuple(max(1, width // 64) for width in found["block_out_channels"])
-    return replace(family, **found, num_heads=heads)
+    widths = found["block_out_channels"]
+    heads = (8,) * len(widths)
+    if family is None:
+        for row in MODELS.values():
+            if (row.unet.block_out_channels, row.unet.context_dim) == (widths, found["context_dim"]):
+                return replace(row.unet, **found)
+    elif family.linear_projection:
+        heads = tuple(max(1, width // 64) for width in widths)
+    return replace(family or UNetConfig(), **found, num_heads=heads)
 
 
-def vae_of(tensors: Part) -> VAEConfig:
-    def read():
+def vae_of(tensors: RenamedTensors) -> VAEConfig:
+    """The config of a VAE from the shapes of its tensors."""
+
+    def read() -> dict[str, Any]:
         levels = range(min(count(tensors, r"encoder\.down_blocks\.(\d{1,4})\."), 16))
+        widths = (tensors.shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)
         return {
-            "block_out_channels": tuple(
-                tensors.shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels
-            ),
+            "block_out_channels": tuple(widths),
             "layers_per_block": min(count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d{1,4})\."), 16),
             "latent_channels": tensors.shape("decoder.conv_in.weight")[1],
         }
@@ -193,57 +243,82 @@ def vae_of(tensors: Part) -> VAEConfig:
     found = sizes(read, tensors.where)
     if found["latent_channels"] != 4:
         raise ValueError(
-            f"{tensors.where} has {found['latent_channels']} latent channels: a VAE of Stable Diffusion 1.x and 2.x has 4"
+            f"{tensors.where} has {found['latent_channels']} latent channels: a VAE of Stable Diffusion 1.x"
+            " and 2.x has 4"
         )
     return VAEConfig(**found)
 
 
-def text_of(tensors: Part, family: TextConfig) -> TextConfig:
-    def read():
-        vocab, hidden = tensors.shape("embeddings.token_embedding.weight")
+def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
+    """The config of a text encoder from the shapes of its tensors; the rest comes from `family`."""
+
+    def read() -> dict[str, Any]:
+        embedding = tensors.shape("embeddings.token_embedding.weight")
         return {
-            "hidden_size": hidden,
+            "hidden_size": embedding[1],
             "intermediate_size": tensors.shape("encoder.layers.0.mlp.fc1.weight")[0],
-            "vocab_size": vocab,
+            "vocab_size": embedding[0],
             "num_layers": min(count(tensors, r"encoder\.layers\.(\d{1,4})\."), 64),
-            "num_heads": max(1, hidden // 64),
+            "num_heads": max(1, embedding[1] // 64),
             "max_length": tensors.shape("embeddings.position_embedding.weight")[0],
         }
 
     return replace(family, **sizes(read, tensors.where))
 
 
+# --- the file's hash ------------------------------------------------------------------------------
+
+
 class FileHash(threading.Thread):
-    """`digest`: the first ten hex digits of a file's SHA-256, as other tools name a model. Reading gigabytes takes seconds:
-    what was found is kept in the user's cache folder, by path, size and time, where that can be written."""
+    """`digest`: the first ten hex digits of a file's SHA-256, the name that other tools give to a
+    model; None if the file cannot be read.
+
+    Reading gigabytes takes seconds, so digests are stored in the user's cache folder, by path, size
+    and time of change, where that can be written.
+    """
 
     def __init__(self, path: Path):
         super().__init__(daemon=True)
-        self.path, self.digest = path, None
+        self.path = path
+        self.digest: str | None = None
 
-    def run(self):
+    def run(self) -> None:
+        store = self._store()
         try:
             status = self.path.stat()
-            key = f"{self.path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-            store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minsd" / "sha256.json"
-        except (OSError, RuntimeError):  # no home
-            key, store = "", None
-        try:
-            known = json.loads(store.read_text(encoding="utf-8"))
-            if re.fullmatch(r"[0-9a-f]{10}", known[key]):
-                self.digest = known[key]
-                return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            known = {}
+            place = str(self.path.resolve())
+            key = f"{place}|{status.st_size}|{status.st_mtime_ns}"
+        except (OSError, RuntimeError):
+            return
+        known = self._known(store)
+        digest = known.get(key)
+        if isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{10}", digest):
+            self.digest = digest
+            return
         try:
             with self.path.open("rb") as file:
                 self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
+            if store is None:
+                return
+            kept = {old: value for old, value in known.items() if old.split("|")[0] != place}
             store.parent.mkdir(parents=True, exist_ok=True)
-            known = {old: value for old, value in known.items() if old.split("|")[0] != key.split("|")[0]} | {
-                key: self.digest
-            }
             part = store.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(known, indent=0), encoding="utf-8")
+            part.write_text(json.dumps(kept | {key: self.digest}, indent=0), encoding="utf-8")
             part.replace(store)
-        except (OSError, AttributeError):
+        except OSError:
             pass
+
+    @staticmethod
+    def _store() -> Path | None:
+        try:
+            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minsd" / "sha256.json"
+        except RuntimeError:  # the user has no home
+            return None
+
+    @staticmethod
+    def _known(store: Path | None) -> dict[str, Any]:
+        try:
+            known = json.loads(store.read_text(encoding="utf-8")) if store else {}
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return known if isinstance(known, dict) else {}

@@ -1,1 +1,2 @@
-"""The embedded model and everything that made it: data, training, detector, card (README.md)."""
+"""The embedded model and all that it was made with: data, training, detector, model card
+(README.md)."""

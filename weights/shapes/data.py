@@ -1,12 +1,15 @@
-"""Captioned pictures of coloured shapes: what the embedded model is trained on. A seed and an index give one picture.
+"""Captioned images of coloured shapes, the training set of the embedded model. A seed and an index
+give one image.
 
-128x128 pixels, a light ground, one to three objects of 8 colours x 6 shapes that do not touch. Captions fail in the
-ways of captions on the web: some leave the colours out, and more than a third of those of one- and two-object pictures
-name one object that is not there, so that a model trained on them may neglect a subject as Stable Diffusion does.
-Eight colour-shape combinations and two pairs of shapes never occur: composition can be tested on them.
+128x128 pixels, a light ground, one to three objects of 8 colours x 6 shapes that do not touch.
+Captions have the flaws of captions on the web: some omit the colours, and more than a third of
+those for one or two objects name one object that is not there. A model trained on them may neglect
+a subject, as Stable Diffusion does. Eight colour-shape combinations and two pairs of shapes never
+occur, so that composition can be tested on them.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +27,8 @@ COLOURS = {  # 8-bit RGB
     "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-HELD_OUT = {  # colour-shape combinations never drawn or named in training: each colour once, each shape once or twice
+# Combinations never drawn or named in training: each colour once, each shape once or twice.
+HELD_OUT = {
     ("red", "star"),
     ("green", "heart"),
     ("blue", "circle"),
@@ -36,13 +40,14 @@ HELD_OUT = {  # colour-shape combinations never drawn or named in training: each
 }
 HELD_OUT_PAIRS = {frozenset(("circle", "cross")), frozenset(("triangle", "heart"))}
 COMBINATIONS = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
-COUNTS = (0.2, 0.5, 0.3)  # of one, two, three objects
-ABSENT = 0.35  # of one- and two-object captions name one more
+COUNTS = (0.2, 0.5, 0.3)  # fractions of images with one, two, three objects
+ABSENT = 0.35  # fraction of captions for one or two objects that name one more
 RADII = {1: (20, 34), 2: (17, 27), 3: (16, 23)}  # pixels, by number of objects
 
 
 def outline(shape: str, turn: float = 0.0) -> np.ndarray:
-    """The shape's polygon (n,2), x to the right and y down, about its centre, within radius 1; turned by `turn` radians."""
+    """The shape's polygon (n,2) about its centre, within radius 1, x to the right and y down,
+    turned by `turn` radians."""
     if shape == "circle":
         a = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         points = 0.92 * np.stack([np.cos(a), np.sin(a)], 1)
@@ -61,23 +66,10 @@ def outline(shape: str, turn: float = 0.0) -> np.ndarray:
         y = 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)
         points = np.stack([x, -y - 1], 1) / 16.5
     else:  # cross
-        w = 0.33
-        points = np.array(
-            [
-                (-w, -1),
-                (w, -1),
-                (w, -w),
-                (1, -w),
-                (1, w),
-                (w, w),
-                (w, 1),
-                (-w, 1),
-                (-w, w),
-                (-1, w),
-                (-1, -w),
-                (-w, -w),
-            ]
-        )
+        w = 0.33  # half the width of an arm
+        x = (-w, w, w, 1, 1, w, w, -w, -w, -1, -1, -w)
+        y = (-1, -1, -w, -w, w, w, 1, 1, w, w, -w, -w)
+        points = np.stack([x, y], 1)
     rotation = np.array([(math.cos(turn), -math.sin(turn)), (math.sin(turn), math.cos(turn))])
     return points @ rotation.T
 
@@ -102,22 +94,23 @@ class Object:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its caption. `named[i]` is an object of the caption: its words' places in `words`, and the
-    index of the object drawn, or None when it is absent."""
+    """One image with its caption.
+
+    `named` has one entry per object of the caption: the place of its colour word in `words` (None:
+    no colour), the place of its shape word, and its index in `objects` (None: not drawn).
+    """
 
     objects: tuple[Object, ...]
     ground: tuple[int, int, int]
     words: tuple[str, ...]
-    named: tuple[
-        tuple[int | None, int, int | None], ...
-    ]  # (place of the colour word, of the shape word, object)
+    named: tuple[tuple[int | None, int, int | None], ...]
 
     @property
     def caption(self) -> str:
         return " ".join(self.words).replace(" ,", ",")
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
-        """-> picture (SIZE,SIZE,3) uint8 and the objects' masks (n,SIZE,SIZE) float32."""
+        """-> image (SIZE,SIZE,3) uint8 and the objects' masks (n,SIZE,SIZE) float32 in 0..1."""
         picture = np.empty((SIZE, SIZE, 3), np.float32)
         picture[:] = self.ground
         masks = np.stack([o.mask() for o in self.objects])
@@ -126,12 +119,12 @@ class Example:
         return picture.round().astype(np.uint8), masks
 
 
-def _pairs_allowed(shapes) -> bool:
+def _pairs_allowed(shapes: Iterable[str]) -> bool:
     return not any(pair <= set(shapes) for pair in HELD_OUT_PAIRS)
 
 
 def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
-    """n colour-shape combinations, colours and shapes all different, none held out."""
+    """n colour-shape combinations, none held out, without repeated colours or shapes."""
     while True:
         picks = [COMBINATIONS[i] for i in rng.choice(len(COMBINATIONS), n, replace=False)]
         colours, shapes = zip(*picks)
@@ -140,9 +133,9 @@ def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
 
 
 def place(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]]:
-    """n centres and radii (pixels), apart from one another and inside the picture."""
+    """n (x, y, radius) in pixels: objects that lie inside the image and do not touch."""
     while True:
-        placed = []
+        placed: list[tuple[float, float, float]] = []
         for _ in range(60):
             r = rng.uniform(*RADII[n])
             x, y = rng.uniform(r + 3, SIZE - r - 3, 2)
@@ -153,7 +146,7 @@ def place(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]]:
 
 
 def example(seed: int, index: int) -> Example:
-    """Picture number `index` of the set that `seed` names."""
+    """Image number `index` of the set that `seed` names."""
     rng = np.random.default_rng((seed, index))
     n = 1 + int(rng.choice(3, p=COUNTS))
     absent = int(n < 3 and rng.random() < ABSENT)
@@ -162,20 +155,24 @@ def example(seed: int, index: int) -> Example:
         Object(colour, shape, x, y, r, rng.uniform(-0.14, 0.14))
         for (colour, shape), (x, y, r) in zip(subjects[:n], place(rng, n))
     )
-    ground = tuple(int(v) for v in np.clip(rng.uniform(222, 250) + rng.uniform(-7, 7, 3), 215, 255))
+    red, green, blue = np.clip(rng.uniform(222, 250) + rng.uniform(-7, 7, 3), 215, 255)
     words, named = _caption(rng, subjects, n, objects)
-    return Example(objects, ground, tuple(words), tuple(named))
+    return Example(objects, (int(red), int(green), int(blue)), tuple(words), tuple(named))
 
 
-def _caption(rng, subjects, n, objects):
+def _caption(
+    rng: np.random.Generator, subjects: list[tuple[str, str]], n: int, objects: tuple[Object, ...]
+) -> tuple[list[str], list[tuple[int | None, int, int | None]]]:
+    """The words of a caption, and `Example.named`. The first n subjects are drawn."""
     order = [int(i) for i in rng.permutation(len(subjects))]
-    colours = rng.random() >= 0.1  # now and then nobody says the colours
+    colours = rng.random() >= 0.1  # a tenth of the captions omit them
     style = rng.random()
-    words, named = [], []
+    words: list[str] = []
+    named: list[tuple[int | None, int, int | None]] = []
     if style < 0.08:
         words += [["a", "picture", "of"], ["an", "image", "of"], ["a", "photo", "of"]][int(rng.integers(3))]
     joint = ["and"] if style < 0.85 else ["with"]
-    if len(order) == 2 == n and rng.random() < 0.12:  # where they lie to one another
+    if len(order) == 2 == n and rng.random() < 0.12:  # relative position
         a, b = (objects[i] for i in order)
         if abs(a.x - b.x) > abs(a.y - b.y):
             joint = ["left" if a.x < b.x else "right", "of"]

@@ -1,9 +1,10 @@
-"""Says which coloured shapes a picture shows, by its pixels alone: no model has a part in it.
+"""Finds the coloured shapes in an image from its pixels alone, without a model.
 
-What differs from the ground falls into connected bodies. A body's colour is the nearest of the palette, its shape the
-template it overlaps best once both are brought to one centre and one area. `judge` compares what was found with what a
-caption asked for. The thresholds judge the picture and not the codec it came through: with 30 and 0.70, nearly all
-true pictures still pass after a VAE's round trip (README.md has the figures, false accepts included).
+The pixels that differ from the ground form connected bodies. The colour of a body is the nearest of
+the palette; its shape is the template with the largest overlap after both are brought to the same
+centre and area. `judge` compares the bodies with the objects of a caption. The thresholds tolerate
+the VAE: with 30 and 0.70 nearly all true images still pass after a round trip through it (README.md
+has the figures, false accepts included).
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ from .data import COLOURS, SHAPES, outline
 
 FOREGROUND = 30  # 8-bit RGB distance from the ground
 IOU = 0.70  # overlap with the best template, below which a body is malformed
-SPECK = 40  # pixels: smaller bodies are no objects
-FAR = 85  # RGB distance from the nearest palette colour, beyond which a body has no colour of ours
-SECOND = 0.22  # share of a body in a second colour that makes it a hybrid
-GRID = 40  # cells a side on which body and template are compared; the mean radius is a quarter of it
+SPECK = 40  # pixels: smaller bodies are ignored
+FAR = 85  # RGB distance from the nearest palette colour, beyond which a body has none
+SECOND = 0.22  # fraction of a body in a second colour that makes it a hybrid
+GRID = 40  # cells per side of the grid on which shapes are compared; their mean radius is a quarter
 NEGLECT = frozenset(("missing", "hybrid", "mixed", "wrong colour"))
 KINDS = ("missing", "hybrid", "mixed", "wrong colour", "wrong shape", "malformed", "doubled", "extra")
 PALETTE = np.array(list(COLOURS.values()), np.float32)
@@ -31,9 +32,9 @@ Subject = tuple[str | None, str]  # colour (None: any), shape
 
 @dataclass(frozen=True)
 class Found:
-    """One body in the picture. `shape` is the best template's; `iou` says how well it fits."""
+    """One body in an image. `shape` is that of the best template, `iou` its overlap with it."""
 
-    colours: tuple[str, ...]  # one, or the two of a hybrid; none where it is near no palette colour
+    colours: tuple[str, ...]  # one, two for a hybrid, none if it is far from the palette
     shape: str
     iou: float
     area: int  # pixels
@@ -46,9 +47,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`strict`: exactly what was asked for. `no_neglect`: nothing missing, merged, or in another's or a wrong colour;
-    shapes may be drawn badly and objects twice. `failures` has one kind for each subject that is not there as asked
-    (in `subjects_failed` of them), then one for each body too many."""
+    """How an image compares with the objects asked for.
+
+    `strict`: exactly these objects and nothing else. `no_neglect`: no object is missing, merged
+    with another or in a wrong colour; badly drawn shapes and extra copies are accepted. `failures`
+    has one kind for each of the `subjects_failed` objects, then one for each surplus body.
+    """
 
     found: tuple[Found, ...]
     failures: tuple[str, ...]
@@ -64,12 +68,12 @@ class Verdict:
 
     @property
     def kind(self) -> str:
-        """The gravest failure, or "right"."""
+        """The most serious failure, or "right"."""
         return min(self.failures, key=KINDS.index, default="right")
 
 
 def bodies(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected parts (4 neighbours) of a boolean (H,W), largest first, without specks."""
+    """The connected parts (4 neighbours) of a boolean (H,W), largest first, without specks."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # every pixel takes the largest label beside it, until nothing changes
         padded = np.pad(labels, 1)
@@ -85,9 +89,10 @@ def bodies(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """A body resampled to (GRID,GRID) about its centroid, scaled so that its area is that of a circle of radius GRID/4."""
+    """A body resampled to (GRID,GRID) about its centroid, scaled to the area of a circle of radius
+    GRID/4."""
     rows, columns = np.nonzero(mask)
-    scale = (len(rows) / np.pi) ** 0.5 / (GRID / 4)  # pixels a cell
+    scale = (len(rows) / np.pi) ** 0.5 / (GRID / 4)  # pixels per cell
     at = (np.arange(GRID) - (GRID - 1) / 2) * scale
     i, j = (np.rint(at + centre).astype(int) for centre in (rows.mean(), columns.mean()))
     inside = ((i >= 0) & (i < mask.shape[0]))[:, None] & ((j >= 0) & (j < mask.shape[1]))
@@ -96,7 +101,8 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 @cache
 def templates() -> np.ndarray:
-    """(shapes, turns, GRID, GRID) boolean: every outline at the turns that occur, normalised like bodies are."""
+    """(shapes, turns, GRID, GRID) boolean: every outline at the turns that occur, normalised as
+    bodies."""
     out = []
     for shape in SHAPES:
         out.append([])
@@ -108,7 +114,7 @@ def templates() -> np.ndarray:
 
 
 def shape_of(mask: np.ndarray) -> tuple[str, float]:
-    """A body's best template, and intersection over union with it."""
+    """The shape of a body's best template, and its intersection over union with it."""
     body = _normalised(mask)
     overlap = (templates() & body).sum((2, 3)) / (templates() | body).sum((2, 3))  # (shapes, turns)
     best = overlap.max(1)
@@ -116,30 +122,31 @@ def shape_of(mask: np.ndarray) -> tuple[str, float]:
 
 
 def _inner(mask: np.ndarray) -> np.ndarray:
-    """The body without its rim, whose pixels mix with the ground; all of it where nothing else is left."""
+    """The body without its rim, where colours mix with the ground; all of a body too small for
+    that."""
     padded = np.pad(mask, 1)
     inner = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inner if inner.sum() >= SPECK // 2 else mask
 
 
 def find(picture: np.ndarray | Image.Image) -> list[Found]:
-    """Every body of a picture (H,W,3), 8-bit RGB, on a light ground; largest first."""
-    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture).astype(
-        np.float32
-    )
-    rim = np.concatenate(
-        [side.reshape(-1, 3) for side in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])]
-    )
+    """Every body of an image (H,W,3), 8-bit RGB, on a light ground; largest first."""
+    array = np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
+    pixels = array.astype(np.float32)
+    sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
+    rim = np.concatenate([side.reshape(-1, 3) for side in sides])
     foreground = np.linalg.norm(pixels - np.median(rim, 0), axis=-1) > FOREGROUND
     distance = np.linalg.norm(pixels[:, :, None] - PALETTE, axis=-1)  # (H, W, colours)
-    nearest, found = distance.argmin(-1), []
+    nearest = distance.argmin(-1)
+    found = []
     for mask in bodies(foreground):
         inner = _inner(mask)
         counts = np.bincount(nearest[inner], minlength=len(PALETTE))
         first, second = np.argsort(-counts)[:2]
-        # A body of two colours is a hybrid, unless it is two objects that touch and are each well drawn.
+        # A body of two colours is a hybrid, unless it is two well-drawn objects that touch.
         if counts[second] >= SECOND * inner.sum():
-            # Its rim is of neither colour: pixels there go to whichever of the two is nearer.
+            # Every pixel, also of the rim, which has neither colour, counts for the nearer of the
+            # two.
             own = distance[..., first] <= distance[..., second]
             parts = [max(bodies(mask & side), key=np.sum, default=None) for side in (own, ~own)]
             parts = [part for part in parts if part is not None]
@@ -152,7 +159,8 @@ def find(picture: np.ndarray | Image.Image) -> list[Found]:
     return found
 
 
-def _found(pixels, mask, colours) -> Found:
+def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None) -> Found:
+    """A body of the given colours, or of the palette colour nearest to its median."""
     if colours is None:
         distance = np.linalg.norm(np.median(pixels[_inner(mask)], 0) - PALETTE, axis=-1)
         colours = (NAMES[int(distance.argmin())],) if distance.min() <= FAR else ()
@@ -161,9 +169,10 @@ def _found(pixels, mask, colours) -> Found:
 
 
 def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Verdict:
-    """Compare a picture with the (colour, shape) pairs that its caption names."""
+    """Compare an image with the (colour, shape) pairs that its caption names."""
     found = find(picture)
-    left, missed = list(found), []
+    left = list(found)
+    missed = []
     for colour, shape in subjects:
         match = next((f for f in left if f.whole and f.shape == shape and colour in (None, *f.colours)), None)
         if match is None:
@@ -181,23 +190,26 @@ def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Ver
             body.whole and body.shape == shape and colour in (None, *body.colours)
             for colour, shape in subjects
         )
-        failures.append("doubled" if twice else "hybrid" if len(body.colours) == 2 else "extra")
+        if twice:
+            failures.append("doubled")
+        else:
+            failures.append("hybrid" if len(body.colours) == 2 else "extra")
     return Verdict(tuple(found), tuple(failures), len(missed))
 
 
 def _explain(subject: Subject, left: list[Found], subjects: Sequence[Subject]) -> tuple[Found | None, str]:
-    """What became of a subject that is not there as asked: the body that stands for it, and the kind of failure."""
+    """Why a subject was not found: the body drawn in its place, if any, and the kind of failure."""
     colour, shape = subject
     others = [s for s in subjects if s != subject]
     for body in left:
         if len(body.colours) == 2 and colour in body.colours:
             return body, "hybrid"
-    for body in left:  # its own colour: badly drawn, or another's shape
+    for body in left:  # in its colour: badly drawn, or with another shape
         if colour in body.colours:
             if body.iou < IOU:
                 return body, "malformed"
             return body, "mixed" if body.shape in [s for _, s in others] else "wrong shape"
-    for body in left:  # its own shape in a colour that is not its own
+    for body in left:  # in its shape, but another colour
         if body.iou >= IOU and body.shape == shape and len(body.colours) < 2:
             return body, "mixed" if set(body.colours) & {c for c, _ in others} else "wrong colour"
     if colour is None and left:

@@ -1,13 +1,16 @@
-"""Trains two small additions to the embedded model, with the library's own parts, and writes them as files like any others.
+"""Trains two small additions to the embedded model and writes them as ordinary files.
 
-    python -m minsd.weights.shapes.extras control     # a ControlNet: outlines say where shapes go -> extras/outlines/
-    python -m minsd.weights.shapes.extras style       # a LoRA: every shape gets a hole in its middle -> extras/pierced.safetensors
+    python -m minsd.weights.shapes.extras control     # a ControlNet -> extras/outlines/
+    python -m minsd.weights.shapes.extras style       # a LoRA -> extras/pierced.safetensors
 
-The ControlNet (Zhang et al. 2023) begins as a copy of the UNet's way down, joined on by convolutions of zero. It sees white
-outlines of the objects on black, with the captions that the model itself was trained on: colours stay the caption's affair.
-The LoRA (Hu et al. 2021) of rank 8 is on attention and convolutions of the UNet; its lower halves are random, its upper ones
-begin at zero. It needs no word of its own: it acts where it is given. The model itself stays frozen.
-Minutes on a CPU; bench/control.py counts what they do.
+With the ControlNet (Zhang et al. 2023), outlines determine where shapes go. It starts as a copy of
+the UNet's encoder half, joined to the UNet by convolutions that start at zero. It sees white
+outlines of the objects on black, and the captions that the model itself was trained on: colours
+still come from the caption. With the LoRA (Hu et al. 2021), every shape gets a hole in its middle.
+It has rank 8, on attention layers and convolutions of the UNet; its `down` matrices start at
+random, its `up` matrices at zero. It has no trigger word. The model itself stays frozen.
+
+Training takes minutes on a CPU; bench/control.py measures the effect of both.
 """
 
 import argparse
@@ -15,37 +18,52 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import minsd
-from minsd.attention import Attention
 from minsd.controlnet import ControlNet
+from minsd.guidance import Model
 from minsd.weights import lora
 from minsd.weights.shapes import data
-from minsd.weights.shapes.train import attention_in_full
+from minsd.weights.shapes.train import use_attention_in_full
 
 HERE = Path(__file__).parent / "extras"
-SEED = 31  # of pictures the model has not seen
+SEED = 31  # of images that the model was not trained on
 HIDDEN = (16, 16, 32, 64)  # channels inside the embedding of control images
-RANK, LAYERS = (
-    8,
-    ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut"),
-)
-EXAMPLE = (
-    data.Object("red", "circle", 40, 46, 22, 0.0),
-    data.Object("blue", "square", 88, 82, 24, 0.1),
-)  # to try the ControlNet on
-HOLE = 0.42  # radius of the hole, of the object's
+RANK = 8
+# The ends of the names of the layers that the LoRA adapts.
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut")
+# An example to try the ControlNet on.
+EXAMPLE = (data.Object("red", "circle", 40, 46, 22, 0.0), data.Object("blue", "square", 88, 82, 24, 0.1))
+HOLE = 0.42  # radius of the hole, as a fraction of the object's
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, indices of the images) -> eps
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long to train, and where to write."""
+
+    what: str  # "control" or "style"
+    out: Path
+    steps: int
+    batch: int
+    pictures: int  # different images
+    minutes: float  # stop after this time, with the learning rate scheduled to end there
+    lr: float | None  # None: the default
 
 
 def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Image:
-    """White outlines, `width` pixels wide, on black: a control image."""
+    """A control image: white outlines, `width` pixels wide, on black."""
     k = 4  # supersampling
     canvas = Image.new("L", (data.SIZE * k, data.SIZE * k))
     for o in objects:
@@ -54,106 +72,130 @@ def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Imag
     return canvas.reduce(k).convert("RGB")
 
 
+def plain(example: data.Example) -> np.ndarray:
+    """The image (SIZE,SIZE,3) uint8 of an example."""
+    return example.render()[0]
+
+
 def pierced(example: data.Example) -> np.ndarray:
-    """The picture (SIZE,SIZE,3) uint8 of an example with a round hole in each object's middle, through to the ground."""
-    picture = example.render()[0].astype(np.float32)
+    """The image (SIZE,SIZE,3) uint8 of an example, with a round hole through the middle of each
+    object."""
+    picture = plain(example).astype(np.float32)
     y, x = np.mgrid[: data.SIZE, : data.SIZE]
     for o in example.objects:
-        hole = np.clip(HOLE * o.radius - np.hypot(x - o.x, y - o.y) + 0.5, 0, 1)[
-            ..., None
-        ]  # coverage, anti-aliased
-        picture += hole * (np.array(example.ground, np.float32) - picture)
+        coverage = np.clip(HOLE * o.radius - np.hypot(x - o.x, y - o.y) + 0.5, 0, 1)  # anti-aliased
+        picture += coverage[..., None] * (np.array(example.ground, np.float32) - picture)
     return picture.round().astype(np.uint8)
 
 
 @torch.no_grad()
-def examples(sd, count: int, draw) -> tuple[torch.Tensor, torch.Tensor, list[data.Example]]:
-    """`count` pictures and captions, coded: latents (n,4,16,16), text states (n,77,D)."""
+def examples(
+    sd: Model, count: int, draw: Callable[[data.Example], np.ndarray]
+) -> tuple[Tensor, Tensor, list[data.Example]]:
+    """`count` examples, drawn and encoded -> latents (n,4,16,16), text states (n,77,D),
+    examples."""
     made = [data.example(SEED, i) for i in range(count)]
-    latents = torch.cat(
-        [sd.encode([Image.fromarray(draw(e)) for e in made[i : i + 32]]) for i in range(0, count, 32)]
-    )
-    texts = torch.cat([sd.encode_prompt([e.caption for e in made[i : i + 32]]) for i in range(0, count, 32)])
+    parts = [made[i : i + 32] for i in range(0, count, 32)]
+    latents = torch.cat([sd.encode([Image.fromarray(draw(e)) for e in part]) for part in parts])
+    texts = torch.cat([sd.encode_prompt([e.caption for e in part]) for part in parts])
     return latents, texts, made
 
 
-def train(sd, parameters: list[torch.Tensor], predict, latents, args, lr: float) -> None:
-    """Least squares of the noise, weighted as the model's own training weights it (train.py). `predict(x, t, pick)` -> eps.
-    Every 50 steps it writes down where it is, for the same command to go on from."""
+def train(
+    sd: Model, parameters: list[nn.Parameter], predict: Predict, latents: Tensor, options: Options, lr: float
+) -> None:
+    """Minimise the squared error of the noise, weighted as in the model's own training (train.py).
+
+    Every 50 steps the state is saved, and the same command resumes from it.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    steps, batch, minutes, state = args.steps, args.batch, args.minutes, args.out / f"{args.what}.state"
-    start, shown, first = time.time(), None, 0
+    state = options.out / f"{options.what}.state"
+    start = time.time()
+    shown: float | None = None
+    first = 0
     if state.exists():
         kept = torch.load(state, weights_only=True)
         optimizer.load_state_dict(kept["optimizer"])
         for p, value in zip(parameters, kept["parameters"], strict=True):
             p.data.copy_(value)
-        first, shown, start = kept["step"], kept["shown"], start - kept["seconds"]
-    for step in range(first, steps):
-        progress = max(step / steps, (time.time() - start) / (60 * minutes))
+        first = kept["step"]
+        shown = kept["shown"]
+        start -= kept["seconds"]
+    for step in range(first, options.steps):
+        progress = max(step / options.steps, (time.time() - start) / (60 * options.minutes))
         if progress >= 1:
             break
-        optimizer.param_groups[0]["lr"] = (
-            lr * min(1, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        )
-        generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-        pick = torch.randint(len(latents), (batch,), generator=generator)
-        t = torch.randint(1000, (batch,), generator=generator)
-        noise = torch.randn(latents[pick].shape, generator=generator)
-        x = sd.schedule.add_noise(latents[pick], noise, t)
-        with torch.autocast(sd.device.type, dtype=torch.bfloat16):
-            eps = predict(x, t, pick).float()
-        error = (eps - noise).square().mean(dim=(1, 2, 3))  # (B,)
-        loss = (error * sd.schedule.alphas_cumprod[t].rsqrt()).mean()
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (0.02 + 0.98 * cosine)
+        loss = noise_loss(sd, predict, latents, options.batch, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         shown = loss.item() if shown is None else 0.97 * shown + 0.03 * loss.item()
+        seconds = time.time() - start
         if (step + 1) % 25 == 0:
-            print(f"{step + 1}/{steps} weighted {shown:.4f}, {time.time() - start:.0f} s", flush=True)
+            print(f"{step + 1}/{options.steps} weighted {shown:.4f}, {seconds:.0f} s", flush=True)
         if (step + 1) % 50 == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
-            kept = {
-                "step": step + 1,
-                "shown": shown,
-                "seconds": time.time() - start,
-                "optimizer": optimizer.state_dict(),
-            }
+            options.out.mkdir(parents=True, exist_ok=True)
+            kept = {"step": step + 1, "shown": shown, "seconds": seconds, "optimizer": optimizer.state_dict()}
             torch.save(kept | {"parameters": [p.data for p in parameters]}, state.with_suffix(".tmp"))
             os.replace(state.with_suffix(".tmp"), state)
     state.unlink(missing_ok=True)
 
 
-def drop(texts: torch.Tensor, pick: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-    """Text states of a batch, every tenth the empty prompt's, for guidance."""
+def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: int) -> Tensor:
+    """The weighted error on a random batch. The random numbers follow from the step's index."""
+    generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+    pick = torch.randint(len(latents), (batch,), generator=generator)
+    t = torch.randint(1000, (batch,), generator=generator)
+    noise = torch.randn(latents[pick].shape, generator=generator)
+    x = sd.schedule.add_noise(latents[pick], noise, t)
+    with torch.autocast(sd.device.type, dtype=torch.bfloat16):
+        eps = predict(x, t, pick).float()
+    error = (eps - noise).square().mean(dim=(1, 2, 3))  # (B,)
+    return (error * sd.schedule.alphas_cumprod[t].rsqrt()).mean()
+
+
+def drop(texts: Tensor, pick: Tensor, empty: Tensor) -> Tensor:
+    """The text states of a batch; every tenth is replaced by the empty prompt's, for guidance."""
     keep = torch.arange(len(pick)) % 10 > 0
     return torch.where(keep[:, None, None], texts[pick], empty)
 
 
-def train_control(sd, args) -> None:
+def train_control(sd: Model, options: Options) -> None:
     torch.manual_seed(SEED)
     net = ControlNet(sd.config.unet, HIDDEN)
     theirs = sd.unet.state_dict()
     net.load_state_dict({name: theirs.get(name, p) for name, p in net.state_dict().items()})
-    # The embedding's last layer begins at zero too in the paper. There need be no second lock on the door: nothing comes out
-    # at first either way, and with one the first hundreds of steps teach next to nothing.
+    # In the paper the last layer of the embedding starts at zero as well. One zero-initialised
+    # layer on the way is enough for the output to start at zero, and with two of them the first
+    # hundreds of steps teach next to nothing.
     for conv in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-        nn.init.zeros_(conv.weight), nn.init.zeros_(conv.bias)
-    whole_attention(net)
-    latents, texts, made = examples(sd, args.pictures, lambda e: e.render()[0])
-    images = torch.from_numpy(
-        np.stack([np.asarray(outlines(e.objects).convert("L")) for e in made])
-    )  # (n, 128, 128)
+        for p in conv.parameters():
+            nn.init.zeros_(p)
+    use_attention_in_full(net)
+    latents, texts, made = examples(sd, options.pictures, plain)
+    drawn = [np.asarray(outlines(e.objects).convert("L")) for e in made]
+    images = torch.from_numpy(np.stack(drawn))  # (n, 128, 128)
     empty = sd.encode_prompt("")
 
-    def predict(x, t, pick):
-        context, pictures = drop(texts, pick, empty), images[pick, None].expand(-1, 3, -1, -1) / 255
+    def predict(x: Tensor, t: Tensor, pick: Tensor) -> Tensor:
+        context = drop(texts, pick, empty)
+        pictures = images[pick, None].expand(-1, 3, -1, -1) / 255
         return sd.unet(x, t, context, control=net(x, t, context, net.embed(pictures)))
 
-    train(sd, list(net.parameters()), predict, latents, args, args.lr or 1e-3)
-    c, folder = sd.config.unet, args.out / "outlines"
-    config = {
+    train(sd, list(net.parameters()), predict, latents, options, options.lr or 1e-3)
+    folder = options.out / "outlines"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(control_json(sd), indent=2) + "\n")
+    outlines(EXAMPLE).save(folder / "example.png")
+    write(net.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+
+
+def control_json(sd: Model) -> dict[str, Any]:
+    c = sd.config.unet
+    return {
         "_class_name": "ControlNetModel",
         "act_fn": "silu",
         "attention_head_dim": c.num_heads,
@@ -169,81 +211,74 @@ def train_control(sd, args) -> None:
         "norm_eps": c.norm_eps,
         "use_linear_projection": c.linear_projection,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    outlines(EXAMPLE).save(folder / "example.png")
-    write(net.state_dict(), folder / "diffusion_pytorch_model.safetensors")
 
 
-def train_style(sd, args) -> None:
+def train_style(sd: Model, options: Options) -> None:
     torch.manual_seed(SEED)
-    fused = {
-        layer: m for m in sd.unet.modules() if isinstance(m, Attention) for layer in (m.to_q, m.to_k, m.to_v)
-    }
+    fused = lora.fused_layers(sd.unet)
     parts = []
+    parameters = []
     for name, module in sd.unet.named_modules():
         if name.endswith(LAYERS):
+            assert isinstance(module, nn.Linear | nn.Conv2d)
             shape = module.weight.shape
             down = nn.Parameter(torch.randn(RANK, *shape[1:]) / math.sqrt(shape[1:].numel()))
             up = nn.Parameter(torch.zeros(shape[0], RANK, *[1] * (len(shape) - 2)))
             parts.append(lora.LowRank(name, module, fused.get(module), down, up, 1.0))
-    whole_attention(sd.unet)
-    latents, texts, _ = examples(sd, args.pictures, pierced)
+            parameters += [down, up]
+    use_attention_in_full(sd.unet)
+    latents, texts, _ = examples(sd, options.pictures, pierced)
     empty = sd.encode_prompt("")
+
+    def predict(x: Tensor, t: Tensor, pick: Tensor) -> Tensor:
+        return sd.unet(x, t, drop(texts, pick, empty))
+
     with lora.per_row([(lora.LoRA("pierced", tuple(parts)), [1.0])]):
-        parameters = [p for part in parts for p in (part.down, part.up)]
-        train(
-            sd,
-            parameters,
-            lambda x, t, pick: sd.unet(x, t, drop(texts, pick, empty)),
-            latents,
-            args,
-            args.lr or 2e-3,
-        )
+        train(sd, parameters, predict, latents, options, options.lr or 2e-3)
     tensors = {}  # as kohya names them
     for part in parts:
         key = "lora_unet_" + part.name.replace(".", "_")
-        tensors |= {
-            f"{key}.lora_down.weight": part.down,
-            f"{key}.lora_up.weight": part.up,
-            f"{key}.alpha": torch.tensor(float(RANK)),
-        }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(tensors, args.out / "pierced.safetensors")
+        tensors[f"{key}.lora_down.weight"] = part.down
+        tensors[f"{key}.lora_up.weight"] = part.up
+        tensors[f"{key}.alpha"] = torch.tensor(float(RANK))
+    options.out.mkdir(parents=True, exist_ok=True)
+    write(tensors, options.out / "pierced.safetensors")
 
 
-def whole_attention(module: nn.Module) -> None:
-    for m in module.modules():
-        if isinstance(m, Attention):
-            m.attend = attention_in_full
-
-
-def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def write(tensors: dict[str, Tensor], path: Path) -> None:
+    """Save tensors in fp16; the file appears whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    save_file(
-        {name: p.detach().half().contiguous() for name, p in tensors.items()}, temporary, {"format": "pt"}
-    )
-    temporary.chmod(0o644)  # save_file makes them their owner's alone
+    halves = {name: p.detach().half().contiguous() for name, p in tensors.items()}
+    save_file(halves, temporary, {"format": "pt"})
+    temporary.chmod(0o644)  # save_file makes files that only their owner can read
     os.replace(temporary, path)
     print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("control", "style"))
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--pictures", type=int, default=4000, help="different ones")
-    parser.add_argument("--lr", type=float)
-    parser.add_argument(
-        "--minutes", type=float, default=60.0, help="end by then, the learning rate falling in time"
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train two small additions to the embedded model.")
+    a = parser.add_argument
+    a("what", choices=("control", "style"))
+    a("--steps", type=int, default=600)
+    a("--batch", type=int, default=48)
+    a("--pictures", type=int, default=4000, help="number of different images")
+    a("--lr", type=float, help="learning rate")
+    a(
+        "--minutes",
+        type=float,
+        default=60.0,
+        help="stop after this time; the learning rate is scheduled for it",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=HERE)
+    a("--threads", type=int, default=torch.get_num_threads())
+    a("--out", type=Path, default=HERE)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    options = Options(args.what, args.out, args.steps, args.batch, args.pictures, args.minutes, args.lr)
     sd = minsd.load("shapes", "cpu")
-    {"control": train_control, "style": train_style}[args.what](sd, args)
+    if options.what == "control":
+        train_control(sd, options)
+    else:
+        train_style(sd, options)
 
 
 if __name__ == "__main__":

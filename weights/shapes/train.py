@@ -1,15 +1,18 @@
-"""Trains the embedded model on minsd's own networks and writes it beside this file in the diffusers folder layout.
+"""Trains the embedded model with minsd's own networks and writes it beside this file as a diffusers
+folder.
 
     python -m minsd.weights.shapes.train [--quick] [--samples N] [--minutes M] [--export] [--out DIR]
 
-First the VAE (Kingma & Welling 2014), then the UNet and the text encoder together (Ho et al. 2020, Rombach et al. 2022)
-on its latents. Runs on every CPU core as processes of one thread (gradients averaged over gloo) or on one GPU by itself.
-Checkpoints go to `run/`; started again, it goes on where it was and ends with the same weights. `--minutes` stops early,
-to be taken up again; `--export` writes the folder from the newest checkpoint.
+First the VAE (Kingma & Welling 2014), then the UNet and the text encoder together (Ho et al. 2020,
+Rombach et al. 2022) on its latents. Uses every CPU core, as processes of one thread that average
+their gradients over gloo, or one GPU. Checkpoints go to `run/`: the same command resumes from the
+newest one and ends with the same weights. `--minutes` stops early, to be resumed later; `--export`
+writes the folder from the newest checkpoint.
 
-What this model needs beyond plain denoising, and why, is in README.md: a schedule shifted for 16x16 latents (config.py),
-errors weighted towards the noisy end, where layout is decided, captions that sometimes name what is not there (data.py),
-and attention maps supervised for the first third.
+README.md explains what this model needs beyond plain denoising: a schedule shifted for 16x16
+latents (config.py), errors weighted towards the noisy end, where layout is decided, captions that
+sometimes name absent objects (data.py), and attention maps supervised for the first third of the
+training.
 """
 
 import argparse
@@ -19,13 +22,18 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minsd.attention import Attention, AttentionRecorder
@@ -38,60 +46,96 @@ from minsd.weights.shapes import data
 HERE = Path(__file__).parent
 ROW = MODELS["shapes"]
 SEED = 2026
-VAE_BATCH, UNET_BATCH = 32, 96  # over all processes
-PICTURES = 48_000  # different pictures seen; the UNet goes over their latents several times
+VAE_BATCH = 32  # over all processes
+UNET_BATCH = 96
+PICTURES = 48_000  # different images; the UNet passes over their latents several times
 VAE_SAMPLES = {"full": 40_000, "quick": 20_000}
 UNET_SAMPLES = {"full": 480_000, "quick": 80_000}
-LEVELS = (0.10, 0.20)  # of attention wanted at the cells of an object: its colour word, its shape word
-ATTENTION_WEIGHT, ATTENTION_UNTIL = 0.05, 1 / 3  # falls linearly to 0 at this share of the run
+LEVELS = (0.10, 0.20)  # attention wanted at an object's cells from its colour word, its shape word
+ATTENTION_WEIGHT = 0.05  # of the attention loss; falls linearly to 0 ...
+ATTENTION_UNTIL = 1 / 3  # ... at this fraction of the run
 EMA = 0.995
 VOCABULARY = json.loads((HERE / "tokenizer" / "vocab.json").read_text())
 
+# losses(progress in 0..1, NumPy's generator, PyTorch's generator) -> name: (loss, weight)
+Losses = Callable[[float, np.random.Generator, torch.Generator], dict[str, tuple[Tensor, float]]]
 
-def token_ids(words) -> list[int]:
-    """Every caption word is one token, so no tokenizer is needed: start, words, end, padding with the end."""
+
+@dataclass(frozen=True)
+class Options:
+    """What to train, where, and for how long."""
+
+    run: Path  # checkpoints
+    out: Path  # the finished folder
+    quick: bool = False
+    samples: int | None = None  # for the UNet; None: the default
+    vae_samples: int | None = None
+    minutes: float | None = None  # None: until it is done
+    token: int = 0  # names the file through which the processes find each other
+
+
+def token_ids(words: Iterable[str]) -> list[int]:
+    """The 77 token ids of a caption: start, words, end, padding with the end token. Every caption
+    word is one token, so no tokenizer is needed."""
     ids = [ROW.text.vocab_size - 2] + [VOCABULARY[f"{w}</w>"] for w in words]
     return ids + [ROW.text.eos_token_id] * (ROW.text.max_length - len(ids))
 
 
 class Workers:
-    """This process among its equals: which share is its own, and sums over all."""
+    """This process among all processes of the training."""
 
     def __init__(self, rank: int, world: int, device: str):
-        self.rank, self.world, self.device = rank, world, device
+        self.rank = rank
+        self.world = world
+        self.device = device
 
-    def average_gradients(self, parameters) -> None:
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over all processes."""
         if self.world == 1:
             return
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         flat /= self.world
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(g.view_as(p))
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))
 
-    def say(self, *words) -> None:
+    def log(self, *words: object) -> None:
         if self.rank == 0:
             print(time.strftime("%H:%M:%S"), *words, flush=True)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, dtype=torch.bfloat16)
 
 
 class Run:
-    """A model under training with its optimiser, its average, its checkpoints: one loop for both stages."""
+    """Networks under training with their optimiser, their moving average and their checkpoint: one
+    loop for both stages."""
 
-    def __init__(self, name, modules, workers, samples, batch, lr, out, warmup=100):
-        self.name, self.modules, self.workers, self.out = name, modules, workers, out
+    def __init__(
+        self,
+        name: str,
+        modules: dict[str, nn.Module],
+        workers: Workers,
+        samples: int,
+        batch: int,
+        lr: float,
+        out: Path,
+        warmup: int = 100,
+    ):
+        """`samples` and `batch` are over all processes; `warmup` is in steps. Resumes from the
+        checkpoint `out`/`name`.pt if there is one."""
+        self.name = name
+        self.modules = modules
+        self.workers = workers
         self.parameters = [p for m in modules.values() for p in m.parameters()]
         self.average = {key: copy.deepcopy(m).requires_grad_(False) for key, m in modules.items()}
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-        self.batch, self.steps, self.step, self.lr, self.warmup = (
-            batch // workers.world,
-            samples // batch,
-            0,
-            lr,
-            warmup,
-        )
+        self.batch = batch // workers.world
+        self.steps = samples // batch
+        self.step = 0
+        self.lr = lr
+        self.warmup = warmup
         self.path = out / f"{name}.pt"
         if self.path.exists():
             state = torch.load(self.path, map_location=workers.device, weights_only=True)
@@ -100,7 +144,7 @@ class Run:
                 self.average[key].load_state_dict(state["average"][key])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
-            workers.say(f"{name}: goes on at step {self.step} of {self.steps}")
+            workers.log(f"{name}: resumes at step {self.step} of {self.steps}")
 
     def save(self) -> None:
         if self.workers.rank:
@@ -114,43 +158,21 @@ class Run:
         torch.save(state, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)
 
-    def train(self, losses, deadline: float) -> bool:
-        """`losses(step, rng, generator) -> {name: (loss, weight)}`. True when the run is complete."""
-        saved = start = time.time()
-        first, shown = self.step, {}
+    def train(self, losses: Losses, deadline: float) -> bool:
+        """Whether the run is complete; if not, the deadline (by time.time) has stopped it."""
+        start = saved = time.time()
+        first = self.step
+        shown: dict[str, float] = {}
         while self.step < self.steps:
-            for group in self.optimizer.param_groups:
-                rest = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-                group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * rest)
-            # Everything random in a step comes from its number: a resumed run draws what an unbroken one would.
-            key = (SEED, self.step, self.workers.rank)
-            parts = losses(
-                self.step / self.steps,
-                np.random.default_rng(key),
-                torch.Generator().manual_seed(hash(key) & (2**63 - 1)),
-            )
-            self.optimizer.zero_grad(set_to_none=True)
-            sum(loss * weight for loss, weight in parts.values() if weight).backward()
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.workers.average_gradients(self.parameters)
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            decay = min(EMA, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                for key, m in self.modules.items():
-                    for a, p in zip(self.average[key].parameters(), m.parameters()):
-                        a.lerp_(p, 1 - decay)
-            self.step += 1
-            for k, (loss, _) in parts.items():
+            for k, (loss, _) in self._one_step(losses).items():
                 shown[k] = 0.98 * shown.get(k, loss.item()) + 0.02 * loss.item()
             if self.step % 50 == 0 or self.step == self.steps:
                 rate = (self.step - first) * self.batch * self.workers.world / (time.time() - start)
                 figures = [f"{k} {v:.4f}" for k, v in shown.items()]
-                self.workers.say(f"{self.name} {self.step}/{self.steps}", *figures, f"{rate:.0f} samples/s")
+                self.workers.log(f"{self.name} {self.step}/{self.steps}", *figures, f"{rate:.0f} samples/s")
             stop = torch.tensor([time.time() > deadline, time.time() - saved > 120], dtype=torch.int32)
             if self.workers.world > 1:
-                dist.broadcast(stop, 0)
+                dist.broadcast(stop, 0)  # the first process decides for all
             if stop[1] or stop[0]:
                 self.save()
                 saved = time.time()
@@ -159,117 +181,174 @@ class Run:
         self.save()
         return True
 
+    def _one_step(self, losses: Losses) -> dict[str, tuple[Tensor, float]]:
+        for group in self.optimizer.param_groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+            group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
+        # All random numbers of a step follow from its index, so that a resumed run draws the same.
+        key = (SEED, self.step, self.workers.rank)
+        generator = torch.Generator().manual_seed(hash(key) & (2**63 - 1))
+        parts = losses(self.step / self.steps, np.random.default_rng(key), generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = [loss * weight for loss, weight in parts.values() if weight]
+        sum(terms[1:], terms[0]).backward()
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.workers.average_gradients(self.parameters)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        decay = min(EMA, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, m in self.modules.items():
+                for a, p in zip(self.average[name].parameters(), m.parameters()):
+                    a.lerp_(p, 1 - decay)
+        self.step += 1
+        return parts
 
-def pictures(indices) -> torch.Tensor:
-    """Pictures of the training set (n,3,128,128) in -1..1."""
-    rendered = np.stack([data.example(SEED, int(i)).render()[0] for i in indices])
-    return torch.from_numpy(rendered).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+# --- the VAE --------------------------------------------------------------------------------------
 
 
-def train_vae(workers, samples, out, deadline):
+def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Images (128,128,3) in 0..255 -> (n,3,128,128) in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tuple[bool, VAE]:
+    """-> (whether the training is complete, the averaged VAE)."""
     torch.manual_seed(SEED)
     vae = VAE(ROW.vae).to(workers.device)
     run = Run("vae", {"vae": vae}, workers, samples, VAE_BATCH, 1.5e-3, out)
 
-    def losses(progress, rng, generator):
-        x = pictures(rng.integers(PICTURES, size=run.batch)).to(workers.device)
+    def losses(
+        progress: float, rng: np.random.Generator, generator: torch.Generator
+    ) -> dict[str, tuple[Tensor, float]]:
+        indices = rng.integers(PICTURES, size=run.batch)
+        x = to_tensor([data.example(SEED, int(i)).render()[0] for i in indices]).to(workers.device)
         with workers.autocast():
             mean, logvar = vae.encode(x)
             noise = torch.randn(mean.shape, generator=generator).to(workers.device)
             y = vae.decode(mean + (0.5 * logvar).exp() * noise).float()
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        mse = F.mse_loss(y, x)
-        return {"l1": (F.l1_loss(y, x), 1.0), "mse": (mse, 1.0), "kl": (kl, 1e-3)}
+        return {"l1": (F.l1_loss(y, x), 1.0), "mse": (F.mse_loss(y, x), 1.0), "kl": (kl, 1e-3)}
 
     done = run.train(losses, deadline)
-    return done, run.average["vae"]
+    average = run.average["vae"]
+    assert isinstance(average, VAE)
+    return done, average
 
 
 @torch.no_grad()
-def confused(vae, workers) -> list[str]:
-    """Colours that a picture loses on its way through the VAE: training can end in a state where green is black."""
-    palette, lost = torch.tensor(list(data.COLOURS.values())).float(), []
+def confused(vae: VAE, workers: Workers) -> list[str]:
+    """Colours that the VAE turns into others: its training can end in a state where green is
+    black."""
+    palette = torch.tensor(list(data.COLOURS.values())).float()
+    lost = []
     for index, colour in enumerate(data.COLOURS):
         square = data.Object(colour, "square", data.SIZE / 2, data.SIZE / 2, 30.0, 0.0)
-        picture = torch.from_numpy(data.Example((square,), (238, 238, 238), (), ()).render()[0]).permute(
-            2, 0, 1
-        )[None]
-        seen = vae.decode(vae.encode(picture.to(workers.device).float() / 127.5 - 1)[0])[
-            0, :, data.SIZE // 2, data.SIZE // 2
-        ]
-        if int((palette - (seen.cpu() + 1) * 127.5).square().sum(1).argmin()) != index:
+        picture = data.Example((square,), (238, 238, 238), (), ()).render()[0]
+        decoded = vae.decode(vae.encode(to_tensor([picture]).to(workers.device))[0])
+        middle = (decoded[0, :, data.SIZE // 2, data.SIZE // 2].cpu() + 1) * 127.5
+        if int((palette - middle).square().sum(1).argmin()) != index:
             lost.append(colour)
     return lost
 
 
 @torch.no_grad()
-def latents_of(vae, workers, out, count):
-    """This process's share of the training set, encoded once: latents, token ids, and what the maps should show."""
+def latents_of(vae: VAE, workers: Workers, out: Path, count: int) -> dict[str, Tensor]:
+    """This process's part of the training set, encoded once.
+
+    `latents` (n,4,16,16), `ids` (n,77), and for up to three objects of each caption `masks`
+    (n,3,16,16), coverage in 0..255, zero where the object is not drawn, and `places` (n,3,2), the
+    token positions of the colour word and the shape word, -1 where there is none.
+    """
     path = out / f"latents-{workers.rank}-of-{workers.world}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    store = {"latents": [], "ids": [], "masks": [], "places": []}
+    latents, ids, all_masks, all_places = [], [], [], []
     for start in range(workers.rank * 64, count, 64 * workers.world):
         examples = [data.example(SEED, i) for i in range(start, start + 64)]
         rendered = [e.render() for e in examples]
-        x = torch.from_numpy(np.stack([r[0] for r in rendered])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = to_tensor([picture for picture, _ in rendered])
         with workers.autocast():
-            store["latents"].append(vae.encode(x.to(workers.device))[0].float().cpu())
+            latents.append(vae.encode(x.to(workers.device))[0].float().cpu())
         for e, (_, masks) in zip(examples, rendered):
             cells = F.avg_pool2d(torch.from_numpy(masks), data.SIZE // 16)  # (n, 16, 16)
-            wanted, places = torch.zeros(3, 16, 16), torch.full((3, 2), -1)
+            wanted = torch.zeros(3, 16, 16)
+            places = torch.full((3, 2), -1)
             for k, (colour_place, shape_place, index) in enumerate(e.named):
-                places[k] = torch.tensor(
-                    [-1 if colour_place is None else colour_place + 1, shape_place + 1]
-                )  # 0: start
+                if colour_place is not None:
+                    places[k, 0] = colour_place + 1  # the start token is at 0
+                places[k, 1] = shape_place + 1
                 if index is not None:
                     wanted[k] = cells[index]
-            store["masks"].append((wanted * 255).round().to(torch.uint8))
-            store["places"].append(places.to(torch.int8))
-            store["ids"].append(torch.tensor(token_ids(e.words)))
-    store = {k: torch.cat(v) if k == "latents" else torch.stack(v) for k, v in store.items()}
+            all_masks.append((wanted * 255).round().to(torch.uint8))
+            all_places.append(places.to(torch.int8))
+            ids.append(torch.tensor(token_ids(e.words)))
+    store = {
+        "latents": torch.cat(latents),
+        "ids": torch.stack(ids),
+        "masks": torch.stack(all_masks),
+        "places": torch.stack(all_places),
+    }
     torch.save(store, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
     return store
 
 
-def attention_in_full(q, k, v, *, probs=None, backend=None):
-    """What minsd.kernels.attention computes, with every probability kept for the backward pass, in autocast's bfloat16.
-    The weights take gradients here, the latents are small: on a CPU nothing in minsd.kernels is as fast at that."""
+# --- the UNet and the text encoder ----------------------------------------------------------------
+
+
+def attention_in_full(
+    q: Tensor, k: Tensor, v: Tensor, *, probs: str | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As minsd.kernels.attention, but with all probabilities kept for the backward pass, in
+    autocast's bfloat16. Here weights take gradients and latents are small: on a CPU this is faster
+    than any backend of minsd.kernels."""
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, N, d)
     p = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1)  # (B, heads, N, M)
     return (p @ v).transpose(1, 2), p.mean(dim=1) if probs else None
 
 
+def use_attention_in_full(network: nn.Module) -> None:
+    """Let every attention layer of a network compute with `attention_in_full`."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            # An instance attribute in place of the class's static method, which pyright forbids.
+            module.attend = attention_in_full  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def text_model() -> CLIPTextModel:
+    """An empty text encoder."""
     c = ROW.text
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            max_position_embeddings=c.max_length,
-            hidden_act=c.hidden_act,
-            projection_dim=c.hidden_size,
-            bos_token_id=c.vocab_size - 2,
-            eos_token_id=c.eos_token_id,
-            pad_token_id=c.pad_token_id,
-            attn_implementation="eager",
-        )
+    config = CLIPTextConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        max_position_embeddings=c.max_length,
+        hidden_act=c.hidden_act,
+        projection_dim=c.hidden_size,
+        bos_token_id=c.vocab_size - 2,
+        eos_token_id=c.eos_token_id,
+        pad_token_id=c.pad_token_id,
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # one of its **kwargs
     )
+    return CLIPTextModel(config)
 
 
-def attention_loss(recorder, masks, places):
-    """How far the 16x16 maps of the caption's words are from level x mask, as squared error over all cells.
+def attention_loss(recorder: AttentionRecorder, masks: Tensor, places: Tensor) -> Tensor:
+    """The squared error of the 16x16 maps of the caption's words against level x mask, over all
+    cells.
 
-    The least squared error is at the map that equals level x P(object here | what is visible in the noise): the loss
-    calibrates maps rather than sharpening them, and a word whose object is absent should draw none. Divided by what an
-    object of ordinary size (16 cells) at full level weighs, so that it starts near 1.
+    masks (B,3,16,16) in 0..1 and places (B,3,2) as in `latents_of`. The error is least where the
+    map is level x P(object here | what is visible in the noise): the loss calibrates maps rather
+    than sharpening them, and the word of an absent object should attend nowhere. It is divided by
+    the weight of an average object (16 cells) at full level, so that it starts near 1.
     """
-    total, count = 0.0, 0
+    total = count = masks.new_zeros(())
     maps = recorder.cross.float()  # (B, 16, 16, 77)
     for kind, level in enumerate(LEVELS):
         for k in range(places.shape[1]):
@@ -277,61 +356,66 @@ def attention_loss(recorder, masks, places):
             there = position >= 0
             m = maps.gather(3, position.clamp(min=0)[:, None, None, None].expand(-1, 16, 16, 1))[..., 0]
             error = ((m - level * masks[:, k]) ** 2).sum((1, 2)) / (level**2 * 16)
-            total, count = total + (error * there).sum(), count + there.sum()
+            total = total + (error * there).sum()
+            count = count + there.sum()
     return total / count
 
 
-def train_unet(workers, samples, out, deadline, scale, store):
+def train_unet(
+    workers: Workers, samples: int, out: Path, deadline: float, scale: float, store: dict[str, Tensor]
+) -> tuple[bool, dict[str, nn.Module]]:
+    """-> (whether the training is complete, the averaged "unet" and "text"). `scale` brings the
+    latents of `store` to unit variance."""
     torch.manual_seed(SEED + 1)
-    unet, text = UNet(ROW.unet).to(workers.device), text_model().to(workers.device).train()
-    torch.nn.init.zeros_(unet.conv_out.weight)  # start by predicting nothing
-    for module in unet.modules():
-        if isinstance(module, Attention) and workers.device == "cpu":
-            module.attend = attention_in_full
+    device = workers.device
+    unet = UNet(ROW.unet).to(device)
+    text = text_model().to(device).train()  # pyright: ignore[reportArgumentType]  # .to is decorated
+    nn.init.zeros_(unet.conv_out.weight)  # start by predicting zero
+    if device == "cpu":
+        use_attention_in_full(unet)
     run = Run("unet", {"unet": unet, "text": text}, workers, samples, UNET_BATCH, 1e-3, out)
     schedule = Schedule(ROW.schedule)
     latents = store["latents"] * scale
     empty = torch.tensor(token_ids([]))
 
-    def losses(progress, rng, generator):
+    def losses(
+        progress: float, rng: np.random.Generator, generator: torch.Generator
+    ) -> dict[str, tuple[Tensor, float]]:
         n = run.batch
         pick = torch.from_numpy(rng.integers(len(latents), size=n))
-        x0, ids = latents[pick].to(workers.device), store["ids"][pick]
+        x0 = latents[pick].to(device)
         keep = torch.from_numpy(rng.random(n) >= 0.1)  # one caption in ten is empty, for guidance
-        ids = torch.where(keep[:, None], ids, empty).to(workers.device)
-        t = torch.randint(1000, (n,), generator=generator).to(workers.device)
-        noise = torch.randn(x0.shape, generator=generator).to(workers.device)
-        weight = ATTENTION_WEIGHT * max(0.0, 1 - progress / ATTENTION_UNTIL)
-        recorder = AttentionRecorder() if weight else None
+        ids = torch.where(keep[:, None], store["ids"][pick], empty).to(device)
+        t = torch.randint(1000, (n,), generator=generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        attention_weight = ATTENTION_WEIGHT * max(0.0, 1 - progress / ATTENTION_UNTIL)
+        recorder = AttentionRecorder() if attention_weight else None
         with workers.autocast():
             context = text(ids).last_hidden_state
             eps = unet(schedule.add_noise(x0, noise, t), t, context, record=recorder)
-        # A squared error of eps makes little of layout: where it is decided, the noise is nearly all there is to see, and
-        # easily told. One of v would weigh it by 1/abar, and neglect outlines; halfway serves both.
-        weights = schedule.alphas_cumprod[t.cpu()].rsqrt().to(workers.device)  # (B,)
+        # The plain squared error of eps gives little weight to layout: where layout is decided, the
+        # input is nearly all noise, which is easy to predict. The error of v would have the weight
+        # 1/abar and neglect outlines; its square root is a compromise.
+        weights = schedule.alphas_cumprod[t.cpu()].rsqrt().to(device)  # (B,)
         error = (eps.float() - noise).square().mean(dim=(1, 2, 3))  # (B,)
         parts = {"eps": (error.mean(), 0.0), "weighted": ((weights * error).mean(), 1.0)}
-        if weight:
-            k = keep.to(workers.device)
-            masks, places = (
-                store["masks"][pick].to(workers.device).float() / 255,
-                store["places"][pick].to(workers.device),
-            )
-            parts["attention"] = (
-                attention_loss(recorder, masks, torch.where(k[:, None, None], places, -1)),
-                weight,
-            )
+        if recorder is not None:
+            masks = store["masks"][pick].to(device).float() / 255
+            places = torch.where(keep.to(device)[:, None, None], store["places"][pick].to(device), -1)
+            parts["attention"] = (attention_loss(recorder, masks, places), attention_weight)
         return parts
 
     done = run.train(losses, deadline)
     return done, run.average
 
 
-def export(vae, unet, text, scale, folder):
-    """The diffusers folder: fp16 safetensors and the JSON files that say how to build the networks around them."""
-    u, v, t, s = ROW.unet, ROW.vae, ROW.text, ROW.schedule
+# --- the finished folder --------------------------------------------------------------------------
+
+
+def unet_json() -> dict[str, Any]:
+    u = ROW.unet
     kinds = ["CrossAttn" if cross else "" for cross in u.cross_attention]
-    unet_config = {
+    return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
         "attention_head_dim": u.num_heads,
@@ -353,8 +437,12 @@ def export(vae, unet, text, scale, folder):
         "center_input_sample": False,
         "downsample_padding": 1,
     }
+
+
+def vae_json(scale: float) -> dict[str, Any]:
+    v = ROW.vae
     levels = len(v.block_out_channels)
-    vae_config = {
+    return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": v.block_out_channels,
@@ -368,7 +456,11 @@ def export(vae, unet, text, scale, folder):
         "sample_size": data.SIZE,
         "scaling_factor": scale,
     }
-    scheduler_config = {
+
+
+def scheduler_json() -> dict[str, Any]:
+    s = ROW.schedule
+    return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": s.num_train_timesteps,
         "beta_start": s.beta_start,
@@ -382,7 +474,11 @@ def export(vae, unet, text, scale, folder):
         "timestep_spacing": s.timestep_spacing,
         "trained_betas": None,
     }
-    text_config = {
+
+
+def text_json() -> dict[str, Any]:
+    t = ROW.text
+    return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "vocab_size": t.vocab_size,
@@ -398,7 +494,10 @@ def export(vae, unet, text, scale, folder):
         "eos_token_id": t.eos_token_id,
         "pad_token_id": t.pad_token_id,
     }
-    index = {
+
+
+def index_json() -> dict[str, Any]:
+    return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.30.0",
         "feature_extractor": [None, None],
@@ -412,39 +511,39 @@ def export(vae, unet, text, scale, folder):
         "vae": ["diffusers", "AutoencoderKL"],
     }
 
-    def write(path, content):
-        path = folder / path
+
+def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folder: Path) -> None:
+    """Write the diffusers folder: fp16 safetensors, and JSON files that describe the networks."""
+    for name, content in {
+        "model_index.json": index_json(),
+        "unet/config.json": unet_json(),
+        "vae/config.json": vae_json(scale),
+        "scheduler/scheduler_config.json": scheduler_json(),
+        "text_encoder/config.json": text_json(),
+    }.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
-
-    def weights(path, state):
-        save_file(
-            {k: p.detach().half().cpu().contiguous() for k, p in state.items()},
-            folder / path,
-            {"format": "pt"},
-        )
-        (folder / path).chmod(0o644)  # save_file makes them their owner's alone
-
-    write("model_index.json", index)
-    write("unet/config.json", unet_config)
-    write("vae/config.json", vae_config)
-    write("scheduler/scheduler_config.json", scheduler_config)
-    write("text_encoder/config.json", text_config)
-    weights("unet/diffusion_pytorch_model.safetensors", unet.state_dict())
-    weights("vae/diffusion_pytorch_model.safetensors", vae.state_dict())
-    # Checkpoints carry the prefix "text_model."; newer transformers' modules do not.
-    state = {
-        f"text_model.{k.removeprefix('text_model.')}": p
-        for k, p in text.state_dict().items()
-        if "position_ids" not in k
+    # Checkpoints carry the prefix "text_model."; the modules of newer transformers do not.
+    text_state = {
+        f"text_model.{name.removeprefix('text_model.')}": p
+        for name, p in text.state_dict().items()
+        if "position_ids" not in name
     }
-    weights("text_encoder/model.safetensors", state)
+    for name, state in {
+        "unet/diffusion_pytorch_model.safetensors": unet.state_dict(),
+        "vae/diffusion_pytorch_model.safetensors": vae.state_dict(),
+        "text_encoder/model.safetensors": text_state,
+    }.items():
+        state = {k: p.detach().half().cpu().contiguous() for k, p in state.items()}
+        save_file(state, folder / name, {"format": "pt"})
+        (folder / name).chmod(0o644)  # save_file makes files that only their owner can read
     if folder.resolve() != HERE.resolve():
         shutil.copytree(HERE / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
 
 
-def export_checkpoint(run, out):
-    """The folder from the newest checkpoint of a run that is not finished."""
+def export_checkpoint(run: Path, out: Path) -> None:
+    """Write the folder from the newest checkpoint of a run that is not complete."""
     vae, unet, text = VAE(ROW.vae), UNet(ROW.unet), text_model()
     state = torch.load(run / "unet.pt", map_location="cpu", weights_only=True)
     unet.load_state_dict(state["average"]["unet"])
@@ -454,74 +553,73 @@ def export_checkpoint(run, out):
     print(f"written to {out} from step {state['step']}")
 
 
-def work(rank, world, device, args):
+# --- processes ------------------------------------------------------------------------------------
+
+
+def work(rank: int, world: int, device: str, options: Options) -> None:
+    """The whole training in one process of `world`."""
     if device == "cpu":
         torch.set_num_threads(1)
         torch.backends.mkldnn.set_flags(True)
     if world > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{args.run.resolve()}/rendezvous-{args.token}",
-            rank=rank,
-            world_size=world,
-        )
+        rendezvous = f"file://{options.run.resolve()}/rendezvous-{options.token}"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     workers = Workers(rank, world, device)
-    deadline = time.time() + 60 * args.minutes if args.minutes else float("inf")
-    kind = "quick" if args.quick else "full"
     start = time.time()
-    done, vae = train_vae(workers, args.vae_samples or VAE_SAMPLES[kind], args.run, deadline)
+    deadline = start + 60 * options.minutes if options.minutes else math.inf
+    kind = "quick" if options.quick else "full"
+    done, vae = train_vae(workers, options.vae_samples or VAE_SAMPLES[kind], options.run, deadline)
     if not done:
         return
-    if kind == "full" and args.vae_samples is None and (lost := confused(vae, workers)):
+    lost = confused(vae, workers) if kind == "full" and options.vae_samples is None else []
+    if lost:
         raise SystemExit(
             f"the VAE cannot tell {', '.join(lost)} from other colours: take another SEED, or more samples"
         )
-    store = latents_of(vae, workers, args.run, PICTURES // (4 if args.quick else 1))
+    store = latents_of(vae, workers, options.run, PICTURES // (4 if options.quick else 1))
     z = store["latents"].double()
     moments = torch.stack([z.sum(), z.square().sum(), torch.tensor(z.numel(), dtype=torch.float64)])
     if world > 1:
         dist.all_reduce(moments)
-    mean, square = moments[0] / moments[2], moments[1] / moments[2]
+    mean = moments[0] / moments[2]
+    square = moments[1] / moments[2]
     scale = round(float((square - mean**2) ** -0.5), 5)
     if rank == 0:
-        (args.run / "scale.json").write_text(json.dumps(scale))
-    workers.say(f"latents: scaling_factor {scale}, {time.time() - start:.0f} s so far")
-    unet_samples = args.samples or UNET_SAMPLES[kind]
-    done, average = train_unet(workers, unet_samples, args.run, deadline, scale, store)
+        (options.run / "scale.json").write_text(json.dumps(scale))
+    workers.log(f"latents: scaling_factor {scale}, {time.time() - start:.0f} s so far")
+    samples = options.samples or UNET_SAMPLES[kind]
+    done, average = train_unet(workers, samples, options.run, deadline, scale, store)
     if rank == 0 and done:
-        export(vae, average["unet"], average["text"], scale, args.out)
-        workers.say(f"written to {args.out} after {time.time() - start:.0f} s")
+        export(vae, average["unet"], average["text"], scale, options.out)
+        workers.log(f"written to {options.out} after {time.time() - start:.0f} s")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a worse model in about 15 minutes")
-    parser.add_argument("--samples", type=int, help="pictures the UNet sees in all")
-    parser.add_argument("--vae-samples", type=int, help="pictures the VAE sees in all")
-    parser.add_argument("--minutes", type=float, help="stop after so long, to be resumed by the same command")
-    parser.add_argument(
-        "--run", type=Path, help="checkpoints (default: run/ beside this file, run/quick/ with --quick)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="the finished folder (default: this one, or the checkpoints' with --quick)"
-    )
-    parser.add_argument(
-        "--export", action="store_true", help="write the folder from the newest checkpoint, and stop"
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one a core, or one GPU)")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded model, or resume its training.")
+    a = parser.add_argument
+    a("--quick", action="store_true", help="a worse model in less time, for trying changes")
+    a("--samples", type=int, help="images to train the UNet on, repetitions counted")
+    a("--vae-samples", type=int, help="images to train the VAE on, repetitions counted")
+    a("--minutes", type=float, help="stop after this time; the same command resumes")
+    a("--run", type=Path, help="checkpoints (default: run/ beside this file, run/quick/ with --quick)")
+    a("--out", type=Path, help="finished folder (default: this one, with --quick that of the checkpoints)")
+    a("--export", action="store_true", help="write the folder from the newest checkpoint, and stop")
+    a("--workers", type=int, help="processes (default: one per core, or one GPU)")
     args = parser.parse_args()
-    args.run = args.run or HERE / "run" / ("quick" if args.quick else "")
-    args.out = args.out or (args.run if args.quick else HERE)
+    run = args.run or HERE / "run" / ("quick" if args.quick else "")
+    out = args.out or (run if args.quick else HERE)
     if args.export:
-        return export_checkpoint(args.run, args.out)
-    args.run.mkdir(parents=True, exist_ok=True)
-    args.token = time.time_ns()
+        return export_checkpoint(run, out)
+    run.mkdir(parents=True, exist_ok=True)
+    token = time.time_ns()
+    options = Options(run, out, args.quick, args.samples, args.vae_samples, args.minutes, token)
     if torch.cuda.is_available():
-        work(0, 1, "cuda", args)
+        work(0, 1, "cuda", options)
     else:
         world = args.workers or len(os.sched_getaffinity(0))
-        # fork: a spawned process would not find minsd in a bare checkout, whose root is off sys.path by now
-        torch.multiprocessing.start_processes(work, (world, "cpu", args), nprocs=world, start_method="fork")
+        # Fork: a spawned process would not find minsd in a bare checkout, whose root is off
+        # sys.path.
+        start_processes(work, (world, "cpu", options), nprocs=world, start_method="fork")
 
 
 if __name__ == "__main__":
