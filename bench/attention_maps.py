@@ -39,7 +39,7 @@ CELLS = 16  # per side, of latents and maps
 WORDS = {"shape": slice(1, 2), "colour": slice(0, 1), "both": slice(0, 2)}
 
 
-def cross_maps(sd: StableDiffusion, prompts: list[str], x: Tensor, t: int) -> AttentionRecorder:
+def cross_maps(sd: StableDiffusion, prompts: list[str], x: Tensor, t: int | float) -> AttentionRecorder:
     """The recorded attention of the conditional branch at latents x (B,4,16,16) and timestep t."""
     record = AttentionRecorder(only=True)
     with torch.no_grad():

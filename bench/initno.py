@@ -143,10 +143,18 @@ class Ours:
                 tick()
             calls += 1
 
-        height, width = 8 * start.shape[-2], 8 * start.shape[-1]
-        budget = {"rounds": 1, "round_steps": 1, "last_steps": steps}
         result = initno.optimize(
-            self.sd, PROMPT, SUBJECTS, 0, progress=progress, steps=50, height=height, width=width, **budget
+            self.sd,
+            PROMPT,
+            SUBJECTS,
+            0,
+            steps=50,
+            height=8 * start.shape[-2],
+            width=8 * start.shape[-1],
+            progress=progress,
+            rounds=1,
+            round_steps=1,
+            last_steps=steps,
         )
         return result.noise.to(start)
 

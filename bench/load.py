@@ -75,6 +75,7 @@ def text_encoder(row: ModelConfig) -> "CLIPTextModel":
         num_hidden_layers=row.text.num_layers,
         num_attention_heads=row.text.num_heads,
         hidden_act=row.text.hidden_act,
+        bos_token_id=row.text.eos_token_id - 1,
         eos_token_id=row.text.eos_token_id,
     )
     return CLIPTextModel(config)
@@ -129,7 +130,7 @@ def make_file(path: Path, folder: Path) -> None:
         f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": value
         for name, value in load_file(folder / "text_encoder" / "model.safetensors").items()
     }
-    save_file(as_original({"unet": unet, "vae": vae}, text.items()), path)
+    save_file(as_original({"unet": unet, "vae": vae}, text), path)
 
 
 # --- one load -------------------------------------------------------------------------------------
@@ -167,20 +168,19 @@ def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> C
 
     The imports are done before it is called.
     """
-    from diffusers import (  # noqa: F401
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    import diffusers
+
+    pipeline: Any = diffusers.StableDiffusionPipeline
+    for name in ("AutoencoderKL", "DDIMScheduler", "UNet2DConditionModel"):
+        getattr(diffusers, name)  # imports it
 
     how = {"torch_dtype": dtype, "local_files_only": True}
 
     def load() -> list[Any]:
         if single:
-            pipe = StableDiffusionPipeline.from_single_file(str(single), config=str(folder), **how)
+            pipe = pipeline.from_single_file(str(single), config=str(folder), **how)
         else:
-            pipe = StableDiffusionPipeline.from_pretrained(folder, **how)
+            pipe = pipeline.from_pretrained(folder, **how)
         return [pipe.unet, pipe.vae, pipe.text_encoder]
 
     return load

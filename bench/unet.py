@@ -150,13 +150,13 @@ def worker(args: argparse.Namespace) -> None:
 
                 unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
                 unet.forward = Graphs(unet)
-        shape, inputs = None, ()
+        inputs: dict[tuple[int, int], tuple[Any, ...]] = {}  # of the last shape
         for line in sys.stdin:
             size, batch = map(int, line.split())
-            if (size, batch) != shape:
-                shape, inputs = (size, batch), evaluation(args, size, batch, unet)
+            if (size, batch) not in inputs:
+                inputs = {(size, batch): evaluation(args, size, batch, unet)}
             forget_peak(device)
-            out, seconds, cpu_seconds = clocked(device, unet, *inputs)
+            out, seconds, cpu_seconds = clocked(device, unet, *inputs[size, batch])
             eps = out if torch.is_tensor(out) else out.sample
             answer = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb(device)}
             print(json.dumps(answer | {"check": eps.float().abs().mean().item()}), flush=True)
