@@ -1,14 +1,19 @@
-"""Benches: one script per question, run from the checkout as `python -m bench.NAME`. What they share is here.
+"""Benches: one script per question, run from the checkout as `python -m bench.NAME`.
 
-Importing this package imports minsd first, which settles the import path of a bare checkout.
+This file holds the functions that they share. Importing this package imports minsd first, which
+sets up the import path of a bare checkout.
 """
 
+from __future__ import annotations
+
+import argparse
 import csv
 import datetime
 import functools
 import json
 import math
 import multiprocessing
+import multiprocessing.pool
 import os
 import platform
 import re
@@ -17,40 +22,64 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import minsd
 
+if TYPE_CHECKING:
+    import torch
+
+    from minsd.pipeline import StableDiffusion
+
+    Device = str | torch.device
+
+R = TypeVar("R")
+Row = dict[str, Any]  # a row of a table: column -> value
+
 RESULTS = Path(__file__).parent / "results"
 
-# --- rows and tables ----------------------------------------------------------------------------------------------------
+
+def parser(doc: str | None, *tables: str) -> argparse.ArgumentParser:
+    """A bench's options: its question as the description, and --csv, which every bench has."""
+    out = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    files = " or ".join(f"{table}.csv" for table in tables)
+    out.add_argument("--csv", action="store_true", help=f"append the rows to {files} in bench/results")
+    return out
+
+
+# --- rows and tables ------------------------------------------------------------------------------
 
 
 def shown(text: str) -> str:
-    """A value or argument as rows have it: of an absolute path, behind --flag= too, the last part alone."""
+    """A value or argument as rows record it: an absolute path, also behind --flag=, by its last part."""
     flag, equals, path = text.partition("=") if text.startswith("-") else ("", "", text)
     return flag + equals + Path(path).name if Path(path).is_absolute() else text
 
 
-def on_gpu(device) -> bool:
+def on_gpu(device: Device) -> bool:
     return str(device).startswith("cuda")
 
 
-def environment(device: str = "cpu") -> dict[str, str]:
-    """What a figure depends on: the columns that end every CSV row."""
+def _processor() -> str:
+    """The CPU's name, as Linux knows it or else as Python does."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return f"{platform.processor() or platform.machine()} CPU"
+
+
+def environment(device: Device = "cpu") -> dict[str, str]:
+    """The conditions of a measurement: the columns that end every CSV row."""
     import torch
 
     if on_gpu(device):
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-            if line.startswith("model name"):
-                name = (
-                    f"{line.split(':')[1].strip()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-                )
-                break
+        name = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return {
         "device": name,
         "torch": torch.__version__,
@@ -61,35 +90,36 @@ def environment(device: str = "cpu") -> dict[str, str]:
     }
 
 
-def write_csv(name: str, rows: list[dict], device: str = "cpu") -> Path:
-    """Append rows (dicts of one shape) with the environment's columns to bench/results/NAME.csv."""
-    path, env = RESULTS / f"{name}.csv", environment(device)
-    rows = [
-        {key: shown(value) if isinstance(value, str) else value for key, value in row.items()} | env
-        for row in rows
-    ]
+def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
+    """Append rows with the same columns, and the environment's, to bench/results/NAME.csv."""
+    path = RESULTS / f"{name}.csv"
+    conditions = environment(device)
+    complete = []
+    for row in rows:
+        values = {k: shown(v) if isinstance(v, str) else v for k, v in row.items()}
+        complete.append(values | conditions)
     new = not path.exists()
     RESULTS.mkdir(exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=list(complete[0]), lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(complete)
     return path
 
 
-def print_table(rows: list[dict]) -> None:
-    """Rows (dicts of one shape) as a plain aligned table."""
-    cells = [list(rows[0])] + [
-        [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
-    ]
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows with the same columns as an aligned table."""
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()])
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def report(name: str, rows: list[dict], keep: bool, device: str = "cpu") -> None:
-    """The table; and with `keep`, a bench's --csv, the rows in bench/results/NAME.csv."""
+def report(name: str, rows: Sequence[Row], keep: bool, device: Device = "cpu") -> None:
+    """Print the table; with `keep`, a bench's --csv, also append it to bench/results/NAME.csv."""
     print_table(rows)
     if keep:
         print("written to", write_csv(name, rows, device))
@@ -99,39 +129,45 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a rate (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
-    p, z2 = successes / n, z * z
-    middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    p = successes / n
+    z2 = z * z
+    middle = p + z2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
-def rate(name: str, successes: int, n: int) -> dict:
+def rate(name: str, successes: int, n: int) -> Row:
     """A rate and its interval as columns NAME and NAME_95."""
     low, high = wilson(successes, n)
     return {name: round(successes / n, 3), f"{name}_95": f"{low:.3f}-{high:.3f}"}
 
 
-# --- seconds and memory -------------------------------------------------------------------------------------------------
+# --- seconds and memory ---------------------------------------------------------------------------
 
 
-def wait(device) -> None:
-    """Until a GPU has done what it was told."""
+def wait(device: Device) -> None:
+    """Wait for a GPU to finish its queued work."""
     if on_gpu(device):
         import torch
 
         torch.cuda.synchronize()
 
 
-def clocked(device, run, *args):
-    """-> what run(*args) gives, its seconds, and its processor seconds: of all threads, waiting for a core left out."""
+def clocked(device: Device, run: Callable[..., R], *args: Any) -> tuple[R, float, float]:
+    """-> the result of run(*args), its seconds, and its processor seconds.
+
+    Processor seconds are the sum over all threads; time spent waiting for a core does not count.
+    """
     wait(device)
-    start, cpu = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
+    cpu = time.process_time()
     result = run(*args)
     wait(device)
     return result, time.perf_counter() - start, time.process_time() - cpu
 
 
-def forget_peak(device) -> None:
-    """Memory's peak begins anew; where Linux does not let it, it is the process's."""
+def forget_peak(device: Device) -> None:
+    """Reset the peak that `peak_mb` reports. If the system refuses, it stays that of the process."""
     if on_gpu(device):
         import torch
 
@@ -141,8 +177,11 @@ def forget_peak(device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_mb(device="cpu") -> float:
-    """Peak memory in MB since the process began or `forget_peak`: a GPU's allocated, else what was resident."""
+def peak_mb(device: Device = "cpu") -> float:
+    """Peak memory in MB since the process began, or since `forget_peak`.
+
+    On a GPU: memory allocated by PyTorch. On a CPU: resident memory.
+    """
     if on_gpu(device):
         import torch
 
@@ -152,18 +191,18 @@ def peak_mb(device="cpu") -> float:
     return (int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
 
 
-# --- processes ----------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------
 
 
 def bench_name() -> str:
-    """Of the bench that runs, as `python -m` takes it."""
+    """The running bench, as `python -m` takes it."""
     return f"bench.{Path(sys.argv[0]).stem}"
 
 
-def in_own_process(*options: str) -> dict:
-    """This bench again in a new process, its arguments and `options` -> the line of JSON that it prints last.
+def in_own_process(*options: str) -> dict[str, Any]:
+    """Run this bench again in a new process, with its arguments and `options`.
 
-    SystemExit, with all that it wrote to stderr, where it fails.
+    -> the JSON on its last line of output. SystemExit with its stderr if it fails.
     """
     command = ["-m", bench_name(), *sys.argv[1:], *options]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
@@ -173,13 +212,18 @@ def in_own_process(*options: str) -> dict:
 
 
 @functools.cache
-def loaded(model: str):
-    """minsd.load(model) on the CPU, once a process: for the jobs of a pool, which take models by name."""
-    return minsd.load(model, device="cpu")
+def loaded(model: str) -> StableDiffusion:
+    """The model on the CPU, loaded once per process. A pool's jobs get their model here, by name."""
+    from minsd.pipeline import load
+
+    return load(model, device="cpu")
 
 
-def pool(workers: int, model: str):
-    """A pool of processes of one thread each, begun with the model loaded; they share one that is loaded here already."""
+def pool(workers: int, model: str) -> multiprocessing.pool.Pool:
+    """A pool of single-threaded processes with the model loaded.
+
+    If this process has loaded it already, they share its memory.
+    """
     return multiprocessing.get_context("fork").Pool(workers, _begin, (model,))
 
 

@@ -1,61 +1,112 @@
-"""Attention that also gives head-mean probabilities: what do the ways to it cost, in time, memory and launches?
+"""Attention that also returns head-mean probabilities: what do its implementations cost?
+
+In time, memory and kernel launches:
 
     python -m bench.attention [--device cuda] [--dtype float16] [--runs 20] [--csv]
 
-Shapes are those of SD1.x at 512x512, 8 heads: 64x64, 32x32 and 16x16 cells (head dims 40, 80, 160), to themselves and to
-77 words, for 1, 2 and 8 pictures; forward, and forward with backward; eager and, on a GPU, in a CUDA graph. On a CPU a
-reduced form: float32, one picture, 32x32 and 16x16, one thread, and its processor time: what else the machine does counts less.
+The shapes are those of SD1.x at 512x512 with 8 heads: 64x64, 32x32 and 16x16 cells (head dims 40,
+80, 160), attending to themselves and to 77 words, for 1, 2 and 8 images; forward, and forward with
+backward; eager and, on a GPU, in a CUDA graph. On a CPU the bench is reduced: float32, one image,
+32x32 and 16x16 cells, one thread, and its processor time, which other work on the machine affects
+less.
 
-    sdpa_flash, sdpa_efficient, sdpa_math   PyTorch's attention, without maps: the floor
+    sdpa_flash, sdpa_efficient, sdpa_math   PyTorch's attention, without maps: the lower bound
     blocks          minsd's on a CPU, without maps or gradients (kernels/onednn.py)
-    flex            FlexAttention on identity values, one way to get at probabilities with a public fused kernel
-    materialised    every probability in memory, differentiated by autograd: the research code's way
-    reference       minsd's plain PyTorch in bounded memory
+    flex            FlexAttention with an identity matrix as values: a public fused kernel
+    materialised    all probabilities in memory, differentiated by autograd: research code
+    reference       minsd's plain PyTorch, in bounded memory
     fused           minsd's Triton kernels
     decoupled       PyTorch's attention for the output, minsd's map kernels from q and k
 
-Every provider is checked against float64 in the same run, before it is timed. Providers take turns, so that a drifting
-machine drifts for all; times are medians in microseconds. `extra_mb` is peak memory beyond inputs, outputs, maps and
-gradients (GPU only). `roofline` is the least time the shape could take on an H100 (3 TB/s, 800 TFLOP/s) over the time taken.
-`ratio` is to materialised.
+Every provider is checked against float64 before it is timed. Providers take turns, so that a drift
+of the machine affects all of them; times are medians in microseconds. `extra_mb` is the peak
+memory beyond inputs, outputs, maps and gradients (GPU only). `roofline` is the least time the
+shape could take on an H100 (3 TB/s, 800 TFLOP/s) over the time taken. `ratio` compares with
+materialised.
 """
 
-import argparse
+import itertools
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import report
+from bench import Row, on_gpu, parser, report
 from minsd.kernels import attention, reference
 
 HEADS = 8
-HEAD_DIM = {64: 40, 32: 80, 16: 160}  # cells a side -> head dim
+HEAD_DIM = {64: 40, 32: 80, 16: 160}  # cells per side -> head dim
+WORDS = 77
 SDPA = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_math": SDPBackend.MATH,
 }
+WITHOUT_MAPS = (*SDPA, "blocks")
+
+# q (B,N,H,d), k and v (B,M,H,d) -> output (B,N,H,d), and head-mean probabilities (B,N,M) or None
+Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
-def with_sdpa(kind):
-    def run(q, k, v):
+@dataclass(frozen=True)
+class Case:
+    """One combination of shape, pass and mode."""
+
+    side: int  # latent cells
+    is_self: bool
+    batch: int  # images
+    backward: bool
+    graph: bool  # replayed as a CUDA graph
+
+    @property
+    def keys(self) -> int:
+        return self.side**2 if self.is_self else WORDS
+
+    def row(self, dtype: torch.dtype) -> Row:
+        return {
+            "cells": f"{self.side}x{self.side}",
+            "kind": "self" if self.is_self else "cross",
+            "batch": self.batch,
+            "pass": "forward+backward" if self.backward else "forward",
+            "mode": "graph" if self.graph else "eager",
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grads: tuple[Tensor, Tensor]  # of the output and of the maps
+    backward: bool
+
+
+# --- providers ------------------------------------------------------------------------------------
+
+
+def with_sdpa(kind: SDPBackend) -> Attention:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, N, d)
         with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(
-                1, 2
-            ), None
+            out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2), None
 
     return run
 
 
-def with_flex():
+def with_flex() -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
 
-    flex = torch.compile(flex_attention)
+    flex: Any = torch.compile(flex_attention)
 
-    def run(q, k, v):
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, N, d)
         eye = torch.eye(k.shape[2], device=q.device, dtype=q.dtype).expand(*k.shape[:2], -1, -1)
         return flex(q, k, v).transpose(1, 2), flex(q, k, eye).float().mean(dim=1)
@@ -63,53 +114,82 @@ def with_flex():
     return run
 
 
-def providers(device):
-    every = {name: with_sdpa(kind) for name, kind in SDPA.items()}
-    every["materialised"] = lambda q, k, v: reference.whole(q, k, v, q.shape[-1] ** -0.5)
-    every["reference"] = lambda q, k, v: attention(q, k, v, probs="mean", backend="reference")
-    every["decoupled"] = lambda q, k, v: attention(q, k, v, probs="mean", backend="sdpa")
-    if device.type == "cuda":
+def materialised(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.whole(q, k, v, q.shape[-1] ** -0.5)
+
+
+def with_backend(backend: str, probs: str | None = "mean") -> Attention:
+    return lambda q, k, v: attention(q, k, v, probs=probs, backend=backend)
+
+
+def providers(device: torch.device) -> dict[str, Attention]:
+    every: dict[str, Attention] = {name: with_sdpa(kind) for name, kind in SDPA.items()}
+    every["materialised"] = materialised
+    every["reference"] = with_backend("reference")
+    every["decoupled"] = with_backend("sdpa")
+    if on_gpu(device):
         every["flex"] = with_flex()
-        every["fused"] = lambda q, k, v: attention(q, k, v, probs="mean", backend="triton")
+        every["fused"] = with_backend("triton")
     else:
         del every["sdpa_efficient"]  # not on a CPU
-        every["blocks"] = lambda q, k, v: attention(q, k, v, backend="sdpa")
+        every["blocks"] = with_backend("sdpa", probs=None)
     return every
 
 
-def step(run, q, k, v, grads, backward):
-    """-> out, maps and, with `backward`, the gradients of q, k, v (of q alone where k and v are frozen text)."""
-    out, maps = run(q, k, v)
-    if not backward:
+# --- one provider on one case ---------------------------------------------------------------------
+
+
+def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    n, m, d = case.side**2, case.keys, HEAD_DIM[case.side]
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, needs_grad: bool) -> Tensor:
+        return torch.randn(*shape, generator=g).to(device, dtype).requires_grad_(needs_grad)
+
+    q = draw(case.batch, n, HEADS, d, needs_grad=case.backward)
+    # the text's keys and values are frozen
+    k = draw(case.batch, m, HEADS, d, needs_grad=case.backward and case.is_self)
+    v = draw(case.batch, m, HEADS, d, needs_grad=case.backward and case.is_self)
+    of_out = torch.randn(case.batch, n, HEADS, d, generator=g).to(device, dtype)
+    of_maps = torch.randn(case.batch, n, m, generator=g).to(device)
+    return Inputs(q, k, v, (of_out, of_maps), case.backward)
+
+
+def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """-> out, maps and, with `backward`, the gradients of q, k, v (of q alone if k and v are text)."""
+    out, maps = run(inputs.q, inputs.k, inputs.v)
+    if not inputs.backward:
         return out, maps
-    leaves = [y for y in (q, k, v) if y.requires_grad]
-    ends = [(y, g) for y, g in ((out, grads[0]), (maps, grads[1])) if y is not None]
+    leaves = [y for y in (inputs.q, inputs.k, inputs.v) if y.requires_grad]
+    ends = [(y, g) for y, g in zip((out, maps), inputs.grads) if y is not None]
     return out, maps, *torch.autograd.grad([y for y, _ in ends], leaves, [g for _, g in ends])
 
 
-def errors(run, q, k, v, grads, backward):
-    """The largest relative error of anything `step` gives, on the first picture, against float64."""
-    some = [y[:1].detach() for y in (q, k, v)]
-    needs = [y.requires_grad for y in (q, k, v)]
-    ours = step(
-        run,
-        *(y.clone().requires_grad_(n and backward) for y, n in zip(some, needs)),
-        [g[:1] for g in grads],
-        backward,
-    )
-    exact = [y.double().requires_grad_(n and backward) for y, n in zip(some, needs)]
-    only_out = ours[1] is None
-    f = (
-        (lambda *a: (reference.whole(*a, q.shape[-1] ** -0.5)[0], None))
-        if only_out
-        else (lambda *a: reference.whole(*a, q.shape[-1] ** -0.5))
-    )
-    truth = step(f, *exact, [g[:1].double() for g in grads], backward)
-    pairs = [(a, b) for a, b in zip(ours, truth) if a is not None]
+def error(run: Attention, inputs: Inputs) -> float:
+    """The largest relative error of a result of `step` against float64, on the first image."""
+
+    def first(exact: bool) -> Inputs:
+        def copy(y: Tensor) -> Tensor:
+            one = y[:1].detach().clone()
+            return one.double() if exact else one
+
+        q, k, v = (copy(y).requires_grad_(y.requires_grad) for y in (inputs.q, inputs.k, inputs.v))
+        of_out, of_maps = (copy(g) for g in inputs.grads)
+        return Inputs(q, k, v, (of_out, of_maps), inputs.backward)
+
+    ours = step(run, first(exact=False))
+    with_maps = ours[1] is not None
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, maps = materialised(q, k, v)
+        return out, maps if with_maps else None
+
+    truth = step(exact, first(exact=True))
+    pairs = [(a, b) for a, b in zip(ours, truth) if a is not None and b is not None]
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def captured(run):
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     """The step as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -123,17 +203,18 @@ def captured(run):
     return graph.replay
 
 
-def launches(run):
+def launches(run: Callable[[], Any]) -> int:
+    """Kernels launched by a step."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         run()
         torch.cuda.synchronize()
-    return sum(e.count for e in trace.key_averages())
+    return sum(event.count for event in trace.key_averages())
 
 
-def extra_mb(run, q):
-    """Peak memory beyond what is there before and what is handed back."""
+def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
+    """Peak memory of a step beyond what was allocated before it and what it returns."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -143,8 +224,9 @@ def extra_mb(run, q):
     return max(0.0, (peak - before - results) / 2**20)
 
 
-def seconds(run, device):
-    if device.type == "cpu":
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Processor seconds on a CPU, elapsed ones on a GPU."""
+    if not on_gpu(device):
         start = time.process_time()
         run()
         return time.process_time() - start
@@ -156,103 +238,99 @@ def seconds(run, device):
     return begin.elapsed_time(end) / 1e3
 
 
-def least_seconds(batch, n, m, d, itemsize, is_self, backward):
-    """Roofline: products out, S (2 forward; 2 more to remake S and dP, 1 for dQ, 2 for dK and dV) and every tensor once."""
-    products = 2 + (5 if is_self else 3) * backward
-    flops = 2 * products * batch * HEADS * n * m * d
-    rows = (
-        2 * n + 2 * m + backward * (3 * n + (4 if is_self else 2) * m)
-    )  # q out k v; then q do dq k v (dk dv)
-    moved = batch * HEADS * d * rows * itemsize + batch * n * m * 4 * (1 + backward)
+def least_seconds(case: Case, itemsize: int) -> float:
+    """Roofline: every product, and one pass over every tensor, at the rates of an H100.
+
+    Products: S and the output forward; backward S again, dP, and one per gradient (dQ, dK, dV).
+    """
+    n, m, d = case.side**2, case.keys, HEAD_DIM[case.side]
+    products = 2
+    rows = 2 * n + 2 * m  # q, out; k, v
+    if case.backward:
+        products += 5 if case.is_self else 3
+        rows += 3 * n + (4 if case.is_self else 2) * m  # q, dout, dq; k, v (dk, dv)
+    flops = 2 * products * case.batch * HEADS * n * m * d
+    maps = case.batch * n * m * 4 * (1 + case.backward)
+    moved = case.batch * HEADS * d * rows * itemsize + maps
     return max(flops / 800e12, moved / 3e12)
 
 
-def measure(side, is_self, batch, backward, graph, device, dtype, runs):
-    n, d = side * side, HEAD_DIM[side]
-    m = n if is_self else 77
-    g = torch.Generator().manual_seed(0)
-    q = torch.randn(batch, n, HEADS, d, generator=g).to(device, dtype).requires_grad_(backward)
-    k, v = (
-        torch.randn(batch, m, HEADS, d, generator=g).to(device, dtype).requires_grad_(backward and is_self)
-        for _ in range(2)
-    )
-    grads = (
-        torch.randn(batch, n, HEADS, d, generator=g).to(device, dtype),
-        torch.randn(batch, n, m, generator=g).to(device),
-    )
-    tolerance = 5e-6 if dtype == torch.float32 else 2e-2
-    ready, rows = {}, {}
-    for name, f in providers(device).items():
-        if name == "blocks" and backward:
+# --- the table ------------------------------------------------------------------------------------
+
+
+def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[Row, Callable[[], Any]]:
+    """Check a provider on a case and warm it up -> its row without times, and the step to time."""
+    dtype = inputs.q.dtype
+    device = inputs.q.device
+
+    def run() -> tuple[Tensor | None, ...]:
+        return step(attend, inputs)
+
+    wrong = error(attend, inputs)
+    if not wrong < (5e-6 if dtype == torch.float32 else 2e-2):
+        raise ArithmeticError(f"wrong by {wrong:.1e}")
+    for _ in range(3):
+        run()
+    row = case.row(dtype) | {"provider": name, "maps": name not in WITHOUT_MAPS}
+    row |= {"error": f"{wrong:.0e}", "launches": "", "extra_mb": ""}
+    if on_gpu(device):
+        row |= {"launches": launches(run), "extra_mb": round(extra_mb(run), 2)}
+    return row, captured(run) if case.graph else run
+
+
+def measure(case: Case, device: torch.device, dtype: torch.dtype, runs: int) -> list[Row]:
+    """Rows of a case: one per provider that offers it."""
+    inputs = inputs_of(case, device, dtype)
+    rows: dict[str, Row] = {}
+    ready: dict[str, Callable[[], Any]] = {}
+    for name, attend in providers(device).items():
+        if name == "blocks" and case.backward:
             continue
-        row = {
-            "cells": f"{side}x{side}",
-            "kind": "self" if is_self else "cross",
-            "batch": batch,
-            "pass": "forward+backward" if backward else "forward",
-            "mode": "graph" if graph else "eager",
-            "dtype": str(dtype).removeprefix("torch."),
-            "provider": name,
-            "maps": name not in (*SDPA, "blocks"),
-        }
-
-        def run(f=f):
-            return step(f, q, k, v, grads, backward)
-
         try:
-            error = errors(f, q, k, v, grads, backward)
-            if not error < tolerance:
-                raise ArithmeticError(f"wrong by {error:.1e}")
-            for _ in range(3):
-                run()
-            row |= {"error": f"{error:.0e}", "launches": "", "extra_mb": ""}
-            if device.type == "cuda":
-                row |= {"launches": launches(run), "extra_mb": round(extra_mb(run, q), 2)}
-            ready[name], rows[name] = captured(run) if graph else run, row
-        except (
-            RuntimeError,
-            ArithmeticError,
-            ValueError,
-        ) as reason:  # a provider may not offer a shape: say so, go on
-            print(
-                f"left out: {row['cells']} {row['kind']} batch {batch} {row['pass']} {row['mode']} {name}:",
-                str(reason).splitlines()[0][:120],
-                flush=True,
-            )
-    times = {name: [] for name in ready}
+            rows[name], ready[name] = prepare(name, attend, case, inputs)
+        # a provider may not offer this shape
+        except (RuntimeError, ArithmeticError, ValueError) as reason:
+            where = " ".join(str(value) for value in list(case.row(dtype).values())[:5])
+            print(f"left out: {where} {name}:", str(reason).splitlines()[0][:120], flush=True)
+    times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(runs):
         for name, run in ready.items():
             times[name].append(seconds(run, device))
-    least = least_seconds(batch, n, m, d, q.element_size(), is_self, backward)
+    medians = {name: statistics.median(of) for name, of in times.items()}
+    least = least_seconds(case, inputs.q.element_size())
     for name, row in rows.items():
-        median = statistics.median(times[name])
-        row["us"] = round(median * 1e6, 1)
-        row["ratio"] = (
-            round(median / statistics.median(times["materialised"]), 3) if "materialised" in times else ""
-        )
-        row["roofline"] = round(least / median, 3) if device.type == "cuda" else ""
+        base = medians.get("materialised")
+        row["us"] = round(medians[name] * 1e6, 1)
+        row["ratio"] = round(medians[name] / base, 3) if base else ""
+        row["roofline"] = round(least / medians[name], 3) if on_gpu(device) else ""
     return list(rows.values())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="float16 on a GPU, float32 on a CPU unless given")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--csv", action="store_true", help="append to bench/results/attention.csv")
-    args = parser.parse_args()
+def main() -> None:
+    options = parser(__doc__, "attention")
+    options.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: CUDA if there is a GPU)",
+    )
+    options.add_argument("--dtype", help="default: float16 on a GPU, float32 on a CPU")
+    options.add_argument("--runs", type=int, default=20, help="steps per provider (default: 20)")
+    args = options.parse_args()
     device = torch.device(args.device)
-    on_gpu = device.type == "cuda"
-    if not on_gpu:
+    gpu = on_gpu(device)
+    if not gpu:
         torch.set_num_threads(1)
-    dtype = getattr(torch, args.dtype or ("float16" if on_gpu else "float32"))
+    dtype = getattr(torch, args.dtype or ("float16" if gpu else "float32"))
+    cases = itertools.product(
+        (64, 32, 16) if gpu else (32, 16),
+        (True, False),
+        (1, 2, 8) if gpu else (1,),
+        (False, True),
+        (False, True) if gpu else (False,),
+    )
     rows = []
-    for side in (64, 32, 16) if on_gpu else (32, 16):
-        for is_self in (True, False):
-            for batch in (1, 2, 8) if on_gpu else (1,):
-                for backward in (False, True):
-                    for graph in (False, True) if on_gpu else (False,):
-                        rows += measure(side, is_self, batch, backward, graph, device, dtype, args.runs)
+    for case in cases:
+        rows += measure(Case(*case), device, dtype, args.runs)
     report("attention", rows, args.csv, args.device)
 
 

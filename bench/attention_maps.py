@@ -1,168 +1,209 @@
-"""Where does the embedded model look, and does that tell what it will draw?
+"""Where does the embedded model attend, and does that predict what it will draw?
 
     python -m bench.attention_maps [--csv]
 
-First, on true pictures that training never saw, noised to each timestep: do the 16x16 maps of a caption's colour and
-shape words lie on the object they name? The argmax counts as a hit inside the object's outline; the share is the map's
-weight inside it, beside the share of the picture that the object covers (what a map that knows nothing would give).
+First, on rendered images that training never saw, noised to each timestep: do the 16x16 maps of a
+caption's colour and shape words lie on the object they name? `argmax_hits` counts the maps whose
+maximum is inside the object's outline. `share_inside` is the fraction of the map's weight inside
+it; compare it with `area`, the fraction of the image that the object covers, which a map without
+information would give.
 
-Second, at the first timestep of a run, where nothing is drawn yet: how far do InitNO's response and conflict losses
-(noise/losses.py) spread over noises, and how do they rank against the detector's verdict on the finished picture? Only if
-they do, has optimising them anything to work with.
+Second, at the first timestep of a run, before anything is drawn: how far do InitNO's response and
+conflict losses (noise/losses.py) vary between noises, and how do they correlate with the
+detector's verdict on the finished image? Only if they do can optimising them help.
 """
 
-import argparse
 import math
 import os
+from collections.abc import Sequence
+from multiprocessing.pool import Pool
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from bench import loaded, pool, print_table, write_csv
-from bench.shapes import BATCH, cases, sentence
+from bench import Row, loaded, parser, pool, print_table, write_csv
+from bench.shapes import BATCH, Subjects, cases, sentence
 from minsd.attention import AttentionRecorder
 from minsd.noise import losses
 from minsd.noise.initial import noise
+from minsd.pipeline import StableDiffusion
 from minsd.weights.shapes import data, detector
 
 TIMESTEPS = (981, 958, 900, 800, 700, 600, 500, 400, 300, 200, 100, 1)
+KINDS = ("colour", "shape")
+CELLS = 16  # per side, of latents and maps
+# What the losses are computed on -> which of a subject's words (colour, shape)
+WORDS = {"shape": slice(1, 2), "colour": slice(0, 1), "both": slice(0, 2)}
 
 
-def cross_maps(sd, prompts, x, t) -> AttentionRecorder:
-    """A recorder holding what the conditional branch looks at, at latents x (B,4,16,16) and timestep t."""
+def cross_maps(sd: StableDiffusion, prompts: list[str], x: Tensor, t: int | float) -> AttentionRecorder:
+    """The recorded attention of the conditional branch at latents x (B,4,16,16) and timestep t."""
     record = AttentionRecorder(only=True)
     with torch.no_grad():
         sd.unet(x, t, sd.encode_prompt(prompts), record=record)
     return record
 
 
-def pictures_looked_at(sd, n: int) -> list[dict]:
-    """Hits and shares by timestep and kind of word, over n pictures from beyond the training set."""
+# --- do maps lie on objects? ----------------------------------------------------------------------
+
+
+class Word(NamedTuple):
+    """A colour or shape word of a caption whose object is in the image."""
+
+    position: int  # of its token
+    kind: str
+    cells: Tensor  # (16,16), how much of each cell the object covers
+
+
+def words_of(example: data.Example, masks: np.ndarray) -> list[Word]:
+    cells = F.avg_pool2d(torch.from_numpy(masks), data.SIZE // CELLS)  # (objects, 16, 16)
+    words = []
+    for *places, index in example.named:
+        for kind, place in zip(KINDS, places):
+            if index is not None and place is not None:
+                # token 0 is the start; commas are tokens
+                words.append(Word(place + 1, kind, cells[index]))
+    return words
+
+
+def on_rendered_images(sd: StableDiffusion, n: int) -> list[Row]:
+    """Hits and fractions by timestep and kind of word, over n images outside the training set."""
     examples = [data.example(91_000, i) for i in range(n)]
-    latents, where = [], []
-    for e in examples:
-        picture, masks = e.render()
-        latents.append(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1)
-        cells = F.avg_pool2d(torch.from_numpy(masks), data.SIZE // 16)  # (objects, 16, 16)
-        # (token position, kind, coverage of the cells by the object named); the start token comes first, commas count
-        where.append(
-            [
-                (place + 1, kind, cells[index])
-                for *places, index in e.named
-                if index is not None
-                for kind, place in zip(("colour", "shape"), places)
-                if place is not None
-            ]
-        )
+    images = []
+    words = []
+    for example in examples:
+        image, masks = example.render()
+        images.append(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1)
+        words.append(words_of(example, masks))
     with torch.no_grad():
-        latents = sd.vae.encode(torch.cat(latents))[0] * sd.config.vae.scaling_factor
-    eps, rows = noise(range(n), latents.shape[1:]), []
+        latents = sd.vae.encode(torch.cat(images))[0] * sd.config.vae.scaling_factor
+    eps = noise(range(n), latents.shape[1:])
+    captions = [example.caption for example in examples]
+    rows = []
     for t in TIMESTEPS:
         x = sd.schedule.add_noise(latents, eps, t)
-        maps = torch.cat(
-            [
-                cross_maps(sd, [e.caption for e in examples[i : i + 50]], x[i : i + 50], t).cross
-                for i in range(0, n, 50)
-            ]
-        )
-        for kind in ("colour", "shape"):
-            hits, shares, chance = [], [], []
-            for picture, words in zip(maps, where):
-                for position, this, cells in words:
-                    if this == kind:
-                        m = picture[..., position]
-                        hits.append(float(cells.flatten()[m.argmax()] > 0))
-                        shares.append(float((m * cells).sum() / m.sum()))
-                        chance.append(float(cells.mean()))
-            means = {"argmax_hits": hits, "share_inside": shares, "area": chance}
+        parts = [slice(i, i + 50) for i in range(0, n, 50)]
+        maps = torch.cat([cross_maps(sd, captions[part], x[part], t).cross for part in parts])
+        for kind in KINDS:
             rows.append(
-                {"t": t, "abar": round(sd.schedule.abar(t), 4), "words": kind, "n": len(hits)}
-                | {k: round(float(np.mean(v)), 3) for k, v in means.items()}
+                {"t": t, "abar": round(sd.schedule.abar(t), 4), "words": kind, **overlap(maps, words, kind)}
             )
     return rows
 
 
-def rank_correlation(a, b) -> tuple[float, float]:
-    """Spearman's, ties sharing their mean rank, and its two-sided p by the normal approximation."""
+def overlap(maps: Tensor, words: list[list[Word]], kind: str) -> Row:
+    """How the maps (images,16,16,77) of one kind of word lie on their objects."""
+    hits, inside, area = [], [], []
+    for image, mine in zip(maps, words):
+        for word in mine:
+            if word.kind == kind:
+                m = image[..., word.position]
+                hits.append(float(word.cells.flatten()[m.argmax()] > 0))
+                inside.append(float((m * word.cells).sum() / m.sum()))
+                area.append(float(word.cells.mean()))
+    means = {"argmax_hits": hits, "share_inside": inside, "area": area}
+    return {"n": len(hits)} | {name: round(float(np.mean(values)), 3) for name, values in means.items()}
 
-    def ranks(v):
-        _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
+
+# --- do losses predict verdicts? ------------------------------------------------------------------
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Spearman's rank correlation (ties share their mean rank), and its two-sided p.
+
+    p is the normal approximation.
+    """
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
     if len(set(a)) == 1 or len(set(b)) == 1:
         return 0.0, 1.0
-    r = float(np.corrcoef(ranks(np.asarray(a)), ranks(np.asarray(b)))[0, 1])
+    r = float(np.corrcoef(ranks(a), ranks(b))[0, 1])
     return r, math.erfc(abs(r) * math.sqrt(len(a) - 1) / math.sqrt(2))
 
 
-def _job(job):
-    """Losses at the first timestep and verdicts for a part of a group: a list of dicts, one a noise."""
+class Outcome(NamedTuple):
+    """One noise: its losses at the first timestep, and the verdict on its image."""
+
+    losses: dict[str, tuple[float, float]]  # name in WORDS -> response, conflict
+    verdict: detector.Verdict
+
+
+def losses_on(
+    sd: StableDiffusion, prompts: list[str], subjects: list[Subjects], words: slice, record: AttentionRecorder
+) -> list[tuple[float, float]]:
+    """InitNO's response and conflict losses of each image, on some of the subjects' words."""
+    places = [
+        [sd.text.positions(prompt, word) for subject in these for word in subject[words]]
+        for prompt, these in zip(prompts, subjects)
+    ]
+    maps = losses.subject_maps(record.cross, losses.selector(places))
+    response = losses.cross_response(maps)
+    conflict = losses.self_conflict(losses.claims(record.self, losses.peaks(maps)))
+    return list(zip(response.tolist(), conflict.tolist()))
+
+
+def _job(job: tuple[str, str, int, int, int]) -> list[Outcome]:
     model, group, n, start, steps = job
-    sd, numbers = loaded(model), list(range(start, min(start + BATCH, n)))
+    sd = loaded(model)
+    numbers = range(start, min(start + BATCH, n))
     subjects = [cases(group, n)[k] for k in numbers]
-    prompts, x = [sentence(s) for s in subjects], noise(numbers, (4, 16, 16))
+    prompts = [sentence(these) for these in subjects]
+    x = noise(numbers, (4, CELLS, CELLS))
     record = cross_maps(sd, prompts, x, sd.schedule.timesteps(steps)[0])
-    out = [{} for _ in numbers]
-    for kind, word in (("shape", lambda s: s[1:]), ("colour", lambda s: s[:1]), ("both", lambda s: s)):
-        places = [
-            [sd.text.positions(p, w) for s in these for w in word(s)] for p, these in zip(prompts, subjects)
-        ]
-        maps = losses.subject_maps(record.cross, losses.selector(places))
-        response, claims = losses.cross_response(maps), losses.claims(record.self, losses.peaks(maps))
-        for row, a, b in zip(out, response.tolist(), losses.self_conflict(claims).tolist()):
-            row[kind] = (a, b)
-    for row, picture, these in zip(out, sd(prompts, numbers, noise=x, steps=steps), subjects):
-        row["verdict"] = detector.judge(picture, these)
-    return out
+    by_words = {name: losses_on(sd, prompts, subjects, words, record) for name, words in WORDS.items()}
+    images = sd(prompts, numbers, noise=x, steps=steps)
+    return [
+        Outcome({name: values[b] for name, values in by_words.items()}, detector.judge(image, these))
+        for b, (image, these) in enumerate(zip(images, subjects))
+    ]
 
 
-def losses_against_verdicts(processes, model: str, n: int, steps: int) -> list[dict]:
+def losses_against_verdicts(processes: Pool, model: str, n: int, steps: int) -> list[Row]:
     rows = []
     for group in ("two", "three"):
-        noises = [
-            r
-            for part in processes.imap(_job, [(model, group, n, i, steps) for i in range(0, n, BATCH)])
-            for r in part
-        ]
-        for words in ("shape", "colour", "both"):
-            for name, values in zip(("response", "conflict"), zip(*(r[words] for r in noises))):
-                low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
-                row = {
-                    "group": group,
-                    "n": n,
-                    "steps": steps,
-                    "loss": name,
-                    "words": words,
-                    "median": round(middle, 3),
-                    "iqr": round(high - low, 3),
-                    "min": round(min(values), 3),
-                    "max": round(max(values), 3),
-                }
-                for verdict in ("no_neglect", "strict"):
-                    right = [float(getattr(r["verdict"], verdict)) for r in noises]
-                    r, p = rank_correlation(values, right)
-                    row |= {
-                        verdict: round(np.mean(right), 3),
-                        f"rank_{verdict}": round(r, 3),
-                        f"p_{verdict}": f"{p:.1g}",
-                    }
-                rows.append(row)
+        jobs = [(model, group, n, i, steps) for i in range(0, n, BATCH)]
+        outcomes = [outcome for part in processes.imap(_job, jobs) for outcome in part]
+        for words in WORDS:
+            for k, loss in enumerate(("response", "conflict")):
+                values = [outcome.losses[words][k] for outcome in outcomes]
+                row: Row = {"group": group, "n": n, "steps": steps, "loss": loss, "words": words}
+                rows.append(row | against(values, [outcome.verdict for outcome in outcomes]))
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument("-n", type=int, default=240, help="pictures a row")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--csv", action="store_true")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+def against(values: list[float], verdicts: list[detector.Verdict]) -> Row:
+    """The spread of a loss, and its rank correlation with each kind of success."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    row: dict[str, Any] = {"median": round(middle, 3), "iqr": round(high - low, 3)}
+    row |= {"min": round(min(values), 3), "max": round(max(values), 3)}
+    for name in ("no_neglect", "strict"):
+        right = [float(getattr(verdict, name)) for verdict in verdicts]
+        r, p = rank_correlation(values, right)
+        row |= {name: round(np.mean(right), 3), f"rank_{name}": round(r, 3), f"p_{name}": f"{p:.1g}"}
+    return row
+
+
+def main() -> None:
+    options = parser(__doc__, "attention_maps")
+    options.add_argument(
+        "--model", default="shapes", help="shapes (the default), or a folder of another like it"
+    )
+    options.add_argument("-n", type=int, default=240, help="images per row (default: 240)")
+    options.add_argument("--steps", type=int, default=30, help="sampling steps (default: 30)")
+    options.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+    )
+    args = options.parse_args()
     with pool(args.workers, args.model) as processes:
-        told = losses_against_verdicts(processes, args.model, args.n, args.steps)
-    looks = pictures_looked_at(loaded(args.model), args.n)
-    for name, rows in (("attention_maps", looks), ("attention_maps_losses", told)):
+        against_verdicts = losses_against_verdicts(processes, args.model, args.n, args.steps)
+    on_objects = on_rendered_images(loaded(args.model), args.n)
+    for name, rows in (("attention_maps", on_objects), ("attention_maps_losses", against_verdicts)):
         print_table(rows)
         print()
         if args.csv:

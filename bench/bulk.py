@@ -1,15 +1,17 @@
-"""From one picture to many: does a killed run end complete, how fast are several processes, what does the machinery cost?
+"""Many images: does a killed run end complete, and what do processes and the command line cost?
 
     python -m bench.bulk [--processes 4] [--pairs 200] [--kills 10] [--steps 10] [--csv]
 
 With the embedded model on the CPU:
 
-    kills     `torchrun` draws prompts x seeds in several processes, is killed with all its workers at random moments and
-              taken up again with --resume, until it is done; every picture must be there once, whole, and equal to the
-              single process's within 2/255
-    speed     pictures a second of one process and of several, start-up left out (time between the first line and the last)
-    overhead  the command line's drawing against a plain loop over `sd(...)` and `Image.save`, in one process, taking turns
-    resume    seconds until a run knows that nothing is left to do, with 10,000 lines and pictures
+    kills     `torchrun` draws prompts x seeds in several processes. It is killed with all its
+              workers at random moments and started again with --resume, until it is done. Every image
+              must be there once, complete, and within 2/255 of a single process's
+    speed     images per second of one process and of several, from the first batch to the last image
+              (start-up left out)
+    overhead  the command line's drawing against a plain loop over `sd(...)` and `Image.save`; the two
+              take turns in one process
+    resume    seconds until a run finds that nothing is left to do, with 10,000 rows and images
 """
 
 import argparse
@@ -29,175 +31,165 @@ import numpy as np
 import torch
 from PIL import Image
 
-import minsd
-from bench import report
+from bench import Row, loaded, parser, report
 from bench.shapes import cases, sentence
+from minsd.app import Tally, options, requests
 from minsd.app import run as running
+from minsd.app.jobs import plan
+from minsd.app.session import Session
 from minsd.generate import main as generate
 
-BATCH = 16  # of pictures of 128x128 on a CPU
+BATCH = 16  # images of 128x128 on a CPU
+OVERHEAD_IMAGES = 64
+ROWS = 10_000  # of `resume`
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def launch(processes: int, *args: str) -> subprocess.Popen:
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    ]
-    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", "minsd.generate", "--quiet", *args]
+def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
+    """Start the command line, under torchrun if there are several processes."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += ["-m", "minsd.generate", "--quiet", *args]
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
 
-def kill(process: subprocess.Popen) -> None:
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
+def finish(processes: int, *args: str) -> None:
+    """Run the command line to its end. SystemExit if it fails."""
+    code = launch(processes, *args).wait()
+    if code:
+        sys.exit(f"minsd.generate {' '.join(args)} failed with exit code {code}")
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its children."""
+    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    children = subprocess.run(command, capture_output=True, text=True).stdout.split()
     for pid in (process.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def pictures(folder: Path) -> dict:
+def images(folder: Path) -> list[Path]:
+    return list(folder.glob("*.png"))
+
+
+def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
+    """(prompt, seed) -> pixels."""
     rows = running.recorded([folder / "runs.jsonl"])
-    return {
-        (row["prompt"], row["seed"]): np.asarray(Image.open(folder / row["file"])).astype(int) for row in rows
-    }
+    out = {}
+    for row in rows:
+        out[row["prompt"], row["seed"]] = np.asarray(Image.open(folder / row["file"])).astype(int)
+    return out
 
 
-def rate(folder: Path) -> float:
-    """Pictures a second, from the beginning of the first batch (its end less its duration) to the last picture."""
+def images_per_second(folder: Path) -> float:
+    """From the beginning of the first batch (its end less its duration) to the last image."""
     rows = list(running.recorded([folder / "runs.jsonl"]))
     times = {row["file"]: (folder / row["file"]).stat().st_mtime for row in rows}
     first = min(rows, key=lambda row: times[row["file"]])
     return len(rows) / (max(times.values()) - times[first["file"]] + BATCH * first["seconds"])
 
 
-def kills(args, folder: Path, options: list[str]) -> dict:
-    rng, out, survived = random.Random(0), folder / "killed", 0
+def kills(args: argparse.Namespace, folder: Path, command: list[str]) -> Row:
+    rng = random.Random(0)
+    out = folder / "killed"
+    again = (*command, "--out", str(out), "--resume")
+    survived = 0
     for k in range(args.kills):
-        process, before = (
-            launch(args.processes, *options, "--out", str(out), "--resume"),
-            len(list(out.glob("*.png"))),
-        )
+        process = launch(args.processes, *again)
+        before = len(images(out))
         wanted = before + rng.randint(0, (args.pairs - before) // (args.kills - k + 1))
-        while process.poll() is None and len(list(out.glob("*.png"))) < wanted:
+        while process.poll() is None and len(images(out)) < wanted:
             time.sleep(0.02)
         if process.poll() is None:
             time.sleep(0.2 * rng.random())
             kill(process)
             survived += 1
-    assert launch(args.processes, *options, "--out", str(out), "--resume").wait() == 0
-    many, one = pictures(out), pictures(folder / "one")
-    lines = list(running.recorded(out.glob("runs*.jsonl")))
-    difference = max(np.abs(many[k] - one[k]).max() for k in one)
-    assert (
-        many.keys() == one.keys()
-        and len(lines) == len(list(out.glob("*.png"))) == args.pairs
-        and difference <= 2
-    )
+    finish(args.processes, *again)
+    many, one = by_request(out), by_request(folder / "one")
+    rows = list(running.recorded(out.glob("runs*.jsonl")))
+    if many.keys() != one.keys() or not len(rows) == len(images(out)) == args.pairs:
+        sys.exit(f"of {args.pairs} images there are {len(images(out))}, and {len(rows)} rows")
+    difference = max(np.abs(many[key] - one[key]).max() for key in one)
+    if difference > 2:
+        sys.exit(f"an image differs from the single process's by {difference}/255")
     note = f"{args.pairs} pictures once each, within {difference}/255"
     return {"what": "kills", "value": survived, "unit": "kills survived", "note": note}
 
 
-def speeds(args, folder: Path, options: list[str]) -> list[dict]:
+def speeds(args: argparse.Namespace, folder: Path, command: list[str]) -> list[Row]:
     rows = []
     for processes in (1, args.processes):
         out = folder / ("one" if processes == 1 else "several")
-        assert launch(processes, *options, "--out", str(out)).wait() == 0
-        rows.append(
-            {
-                "what": f"{processes} process(es)",
-                "value": round(rate(out), 3),
-                "unit": "pictures/s",
-                "note": f"{args.steps} steps",
-            }
-        )
+        finish(processes, *command, "--out", str(out))
+        row = {"what": f"{processes} process(es)", "value": round(images_per_second(out), 3)}
+        rows.append({**row, "unit": "pictures/s", "note": f"{args.steps} steps"})
     return rows
 
 
-def overhead(args, folder: Path) -> dict:
+def overhead(args: argparse.Namespace, folder: Path) -> Row:
     torch.set_num_threads(1)
-    sd, ratios = minsd.load("shapes", device="cpu"), []
+    sd = loaded("shapes")
+    ratios = []
     for turn in range(4):  # the first warms both
         start = time.perf_counter()
-        for first in range(0, 64, BATCH):
-            for k, picture in enumerate(
-                sd("a red circle", seeds=range(first, first + BATCH), steps=args.steps)
-            ):
-                picture.save(folder / f"plain-{k}.png")
-        plain, start = time.perf_counter() - start, time.perf_counter()
-        lines = argparse.Namespace(**vars(args), made=0)
-        lines.__dict__ |= {"out": folder / f"machinery{turn}", "quiet": True, "save_noise": None, "net": None}
-        lines.__dict__ |= dict.fromkeys(("resume", "json", "attention_maps"), False)
-        jobs = [
-            {
-                "prompt": "a red circle",
-                "negative_prompt": "",
-                "seed": s,
-                "steps": args.steps,
-                "sampler": "ddim",
-                "karras": False,
-                "guidance_scale": 5.0,
-                "height": 128,
-                "width": 128,
-                "model": "shapes",
-                "init_noise": "random",
-            }
-            for s in range(64)
-        ]
-        running.run(sd, lines, jobs)
+        for first in range(0, OVERHEAD_IMAGES, BATCH):
+            made = sd("a red circle", seeds=range(first, first + BATCH), steps=args.steps)
+            for k, image in enumerate(made):
+                image.save(folder / f"plain-{k}.png")
+        plain = time.perf_counter() - start
+        out = ["--out", str(folder / f"machinery{turn}"), "--quiet"]
+        seeds = ["--seeds", f"0-{OVERHEAD_IMAGES - 1}", "--steps", str(args.steps)]
+        command, lines = requests.read(options.parse(["a red circle", *seeds, *out]))
+        jobs, _ = plan(sd, command, lines)
+        start = time.perf_counter()
+        running.run(Session(sd, command, quiet=True), jobs, Tally())
         ratios.append((time.perf_counter() - start) / plain)
     value = round(100 * (statistics.median(ratios[1:]) - 1), 2)
-    return {"what": "overhead", "value": value, "unit": "% over a plain loop", "note": "64 pictures, 3 turns"}
+    note = f"{OVERHEAD_IMAGES} pictures, 3 turns"
+    return {"what": "overhead", "value": value, "unit": "% over a plain loop", "note": note}
 
 
-def resume(folder: Path) -> dict:
+def resume(folder: Path) -> Row:
     out = folder / "large"
-    assert generate(["a red circle", "--seed", "0", "--steps", "1", "--out", str(out), "--quiet"]) == 0
+    command = ["a red circle", "--steps", "1", "--out", str(out)]
+    if generate([*command, "--seed", "0", "--quiet"]):
+        sys.exit("minsd.generate failed")
     row = json.loads((out / "runs.jsonl").read_text())
-    for seed in range(1, 10_000):
-        shutil.copy(out / "00000-0.png", out / f"{seed:05d}-{seed}.png")
     with (out / "runs.jsonl").open("a") as file:
-        file.writelines(
-            json.dumps(row | {"seed": s, "file": f"{s:05d}-{s}.png"}) + "\n" for s in range(1, 10_000)
-        )
-    options = ["a red circle", "--seeds", "0-9999", "--steps", "1", "--out", str(out), "--resume"]
+        for seed in range(1, ROWS):
+            name = f"{seed:05d}-{seed}.png"
+            shutil.copy(out / "00000-0.png", out / name)
+            file.write(json.dumps(row | {"seed": seed, "file": name}) + "\n")
     start = time.perf_counter()
-    assert launch(1, *options).wait() == 0
-    value = time.perf_counter() - start
-    assert len(list(out.glob("*.png"))) == 10_000
-    return {
-        "what": "resume of 10,000",
-        "value": round(value, 2),
-        "unit": "s",
-        "note": "the whole command, nothing left to do",
-    }
+    finish(1, *command, "--seeds", f"0-{ROWS - 1}", "--resume")
+    seconds = time.perf_counter() - start
+    if len(images(out)) != ROWS:
+        sys.exit(f"{ROWS} images were there, and {len(images(out))} are now")
+    note = "the whole command, nothing left to do"
+    return {"what": "resume of 10,000", "value": round(seconds, 2), "unit": "s", "note": note}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=200, help="pictures, a multiple of ten")
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--csv", action="store_true", help="append to bench/results/bulk.csv")
-    args = parser.parse_args()
-    rows = []
+def main() -> None:
+    flags = parser(__doc__, "bulk")
+    flags.add_argument("--processes", type=int, default=4, help="of several processes (default: 4)")
+    flags.add_argument("--pairs", type=int, default=200, help="images, n x 10 (default: 200)")
+    flags.add_argument("--kills", type=int, default=10, help="of the run (default: 10)")
+    flags.add_argument("--steps", type=int, default=10, help="sampling steps (default: 10)")
+    args = flags.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prompts = list(dict.fromkeys(map(sentence, cases("two", args.pairs))))[
-            : args.pairs // 10
-        ]  # each once
+        unique = list(dict.fromkeys(sentence(subjects) for subjects in cases("two", args.pairs)))
+        prompts = unique[: args.pairs // 10]
         (folder / "prompts.txt").write_text("\n".join(prompts))
-        options = ["--prompts", str(folder / "prompts.txt"), "--seeds", "0-9", "--steps", str(args.steps)]
-        rows += speeds(args, folder, options)
-        rows.append(kills(args, folder, options))
+        command = ["--prompts", str(folder / "prompts.txt"), "--seeds", "0-9", "--steps", str(args.steps)]
+        rows = speeds(args, folder, command)
+        rows.append(kills(args, folder, command))
         rows.append(overhead(args, folder))
         rows.append(resume(folder))
     report("bulk", rows, args.csv)

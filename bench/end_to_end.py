@@ -1,52 +1,63 @@
-"""From prompt to pixels: how long does a picture take, against diffusers, at full size with random weights?
+"""From prompt to pixels at full size: how long does an image take, against diffusers?
 
-    python -m bench.end_to_end [--model sd15] [--size 512] [--steps 50] [--samplers ddim dpmpp_2m] [--batches 1 4 16] [--compile] [--csv]
+    python -m bench.end_to_end [--model sd15] [--size 512] [--steps 50] [--batches 1 4 16] [--csv]
+    python -m bench.end_to_end --compile                             # the compiled providers too
+    python -m bench.end_to_end --size 256 --steps 4 --batches 1      # a reduced form, for a CPU
+    python -m bench.end_to_end --model shapes --size 128 --steps 2 --batches 1 --runs 1   # a try
 
-Text encoding, guided sampling and decoding are timed, loading is not; every provider draws the same prompt from the same
-noise with the same sampler, and its first picture (which warms it, or compiles) is reported apart. Providers take turns.
-On a GPU in float16, on a CPU in float32 by default; there a reduced form says what the full one would:
-`--size 256 --steps 4 --batches 1`.
+The weights are random. Text encoding, guided sampling and decoding are timed; loading is not.
+Every provider draws the same prompt from the same noise with the same sampler. Its first image,
+which warms it up or compiles it, is reported apart; then the providers take turns. The dtype is
+float16 on a GPU and float32 on a CPU by default.
 
-    minsd                as it is: on a GPU by CUDA graphs
-    minsd eager          without (on a CPU there are none)
+    minsd                as it is: on a GPU with CUDA graphs
+    minsd eager          without CUDA graphs (GPU only)
     minsd compiled       `sd.compile()`
     diffusers            StableDiffusionPipeline with its default attention (PyTorch's)
     diffusers compiled   its UNet under torch.compile, max-autotune, channels_last
 
-`it/s` are sampling steps of one picture a second, decoding and text included. `tflops` counts the UNet's products
-(torch.utils.flop_counter), `of_peak` is their share of what this machine's matrix product reaches in this dtype.
-`ratio` is of seconds, `cpu_ratio` of processor seconds, which on a busy machine leave out waiting for a core.
+`it/s` is sampling steps times images per second, with text encoding and decoding in the time.
+`tflops` counts the UNet's products (torch.utils.flop_counter); `of_peak` is the fraction of the
+rate that a large matrix product reaches on this machine in this dtype. `ratio` compares seconds,
+`cpu_ratio` processor seconds: trust the latter on a busy machine.
 """
+
+# diffusers exports its classes lazily, which type checkers take for private.
+# pyright: reportPrivateImportUsage=false
 
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-import minsd
-from bench import clocked, forget_peak, on_gpu, peak_mb, report
+from bench import Row, clocked, forget_peak, on_gpu, parser, peak_mb, report
 from bench.load import make_folder
 from minsd.config import MODELS
 from minsd.kernels import linear
 from minsd.noise.initial import noise
+from minsd.pipeline import load
 from minsd.unet import UNet
 
 PROMPT = "a photograph of a lighthouse at dusk, waves in the foreground"
+SAMPLERS = {"ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}  # ours -> diffusers'
+
+Run = Callable[[Tensor, int, str], Any]  # (noise, steps, sampler) -> images
 
 
-def matrix_peak(device, dtype) -> float:
-    """FLOP/s of a large matrix product here, the best of some."""
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: the best of 20, by a CPU's two libraries in turn."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return (
-        2 * n**3 / min(clocked(device, (torch.matmul, linear)[i % 2], a, a)[1] for i in range(20))
-    )  # on a CPU two libraries
+    return 2 * n**3 / min(clocked(device, (torch.matmul, linear)[i % 2], a, a)[1] for i in range(20))
 
 
 def step_flops(model: str, size: int) -> int:
-    """FLOPs of one guided step of one picture, counted on tensors without memory."""
+    """FLOPs of one guided step of one image, counted on tensors without memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = MODELS[model].unet
@@ -55,112 +66,140 @@ def step_flops(model: str, size: int) -> int:
     return counter.get_total_flops()
 
 
-def ours(folder, device, dtype, how):
-    sd = minsd.load(folder, device, dtype)
-    if how == "eager":
+def ours(folder: str, device: torch.device, dtype: torch.dtype, variant: str) -> Run:
+    sd = load(folder, device, dtype)
+    if variant == "eager":
         sd.use_graphs(False)
-    if how == "compiled":
+    if variant == "compiled":
         sd.compile()
 
-    def run(start, steps, sampler):
+    def run(start: Tensor, steps: int, sampler: str) -> Any:
         size = 8 * start.shape[-1]
         return sd([PROMPT] * len(start), noise=start, steps=steps, sampler=sampler, height=size, width=size)
 
     return run
 
 
-def theirs(folder, device, dtype, how):
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+def theirs(folder: str, device: torch.device, dtype: torch.dtype, variant: str) -> Run:
+    import diffusers
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(
-        device
+    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=dtype, local_files_only=True
     )
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    if how == "compiled":
+    if variant == "compiled":
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.unet = torch.compile(pipe.unet, mode="max-autotune")
-    classes = {"ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 
-    def run(start, steps, sampler):
-        pipe.scheduler, size = classes[sampler].from_config(pipe.scheduler.config), 8 * start.shape[-1]
-        latents = start.to(device, dtype)
-        return pipe(
+    def run(start: Tensor, steps: int, sampler: str) -> Any:
+        size = 8 * start.shape[-1]
+        pipe.scheduler = getattr(diffusers, SAMPLERS[sampler]).from_config(pipe.scheduler.config)
+        made = pipe(
             [PROMPT] * len(start),
-            latents=latents,
+            latents=start.to(device, dtype),
             num_inference_steps=steps,
             guidance_scale=7.5,
             height=size,
             width=size,
-        ).images
+        )
+        return made.images
 
     return run
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="sd15")
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--samplers", nargs="+", choices=("ddim", "dpmpp_2m"), default=["ddim"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--compile", action="store_true", help="the compiled providers too: minutes each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--csv", action="store_true", help="append to bench/results/end_to_end.csv")
-    args = parser.parse_args()
+def providers(folder: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> dict[str, Run]:
+    """Name -> function, loaded from a folder of weights."""
+    variants = ["compiled"] if compiled else []
+    runs = {"minsd": ours(folder, device, dtype, "")}
+    for variant in ["eager"] * on_gpu(device) + variants:
+        runs[f"minsd {variant}"] = ours(folder, device, dtype, variant)
+    runs["diffusers"] = theirs(folder, device, dtype, "")
+    for variant in variants:
+        runs[f"diffusers {variant}"] = theirs(folder, device, dtype, variant)
+    return runs
+
+
+def measure(
+    args: argparse.Namespace, runs: dict[str, Run], sampler: str, batch: int, flops: int, peak: float
+) -> list[Row]:
+    """A row per provider. `flops`: of a guided step of one image; `peak`: this machine's FLOP/s."""
+    start = noise(range(batch), (4, args.size // 8, args.size // 8))
+    first: dict[str, float] = {}
+    memory: dict[str, int | str] = {}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(args.runs + 1):
+        for name, run in runs.items():
+            if on_gpu(args.device):
+                forget_peak(args.device)
+            _, seconds, cpu_seconds = clocked(args.device, run, start, args.steps, sampler)
+            if turn:
+                times[name].append(seconds)
+                cpu[name].append(cpu_seconds)
+            else:
+                first[name] = seconds
+            # On a CPU all providers share a process, and so a peak.
+            memory[name] = round(peak_mb(args.device)) if on_gpu(args.device) else ""
+    rows = []
+    for name in runs:
+        seconds = statistics.median(times[name])
+        rate = flops * args.steps * batch / seconds
+        cpu_ratio = statistics.median(cpu[name]) / statistics.median(cpu["diffusers"])
+        rows.append(
+            {
+                "model": args.model,
+                "size": args.size,
+                "steps": args.steps,
+                "sampler": sampler,
+                "batch": batch,
+                "dtype": args.dtype,
+                "provider": name,
+                "seconds": round(seconds, 3),
+                "it/s": round(args.steps * batch / seconds, 2),
+                "first_seconds": round(first[name], 1),
+                "ratio": round(seconds / statistics.median(times["diffusers"]), 3),
+                "cpu_ratio": round(cpu_ratio, 3),
+                "peak_mb": memory[name],
+                "tflops": round(rate / 1e12, 2),
+                "of_peak": round(rate / peak, 3),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    options = parser(__doc__, "end_to_end")
+    options.add_argument("--model", default="sd15", choices=MODELS, help="its sizes (default: sd15)")
+    options.add_argument("--size", type=int, default=512, help="pixels per side (default: 512)")
+    options.add_argument("--steps", type=int, default=50, help="sampling steps (default: 50)")
+    options.add_argument(
+        "--samplers", nargs="+", choices=SAMPLERS, default=["ddim"], help="default: ddim alone"
+    )
+    options.add_argument(
+        "--batches", nargs="+", type=int, default=[1, 4, 16], help="images at once (default: 1 4 16)"
+    )
+    options.add_argument("--compile", action="store_true", help="also the compiled providers (minutes)")
+    options.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: CUDA if there is a GPU)",
+    )
+    options.add_argument("--dtype", help="default: float16 on a GPU, float32 on a CPU")
+    options.add_argument("--runs", type=int, default=3, help="besides the first (default: 3)")
+    args = options.parse_args()
+    args.dtype = args.dtype or ("float16" if on_gpu(args.device) else "float32")
     device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32"))
-    peak, rows = matrix_peak(device, dtype), []
+    dtype = getattr(torch, args.dtype)
+    peak = matrix_peak(device, dtype)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder), args.model)
-        hows = [""] + ["eager"] * (device.type == "cuda") + ["compiled"] * args.compile
-        runs = {f"minsd {how}".strip(): ours(folder, device, dtype, how) for how in hows}
-        runs |= {
-            f"diffusers {how}".strip(): theirs(folder, device, dtype, how) for how in hows if how != "eager"
-        }
+        runs = providers(folder, device, dtype, args.compile)
         flops = step_flops(args.model, args.size)
         for sampler in args.samplers:
             for batch in args.batches:
-                start = noise(range(batch), (4, args.size // 8, args.size // 8))
-                first, times, cpu, memory = {}, {name: [] for name in runs}, {name: [] for name in runs}, {}
-                for turn in range(args.runs + 1):
-                    for name, run in runs.items():
-                        if on_gpu(device):
-                            forget_peak(device)
-                        _, seconds, cpu_seconds = clocked(device, run, start, args.steps, sampler)
-                        if turn:
-                            times[name].append(seconds)
-                            cpu[name].append(cpu_seconds)
-                        else:
-                            first[name] = seconds
-                        memory[name] = (
-                            round(peak_mb(device)) if on_gpu(device) else ""
-                        )  # on a CPU all providers share a process
-                for name in runs:
-                    seconds = statistics.median(times[name])
-                    rate = flops * args.steps * batch / seconds
-                    rows.append(
-                        {
-                            "model": args.model,
-                            "size": args.size,
-                            "steps": args.steps,
-                            "sampler": sampler,
-                            "batch": batch,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "provider": name,
-                            "seconds": round(seconds, 3),
-                            "it/s": round(args.steps * batch / seconds, 2),
-                            "first_seconds": round(first[name], 1),
-                            "ratio": round(seconds / statistics.median(times["diffusers"]), 3),
-                            "cpu_ratio": round(
-                                statistics.median(cpu[name]) / statistics.median(cpu["diffusers"]), 3
-                            ),
-                            "peak_mb": memory[name],
-                            "tflops": round(rate / 1e12, 2),
-                            "of_peak": round(rate / peak, 3),
-                        }
-                    )
+                rows += measure(args, runs, sampler, batch, flops, peak)
     report("end_to_end", rows, args.csv, args.device)
 
 

@@ -1,23 +1,28 @@
-"""Do layouts put what was asked for where it was asked for?
+"""Do layouts put things where they were asked for?
 
-    python -m bench.layout                                    # the embedded model, 210 random layouts, the pixel detector
+    python -m bench.layout                                    # the embedded model, 210 layouts
     python -m bench.layout --methods plain collage --boxes 2 --sheet out/layouts.png
-    python -m bench.layout --model sd15 --clip FOLDER         # real checkpoints: CLIP on what each box holds
-    python -m bench.layout --cost --model sd15 --boxes 2 4 8  # seconds and memory of a step, rows together or apart
+    python -m bench.layout --model sd15 --clip FOLDER         # real checkpoints, judged by CLIP
+    python -m bench.layout --cost --model sd15 --boxes 2 4 8  # seconds and memory of a step
 
-Random boxes that do not overlap, 2 to 4 in a picture, each with its own coloured shape; the picture's caption names them
-all. Every method gets the same layouts and noise. With `+bare` the picture's caption names nothing instead, and with
-`+arranged` the noise is put together for the layout from candidates (minsd.noise.arrange); `+chosen` takes the one that is best
-for all regions as it is. A box is right when the detector (weights/shapes/detector.py, pixels alone) finds a well drawn body of
-that shape and colour centred in it; strays are bodies centred in no box, extras further bodies in one. What `plain` has right
-is chance: it is told what, and not where. `spill` is the share of everything drawn that lies outside every box. With a real
-checkpoint each box's content on white goes to CLIP: the cosine with its own caption, and how often that is nearer than the
-other boxes' captions are.
+The layouts are random: 2 to 4 boxes per image that do not overlap, each with its own coloured
+shape; the image's caption names them all. Every method gets the same layouts and noise. With
+`+bare` the image's caption names nothing instead. With `+arranged` the noise is composed for the
+layout from candidates (minsd.noise.arrange); `+chosen` takes the candidate that is best for all
+regions as it is.
 
-Seconds are of one process and one thread on a CPU (its own time, whatever else the machine does), sampling alone.
+A box is right when the detector (weights/shapes/detector.py, pixels alone) finds a well drawn body
+of its shape and colour centred in it. `strays` are bodies centred in no box, `extras` further
+bodies in one box, `spill` the fraction of the drawn pixels that lies outside every box. `plain`
+does not know the places: its rate is the rate of chance. With a real checkpoint CLIP sees the
+contents of each box on white: `clip_crop` is the cosine with the box's own caption, `nearest_own`
+how often that caption is nearer than those of the other boxes.
 
-`--cost` times one step of a collage on random full-size weights: its N + 2 rows as one batch, and, apart, the 2 (N + 1) rows
-that two passes for each text make, two rows at a time. Both find the same noise (`differ`: by how much, relative).
+Seconds are sampling alone: on a CPU the processor time of one process with one thread, else elapsed time.
+
+`--cost` times one step of a collage on random full-size weights in two ways: its N + 2 rows as one
+batch, and apart: the 2 (N + 1) rows of two passes per text, two rows at a time. Both predict the
+same noise (`differ`: relative difference).
 """
 
 import argparse
@@ -29,23 +34,47 @@ import os
 import statistics
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-import minsd
-from bench import clocked, in_own_process, loaded, peak_mb, pool, print_table, report, wait, wilson, write_csv
+from bench import (
+    Row,
+    clocked,
+    in_own_process,
+    loaded,
+    parser,
+    peak_mb,
+    pool,
+    print_table,
+    report,
+    wait,
+    wilson,
+    write_csv,
+)
 from bench.alignment import ANIMALS, OBJECTS, Similarity, named
 from bench.shapes import sentence
+from bench.unet import random_model
+from minsd.config import MODELS
+from minsd.guidance import counted
 from minsd.noise import arrange, collage, layout
 from minsd.noise.initial import noise
+from minsd.noise.layout import SizedLayout
+from minsd.pipeline import StableDiffusion, load
 from minsd.weights.shapes import data, detector
 
 SEED = 11  # of the layouts; layout k of a group begins from noise seed k
-SIDES = {2: (0.40, 0.55), 3: (0.36, 0.46), 4: (0.34, 0.42)}  # of boxes, as shares of the picture's side
-METHODS = {
+SIDES = {
+    2: (0.40, 0.55),
+    3: (0.36, 0.46),
+    4: (0.34, 0.42),
+}  # number of boxes -> fractions of the image's side
+METHODS: dict[str, dict[str, Any] | None] = {  # name -> options of the collage
     "plain": None,
     "collage": {},
     "attention-only": {"attention_only": True},
@@ -61,14 +90,56 @@ METHODS = {
     "crop 0.5": {"crop_margin": 0.5},
     "crop 0.25 always": {"crop_margin": 0.25, "crop_until": 0},
 }
-BARE, CHOICES = (
-    "a picture",
-    ("+chosen", "+arranged"),
-)  # a caption that names nothing; what is done for the noise
+CHOICES = ("+chosen", "+arranged")  # how the noise is found, instead of drawn
+BARE = "a picture"  # a caption that names nothing
+DEFAULT_METHODS = [
+    *METHODS,
+    "collage+bare",
+    "plain+chosen",
+    "plain+arranged",
+    "collage+bare+chosen",
+    "collage+bare+arranged",
+]
+
+
+class Settings(NamedTuple):
+    """What all methods have in common."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    candidates: int
+
+
+class Contents(NamedTuple):
+    """What the boxes of an image hold."""
+
+    right: list[bool]  # per box
+    somewhere: list[bool]  # per subject, wherever it is
+    strays: int
+    extras: int
+    spill: float
+
+
+class Drawn(NamedTuple):
+    """An image, the UNet rows of a step, and the seconds of sampling."""
+
+    image: Image.Image
+    rows: int
+    seconds: float
+
+
+class Judged(NamedTuple):
+    pixels: np.ndarray
+    rows: int
+    seconds: float
+    contents: Contents
+    subjects: list[tuple[str, str]]
+    layout: SizedLayout
 
 
 def boxes(rng: np.random.Generator, n: int, gap: float = 0.02) -> list[list[float]]:
-    """n boxes [x0, y0, x1, y1] in fractions, apart from one another and inside the picture."""
+    """n boxes [x0, y0, x1, y1] in fractions, apart from one another and inside the image."""
     while True:
         placed = []
         for _ in range(100):
@@ -80,114 +151,152 @@ def boxes(rng: np.random.Generator, n: int, gap: float = 0.02) -> list[list[floa
                     return [[round(float(v), 3) for v in box] for box in placed]
 
 
-def cases(n: int, count: int, real: bool) -> list[tuple[list, dict]]:
-    """(subjects, layout) of `count` pictures with n boxes: coloured shapes, or for real checkpoints animals and things."""
-    rng, out = np.random.default_rng((SEED, n)), []
+def with_boxes(rng: np.random.Generator, captions: Sequence[str], whole: str) -> dict[str, Any]:
+    places = boxes(rng, len(captions))
+    regions = [{"prompt": caption, "box": box} for caption, box in zip(captions, places)]
+    return {"prompt": whole, "regions": regions}
+
+
+def cases(n: int, count: int) -> list[tuple[list[tuple[str, str]], dict[str, Any]]]:
+    """(subjects, layout) of `count` images with n boxes of coloured shapes."""
+    rng = np.random.default_rng((SEED, n))
+    out = []
     for _ in range(count):
-        if real:
-            subjects = [str(s) for s in rng.choice(ANIMALS + OBJECTS, n, replace=False)]
-            captions = [named(s) for s in subjects]
-            whole = " and ".join(captions)
-        else:
-            subjects = data.draw_subjects(rng, n)
-            captions, whole = [sentence([s]) for s in subjects], sentence(subjects)
-        regions = [{"prompt": caption, "box": box} for caption, box in zip(captions, boxes(rng, n))]
-        out.append((subjects, {"prompt": whole, "regions": regions}))
+        subjects = data.draw_subjects(rng, n)
+        captions = [sentence([subject]) for subject in subjects]
+        out.append((subjects, with_boxes(rng, captions, sentence(subjects))))
     return out
 
 
+def real_cases(n: int, count: int) -> list[dict[str, Any]]:
+    """`count` layouts with n boxes of animals and things."""
+    rng = np.random.default_rng((SEED, n))
+    out = []
+    for _ in range(count):
+        captions = [named(str(word)) for word in rng.choice(ANIMALS + OBJECTS, n, replace=False)]
+        out.append(with_boxes(rng, captions, " and ".join(captions)))
+    return out
+
+
+def sized(sd: StableDiffusion, given: dict[str, Any], size: int | None = None) -> SizedLayout:
+    side = size or sd.config.size
+    return layout.load(given).sized(side, side)
+
+
 @functools.cache
-def arranged(sd, lay, seed: int, candidates: int, steps: int, sampler: str) -> arrange.Arrangement:
-    return arrange.arrange(
-        sd, lay, range(1000 * seed, 1000 * seed + candidates), steps=steps, sampler=sampler
-    )
+def arranged(sd: StableDiffusion, lay: SizedLayout, seed: int, settings: Settings) -> arrange.Arrangement:
+    candidates = range(1000 * seed, 1000 * seed + settings.candidates)
+    return arrange.arrange(sd, lay, candidates, steps=settings.steps, sampler=settings.sampler)
 
 
-def draw(sd, lay, seed: int, method: str, how: dict) -> tuple[Image.Image, int, float]:
-    """-> picture, UNet rows a step, seconds of sampling."""
-    how, rows, clock = dict(how), [], time.process_time if sd.device.type == "cpu" else time.perf_counter
-    scale, candidates = how.pop("guidance_scale"), how.pop("candidates")
+def draw(sd: StableDiffusion, lay: SizedLayout, seed: int, method: str, settings: Settings) -> Drawn:
+    clock = time.process_time if sd.device.type == "cpu" else time.perf_counter
     method, *more = method.split("+")
-    options, start = METHODS[method], noise([seed], (4, lay.height // 8, lay.width // 8))
-    if {"arranged", "chosen"} & set(more):
-        found = arranged(sd, lay, seed, candidates, **how)
+    options = METHODS[method]
+    start = noise([seed], (4, lay.height // 8, lay.width // 8))
+    if "arranged" in more or "chosen" in more:
+        found = arranged(sd, lay, seed, settings)
         start = found.noise if "arranged" in more else noise(found.chosen[:1], start.shape[1:])
     if "bare" in more:
         lay = dataclasses.replace(lay, prompt=BARE)
     begin = clock()
-    handle = sd.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    if options is None:
-        predict = sd.predictor(sd.encode_prompt([lay.prompt]), sd.encode_prompt([""]), scale)
-    else:
-        predict = collage.predictor(sd, lay, guidance_scale=scale, seed=seed, **options)
-    x = sd.denoise(predict, start, seeds=[seed], **how)
+    with counted(sd.unet) as rows:
+        if options is None:
+            context, uncond = sd.encode_prompt([lay.prompt]), sd.encode_prompt([""])
+            predict = sd.predictor(context, uncond, settings.guidance_scale)
+        else:
+            predict = collage.predictor(sd, lay, guidance_scale=settings.guidance_scale, seed=seed, **options)
+        x = sd.denoise(predict, start, seeds=[seed], steps=settings.steps, sampler=settings.sampler)
     wait(sd.device)
     seconds = clock() - begin
-    handle.remove()
-    return sd.decode(x)[0], sum(rows) // how["steps"], seconds
+    return Drawn(sd.decode(x)[0], sum(rows) // settings.steps, seconds)
 
 
-def judge(picture: Image.Image, subjects, lay) -> dict:
-    """What the boxes of a picture hold."""
-    found, right, strays, extras = detector.find(picture), [], 0, 0
+# --- the embedded model: right or wrong -----------------------------------------------------------
+
+
+def judge(image: Image.Image, subjects: Sequence[tuple[str, str]], lay: SizedLayout) -> Contents:
+    found = detector.find(image)
     inside = [
-        [f for f in found if x0 <= f.centre[0] < x1 and y0 <= f.centre[1] < y1]
-        for x0, y0, x1, y1 in (r.bounds for r in lay.regions)
+        [body for body in found if x0 <= body.centre[0] < x1 and y0 <= body.centre[1] < y1]
+        for x0, y0, x1, y1 in (region.bounds for region in lay.regions)
     ]
-    for (colour, shape), bodies in zip(subjects, inside):
-        right.append(any(f.whole and f.shape == shape and f.colours == (colour,) for f in bodies))
-        extras += max(0, len(bodies) - 1)
-    strays = len(found) - sum(map(len, inside))
-    pixels = np.asarray(picture).astype(float)
-    ground = np.median(np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)]), 0)
-    drawn = np.linalg.norm(pixels - ground, axis=-1) > detector.FOREGROUND
-    outside = drawn & ~np.any([r.pixels for r in lay.regions], axis=0)
-    somewhere = [any(f.whole and f.shape == s and f.colours == (c,) for f in found) for c, s in subjects]
-    return {
-        "right": right,
-        "somewhere": somewhere,
-        "strays": strays,
-        "extras": extras,
-        "spill": outside.sum() / max(1, drawn.sum()),
-    }
+
+    def shows(bodies: Sequence[detector.Found], subject: tuple[str, str]) -> bool:
+        colour, shape = subject
+        return any(body.whole and body.shape == shape and body.colours == (colour,) for body in bodies)
+
+    pixels = np.asarray(image).astype(float)
+    edges = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
+    drawn = np.linalg.norm(pixels - np.median(edges, 0), axis=-1) > detector.FOREGROUND
+    outside = drawn & ~np.any([region.pixels for region in lay.regions], axis=0)
+    return Contents(
+        right=[shows(bodies, subject) for subject, bodies in zip(subjects, inside)],
+        somewhere=[shows(found, subject) for subject in subjects],
+        strays=len(found) - sum(map(len, inside)),
+        extras=sum(max(0, len(bodies) - 1) for bodies in inside),
+        spill=float(outside.sum() / max(1, drawn.sum())),
+    )
 
 
-def _job(job):
-    model, n, count, k, method, how = job
-    sd, (subjects, given) = loaded(model), cases(n, count, False)[k]
-    lay = layout.load(given).sized(sd.config.size, sd.config.size)
-    picture, rows, seconds = draw(sd, lay, k, method, how)
-    return np.asarray(picture), rows, seconds, judge(picture, subjects, lay), subjects, lay
+def _job(job: tuple[str, int, int, int, str, Settings]) -> Judged:
+    model, n, count, k, method, settings = job
+    sd = loaded(model)
+    subjects, given = cases(n, count)[k]
+    lay = sized(sd, given)
+    image, rows, seconds = draw(sd, lay, k, method, settings)
+    return Judged(np.asarray(image), rows, seconds, judge(image, subjects, lay), subjects, lay)
 
 
-def row_of(method: str, n: int, results, how: dict) -> dict:
-    judged = [r[3] for r in results]
-    right = [ok for j in judged for ok in j["right"]]
+def row_of(method: str, n: int, results: Sequence[Judged], settings: Settings) -> Row:
+    contents = [result.contents for result in results]
+    right = [ok for image in contents for ok in image.right]
     low, high = wilson(sum(right), len(right))
     return {
         "method": method,
         "boxes": n,
-        **{key: how[key] for key in ("sampler", "steps", "guidance_scale")},
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
         "layouts": len(results),
         "boxes_right": round(np.mean(right), 3),
         "boxes_95": f"{low:.3f}-{high:.3f}",
-        "all_right": round(np.mean([all(j["right"]) for j in judged]), 3),
-        "drawn_anywhere": round(np.mean([ok for j in judged for ok in j["somewhere"]]), 3),
-        "strays": round(np.mean([j["strays"] for j in judged]), 3),
-        "extras": round(np.mean([j["extras"] for j in judged]), 3),
-        "spill": round(np.mean([j["spill"] for j in judged]), 3),
-        "rows_before": n * how["candidates"] * method.endswith(CHOICES),
-        "rows_a_step": results[0][1],
-        "seconds": round(np.mean([r[2] for r in results]), 3),
+        "all_right": round(np.mean([all(image.right) for image in contents]), 3),
+        "drawn_anywhere": round(np.mean([ok for image in contents for ok in image.somewhere]), 3),
+        "strays": round(np.mean([image.strays for image in contents]), 3),
+        "extras": round(np.mean([image.extras for image in contents]), 3),
+        "spill": round(np.mean([image.spill for image in contents]), 3),
+        "rows_before": n * settings.candidates * method.endswith(CHOICES),
+        "rows_a_step": results[0].rows,
+        "seconds": round(np.mean([result.seconds for result in results]), 3),
     }
 
 
-def framed(picture, subjects, lay, right) -> Image.Image:
-    """A picture with its boxes drawn on, green where they hold what they should, and the captions below."""
-    out = Image.new("RGB", (lay.width + 4, lay.height + 11 * len(subjects) + 6), "white")
-    out.paste(Image.fromarray(picture), (2, 2))
+def on_embedded_model(args: argparse.Namespace, settings: Settings) -> None:
+    """Draw and judge every layout with every method, reporting each as it is done."""
+    hidden = ("method", "boxes", "sampler", "steps", "guidance_scale", "layouts", "rows_before")
+    kept = {}
+    with pool(args.workers, args.model) as processes:
+        for n in args.boxes:
+            for method in args.methods:
+                jobs = [(args.model, n, args.n, k, method, settings) for k in range(args.n)]
+                kept[method, n] = processes.map(_job, jobs, chunksize=2)
+                row = row_of(method, n, kept[method, n], settings)
+                values = ", ".join(f"{key} {value}" for key, value in row.items() if key not in hidden)
+                print(f"{n} boxes {method:14}", values, flush=True)
+                if args.csv:
+                    write_csv("layout", [row])
+    if args.sheet:
+        grid(kept, args.sheet)
+
+
+def framed(result: Judged) -> Image.Image:
+    """An image with its boxes drawn on it, green if they hold what they should, and captions below."""
+    lay = result.layout
+    out = Image.new("RGB", (lay.width + 4, lay.height + 11 * len(result.subjects) + 6), "white")
+    out.paste(Image.fromarray(result.pixels), (2, 2))
     pen = ImageDraw.Draw(out)
-    for i, (subject, region, ok) in enumerate(zip(subjects, lay.regions, right)):
+    for i, (subject, region, ok) in enumerate(zip(result.subjects, lay.regions, result.contents.right)):
         x0, y0, x1, y1 = region.bounds
         colour = "green" if ok else "crimson"
         pen.rectangle((x0 + 2, y0 + 2, x1 + 1, y1 + 1), outline=colour)
@@ -196,238 +305,212 @@ def framed(picture, subjects, lay, right) -> Image.Image:
     return out
 
 
-def grid(kept: dict, path: Path, columns: int = 12) -> None:
-    """A row for each method and number of boxes: the same layouts and noise below one another."""
-    lines = {
-        key: [framed(*(r[i] for i in (0, 4, 5)), r[3]["right"]) for r in results[:columns]]
-        for key, results in kept.items()
-    }
-    wide = max(len(line) for line in lines.values()) * next(iter(lines.values()))[0].width
-    out = Image.new("RGB", (110 + wide, sum(line[0].height for line in lines.values())), "white")
-    pen, y = ImageDraw.Draw(out), 0
+def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 12) -> None:
+    """A row per method and number of boxes: the same layouts and noise below one another."""
+    lines = {key: [framed(result) for result in results[:columns]] for key, results in kept.items()}
+    width = max(sum(image.width for image in line) for line in lines.values())
+    out = Image.new("RGB", (110 + width, sum(line[0].height for line in lines.values())), "white")
+    pen = ImageDraw.Draw(out)
+    y = 0
     for (method, n), line in lines.items():
         pen.text((4, y + 40), method.replace("+", "\n+") + f"\n{n} boxes", fill="black")
-        for i, picture in enumerate(line):
-            out.paste(picture, (110 + i * picture.width, y))
+        for i, image in enumerate(line):
+            out.paste(image, (110 + i * image.width, y))
         y += line[0].height
     path.parent.mkdir(parents=True, exist_ok=True)
     out.save(path, optimize=True)
 
 
-def crops(sd, args, how: dict) -> list[dict]:
-    """A real checkpoint: what each box holds, on white, against the captions, by CLIP."""
-    clip, rows = Similarity(args.clip, sd.device), []
+# --- real checkpoints: similarities ---------------------------------------------------------------
+
+
+def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> list[Row]:
+    """The table of a real checkpoint: each box's contents, on white, against the captions, by CLIP."""
+    clip = Similarity(args.clip, sd.device)
+    rows = []
     for n in args.boxes:
         for method in args.methods:
-            own, first, seconds, steps = [], [], [], 0
-            for k, (_, given) in enumerate(cases(n, args.n, True)):
-                lay = layout.load(given).sized(args.size or sd.config.size, args.size or sd.config.size)
-                picture, steps, spent = draw(sd, lay, k, method, how)
-                seconds.append(spent)
+            own: list[float] = []
+            first: list[bool] = []
+            drawn: list[Drawn] = []
+            for k, given in enumerate(real_cases(n, args.n)):
+                lay = sized(sd, given, args.size)
+                drawn.append(draw(sd, lay, k, method, settings))
                 captions = [region.prompt for region in lay.regions]
                 for i, region in enumerate(lay.regions):
-                    alone = np.where(region.pixels[..., None], np.asarray(picture), 255).astype(np.uint8)
-                    crop = Image.fromarray(alone).crop(region.bounds)
+                    alone = np.where(region.pixels[..., None], np.asarray(drawn[-1].image), 255)
+                    crop = Image.fromarray(alone.astype(np.uint8)).crop(region.bounds)
                     cosines = clip([crop] * n, captions)
                     own.append(cosines[i])
                     first.append(cosines[i] == max(cosines))
-            rows.append(
-                {
-                    "model": args.model,
-                    "method": method,
-                    "boxes": n,
-                    **how,
-                    "layouts": args.n,
-                    "clip_crop": round(np.mean(own), 4),
-                    "nearest_own": round(np.mean(first), 3),
-                    "rows_a_step": steps,
-                    "seconds": round(np.median(seconds), 2),
-                }
-            )
+            row: Row = {"model": args.model, "method": method, "boxes": n, **settings._asdict()}
+            row |= {
+                "layouts": args.n,
+                "clip_crop": round(np.mean(own), 4),
+                "nearest_own": round(np.mean(first), 3),
+                "rows_a_step": drawn[-1].rows,
+                "seconds": round(np.median([one.seconds for one in drawn]), 2),
+            }
+            rows.append(row)
             print_table(rows[-1:])
     return rows
 
 
-# --- one step's seconds and memory ------------------------------------------------------------------------------------
+# --- one step's seconds and memory ----------------------------------------------------------------
 
 
-def cost_worker(args) -> None:
-    """Steps of one collage in a process of its own, on random weights; texts' states are drawn, equal for equal words."""
-    from bench.unet import build
-    from minsd.pipeline import StableDiffusion
+def filling(n: int, negative_prompt: str) -> list[dict[str, Any]]:
+    """n regions, an even number, in two rows that fill the image."""
+    columns = n // 2
+    places = [(k % columns / columns, k // columns / 2) for k in range(n)]
+    return [
+        {"prompt": "x" * (k + 2), "box": [x, y, x + 1 / columns, y + 0.5], "negative_prompt": negative_prompt}
+        for k, (x, y) in enumerate(places)
+    ]
 
+
+def cost_worker(args: argparse.Namespace) -> None:
+    """Time steps of a collage in this process, on random weights, and print the result as JSON."""
     torch.set_num_threads(args.threads)
-    unet, config = build("minsd", args.model, getattr(torch, args.dtype), args.device)
+    dim = MODELS[args.model].unet.context_dim
 
-    def encode(texts):
-        states = [
-            torch.randn(77, config.context_dim, generator=torch.Generator().manual_seed(len(text.strip())))
-            for text in texts
-        ]
+    def encode(texts: Sequence[str]) -> Tensor:
+        """Random states, the same for texts of the same length without spaces around."""
+        generators = [torch.Generator().manual_seed(len(text.strip())) for text in texts]
+        states = [torch.randn(77, dim, generator=generator) for generator in generators]
         return torch.stack(states).to(args.device)
 
-    sd = StableDiffusion(minsd.config.MODELS[args.model], unet, None, types.SimpleNamespace(encode=encode))
-    (n,), size, apart = args.boxes, args.size or sd.config.size, args.cost_worker == "apart"
-    negatives = [
-        " " if apart else ""
-    ] * n  # written otherwise than the picture's, all halves of guidance are computed
-    columns = n // 2
-    places = [
-        (k % columns / columns, k // columns / 2) for k in range(n)
-    ]  # two rows of boxes fill the picture
-    regions = [
-        {"prompt": "x" * (k + 2), "box": [x, y, x + 1 / columns, y + 0.5], "negative_prompt": negative}
-        for k, ((x, y), negative) in enumerate(zip(places, negatives))
-    ]
+    text = types.SimpleNamespace(encode=encode)
+    sd = random_model(args.model, getattr(torch, args.dtype), args.device, text)
+    size = args.size or sd.config.size
+    apart = args.cost_worker == "apart"
     if apart:
-        collage.ROWS_AT_ONCE, sd.batch_size = 2 * (size // 8) ** 2, lambda height, width: 1
-    predict = collage.predictor(
-        sd, layout.load({"prompt": "x", "width": size, "height": size, "regions": regions})
-    )
-    x, rows, seconds = noise([0], (4, size // 8, size // 8)).to(args.device, sd.dtype), [], []
-    unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    with torch.no_grad():
+        collage.ROWS_AT_ONCE = 2 * (size // 8) ** 2
+        sd.batch_size = lambda height, width: 1
+    # A negative prompt spelt differently from the image's has every half of guidance computed.
+    regions = filling(args.boxes[0], negative_prompt=" " if apart else "")
+    lay = layout.load({"prompt": "x", "width": size, "height": size, "regions": regions})
+    predict = collage.predictor(sd, lay)
+    x = noise([0], (4, size // 8, size // 8)).to(args.device, sd.dtype)
+    seconds = []
+    with torch.no_grad(), counted(sd.unet) as rows:
         for _ in range(args.runs):
             rows.clear()
             eps, *spent = clocked(sd.device, predict, x, 481)
             seconds.append(spent)
-    told = {
-        "seconds": seconds[1:] or seconds,
-        "peak_mb": peak_mb(sd.device),
-        "rows": rows,
-        "eps": eps.flatten().tolist(),
-    }
-    print(json.dumps(told))
+            result = {"rows": list(rows), "eps": eps.flatten().tolist()}
+    print(json.dumps({"seconds": seconds[1:] or seconds, "peak_mb": peak_mb(sd.device), **result}))
 
 
-def cost(args) -> list[dict]:
-    torch.set_num_threads(args.threads)  # as the workers: the CSV says so
+def cost(args: argparse.Namespace) -> list[Row]:
+    torch.set_num_threads(args.threads)  # as in the workers, for the CSV's device column
     table = []
     for n in args.boxes:
-        results = {}
+        rows: list[Row] = []
+        eps: list[np.ndarray] = []
         for variant in ("apart", "together"):
-            results[variant] = r = in_own_process("--boxes", str(n), "--cost-worker", variant)
-            wall, cpu = (statistics.median(column) for column in zip(*r["seconds"]))
-            size = args.size or minsd.config.MODELS[args.model].size
-            table.append(
+            result = in_own_process("--boxes", str(n), "--cost-worker", variant)
+            seconds, cpu_seconds = (statistics.median(column) for column in zip(*result["seconds"]))
+            rows.append(
                 {
                     "model": args.model,
-                    "size": size,
+                    "size": args.size or MODELS[args.model].size,
                     "dtype": args.dtype,
                     "regions": n,
                     "rows": variant,
-                    "rows_a_step": sum(r["rows"]),
-                    "passes": len(r["rows"]),
-                    "seconds": round(wall, 2),
-                    "cpu_seconds": round(cpu, 2),
-                    "peak_mb": round(r["peak_mb"]),
+                    "rows_a_step": sum(result["rows"]),
+                    "passes": len(result["rows"]),
+                    "seconds": round(seconds, 2),
+                    "cpu_seconds": round(cpu_seconds, 2),
+                    "peak_mb": round(result["peak_mb"]),
                 }
             )
-        a, b = (np.array(results[variant]["eps"]) for variant in ("apart", "together"))
-        wall, cpu = (table[-1][key] / table[-2][key] for key in ("seconds", "cpu_seconds"))
-        more = {
-            "time_ratio": round(wall, 3),
-            "cpu_ratio": round(cpu, 3),
-            "differ": f"{np.abs(a - b).max() / np.abs(a).max():.1e}",
+            eps.append(np.array(result["eps"]))
+        apart, together = rows
+        ratios = {
+            "time_ratio": round(together["seconds"] / apart["seconds"], 3),
+            "cpu_ratio": round(together["cpu_seconds"] / apart["cpu_seconds"], 3),
+            "differ": f"{np.abs(eps[0] - eps[1]).max() / np.abs(eps[0]).max():.1e}",
         }
-        table[-2:] = [table[-2] | dict.fromkeys(more, ""), table[-1] | more]
+        table += [apart | dict.fromkeys(ratios, ""), together | ratios]
     return table
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument(
-        "--boxes", nargs="+", type=int, default=list(SIDES), help="2 to 4; with --cost any even number"
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def read_options() -> argparse.Namespace:
+    options = parser(__doc__, "layout", "layout_clip", "layout_cost")
+    options.add_argument("--model", default="shapes", help="as for minsd.generate (default: shapes)")
+    options.add_argument(
+        "--boxes",
+        nargs="+",
+        type=int,
+        default=list(SIDES),
+        help="per layout: 2 to 4 (default: 2 3 4); with --cost any even number",
     )
     every = ["".join(parts) for parts in itertools.product(METHODS, ("", "+bare"), ("", *CHOICES))]
-    parser.add_argument(
+    options.add_argument(
         "--methods",
         nargs="+",
         choices=every,
         metavar="METHOD",
-        default=[
-            *METHODS,
-            "collage+bare",
-            "plain+chosen",
-            "plain+arranged",
-            "collage+bare+chosen",
-            "collage+bare+arranged",
-        ],
+        default=DEFAULT_METHODS,
         help=f"{', '.join(METHODS)}; each also with +bare, then +chosen or +arranged",
     )
-    parser.add_argument(
-        "--candidates", type=int, default=40, help="noises that +chosen and +arranged take from"
+    options.add_argument(
+        "--candidates", type=int, default=40, help="noises for +chosen and +arranged (default: 40)"
     )
-    parser.add_argument("-n", type=int, default=70, help="layouts of each number of boxes")
-    parser.add_argument("--sampler", default="ddim")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, help="default: the model's")
-    parser.add_argument("--size", type=int, help="pixels a side, for real checkpoints (default: the model's)")
-    parser.add_argument("--sheet", type=Path, help="a picture of the first layouts under every method")
-    parser.add_argument("--csv", action="store_true")
-    parser.add_argument("--clip", type=Path, help="folder of a CLIPModel, for real checkpoints")
-    parser.add_argument(
-        "--device", help="for real checkpoints (default: CUDA if there is one) and --cost (default: cpu)"
+    options.add_argument("-n", type=int, default=70, help="layouts per number (default: 70)")
+    options.add_argument("--sampler", default="ddim", help="default: ddim")
+    options.add_argument("--steps", type=int, default=50, help="sampling steps (default: 50)")
+    options.add_argument("--guidance", type=float, help="scale (default: the model's)")
+    options.add_argument(
+        "--size", type=int, help="pixels per side, not for the embedded model (default: the model's)"
     )
-    parser.add_argument("--dtype", default="float32", help="for --cost")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--cost", action="store_true", help="measure one step instead")
-    parser.add_argument("--runs", type=int, default=2, help="for --cost; of several the first is a warm-up")
-    parser.add_argument("--threads", type=int, default=1, help="for --cost")
-    parser.add_argument("--cost-worker", choices=("together", "apart"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options.add_argument("--sheet", type=Path, help="file for the first layouts under every method")
+    options.add_argument("--clip", type=Path, help="folder of a CLIPModel, for real checkpoints")
+    options.add_argument(
+        "--device", help="for real checkpoints (default: CUDA if there is any), --cost (cpu)"
+    )
+    options.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+    )
+    options.add_argument("--cost", action="store_true", help="measure one step instead")
+    options.add_argument("--dtype", default="float32", help="for --cost (default: float32)")
+    options.add_argument(
+        "--runs", type=int, default=2, help="steps for --cost, the first a warm-up (default: 2)"
+    )
+    options.add_argument("--threads", type=int, default=1, help="for --cost (default: 1)")
+    options.add_argument("--cost-worker", choices=("together", "apart"), help=argparse.SUPPRESS)
+    args = options.parse_args()
     if args.cost:
         args.device = args.device or "cpu"
+    elif unknown := set(args.boxes) - set(SIDES):
+        options.error(f"--boxes without --cost takes {', '.join(map(str, SIDES))}, not {unknown.pop()}")
+    return args
+
+
+def main() -> None:
+    args = read_options()
     if args.cost_worker:
-        return cost_worker(args)
-    if args.cost:
-        return report("layout_cost", cost(args), args.csv, args.device)
-    if unknown := set(args.boxes) - set(SIDES):
-        parser.error(f"--boxes without --cost takes {', '.join(map(str, SIDES))}, not {unknown.pop()}")
-    how = {
-        "sampler": args.sampler,
-        "steps": args.steps,
-        "guidance_scale": args.guidance,
-        "candidates": args.candidates,
-    }
-    if args.clip:
-        sd = minsd.load(args.model, args.device)
-        how["guidance_scale"] = sd.config.guidance_scale if args.guidance is None else args.guidance
-        rows = crops(sd, args, how)
-        if args.csv:
-            write_csv("layout_clip", rows, sd.device)
+        cost_worker(args)
         return
-    how["guidance_scale"] = (
-        minsd.config.MODELS["shapes"].guidance_scale if args.guidance is None else args.guidance
-    )
-    rows, kept = [], {}
-    with pool(args.workers, args.model) as processes:
-        for n in args.boxes:
-            for method in args.methods:
-                results = processes.map(
-                    _job, [(args.model, n, args.n, k, method, how) for k in range(args.n)], chunksize=2
-                )
-                kept[method, n] = results
-                rows.append(row_of(method, n, results, how))
-                told = (
-                    "boxes_right",
-                    "boxes_95",
-                    "all_right",
-                    "drawn_anywhere",
-                    "strays",
-                    "extras",
-                    "spill",
-                    "rows_a_step",
-                    "seconds",
-                )
-                print(
-                    f"{n} boxes {method:14}", ", ".join(f"{key} {rows[-1][key]}" for key in told), flush=True
-                )
-                if args.csv:
-                    write_csv("layout", rows[-1:])
-    if args.sheet:
-        grid(kept, args.sheet)
+    if args.cost:
+        report("layout_cost", cost(args), args.csv, args.device)
+        return
+
+    def settings(default_scale: float) -> Settings:
+        scale = default_scale if args.guidance is None else args.guidance
+        return Settings(args.sampler, args.steps, scale, args.candidates)
+
+    if not args.clip:
+        on_embedded_model(args, settings(MODELS["shapes"].guidance_scale))
+        return
+    sd = load(args.model, args.device)
+    rows = crops(sd, args, settings(sd.config.guidance_scale))
+    if args.csv:
+        write_csv("layout_clip", rows, sd.device)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,34 @@
-"""Where does a UNet evaluation's time go? Tables by kind of operation and by layer, and a trace for chrome://tracing or perfetto.
+"""Where does the time of a UNet evaluation go, by kind of operation and by layer?
 
     python -m bench.profile [--model sd15] [--size 512] [--batch 2] [--trace FILE.json] [--csv]
 
-Full size, random weights, one evaluation under torch.profiler after three to warm up. `self_ms` is time in a kind of
-operation itself (on a GPU the kernels' own); `gap` is the time in which a GPU had nothing to do between kernels. Layers are
-timed whole: a residual block, a transformer, a change of resolution.
+One evaluation on random weights under torch.profiler, after three to warm up. `self_ms` is the
+time of a kind of operation itself, without the operations it calls (on a GPU, of the kernels);
+`gap` is the time between kernels in which a GPU was idle. The second table times layers whole:
+residual blocks, transformers, changes of resolution. A single evaluation is timed: on a busy
+machine the layers' times say little. A transformer's time holds its linear layers and norms;
+"attention" in the first table is the attention products alone. `--trace` writes a file for
+chrome://tracing or ui.perfetto.dev.
 """
 
 import argparse
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import on_gpu, print_table, wait, write_csv
+from bench import Row, on_gpu, parser, print_table, wait, write_csv
 from bench.unet import build
 from minsd.config import MODELS
 from minsd.kernels import onednn
 from minsd.unet import Downsample, ResnetBlock, Transformer, Upsample
 
-KINDS = {  # the first that is part of an operation's or kernel's name
+# Kind -> parts of the names of operations and kernels. The first kind that fits counts.
+KINDS = {
     "attention": ("attention", "flash", "fmha", "softmax", "bmm"),
     "convolution": ("conv", "cudnn", "winograd", "implicit"),
     "norms": ("norm", "welford"),
@@ -26,54 +36,49 @@ KINDS = {  # the first that is part of an operation's or kernel's name
     "elementwise": ("silu", "gelu", "mul", "add", "elementwise"),
     "copies": ("copy", "cat", "to_", "clone", "memcpy", "contiguous"),
 }
+Times = tuple[dict[str, float], Counter[str]]  # microseconds and number of events by kind
+ATTENTION = "attention in blocks"  # a mark around it: its products would count as linear layers
 
 
 def kind_of(name: str) -> str:
-    return next(
-        (kind for kind, signs in KINDS.items() if any(sign in name.lower() for sign in signs)), "other"
-    )
+    for kind, signs in KINDS.items():
+        if any(sign in name.lower() for sign in signs):
+            return kind
+    return "other"
 
 
-ATTENTION = "attention in blocks"  # whose products would count as linear layers
-
-
-def within(event, name: str) -> bool:
+def within(event: Any, name: str) -> bool:
+    """Whether a profiler's event is, or runs inside, one of this name."""
     while event is not None and event.name != name:
         event = event.cpu_parent
     return event is not None
 
 
-def marked(f, name: str):
-    def run(*args, **more):
+def marked(f: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """f, as an event of this name in the profile."""
+
+    def run(*args: Any, **more: Any) -> Any:
         with record_function(name):
             return f(*args, **more)
 
     return run
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="sd15", choices=MODELS)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype")
-    parser.add_argument("--trace", help="write the trace here")
-    parser.add_argument("--csv", action="store_true", help="append to bench/results/profile.csv")
-    args = parser.parse_args()
+def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
+    """-> the profile of one evaluation, and the layers marked in it, by name."""
     gpu = on_gpu(args.device)
-    dtype = getattr(torch, args.dtype or ("float16" if gpu else "float32"))
-    unet, config = build("minsd", args.model, dtype, args.device)
+    dtype = getattr(torch, args.dtype)
+    unet = build(args.model, dtype, args.device)
     onednn.attend = marked(onednn.attend, ATTENTION)
-    layers = {
-        name: m
-        for name, m in unet.named_modules()
-        if isinstance(m, (ResnetBlock, Transformer, Downsample, Upsample))
+    kinds = (ResnetBlock, Transformer, Downsample, Upsample)
+    layers: dict[str, nn.Module] = {
+        name: layer for name, layer in unet.named_modules() if isinstance(layer, kinds)
     }
     for name, layer in layers.items():
         layer.forward = marked(layer.forward, name)
     x = torch.randn(args.batch, 4, args.size // 8, args.size // 8, device=args.device, dtype=dtype)
-    context = torch.randn(args.batch, 77, config.context_dim, device=args.device, dtype=dtype)
+    context = torch.randn(args.batch, 77, unet.config.context_dim, device=args.device, dtype=dtype)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its "USDT: ..." lines on stderr
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with torch.no_grad():
         keys = unet.text_kv(context)
@@ -82,66 +87,95 @@ def main():
         with profile(activities=activities) as trace:
             unet(x, 500, keys)
             wait(args.device)
-    if args.trace:
-        trace.export_chrome_trace(args.trace)
-    times, counts, gap = {}, {}, 0.0
-    if gpu:
-        on_device = (
-            e
-            for e in trace.events()
-            if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in layers
-        )
-        kernels = sorted(on_device, key=lambda e: e.time_range.start)  # layers' names are shown there, too
-        for event in kernels:
-            times[kind_of(event.name)] = times.get(kind_of(event.name), 0) + event.time_range.elapsed_us()
-            counts[kind_of(event.name)] = counts.get(kind_of(event.name), 0) + 1
-        gap = kernels[-1].time_range.end - kernels[0].time_range.start - sum(times.values())
-    else:
-        for event in trace.events():
-            kind = (
-                "attention"
-                if within(event, ATTENTION)
-                else "other"
-                if event.name in layers
-                else kind_of(event.name)
-            )
-            times[kind] = times.get(kind, 0) + event.self_cpu_time_total
-            counts[kind] = counts.get(kind, 0) + 1
-    total = sum(times.values()) + gap
-    rows = [
+    return trace, layers
+
+
+def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
+    """Microseconds by kind, with the gaps between kernels, and the number of kernels by kind."""
+    cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
+    events = [e for e in trace.events() or () if e.device_type == cuda]
+    kernels = [e for e in events if e.name not in layers]  # the layers' marks appear there, too
+    kernels.sort(key=lambda event: event.time_range.start)
+    times: dict[str, float] = defaultdict(float)
+    counts: Counter[str] = Counter()
+    for event in kernels:
+        times[kind_of(event.name)] += event.time_range.elapsed_us()
+        counts[kind_of(event.name)] += 1
+    whole = kernels[-1].time_range.end - kernels[0].time_range.start
+    times["gap"] = whole - sum(times.values())
+    return times, counts
+
+
+def times_on_cpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
+    """Microseconds and the number of operations by kind."""
+    times: dict[str, float] = defaultdict(float)
+    counts: Counter[str] = Counter()
+    for event in trace.events() or ():
+        kind = "other" if event.name in layers else kind_of(event.name)
+        if within(event, ATTENTION):
+            kind = "attention"
+        times[kind] += event.self_cpu_time_total
+        counts[kind] += 1
+    return times, counts
+
+
+def tables(
+    args: argparse.Namespace, trace: profile, layers: dict[str, nn.Module]
+) -> tuple[list[Row], list[Row]]:
+    """The tables by kind and by layer."""
+    gpu = on_gpu(args.device)
+    times, counts = (times_on_gpu if gpu else times_on_cpu)(trace, layers)
+    total = sum(times.values())
+    by_kind = [
         {
             "model": args.model,
             "size": args.size,
             "batch": args.batch,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": args.dtype,
             "kind": kind,
             "self_ms": round(us / 1e3, 2),
             "share": round(us / total, 3),
-            "calls": counts.get(kind, ""),
+            "calls": counts[kind] or "",
         }
-        for kind, us in sorted({**times, "gap": gap}.items(), key=lambda pair: -pair[1])
+        for kind, us in sorted(times.items(), key=lambda pair: -pair[1])
         if us
     ]
-    print_table(rows)
-    print()
-    whole = {
-        e.key: e.device_time_total if gpu else e.cpu_time_total
-        for e in trace.key_averages()
-        if e.key in layers
-    }
-    print_table(
-        [
-            {
-                "layer": name,
-                "kind": type(layer).__name__,
-                "ms": round(whole[name] / 1e3, 2),
-                "share": round(whole[name] / total, 3),
-            }
-            for name, layer in layers.items()
-        ]
+    by_layer = []
+    events = {event.key: event for event in trace.key_averages()}
+    for name, layer in layers.items():
+        us = events[name].device_time_total if gpu else events[name].cpu_time_total
+        kind = type(layer).__name__
+        by_layer.append(
+            {"layer": name, "kind": kind, "ms": round(us / 1e3, 2), "share": round(us / total, 3)}
+        )
+    return by_kind, by_layer
+
+
+def main() -> None:
+    options = parser(__doc__, "profile")
+    options.add_argument("--model", default="sd15", choices=MODELS, help="its sizes (default: sd15)")
+    options.add_argument("--size", type=int, default=512, help="pixels per side (default: 512)")
+    options.add_argument(
+        "--batch", type=int, default=2, help="UNet rows; 2, the default, is one guided image"
     )
+    options.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: CUDA if there is a GPU)",
+    )
+    options.add_argument("--dtype", help="default: float16 on a GPU, float32 on a CPU")
+    options.add_argument("--trace", help="write the trace to this file")
+    args = options.parse_args()
+    args.dtype = args.dtype or ("float16" if on_gpu(args.device) else "float32")
+    trace, layers = trace_of(args)
+    if args.trace:
+        trace.export_chrome_trace(args.trace)
+    by_kind, by_layer = tables(args, trace, layers)
+    print_table(by_kind)
+    print()
+    print_table(by_layer)
     if args.csv:
-        print("written to", write_csv("profile", rows, args.device))
+        print("written to", write_csv("profile", by_kind, args.device))
 
 
 if __name__ == "__main__":

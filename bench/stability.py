@@ -1,20 +1,23 @@
-"""Does inversion stability tell which noises make right pictures, and what does choosing or optimising by it cost?
+"""Does inversion stability predict which noises make right images, and what does using it cost?
 
-    python -m bench.stability --csv                                  # the embedded model, the pixel detector as judge
+    python -m bench.stability --csv                                  # the embedded model
     python -m bench.stability --scores 5:7.5/1 10:1/1 --minutes 30   # what fits into half an hour
-    python -m bench.stability --cost --csv [--model sd15 --size 128] # seconds and memory of one gradient
+    python -m bench.stability --cost --csv [--model sd15 --size 128] # one gradient: seconds, memory
 
-Many noises a prompt are drawn, judged and scored under every setting, T:DOWN/UP[:N], which is T steps, guidance down and up,
-and how many noises of a prompt are scored so (the dear ones: fewer). The rank correlation
-of score and verdict is taken within prompts (ranks among a prompt's noises, verdicts less the prompt's rate), so that easy
-prompts do not make it. The rate after taking the best of K is its expectation over all subsets of K of a prompt's N
-noises, P(the best has rank r) = C(N - r, K - 1) / C(N, K): no luck of one draw. Intervals are 95 % bootstraps over prompts;
-gains are over one random noise. Attention scores (InitNO's losses at the first timestep) stand beside it, on the same
-noises. The optimised noises are compared with the very noises they began from.
+For each prompt many noises are drawn, judged, and scored under several settings, T:DOWN/UP[:N]: T
+steps, guidance down and up, and for costly settings how many noises per prompt are scored.
+InitNO's attention score at the first timestep is taken of the same noises, for comparison. Right
+is `no_neglect`: nothing missing, merged, or in a wrong colour; `strict` is in the CSV as well.
 
-UNet rows are those spent on the choice, the picture's own left out. Right is `no_neglect`: nothing missing, merged, or in a
-wrong colour; `strict` is in the CSV as well. What `--minutes` cuts off is the later noises of every prompt, never prompts. With `--kept` a
-stopped run loses nothing.
+The rank correlation of score and verdict is taken within prompts (ranks among the prompt's noises,
+verdicts less the prompt's rate), so that easy prompts do not produce it. The rate of the best of K
+is the expectation over all subsets of K of a prompt's N noises, P(the best has rank r) = C(N - r,
+K - 1) / C(N, K), not the luck of one draw. Intervals are 95 % bootstraps over prompts; gains are
+over one random noise. Optimised noises are compared with the noises they began from. UNet rows are
+those spent on the choice, without the image's own.
+
+`--minutes` cuts off the later noises of every prompt, never prompts. With `--kept` a stopped run
+loses nothing.
 """
 
 import argparse
@@ -26,18 +29,23 @@ import os
 import statistics
 import sys
 import time
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-import minsd
 from bench import (
     RESULTS,
+    Row,
     clocked,
     in_own_process,
     loaded,
     on_gpu,
+    parser,
     peak_mb,
     pool,
     print_table,
@@ -45,239 +53,275 @@ from bench import (
     write_csv,
 )
 from bench.attention_maps import rank_correlation
-from bench.shapes import BATCH, cases, sentence
+from bench.shapes import BATCH, Subjects, cases, sentence
+from bench.unet import random_model
+from minsd.config import MODELS
 from minsd.noise import initno, stability
 from minsd.noise.initial import noise
+from minsd.pipeline import StableDiffusion, load
 from minsd.weights.shapes import detector
 
-GROUPS = ("two", "three")  # where there is something to lose
-PICTURE = {"steps": 20, "sampler": "ddim"}  # at the model's own guidance
+GROUPS = ("two", "three")  # of prompts: one object is hardly ever neglected
+PICTURE: dict[str, Any] = {
+    "steps": 20,
+    "sampler": "ddim",
+}  # how images are drawn, at the model's own guidance
 SCORES = (
     "10:7.5/1",
     "5:7.5/1",
-    "10:5/1:50",
+    "10:5/1:50",  # 5: the embedded model's own scale
     "10:1/1:50",
     "10:7.5/7.5:50",
     "20:7.5/1:50",
     "50:7.5/1:50",
-)  # 5: the embedded model's own
+)
 BEST_OF = (10, 30, 100)
 VERDICTS = ("no_neglect", "strict")
+ACTIVATIONS = ("checkpointed", "whole")
+
+Trip = dict[str, Any]  # arguments of stability.score and optimize: steps, guidance_scale, ...
 
 
-def setting(text: str) -> tuple[dict, float]:
-    """T:DOWN/UP[:N] -> what `score` takes, and how many noises of a prompt get it."""
+def setting(text: str) -> tuple[Trip, float]:
+    """T:DOWN/UP[:N] -> the arguments of `score`, and the number of noises per prompt to score."""
     steps, guidance, *limit = text.split(":")
     down, up = map(float, guidance.split("/"))
-    return {"steps": int(steps), "guidance_scale": down, "guidance_invert": up}, int(
-        limit[0]
-    ) if limit else math.inf
+    trip = {"steps": int(steps), "guidance_scale": down, "guidance_invert": up}
+    return trip, int(limit[0]) if limit else math.inf
 
 
-def name(setting: dict) -> str:
-    return f"T{setting['steps']} {setting['guidance_scale']:g}/{setting['guidance_invert']:g}"
-
-
-def attention_scores(sd, prompt, subjects, x) -> list[float]:
-    """The more the better, as stability."""
-    return [
-        -score
-        for score in initno.attention_scores(
-            sd, prompt, [shape for _, shape in subjects], x, steps=PICTURE["steps"]
-        )
-    ]
-
-
-def judge(sd, prompts, x, subjects) -> list[dict]:
-    """Verdicts of the pictures that noises x become."""
-    pictures = sd.decode(sd.sample(prompts, x, seeds=range(len(x)), **PICTURE))
-    return [
-        {v: float(getattr(detector.judge(p, s), v)) for v in VERDICTS} for p, s in zip(pictures, subjects)
-    ]
-
-
-def run(model: str, job) -> tuple[str, list[dict]]:
-    """A part of the work -> its name and what came out."""
-    return json.dumps(job), {"score": score_part, "optimise": optimise_part}[job[0]](loaded(model), *job[1:])
-
-
-def score_part(sd, group, prompts, number, which, how) -> list[dict]:
-    """Some of a prompt's noises: verdicts and scores."""
-    subjects, rows = cases(group, prompts)[number], []
-    prompt, x = sentence(subjects), noise([seed_of(group, number, k) for k in which], (4, 16, 16))
-    out = [
-        {"group": group, "prompt": number} | verdict
-        for verdict in judge(sd, [prompt] * len(x), x, [subjects] * len(x))
-    ]
-    for setting in how:
-        result = stability.score(sd, prompt, x, **setting)
-        rows.append((name(setting), result.scores, result.rows / len(x)))
-    rows.append(("attention", attention_scores(sd, prompt, subjects, x), 1))
-    for k, row in enumerate(out):
-        row["scores"] = {key: (scores[k], spent) for key, scores, spent in rows}
-    return out
-
-
-def optimise_part(sd, group, prompts, numbers, ways) -> list[dict]:
-    """The first noise of some prompts, as it is and optimised in several ways: verdicts, scores, norms, rows."""
-    subjects = [cases(group, prompts)[k] for k in numbers]
-    texts, x = [sentence(s) for s in subjects], noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
-    out = [
-        {"group": group, "prompt": k, "way": "plain", "score": math.nan, "norm": 1.0, "rows": 0} | verdict
-        for k, verdict in zip(numbers, judge(sd, texts, x, subjects))
-    ]
-    for way, options in ways:
-        results = stability.optimize_batch(sd, texts, x, **options)
-        verdicts = judge(sd, texts, torch.cat([r.noise for r in results]), subjects)
-        for k, r, verdict in zip(numbers, results, verdicts):
-            told = {
-                "score": r.score - r.before,
-                "norm": r.history[-1]["norm"] if r.history else math.nan,
-                "rows": r.rows,
-            }
-            out.append({"group": group, "prompt": k, "way": way} | told | verdict)
-    return out
+def name(trip: Trip) -> str:
+    return f"T{trip['steps']} {trip['guidance_scale']:g}/{trip['guidance_invert']:g}"
 
 
 def seed_of(group: str, prompt: int, k: int) -> int:
-    """No two prompts share a noise."""
+    """The seed of a prompt's k-th noise. No two prompts share a noise."""
     return 1_000_000 * (1 + GROUPS.index(group)) + 1000 * prompt + k
 
 
-# --- what the numbers say -----------------------------------------------------------------------------------------------
+# --- the work, in parts ---------------------------------------------------------------------------
 
 
-def within(rows: list[dict], key: str, verdict: str) -> tuple[float, float]:
-    """Rank correlation of a score with a verdict among the noises of one prompt, all prompts together; and its p."""
-    ranks, right = [], []
-    for _, these in by_prompt(rows):
-        values = np.array([r["scores"][key][0] for r in these])
+def attention_scores(sd: StableDiffusion, prompt: str, subjects: Subjects, x: Tensor) -> list[float]:
+    """InitNO's losses, negated: as with stability, higher is better."""
+    words: list[str | int] = [shape for _, shape in subjects]
+    return [-score for score in initno.attention_scores(sd, prompt, words, x, steps=PICTURE["steps"])]
+
+
+def judge(
+    sd: StableDiffusion, prompts: list[str], x: Tensor, subjects: Sequence[Subjects]
+) -> list[dict[str, float]]:
+    """Verdicts on the images of noises x (B,4,16,16): 0 or 1 each."""
+    images = sd.decode(sd.sample(prompts, x, seeds=range(len(x)), **PICTURE))
+    verdicts = [detector.judge(image, these) for image, these in zip(images, subjects)]
+    return [{name: float(getattr(verdict, name)) for name in VERDICTS} for verdict in verdicts]
+
+
+def run(model: str, job: tuple[Any, ...]) -> tuple[str, list[Row]]:
+    """A part of the work -> its name, and its results."""
+    kind, *rest = job
+    part = score_part if kind == "score" else optimise_part
+    return json.dumps(job), part(loaded(model), *rest)
+
+
+def score_part(
+    sd: StableDiffusion, group: str, prompts: int, number: int, which: list[int], trips: list[Trip]
+) -> list[Row]:
+    """Some noises of one prompt: verdicts and scores."""
+    subjects = cases(group, prompts)[number]
+    prompt = sentence(subjects)
+    x = noise([seed_of(group, number, k) for k in which], (4, 16, 16))
+    verdicts = judge(sd, [prompt] * len(x), x, [subjects] * len(x))
+    columns = []
+    for trip in trips:
+        result = stability.score(sd, prompt, x, **trip)
+        columns.append((name(trip), result.scores, result.rows / len(x)))
+    columns.append(("attention", attention_scores(sd, prompt, subjects, x), 1))
+    out = []
+    for k, verdict in enumerate(verdicts):
+        scores = {key: (values[k], rows) for key, values, rows in columns}
+        out.append({"group": group, "prompt": number, **verdict, "scores": scores})
+    return out
+
+
+def optimise_part(
+    sd: StableDiffusion, group: str, prompts: int, numbers: list[int], ways: list[tuple[str, Trip]]
+) -> list[Row]:
+    """The first noise of some prompts, plain and optimised: verdicts, scores, norms, UNet rows."""
+    subjects = [cases(group, prompts)[k] for k in numbers]
+    texts = [sentence(these) for these in subjects]
+    x = noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
+    out: list[Row] = []
+    for k, verdict in zip(numbers, judge(sd, texts, x, subjects)):
+        row = {"group": group, "prompt": k, "way": "plain", "score": math.nan, "norm": 1.0, "rows": 0}
+        out.append(row | verdict)
+    for way, options in ways:
+        results = stability.optimize_batch(sd, texts, x, **options)
+        verdicts = judge(sd, texts, torch.cat([result.noise for result in results]), subjects)
+        for k, result, verdict in zip(numbers, results, verdicts):
+            row = {"group": group, "prompt": k, "way": way, "score": result.score - result.before}
+            row["norm"] = result.history[-1]["norm"] if result.history else math.nan
+            row["rows"] = result.rows
+            out.append(row | verdict)
+    return out
+
+
+def jobs_of(args: argparse.Namespace) -> list[tuple[Any, ...]]:
+    """All parts, in an order that keeps prompts balanced wherever it is cut off: some noises of
+    every prompt, and some optimised ones, then the next."""
+    own = 100 * (4 * 16 * 16) / stability.PAPER_NUMBERS  # the default of `optimize`
+    trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
+    ways = [
+        (f"{mode} lr {lr:.3g} rescaled", trip | {"mode": mode, "lr": lr, "rescale": True})
+        for mode, lr in (("detach", 100.0), ("full", own))
+    ]
+    jobs = []
+    for start in range(0, args.n, BATCH):
+        trips = [trip for trip, limit in args.scores if start < limit]
+        which = list(range(start, min(start + BATCH, args.n)))
+        for prompt in range(args.prompts):
+            jobs += [("score", group, args.prompts, prompt, which, trips) for group in GROUPS]
+        half = start // 2
+        numbers = list(range(half, min(half + BATCH // 2, args.optimised)))
+        if numbers:
+            jobs += [("optimise", group, args.optimised, numbers, ways) for group in GROUPS]
+    return jobs
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each prompt."""
+
+    def key(row: Row) -> tuple[str, int]:
+        return row["group"], row["prompt"]
+
+    return [list(these) for _, these in itertools.groupby(sorted(rows, key=key), key=key)]
+
+
+def within(rows: Sequence[Row], key: str, verdict: str) -> tuple[float, float]:
+    """Rank correlation, and its p, of a score with a verdict among the noises of each prompt."""
+    ranks: list[float] = []
+    right: list[float] = []
+    for these in by_prompt(rows):
+        values = np.array([row["scores"][key][0] for row in these])
+        verdicts = np.array([row[verdict] for row in these])
         ranks += list((values.argsort().argsort() + 0.5) / len(values))
-        right += list(np.array([r[verdict] for r in these]) - np.mean([r[verdict] for r in these]))
-    return rank_correlation(np.round(ranks, 9), np.round(right, 9))
+        right += list(verdicts - verdicts.mean())
+    return rank_correlation(np.round(ranks, 9).tolist(), np.round(right, 9).tolist())
 
 
-def by_prompt(rows):
-    order = sorted(rows, key=lambda r: (r["group"], r["prompt"]))
-    return [(k, list(g)) for k, g in itertools.groupby(order, key=lambda r: (r["group"], r["prompt"]))]
-
-
-def expected(values, right, k: int) -> float:
+def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
     """The mean verdict of the best of k noises drawn without replacement from these."""
-    n, order = len(values), np.argsort(-np.asarray(values), kind="stable")
+    n = len(values)
+    order = np.argsort(-np.asarray(values), kind="stable")
     chances = [math.comb(n - r, k - 1) / math.comb(n, k) for r in range(1, n + 1)]
     return float(np.dot(chances, np.asarray(right)[order]))
 
 
-def interval(per_prompt: list[float]) -> str:
-    """95 % of means over prompts drawn again."""
+def interval(per_prompt: Sequence[float]) -> str:
+    """95 % interval of a mean over prompts, by bootstrap."""
     draws = np.random.default_rng(0).choice(per_prompt, (4000, len(per_prompt))).mean(1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return f"{low:+.3f}..{high:+.3f}"
 
 
-def tabulate(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """-> correlations a setting and group; rates a choice and group."""
-    correlations, rates = [], []
-    keys = list(rows[0]["scores"])
-    for group in (*dict.fromkeys(r["group"] for r in rows), "all"):
-        everything = [r for r in rows if group in (r["group"], "all")]
-        base = {v: [np.mean([r[v] for r in g]) for _, g in by_prompt(everything)] for v in VERDICTS}
-        same = {"group": group, "prompts": len(base["strict"]), "noises": len(everything)}
-        rates.append(
-            same
-            | {"choice": "random", "k": 1, "rows": 0}
-            | {v: round(float(np.mean(base[v])), 3) for v in VERDICTS}
-            | {"gain": 0.0, "gain_95": ""}
-        )
-        for key in keys:
-            these = [r for r in everything if key in r["scores"]]
-            prompts = by_prompt(these)
-            n = min(len(g) for _, g in prompts)  # equally many of each
-            same = {"group": group, "prompts": len(prompts), "noises": len(these)}
-            base = {
-                v: [np.mean([r[v] for r in g]) for _, g in prompts] for v in VERDICTS
-            }  # of just the noises with this score
-            spread = np.array([r["scores"][key][0] for r in these])
-            row = same | {
-                "score": key,
-                "mean": round(float(spread.mean()), 3),
-                "sd": round(float(spread.std()), 3),
-            }
-            half = 1.96 / max(1, len(these) - len(prompts)) ** 0.5
-            for v in VERDICTS:
-                r, p = within(these, key, v)
-                row |= {
-                    f"rank_{v}": round(r, 3),
-                    f"rank_{v}_95": f"{r - half:+.3f}..{r + half:+.3f}",
-                    f"p_{v}": f"{p:.1g}",
-                }
-            correlations.append(row)
-            cost = these[0]["scores"][key][1]
-            reach = [k for k in BEST_OF if k <= n]
-            for sign, word, sizes in ((1, "best", reach), (-1, "worst", reach[-1:])):
-                for k in sizes:
-                    after = {
-                        v: [
-                            expected([sign * r["scores"][key][0] for r in g], [r[v] for r in g], k)
-                            for _, g in prompts
-                        ]
-                        for v in VERDICTS
-                    }
-                    gains = [a - b for a, b in zip(after["no_neglect"], base["no_neglect"])]
-                    rates.append(
-                        same
-                        | {"choice": f"{word} by {key}", "k": k, "rows": round(k * cost)}
-                        | {v: round(float(np.mean(after[v])), 3) for v in VERDICTS}
-                        | {"gain": round(float(np.mean(gains)), 3), "gain_95": interval(gains)}
-                    )
-    return correlations, rates
+def mean(values: Sequence[float] | np.ndarray) -> float:
+    return round(float(np.mean(values)), 3)
 
 
-def tabulate_optimised(rows: list[dict]) -> list[dict]:
-    plain = {(r["group"], r["prompt"]): r for r in rows if r["way"] == "plain"}
-    out = []
-    for way in dict.fromkeys(r["way"] for r in rows):
-        these = [r for r in rows if r["way"] == way]
-        gains = [r["no_neglect"] - plain[r["group"], r["prompt"]]["no_neglect"] for r in these]
-        norms = [r["norm"] for r in these]
-        out.append(
-            {
-                "group": "all",
-                "prompts": len(these),
-                "noises": len(these),
-                "choice": way,
-                "k": 1,
-                "rows": round(np.mean([r["rows"] for r in these])),
-            }
-            | {v: round(float(np.mean([r[v] for r in these])), 3) for v in VERDICTS}
-            | {"gain": round(float(np.mean(gains)), 3), "gain_95": interval(gains) if way != "plain" else ""}
-            | {
-                "score_gain": round(float(np.mean([r["score"] for r in these])), 3),
-                "norms": f"{min(norms):.2f}..{max(norms):.2f}",
-            }
-        )
+def rates_of(prompts: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
+    """Verdict -> its rate for each prompt."""
+    return {v: [float(np.mean([row[v] for row in these])) for these in prompts] for v in VERDICTS}
+
+
+def correlation(rows: Sequence[Row], prompts: int, key: str) -> Row:
+    """How a score is distributed, and how it correlates with the verdicts."""
+    values = np.array([row["scores"][key][0] for row in rows])
+    out: Row = {"score": key, "mean": mean(values), "sd": round(float(values.std()), 3)}
+    half = 1.96 / max(1, len(rows) - prompts) ** 0.5
+    for verdict in VERDICTS:
+        r, p = within(rows, key, verdict)
+        out[f"rank_{verdict}"] = round(r, 3)
+        out[f"rank_{verdict}_95"] = f"{r - half:+.3f}..{r + half:+.3f}"
+        out[f"p_{verdict}"] = f"{p:.1g}"
     return out
 
 
-def plot(correlations, rates, optimised, path) -> None:
-    import matplotlib
+def choices(prompts: Sequence[Sequence[Row]], key: str) -> Iterator[Row]:
+    """Rates after choosing the best of K noises by a score; and the worst, for the largest K."""
+    base = rates_of(prompts)  # of the noises that have this score
+    cost = prompts[0][0]["scores"][key][1]
+    fewest = min(map(len, prompts))
+    sizes = [k for k in BEST_OF if k <= fewest]
+    tries = [(1, "best", k) for k in sizes] + [(-1, "worst", k) for k in sizes[-1:]]
+    for sign, word, k in tries:
+        after = {
+            v: [
+                expected([sign * row["scores"][key][0] for row in these], [row[v] for row in these], k)
+                for these in prompts
+            ]
+            for v in VERDICTS
+        }
+        gains = [a - b for a, b in zip(after["no_neglect"], base["no_neglect"])]
+        row: Row = {"choice": f"{word} by {key}", "k": k, "rows": round(k * cost)}
+        row |= {v: mean(after[v]) for v in VERDICTS}
+        yield row | {"gain": mean(gains), "gain_95": interval(gains)}
+
+
+def tabulate(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """-> correlations by group and score; rates by group and choice."""
+    correlations = []
+    rates = []
+    for group in (*dict.fromkeys(row["group"] for row in rows), "all"):
+        everything = [row for row in rows if group in (row["group"], "all")]
+        prompts = by_prompt(everything)
+        base = rates_of(prompts)
+        random: Row = {"group": group, "prompts": len(prompts), "noises": len(everything)}
+        random |= {"choice": "random", "k": 1, "rows": 0, **{v: mean(base[v]) for v in VERDICTS}}
+        rates.append(random | {"gain": 0.0, "gain_95": ""})
+        for key in rows[0]["scores"]:
+            these = [row for row in everything if key in row["scores"]]
+            prompts = by_prompt(these)
+            same = {"group": group, "prompts": len(prompts), "noises": len(these)}
+            correlations.append(same | correlation(these, len(prompts), key))
+            rates += [same | choice for choice in choices(prompts, key)]
+    return correlations, rates
+
+
+def tabulate_optimised(rows: Sequence[Row]) -> list[Row]:
+    """Rates by way of optimising, against the same noises left as they are."""
+    plain = {(row["group"], row["prompt"]): row for row in rows if row["way"] == "plain"}
+    out = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        these = [row for row in rows if row["way"] == way]
+        gains = [row["no_neglect"] - plain[row["group"], row["prompt"]]["no_neglect"] for row in these]
+        norms = [row["norm"] for row in these]
+        table_row: Row = {"group": "all", "prompts": len(these), "noises": len(these), "choice": way, "k": 1}
+        table_row["rows"] = round(np.mean([row["rows"] for row in these]))
+        table_row |= {v: mean([row[v] for row in these]) for v in VERDICTS}
+        table_row |= {"gain": mean(gains), "gain_95": interval(gains) if way != "plain" else ""}
+        table_row["score_gain"] = mean([row["score"] for row in these])
+        table_row["norms"] = f"{min(norms):.2f}..{max(norms):.2f}"
+        out.append(table_row)
+    return out
+
+
+def plot(correlations: Sequence[Row], rates: Sequence[Row], optimised: Sequence[Row], path: Path) -> None:
+    import matplotlib  # pyright: ignore[reportMissingImports]  (of the extra "bench")
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(1, 1.3))
-    groups = [g for g in dict.fromkeys(r["group"] for r in correlations)]
-    keys = list(dict.fromkeys(r["score"] for r in correlations))
-    for i, group in enumerate(groups):
-        these = [r for r in correlations if r["group"] == group]
-        left.barh(
-            np.arange(len(keys)) + 0.25 * (i - 1),
-            [r["rank_no_neglect"] for r in these],
-            0.22,
-            xerr=[1.96 / max(r["noises"] - r["prompts"], 1) ** 0.5 for r in these],
-            label=f"{group} ({these[0]['noises']} noises)",
-        )
+    keys = list(dict.fromkeys(row["score"] for row in correlations))
+    for i, group in enumerate(dict.fromkeys(row["group"] for row in correlations)):
+        these = [row for row in correlations if row["group"] == group]
+        places = np.arange(len(keys)) + 0.25 * (i - 1)
+        values = [row["rank_no_neglect"] for row in these]
+        errors = [1.96 / max(row["noises"] - row["prompts"], 1) ** 0.5 for row in these]
+        left.barh(places, values, 0.22, xerr=errors, label=f"{group} ({these[0]['noises']} noises)")
     left.set(
         yticks=range(len(keys)),
         yticklabels=keys,
@@ -286,157 +330,150 @@ def plot(correlations, rates, optimised, path) -> None:
     left.axvline(0, color="black", lw=0.8)
     left.invert_yaxis()
     left.legend(fontsize=8)
-    of_all = [r for r in rates if r["group"] == "all"]
+    of_all = [row for row in rates if row["group"] == "all"]
     base = of_all[0]["no_neglect"]
     right.axhline(base, color="black", lw=0.8, label="one random noise")
     for key in keys:
-        line = [(r["rows"], base + r["gain"]) for r in of_all if r["choice"] == f"best by {key}"]
+        line = [(row["rows"], base + row["gain"]) for row in of_all if row["choice"] == f"best by {key}"]
         if line:
             right.plot(*zip(*line), "o-", label=key)
-    for r in optimised[1:]:
-        right.plot(r["rows"], base + r["gain"], "x", label=r["choice"])
+    for row in optimised[1:]:
+        right.plot(row["rows"], base + row["gain"], "x", label=row["choice"])
     right.set(
-        xscale="log",
-        xlabel="UNet rows spent on the choice",
-        ylabel="pictures without neglect (random + gain)",
+        xscale="log", xlabel="UNet rows spent on the choice", ylabel="images without neglect (random + gain)"
     )
     right.legend(fontsize=7, ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
-# --- one gradient's seconds and memory ----------------------------------------------------------------------------------
+# --- one gradient's seconds and memory ------------------------------------------------------------
 
 
-def cost_worker(args) -> None:
-    """One `full` gradient in a process of its own, on random full-size weights or the embedded model."""
-    import types
+def cost_worker(args: argparse.Namespace) -> None:
+    """Time `full` gradients in this process and print the result as JSON.
 
+    On the embedded model, or on random weights in the sizes of another.
+    """
     torch.set_num_threads(1)
-    T, checkpointed = args.steps[0], args.cost_worker == "checkpointed"
     if args.model == "shapes":
-        sd = minsd.load("shapes", args.device)
+        sd = load("shapes", args.device)
     else:
-        from bench.unet import build
-        from minsd.pipeline import StableDiffusion
+        dim = MODELS[args.model].unet.context_dim
 
-        unet, config = build("minsd", args.model, getattr(torch, args.dtype), args.device)
-        text = types.SimpleNamespace(
-            encode=lambda prompts: torch.zeros(len(prompts), 77, config.context_dim, device=args.device)
-        )
-        sd = StableDiffusion(minsd.config.MODELS[args.model], unet, None, text)
+        def encode(prompts: Sequence[str]) -> Tensor:
+            return torch.zeros(len(prompts), 77, dim, device=args.device)
+
+        text = types.SimpleNamespace(encode=encode)
+        sd = random_model(args.model, getattr(torch, args.dtype), args.device, text)
     cells = (args.size or sd.config.size) // 8
-    x, row, seconds = noise([0], (4, cells, cells)).to(sd.device), torch.zeros(1, dtype=torch.long), []
-    trip = stability.Trip(sd, "a red circle and a blue square", steps=T)
+    x = noise([0], (4, cells, cells)).to(sd.device)
+    row = torch.zeros(1, dtype=torch.long)
+    trip = stability.Trip(sd, "a red circle and a blue square", steps=args.steps[0])
     at_rest = torch.cuda.memory_allocated() / 2**20 if on_gpu(sd.device) else peak_mb()
+    checkpointed = args.cost_worker == "checkpointed"
+    seconds = []
     for _ in range(args.runs):
         (_, gradient), *spent = clocked(sd.device, stability.gradients, trip, x, row, "full", checkpointed)
         seconds.append(spent)
-    told = {"peak_mb": peak_mb(sd.device), "at_rest_mb": at_rest, "gradient": gradient.flatten().tolist()}
-    print(json.dumps(told | {"seconds": seconds[1:] or seconds}))
+        result = {"gradient": gradient.flatten().tolist()}
+    result |= {"peak_mb": peak_mb(sd.device), "at_rest_mb": at_rest, "seconds": seconds[1:] or seconds}
+    print(json.dumps(result))
 
 
-def cost(args) -> list[dict]:
-    torch.set_num_threads(1)  # as the workers: the CSV says so
-    rows = []
-    for T in args.steps:
-        results = {}
+def cost(args: argparse.Namespace) -> list[Row]:
+    torch.set_num_threads(1)  # as in the workers, for the CSV's device column
+    rows: list[Row] = []
+    for steps in args.steps:
+        gradients = {}
         for variant in args.activations:
             try:
-                r = results[variant] = in_own_process("--steps", str(T), "--cost-worker", variant)
-            except SystemExit as failure:  # all activations need not fit
+                result = in_own_process("--steps", str(steps), "--cost-worker", variant)
+            except SystemExit as failure:  # all activations at once may not fit the memory
                 print(failure, file=sys.stderr)
                 continue
-            wall, cpu = (statistics.median(column) for column in zip(*r["seconds"]))
+            gradients[variant] = result["gradient"]
+            seconds, cpu_seconds = (statistics.median(column) for column in zip(*result["seconds"]))
             rows.append(
                 {
                     "model": args.model,
-                    "size": args.size or minsd.config.MODELS[args.model].size,
+                    "size": args.size or MODELS[args.model].size,
                     "dtype": args.dtype,
-                    "T": T,
+                    "T": steps,
                     "activations": variant,
-                    "seconds": round(wall, 2),
-                    "cpu_seconds": round(cpu, 2),
-                    "peak_mb": round(r["peak_mb"]),
-                    "above_rest_mb": round(r["peak_mb"] - r["at_rest_mb"]),
+                    "seconds": round(seconds, 2),
+                    "cpu_seconds": round(cpu_seconds, 2),
+                    "peak_mb": round(result["peak_mb"]),
+                    "above_rest_mb": round(result["peak_mb"] - result["at_rest_mb"]),
                     "same_gradient": "",
                 }
             )
-        if len(results) == 2:
-            rows[-1]["same_gradient"] = results["checkpointed"]["gradient"] == results["whole"]["gradient"]
+        if len(gradients) == 2:
+            rows[-1]["same_gradient"] = gradients["checkpointed"] == gradients["whole"]
     return rows
 
 
-# --- all of it ----------------------------------------------------------------------------------------------------------
+# --- all of it ------------------------------------------------------------------------------------
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument(
-        "--scores", nargs="+", type=setting, default=[setting(text) for text in SCORES], help="T:DOWN/UP[:N]"
+def read_options() -> argparse.Namespace:
+    options = parser(__doc__, "stability", "stability_rates", "stability_cost")
+    options.add_argument("--model", default="shapes", help="with --cost: any model's sizes")
+    options.add_argument(
+        "--scores",
+        nargs="+",
+        type=setting,
+        default=[setting(text) for text in SCORES],
+        metavar="T:DOWN/UP[:N]",
+        help=f"settings to score noises with (default: {' '.join(SCORES)})",
     )
-    parser.add_argument("--prompts", type=int, default=10, help="a group")
-    parser.add_argument("-n", type=int, default=100, help="noises a prompt")
-    parser.add_argument(
-        "--optimised", type=int, default=20, help="noises a group to optimise, each of a prompt of its own"
+    options.add_argument("--prompts", type=int, default=10, help="per group (default: 10)")
+    options.add_argument("-n", type=int, default=100, help="noises per prompt (default: 100)")
+    options.add_argument(
+        "--optimised",
+        type=int,
+        default=20,
+        help="noises per group to optimise, each for a prompt of its own (default: 20)",
     )
-    parser.add_argument("--optimize-steps", type=int, default=20)
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="stop after this long, with what is done"
+    options.add_argument("--optimize-steps", type=int, default=20, help="of each (default: 20)")
+    options.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after this long; evaluate what is done"
     )
-    parser.add_argument("--kept", type=Path, help="file for what is done: a later run goes on from it")
-    parser.add_argument("--csv", action="store_true", help="also draws stability.png")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--cost", action="store_true", help="measure one gradient instead")
-    parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], help="T, for --cost")
-    parser.add_argument("--size", type=int, help="pixels a side, for --cost")
-    parser.add_argument("--runs", type=int, default=3, help="for --cost")
-    parser.add_argument(
+    options.add_argument("--kept", type=Path, help="file of finished parts, to go on from later")
+    options.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+    )
+    options.add_argument("--cost", action="store_true", help="measure one gradient instead")
+    options.add_argument(
+        "--steps", nargs="+", type=int, default=[5, 10, 20, 50], help="T, for --cost (default: 5 10 20 50)"
+    )
+    options.add_argument("--size", type=int, help="pixels, for --cost (default: the model's)")
+    options.add_argument("--runs", type=int, default=3, help="gradients, for --cost (default: 3)")
+    options.add_argument(
         "--activations",
         nargs="+",
-        choices=("checkpointed", "whole"),
-        default=("checkpointed", "whole"),
-        help="for --cost",
+        choices=ACTIVATIONS,
+        default=ACTIVATIONS,
+        help="for --cost (default: both)",
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cost-worker", choices=("checkpointed", "whole"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.cost_worker:
-        return cost_worker(args)
-    if args.cost:
-        return report("stability_cost", cost(args), args.csv, args.device)
+    options.add_argument("--device", default="cpu", help="for --cost: cpu (the default) or cuda")
+    options.add_argument("--dtype", default="float32", help="for --cost (default: float32)")
+    options.add_argument("--cost-worker", choices=ACTIVATIONS, help=argparse.SUPPRESS)
+    return options.parse_args()
+
+
+def work(args: argparse.Namespace) -> dict[str, list[Row]]:
+    """Do all parts, or as many as fit into --minutes. -> the rows of each kind, in order."""
+    begin = time.time()
     torch.set_num_threads(1)
     loaded(args.model)
-    begin, own = time.time(), 100 * (4 * 16 * 16) / stability.PAPER_NUMBERS  # `optimize`'s own
-    trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
-    ways = [
-        (f"{mode} lr {lr:.3g}" + " rescaled" * rescale, trip | {"mode": mode, "lr": lr, "rescale": rescale})
-        for mode, lr, rescale in (("detach", 100.0, True), ("full", own, True))
-    ]
-    jobs = []
-    for start in range(
-        0, args.n, BATCH
-    ):  # one part of every prompt at a time, and one of what is optimised: what is done is balanced
-        how = [way for way, limit in args.scores if start < limit]
-        seeds, numbers = (
-            range(start, min(start + BATCH, args.n)),
-            range(start // 2, min(start // 2 + BATCH // 2, args.optimised)),
-        )
-        jobs += [
-            ("score", group, args.prompts, p, list(seeds), how)
-            for p in range(args.prompts)
-            for group in GROUPS
-        ]
-        jobs += [("optimise", group, args.optimised, list(numbers), ways) for group in GROUPS if numbers]
-    done = {}
+    jobs = jobs_of(args)
+    done: dict[str, list[Row]] = {}
     if args.kept and args.kept.exists():
-        done = dict(map(json.loads, args.kept.read_text().splitlines()))
+        done = dict(json.loads(line) for line in args.kept.read_text().splitlines())
+    left = [job for job in jobs if json.dumps(job) not in done]
     with pool(args.workers, args.model) as processes:
-        for key, part in processes.imap_unordered(
-            functools.partial(run, args.model), [job for job in jobs if json.dumps(job) not in done]
-        ):
+        for key, part in processes.imap_unordered(functools.partial(run, args.model), left):
             done[key] = part
             if args.kept:
                 with args.kept.open("a") as file:
@@ -444,22 +481,31 @@ def main():
             print(f"{len(done)} of {len(jobs)} parts, {time.time() - begin:.0f} s", flush=True)
             if time.time() - begin > 60 * args.minutes:
                 break
-    done = {
-        kind: [row for job in jobs if job[0] == kind for row in done.get(json.dumps(job), [])]
-        for kind in ("score", "optimise")
-    }
-    rows, optimised = done["score"], done["optimise"]
-    correlations, rates = tabulate(rows)
-    print_table(correlations)
-    print()
-    print_table(rates)
-    print()
-    if optimised:
-        optimised = tabulate_optimised(optimised)
-        print_table(optimised)
+    out: dict[str, list[Row]] = {"score": [], "optimise": []}
+    for job in jobs:
+        out[job[0]] += done.get(json.dumps(job), [])
+    return out
+
+
+def main() -> None:
+    args = read_options()
+    if args.cost_worker:
+        cost_worker(args)
+        return
+    if args.cost:
+        report("stability_cost", cost(args), args.csv, args.device)
+        return
+    begin = time.time()
+    done = work(args)
+    correlations, rates = tabulate(done["score"])
+    optimised = tabulate_optimised(done["optimise"])
+    for table in (correlations, rates, optimised):
+        if table:
+            print_table(table)
+            print()
     if args.csv:
-        write_csv("stability", correlations)
         empty = {"score_gain": "", "norms": ""}
+        write_csv("stability", correlations)
         write_csv("stability_rates", [row | empty for row in rates] + optimised)
         plot(correlations, rates, optimised, RESULTS / "stability.png")
     print(f"{(time.time() - begin) / 60:.0f} minutes")

@@ -1,14 +1,23 @@
 """How fast is one UNet evaluation, and how much memory does it peak at, against diffusers?
 
-    python -m bench.unet [--model sd15] [--size 512] [--batch 2] [--runs 5] [--device cuda --dtype float16] [--csv]
-    python -m bench.unet --size 256 512 768 1024 --batch 1 2 4 --runs 2 --csv        # cost against size
+    python -m bench.unet [--model sd15] [--size 512] [--batch 2] [--runs 5] [--csv]
+    python -m bench.unet --device cuda --dtype float16 --csv
+    python -m bench.unet --size 256 512 768 1024 --batch 1 2 4 --runs 2 --csv    # cost against size
+    python -m bench.unet --model shapes --size 128                               # a quick try
 
-Full-size networks with the same random weights, each in a process of its own so that its peak memory is its own; the
-two take turns, so that a drifting machine drifts for both. Weights are counted in the memory. Each does what it does at a
-later step of a run: minsd has the text's keys and values, diffusers computes them; on a GPU minsd replays a CUDA graph.
-Times are medians; `cpu_seconds` (of all threads) leaves out waiting for a core on a busy machine, `time_ratio` is of
-seconds, `cpu_ratio` of these. Several sizes also give `slope`, from size to size: the exponent of the time in the pixels.
+Both networks have the same random weights. Each runs in a process of its own, so that its peak
+memory (weights included) is its own; the two take turns, so that a drift of the machine affects
+both. Each does the work of a later step of a run: minsd has the text's keys and values already,
+diffusers computes them; on a GPU minsd replays a CUDA graph.
+
+Times are medians. `cpu_seconds` is the processor time of all threads, without waiting for a core:
+trust it on a busy machine. `time_ratio` compares seconds, `cpu_ratio` processor seconds. With
+several sizes, `slope` is the exponent of the cost in the number of pixels, from the size before to
+this one.
 """
+
+# diffusers exports its classes lazily, which type checkers take for private.
+# pyright: reportPrivateImportUsage=false
 
 import argparse
 import itertools
@@ -17,164 +26,240 @@ import math
 import statistics
 import subprocess
 import sys
+from typing import TYPE_CHECKING, Any
 
-from bench import clocked, forget_peak, on_gpu, peak_mb, report
+from bench import Row, clocked, forget_peak, on_gpu, parser, peak_mb, report
+from minsd.config import MODELS, UNetConfig
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch import nn
+
+    from bench import Device
+    from minsd.pipeline import StableDiffusion
+    from minsd.unet import UNet
+
+PROVIDERS = ("minsd", "diffusers")
 
 
-def diffusers_unet(config):
+def diffusers_unet(config: UNetConfig) -> "UNet2DConditionModel":
     """diffusers' network of the same shape."""
     from diffusers import UNet2DConditionModel
 
     kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
-    return UNet2DConditionModel(
-        sample_size=config.sample_size,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        down_block_types=[f"{k}DownBlock2D" for k in kinds],
-        up_block_types=[f"{k}UpBlock2D" for k in reversed(kinds)],
-        attention_head_dim=config.num_heads,
-        cross_attention_dim=config.context_dim,
-        use_linear_projection=config.linear_projection,
-        upcast_attention=config.upcast_attention,
-    )
+    settings: dict[str, Any] = {
+        "sample_size": config.sample_size,
+        "block_out_channels": config.block_out_channels,
+        "layers_per_block": config.layers_per_block,
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        "attention_head_dim": config.num_heads,
+        "cross_attention_dim": config.context_dim,
+        "use_linear_projection": config.linear_projection,
+        "upcast_attention": config.upcast_attention,
+        "norm_num_groups": config.norm_groups,
+        "norm_eps": config.norm_eps,
+    }
+    return UNet2DConditionModel(**settings)
 
 
-def build(provider, model, dtype, device):
-    """A network with random frozen weights; memory never holds two."""
+def build(model: str, dtype: "torch.dtype", device: "Device") -> "UNet":
+    """minsd's network with random frozen weights."""
     import torch
 
     from minsd.attention import Attention
-    from minsd.config import MODELS
     from minsd.unet import UNet
 
-    config = MODELS[model].unet
-    torch.manual_seed(0)
     with torch.device("meta"):
-        unet = UNet(config) if provider == "minsd" else diffusers_unet(config)
-    unet = unet.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    for name, p in sorted(unet.named_parameters()):
-        p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(float(name.endswith("weight")))
+        unet = UNet(MODELS[model].unet)
+    fill(unet, dtype, device)
     for module in unet.modules():
         if isinstance(module, Attention):
             module.fuse()
-    return unet, config
+    return unet
 
 
-def worker(args):
-    """Build; then for every line "size batch" on standard input one evaluation, its time, peak and checksum."""
+def random_model(model: str, dtype: "torch.dtype", device: "Device", text: Any) -> "StableDiffusion":
+    """A model around `build`'s network. `text` stands in for the text encoder; there is no VAE."""
+    from minsd.pipeline import StableDiffusion
+
+    vae: Any = None
+    return StableDiffusion(MODELS[model], build(model, dtype, device), vae, text)
+
+
+def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet2DConditionModel":
+    """diffusers' network with the same weights as `build`."""
     import torch
 
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    with torch.no_grad():
-        unet, config = build(args.worker, args.model, dtype, device)
-        if args.worker == "minsd" and device.type == "cuda":
-            from minsd.graphs import Graphs
+    with torch.device("meta"):
+        unet = diffusers_unet(MODELS[model].unet)
+    fill(unet, dtype, device)
+    return unet
 
-            unet.to(memory_format=torch.channels_last)
-            unet.forward = Graphs(unet)
-        known = {}
+
+def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
+    """Give a network made on the meta device memory, and random frozen weights.
+
+    Networks with the same parameter names get the same weights.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    network.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    for name, p in sorted(network.named_parameters()):
+        if p.ndim > 1:
+            p.normal_(0, 0.02)
+        else:
+            p.fill_(float(name.endswith("weight")))  # norms: 1; biases: 0
+
+
+def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module") -> tuple[Any, ...]:
+    """The arguments of one evaluation, equal for both providers."""
+    import torch
+
+    from minsd.unet import UNet
+
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype)
+    context_dim = MODELS[args.model].unet.context_dim
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, size // 8, size // 8, generator=generator).to(device, dtype)
+    context = torch.randn(batch, 77, context_dim, generator=generator).to(device, dtype)
+    if isinstance(unet, UNet):
+        return x, 481, unet.text_kv(context)
+    return x, torch.tensor(481, device=device), context
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Build a network; for every line "size batch" on standard input, evaluate it once.
+
+    Prints the time, peak memory and mean |eps| of each evaluation as JSON.
+    """
+    import torch
+
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype)
+    with torch.no_grad():
+        if args.worker == "diffusers":
+            unet = build_diffusers(args.model, dtype, device)
+        else:
+            unet = build(args.model, dtype, device)
+            if device.type == "cuda":
+                from minsd.graphs import Graphs
+
+                unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+                unet.forward = Graphs(unet)
+        inputs: dict[tuple[int, int], tuple[Any, ...]] = {}  # of the last shape
         for line in sys.stdin:
             size, batch = map(int, line.split())
-            if (size, batch) not in known:
-                generator, cells = torch.Generator().manual_seed(1), size // 8
-                x = torch.randn(batch, 4, cells, cells, generator=generator).to(device, dtype)
-                context = torch.randn(batch, 77, config.context_dim, generator=generator).to(device, dtype)
-                t = torch.tensor(481, device=device)
-                known = {
-                    (size, batch): (x, 481, unet.text_kv(context))
-                    if args.worker == "minsd"
-                    else (x, t, context)
-                }
+            if (size, batch) not in inputs:
+                inputs = {(size, batch): evaluation(args, size, batch, unet)}
             forget_peak(device)
-            out, seconds, cpu = clocked(device, unet, *known[size, batch])
-            out = out if torch.is_tensor(out) else out.sample
-            check = out.float().abs().mean().item()
-            print(
-                json.dumps(
-                    {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak_mb(device), "check": check}
-                ),
-                flush=True,
-            )
+            out, seconds, cpu_seconds = clocked(device, unet, *inputs[size, batch])
+            eps = out if torch.is_tensor(out) else out.sample
+            answer = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb(device)}
+            print(json.dumps(answer | {"check": eps.float().abs().mean().item()}), flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="sd15")
-    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels a side")
-    parser.add_argument("--batch", type=int, nargs="+", default=[2], help="2 is one guided picture")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument(
-        "--warmup", type=int, default=2, help="evaluations of each shape before those that count"
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--csv", action="store_true", help="append to bench/results/unet.csv")
-    parser.add_argument("--worker", choices=["minsd", "diffusers"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        return worker(args)
+class Provider:
+    """A process that evaluates its network on request."""
 
-    workers = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "bench.unet", *sys.argv[1:], "--worker", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, "-m", "bench.unet", *sys.argv[1:], "--worker", name]
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        for name in ("minsd", "diffusers")
-    }
 
-    def ask(name, size, batch):
-        workers[name].stdin.write(f"{size} {batch}\n")
-        workers[name].stdin.flush()
-        answer = workers[name].stdout.readline()
+    def evaluate(self, size: int, batch: int) -> dict[str, float]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{size} {batch}\n")
+        answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"{name} failed at {size}x{size}, batch {batch}")
+            sys.exit(f"{self.name} failed at {size}x{size}, batch {batch}")
         return json.loads(answer)
 
-    rows, before = [], {}
+    def end(self) -> None:
+        self.process.communicate()
+
+
+def measure(args: argparse.Namespace, providers: list[Provider], size: int, batch: int) -> list[Row]:
+    """A row per provider, without `slope`. SystemExit if the two do not compute the same."""
+    results: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in providers}
+    for run in range(-args.warmup, args.runs):
+        for provider in providers:
+            result = provider.evaluate(size, batch)
+            if run >= 0:
+                results[provider.name].append(result)
+    checks = {name: runs[0]["check"] for name, runs in results.items()}
+    if abs(checks["minsd"] / checks["diffusers"] - 1) > (1e-4 if args.dtype == "float32" else 2e-2):
+        sys.exit(f"the two do not compute the same: mean |eps| {checks}")
+    rows = []
+    for name, runs in results.items():
+        medians = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds")}
+        ratios = {
+            key: statistics.median(a[key] / b[key] for a, b in zip(runs, results["diffusers"]))
+            for key in ("seconds", "cpu_seconds")
+        }
+        rows.append(
+            {
+                "model": args.model,
+                "size": size,
+                "batch": batch,
+                "dtype": args.dtype,
+                "provider": name,
+                "seconds": round(medians["seconds"], 4),
+                "cpu_seconds": round(medians["cpu_seconds"], 4),
+                "peak_mb": round(max(run["peak_mb"] for run in runs)),
+                "time_ratio": round(ratios["seconds"], 3),
+                "cpu_ratio": round(ratios["cpu_seconds"], 3),
+            }
+        )
+    return rows
+
+
+def slopes(rows: list[Row], device: str) -> list[Row]:
+    """The rows with `slope` as their last column: empty for the first size of a batch."""
+    cost = "seconds" if on_gpu(device) else "cpu_seconds"
+    last: dict[tuple[str, int], Row] = {}
+    out = []
+    for row in rows:
+        before = last.get((row["provider"], row["batch"]))
+        slope: float | str = ""
+        if before and before["size"] != row["size"]:
+            pixels = (row["size"] / before["size"]) ** 2
+            slope = round(math.log(row[cost] / before[cost]) / math.log(pixels), 2)
+        last[row["provider"], row["batch"]] = row
+        out.append({**row, "slope": slope})
+    return out
+
+
+def main() -> None:
+    options = parser(__doc__, "unet")
+    options.add_argument("--model", default="sd15", choices=MODELS, help="its sizes (default: sd15)")
+    options.add_argument("--size", type=int, nargs="+", default=[512], help="pixels per side (512)")
+    options.add_argument(
+        "--batch", type=int, nargs="+", default=[2], help="UNet rows; 2 (the default) is one guided image"
+    )
+    options.add_argument("--runs", type=int, default=5, help="evaluations per shape (default: 5)")
+    options.add_argument(
+        "--warmup", type=int, default=2, help="evaluations of each shape before these (default: 2)"
+    )
+    options.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    options.add_argument("--dtype", default="float32", help="float32 (the default), float16, ...")
+    options.add_argument("--worker", choices=PROVIDERS, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    providers = [Provider(name) for name in PROVIDERS]
+    rows = []
     for batch, size in itertools.product(args.batch, args.size):
-        results = {name: [] for name in workers}
-        for run in range(-args.warmup, args.runs):
-            for name in workers:
-                result = ask(name, size, batch)
-                if run >= 0:
-                    results[name].append(result)
-        checks = {name: runs[0]["check"] for name, runs in results.items()}
-        if abs(checks["minsd"] / checks["diffusers"] - 1) > (1e-4 if args.dtype == "float32" else 2e-2):
-            sys.exit(f"the two do not compute the same: mean |eps| {checks}")
-        for name, runs in results.items():
-            seconds, cpu = (statistics.median(r[key] for r in runs) for key in ("seconds", "cpu_seconds"))
-            ratios = [
-                statistics.median(a[key] / b[key] for a, b in zip(runs, results["diffusers"]))
-                for key in ("seconds", "cpu_seconds")
-            ]
-            last = before.get((name, batch))
-            cost = seconds if on_gpu(args.device) else cpu
-            slope = (
-                math.log(cost / last[1]) / math.log((size / last[0]) ** 2)
-                if last and size != last[0]
-                else None
-            )
-            before[name, batch] = size, cost
-            rows.append(
-                {
-                    "model": args.model,
-                    "size": size,
-                    "batch": batch,
-                    "dtype": args.dtype,
-                    "provider": name,
-                    "seconds": round(seconds, 4),
-                    "cpu_seconds": round(cpu, 4),
-                    "peak_mb": round(max(r["peak_mb"] for r in runs)),
-                    "time_ratio": round(ratios[0], 3),
-                    "cpu_ratio": round(ratios[1], 3),
-                    "slope": "" if slope is None else round(slope, 2),
-                }
-            )
-    for process in workers.values():
-        process.communicate()
-    report("unet", rows, args.csv, args.device)
+        rows += measure(args, providers, size, batch)
+    for provider in providers:
+        provider.end()
+    report("unet", slopes(rows, args.device), args.csv, args.device)
 
 
 if __name__ == "__main__":

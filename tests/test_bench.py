@@ -1,11 +1,13 @@
-"""What benches share, and what their tracked results say of where they came from."""
+"""The functions that benches share, and the provenance of the tracked results."""
 
+import ast
 import csv
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 path = list(sys.path)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benches are not installed
@@ -16,26 +18,9 @@ sys.path[:] = path  # the root would hide PyPI's `kernels`
 
 def test_a_command_can_be_run_again_and_names_no_folder_of_the_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "/somewhere/bench/layout.py",
-            "--methods",
-            "drop 0",
-            "plain",
-            "--sheet=/a/b=c/d.png",
-            "--keep",
-            "/a/keep/",
-            "--scores",
-            "10:7.5/1:50",
-            "--out",
-            "here/too",
-            "-n",
-            "4",
-            "--csv",
-        ],
-    )
+    given = "--sheet=/a/b=c/d.png --keep /a/keep/ --scores 10:7.5/1:50 --out here/too -n 4 --csv"
+    argv = ["/somewhere/bench/layout.py", "--methods", "drop 0", "plain", *given.split()]
+    monkeypatch.setattr(sys, "argv", argv)
     for k in (1, 2):  # one header for both
         bench.write_csv("layout", [{"model": "/a/b/model.safetensors", "share": "7/8", "k": k}])
     with (tmp_path / "layout.csv").open() as file:
@@ -43,9 +28,8 @@ def test_a_command_can_be_run_again_and_names_no_folder_of_the_machine(monkeypat
     assert [(row["model"], row["share"], row["k"]) for row in rows] == [
         ("model.safetensors", "7/8", k) for k in "12"
     ]
-    assert rows[0]["command"] == (
-        "python -m bench.layout --methods 'drop 0' plain --sheet=d.png --keep keep --scores 10:7.5/1:50 --out here/too -n 4 --csv"
-    )
+    kept = "--sheet=d.png --keep keep --scores 10:7.5/1:50 --out here/too -n 4 --csv"
+    assert rows[0]["command"] == f"python -m bench.layout --methods 'drop 0' plain {kept}"
 
 
 def test_every_tracked_row_names_a_bench_and_no_folder_of_a_machine():
@@ -55,12 +39,12 @@ def test_every_tracked_row_names_a_bench_and_no_folder_of_a_machine():
         with file.open() as lines:
             for row in csv.DictReader(lines):
                 python, flag, module, *arguments = shlex.split(row["command"])
-                assert (python, flag) == ("python", "-m") and (
-                    bench.RESULTS.parent / f"{module.removeprefix('bench.')}.py"
-                ).is_file(), file
+                assert (python, flag) == ("python", "-m"), file
+                assert (bench.RESULTS.parent / f"{module.removeprefix('bench.')}.py").is_file(), file
+                # as it would be written today
                 assert row["command"] == shlex.join([python, flag, module, *map(bench.shown, arguments)]), (
                     file
-                )  # as it is written today
+                )
                 assert not any(value.startswith("/") for value in row.values() if value), file
 
 
@@ -78,9 +62,31 @@ def test_rates_have_wilsons_interval():
 def test_a_bench_in_a_process_of_its_own(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     monkeypatch.setattr(sys, "argv", ["maps.py", "--model", "shapes", "--size", "128", "--runs", "1"])
-    told = bench.in_own_process("--worker", "minsd")
-    assert len(told["gradient"]) == 4 * 16 * 16 and len(told["seconds"]) == 1 and told["peak_mb"] > 50
-    with pytest.raises(
-        SystemExit, match=r"invalid choice: 'none'(.|\n)*python -m bench.maps .* failed with exit code 2"
-    ):
+    result = bench.in_own_process("--worker", "minsd")
+    assert len(result["gradient"]) == 4 * 16 * 16
+    assert len(result["seconds"]) == 1 and result["peak_mb"] > 50
+    message = r"invalid choice: 'none'(.|\n)*python -m bench.maps .* failed with exit code 2"
+    with pytest.raises(SystemExit, match=message):
         bench.in_own_process("--worker", "none")
+
+
+def test_both_providers_of_the_unet_bench_compute_the_same():
+    """On the embedded model, whose group norms are not of diffusers' default size."""
+    from bench import unet
+
+    ours = unet.build("shapes", torch.float32, "cpu")
+    theirs = unet.build_diffusers("shapes", torch.float32, "cpu")
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 16, 16, generator=g)
+    context = torch.randn(2, 77, ours.config.context_dim, generator=g)
+    with torch.no_grad():
+        a = ours(x, 481, context)
+        b = theirs(x, 481, context).sample
+    assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_every_flag_has_a_help_text():
+    for file in sorted(bench.RESULTS.parent.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                assert any(keyword.arg == "help" for keyword in node.keywords), (file.name, node.lineno)
