@@ -11,8 +11,8 @@ each run of a network:
 Outside such a block these adapters do nothing, so that other callers of the network, such as a
 refine, run it without them.
 
-A LoRA with its scale is written FILE:SCALE on the command line, in layouts and in metadata. Everywhere
-else it is a (Path, scale) pair: `split_scale` and `join_scale`.
+A LoRA with its scale is written FILE:SCALE on the command line, in layouts and in metadata.
+Everywhere else it is a (Path, scale) pair: `split_scale` and `join_scale`.
 """
 
 import re
@@ -67,7 +67,9 @@ def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str
 
 
 def split_scale(text: str) -> LoRAReference:
-    """ "style.safetensors:0.8" -> the file and 0.8, or 1 without a scale. ValueError for other forms."""
+    """ "style.safetensors:0.8" -> the file and 0.8, or 1 without a scale. ValueError for other
+    forms.
+    """
     tag = re.fullmatch(r"<lora:(.+):([\d.]+)>", text)
     if tag is not None:
         raise ValueError(f"{text} is a prompt's form: give the file, such as {tag[1]}.safetensors:{tag[2]}")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 CELL = 8  # pixels per side of a latent cell
 LARGEST = 16384  # pixels per side of an image, at most
 STRENGTH = 0.8  # image to image: the fraction of the steps that run
-SAMPLER_NAMES = {  # ours (samplers.SAMPLERS, without its imports) -> what other Stable Diffusion tools call them
+# The samplers (those of samplers.SAMPLERS, without its imports), and their names in other tools.
+SAMPLER_NAMES = {
     "ddim": "DDIM",
     "pndm": "PLMS",
     "euler": "Euler",

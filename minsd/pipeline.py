@@ -1,8 +1,8 @@
 """StableDiffusion: text + noise -> image, and the loop that everything shares.
 
-The prompt becomes text states; a predictor (minsd/guidance.py) predicts the noise in the latents; a sampler
-(samplers/) takes them down the schedule's noise levels; the VAE decodes them. `load` makes a model from
-files (weights/).
+The prompt becomes text states; a predictor (minsd/guidance.py) predicts the noise in the latents;
+a sampler (samplers/) takes them down the schedule's noise levels; the VAE decodes them. `load`
+makes a model from files (weights/).
 """
 
 import copy
@@ -38,13 +38,13 @@ def load(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> "StableDiffusion":
-    """Load a model by name ("shapes", or a row of `minsd.config.MODELS`), folder, file or hub id. Its
-    weights are frozen.
+    """Load a model by name ("shapes", or a row of `minsd.config.MODELS`), folder, file or hub id.
+    Its weights are frozen.
 
-    `device` defaults to CUDA where there is one, `dtype` to float16 on CUDA and float32 elsewhere. `vae`, a
-    folder or file, replaces the model's own. `tokenizer`, a folder, and `prediction_type` are for single
-    files, which contain neither. ValueError or FileNotFoundError, in one line, for anything that cannot be
-    loaded.
+    `device` defaults to CUDA where there is one, `dtype` to float16 on CUDA and float32 elsewhere.
+    `vae`, a folder or file, replaces the model's own. `tokenizer`, a folder, and `prediction_type`
+    are for single files, which contain neither. ValueError or FileNotFoundError, in one line, for
+    anything that cannot be loaded.
     """
     from minsd.weights.load import load_model
 
@@ -100,8 +100,8 @@ class StableDiffusion:
         return self.unet.conv_in.weight.dtype
 
     def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
-        """Choose the attention backend (of `minsd.kernels.attention`) of the UNet and of `others`, such as
-        a ControlNet.
+        """Choose the attention backend (of `minsd.kernels.attention`) of the UNet and of `others`,
+        such as a ControlNet.
         """
         if backend not in BACKENDS:
             raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -112,8 +112,8 @@ class StableDiffusion:
             self.graphs.release()
 
     def use_graphs(self, on: bool = True) -> None:
-        """Replay the UNet's evaluations from CUDA graphs (minsd/graphs.py), or stop doing so. `load` turns
-        it on for CUDA.
+        """Replay the UNet's evaluations from CUDA graphs (minsd/graphs.py), or stop doing so.
+        `load` turns it on for CUDA.
         """
         if self.graphs is not None:
             self.graphs.release()
@@ -124,17 +124,19 @@ class StableDiffusion:
             self.unet.forward = self.graphs
 
     def compile(self, **options) -> None:
-        """Compile the UNet with torch.compile: minutes at the first step of each size, faster steps after.
+        """Compile the UNet with torch.compile: minutes at the first step of each size, faster
+        steps after.
 
-        `options` are torch.compile's. CUDA graphs, where they are on, capture the compiled UNet, unless
-        `mode` is given: some modes bring graphs of their own.
+        `options` are torch.compile's. CUDA graphs, where they are on, capture the compiled UNet,
+        unless `mode` is given: some modes bring graphs of their own.
         """
         graphs = self.graphs is not None and "mode" not in options
         self.use_graphs(False)
         run = torch.compile(self.unet.forward, **options)
 
         def forward(x: Tensor, t: int | float | Tensor, *args: Any, **more: Any) -> Tensor | None:
-            # A timestep that is a number would become a constant, and every step would be compiled anew.
+            # A timestep that is a number would become a constant, and every step would be compiled
+            # anew.
             t = t if torch.is_tensor(t) else torch.full((len(x),), float(t), device=x.device)
             return run(x, t, *args, **more)
 
@@ -160,11 +162,12 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """Draw images, one per seed (default: seed 0) or per unit noise (B,4,height/8,width/8).
 
-        None stands for the model's own default. `prompt`: one for all images, or one each. `height` and
-        `width`: pixels, multiples of 8. `init_image` starts image to image; it is cropped and scaled to the
-        size, and `strength` (0 to 1) is the fraction of the steps that run. `karras`: Karras noise levels,
-        for dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each step's prediction.
-        ValueError for sizes, shapes and counts that do not fit.
+        None stands for the model's own default. `prompt`: one for all images, or one each.
+        `height` and `width`: pixels, multiples of 8. `init_image` starts image to image; it is
+        cropped and scaled to the size, and `strength` (0 to 1) is the fraction of the steps that
+        run. `karras`: Karras noise levels, for dpmpp_2m. `refine(i, t, x) -> x` may change the
+        latents before each step's prediction. ValueError for sizes, shapes and counts that do not
+        fit.
         """
         height = self.config.size if height is None else height
         width = self.config.size if width is None else width
@@ -228,11 +231,13 @@ class StableDiffusion:
         refine: Callable | None = None,
         progress: Callable[[int, int | float], object] | None = None,
     ) -> Tensor:
-        """The loop that everything shares: unit noise (B,4,h,w) -> latents, with any noise predictor.
+        """The loop that everything shares: unit noise (B,4,h,w) -> latents, with any noise
+        predictor.
 
-        `seeds`, one per image, are for samplers that draw noise on the way. `init`, latents (B or 1,4,h,w)
-        of an image, starts image to image: they are noised, and the last `strength` of the steps run. At
-        strength 0 no step runs; at 1 nothing of `init` is left. `progress(i, t)` is called after every step.
+        `seeds`, one per image, are for samplers that draw noise on the way. `init`, latents (B or
+        1,4,h,w) of an image, starts image to image: they are noised, and the last `strength` of
+        the steps run. At strength 0 no step runs; at 1 nothing of `init` is left. `progress(i, t)`
+        is called after every step.
         """
         sampler = sampler or self.config.sampler
         samplers.check(sampler, karras)
@@ -254,7 +259,9 @@ class StableDiffusion:
         return x
 
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> guidance.Predictor:
-        """predict(x, t) -> eps under text states `context`, guided away from `uncond` (B or 1,77,D each)."""
+        """predict(x, t) -> eps under text states `context`, guided away from `uncond` (B or 1,77,D
+        each).
+        """
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
     def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor:
@@ -263,7 +270,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Images of one size, sides multiples of 8 -> latents (B,4,h,w), the mean of the VAE's posterior."""
+        """Images of one size, sides multiples of 8 -> latents (B,4,h,w), the mean of the VAE's
+        posterior.
+        """
         x = image.to_tensor([pictures] if isinstance(pictures, Image.Image) else list(pictures))
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
@@ -278,7 +287,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (B,4,h,w) -> B images. FloatingPointError where they are not finite; never a black one."""
+        """Latents (B,4,h,w) -> B images. FloatingPointError where they are not finite; never a
+        black one.
+        """
         if not latents.isfinite().all():
             raise FloatingPointError(
                 f"the latents are not finite: sampling in {latents.dtype} overflowed; "
@@ -305,7 +316,9 @@ class StableDiffusion:
         return image.from_tensor(torch.cat(pixels))
 
     def _vae_batch(self, height: int, width: int) -> int:
-        """How many images the VAE takes at once; 0, with a warning, where one alone must go in bands."""
+        """How many images the VAE takes at once; 0, with a warning, where one alone must go in
+        bands.
+        """
         need = memory_needed(self.config.vae, height, width, self.dtype)
         free = 0.9 * free_memory(self.device)
         # What the graphs' pool holds counts as free, but only graphs can use it.
@@ -323,9 +336,10 @@ class StableDiffusion:
     def batch_size(self, height: int, width: int) -> int:
         """How many images of a size (pixels) go through the networks at once.
 
-        On a CPU as many as have the latent cells of one at 512x512: more is no faster there. On a GPU as
-        many as fit the free memory, at most sixteen times as many; a guided step needs about 100 kB per
-        latent cell and guidance half in 16 bits (expected, not measured on a GPU).
+        On a CPU as many as have the latent cells of one at 512x512: more is no faster there. On a
+        GPU as many as fit the free memory, at most sixteen times as many; a guided step needs
+        about 100 kB per latent cell and guidance half in 16 bits (expected, not measured on a
+        GPU).
         """
         cells = (height // 8) * (width // 8)
         limit = 64 * 64
@@ -360,7 +374,9 @@ def _per_image(
 
 
 def first_step(steps: int, strength: float) -> int:
-    """How many of `steps` image to image skips at the noisy end. ValueError for a strength outside 0..1."""
+    """How many of `steps` image to image skips at the noisy end. ValueError for a strength outside
+    0..1.
+    """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be from 0 to 1, not {strength}")
     run = math.floor(steps * strength + 1e-9)
@@ -372,7 +388,9 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes free on the device, with what PyTorch reserves but does not use. Infinite where unknown."""
+    """Bytes free on the device, with what PyTorch reserves but does not use. Infinite where
+    unknown.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -29,7 +29,8 @@ def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 def noise_files(path: Path) -> list[Path]:
-    """The noise files that a path stands for: itself, or those of a folder in the order of their names.
+    """The noise files that a path stands for: itself, or those of a folder in the order of their
+    names.
 
     FileNotFoundError or ValueError where there are none.
     """
@@ -44,19 +45,19 @@ def noise_files(path: Path) -> list[Path]:
 
 
 def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Initial noise (B,4,h,w), float32, from a noise file or a folder of them. `shape` is one image's, (4,
-    h, w).
+    """Initial noise (B,4,h,w), float32, from a noise file or a folder of them. `shape` is one
+    image's, (4, h, w).
 
-    A file holds noise of that shape, or several stacked: a .safetensors file in a tensor called noise, a .npy
-    file as its array, a .pt file as a tensor (read without unpickling anything else).
-    FileNotFoundError if there is no such file; ValueError if it holds anything else.
+    A file holds noise of that shape, or several stacked: a .safetensors file in a tensor called
+    noise, a .npy file as its array, a .pt file as a tensor (read without unpickling anything
+    else). FileNotFoundError if there is no such file; ValueError if it holds anything else.
     """
     return torch.cat([_checked(_read(file), file, shape) for file in noise_files(path)])
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `save_noise` recorded in a noise file: prompt, seed, init_noise, updates, ... Empty for other
-    files.
+    """What `save_noise` recorded in a noise file: prompt, seed, init_noise, updates, ... Empty for
+    other files.
     """
     from minsd.weights.safetensors_file import read_header
 
@@ -79,7 +80,9 @@ def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = N
 
 
 def _read(path: Path) -> Tensor:
-    """Whatever tensor a noise file holds. ValueError where it holds none, or where it is not sound."""
+    """Whatever tensor a noise file holds. ValueError where it holds none, or where it is not
+    sound.
+    """
     from minsd.weights.safetensors_file import read_header
 
     if path.stat().st_size > LARGEST_FILE:
@@ -114,7 +117,9 @@ def _read_pt(path: Path) -> Tensor:
 
 
 def _checked(noise: Tensor, path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Noise (B,4,h,w) in float32. ValueError for another shape and for numbers that are not finite."""
+    """Noise (B,4,h,w) in float32. ValueError for another shape and for numbers that are not
+    finite.
+    """
     noise = noise[None] if noise.ndim == 3 else noise
     if noise.ndim != 4 or tuple(noise.shape[1:]) != shape or not len(noise):
         wanted = f"(images, {', '.join(map(str, shape))})"

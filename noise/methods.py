@@ -1,8 +1,8 @@
 """The table of noise methods: name -> how the initial noise of a batch is found.
 
-A method is a function `(sd, batch, say) -> Found`. It takes a `Batch`, images that differ in prompt,
-subjects and seed alone, and returns their unit noise. To add one, write it in a file of its own, wrap it
-here, and add its row to `METHODS`.
+A method is a function `(sd, batch, say) -> Found`. It takes a `Batch`, images that differ in
+prompt, subjects and seed alone, and returns their unit noise. To add one, write it in a file of
+its own, wrap it here, and add its row to `METHODS`.
 """
 
 import hashlib
@@ -146,10 +146,12 @@ def _each(batch: Batch) -> list[dict]:
 
 
 def candidate_seeds(seed: int, count: int) -> list[int]:
-    """The seeds that a selection of `count` chooses among: the asked seed itself, and others derived from it.
+    """The seeds that a selection of `count` chooses among: the asked seed itself, and others
+    derived from it.
 
-    The others are hashes of the asked seed and their number, 63 bits long. So two asked seeds share no
-    candidate, and an image's candidates are the same whether it is drawn alone or in a list.
+    The others are hashes of the asked seed and their number, 63 bits long. So two asked seeds
+    share no candidate, and an image's candidates are the same whether it is drawn alone or in a
+    list.
     """
     digests = (hashlib.sha256(f"{seed} {k}".encode()).digest() for k in range(1, count))
     return [seed, *(int.from_bytes(digest[:8], "big") >> 1 for digest in digests)]
@@ -161,8 +163,8 @@ def _candidates(batch: Batch) -> list[list[int]]:
 
 
 def _selection(asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float]) -> dict[str, Any]:
-    """The settings that record a selection: the seeds asked for and chosen, and every candidate with its
-    score.
+    """The settings that record a selection: the seeds asked for and chosen, and every candidate
+    with its score.
     """
     return {
         "asked_seed": asked,
@@ -176,9 +178,9 @@ def _best_by_attention(
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """The best of each image's candidates, and what to record.
 
-    With a layout's regions, by how well each caption attends to its region (a score, higher is better);
-    without, by the attention to the subjects (a loss, lower is better). One early-stopped UNet evaluation
-    per candidate (and region).
+    With a layout's regions, by how well each caption attends to its region (a score, higher is
+    better); without, by the attention to the subjects (a loss, lower is better). One early-stopped
+    UNet evaluation per candidate (and region).
     """
     chosen = []
     notes = []
