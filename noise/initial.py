@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,13 +58,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     """What `save_noise` recorded in a noise file: prompt, seed, init_noise, updates, ... Empty for
     other files.
     """
-    from minsd.weights.safetensors_file import read_header
+    from minsd.weights import safetensors_file
 
-    if path.suffix != ".safetensors":
-        return {}
-    read_header(path)
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    return safetensors_file.read_metadata(path) if path.suffix == ".safetensors" else {}
 
 
 def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:

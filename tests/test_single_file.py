@@ -524,7 +524,7 @@ def test_full_size_files_are_the_known_families(name, tmp_path):
         tmp_path / "full.safetensors",
         as_original({"unet": unet.state_dict(), "vae": vae.state_dict()}, text_state),
     )
-    config, *parts, _ = original(Tensors(tmp_path / "full.safetensors", "", torch.float16), None)
+    config, *parts, _ = original(Tensors(tmp_path / "full.safetensors", "", torch.float16), None, {})
     assert (config.unet, config.vae, config.text, config.schedule) == (
         row.unet,
         row.vae,

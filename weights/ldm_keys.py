@@ -103,7 +103,20 @@ def controlnet_name(name: str) -> str | None:
 
 # --- the VAE --------------------------------------------------------------------------------------
 
-_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# The parts of the VAE's attention under all names they have had, in the original layout and in
+# diffusers'.
+_VAE_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+    "proj_out": "to_out.0",
+    "to_out": "to_out.0",
+}
 
 
 def vae_name(name: str, levels: int) -> str:
@@ -112,7 +125,7 @@ def vae_name(name: str, levels: int) -> str:
     name = name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
     if m := re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", name):
         return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"
-    if m := re.fullmatch(r"(encoder|decoder)\.mid\.attn_1\.(\w+)\.(\w+)", name):
+    if m := re.fullmatch(r"(encoder|decoder)\.mid\.attn_1\.(\w+|to_out\.0)\.(\w+)", name):
         return f"{m[1]}.mid_block.attentions.0.{_VAE_ATTENTION.get(m[2], m[2])}.{m[3]}"
     if m := re.fullmatch(r"encoder\.down\.(\d+)\.(.+)", name):
         block = f"encoder.down_blocks.{m[1]}"
@@ -168,13 +181,16 @@ def open_clip_names(name: str, layers: int) -> list[str]:
 
 
 def newer_vae_name(name: str) -> str:
-    """The present name of a part of the VAE's attention; files of SD1.x use the older one."""
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
-    return name
+    """The present name of a part of the VAE's attention; files of SD1.x use older ones."""
+    m = re.fullmatch(r"(.+\.attentions\.0\.)(\w+)\.(weight|bias)", name)
+    return name if m is None else f"{m[1]}{_VAE_ATTENTION.get(m[2], m[2])}.{m[3]}"
 
 
-def clip_name(name: str) -> str | None:
+def clip_name(name: str, layers: int = 1000) -> str | None:
     """A text encoder's name without the prefix that some versions of transformers add; None for the
-    position numbers that some of them store."""
-    return None if name.endswith("position_ids") else name.removeprefix("text_model.")
+    position numbers that some of them store, and for layers from number `layers` on."""
+    bare = name.removeprefix("text_model.")
+    m = re.match(r"encoder\.layers\.(\d+)\.", bare)
+    if name.endswith("position_ids") or (m is not None and int(m[1]) >= layers):
+        return None
+    return bare

@@ -10,8 +10,10 @@ and as single files in the original layout (single_file.py). safetensors_file.py
 and refuses unsound ones.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +25,7 @@ from minsd.config import MODELS, ModelConfig, ScheduleConfig, TextConfig, UNetCo
 from minsd.text import TextEncoder
 from minsd.unet import UNet
 from minsd.vae import VAE
-from minsd.weights import hub
+from minsd.weights import hub, stated
 from minsd.weights.ldm_keys import clip_name, newer_vae_name
 from minsd.weights.safetensors_file import (
     ORIGINAL,
@@ -32,9 +34,10 @@ from minsd.weights.safetensors_file import (
     guess,
     is_aligned,
     read_json,
+    read_metadata,
     refuse_pickle,
 )
-from minsd.weights.single_file import FileHash, original, vae_file
+from minsd.weights.single_file import CHANNELS, FileHash, original, vae_file
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -123,6 +126,14 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
     else:
         vae = Tensors(folder / "vae", "diffusion_pytorch_model", wanted.dtype)
     text = Tensors(folder / "text_encoder", "model", wanted.dtype)
+    notes = stated.check_pipeline(read_json(folder / "model_index.json"), folder)
+    notes += _scheduler_note(folder, config)
+    skipped = layers_skipped(text, config.text)
+    if skipped:
+        notes.append(
+            f"the text encoder runs {config.text.num_layers} of its"
+            f" {config.text.num_layers + skipped} layers (clip skip), as its config states"
+        )
     own = folder / "tokenizer"
     if not wanted.tokenizer and not own.is_dir():
         raise FileNotFoundError(
@@ -130,18 +141,28 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
         )
     tokenizer = read_tokenizer(wanted.tokenizer or own, config.text)
     pad = _token_id(tokenizer.pad_token_id, config.text.pad_token_id)
-    return assemble(config, unet, vae, text, tokenizer, pad, wanted)
+    return replace(assemble(config, unet, vae, text, tokenizer, pad, wanted), notes=notes)
+
+
+def _scheduler_note(folder: Path, config: ModelConfig) -> list[str]:
+    """A note where the folder's scheduler is not the sampler that is used by default, or is
+    another than ddim.
+    """
+    _, note = stated.sampler_of(read_json(folder / "scheduler" / "scheduler_config.json"))
+    return [] if note is None or note.startswith(f"sampler {_family(config).sampler},") else [note]
+
+
+def layers_skipped(tensors: Tensors, config: TextConfig) -> int:
+    """How many of a text encoder's last layers its config leaves out, as CLIP skip does."""
+    numbers = (re.search(r"encoder\.layers\.(\d{1,3})\.", name) for name in tensors)
+    return max(0, 1 + max((int(m[1]) for m in numbers if m), default=-1) - config.num_layers)
 
 
 def check_folder(folder: Path) -> ModelConfig:
     """The configuration in a folder's JSON files; ValueError unless it is a Stable Diffusion 1.x or
     2.x model."""
     index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name", "StableDiffusionPipeline")
-    if kind != "StableDiffusionPipeline":
-        raise ValueError(
-            f"{folder} holds a {kind}; minsd loads Stable Diffusion 1.x and 2.x (StableDiffusionPipeline)"
-        )
+    stated.check_pipeline(index, folder)
     return folder_config(folder)
 
 
@@ -154,7 +175,7 @@ def load_file(path: Path, wanted: Wanted) -> Loaded:
             f"{path} {kind or 'holds no model that minsd knows'}: give a Stable Diffusion 1.x or"
             " 2.x checkpoint"
         )
-    config, unet, own_vae, text, notes = original(tensors, wanted.prediction_type)
+    config, unet, own_vae, text, notes = original(tensors, wanted.prediction_type, read_metadata(path))
     if wanted.vae:
         vae_config, vae = find_vae(wanted.vae, wanted.dtype)
         config = replace(config, vae=vae_config)
@@ -196,12 +217,13 @@ def assemble(
         fill(module, tensors, wanted.device, wanted.dtype, rename)
         return module
 
+    rename_text = partial(clip_name, layers=config.text.num_layers)
     return Loaded(
         config.name,
         config,
         build(UNet, config.unet, unet),
         build(VAE, config.vae, vae, newer_vae_name),
-        TextEncoder(build(empty_clip, config.text, text, clip_name), tokenizer, pad),
+        TextEncoder(build(empty_clip, config.text, text, rename_text), tokenizer, pad),
     )
 
 
@@ -352,10 +374,11 @@ def unet_config(path: Path) -> UNetConfig:
         raise ValueError(
             f"{path}: this is an SDXL network (addition_embed_type); minsd loads Stable Diffusion 1.x and 2.x"
         )
-    if c.get("in_channels", 4) == 9:
+    channels = c.get("in_channels", 4)
+    if isinstance(channels, int) and channels in CHANNELS:
         raise ValueError(
-            f"{path}: this is an inpainting network (9 input channels); minsd loads text-to-image"
-            " models, with 4"
+            f"{path}: this is a network for {CHANNELS[channels]} ({channels} input channels); minsd loads"
+            " text-to-image models, with 4"
         )
     for key, known in _UNET_VALUES.items():
         if c.get(key) not in known:
@@ -462,28 +485,46 @@ def schedule_config(path: Path) -> ScheduleConfig:
 
 
 def folder_config(folder: Path) -> ModelConfig:
-    """The folder's own networks and schedule, with the defaults (steps, guidance, ...) of the
-    family they belong to. Defaults come from the family, the name from the folder."""
-    unet = unet_config(folder / "unet" / "config.json")
-    schedule = schedule_config(folder / "scheduler" / "scheduler_config.json")
-
-    def is_like(row: ModelConfig) -> bool:
-        return (
-            row.unet == unet
-            and row.schedule.prediction_type == schedule.prediction_type
-            and row.schedule.timestep_spacing == schedule.timestep_spacing
-        )
-
-    name = folder.resolve().name
-    row = next((row for row in reversed(MODELS.values()) if is_like(row)), ModelConfig(name))
-    return replace(
-        row,
-        name=row.name if folder == SHAPES_FOLDER else name,
-        unet=unet,
-        schedule=schedule,
+    """The folder's own networks, schedule and sampler, with the other defaults (steps, guidance,
+    ...) of the family they belong to. Defaults come from the family, the name from the folder.
+    """
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    config = ModelConfig(
+        folder.resolve().name,
+        unet=unet_config(folder / "unet" / "config.json"),
+        schedule=schedule_config(scheduler),
         vae=vae_config(folder / "vae" / "config.json"),
         text=text_config(folder / "text_encoder" / "config.json"),
     )
+    family = _family(config)
+    sampler, _ = stated.sampler_of(read_json(scheduler))
+    few = sampler == "lcm"  # consistency models: a few steps, without guidance
+    return replace(
+        family,
+        name=family.name if folder == SHAPES_FOLDER else config.name,
+        unet=config.unet,
+        schedule=config.schedule,
+        vae=config.vae,
+        text=config.text,
+        sampler=sampler or family.sampler,
+        steps=stated.LCM_STEPS if few else family.steps,
+        guidance_scale=1.0 if few else family.guidance_scale,
+    )
+
+
+def _family(config: ModelConfig) -> ModelConfig:
+    """The row of `MODELS` with these networks and this kind of schedule; plain defaults without
+    one.
+    """
+
+    def is_like(row: ModelConfig) -> bool:
+        return (
+            row.unet == config.unet
+            and row.schedule.prediction_type == config.schedule.prediction_type
+            and row.schedule.timestep_spacing == config.schedule.timestep_spacing
+        )
+
+    return next((row for row in reversed(MODELS.values()) if is_like(row)), ModelConfig(config.name))
 
 
 # --- filling networks -----------------------------------------------------------------------------

@@ -146,6 +146,15 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
     return begin, end
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a sound safetensors file; empty where it has none. ValueError for an unsound
+    file.
+    """
+    read_header(path)
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 class Tensors(Mapping[str, torch.Tensor]):
     """The tensors of one file, or of one component's file or shards in a folder.
 

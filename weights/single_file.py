@@ -10,30 +10,35 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minsd.config import MODELS, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from minsd.weights import ldm_keys
+from minsd.weights import ldm_keys, stated
 from minsd.weights.safetensors_file import RenamedTensors, Tensors, guess
 
 _SD1 = MODELS["sd15"]
 _SD2 = MODELS["sd21"]
-_CHANNELS = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}
+CHANNELS = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}
 
 
 def original(
-    tensors: Tensors, prediction_type: str | None
+    tensors: Tensors, prediction_type: str | None, metadata: Mapping[str, str]
 ) -> tuple[ModelConfig, RenamedTensors, RenamedTensors | None, RenamedTensors, list[str]]:
     """A checkpoint's tensors under our names -> (config, the UNet's, the VAE's or None, the text
-    encoder's, notes for the user). ValueError, in one line, for a checkpoint that is not whole."""
+    encoder's, notes for the user). `prediction_type` overrides what the file's metadata states.
+    ValueError, in one line, for a checkpoint that is not whole."""
     path = tensors.where
     unet = _unet_tensors(tensors)
     vae = _vae_tensors(tensors)
     text, is_sd2 = _text_tensors(tensors)
     notes = []
+    said = stated.of_file(metadata)
+    if said.prediction_type is not None and prediction_type not in (None, said.prediction_type):
+        notes.append(f"{path.name} states {said.prediction_type}; {prediction_type} is used, as asked for")
+    prediction_type = prediction_type or said.prediction_type
     family = _SD1
     if is_sd2:
         family = MODELS["sd21-base" if prediction_type == "epsilon" else "sd21"]
@@ -58,6 +63,8 @@ def original(
     )
     if prediction_type is not None:
         config = replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
+    if said.size is not None:
+        config = replace(config, unet=replace(config.unet, sample_size=said.size // 8))
     if config.unet.context_dim != config.text.hidden_size:
         raise ValueError(
             f"{path}: its UNet takes text states of width {config.unet.context_dim}, its text encoder makes"
@@ -212,7 +219,7 @@ def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetCo
     found = sizes(read, tensors.where)
     channels = found["in_channels"]
     if channels != 4:
-        kind = _CHANNELS.get(channels, "unknown")
+        kind = CHANNELS.get(channels, "unknown")
         raise ValueError(
             f"{tensors.where} has {channels} input channels ({kind}): minsd loads text-to-image"
             " models, with 4"
