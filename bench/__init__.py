@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -140,6 +141,15 @@ def rate(name: str, successes: int, n: int) -> Row:
     """A rate and its interval as columns NAME and NAME_95."""
     low, high = wilson(successes, n)
     return {name: round(successes / n, 3), f"{name}_95": f"{low:.3f}-{high:.3f}"}
+
+
+def without_missing(providers: Sequence[str], package: str = "diffusers") -> list[str]:
+    """The providers, less those that need a package that is not installed; these are named."""
+    if find_spec(package) is not None:
+        return list(providers)
+    left_out = [name for name in providers if name.startswith(package)]
+    print(f"left out, as {package} is not installed: {', '.join(left_out)}", file=sys.stderr)
+    return [name for name in providers if name not in left_out]
 
 
 # --- seconds and memory ---------------------------------------------------------------------------

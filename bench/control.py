@@ -162,7 +162,7 @@ def count_holes(sd: StableDiffusion, adapter: lora.LoRA, n: int) -> list[Row]:
 
 def cost(sd: StableDiffusion, net: ControlNet, adapter: lora.LoRA) -> list[Row]:
     """Milliseconds of a guided step of BATCH images: medians over turns."""
-    x = noise(range(BATCH), (4, 16, 16))
+    x = noise(range(BATCH), (4, 16, 16)).to(sd.device, sd.dtype)
     uncond = sd.encode_prompt("").expand(BATCH, -1, -1)
     cond = sd.encode_prompt(["a red circle"] * BATCH)
     control = Control(net, torch.zeros(1, 3, data.SIZE, data.SIZE))
@@ -186,7 +186,7 @@ def cost(sd: StableDiffusion, net: ControlNet, adapter: lora.LoRA) -> list[Row]:
                 with context():
                     if turn == 0:
                         predict(x, 500)  # computes the text's keys and values, once
-                    times[name].append(1000 * clocked("cpu", predict, x, 500)[1])
+                    times[name].append(1000 * clocked(sd.device, predict, x, 500)[1])
     medians = {name: statistics.median(of[2:]) for name, of in times.items()}
     alone = medians["alone"]
     return [
@@ -206,18 +206,20 @@ def main() -> None:
     options.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's number"
     )
+    options.add_argument("--device", default="cpu", help="for --cost: cpu (the default) or cuda")
+    options.add_argument("--dtype", default="float32", help="for --cost (default: float32)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    sd = load("shapes", "cpu")
+    sd = load("shapes", args.device, getattr(torch, args.dtype))
 
     def net() -> ControlNet:
-        return load_controlnet(args.extras / "outlines", device=torch.device("cpu"), dtype=torch.float32)
+        return load_controlnet(args.extras / "outlines", device=sd.device, dtype=sd.dtype)
 
     def adapter() -> lora.LoRA:
         return lora.read(args.extras / "pierced.safetensors", sd)
 
     if args.cost:
-        report("control_cost", cost(sd, net(), adapter()), args.csv)
+        report("control_cost", cost(sd, net(), adapter()), args.csv, args.device)
         return
     rows = []
     if args.only != "holes":

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import Row, clocked, forget_peak, on_gpu, parser, peak_mb, report
+from bench import Row, clocked, forget_peak, on_gpu, parser, peak_mb, report, without_missing
 from bench.load import make_folder
 from minsd.config import MODELS
 from minsd.kernels import linear
@@ -114,9 +114,8 @@ def providers(folder: str, device: torch.device, dtype: torch.dtype, compiled: b
     runs = {"minsd": ours(folder, device, dtype, "")}
     for variant in ["eager"] * on_gpu(device) + variants:
         runs[f"minsd {variant}"] = ours(folder, device, dtype, variant)
-    runs["diffusers"] = theirs(folder, device, dtype, "")
-    for variant in variants:
-        runs[f"diffusers {variant}"] = theirs(folder, device, dtype, variant)
+    for name in without_missing(["diffusers", *(f"diffusers {variant}" for variant in variants)]):
+        runs[name] = theirs(folder, device, dtype, name.removeprefix("diffusers").strip())
     return runs
 
 
@@ -145,7 +144,12 @@ def measure(
     for name in runs:
         seconds = statistics.median(times[name])
         rate = flops * args.steps * batch / seconds
-        cpu_ratio = statistics.median(cpu[name]) / statistics.median(cpu["diffusers"])
+        ratio, cpu_ratio = (
+            round(statistics.median(of[name]) / statistics.median(of["diffusers"]), 3)
+            if "diffusers" in of
+            else ""
+            for of in (times, cpu)
+        )
         rows.append(
             {
                 "model": args.model,
@@ -158,8 +162,8 @@ def measure(
                 "seconds": round(seconds, 3),
                 "it/s": round(args.steps * batch / seconds, 2),
                 "first_seconds": round(first[name], 1),
-                "ratio": round(seconds / statistics.median(times["diffusers"]), 3),
-                "cpu_ratio": round(cpu_ratio, 3),
+                "ratio": ratio,
+                "cpu_ratio": cpu_ratio,
                 "peak_mb": memory[name],
                 "tflops": round(rate / 1e12, 2),
                 "of_peak": round(rate / peak, 3),

@@ -32,36 +32,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import Row, in_own_process, parser, report
-from bench.unet import diffusers_unet
+from bench import Row, in_own_process, parser, report, without_missing
+from bench.unet import unet_settings
 from minsd.config import MODELS, ModelConfig
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
 FILE = "single.safetensors"
 NEW_FILE = "minsd, new file"
-
-
-def diffusers_vae(row: ModelConfig) -> "AutoencoderKL":
-    """diffusers' VAE of the same shape."""
-    from diffusers import AutoencoderKL
-
-    config = row.vae
-    levels = len(config.block_out_channels)
-    settings: dict[str, Any] = {
-        "block_out_channels": config.block_out_channels,
-        "layers_per_block": config.layers_per_block,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_groups,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "sample_size": row.size,
-        "scaling_factor": config.scaling_factor,
-    }
-    return AutoencoderKL(**settings)
 
 
 def text_encoder(row: ModelConfig) -> "CLIPTextModel":
@@ -81,40 +61,67 @@ def text_encoder(row: ModelConfig) -> "CLIPTextModel":
     return CLIPTextModel(config)
 
 
-def make_folder(folder: Path, model: str) -> None:
-    """Write a folder of random fp16 weights in the sizes of `model`, by diffusers' own classes."""
-    import torch
-    from diffusers import DDIMScheduler
+def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The config.json of the UNet and the VAE, and the scheduler's, in diffusers' terms."""
+    unet = row.unet
+    vae = row.vae
+    schedule = row.schedule
+    return {
+        "unet/config.json": {"_class_name": "UNet2DConditionModel", **unet_settings(unet)},
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": vae.block_out_channels,
+            "layers_per_block": vae.layers_per_block,
+            "latent_channels": vae.latent_channels,
+            "norm_num_groups": vae.norm_groups,
+            "down_block_types": ("DownEncoderBlock2D",) * len(vae.block_out_channels),
+            "up_block_types": ("UpDecoderBlock2D",) * len(vae.block_out_channels),
+            "sample_size": row.size,
+            "scaling_factor": vae.scaling_factor,
+        },
+        "scheduler/scheduler_config.json": {
+            "_class_name": "DDIMScheduler",
+            "beta_start": schedule.beta_start,
+            "beta_end": schedule.beta_end,
+            "beta_schedule": schedule.beta_schedule,
+            "clip_sample": False,
+            "set_alpha_to_one": schedule.set_alpha_to_one,
+            "steps_offset": schedule.steps_offset,
+            "prediction_type": schedule.prediction_type,
+            "timestep_spacing": schedule.timestep_spacing,
+        },
+    }
 
+
+def make_folder(folder: Path, model: str) -> None:
+    """Write a folder of random fp16 weights in the sizes of `model`.
+
+    minsd's names are diffusers', so diffusers reads it too. It is not needed to write it.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from minsd.unet import UNet
+    from minsd.vae import VAE
     from minsd.weights.load import SHAPES_FOLDER
 
     row = MODELS[model]
-    parts = {
-        "unet": lambda: diffusers_unet(row.unet),
-        "vae": lambda: diffusers_vae(row),
-        "text_encoder": lambda: text_encoder(row),
-    }
     # Every tensor repeats the same million numbers: their values cost loading nothing.
     numbers = (0.02 * torch.randn(2**20)).half()
-    for name, make in parts.items():
-        with torch.device("meta"):
-            module = make()
-        module = module.half().to_empty(device="cpu")
-        for p in module.parameters():
-            p.data = numbers.repeat(-(-p.numel() // len(numbers)))[: p.numel()].view(p.shape)
-        module.save_pretrained(folder / name)
-    schedule = row.schedule
-    settings: dict[str, Any] = {
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": schedule.beta_schedule,
-        "clip_sample": False,
-        "set_alpha_to_one": schedule.set_alpha_to_one,
-        "steps_offset": schedule.steps_offset,
-        "prediction_type": schedule.prediction_type,
-        "timestep_spacing": schedule.timestep_spacing,
-    }
-    DDIMScheduler(**settings).save_pretrained(folder / "scheduler")
+    with torch.device("meta"):
+        networks = {"unet": UNet(row.unet), "vae": VAE(row.vae), "text_encoder": text_encoder(row)}
+    for name, network in networks.items():
+        (folder / name).mkdir(parents=True)
+        state = {
+            key: numbers.repeat(-(-p.numel() // len(numbers)))[: p.numel()].view(p.shape).clone()
+            for key, p in network.named_parameters()
+        }
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        save_file(state, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    text_encoder(row).config.save_pretrained(folder / "text_encoder")
+    for name, settings in config_files(row).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(settings))
     shutil.copytree(SHAPES_FOLDER / "tokenizer", folder / "tokenizer")
     shutil.copy(SHAPES_FOLDER / "model_index.json", folder / "model_index.json")
 
@@ -252,7 +259,7 @@ def worker(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, folder: Path, layout: str, dtype: str) -> list[Row]:
     """Rows of the table: one per provider."""
-    names = ["minsd", "diffusers"] + [NEW_FILE] * (layout == "file")
+    names = without_missing(["minsd", "diffusers"] + [NEW_FILE] * (layout == "file"))
     results: dict[str, list[Row]] = {name: [] for name in names}
     shared = ("--dtype", dtype, "--layout", layout, "--folder", str(folder))
     for run in range(args.runs + 1):  # the first warms the file cache for all
@@ -264,7 +271,8 @@ def measure(args: argparse.Namespace, folder: Path, layout: str, dtype: str) -> 
         sys.exit("the providers hold different weights")
     rows = []
     for name, runs in results.items():
-        ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(runs, results["diffusers"])]
+        peers = results.get("diffusers", [])  # empty where diffusers is missing
+        ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(runs, peers)]
         rows.append(
             {
                 "model": args.model,
@@ -274,7 +282,7 @@ def measure(args: argparse.Namespace, folder: Path, layout: str, dtype: str) -> 
                 "provider": name,
                 "seconds": round(statistics.median(run["seconds"] for run in runs), 3),
                 "seconds_touched": round(statistics.median(run["touched"] for run in runs), 3),
-                "time_ratio": round(statistics.median(ratios), 3),
+                "time_ratio": round(statistics.median(ratios), 3) if ratios else "",
                 "cpu_seconds": round(statistics.median(run["cpu_seconds"] for run in runs), 3),
                 "peak_anon_mb": round(max(run["peak_mb"] for run in runs)),
                 "anon_before_mb": round(runs[0]["before_mb"]),

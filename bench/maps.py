@@ -70,7 +70,7 @@ def worker(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
-    unet = build(args.model, dtype, device)
+    unet = build(args.model, dtype, device, as_loaded=args.worker == "minsd")
     if args.worker != "minsd":
         for module in unet.modules():
             if isinstance(module, attention.Attention):

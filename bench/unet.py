@@ -28,7 +28,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bench import Row, clocked, forget_peak, on_gpu, parser, peak_mb, report
+from bench import Row, clocked, forget_peak, on_gpu, parser, peak_mb, report, without_missing
 from minsd.config import MODELS, UNetConfig
 
 if TYPE_CHECKING:
@@ -43,12 +43,10 @@ if TYPE_CHECKING:
 PROVIDERS = ("minsd", "diffusers")
 
 
-def diffusers_unet(config: UNetConfig) -> "UNet2DConditionModel":
-    """diffusers' network of the same shape."""
-    from diffusers import UNet2DConditionModel
-
+def unet_settings(config: UNetConfig) -> dict[str, Any]:
+    """A UNet's sizes in the terms of diffusers' config.json."""
     kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
-    settings: dict[str, Any] = {
+    return {
         "sample_size": config.sample_size,
         "block_out_channels": config.block_out_channels,
         "layers_per_block": config.layers_per_block,
@@ -61,11 +59,17 @@ def diffusers_unet(config: UNetConfig) -> "UNet2DConditionModel":
         "norm_num_groups": config.norm_groups,
         "norm_eps": config.norm_eps,
     }
-    return UNet2DConditionModel(**settings)
 
 
-def build(model: str, dtype: "torch.dtype", device: "Device") -> "UNet":
-    """minsd's network with random frozen weights."""
+def diffusers_unet(config: UNetConfig) -> "UNet2DConditionModel":
+    """diffusers' network of the same shape."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**unet_settings(config))
+
+
+def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = True) -> "UNet":
+    """minsd's network with random frozen weights; `as_loaded`, in the memory layout that `load` gives it."""
     import torch
 
     from minsd.attention import Attention
@@ -77,15 +81,25 @@ def build(model: str, dtype: "torch.dtype", device: "Device") -> "UNet":
     for module in unet.modules():
         if isinstance(module, Attention):
             module.fuse()
+    if as_loaded and on_gpu(device):
+        unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return unet
 
 
-def random_model(model: str, dtype: "torch.dtype", device: "Device", text: Any) -> "StableDiffusion":
-    """A model around `build`'s network. `text` stands in for the text encoder; there is no VAE."""
+def random_model(
+    model: str, dtype: "torch.dtype", device: "Device", text: Any, as_loaded: bool = True
+) -> "StableDiffusion":
+    """A model around `build`'s network. `text` stands in for the text encoder; there is no VAE.
+
+    `as_loaded`: with what `load` does on a GPU, CUDA graphs included.
+    """
     from minsd.pipeline import StableDiffusion
 
     vae: Any = None
-    return StableDiffusion(MODELS[model], build(model, dtype, device), vae, text)
+    sd = StableDiffusion(MODELS[model], build(model, dtype, device, as_loaded), vae, text)
+    if as_loaded and on_gpu(device):
+        sd.use_graphs()
+    return sd
 
 
 def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet2DConditionModel":
@@ -148,7 +162,6 @@ def worker(args: argparse.Namespace) -> None:
             if device.type == "cuda":
                 from minsd.graphs import Graphs
 
-                unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
                 unet.forward = Graphs(unet)
         inputs: dict[tuple[int, int], tuple[Any, ...]] = {}  # of the last shape
         for line in sys.stdin:
@@ -193,13 +206,16 @@ def measure(args: argparse.Namespace, providers: list[Provider], size: int, batc
             if run >= 0:
                 results[provider.name].append(result)
     checks = {name: runs[0]["check"] for name, runs in results.items()}
-    if abs(checks["minsd"] / checks["diffusers"] - 1) > (1e-4 if args.dtype == "float32" else 2e-2):
+    if len(checks) == len(PROVIDERS) and abs(checks["minsd"] / checks["diffusers"] - 1) > (
+        1e-4 if args.dtype == "float32" else 2e-2
+    ):
         sys.exit(f"the two do not compute the same: mean |eps| {checks}")
     rows = []
     for name, runs in results.items():
         medians = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds")}
+        peers = results.get("diffusers", [])  # empty where diffusers is missing
         ratios = {
-            key: statistics.median(a[key] / b[key] for a, b in zip(runs, results["diffusers"]))
+            key: round(statistics.median(a[key] / b[key] for a, b in zip(runs, peers)), 3) if peers else ""
             for key in ("seconds", "cpu_seconds")
         }
         rows.append(
@@ -212,8 +228,8 @@ def measure(args: argparse.Namespace, providers: list[Provider], size: int, batc
                 "seconds": round(medians["seconds"], 4),
                 "cpu_seconds": round(medians["cpu_seconds"], 4),
                 "peak_mb": round(max(run["peak_mb"] for run in runs)),
-                "time_ratio": round(ratios["seconds"], 3),
-                "cpu_ratio": round(ratios["cpu_seconds"], 3),
+                "time_ratio": ratios["seconds"],
+                "cpu_ratio": ratios["cpu_seconds"],
             }
         )
     return rows
@@ -253,7 +269,7 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    providers = [Provider(name) for name in PROVIDERS]
+    providers = [Provider(name) for name in without_missing(PROVIDERS)]
     rows = []
     for batch, size in itertools.product(args.batch, args.size):
         rows += measure(args, providers, size, batch)
