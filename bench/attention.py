@@ -3,16 +3,20 @@
 In time, memory and kernel launches:
 
     python -m bench.attention [--device cuda] [--dtype float16] [--runs 20] [--csv]
+    python -m bench.attention --sides 16 32 --batches 1 --providers fused materialised    # a part
 
-The shapes are those of SD1.x at 512x512 with 8 heads: 64x64, 32x32 and 16x16 cells (head dims 40,
-80, 160), attending to themselves and to 77 words, for 1, 2 and 8 images; forward, and forward with
-backward; eager and, on a GPU, in a CUDA graph. On a CPU the bench is reduced: float32, one image,
-32x32 and 16x16 cells, one thread, and its processor time, which other work on the machine affects
-less.
+Rows are written as each setting is finished, so a run that is cut off keeps them. The shapes are
+those of SD1.x at 512x512 with 8 heads: 64x64, 32x32 and 16x16 cells (head dims 40, 80, 160),
+attending to themselves and to 77 words, for 1, 2 and 8 images; forward, and forward with backward;
+eager and, on a GPU, in a CUDA graph. On a CPU the bench is reduced: float32, one image, 32x32 and
+16x16 cells, one thread, and its processor time, which other work on the machine affects less.
 
-    sdpa_flash, sdpa_efficient, sdpa_math   PyTorch's attention, without maps: the lower bound
+    sdpa_flash, sdpa_efficient, sdpa_cudnn, sdpa_math   PyTorch's attention, without maps: the lower bound
     blocks          minsd's on a CPU, without maps or gradients (kernels/onednn.py)
-    flex            FlexAttention with an identity matrix as values: a public fused kernel
+    flex            FlexAttention with an identity matrix as values: a public fused kernel (up to 256 keys:
+                    the values of a head are as wide as there are keys)
+    lse_sum         PyTorch's flash attention for the output and the log-sum-exp, then exp(q k - lse) summed
+                    head after head under torch.compile: the strongest public recipe (forward only)
     materialised    all probabilities in memory, differentiated by autograd: research code
     reference       minsd's plain PyTorch, in bounded memory
     fused           minsd's Triton kernels
@@ -28,7 +32,7 @@ materialised.
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +41,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import Row, on_gpu, parser, report
+from bench import Row, on_gpu, parser, print_table, write_csv
 from minsd.kernels import attention, reference
 
 HEADS = 8
 HEAD_DIM = {64: 40, 32: 80, 16: 160}  # cells per side -> head dim
 WORDS = 77
+FLEX_KEYS = 256  # at most: its values are an identity matrix of so many columns
 SDPA = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_math": SDPBackend.MATH,
 }
 WITHOUT_MAPS = (*SDPA, "blocks")
@@ -104,12 +110,36 @@ def with_sdpa(kind: SDPBackend) -> Attention:
 def with_flex() -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
 
-    flex: Any = torch.compile(flex_attention)
+    flex: Any = torch.compile(flex_attention, dynamic=False)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if k.shape[1] > FLEX_KEYS:
+            raise ValueError(f"values as wide as {k.shape[1]} keys do not fit a kernel")
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, N, d)
         eye = torch.eye(k.shape[2], device=q.device, dtype=q.dtype).expand(*k.shape[:2], -1, -1)
         return flex(q, k, v).transpose(1, 2), flex(q, k, eye).float().mean(dim=1)
+
+    return run
+
+
+def with_lse_sum() -> Attention:
+    """exp(q k / sqrt(d) - lse) is the probability; each head's is added to the mean in turn."""
+
+    def mean(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+        total = torch.zeros(q.shape[0], q.shape[2], k.shape[2], device=q.device)
+        for h in range(q.shape[1]):
+            scores = (q[:, h] @ k[:, h].mT).float() * q.shape[-1] ** -0.5
+            total = total + (scores - lse[:, h, :, None]).exp()
+        return total / q.shape[1]
+
+    compiled: Any = torch.compile(mean, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if q.requires_grad:
+            raise ValueError("the log-sum-exp of this operator has no gradient")
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, N, d)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        return out.transpose(1, 2), compiled(q, k, lse)
 
     return run
 
@@ -122,18 +152,21 @@ def with_backend(backend: str, probs: str | None = "mean") -> Attention:
     return lambda q, k, v: attention(q, k, v, probs=probs, backend=backend)
 
 
-def providers(device: torch.device) -> dict[str, Attention]:
+def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[str, Attention]:
+    """Those that the device has; or those of `names` among them."""
     every: dict[str, Attention] = {name: with_sdpa(kind) for name, kind in SDPA.items()}
     every["materialised"] = materialised
     every["reference"] = with_backend("reference")
     every["decoupled"] = with_backend("sdpa")
     if on_gpu(device):
         every["flex"] = with_flex()
+        every["lse_sum"] = with_lse_sum()
         every["fused"] = with_backend("triton")
     else:
-        del every["sdpa_efficient"]  # not on a CPU
+        del every["sdpa_efficient"]  # these two are not on a CPU
+        del every["sdpa_cudnn"]
         every["blocks"] = with_backend("sdpa", probs=None)
-    return every
+    return {name: attend for name, attend in every.items() if names is None or name in names}
 
 
 # --- one provider on one case ---------------------------------------------------------------------
@@ -278,18 +311,20 @@ def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[R
     return row, captured(run) if case.graph else run
 
 
-def measure(case: Case, device: torch.device, dtype: torch.dtype, runs: int) -> list[Row]:
-    """Rows of a case: one per provider that offers it."""
+def measure(
+    case: Case, device: torch.device, dtype: torch.dtype, runs: int, names: Sequence[str] | None
+) -> list[Row]:
+    """Rows of a case: one per provider (of `names`) that offers it."""
+    torch._dynamo.reset()  # its limit of recompilations counts over cases
     inputs = inputs_of(case, device, dtype)
     rows: dict[str, Row] = {}
     ready: dict[str, Callable[[], Any]] = {}
-    for name, attend in providers(device).items():
+    for name, attend in providers(device, names).items():
         if name == "blocks" and case.backward:
             continue
         try:
             rows[name], ready[name] = prepare(name, attend, case, inputs)
-        # a provider may not offer this shape
-        except (RuntimeError, ArithmeticError, ValueError) as reason:
+        except Exception as reason:  # a provider may not offer this shape; libraries say so in many ways
             where = " ".join(str(value) for value in list(case.row(dtype).values())[:5])
             print(f"left out: {where} {name}:", str(reason).splitlines()[0][:120], flush=True)
     times: dict[str, list[float]] = {name: [] for name in ready}
@@ -315,23 +350,33 @@ def main() -> None:
     )
     options.add_argument("--dtype", help="default: float16 on a GPU, float32 on a CPU")
     options.add_argument("--runs", type=int, default=20, help="steps per provider (default: 20)")
+    options.add_argument(
+        "--sides", nargs="+", type=int, choices=HEAD_DIM, help="latent cells per side (default: all)"
+    )
+    options.add_argument("--batches", nargs="+", type=int, help="images (default: 1 2 8; on a CPU 1)")
+    options.add_argument("--providers", nargs="+", help="default: all that the device has")
     args = options.parse_args()
     device = torch.device(args.device)
     gpu = on_gpu(device)
+    if args.providers and not providers(device, args.providers):
+        options.error(f"--providers takes {', '.join(providers(device))}")
     if not gpu:
         torch.set_num_threads(1)
     dtype = getattr(torch, args.dtype or ("float16" if gpu else "float32"))
     cases = itertools.product(
-        (64, 32, 16) if gpu else (32, 16),
+        args.sides or ((64, 32, 16) if gpu else (32, 16)),
         (True, False),
-        (1, 2, 8) if gpu else (1,),
+        args.batches or ((1, 2, 8) if gpu else (1,)),
         (False, True),
         (False, True) if gpu else (False,),
     )
     rows = []
     for case in cases:
-        rows += measure(Case(*case), device, dtype, args.runs)
-    report("attention", rows, args.csv, args.device)
+        found = measure(Case(*case), device, dtype, args.runs, args.providers)
+        rows += found
+        if args.csv and found:
+            write_csv("attention", found, args.device)
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,22 @@ Most samplers solve the same equation in the same variables. Divide the latents 
 and denoising becomes dy/dsigma = eps (Song et al. 2021; Karras et al. 2022, appendix B). As
 abar = 1 / (1 + sigma^2), y = x sqrt(1 + sigma^2): `to_y` and `to_x` are those two lines. The clean
 latents predicted at y are y - sigma eps. Each sampler is then a rule for a step in sigma.
+
+Each sampler equals diffusers' class of that name, built from the model's betas, spacing, offset and
+final level with neither clipping nor a Runge-Kutta start, at every spacing, number of steps,
+prediction type and start (`tests/test_samplers.py`), except:
+
+- "pndm" with v-prediction: diffusers combines v of different levels (explained in `pndm.py`).
+- "pndm" from an image: diffusers' class visits the second timestep of a late start as if it had
+  been listed twice, and then misses a level. Here a late start is a run of its own over the
+  timesteps left.
+- "trailing" with 62 numbers of steps of a model's usual 1000, the lowest 61, 103 and 121: rounding
+  gives diffusers one step more, at timestep -1. Here it is left out.
+- The largest numbers of steps: "leading" with 1000 steps (999 with "dpmpp_2m" and "unipc") would
+  begin at timestep 1000, which no model was trained at, and 1000 steps of those two repeat
+  timesteps except with "trailing". diffusers runs on, fails, or returns NaN; here they are refused.
+- Karras levels: diffusers rounds the timesteps that the network is given. Here they belong to the
+  levels exactly.
 """
 
 from collections.abc import Callable

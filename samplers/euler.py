@@ -13,6 +13,19 @@ def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
     return schedule.timesteps(steps, fractional=True)[start:]
 
 
+def begin(init: Tensor | None, noise: Tensor, schedule: Schedule, t: Timestep) -> Tensor:
+    """Latents where a run starts at timestep t. `init` and `noise` as for the samplers.
+
+    With an image they are its usual mixture with noise. Without one, the reference classes of
+    Euler's and Heun's rules start linspace and trailing runs from y = sigma noise: pure noise at
+    exactly that level, which in variance-preserving scale is sqrt(1 - abar) noise. Leading runs
+    start from unit noise itself, as those of all other samplers do.
+    """
+    if init is None and schedule.config.timestep_spacing != "leading":
+        return (1 - schedule.abar(t)) ** 0.5 * noise
+    return schedule.begin(init, noise, t)
+
+
 def sample(
     predict: Predictor,
     x: Tensor,
@@ -28,7 +41,7 @@ def sample(
     """Unit noise x (B,4,h,w) -> latents, along the tangent from each level to the next."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
-    x = schedule.begin(init, x, visited[0])
+    x = begin(init, x, schedule, visited[0])
     for i, t in enumerate(visited):
         if refine is not None:
             x = refine(i, t, x)
@@ -55,7 +68,7 @@ def sample_ancestral(
     """
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
-    x = schedule.begin(init, x, visited[0])
+    x = begin(init, x, schedule, visited[0])
     for i, t in enumerate(visited):
         s, s_next = sigmas[i], sigmas[i + 1]
         up = (s_next**2 * (s**2 - s_next**2) / s**2) ** 0.5  # the posterior's standard deviation

@@ -1,10 +1,10 @@
 """Heun's second-order rule for dy/dsigma = eps (Karras et al. 2022, algorithm 1, without churn):
 Euler's step, then again with the mean of the slopes at both ends. The variables are explained in
-`samplers/__init__.py`."""
+`samplers/__init__.py`, the first latents in `euler.begin`."""
 
 from torch import Tensor
 
-from .euler import timesteps
+from .euler import begin, timesteps
 from .schedule import Generators, Predictor, Refine, Schedule, Steps, to_x, to_y
 
 
@@ -23,7 +23,7 @@ def sample(
     """Unit noise x (B,4,h,w) -> latents, with two predictions per step; the last step has one."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
-    x = schedule.begin(init, x, visited[0])
+    x = begin(init, x, schedule, visited[0])
     for i, t in enumerate(visited):
         s, s_next = sigmas[i], sigmas[i + 1]
         if refine is not None:

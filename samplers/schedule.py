@@ -11,6 +11,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +50,16 @@ class Schedule:
         self._abar: list[float] = self.alphas_cumprod.double().tolist()
 
     def abar(self, t: Timestep) -> float:
-        """abar at timestep t. Between two whole timesteps, log sigma is interpolated linearly."""
+        """abar at timestep t. Between two whole timesteps log sigma is interpolated linearly; under
+        linspace spacing, sigma itself, as Euler's and Heun's reference classes do."""
         low = min(max(int(t), 0), len(self._abar) - 1)
         if t == low:
             return self._abar[low]
         high = min(low + 1, len(self._abar) - 1)
         part = t - low
+        if self.config.timestep_spacing == "linspace":
+            sigma = (1 - part) * self.sigma(low) + part * self.sigma(high)
+            return 1 / (1 + sigma**2)
         log_sigma = [0.5 * math.log((1 - a) / a) for a in (self._abar[low], self._abar[high])]
         return 1 / (1 + math.exp(2 * ((1 - part) * log_sigma[0] + part * log_sigma[1])))
 
@@ -87,52 +92,69 @@ class Schedule:
         last = self.final_abar(final or "zero")
         return [self.sigma(t) for t in timesteps] + [((1 - last) / last) ** 0.5]
 
-    def timesteps(self, steps: int, fractional: bool = False) -> list[Timestep]:
+    def timesteps(self, steps: int, fractional: bool = False, below: int = 0) -> list[Timestep]:
         """The training timesteps of a run of `steps` by the model's own spacing, most noise first.
 
         `fractional` leaves linspace timesteps unrounded, as the reference classes of some samplers
-        do. ValueError for a number of steps that is out of range, and for an unknown spacing.
+        do. `below`: the grid is that of so many steps more, whose last ones are left out. NumPy
+        spaces and rounds them, as it does for those classes: exact halves fall alike. ValueError
+        for a number of steps that is out of range, and for an unknown spacing.
         """
+        self._check(steps)
         n = self.config.num_train_timesteps
-        if not isinstance(steps, int) or not 1 <= steps <= n:
-            raise ValueError(f"steps must be a whole number from 1 to {n}, not {steps}")
         spacing = self.config.timestep_spacing
+        length = steps + below
+        if length > n:
+            raise ValueError(
+                f"{steps} steps at {spacing} spacing repeat timesteps in this sampler: take fewer"
+            )
         if spacing == "leading":
-            if (steps - 1) * (n // steps) + self.config.steps_offset >= n:
+            offset = self.config.steps_offset
+            grid: list[Timestep] = [i * (n // length) + offset for i in reversed(range(length))]
+            if grid[0] >= n:
                 raise ValueError(
                     f"{steps} steps at leading spacing begin after timestep {n - 1}, the last: take fewer"
                 )
-            return [i * (n // steps) + self.config.steps_offset for i in reversed(range(steps))]
+            return grid[:steps]
         if spacing == "linspace":
-            even = [(n - 1) * i / max(steps - 1, 1) for i in reversed(range(steps))]
-            return [t if fractional else round(t) for t in even]
+            even = np.linspace(0, n - 1, length)[::-1][:steps]
+            return (even if fractional else even.round().astype(int)).tolist()
         if spacing == "trailing":
-            return [round(n - i * n / steps) - 1 for i in range(steps)]
+            # With some strides, rounding makes arange one longer.
+            even = np.arange(n, 0, -n / length)[:steps]
+            return (even.round().astype(int) - 1).tolist()
         raise ValueError(f"unknown timestep_spacing {spacing!r}: use leading, linspace or trailing")
 
     def solver_timesteps(self, steps: int) -> list[Timestep]:
-        """Timesteps of the multistep solvers (DPM++, UniPC): those of one step more, without the last."""
-        if self.config.timestep_spacing == "trailing":
-            return self.timesteps(steps)
-        return self.timesteps(steps + 1)[:-1] if steps >= 1 else self.timesteps(steps)
+        """Timesteps of the multistep solvers (DPM++, UniPC): those of one step more, without the last;
+        under trailing spacing the usual ones."""
+        return self.timesteps(steps, below=0 if self.config.timestep_spacing == "trailing" else 1)
 
     def karras_timesteps(self, steps: int) -> list[Timestep]:
         """Timesteps at levels evenly spaced in sigma^(1/7) (Karras et al. 2022, equation 5).
 
         Most noise first. They are fractional: `sigma` at each of them is exactly that level.
+        ValueError for a number of steps that is out of range.
         """
-        self.timesteps(steps)  # raises for a wrong number of steps
+        self._check(steps)
         top = self.sigma(len(self._abar) - 1) ** (1 / 7)
         bottom = self.sigma(0) ** (1 / 7)
-        log_sigmas = [math.log(self.sigma(t)) for t in range(len(self._abar))]
+        # In the scale that `abar` interpolates in.
+        scale = float if self.config.timestep_spacing == "linspace" else math.log
+        levels = [scale(self.sigma(t)) for t in range(len(self._abar))]
         timesteps: list[Timestep] = []
         for i in range(steps):
             sigma = (top + i / max(steps - 1, 1) * (bottom - top)) ** 7
-            high = min(max(bisect.bisect_left(log_sigmas, math.log(sigma)), 1), len(log_sigmas) - 1)
+            high = min(max(bisect.bisect_left(levels, scale(sigma)), 1), len(levels) - 1)
             low = high - 1
-            part = (math.log(sigma) - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
+            part = (scale(sigma) - levels[low]) / (levels[high] - levels[low])
             timesteps.append(low + min(max(part, 0.0), 1.0))
         return timesteps
+
+    def _check(self, steps: int) -> None:
+        n = self.config.num_train_timesteps
+        if not isinstance(steps, int) or not 1 <= steps <= n:
+            raise ValueError(f"steps must be a whole number from 1 to {n}, not {steps}")
 
     def begin(self, init: Tensor | None, noise: Tensor, t: Timestep) -> Tensor:
         """Latents at the start of a run: unit noise, or clean latents `init` noised to level t."""

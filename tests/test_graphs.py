@@ -218,8 +218,8 @@ def test_graphs_of_what_the_compiler_made(small_folder, fake):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_same_image_and_no_waiting_in_the_loop(small_folder):
-    sd = minsd.load(str(small_folder), "cuda", torch.float16)
+def test_on_a_gpu_the_same_image_and_no_waiting_in_the_loop():
+    sd = minsd.load("shapes", "cuda", torch.float16)
     start = noise([1, 2], (4, 16, 16))
     with_graphs = sd.sample("a red circle", start, steps=6)
     assert len(sd.graphs.graphs) == 1 and sd.graphs.held > 0

@@ -31,7 +31,7 @@ def theirs(steps, output, start, **config):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])  # its class has no linspace
-@pytest.mark.parametrize("steps", [10, 25, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25, 27, 50])
 @pytest.mark.parametrize("one", [False, True], ids=["abar0", "one"])
 def test_whole_inversions_equal_diffusers(steps, spacing, one):
     config = {"timestep_spacing": spacing, "set_alpha_to_one": one}

@@ -201,8 +201,8 @@ def test_what_a_caller_gets_wrong(small, options, says):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_half_precision_on_the_gpu_stays_near_the_cpu(small_folder, small):
-    gpu = minsd.load(str(small_folder), "cuda")
+def test_half_precision_on_the_gpu_stays_near_the_cpu(shapes):
+    gpu = minsd.load("shapes", "cuda")
     assert gpu.dtype == torch.float16
-    a, b = (np.asarray(sd(PROMPT, seeds=1, steps=10)[0]).astype(int) for sd in (gpu, small))
+    a, b = (np.asarray(sd(PROMPT, seeds=1, steps=10)[0]).astype(int) for sd in (gpu, shapes))
     assert np.abs(a - b).mean() < 2
