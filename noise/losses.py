@@ -15,7 +15,6 @@ also works in float64, and nothing loops over pixels.
 """
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from minsd.attention import AttentionRecorder
 from minsd.guidance import Model
 from minsd.samplers import timesteps
 from minsd.samplers.schedule import Timestep
-from minsd.text import TextEncoder
+from minsd.text import TextEncoder, Word, words
 
 Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 
@@ -40,13 +39,13 @@ def automatic_subjects(prompt: str) -> list[str]:
     A word that occurs more than once is numbered: `cat#2` is its second occurrence. ValueError for
     a prompt without any word.
     """
-    words: list[str] = []
-    subjects: list[tuple[str, int]] = []
+    seen: list[str] = []
+    subjects: list[tuple[Word, int]] = []
     last = None
-    for word in [*re.findall(r",|[^\W_]+(?:['’-][^\W_]+)*", prompt), ","]:
-        if word.lower() not in (",", "and", "with"):
-            words.append(word.lower())
-            last = word, words.count(word.lower())
+    for word in [*words(prompt), Word(",", 0, 0)]:
+        if word.text not in (",", "and", "with"):
+            seen.append(word.text)
+            last = word, seen.count(word.text)
         elif last is not None:
             subjects.append(last)
             last = None
@@ -54,7 +53,8 @@ def automatic_subjects(prompt: str) -> list[str]:
         raise ValueError(
             f"the prompt {prompt!r} names nothing to attend to: name the subjects, or give a noun"
         )
-    return [f"{word}#{nth}" if words.count(word.lower()) > 1 else word for word, nth in subjects]
+    names = [(prompt[word.start : word.end], word.text, nth) for word, nth in subjects]
+    return [f"{name}#{nth}" if seen.count(text) > 1 else name for name, text, nth in names]
 
 
 def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int]]:
