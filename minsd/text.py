@@ -138,8 +138,10 @@ def words(prompt: str) -> list[Word]:
     weights, as in "(a cat:1.3)", are no words.
     """
     text, where = folded(WEIGHT.sub(lambda m: " " * len(m[0]), prompt))
-    # Marks that no normal form joins to their letter, as in Hindi, count as letters.
-    letters = "".join("x" if unicodedata.category(c)[0] == "M" else c for c in text)
+    letters = ""  # marks that no normal form joins to their letter, as in Hindi, count as letters
+    for c in text:
+        mark = unicodedata.category(c)[0] == "M" and letters[-1:].isalnum()
+        letters += "x" if mark else c
     return [
         Word(text[m.start() : m.end()].replace("’", "'"), where[m.start()][0], where[m.end() - 1][1])
         for m in WORD.finditer(letters)
@@ -153,6 +155,8 @@ def occurrences(prompt: str, phrase: str) -> list[tuple[int, int]]:
     Whole words; where there is none, a run of characters that begins and ends at the edges of
     letters.
     """
+    if not phrase.strip():
+        return []
     wanted = [word.text for word in words(phrase)]
     have = words(prompt)
     found = []

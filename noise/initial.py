@@ -85,8 +85,9 @@ def _read(path: Path) -> Tensor:
     if path.suffix == ".npy":
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, TypeError, EOFError, SyntaxError) as error:
-            raise ValueError(f"{path} is not a NumPy file of numbers: {error}") from None
+        except Exception as error:  # NumPy parses the header as Python and raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is not a NumPy file of numbers: {reason}") from None
     if path.suffix in (".pt", ".pth"):
         return _read_pt(path)
     read_header(path)

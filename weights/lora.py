@@ -40,12 +40,15 @@ _NAMES = re.compile(
     r"|\.lora_linear_layer\.(?P<late>down|up))\.weight"
 )
 _PEFT_HALVES = {"A": "down", "B": "up"}
-_OTHER_KINDS = {
-    "lora_magnitude_vector": "a DoRA",
-    "dora_scale": "a DoRA",
-    "hada_": "a LoHa adapter",
-    "lokr_": "a LoKr adapter",
-    "lora_mid": "a LoCon in Tucker form",
+_OTHER_KINDS = {  # a pattern in tensor names -> the kind of adapter that has them
+    r"lora_magnitude_vector|dora_scale": "a DoRA",
+    r"hada_": "a LoHa adapter",
+    r"lokr_": "a LoKr adapter",
+    r"lora_mid": "a LoCon in Tucker form",
+    r"\.on_input$": "an IA3 adapter",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "a LyCORIS adapter of full differences",
+    r"^emb_params$|string_to_param|^clip_[lg]$": "a textual-inversion embedding",
+    r"^bundle_emb\.": "a LoRA bundled with textual-inversion embeddings",
 }
 
 
@@ -153,9 +156,9 @@ def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict
     """-> the tensors' names by layer and half ("down", "up"), and those of the alphas by layer."""
     if not header:
         raise ValueError(f"{path} is an empty adapter: it holds no tensors")
-    for sign, kind in _OTHER_KINDS.items():
+    for pattern, kind in _OTHER_KINDS.items():
         for name in header:
-            if sign in name:
+            if re.search(pattern, name):
                 raise ValueError(f"{path} is {kind} ({name}); minsd reads plain LoRA")
     halves: dict[str, dict[str, str]] = {}
     alphas: dict[str, str] = {}
@@ -177,8 +180,12 @@ def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict
 
 
 def _refuse_layer(path: Path, key: str) -> NoReturn:
-    sdxl = re.search(r"lora_te2|text_encoder_2|(input|middle|output)_blocks?_", key)
-    kind = "an SDXL model" if sdxl else "another kind of model"
+    if re.search(r"diffusion_model|(input|middle|output)_blocks?[_.]", key):
+        raise ValueError(
+            f"{path} names the model's layers as the original Stable Diffusion code does ({key!r});"
+            " minsd's LoRA reader knows diffusers' and kohya's names"
+        )
+    kind = "an SDXL model" if re.search(r"lora_te2|text_encoder_2", key) else "another kind of model"
     raise ValueError(f"{path} was made for {kind}: this one has no layer {key!r}")
 
 

@@ -113,7 +113,7 @@ class Option:
 
     def from_json(self, value: Any) -> Any:
         """A prompts file's value as the command line would have it. ValueError for another type."""
-        if isinstance(value, list) and self.kind is str:
+        if isinstance(value, list) and self.kind is str and not self.choices:
             return ",".join(map(str, value))
         value = cast(Any, value)  # no list from here on, which type checkers would remember
         if not self.takes(value):
@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
     """Raises its errors instead of printing a usage block and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists the options)")
+        raise ValueError(" ".join(f"{message} (--help lists the options)".split()))
 
 
 def parser() -> Parser:
@@ -180,7 +180,7 @@ def parse(argv: Sequence[str]) -> Given:
         rest += [] if given["prompt"] is None else [given["prompt"]]
         given["prompt"] = prompt
     if rest:
-        raise ValueError(_unrecognized(rest, given["prompt"]))
+        raise ValueError(" ".join(_unrecognized(rest, given["prompt"]).split()))
     return normalised(given)
 
 
