@@ -34,8 +34,8 @@ def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.
     """Read an image file of any common kind: upright, the first frame, without transparency.
 
     The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits, as
-    in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha channel,
-    as diffusers does. `what` names the file in errors. Warns where there are more frames.
+    in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha
+    channel, as diffusers does. `what` names the file in errors. Warns where there are more frames.
     FileNotFoundError or ValueError, in one line, for anything that cannot be read.
     """
     Image.init()

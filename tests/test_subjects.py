@@ -16,7 +16,8 @@ from minsd.noise.losses import automatic_subjects, resolve
 from minsd.text import TextEncoder, occurrences
 
 NOUNS = """
-cat dog bird ball balls baseballs bird-cage dog's cats' T-shirt o'clock rock'n'roll R2-D2 café cafe\u0301 naïve
+cat dog bird ball balls baseballs bird-cage dog's cats' T-shirt o'clock rock'n'roll R2-D2
+café cafe\u0301 naïve
 jalapeño 4k 8 1980s x2 Σίσυφος Straße İstanbul हिन्दी
 猫
 고양이 \u1100\u1161\u11a8 start stop tart art heart hearts
