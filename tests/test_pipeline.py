@@ -19,7 +19,7 @@ PROMPT, NEGATIVE = "a red circle and a blue square", "a green star"
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_guided_ddim_trajectory_equals_diffusers(kind, shapes_folder, tmp_path):
-    """SD1-like with eps, SD2-like with v (linear projections, padding with id 0): same latents, same image."""
+    """SD1-like with eps, SD2-like with v (linear projections, padding with 0): same latents and image."""
     theirs = small_pipeline(shapes_folder / "tokenizer", kind, sd2=kind == "v_prediction")
     theirs.save_pretrained(tmp_path)
     theirs.set_progress_bar_config(disable=True)
