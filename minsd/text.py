@@ -6,12 +6,13 @@ tokenizer may come from elsewhere.
 """
 
 import re
-import unicodedata
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+
+from minsd.words import occurrences, token_bytes, token_spans
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -54,32 +55,37 @@ class TextEncoder:
         return list(self.tokenizer.convert_ids_to_tokens(self.ids(prompt)))
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
-        """The characters [start, end) of the prompt that each token covers, without the start and
-        end tokens.
+        """The characters [start, end) of the prompt behind each token, without the start and end
+        tokens. (0, 0) for a token of unknown origin.
 
-        A token's text is bytes of the prompt in lower case and normal form C, without white space.
-        Where that does not hold (a tokenizer that rewrites text), the tokenizer's own offsets are
-        taken. ValueError where it has none.
+        The bytes of the tokens have to be those of the prompt (`words.token_spans`). Otherwise the
+        tokenizer's own offsets are taken. If it has none, each stretch between spaces is tried
+        alone. ValueError if even their tokens together differ from those of the prompt.
         """
-        tokens = [token.removesuffix("</w>") for token in self.tokens(prompt)[1:-1]]
-        text, where = folded(prompt)
-        covered = [span for c, span in zip(text, where) if not c.isspace() for _ in c.encode()]
-        written = b"".join(c.encode() for c in text if not c.isspace())
-        pieces = [bytes(_BYTES.get(c, 0) for c in token) for token in tokens]
-        if b"".join(pieces) == written:
-            spans = []
-            at = 0
-            for piece in pieces:
-                spans.append((covered[at][0], covered[at + len(piece) - 1][1]))
-                at += len(piece)
+        tokens = self.tokens(prompt)[1:-1]
+        spans = self._spans_of(tokens, prompt)
+        if spans is not None:
             return spans
         if self.tokenizer.is_fast:
-            offsets = self.tokenizer(prompt, truncation=False, return_offsets_mapping=True)["offset_mapping"]
-            return [(start, end) for start, end in offsets[1:-1]]
-        raise ValueError(
-            f"the tokenizer rewrites the prompt {prompt!r}: name its subjects by --token-indices"
-            " (--list-tokens)"
-        )
+            own = self.tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
+            return [(start, end) for start, end in own["offset_mapping"][1:-1]]
+        spans = []
+        again: list[str] = []
+        for stretch in re.finditer(r"\S+", prompt):
+            part = self.tokens(stretch[0])[1:-1]
+            again += part
+            for start, end in self._spans_of(part, stretch[0]) or [(0, 0)] * len(part):
+                spans.append((stretch.start() + start, stretch.start() + end) if end else (0, 0))
+        if again != tokens:
+            raise ValueError(
+                f"the tokenizer rewrites the prompt {prompt!r}: name its subjects by --token-indices"
+                " (--list-tokens)"
+            )
+        return spans
+
+    def _spans_of(self, tokens: list[str], text: str) -> list[tuple[int, int]] | None:
+        fix: Callable[[str], str] | None = getattr(self.tokenizer, "fix_text", None)  # ftfy's
+        return token_spans([token_bytes(token) for token in tokens], text, fix)
 
     def positions(self, prompt: str, subject: str) -> list[int]:
         """Token positions of a word (or of consecutive words) of the prompt; `cat#2` means its
@@ -109,115 +115,31 @@ class TextEncoder:
             )
         if number and int(number) > len(found):
             raise ValueError(f"subject {subject!r}: {word!r} occurs only {len(found)} times in the prompt")
-        start, end = found[int(number or 1) - 1]
-        places = [k for k, (a, b) in enumerate(self.spans(prompt), 1) if a < end and b > start]
-        if not places or places[-1] > self.max_length - 2:
+        places = self._tokens_of(prompt, found[int(number or 1) - 1])
+        if places[-1] > self.max_length - 2:
             raise ValueError(
                 f"subject {word!r} lies beyond the {self.max_length} tokens the model reads: shorten the"
                 " prompt"
             )
         return places
 
+    def read_characters(self, prompt: str) -> int:
+        """How many of the prompt's characters stand before the first token that is cut off."""
+        if len(self.ids(prompt)) <= self.max_length:
+            return len(prompt)
+        cut = self.spans(prompt)[self.max_length - 2 :]
+        return min((start for start, end in cut if end > start), default=len(prompt))
 
-# --- words of a prompt ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of a prompt, or a comma."""
-
-    text: str  # in lower case, with straight apostrophes
-    start: int  # characters of the prompt
-    end: int
-
-
-def words(prompt: str) -> list[Word]:
-    """The words of a prompt and the commas between them, in order.
-
-    Hyphens and apostrophes inside a word belong to it ("bird-cage", "dog's"). The numbers of prompt
-    weights, as in "(a cat:1.3)", are no words.
-    """
-    text, where = folded(WEIGHT.sub(lambda m: " " * len(m[0]), prompt))
-    letters = ""  # marks that no normal form joins to their letter, as in Hindi, count as letters
-    for c in text:
-        mark = unicodedata.category(c)[0] == "M" and letters[-1:].isalnum()
-        letters += "x" if mark else c
-    return [
-        Word(text[m.start() : m.end()].replace("’", "'"), where[m.start()][0], where[m.end() - 1][1])
-        for m in WORD.finditer(letters)
-    ]
-
-
-def occurrences(prompt: str, phrase: str) -> list[tuple[int, int]]:
-    """Where a word, or words with spaces between, stands in a prompt: characters [start, end), in
-    order.
-
-    Whole words; where there is none, a run of characters that begins and ends at the edges of
-    letters.
-    """
-    if not phrase.strip():
-        return []
-    wanted = [word.text for word in words(phrase)]
-    have = words(prompt)
-    found = []
-    for first, last in zip(have, have[len(wanted) - 1 :]) if wanted else ():
-        k = have.index(first)
-        window = have[k : k + len(wanted)]
-        apart = [prompt[a.end : b.start] for a, b in zip(window, window[1:])]
-        if [word.text for word in window] == wanted and all(gap.isspace() for gap in apart):
-            found.append((first.start, last.end))
-    plain = "".join(phrase.split()).lower().replace("’", "'") == "".join(wanted)
-    if found and plain:
-        return found
-    text, where = folded(prompt)
-    sought, _ = folded(phrase.strip())
-    pattern = r"\s+".join(re.escape(part) for part in sought.replace("’", "'").split())
-    edges = re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", text.replace("’", "'"))
-    return [(where[m.start()][0], where[m.end() - 1][1]) for m in edges]
-
-
-def folded(prompt: str) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt in normal form C and lower case, and for each of its characters those of the
-    prompt, [start, end).
-    """
-    text = ""
-    where: list[tuple[int, int]] = []
-    start = 0
-    while start < len(prompt):
-        end = start + 1
-        while end < len(prompt) and _joins(prompt[end]):
-            end += 1
-        piece = unicodedata.normalize("NFC", prompt[start:end])
-        piece = "".join(c.lower() for c in piece)
-        text += piece
-        where += [(start, end)] * len(piece)
-        start = end
-    return text, where
-
-
-def _joins(c: str) -> bool:
-    """Whether normal form C may join a character to the one before it: marks, and parts of Korean
-    syllables.
-    """
-    return unicodedata.combining(c) != 0 or "\u1160" <= c <= "\u11ff"
-
-
-def _unicode_to_bytes() -> dict[str, int]:
-    """The inverse of the byte-level alphabet of GPT-2's and CLIP's tokenizers (Radford et al.
-    2019).
-
-    Bytes that are printable characters of Latin-1 stand for themselves; the others, in order, for
-    the characters from 256 on.
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
-
-
-_BYTES = _unicode_to_bytes()
-WORD = re.compile(r",|[^\W_]+(?:['’-][^\W_]+)*")
-WEIGHT = re.compile(r":\s*[-+]?(?:\d+\.?\d*|\.\d+)(?=\s*\))")
+    def _tokens_of(self, prompt: str, characters: tuple[int, int]) -> list[int]:
+        """Positions of the tokens of some characters. ValueError if any letter has none."""
+        first, last = characters
+        spans = dict(enumerate(self.spans(prompt), 1))
+        places = [k for k, (start, end) in spans.items() if start < last and end > first]
+        known = {at for k in places for at in range(*spans[k])}
+        letters = {at for at in range(first, last) if prompt[at].isalnum()}
+        if not places or not letters <= known:
+            raise ValueError(
+                f"the tokenizer rewrites {prompt[first:last]!r}, so that its tokens are unknown: name them"
+                " by --token-indices (--list-tokens)"
+            )
+        return places

@@ -26,7 +26,8 @@ from minsd.attention import AttentionRecorder
 from minsd.guidance import Model
 from minsd.samplers import timesteps
 from minsd.samplers.schedule import Timestep
-from minsd.text import TextEncoder, Word, words
+from minsd.text import TextEncoder
+from minsd.words import Finder, Word, split, words
 
 Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 
@@ -39,36 +40,54 @@ def automatic_subjects(prompt: str) -> list[str]:
     A word that occurs more than once is numbered: `cat#2` is its second occurrence. ValueError for
     a prompt without any word.
     """
-    seen: list[str] = []
-    subjects: list[tuple[Word, int]] = []
+    return [name for name, _ in _chosen(prompt)]
+
+
+def readable_subjects(text: TextEncoder, prompt: str) -> list[str]:
+    """`automatic_subjects`, without those beyond the tokens that the text encoder reads, unless all
+    of them are."""
+    chosen = _chosen(prompt)
+    limit = text.read_characters(prompt)
+    read = [name for name, word in chosen if word.end <= limit]
+    return read or [name for name, _ in chosen]
+
+
+def _chosen(prompt: str) -> list[tuple[str, Word]]:
+    """The names of the automatic subjects, and where they stand."""
+    chosen: list[Word] = []
     last = None
     for word in [*words(prompt), Word(",", 0, 0)]:
         if word.text not in (",", "and", "with"):
-            seen.append(word.text)
-            last = word, seen.count(word.text)
+            last = word
         elif last is not None:
-            subjects.append(last)
+            chosen.append(last)
             last = None
-    if not subjects:
+    if not chosen:
         raise ValueError(
             f"the prompt {prompt!r} names nothing to attend to: name the subjects, or give a noun"
         )
-    names = [(prompt[word.start : word.end], word.text, nth) for word, nth in subjects]
-    return [f"{name}#{nth}" if seen.count(text) > 1 else name for name, text, nth in names]
+    finder = Finder(prompt)
+    named: list[tuple[str, Word]] = []
+    for word in chosen:
+        name = prompt[word.start : word.end]
+        starts = [start for start, _ in finder.occurrences(name)]
+        number = f"#{starts.index(word.start) + 1}" if len(starts) > 1 else ""
+        named.append((name + number, word))
+    return named
 
 
 def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int]]:
     """Token positions of each subject. No network runs.
 
     `subjects`: words of the prompt (a list, or one string with commas), token indices (0 is the
-    start token), or None for `automatic_subjects`. ValueError if there is none, and for a subject
+    start token), or None for `readable_subjects`. ValueError if there is none, and for a subject
     that is not in the prompt, given twice, or beyond the tokens that the text encoder reads. Warns
     about a single subject, which has nothing to conflict with.
     """
     if subjects is None:
-        subjects = automatic_subjects(prompt)
+        subjects = readable_subjects(text, prompt)
     if isinstance(subjects, str):
-        subjects = [word.strip() for word in subjects.split(",")]
+        subjects = split(subjects)
     if not subjects:
         raise ValueError("there are no subjects: name at least one word of the prompt")
     places: list[list[int]] = []

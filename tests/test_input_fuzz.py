@@ -18,8 +18,8 @@ from minsd import image
 from minsd.adapters import split_scale
 from minsd.app import options
 from minsd.noise.initial import read_noise
-from minsd.text import folded, occurrences, words
 from minsd.weights import stated
+from minsd.words import folded, occurrences, words
 
 SHAPE = (4, 2, 3)
 CUTS = st.lists(st.tuples(st.integers(0, 5000), st.binary(max_size=4)), max_size=4)

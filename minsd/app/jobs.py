@@ -266,7 +266,7 @@ def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[s
     """
     subjects: list[str | int] = []
     if request.subjects is None:
-        subjects += losses.automatic_subjects(request.prompt)
+        subjects += losses.readable_subjects(sd.text, request.prompt)
     else:
         subjects += request.subjects
     losses.resolve(sd.text, request.prompt, subjects)

@@ -19,6 +19,7 @@ from minsd.adapters import split_scale
 from minsd.app.options import EXAMPLE, OPTIONS, Given, check_ranges
 from minsd.app.prompts import located, read_prompts
 from minsd.config import MODELS, STRENGTH
+from minsd.words import split
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
@@ -319,7 +320,7 @@ def _subjects(given: Given) -> list[str | int] | None:
     if words is not None and indices is not None:
         raise ValueError("give --subjects or --token-indices, not both")
     if words is not None:
-        return [part.strip() for part in words.split(",")]
+        return [*split(words)]
     if indices is None:
         return None
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", indices):
