@@ -34,9 +34,9 @@ Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 
 
 def automatic_subjects(prompt: str) -> list[str]:
-    """The last word of each part of the prompt, split at "and", "with" and commas.
+    """Returns the last word of each part of the prompt, split at "and", "with" and commas.
 
-    A word that occurs more than once is numbered: `cat#2` is its second occurrence. ValueError for
+    A word that occurs more than once is numbered: `cat#1` is its first occurrence, `cat#2` its second. ValueError for
     a prompt without any word.
     """
     seen: list[str] = []
@@ -58,7 +58,7 @@ def automatic_subjects(prompt: str) -> list[str]:
 
 
 def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int]]:
-    """Token positions of each subject. No network runs.
+    """Finds the token positions of each subject. No network runs.
 
     `subjects`: words of the prompt (a list, or one string with commas), token indices (0 is the
     start token), or None for `automatic_subjects`. ValueError if there is none, and for a subject
@@ -89,7 +89,7 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
 
 
 def _index(text: TextEncoder, prompt: str, index: int) -> int:
-    """A token index that is a word of the prompt; ValueError for any other."""
+    """Returns a token index that belongs to a word of the prompt; ValueError for any other."""
     if not isinstance(index, int) or isinstance(index, bool):
         raise ValueError(f"a subject is a word of the prompt or a token index, not {index!r}")
     last = len(text.ids(prompt)) - 2  # the end token comes after it
@@ -121,7 +121,8 @@ def selector(places: Sequence[Sequence[Sequence[int]]], length: int = 77) -> Ten
 
 
 class Look(NamedTuple):
-    """Maps M of each subject, and the self-attention `claims` A at their peaks, (B,S,h,w) each."""
+    """For each of S subjects, its cross-attention map M (`maps`), and the self-attention map A of the cell
+    where M peaks (`claims`: the region that the subject claims). Both are (B,S,h,w)."""
 
     maps: Tensor
     claims: Tensor
@@ -163,7 +164,8 @@ def claims(self_maps: Tensor, at: Tensor) -> Tensor:
 
 
 def look(unet: Callable[..., object], x: Tensor, t: Timestep, context: Tensor, select: Tensor) -> Look:
-    """Maps from one UNet evaluation under the prompt, at latents x (B,4,h,w) and timestep t.
+    """Returns the subjects' maps from one UNet evaluation under the prompt, at latents x (B,4,h,w) and
+    timestep t.
 
     context (B,77,D); select (B,S,77) from `selector`. The UNet stops as soon as it has its maps. It
     runs in its own precision; the maps are float32 or float64.
@@ -182,7 +184,7 @@ def differentiate(
     select: Tensor,
     objective: Callable[[Look, Tensor], tuple[Tensor | None, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Values of an objective at latents x (B,4,h,w), and the gradient of its loss in x.
+    """Evaluates an objective at latents x (B,4,h,w), and the gradient of its loss in x.
 
     `objective(look, rows)` takes the Look of images `rows` and returns their losses (b,), or None
     if no gradient is needed, and values to report (b,n). Returns these values, (B,n), and gradients
