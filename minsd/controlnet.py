@@ -28,7 +28,9 @@ from minsd.unet import CellTexts, Residuals, TextKV, UNet, skip_channels
 
 
 class ControlImageEmbedding(nn.Module):
-    """The control image at the size of the latents: eight convolutions, three of which halve it."""
+    """Brings a control image to the size of the latents by eight convolutions, three of which
+    halve its sides.
+    """
 
     def __init__(self, channels: int, hidden: Sequence[int]):
         super().__init__()
@@ -45,8 +47,9 @@ class ControlImageEmbedding(nn.Module):
 
 
 class ControlNet(UNet):
-    """A UNet without its decoder half: returns residuals for the skips and the middle. An empty
-    network, as `UNet` is."""
+    """A UNet without its decoder half: returns residuals for the skips and the middle. Its weights
+    are not initialised: weights/controlnet.py fills them from files.
+    """
 
     def __init__(self, config: UNetConfig, hidden: Sequence[int] = (16, 32, 96, 256), bgr: bool = False):
         super().__init__(config)
@@ -58,7 +61,9 @@ class ControlNet(UNet):
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Control images (B,3,8h,8w) in 0..1 -> (B,C0,h,w), the same at every step."""
+        """Embeds control images (B,3,8h,8w) in 0..1 as (B,C0,h,w). The result is the same at every
+        step.
+        """
         return self.controlnet_cond_embedding(pictures.flip(1) if self.bgr else pictures)
 
     def forward(
@@ -128,14 +133,15 @@ class Control:
 
 
 class Controlled:
-    """A UNet with ControlNets beside it, to be called in its place. The residuals of several
+    """A UNet with ControlNets beside it, called in place of the UNet. The residuals of several
     ControlNets add up.
 
-    The rows of a batch take the control images in turn, over and over: of R images, rows b and
-    R + b (the two halves of guidance) take image b. With `adapters` each row takes the image of its
-    pass instead, and outside a block of `adapters.rows` the UNet runs alone. Wrapping an already
-    wrapped UNet replaces its ControlNets. ValueError for a ControlNet made for another family and,
-    at the first call, for images that do not fit the latents.
+    The rows of a batch take the control images in turn, over and over: of R images, rows b and R +
+    b (the two halves of guidance) take image b. With `adapters`, each row takes the control image
+    of the pass that it belongs to (a collage has one pass per caption); outside a `with
+    adapters.rows(...)` block no ControlNet is applied. Wrapping an already wrapped UNet replaces
+    its ControlNets. ValueError for a ControlNet made for another family and, at the first call,
+    for images that do not fit the latents.
     """
 
     def __init__(
@@ -154,7 +160,7 @@ class Controlled:
         return getattr(self.unet, name)
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """As `UNet.text_kv`, with the ControlNets' layers included."""
+        """Like `UNet.text_kv`, with the ControlNets' layers included."""
         found = self.unet.text_kv(context)
         for control in self.controls:
             found |= control.net.text_kv(context)
@@ -169,7 +175,7 @@ class Controlled:
         record: AttentionRecorder | None = None,
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
     ) -> Tensor | None:
-        """As `UNet.forward`."""
+        """Evaluates the UNet with the ControlNets' residuals. Arguments as for `UNet.forward`."""
         total: list[Tensor] | None = None
         for number, control in enumerate(self.controls):
             if not control.is_active(t):
@@ -186,7 +192,9 @@ class Controlled:
         return self.unet(x, t, context, record=record, region=region, control=residuals)
 
     def _embedding(self, number: int, x: Tensor) -> Tensor:
-        """The control images (R,C0,h,w) of a control at the latents' size, embedded once."""
+        """Returns a control's images embedded at the latents' size, (R,C0,h,w). Each is embedded
+        once.
+        """
         control = self.controls[number]
         height, width = control.pictures.shape[-2:]
         if (height, width) != (CELL * x.shape[-2], CELL * x.shape[-1]):
@@ -198,7 +206,7 @@ class Controlled:
 
 
 def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
-    """ValueError where a ControlNet does not fit the UNet."""
+    """Raises ValueError where a ControlNet does not fit the UNet."""
     if theirs.context_dim != ours.context_dim:
         raise ValueError(
             f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have "
@@ -210,8 +218,8 @@ def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
 
 
 def read_control_image(path: str | Path, width: int, height: int) -> Tensor:
-    """A control image (edges, a pose, ...) used as it is: nothing is detected here ->
-    (1,3,height,width) in 0..1.
+    """Reads a control image (edges, a pose, ...) as (1,3,height,width) in 0..1. It is used as it
+    is: no edges or poses are detected.
 
     An image of another size is scaled and cropped to width x height pixels. FileNotFoundError or
     ValueError, in one line.

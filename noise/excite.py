@@ -2,9 +2,9 @@
 
 Attend-and-Excite (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826), and the version of it in
 InitNO's published program. In each of the first 25 steps the latents move down the gradient of the
-losses of noise/losses.py. At a few of these steps they are refined: moved again and again until the
-subjects are attended to. Updates and refinements are one `refine(i, t, x)`, which any
-sampler calls before its prediction. `watch` returns another `refine`, which changes nothing and records
+losses of noise/losses.py. At a few of these steps they are refined: moved again and again until
+the subjects are attended to. Updates and refinements are one `refine(i, t, x)`, which any sampler
+calls before its prediction. `watch` returns another `refine`, which changes nothing and records
 maps for a `sheet` of heat maps.
 """
 
@@ -81,7 +81,9 @@ def updates(
 
 @dataclass
 class _Updates:
-    """The `refine` that `updates` returns. The losses of b images are (b,2): response and conflict."""
+    """The `refine` that `updates` returns. The losses of b images are (b,2): response and
+    conflict.
+    """
 
     sd: Model
     select: Tensor  # (B, S, 77)
@@ -124,7 +126,9 @@ class _Updates:
                 return
 
     def evaluate(self, x: Tensor, t: Timestep, rows: Tensor, whole: bool = False) -> tuple[Tensor, Tensor]:
-        """Losses (b,2) of images `rows`, and the gradient in x (b,4,h,w), 0 where it is not finite."""
+        """Losses (b,2) of images `rows`, and the gradient in x (b,4,h,w), 0 where it is not
+        finite.
+        """
 
         def objective(look: losses.Look, part: Tensor) -> tuple[Tensor, Tensor]:
             return self.loss(look, rows[part], whole)
@@ -193,11 +197,12 @@ def watch(
     count: int = 8,
     before: Refine | None = None,
 ) -> tuple[Refine, Frames]:
-    """Returns (refine, frames): a `refine` that records attention maps at `count` steps spread over the
-    run, and the Frames that it fills.
+    """Returns (refine, frames): a `refine` that records attention maps at `count` steps spread
+    over the run, and the Frames that it fills.
 
     Each of these steps costs one early-stopped UNet evaluation under the prompt. `before`, another
-    `refine`, is called first and its changes are kept; `watch` itself changes nothing. Other arguments and ValueErrors as in `updates`.
+    `refine`, is called first and its changes are kept; `watch` itself changes nothing. Other
+    arguments and ValueErrors as in `updates`.
     """
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))

@@ -110,8 +110,8 @@ def _read_pt(path: Path) -> Tensor:
 
 
 def _checked(noise: Tensor, path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Returns the noise as (B,4,h,w) float32. ValueError for another shape, and for numbers that are
-    not finite.
+    """Returns the noise as (B,4,h,w) float32. ValueError for another shape, and for numbers that
+    are not finite.
     """
     noise = noise[None] if noise.ndim == 3 else noise
     if noise.ndim != 4 or tuple(noise.shape[1:]) != shape or not len(noise):

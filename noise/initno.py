@@ -56,7 +56,8 @@ def optimize(
     `subjects`: words of the prompt or token indices (0 is the start token), or None for the last
     word of each of its parts. `steps`, `sampler` and `karras` are those of the run to come, whose
     first timestep they determine. `height` and `width` are in pixels. `settings`: see `Settings`.
-    `progress(message)` is called with its progress, such as "round 2/5 step 7/10 cross 0.31 self 0.22".
+    `progress(message)` is called with its progress, such as "round 2/5 step 7/10 cross 0.31 self
+    0.22".
 
     ValueError, before any network runs, for wrong settings and subjects that cannot be found. If a
     loss or gradient is not finite, the result is the seed's plain noise, with a note.
@@ -126,7 +127,9 @@ class Settings:
         return self.rounds + self.official if self.rounds else 0
 
     def updates(self, turn: int) -> int:
-        """The number of updates of the noise in try `turn`, counted from 1. A last evaluation follows them."""
+        """The number of updates of the noise in try `turn`, counted from 1. A last evaluation
+        follows them.
+        """
         return self.last_steps if turn > self.rounds else self.round_steps - 1
 
     def message(self, turn: int, step: int, found: "Evaluation") -> str:
@@ -166,8 +169,9 @@ class Result:
         return self
 
     def failed(self, seed: int, dtype: torch.dtype) -> "Result":
-        """Returns the result where a loss or gradient is not finite: the seed's plain noise, with a note.
-        Also warns."""
+        """Returns the result where a loss or gradient is not finite: the seed's plain noise, with
+        a note. Also warns.
+        """
         self.note = (
             f"the noise could not be optimised: the losses are not finite in {dtype}; "
             "the seed's own noise is kept"
@@ -211,8 +215,9 @@ class Evaluator:
         self.context = sd.encode_prompt(prompts)  # (B, 77, D)
 
     def __call__(self, x: Tensor, rows: Tensor) -> tuple[list[Evaluation], Tensor]:
-        """Evaluates the losses at noises x (b,4,h,w) of images `rows`. Returns one Evaluation per image,
-        and the loss's gradient in x (b,4,h,w)."""
+        """Evaluates the losses at noises x (b,4,h,w) of images `rows`. Returns one Evaluation per
+        image, and the loss's gradient in x (b,4,h,w).
+        """
         select = self.select[rows]
 
         def objective(look: losses.Look, part: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -228,7 +233,9 @@ class Evaluator:
         return evaluations, gradient
 
     def loss(self, look: losses.Look, select: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Returns the loss to descend (b,), or None if all images meet their limits, and its parts (b,5)."""
+        """Returns the loss to descend (b,), or None if all images meet their limits, and its parts
+        (b,5).
+        """
         some = select.any(dim=-1)  # (b, S)
         cross = losses.cross_response(look.maps, some)
         conflict = losses.self_conflict(look.claims, some)
@@ -269,7 +276,9 @@ class Gaussians:
         return self.noise[rows] * (0.5 * log_var).exp() + mu
 
     def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the KL divergences (b,) of images `rows`, and their gradients (b,2,4,h,w) in log_var and mu."""
+        """Returns the KL divergences (b,) of images `rows`, and their gradients (b,2,4,h,w) in
+        log_var and mu.
+        """
         log_var, mu = self.p[rows].unbind(1)
         gradient = torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[0].numel()
         return losses.kl_divergence(mu, log_var), gradient
@@ -277,8 +286,8 @@ class Gaussians:
     def descend(self, rows: Tensor, gradient: Tensor, how: Settings) -> None:
         """One update of images `rows`, given the loss's gradient (b,4,h,w) in x.
 
-        It also keeps the KL divergence small: by projection in the official variant, by a term of the loss
-        in the paper's.
+        It also keeps the KL divergence small: by projection in the official variant, by a term of
+        the loss in the paper's.
         """
         by_log_var = 0.5 * self.noise[rows] * (0.5 * self.p[rows, 0]).exp() * gradient
         by_both = torch.stack([by_log_var, gradient], dim=1)  # (b, 2, 4, h, w)
@@ -289,7 +298,9 @@ class Gaussians:
             self._adam(rows, by_both + how.kl_weight * self.kl(rows)[1])
 
     def project(self, rows: Tensor, limit: float) -> None:
-        """Descends the KL divergence alone, for each image until its divergence is within the limit."""
+        """Descends the KL divergence alone, for each image until its divergence is within the
+        limit.
+        """
         for _ in range(KL_TURNS):
             kl, gradient = self.kl(rows)
             over = kl > limit
@@ -338,8 +349,8 @@ class _Image:
     def move_on(self, found: Evaluation, x: Tensor) -> None:
         """Advances the image after the evaluation of its noise x (1,4,h,w).
 
-        Afterwards the image is done, or `step` has counted one more update, or a new try begins (step 0)
-        from the noise `z`.
+        Afterwards the image is done, or `step` has counted one more update, or a new try begins
+        (step 0) from the noise `z`.
         """
         how = self.how
         if found.met:
@@ -372,7 +383,8 @@ def optimize_batch(
     progress: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Runs `optimize` for several images at once. Give one prompt, its subjects and one seed per image.
+    """Runs `optimize` for several images at once. Give one prompt, its subjects and one seed per
+    image.
 
     Each image succeeds, begins again and falls back on its own, whatever the others do.
     `progress(b, message)` follows image b. Other arguments and errors as in `optimize`.
@@ -424,7 +436,8 @@ def attention_scores(
     height: int | None = None,
     width: int | None = None,
 ) -> list[float]:
-    """Returns the response loss plus the conflict loss of each candidate at the first timestep. Lower is better.
+    """Returns the response loss plus the conflict loss of each candidate at the first timestep.
+    Lower is better.
 
     `candidates` are seeds, or unit noises (K,4,h,w). Each costs one early-stopped evaluation of the
     conditional branch, without a gradient; many run at once. Other arguments and ValueErrors as in

@@ -36,8 +36,8 @@ Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 def automatic_subjects(prompt: str) -> list[str]:
     """Returns the last word of each part of the prompt, split at "and", "with" and commas.
 
-    A word that occurs more than once is numbered: `cat#1` is its first occurrence, `cat#2` its second. ValueError for
-    a prompt without any word.
+    A word that occurs more than once is numbered: `cat#1` is its first occurrence, `cat#2` its
+    second. ValueError for a prompt without any word.
     """
     seen: list[str] = []
     subjects: list[tuple[Word, int]] = []
@@ -81,7 +81,8 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
             raise ValueError(f"subject {subject!r} is named twice")
         places.append(place)
     if len(places) == 1:
-        # From this line (stacklevel 1), Python shows it once, although several methods resolve subjects.
+        # From this line (stacklevel 1), Python shows it once, although several methods resolve
+        # subjects.
         warnings.warn(
             f"a single subject, {subjects[0]!r}: with nothing to conflict with, that loss is 0", stacklevel=1
         )
@@ -121,8 +122,9 @@ def selector(places: Sequence[Sequence[Sequence[int]]], length: int = 77) -> Ten
 
 
 class Look(NamedTuple):
-    """For each of S subjects, its cross-attention map M (`maps`), and the self-attention map A of the cell
-    where M peaks (`claims`: the region that the subject claims). Both are (B,S,h,w)."""
+    """For each of S subjects, its cross-attention map M (`maps`), and the self-attention map A of
+    the cell where M peaks (`claims`: the region that the subject claims). Both are (B,S,h,w).
+    """
 
     maps: Tensor
     claims: Tensor
@@ -164,8 +166,8 @@ def claims(self_maps: Tensor, at: Tensor) -> Tensor:
 
 
 def look(unet: Callable[..., object], x: Tensor, t: Timestep, context: Tensor, select: Tensor) -> Look:
-    """Returns the subjects' maps from one UNet evaluation under the prompt, at latents x (B,4,h,w) and
-    timestep t.
+    """Returns the subjects' maps from one UNet evaluation under the prompt, at latents x (B,4,h,w)
+    and timestep t.
 
     context (B,77,D); select (B,S,77) from `selector`. The UNet stops as soon as it has its maps. It
     runs in its own precision; the maps are float32 or float64.

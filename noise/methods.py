@@ -25,7 +25,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images whose initial noise is found together, and the settings with which they will be drawn."""
+    """Images whose initial noise is found together, and the settings with which they will be
+    drawn.
+    """
 
     prompts: list[str]
     seeds: list[int]

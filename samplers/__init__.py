@@ -14,8 +14,8 @@ refine=None, final=None)`:
   The others ignore it.
 - `final` overrides the last level: "abar0" or "zero".
 
-Each file also has `timesteps(schedule, steps, start=0)`, which lists the timestep of every `(i, t, x)`, most noise
-first, without running anything.
+Each file also has `timesteps(schedule, steps, start=0)`, which lists the timestep of every `(i, t,
+x)`, most noise first, without running anything.
 
 The grad mode is the caller's. Levels and timesteps are Python numbers: nothing waits for the GPU.
 
@@ -73,7 +73,9 @@ TIMESTEPS: dict[str, Callable[..., list[Timestep]]] = {
 
 
 def check(sampler: str, karras: bool = False) -> None:
-    """Raises ValueError for an unknown sampler, and for Karras levels with a sampler that has none."""
+    """Raises ValueError for an unknown sampler, and for Karras levels with a sampler that has
+    none.
+    """
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
     if karras and sampler != "dpmpp_2m":
@@ -83,7 +85,8 @@ def check(sampler: str, karras: bool = False) -> None:
 def timesteps(
     sampler: str, schedule: Schedule, steps: int, *, start: int = 0, karras: bool = False
 ) -> list[Timestep]:
-    """Lists the timestep of every `(i, t, x)` that a sampler yields, without its first `start` steps.
+    """Lists the timestep of every `(i, t, x)` that a sampler yields, without its first `start`
+    steps.
 
     ValueError as in `check`, and for a number of steps that the sampler cannot take.
     """

@@ -37,9 +37,9 @@ def sample(
 ) -> Steps:
     """Unit noise x (B,4,h,w) -> latents. Yields steps + 1 times.
 
-    The second timestep is visited twice. Its first visit repeats the first step, from where that step
-    began, with the mean of the predictions at the step's two ends. What `refine` changes during this
-    visit therefore affects the prediction alone, as in the published program.
+    The second timestep is visited twice. Its first visit repeats the first step, from where that
+    step began, with the mean of the predictions at the step's two ends. What `refine` changes
+    during this visit therefore affects the prediction alone, as in the published program.
     """
     visited = timesteps(schedule, steps, start)
     stride = schedule.config.num_train_timesteps // steps
