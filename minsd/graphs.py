@@ -9,17 +9,27 @@ values, and the output is copied out.
 
 The caller notices nothing: evaluations that record attention, need gradients or run hooks bypass
 the graphs.
+
+A capture that fails may leave PyTorch's allocator in the middle of it (to torch 2.11 at least): to
+capture again or to give memory back then ends in an internal error. So after one failure, and one
+warning, there are no graphs for the rest of the process.
 """
 
+import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
-LIMIT = 8  # most graphs kept; capturing one more releases all of them
+LIMIT = 8  # most graphs of a network; capturing one more releases all of them
+
+broken = False  # whether a capture has failed in this process
 
 Pool = Any  # the handle that torch.cuda.graph_pool_handle returns
 
@@ -85,9 +95,32 @@ def capture(
     return graph.replay, out
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device. cuBLAS keeps up to 32 MB for each stream that it was
+    captured on, for good: a new stream for each set of graphs would add up."""
+    return torch.cuda.Stream(device)
+
+
+def empty_cache() -> None:
+    """Give memory that PyTorch does not use back to the device, unless a failed capture forbids it."""
+    if torch.cuda.is_available() and not broken:
+        torch.cuda.empty_cache()
+
+
+def give_up(error: RuntimeError) -> None:
+    """After a failed capture: drop all graphs of the process, and capture none again."""
+    global broken
+    broken = True
+    for graphs in list(_living):
+        graphs.let_go()
+    reason = str(error).splitlines()[0]
+    warnings.warn(f"the network runs without a CUDA graph: {reason}", stacklevel=4)
+
+
 @dataclass
 class Graph:
-    """One captured evaluation. Calling it with a call's tensors returns a new output tensor."""
+    """One captured evaluation. Calling it with a call's tensors returns a new output."""
 
     inputs: list[Tensor]  # read by every replay
     sources: list[tuple[Tensor, int]]  # the tensor last copied into each, and its version then
@@ -108,31 +141,55 @@ class Graphs:
 
     There is one graph per input signature (structure, shapes, dtypes), captured at the signature's
     second occurrence: the first evaluation compiles kernels and chooses algorithms, which a capture
-    must not do, and a signature that does not recur is not worth a graph. If memory runs out, during
-    a capture or in `forward` itself, all graphs are released and the network runs without. `held` is
-    the number of bytes the graphs withhold from the rest of the program.
+    must not do, and a signature that does not recur is not worth a graph. If memory runs out in
+    `forward` itself, all graphs are released and the network runs without.
     """
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.run: Callable[..., Tensor] = module.forward
+        # Without the module itself, whose hooks (`guidance.counted` has one there in every run) do
+        # no harm: nn.Module calls them around `forward`, replayed or not.
         self.parts = [part for part in module.modules() if part is not module]
         self.graphs: dict[Hashable, Graph] = {}
         self.seen: set[Hashable] = set()
         self.refused: set[Hashable] = set()
         self.pool: Pool = None
-        self.stream: torch.cuda.Stream | None = None
-        self.held = 0
+        self.own = 0  # bytes of memory that these graphs withhold from the rest of the program
+        _living.add(self)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def held(self) -> int:
+        """Bytes that the graphs of all networks on this device withhold from the rest."""
+        return sum(graphs.own for graphs in self._beside())
+
+    def _beside(self) -> list["Graphs"]:
+        """These graphs, and those of other networks on the same device, such as a ControlNet."""
+        return [graphs for graphs in _living if graphs.device == self.device]
 
     def release(self) -> None:
-        """Release every graph: if other work needs the memory, or after the network has changed."""
+        """Release every graph on the device, if other work needs the memory, or after a network has
+        changed."""
+        for graphs in self._beside():
+            graphs.let_go()
+        empty_cache()
+
+    def let_go(self) -> None:
+        """Drop this network's graphs, without giving their memory back to the device."""
+        if self.graphs and torch.cuda.is_available():
+            # A replay may still run. Memory in expandable segments waits for the stream of the
+            # capture only, and would be taken away under a replay on another. After a failed
+            # capture waiting itself may be refused.
+            with contextlib.suppress(RuntimeError) if broken else contextlib.nullcontext():
+                torch.cuda.synchronize(self.device)
         self.graphs.clear()
         self.seen.clear()
         self.pool = None
-        self.stream = None
-        self.held = 0
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.own = 0
 
     def __call__(
         self, x: Tensor, t: int | float | Tensor, context: Any, *, record: object = None, **more: Any
@@ -155,52 +212,59 @@ class Graphs:
 
     def _can(self, tensors: list[Tensor]) -> bool:
         """Whether these inputs may be answered from a graph."""
+        if broken or self._hooked():
+            return False
         if torch.is_grad_enabled() and any(y.requires_grad for y in tensors):
             return False
         # Inference tensors have no version, by which a change would be noticed.
         if torch.is_inference_mode_enabled() or any(y.is_inference() for y in tensors):
             return False
-        # An adapter's hooks, or an observer's: Python that a replay would skip.
-        if any(part._forward_hooks or part._forward_pre_hooks for part in self.parts):
-            return False
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+    def _hooked(self) -> bool:
+        """Whether an adapter's or an observer's hooks watch a part: Python that a replay would skip."""
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            return True
+        return any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
 
     def _captured(self, key: Hashable, arguments: tuple[Any, ...], tensors: list[Tensor]) -> bool:
         """Capture a graph for `key`; whether there now is one."""
         if len(self.graphs) >= LIMIT:
-            self.release()
+            self.let_go()
         device = tensors[0].device
         cuda = tensors[0].is_cuda
+        stream = None
         if cuda:
             torch.cuda.empty_cache()
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.stream = self.stream or torch.cuda.Stream(device)
+            stream = capture_stream(device)
         before = torch.cuda.memory_reserved(device) if cuda else 0
         try:
             inputs = [own_copy(y) for y in tensors]
-            x, t, context, more = replaced(arguments, iter(inputs))
+        except torch.cuda.OutOfMemoryError:  # no capture has begun that this could break
+            self.release()
+            self.refused.add(key)
+            return False
+        x, t, context, more = replaced(arguments, iter(inputs))
+        try:
             with torch.no_grad():
-                replay, output = capture(lambda: self.run(x, t, context, **more), self.pool, self.stream)
+                replay, output = capture(lambda: self.run(x, t, context, **more), self.pool, stream)
         except RuntimeError as error:
-            # Mostly out of memory: the network alone needs less than beside its graphs.
-            out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
-            reason = None if out_of_memory else str(error).splitlines()[0]
-        else:
-            self.graphs[key] = Graph(inputs, [(y, y._version) for y in tensors], replay, output)
-            self.held += (torch.cuda.memory_reserved(device) if cuda else 0) - before
-            return True
-        self.release()
-        self.refused.add(key)
-        if reason is not None:
-            warnings.warn(f"the network runs without a CUDA graph: {reason}", stacklevel=3)
-        return False
+            give_up(error)
+            return False
+        self.graphs[key] = Graph(inputs, [(y, y._version) for y in tensors], replay, output)
+        self.own += (torch.cuda.memory_reserved(device) if cuda else 0) - before
+        return True
 
     def _plainly(self, *arguments: Any, **more: Any) -> Any:
         """Run the network itself; out of memory, release the graphs and try once more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:
-            if not self.graphs:
+            if not any(graphs.graphs for graphs in self._beside()):
                 raise
         self.release()
         return self.run(*arguments, **more)
+
+
+_living: WeakSet[Graphs] = WeakSet()
