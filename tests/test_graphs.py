@@ -229,14 +229,15 @@ def test_hooks_of_parts_bypass_graphs_and_those_of_the_network_see_every_call(un
             unet(x, 9, context)
     assert rows == [2] * 3 and len(calls) == 3 and (fake.captures, fake.replays) == (1, 2)
     part = unet.mid_block.resnets[0].conv1
+    seen = []
     for register in (
         part.register_forward_hook,
         part.register_forward_pre_hook,
         torch.nn.modules.module.register_module_forward_hook,
         torch.nn.modules.module.register_module_forward_pre_hook,
     ):
-        seen = []
-        handle = register(lambda module, *rest: seen.append(module) and None)
+        seen.clear()
+        handle = register(lambda module, *rest: seen.append(module))
         unet(x, 9, context)
         handle.remove()
         assert part in seen and fake.replays == 2

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from minsd import guidance
 from minsd.config import ScheduleConfig, UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
-from minsd.noise import collage, collage_control, layout
+from minsd.noise import collage, collage_control, layout, losses
 from minsd.samplers.schedule import Schedule
 from minsd.unet import UNet
 
@@ -142,3 +142,18 @@ def test_a_controlnet_step_copies_nothing():
         pictures = torch.rand(3, 3, 128, 128)
         predict = collage_control.predictor(sd, lay, net, pictures, [0.5, 1.0, 0.7], **options)
         assert copies_of_a_step(predict) == []
+
+
+@pytest.mark.parametrize("asking", [1, 3, 8])
+def test_a_component_is_the_same_however_rarely_it_is_asked_for(asking, monkeypatch):
+    mask = torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.62
+    mask[0, 0] = False
+    mask[0, 0, ::2] = True  # a snake, of the longest way
+    mask[0, 0, 1::4, -1] = mask[0, 0, 3::4, 0] = True
+    at = mask.flatten(2).long().argmax(-1)
+    expected = losses.component(mask, at)
+    assert 100 < expected[0, 0].sum() == mask[0, 0].sum()
+    asked, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: asked.append(1) or equal(a, b))
+    found = losses.component(mask, at, asking)
+    assert equal(found, expected) and len(asked) <= 16 * 16 / asking
