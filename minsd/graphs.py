@@ -78,10 +78,15 @@ def own_copy(y: Tensor) -> Tensor:
     return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y.detach())
 
 
+def cloned(value: Any) -> Any:
+    """A copy of nested lists and tuples of tensors, in memory of its own."""
+    return replaced(value, iter([y.clone() for y in tensors_of(value)]))
+
+
 def capture(
-    run: Callable[[], Tensor], pool: Pool, stream: torch.cuda.Stream | None
-) -> tuple[Callable[[], None], Tensor]:
-    """Capture `run` as a CUDA graph; return `replay` and the tensor that replays write to.
+    run: Callable[[], Any], pool: Pool, stream: torch.cuda.Stream | None
+) -> tuple[Callable[[], None], Any]:
+    """Capture `run` as a CUDA graph; return `replay` and the output that replays write to.
 
     Graphs of one pool share the memory of their intermediate results, so they must run one after
     the other. They are captured on one `stream`, of the network's own device.
@@ -125,15 +130,15 @@ class Graph:
     inputs: list[Tensor]  # read by every replay
     sources: list[tuple[Tensor, int]]  # the tensor last copied into each, and its version then
     replay: Callable[[], None]
-    output: Tensor  # written by every replay
+    output: Any  # a tensor, or lists and tuples of them; written by every replay
 
-    def __call__(self, tensors: list[Tensor]) -> Tensor:
+    def __call__(self, tensors: list[Tensor]) -> Any:
         for i, (new, (old, version)) in enumerate(zip(tensors, self.sources)):
             if new is not old or new._version != version:
                 self.inputs[i].copy_(new)
                 self.sources[i] = new, new._version
         self.replay()
-        return self.output.clone()
+        return cloned(self.output)
 
 
 class Graphs:
@@ -147,10 +152,10 @@ class Graphs:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.run: Callable[..., Tensor] = module.forward
+        self.run: Callable[..., Any] = module.forward
         # Without the module itself, whose hooks (`guidance.counted` has one there in every run) do
         # no harm: nn.Module calls them around `forward`, replayed or not.
-        self.parts = [part for part in module.modules() if part is not module]
+        self.parts = dict.fromkeys(part for part in module.modules() if part is not module)
         self.graphs: dict[Hashable, Graph] = {}
         self.seen: set[Hashable] = set()
         self.refused: set[Hashable] = set()
@@ -192,22 +197,27 @@ class Graphs:
         self.own = 0
 
     def __call__(
-        self, x: Tensor, t: int | float | Tensor, context: Any, *, record: object = None, **more: Any
+        self, x: Tensor, t: int | float | Tensor, context: Any, *rest: Any, record: object = None, **more: Any
     ) -> Any:
-        """As `UNet.forward`."""
+        """As `UNet.forward` or `ControlNet.forward`."""
         if not torch.is_tensor(t):  # a graph would keep a number as a constant
             t = torch.full((), t, device=x.device, dtype=torch.float32)
-        arguments = (x, t, context, more)
+        if isinstance(context, dict):  # beside a ControlNet it has the keys and values of both networks
+            context = {layer: kv for layer, kv in context.items() if layer in self.parts}
+        positional = x, t, context, *rest
+        arguments = positional, more
         tensors = tensors_of(arguments)
-        if record is not None or not self._can(tensors):
-            return self._plainly(x, t, context, record=record, **more)
+        if record is not None:
+            return self._plainly(*positional, record=record, **more)
+        if not self._can(tensors):
+            return self._plainly(*positional, **more)
         address = next(self.module.parameters()).data_ptr()  # differs if the weights were moved
         key = signature_of(arguments), address, torch.is_grad_enabled()
         if key not in self.graphs:
             due = key in self.seen and key not in self.refused
             self.seen.add(key)
             if not due or not self._captured(key, arguments, tensors):
-                return self._plainly(x, t, context, **more)
+                return self._plainly(*positional, **more)
         return self.graphs[key](tensors)
 
     def _can(self, tensors: list[Tensor]) -> bool:
@@ -245,10 +255,10 @@ class Graphs:
             self.release()
             self.refused.add(key)
             return False
-        x, t, context, more = replaced(arguments, iter(inputs))
+        positional, more = replaced(arguments, iter(inputs))
         try:
             with torch.no_grad():
-                replay, output = capture(lambda: self.run(x, t, context, **more), self.pool, stream)
+                replay, output = capture(lambda: self.run(*positional, **more), self.pool, stream)
         except RuntimeError as error:
             give_up(error)
             return False
@@ -268,3 +278,22 @@ class Graphs:
 
 
 _living: WeakSet[Graphs] = WeakSet()
+
+
+def use_graphs(network: nn.Module, on: bool = True) -> Graphs | None:
+    """Replay a network's evaluations from CUDA graphs, or stop doing so. Returns its graphs."""
+    graphs = graphs_of(network)
+    if graphs is not None:
+        graphs.release()
+        network.forward = graphs.run
+    if not on:
+        return None
+    graphs = Graphs(network)
+    network.forward = graphs
+    return graphs
+
+
+def graphs_of(network: Any) -> Graphs | None:
+    """The graphs of a network, if it has any."""
+    forward = getattr(network, "forward", None)
+    return forward if isinstance(forward, Graphs) else None

@@ -7,15 +7,18 @@ output that is not copied out, give wrong numbers.
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import minsd
 from minsd import graphs, guidance
 from minsd.attention import AttentionRecorder
 from minsd.config import UNetConfig
+from minsd.controlnet import Control, Controlled, ControlNet
 from minsd.graphs import Graphs
 from minsd.noise.initial import noise
 from minsd.unet import UNet
+from minsd.weights import controlnet
 
 CONFIG = UNetConfig(
     block_out_channels=(16, 32),
@@ -41,7 +44,8 @@ class Recorded:
 
         def replay():
             self.replays += 1
-            output.copy_(run())
+            for y, new in zip(graphs.tensors_of(output), graphs.tensors_of(run()), strict=True):
+                y.copy_(new)
 
         return replay, output
 
@@ -266,6 +270,54 @@ def test_graphs_are_released_before_the_network_runs_out_of_memory(unet, fake):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         larger = inputs(5)
         run(larger[0], 9, larger[1])
+
+
+@torch.no_grad()
+def test_a_controlnet_has_graphs_of_its_own(small, fake, tmp_path, monkeypatch):
+    """As `load_controlnet` gives it one on CUDA, for which the weights stay on the CPU here."""
+    torch.manual_seed(2)
+    made = ControlNet(small.config.unet, (4, 4, 8, 8))
+    safetensors.torch.save_file(
+        {name: y.contiguous() for name, y in made.state_dict().items()}, tmp_path / "net.safetensors"
+    )
+    fill = controlnet.fill
+    monkeypatch.setattr(
+        controlnet, "fill", lambda net, tensors, device, dtype: fill(net, tensors, torch.device("cpu"), dtype)
+    )
+    nets = [
+        controlnet.load_controlnet(tmp_path / "net.safetensors", device=device, dtype=torch.float32)
+        for device in ("cpu", "cuda")
+    ]
+    own = graphs.graphs_of(nets[1])
+    assert own is not None and graphs.graphs_of(nets[0]) is None
+    channels_last = {"memory_format": torch.channels_last}
+    assert nets[1].conv_in.weight.is_contiguous(**channels_last)
+    pictures = torch.rand(2, 3, 128, 128)
+    plain, unet = (Controlled(small.unet, [Control(net, pictures, [0.7, 0.2])]) for net in nets)
+    x, context = noise([1, 2], (4, 16, 16)), torch.randn(2, 77, 32)
+    region = {grid: torch.ones(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((16, 16))}
+    texts = torch.randn(2, 2, 77, 32)
+    kept = []
+    try:
+        small.use_graphs()
+        text_kv = unet.text_kv(context)
+        for t in (900, 500.5, 20):
+            kept.append((unet(x, t, text_kv), plain(x, t, context)))
+            kept.append((unet(x, t, texts, region=region), plain(x, t, texts, region=region)))
+        assert all(close(a, b) for a, b in kept)
+        assert len(own.graphs) == 2
+        # The text's keys and values in its graph are those of its own layers, and x, t, the images.
+        sizes = sorted(len(graph.inputs) for graph in own.graphs.values())
+        assert sizes[-1] == 3 + 2 * len(nets[1].text_kv(context)) < 3 + 2 * len(text_kv)
+        replays = fake.replays
+        handle = nets[1].mid_block.resnets[0].register_forward_hook(lambda *_: None)
+        assert close(unet(x, 20, text_kv), kept[-2][1])
+        handle.remove()
+        assert fake.replays == replays + 1  # the UNet's
+        small.set_attention("auto", nets[1])
+        assert not own.graphs and not small.graphs.graphs
+    finally:
+        small.use_graphs(False)
 
 
 def test_the_same_images_with_graphs(small, fake):
