@@ -8,7 +8,8 @@ copied into them, except those that are unchanged since the last call, such as a
 values, and the output is copied out.
 
 The caller notices nothing: evaluations that record attention, need gradients or run hooks bypass
-the graphs.
+the graphs. One kind that does both has graphs of its own: within `differentiating`, an evaluation
+to its attention maps, and the maps' gradient in the latents (noise/losses.py).
 
 A capture that fails may leave PyTorch's allocator in the middle of it (to torch 2.11 at least): to
 capture again or to give memory back then ends in an internal error. So after one failure, and one
@@ -25,6 +26,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 LIMIT = 8  # most graphs of a network; capturing one more releases all of them
@@ -100,6 +102,22 @@ def capture(
     return graph.replay, out
 
 
+def capture_gradient(
+    run: Callable[[], list[Tensor]], x: Tensor, pool: Pool, stream: torch.cuda.Stream | None
+) -> tuple[Callable[[], None], list[Tensor], Callable[[], None], list[Tensor], Tensor]:
+    """Capture `run`, a function of the leaf x, and its vector-Jacobian product in x.
+
+    Returns a replay and the outputs that it writes to, and a replay back, the gradients of the
+    outputs that it reads, and the gradient of x that it writes to. The second must directly follow
+    the first: other graphs of the pool may use the memory of its activations.
+    """
+    with torch.enable_grad():
+        replay, outputs = capture(run, pool, stream)
+        given = [torch.empty_like(y) for y in outputs]
+        back, gradient = capture(lambda: torch.autograd.grad(outputs, x, given)[0], pool, stream)
+    return replay, [y.detach() for y in outputs], back, given, gradient
+
+
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of all captures on a device. cuBLAS keeps up to 32 MB for each stream that it was
@@ -141,6 +159,40 @@ class Graph:
         return cloned(self.output)
 
 
+@dataclass
+class GradientGraph(Graph):
+    """One captured evaluation of several outputs, and its vector-Jacobian product in the first
+    input."""
+
+    replay_back: Callable[[], None]
+    given: list[Tensor]  # gradients of the outputs, read by every replay back
+    gradient: Tensor  # of the first input, written by every replay back
+
+    def back(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        for y, new in zip(self.given, gradients, strict=True):
+            y.copy_(new)
+        self.replay_back()
+        return self.gradient.clone()
+
+
+class _Replayed(torch.autograd.Function):
+    """A `GradientGraph` as a differentiable function of its first input, x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, graphs: "Graphs", graph: GradientGraph, tensors: list[Tensor]) -> Any:
+        out = graph(tensors)
+        ctx.graphs, ctx.graph, ctx.turn = graphs, graph, graphs.turn
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if ctx.graphs.turn != ctx.turn:
+            raise RuntimeError("another evaluation of the network came before this one's gradient")
+        ctx.graphs.turn += 1  # its activations are gone now
+        return ctx.graph.back(gradients), None, None, None
+
+
 class Graphs:
     """A network's `forward`, replayed from CUDA graphs.
 
@@ -148,10 +200,15 @@ class Graphs:
     second occurrence: the first evaluation compiles kernels and chooses algorithms, which a capture
     must not do, and a signature that does not recur is not worth a graph. If memory runs out in
     `forward` itself, all graphs are released and the network runs without.
+
+    `gradients`: whether there are graphs for `differentiating` too.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    def __init__(self, module: nn.Module, gradients: bool = True):
+        self.module: Any = module
+        self.gradients = gradients
+        self.differentiating = False
+        self.turn = 0  # replays so far
         self.run: Callable[..., Any] = module.forward
         # Without the module itself, whose hooks (`guidance.counted` has one there in every run) do
         # no harm: nn.Module calls them around `forward`, replayed or not.
@@ -197,7 +254,7 @@ class Graphs:
         self.own = 0
 
     def __call__(
-        self, x: Tensor, t: int | float | Tensor, context: Any, *rest: Any, record: object = None, **more: Any
+        self, x: Tensor, t: int | float | Tensor, context: Any, *rest: Any, record: Any = None, **more: Any
     ) -> Any:
         """As `UNet.forward` or `ControlNet.forward`."""
         if not torch.is_tensor(t):  # a graph would keep a number as a constant
@@ -207,37 +264,58 @@ class Graphs:
         positional = x, t, context, *rest
         arguments = positional, more
         tensors = tensors_of(arguments)
-        if record is not None:
-            return self._plainly(*positional, record=record, **more)
-        if not self._can(tensors):
-            return self._plainly(*positional, **more)
+        # A recorder of another resolution, or of a whole evaluation, is for maps to look at.
+        look = record is not None and self.differentiating and record.only and record.wanted is None
+        options = more if record is None else {**more, "record": record}
+        if (record is not None and not look) or not self._can(tensors, look):
+            return self._plainly(*positional, **options)
         address = next(self.module.parameters()).data_ptr()  # differs if the weights were moved
-        key = signature_of(arguments), address, torch.is_grad_enabled()
+        key = look, signature_of(arguments), address, torch.is_grad_enabled()
         if key not in self.graphs:
             due = key in self.seen and key not in self.refused
             self.seen.add(key)
-            if not due or not self._captured(key, arguments, tensors):
-                return self._plainly(*positional, **more)
-        return self.graphs[key](tensors)
+            if not due or not self._captured(key, arguments, tensors, record):
+                return self._plainly(*positional, **options)
+        self.turn += 1
+        graph = self.graphs[key]
+        if not isinstance(graph, GradientGraph):
+            return graph(tensors)
+        assert record is not None  # only such calls have these graphs
+        cross, own = _Replayed.apply(x, self, graph, tensors)
+        record.begin(self.module.grids((x.shape[-2], x.shape[-1])), self.module.attention_blocks)
+        record.cross_layers = [cross.flatten(1, 2)]  # the mean of all layers: the mean of one is itself
+        record.self_layers = [own.flatten(1, 2)]
+        return None
 
-    def _can(self, tensors: list[Tensor]) -> bool:
-        """Whether these inputs may be answered from a graph."""
-        if broken or self._hooked():
+    def _can(self, tensors: list[Tensor], look: bool) -> bool:
+        """Whether these inputs, x first, may be answered from a graph: without a gradient, or in a
+        `look` with one in x alone."""
+        if broken or self._hooked(look):
             return False
-        if torch.is_grad_enabled() and any(y.requires_grad for y in tensors):
+        differentiated = [y for y in tensors if y.requires_grad] if torch.is_grad_enabled() else []
+        if bool(differentiated) != look or any(y is not tensors[0] for y in differentiated):
             return False
         # Inference tensors have no version, by which a change would be noticed.
         if torch.is_inference_mode_enabled() or any(y.is_inference() for y in tensors):
             return False
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
-    def _hooked(self) -> bool:
+    def _hooked(self, look: bool) -> bool:
         """Whether an adapter's or an observer's hooks watch a part: Python that a replay would skip."""
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return True
-        return any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
+        if look and (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks):
+            return True
+        for part in self.parts:
+            if part._forward_hooks or part._forward_pre_hooks:
+                return True
+            if look and (part._backward_hooks or part._backward_pre_hooks):
+                return True
+        return False
 
-    def _captured(self, key: Hashable, arguments: tuple[Any, ...], tensors: list[Tensor]) -> bool:
+    def _captured(
+        self, key: Hashable, arguments: tuple[Any, ...], tensors: list[Tensor], record: Any
+    ) -> bool:
         """Capture a graph for `key`; whether there now is one."""
         if len(self.graphs) >= LIMIT:
             self.let_go()
@@ -255,14 +333,26 @@ class Graphs:
             self.release()
             self.refused.add(key)
             return False
+        sources = [(y, y._version) for y in tensors]
         positional, more = replaced(arguments, iter(inputs))
+
+        def maps() -> list[Tensor]:
+            fresh = type(record)(only=True)
+            self.run(*positional, record=fresh, **more)
+            return [fresh.cross, fresh.self]
+
         try:
-            with torch.no_grad():
-                replay, output = capture(lambda: self.run(*positional, **more), self.pool, stream)
+            if record is None:
+                with torch.no_grad():
+                    parts = capture(lambda: self.run(*positional, **more), self.pool, stream)
+                self.graphs[key] = Graph(inputs, sources, *parts)
+            else:
+                x = inputs[0].requires_grad_()
+                parts = capture_gradient(maps, x, self.pool, stream)
+                self.graphs[key] = GradientGraph(inputs, sources, *parts)
         except RuntimeError as error:
             give_up(error)
             return False
-        self.graphs[key] = Graph(inputs, [(y, y._version) for y in tensors], replay, output)
         self.own += (torch.cuda.memory_reserved(device) if cuda else 0) - before
         return True
 
@@ -280,7 +370,7 @@ class Graphs:
 _living: WeakSet[Graphs] = WeakSet()
 
 
-def use_graphs(network: nn.Module, on: bool = True) -> Graphs | None:
+def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> Graphs | None:
     """Replay a network's evaluations from CUDA graphs, or stop doing so. Returns its graphs."""
     graphs = graphs_of(network)
     if graphs is not None:
@@ -288,7 +378,7 @@ def use_graphs(network: nn.Module, on: bool = True) -> Graphs | None:
         network.forward = graphs.run
     if not on:
         return None
-    graphs = Graphs(network)
+    graphs = Graphs(network, gradients)
     network.forward = graphs
     return graphs
 
@@ -297,3 +387,19 @@ def graphs_of(network: Any) -> Graphs | None:
     """The graphs of a network, if it has any."""
     forward = getattr(network, "forward", None)
     return forward if isinstance(forward, Graphs) else None
+
+
+@contextlib.contextmanager
+def differentiating(network: Any) -> Iterator[None]:
+    """Within the block, evaluations to attention maps that are differentiated in the latents are
+    replayed as well, where the network has graphs. Each one's gradient must be taken, once, before
+    the network runs again."""
+    graphs = graphs_of(network)
+    if graphs is None or not graphs.gradients:
+        yield
+        return
+    graphs.differentiating = True
+    try:
+        yield
+    finally:
+        graphs.differentiating = False

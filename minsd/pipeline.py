@@ -111,11 +111,14 @@ class StableDiffusion:
         for graphs in filter(None, map(graphs_of, (self.unet, *others))):
             graphs.release()
 
-    def use_graphs(self, on: bool = True) -> None:
+    def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
         """Replay the UNet's evaluations from CUDA graphs (minsd/graphs.py), or stop doing so.
         `load` turns it on for CUDA.
+
+        `gradients`: those too whose attention maps are differentiated (expected to matter most at
+        batch 1, not measured on a GPU).
         """
-        self.graphs = use_graphs(self.unet, on)
+        self.graphs = use_graphs(self.unet, on, gradients)
 
     def compile(self, **options) -> None:
         """Compile the UNet with torch.compile: minutes at the first step of each size, faster
@@ -135,7 +138,8 @@ class StableDiffusion:
             return run(x, t, *args, **more)
 
         self.unet.forward = forward
-        self.use_graphs(graphs)
+        # A recorder may make the compiler start anew, which a capture must not contain.
+        self.use_graphs(graphs, gradients=False)
 
     def __call__(
         self,

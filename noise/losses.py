@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from minsd.attention import AttentionRecorder
+from minsd.graphs import differentiating
 from minsd.guidance import Model
 from minsd.samplers import timesteps
 from minsd.samplers.schedule import Timestep
@@ -195,7 +196,7 @@ def differentiate(
     values: list[Tensor] = []
     gradients: list[Tensor] = []
     for rows in torch.arange(len(x), device=x.device).split(size):
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiating(sd.unet):
             leaf = x[rows].detach().requires_grad_()
             loss, part = objective(look(sd.unet, leaf, t, context[rows], select[rows]), rows)
             if loss is None:

@@ -16,6 +16,7 @@ from minsd.attention import AttentionRecorder
 from minsd.config import UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
 from minsd.graphs import Graphs
+from minsd.noise import initno, losses
 from minsd.noise.initial import noise
 from minsd.unet import UNet
 from minsd.weights import controlnet
@@ -272,6 +273,172 @@ def test_graphs_are_released_before_the_network_runs_out_of_memory(unet, fake):
         run(larger[0], 9, larger[1])
 
 
+class Split:
+    """What `graphs.capture_gradient` does, without a GPU: maps, then their vector-Jacobian product."""
+
+    captures, replays, backs, fail = 0, 0, 0, None
+
+    def __call__(self, run, x, pool, stream):
+        self.captures += 1
+        if self.fail is not None:
+            raise self.fail
+        outputs, maps = [y.detach().clone() for y in run()], []
+        given, gradient = [torch.empty_like(y) for y in outputs], torch.empty_like(x)
+
+        def replay():
+            self.replays += 1
+            with torch.enable_grad():
+                maps[:] = run()
+            for y, new in zip(outputs, maps, strict=True):
+                y.copy_(new)
+
+        def back():
+            self.backs += 1
+            gradient.copy_(torch.autograd.grad(maps, x, given)[0])
+
+        return replay, outputs, back, given, gradient
+
+
+@pytest.fixture
+def split(monkeypatch, fake):
+    split = Split()
+    monkeypatch.setattr(graphs, "capture_gradient", split)
+    return split
+
+
+@pytest.fixture
+def graphed(shapes):
+    """The embedded model with graphs, for one test."""
+    shapes.use_graphs()
+    yield shapes
+    shapes.use_graphs(False)
+
+
+PROMPT = "a red circle and a blue square"
+
+
+def looks(sd, seed, t, whole=True, rows=1):
+    """The values and the gradient of InitNO's losses, or of the response alone."""
+    select = losses.selector([losses.resolve(sd.text, PROMPT, None)] * rows)
+
+    def objective(look, part):
+        cross = losses.cross_response(look.maps)
+        if not whole:
+            return cross, cross[:, None]
+        conflict = losses.self_conflict(look.claims)
+        loss = cross + conflict + losses.clean_background(look.maps)
+        return loss, torch.stack([cross, conflict, loss], dim=1)
+
+    x = noise(range(seed, seed + rows), (4, 16, 16))
+    context = sd.encode_prompt([PROMPT] * rows)
+    return losses.differentiate(sd, x, t, context, select, objective)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["both maps", "cross-attention alone"])
+def test_a_look_and_its_gradient_are_those_without_graphs(shapes, split, whole):
+    steps = [(0, 981, 1), (1, 961, 1), (2, 500.5, 1), (3, 981, 2), (4, 20, 2), (5, 20, 2), (6, 1, 1)]
+    expected = [looks(shapes, seed, t, whole, rows) for seed, t, rows in steps]
+    shapes.use_graphs()
+    try:
+        with guidance.counted(shapes.unet) as rows:
+            found = [looks(shapes, seed, t, whole, rows) for seed, t, rows in steps]
+        assert rows == [n for *_, n in steps]
+        assert (split.captures, split.replays, split.backs) == (2, 5, 5)
+        for ours, theirs in zip(found, expected):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and ours[1].abs().max() > 0
+        shapes.graphs.release()
+        assert not shapes.graphs.graphs
+        shapes.use_graphs(gradients=False)
+        for _ in range(3):
+            looks(shapes, 0, 981)
+        assert split.captures == 2 and not shapes.graphs.graphs
+    finally:
+        shapes.use_graphs(False)
+
+
+def test_initno_optimises_the_same_noise_with_graphs(shapes, split):
+    how = {"rounds": 1, "round_steps": 4, "last_steps": 2, "conflict_limit": 0.0}
+    expected = initno.optimize(shapes, PROMPT, None, 5, **how)
+    shapes.use_graphs()
+    try:
+        result = initno.optimize(shapes, PROMPT, None, 5, **how)
+    finally:
+        shapes.use_graphs(False)
+    assert torch.equal(result.noise, expected.noise) and result.losses == expected.losses
+    assert split.captures == 1 and split.backs == result.steps - 1 > 3
+
+
+def test_looks_that_need_the_network_itself_get_it(graphed, split):
+    unet, context = graphed.unet, graphed.encode_prompt(PROMPT)
+    x = noise([0], (4, 16, 16)).requires_grad_()
+    for _ in range(3):  # outside of `differentiate`, and recorders of other kinds
+        unet(x, 9, context, record=AttentionRecorder(only=True))
+        with graphs.differentiating(unet):
+            unet(x, 9, context, record=AttentionRecorder((8, 8), only=True))
+            unet(x, 9, context, record=AttentionRecorder())
+            unet(x, 9, context.clone().requires_grad_(), record=AttentionRecorder(only=True))
+            with torch.no_grad():
+                unet(x, 9, context, record=AttentionRecorder(only=True))
+    assert split.captures == 0
+    part = unet.mid_block.resnets[0].conv1
+    for register in (part.register_forward_hook, part.register_full_backward_hook):
+        handle = register(lambda *_: None)
+        for _ in range(3):
+            looks(graphed, 0, 9)
+        handle.remove()
+    assert split.captures == 0
+    for _ in range(3):
+        looks(graphed, 0, 9)
+    assert (split.captures, split.replays) == (1, 2)
+
+
+def test_a_gradient_that_comes_too_late_is_an_error(graphed, split):
+    unet, context = graphed.unet, graphed.encode_prompt(PROMPT)
+    x = noise([0], (4, 16, 16)).requires_grad_()
+    recorders = [AttentionRecorder(only=True) for _ in range(4)]
+    with graphs.differentiating(unet):
+        for record in recorders:
+            unet(x, 9, context, record=record)
+    with pytest.raises(RuntimeError, match="another evaluation of the network came before"):
+        torch.autograd.grad(recorders[2].cross.sum(), x)
+    torch.autograd.grad(recorders[3].cross.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="another evaluation of the network came before"):
+        torch.autograd.grad(recorders[3].cross.sum(), x)
+
+
+def test_a_failed_capture_of_a_look_turns_graphs_off(shapes, split, recwarn):
+    expected = looks(shapes, 0, 9)
+    split.fail = RuntimeError("not permitted when stream is capturing")
+    shapes.use_graphs()
+    try:
+        for _ in range(4):
+            assert all(torch.equal(a, b) for a, b in zip(looks(shapes, 0, 9), expected))
+    finally:
+        shapes.use_graphs(False)
+    assert split.captures == 1 and graphs.broken
+    assert [str(w.message) for w in recwarn] == [
+        "the network runs without a CUDA graph: not permitted when stream is capturing"
+    ]
+
+
+def test_the_capture_of_a_gradient(monkeypatch):
+    """Two captures, forwards and back, in one pool; what the caller gets has no autograd graph left."""
+    captured = []
+
+    def capture(run, pool, stream):
+        captured.append((pool, stream))
+        return lambda: None, run()
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(torch, "empty_like", torch.ones_like)  # a capture computes nothing, this one does
+    x = torch.randn(3, requires_grad=True)
+    with torch.no_grad():
+        _, outputs, _, given, gradient = graphs.capture_gradient(lambda: [x**2, 3 * x], x, "pool", None)
+    assert captured == [("pool", None)] * 2 and len(given) == 2
+    assert torch.equal(outputs[0], x.detach() ** 2) and not any(y.requires_grad for y in outputs)
+    assert torch.allclose(gradient, 2 * x.detach() + 3)
+
+
 @torch.no_grad()
 def test_a_controlnet_has_graphs_of_its_own(small, fake, tmp_path, monkeypatch):
     """As `load_controlnet` gives it one on CUDA, for which the weights stay on the CPU here."""
@@ -366,6 +533,30 @@ def test_on_a_gpu_the_same_image_and_no_waiting_in_the_loop():
     plain = sd.sample("a red circle", start, steps=6)
     for a, b in zip(sd.decode(with_graphs), sd.decode(plain)):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_same_looks_and_gradients():
+    sd = minsd.load("shapes", "cuda", torch.float32)
+    select = losses.selector([losses.resolve(sd.text, PROMPT, None)]).to("cuda")
+    context = sd.encode_prompt(PROMPT)
+
+    def objective(look, part):
+        loss = losses.cross_response(look.maps) + losses.self_conflict(look.claims)
+        return loss, loss[:, None]
+
+    def step(seed, t):
+        x = noise([seed], (4, 16, 16)).to("cuda")
+        return losses.differentiate(sd, x, t, context, select, objective)
+
+    steps = [(0, 981), (1, 961), (2, 500), (3, 20)]
+    by_graphs = [step(*each) for each in steps]
+    assert len(sd.graphs.graphs) == 1 and not graphs.broken
+    sd.use_graphs(gradients=False)
+    plain = [step(*each) for each in steps]
+    assert not sd.graphs.graphs
+    for ours, theirs in zip(by_graphs, plain):  # convolutions may take TF32
+        assert all(((a - b).norm() / b.norm()).item() < 1e-2 for a, b in zip(ours, theirs))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

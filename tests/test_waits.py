@@ -13,10 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minsd import guidance
+import minsd
+from minsd import graphs, guidance
 from minsd.config import ScheduleConfig, UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
 from minsd.noise import collage, collage_control, layout, losses
+from minsd.noise.initial import noise
 from minsd.samplers.schedule import Schedule
 from minsd.unet import UNet
 
@@ -142,6 +144,32 @@ def test_a_controlnet_step_copies_nothing():
         pictures = torch.rand(3, 3, 128, 128)
         predict = collage_control.predictor(sd, lay, net, pictures, [0.5, 1.0, 0.7], **options)
         assert copies_of_a_step(predict) == []
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"pad": 0.25}, {"crop_margin": 0.25, "crop_until": 0}])
+@pytest.mark.parametrize("controlled", [False, True])
+def test_on_a_gpu_no_step_of_a_collage_waits(options, controlled):
+    sd = minsd.load("shapes", "cuda")
+    lay = layout.load(LAYOUT).sized(128, 128)
+    if controlled:
+        torch.manual_seed(0)
+        net = ControlNet(sd.config.unet, (4, 4, 8, 8)).requires_grad_(False).to("cuda", sd.dtype)
+        graphs.use_graphs(net)
+        pictures = torch.rand(3, 3, 128, 128)
+        predict = collage_control.predictor(sd, lay, net, pictures, [0.5, 1.0, 0.7], **options)
+    else:
+        predict = collage.predictor(sd, lay, **options)
+    x = noise([1, 2], (4, 16, 16)).to("cuda", sd.dtype)
+    for t in (981, 961, 941):  # the second captures the graphs
+        predict(x, t)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        predict(x, 921)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("asking", [1, 3, 8])
