@@ -151,6 +151,7 @@ class Controlled:
         self.controls = list(controls)
         self.adapters = adapters
         self._embedded: dict[int, Tensor] = {}  # by number of the control
+        self._chosen: dict[tuple, tuple[Tensor, Tensor]] = {}
         for control in self.controls:
             _check_family(control.net.config, self.unet.config)
 
@@ -183,13 +184,22 @@ class Controlled:
             images = settings_of_rows(len(x), len(control.pictures), self.adapters, "control images")
             if images is None:
                 continue
-            skips, middle = control.net(x, t, context, self._embedding(number, x)[images], region=region)
-            scale = torch.tensor([control.scales[k % len(control.scales)] for k in images])
-            scale = scale.to(x.device, x.dtype)[:, None, None, None]  # (B, 1, 1, 1)
+            index, scale = self._of_rows(number, images, x)
+            skips, middle = control.net(x, t, context, self._embedding(number, x)[index], region=region)
             scaled = [scale * y for y in (*skips, middle)]
             total = scaled if total is None else [a + b for a, b in zip(total, scaled, strict=True)]
         residuals = None if total is None else (total[:-1], total[-1])
         return self.unet(x, t, context, record=record, region=region, control=residuals)
+
+    def _of_rows(self, number: int, images: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
+        """The indices (B,) of the rows' control images and their scales (B,1,1,1), on x's device.
+        They are made once for each form of batch: a copy in every step would wait for a GPU."""
+        key = (number, x.device, x.dtype, *images)
+        if key not in self._chosen:
+            scales = self.controls[number].scales
+            scale = torch.tensor([scales[k % len(scales)] for k in images]).to(x.device, x.dtype)
+            self._chosen[key] = torch.tensor(images, device=x.device), scale[:, None, None, None]
+        return self._chosen[key]
 
     def _embedding(self, number: int, x: Tensor) -> Tensor:
         """Returns a control's images embedded at the latents' size, (R,C0,h,w). Each is embedded

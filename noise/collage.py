@@ -229,10 +229,11 @@ def attention_only_pass(sd: Model, layout: SizedLayout, ladder: str, guidance_sc
     """Returns a predictor with a single pass, in which each cell attends to the caption of its
     region, or to the image's caption outside of all regions.
     """
-    cells = [
+    painted = [
         {grid: _painted(inside, layout.regions) for grid, inside in half.items()}  # (1, 1, cells)
         for half in _region_cells(sd, layout, ladder)
     ]
+    cells = sent(painted, sd.device)
     captions = [layout.prompt, *(region.prompt for region in layout.regions)]
     negatives = [layout.negative_prompt, *(region.negative_prompt for region in layout.regions)]
     rows = [(captions, 0)] if guidance_scale == 1 else [(negatives, 0), (captions, 0)]
@@ -408,17 +409,18 @@ class _PassCells:
         self.inside = _region_cells(sd, layout, scheme.ladder)
         self.drop = scheme.background_drop
         self.seeds = seeds
+        self.device = sd.device
         self.count = len(layout.regions)
         self.fixed: Halves | None = None  # None: drawn at every step
         self.any_empty = True
         outside = fixed_surroundings(layout.regions, self.size, scheme.background_drop, scheme.pad)
         if outside is not None:
-            self.fixed = self._assigned(outside)
+            self.fixed = self._assigned(outside)  # on the device once: no step copies them again
             self.any_empty = bool((outside == EMPTY).any())
 
     def at(self, t: int | float) -> Halves:
         """Returns each cell's text at a timestep: for each grid (N+1,B,cells), or (N+1,1,cells)
-        where all images have the same.
+        where all images have the same, on the model's device.
         """
         if self.fixed is not None:
             return self.fixed
@@ -429,7 +431,22 @@ class _PassCells:
         return self._assigned(torch.stack(drawn))
 
     def _assigned(self, outside: Tensor) -> Halves:
-        return _assign(self.inside, carry(outside, self.levels, self.compat))
+        return sent(_assign(self.inside, carry(outside, self.levels, self.compat)), self.device)
+
+
+def sent(halves: Halves, device: torch.device) -> Halves:
+    """Maps (...,cells) of the CPU on `device`, in one copy.
+
+    A GPU gets it from pinned memory, for which the program does not wait: it goes on to launch the
+    network, and makes the next step's maps while this step runs.
+    """
+    maps = [cells for half in halves for cells in half.values()]
+    if device.type == "cpu" or not maps:
+        return halves
+    packed = torch.cat(maps, dim=-1)
+    packed = packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed.to(device)
+    parts = iter(packed.split([cells.shape[-1] for cells in maps], dim=-1))
+    return [{grid: next(parts) for grid in half} for half in halves]
 
 
 def _levels(sd: Model, size: Grid) -> list[Grid]:
@@ -553,15 +570,42 @@ def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
 # --- rows of one step through the network ---------------------------------------------------------
 
 
+class _Part:
+    """One evaluation of the network: some of the rows, for some of the images. Its tensors are on
+    the model's device, because a copy in every step would wait for a GPU."""
+
+    def __init__(self, passes: list[int], image: list[int], text_kv: TextKV, device: torch.device):
+        self.passes = passes  # of each row
+        self.text_kv = text_kv
+        self.pass_of_row = torch.tensor(passes, device=device)
+        self.image = torch.tensor(image, device=device)
+        self.cells: Halves | None = None  # whose rows `region` holds
+        self.region: LevelMaps | tuple[LevelMaps, LevelMaps] | None = None
+
+    def region_of(self, cells: Halves) -> LevelMaps | tuple[LevelMaps, LevelMaps] | None:
+        """Each row's cells, chosen from (passes, B or 1, h*w) for each grid. Fixed cells, the same
+        object in every step, are chosen once."""
+        if cells is not self.cells:
+            rows = [{grid: self._chosen(maps) for grid, maps in half.items()} for half in cells]
+            self.region = (rows[0], rows[1]) if len(rows) == 2 else next(iter(rows), None)
+            self.cells = cells
+        return self.region
+
+    def _chosen(self, maps: Tensor) -> Tensor:
+        if maps.shape[1] == 1:
+            return maps[self.pass_of_row, 0]
+        return maps[self.pass_of_row, self.image]
+
+
 class _Rows:
     """Runs the rows of all passes, for every image of a batch: at once, as far as memory allows.
     The attention's keys and values of the texts are computed once."""
 
     def __init__(self, sd: Model, rows: Sequence[Row], size: Grid, adapters: Adapters | None):
         self.sd = sd
-        self.passes = torch.tensor([k for _, k in rows])
+        self.passes = [k for _, k in rows]
         self.adapters = Adapters() if adapters is None else adapters
-        self.known: dict[int, list[tuple[Tensor, Tensor, TextKV]]] = {}
+        self.known: dict[int, list[_Part]] = {}  # by number of images
         # With adapters a text's states may differ from pass to pass.
         keys = [[(text, 0 if adapters is None else k) for text in texts] for texts, k in rows]
         unique = sorted({key for row in keys for key in row})
@@ -575,19 +619,19 @@ class _Rows:
         at_once = ROWS_AT_ONCE // (size[0] * size[1]) if sd.device.type == "cpu" else 0
         self.limit = max(2 * images, at_once)
 
-    def parts(self, n: int) -> list[tuple[Tensor, Tensor, TextKV]]:
-        """Splits the work of n images into evaluations of the network. Returns, for each, (row
-        numbers, image numbers, the rows' keys and values).
-        """
+    def parts(self, n: int) -> list[_Part]:
+        """Splits the work of n images into evaluations of the network."""
         if n not in self.known:
-            with self.adapters.rows(self.passes.tolist()):
+            device = self.sd.device
+            with self.adapters.rows(self.passes):
                 text_kv = self.sd.unet.text_kv(self.context)
-            numbers = torch.arange(len(self.context) * n)
             self.known = {n: []}
-            for part in numbers.split(self.limit):
+            for part in torch.arange(len(self.context) * n).split(self.limit):
                 row = part // n
-                kv = {m: (k[row.to(k.device)], v[row.to(v.device)]) for m, (k, v) in text_kv.items()}
-                self.known[n].append((row, part % n, kv))
+                index = row.to(device)
+                kv = {layer: (k[index], v[index]) for layer, (k, v) in text_kv.items()}
+                passes = [self.passes[k] for k in row.tolist()]
+                self.known[n].append(_Part(passes, (part % n).tolist(), kv, device))
         return self.known[n]
 
     def __call__(self, x: Tensor, t: int | float, cells: Halves) -> Tensor:
@@ -596,15 +640,9 @@ class _Rows:
         every row has a single text.
         """
         out = []
-        for row, image, text_kv in self.parts(len(x)):
-            passes = self.passes[row]
-            halves = [
-                {grid: c[passes, image if c.shape[1] > 1 else 0].to(x.device) for grid, c in half.items()}
-                for half in cells
-            ]
-            region = tuple(halves) if len(halves) == 2 else next(iter(halves), None)
-            latents = x[image.to(x.device)]
-            with self.adapters.rows(passes.tolist()):
-                output = self.sd.unet(latents, t, text_kv, region=region)
+        for part in self.parts(len(x)):
+            latents = x[part.image]
+            with self.adapters.rows(part.passes):
+                output = self.sd.unet(latents, t, part.text_kv, region=part.region_of(cells))
             out.append(eps_from_output(output, latents, t, self.sd.schedule))
         return torch.cat(out).unflatten(0, (len(self.context), len(x)))

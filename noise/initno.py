@@ -35,6 +35,7 @@ from minsd.samplers.random import generators
 CROSS_LIMIT = 0.2  # a noise is good enough if its response loss is below this
 MASK = 0.5  # official variant: ignore the conflict loss while the response loss exceeds this
 KL_TURNS = 20_000  # most steps of one projection (the original has no bound; up to 705 were needed)
+KL_UNASKED = 32  # of these, on a GPU, between two questions whether all images are done
 
 
 def optimize(
@@ -301,24 +302,55 @@ class Gaussians:
         """Descends the KL divergence alone, for each image until its divergence is within the
         limit.
         """
+        if rows.is_cuda:
+            done = self._project_unasked(rows, limit)
+        else:
+            done = self._project_each(rows, limit)
+        if not done:
+            warnings.warn(
+                f"the noise's KL divergence is still above {limit} after {KL_TURNS} steps", stacklevel=4
+            )
+
+    def _project_each(self, rows: Tensor, limit: float) -> bool:
+        """`project` with the images that are not done yet; whether all are done."""
         for _ in range(KL_TURNS):
             kl, gradient = self.kl(rows)
             over = kl > limit
             if not over.any():
-                return
+                return True
             rows = rows[over]
             self._adam(rows, gradient[over])
-        warnings.warn(
-            f"the noise's KL divergence is still above {limit} after {KL_TURNS} steps", stacklevel=4
-        )
+        return False
 
-    def _adam(self, rows: Tensor, gradient: Tensor, b1: float = 0.9, b2: float = 0.999) -> None:
-        self.count[rows] += 1
-        self.first[rows] = b1 * self.first[rows] + (1 - b1) * gradient
-        self.second[rows] = b2 * self.second[rows] + (1 - b2) * gradient**2
-        n = self.count[rows].view(-1, 1, 1, 1, 1)
-        spread = (self.second[rows] / (1 - b2**n)).sqrt() + self.eps
-        self.p[rows] -= self.lr * self.first[rows] / (1 - b1**n) / spread
+    def _project_unasked(self, rows: Tensor, limit: float) -> bool:
+        """`project` for a GPU, which would wait at every question how many images are done.
+
+        All images take every turn, and those that are done keep their state. Only every 32nd turn
+        asks; turns after the last image is done change nothing.
+        """
+        over = torch.ones_like(rows, dtype=torch.bool)
+        for turn in range(KL_TURNS):
+            kl, gradient = self.kl(rows)
+            over = kl > limit
+            if turn % KL_UNASKED == 0 and not over.any():
+                return True
+            self._adam(rows, gradient, over)
+        return not over.any()
+
+    def _adam(
+        self, rows: Tensor, gradient: Tensor, where: Tensor | None = None, b1: float = 0.9, b2: float = 0.999
+    ) -> None:
+        """One step of images `rows`, or of those at which `where` (b,) is true."""
+        n = self.count[rows] + 1
+        first = b1 * self.first[rows] + (1 - b1) * gradient
+        second = b2 * self.second[rows] + (1 - b2) * gradient**2
+        steps = n.view(-1, 1, 1, 1, 1)
+        spread = (second / (1 - b2**steps)).sqrt() + self.eps
+        p = self.p[rows] - self.lr * first / (1 - b1**steps) / spread
+        for state, new in ((self.count, n), (self.first, first), (self.second, second), (self.p, p)):
+            if where is not None:
+                new = new.where(where.view(-1, *[1] * (new.ndim - 1)), state[rows])
+            state[rows] = new
 
 
 # --- many images at once -------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minsd.attention import AttentionRecorder
+from minsd.graphs import differentiating
 from minsd.guidance import Model
 from minsd.samplers import timesteps
 from minsd.samplers.schedule import Timestep
@@ -199,7 +200,7 @@ def differentiate(
     values: list[Tensor] = []
     gradients: list[Tensor] = []
     for rows in torch.arange(len(x), device=x.device).split(size):
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiating(sd.unet):
             leaf = x[rows].detach().requires_grad_()
             loss, part = objective(look(sd.unet, leaf, t, context[rows], select[rows]), rows)
             if loss is None:
@@ -301,19 +302,28 @@ def otsu(maps: Tensor) -> Tensor:
     return (between == best).long().argmax(-1)  # without a split: level 0
 
 
-def component(mask: Tensor, at: Tensor) -> Tensor:
+def component(mask: Tensor, at: Tensor, asking: int | None = None) -> Tensor:
     """The 4-connected part of each mask (B,S,h,w) that holds cell `at` (B,S), as a mask.
 
-    It is empty if the mask does not hold that cell.
+    It is empty if the mask does not hold that cell. `asking`: how many rings it grows between two
+    questions whether it is complete. A GPU waits for each question, so there it is 8, elsewhere 1;
+    rings after the last change nothing.
     """
+    asking = asking or (8 if mask.is_cuda else 1)
     part = torch.zeros_like(mask).flatten(2).scatter(2, at[:, :, None], True).view_as(mask) & mask
     while True:  # it grows by its neighbours: a few turns for a blob, up to h*w for a spiral
-        spread = part.clone()
-        spread[..., 1:, :] |= part[..., :-1, :]
-        spread[..., :-1, :] |= part[..., 1:, :]
-        spread[..., 1:] |= part[..., :-1]
-        spread[..., :-1] |= part[..., 1:]
-        spread &= mask
-        if torch.equal(spread, part):
+        before = part
+        for _ in range(asking):
+            part = _ring(part) & mask
+        if torch.equal(part, before):
             return part
-        part = spread
+
+
+def _ring(part: Tensor) -> Tensor:
+    """A mask (...,h,w) and its neighbours above, below and on both sides."""
+    spread = part.clone()
+    spread[..., 1:, :] |= part[..., :-1, :]
+    spread[..., :-1, :] |= part[..., 1:, :]
+    spread[..., 1:] |= part[..., :-1]
+    spread[..., :-1] |= part[..., 1:]
+    return spread
