@@ -151,7 +151,7 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
     """Whether `group_norm` takes its kernels: on CUDA, unless a gradient is needed.
 
     Not under torch.compile, which fuses the three operations itself, nor if `norm` has hooks or a
-    replaced forward. That the kernels are faster is expected, not measured on a GPU.
+    replaced forward, nor for an image of 2**31 numbers or more. That the kernels are faster is expected, not measured on a GPU.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -164,7 +164,13 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not (torch.is_grad_enabled() and any(y.requires_grad for y in tensors))
         and not torch.compiler.is_compiling()
-        and not norm._forward_pre_hooks
-        and "forward" not in norm.__dict__
+        and x.shape[1:].numel() < 2**31  # the kernels count within an image in 32 bits
+        and not _is_watched(norm)
         and devices.failure(x.device) is None  # last: it may launch a kernel
     )
+
+
+def _is_watched(norm: nn.GroupNorm) -> bool:
+    """Whether calling `norm` would run someone's hook or replacement, which the kernels would not."""
+    hooks = norm._forward_pre_hooks, norm._forward_hooks, norm._backward_pre_hooks, norm._backward_hooks
+    return any(hooks) or "forward" in norm.__dict__ or nn.modules.module._has_any_global_hook()

@@ -91,3 +91,53 @@ def test_the_question_can_be_asked_under_compile(launches):
 
     compiled = torch.compile(f, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)) == 1 and len(launches) == 1
+
+
+def test_hooks_of_a_norm_are_honoured(launches):
+    x = on_cuda(1, 4, 3, 3)
+    for add in (
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ):
+        norm = torch.nn.GroupNorm(2, 4).half().requires_grad_(False)
+        assert norm_is_fused(x, norm, None)
+        handle = getattr(norm, add)(lambda *args: None)
+        assert not norm_is_fused(x, norm, None)
+        handle.remove()
+        assert norm_is_fused(x, norm, None)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert not norm_is_fused(x, norm, None)
+    handle.remove()
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    group_norm(x, norm)
+    assert len(seen) == 1
+
+
+def test_offsets_within_an_image_fit_32_bits(launches):
+    """The VAE's last level at 2896 and 2897 cells squared: 256 * 2897^2 > 2^31."""
+    norm = torch.nn.GroupNorm(32, 256, device="meta", dtype=torch.float16).requires_grad_(False)
+    for side, fits in ((2896, True), (2897, False)):
+        x = torch.empty(2, 256, side, side, device="meta", dtype=torch.float16).as_subclass(OnCuda)
+        assert norm_is_fused(x, norm, None) == fits
+
+
+@pytest.mark.parametrize("chosen, tf32", [("tf32", True), ("ieee", False)])
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs PyTorch 2.9")
+def test_tf32_is_asked_in_the_new_way(chosen, tf32):
+    pytest.importorskip("triton", reason="no Triton on this platform")
+    from minsd.kernels import flash
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = chosen  # with "tf32" the old question raises RuntimeError
+        assert flash._tf32_is_allowed() == tf32
+        matmul.fp32_precision = before
+        for old in (True, False):  # the old way still counts
+            matmul.allow_tf32 = old
+            assert flash._tf32_is_allowed() == old
+    finally:
+        matmul.fp32_precision = before
