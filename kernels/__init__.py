@@ -151,7 +151,8 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
     """Whether `group_norm` takes its kernels: on CUDA, unless a gradient is needed.
 
     Not under torch.compile, which fuses the three operations itself, nor if `norm` has hooks or a
-    replaced forward, nor for an image of 2**31 numbers or more. That the kernels are faster is expected, not measured on a GPU.
+    replaced forward, nor for an image of 2**31 numbers or more. That the kernels are faster is
+    expected, not measured on a GPU.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
