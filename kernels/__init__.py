@@ -27,28 +27,29 @@ Measured means in float32, in bench/results/attention.csv (the times are for sel
 cells). On a GPU `python -m bench.attention` will decide. autograd.py gives
 triton and reference their gradients.
 
+Where Triton cannot launch a kernel (no C compiler, for one), `auto` and `group_norm` use PyTorch
+after one warning (devices.py).
+
 `group_norm` uses the kernels of groupnorm.py for inference on CUDA, and PyTorch elsewhere. `Linear`
 is an nn.Linear for frozen weights, faster on some CPUs (onednn.py).
 """
 
 import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import autograd, sdpa
+from . import autograd, devices, sdpa
 from .checks import check, check_triton
+from .devices import HAS_TRITON
 from .onednn import Linear, linear
 
 __all__ = ["BACKENDS", "HAS_TRITON", "TRITON_HEAD_DIMS", "Linear", "attention", "group_norm", "linear"]
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 TRITON_HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
-# Found once, at import: torch.compile cannot trace the search.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -127,6 +128,7 @@ def _map_kernel(q: Tensor, backend: str) -> str:
         and torch.version.hip is None
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in TRITON_HEAD_DIMS
+        and devices.failure(q.device) is None  # last: it may launch a kernel
     )
     return "triton" if fast else "reference"
 
@@ -149,7 +151,8 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
     """Whether `group_norm` takes its kernels: on CUDA, unless a gradient is needed.
 
     Not under torch.compile, which fuses the three operations itself, nor if `norm` has hooks or a
-    replaced forward. That the kernels are faster is expected, not measured on a GPU.
+    replaced forward, nor for an image of 2**31 numbers or more. That the kernels are faster is
+    expected, not measured on a GPU.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -162,6 +165,13 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not (torch.is_grad_enabled() and any(y.requires_grad for y in tensors))
         and not torch.compiler.is_compiling()
-        and not norm._forward_pre_hooks
-        and "forward" not in norm.__dict__
+        and x.shape[1:].numel() < 2**31  # the kernels count within an image in 32 bits
+        and not _is_watched(norm)
+        and devices.failure(x.device) is None  # last: it may launch a kernel
     )
+
+
+def _is_watched(norm: nn.GroupNorm) -> bool:
+    """Whether calling `norm` would run someone's hook or replacement, which the kernels would not."""
+    hooks = norm._forward_pre_hooks, norm._forward_hooks, norm._backward_pre_hooks, norm._backward_hooks
+    return any(hooks) or "forward" in norm.__dict__ or nn.modules.module._has_any_global_hook()

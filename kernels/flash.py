@@ -408,7 +408,14 @@ def _precision(dtype: torch.dtype) -> str:
     """The PRECISION of `_dot`. Float32 uses TF32 where PyTorch's own matrix products may."""
     if INTERPRETED:
         return "upcast" if dtype == torch.bfloat16 else "ieee"
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
+
+
+def _tf32_is_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # The name since PyTorch 2.9. Once it is set, reading the old one raises RuntimeError.
+    chosen = getattr(matmul, "fp32_precision", "none")
+    return chosen == "tf32" if chosen in ("tf32", "ieee") else matmul.allow_tf32
 
 
 def _launch(name: str, grid: Grid, q: Tensor, *args: Tensor | int | float, **flags: bool) -> None:
