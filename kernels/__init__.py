@@ -17,22 +17,20 @@ differentiably and without storing every head's. Who computes it is the backend'
          N*M*d >= 2^22
     no   otherwise on a CPU                         sdpa          measured
     no   CUDA                                       sdpa          expected, not measured on a GPU
-    yes  CUDA, float16 or bfloat16,                 triton        expected, not measured on a GPU
-         head dim in TRITON_HEAD_DIMS
+    yes  CUDA from capability 8.0, float16 or       triton        expected, not measured on a GPU
+         bfloat16, head dim in TRITON_HEAD_DIMS,
+         shared memory enough (shared.py)
     yes  otherwise on CUDA                          reference     expected, not measured on a GPU
     yes  CPU                                        reference     measured: up to 20 % slower than
                                                                   with all heads' maps in memory
 
 Measured means in float32, in bench/results/attention.csv (the times are for self-attention at 32x32
-cells). On a GPU `python -m bench.attention` will decide. autograd.py gives
-triton and reference their gradients.
-
-Where Triton cannot launch a kernel (no C compiler, for one), `auto` and `group_norm` use PyTorch
-after one warning (devices.py).
+cells). On a GPU `python -m bench.attention` will decide; switches.py holds what a bench may turn
+there. autograd.py gives triton and reference their gradients. Where Triton cannot launch a kernel
+(no C compiler, for one), `auto` and `group_norm` use PyTorch after one warning (devices.py).
 
 `group_norm` uses the kernels of groupnorm.py on CUDA where the weights are frozen, and PyTorch
-elsewhere. `Linear`
-is an nn.Linear for frozen weights, faster on some CPUs (onednn.py).
+elsewhere. `Linear` is an nn.Linear for frozen weights, faster on some CPUs (onednn.py).
 """
 
 import importlib

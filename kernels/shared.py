@@ -47,4 +47,8 @@ NEEDED: dict[tuple[str, int], tuple[int, int, int, int]] = {
 def most_needed(head_dim: int, dtype: torch.dtype, hopper: bool) -> tuple[int, str]:
     """Bytes of shared memory, and the name of the kernel that needs them: gradients count too."""
     column = 2 * hopper + (dtype == torch.float32)
-    return max((row[column], name) for (name, d), row in NEEDED.items() if d == head_dim)
+    most, kernel = 0, ""
+    for (name, d), row in NEEDED.items():  # a loop that torch.compile can trace
+        if d == head_dim and row[column] > most:
+            most, kernel = row[column], name
+    return most, kernel

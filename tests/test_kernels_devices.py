@@ -88,10 +88,15 @@ def test_a_real_launch_that_fails_gives_a_reason(monkeypatch):
 
 def test_the_question_can_be_asked_under_compile(launches):
     def f(x):
-        return x + (devices.failure(torch.device("cuda", 0)) is None)
+        device = torch.device("cuda", 0)
+        runs = devices.failure(device) is None
+        fits = devices.short_of_memory(device, x.shape[-1], torch.float16) is None
+        return x + runs + fits
 
-    compiled = torch.compile(f, fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(1)) == 1 and len(launches) == 1
+    for dynamic in (False, True):
+        compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=dynamic)
+        assert (compiled(torch.zeros(2, 40)) == 2).all()
+    assert len(launches) == 1
 
 
 def test_hooks_of_a_norm_are_honoured(launches):

@@ -109,9 +109,13 @@ def test_gradcheck(silu, fused, monkeypatch):
     x, norm, add = case((1, 4, 1, 5, 2), torch.float64, DEVICE)
     for layout in (torch.contiguous_format, torch.channels_last):
         leaf = x.contiguous(memory_format=layout).requires_grad_()
-        assert torch.autograd.gradcheck(lambda y: group_norm(y, norm, add, silu=silu), leaf, atol=1e-6, fast_mode=True)
-        transposed = lambda y: group_norm(y.transpose(2, 3), norm, None, silu=silu).transpose(2, 3)  # noqa: E731
-        assert torch.autograd.gradcheck(transposed, leaf, atol=1e-6, fast_mode=True)
+        for more, turned in ((add, False), (None, True)):
+
+            def f(y, more=more, turned=turned):
+                y = group_norm(y.transpose(2, 3) if turned else y, norm, more, silu=silu)
+                return y.transpose(2, 3) if turned else y
+
+            assert torch.autograd.gradcheck(f, leaf, atol=1e-6, fast_mode=True)
     (dx,) = torch.autograd.grad(group_norm(leaf, norm, add).square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.sum().backward()
