@@ -25,6 +25,7 @@ def launches(monkeypatch):
     tried = []
     monkeypatch.setattr(devices, "_failures", {})
     monkeypatch.setattr(devices, "_launch", tried.append)
+    monkeypatch.setattr(devices, "shared_memory", lambda device: (101376, False))  # an RTX 3090's
     for module in (devices, kernels):
         monkeypatch.setattr(module, "HAS_TRITON", True)
     return tried
@@ -87,10 +88,15 @@ def test_a_real_launch_that_fails_gives_a_reason(monkeypatch):
 
 def test_the_question_can_be_asked_under_compile(launches):
     def f(x):
-        return x + (devices.failure(torch.device("cuda", 0)) is None)
+        device = torch.device("cuda", 0)
+        runs = devices.failure(device) is None
+        fits = devices.short_of_memory(device, x.shape[-1], torch.float16) is None
+        return x + runs + fits
 
-    compiled = torch.compile(f, fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(1)) == 1 and len(launches) == 1
+    for dynamic in (False, True):
+        compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=dynamic)
+        assert (compiled(torch.zeros(2, 40)) == 2).all()
+    assert len(launches) == 1
 
 
 def test_hooks_of_a_norm_are_honoured(launches):
@@ -141,3 +147,52 @@ def test_tf32_is_asked_in_the_new_way(chosen, tf32):
             assert flash._tf32_is_allowed() == old
     finally:
         matmul.fp32_precision = before
+
+
+def test_an_old_device_uses_pytorch_without_a_warning(launches, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, old in (((7, 5), True), ((8, 0), False), ((12, 0), False)):
+        monkeypatch.setattr(devices, "_failures", {})
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, have=capability: have)
+        launches.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert (devices.failure(torch.device("cuda", 0)) is not None) == old
+        assert len(launches) == (not old)
+        assert kernels._map_kernel(on_cuda(1, 4, 2, 8), "auto") == ("reference" if old else "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert devices._too_old(torch.device("cuda", 0)) == (
+        "the kernels need compute capability 8.0, the device has 7.5"
+    )
+
+
+def test_what_does_not_fit_is_refused_or_left_to_pytorch(launches, monkeypatch):
+    q = on_cuda(1, 4, 2, 160)
+    for limit, fits in ((101376, True), (49152, False), (None, True)):
+        monkeypatch.setattr(devices, "shared_memory", lambda device, limit=limit: (limit, False))
+        assert kernels._map_kernel(q, "auto") == ("triton" if fits else "reference")
+        if not fits:
+            with pytest.raises(ValueError, match="needs .* bytes of shared memory, the device has") as raised:
+                attention(q, q, q, backend="triton")
+            assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("d", kernels.TRITON_HEAD_DIMS)
+def test_every_kernel_fits_the_cards_from_8_0_on(d, monkeypatch):
+    """99 KB on RTX 3090 to 5090, 227 KB on H100 and B200; float32 of head dim 160 too."""
+    for limits in ((101376, False), (232448, True)):
+        monkeypatch.setattr(devices, "shared_memory", lambda device, limits=limits: limits)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert devices.short_of_memory(torch.device("cuda", 0), d, dtype) is None
+
+
+def test_the_device_itself_is_asked(monkeypatch):
+    class Properties:
+        major = 9
+        shared_memory_per_block_optin = 232448
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert devices.shared_memory(torch.device("cuda", 0)) == (232448, True)
+    del Properties.shared_memory_per_block_optin
+    assert devices.shared_memory(torch.device("cuda", 0)) == (None, True)

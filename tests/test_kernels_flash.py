@@ -150,6 +150,26 @@ def test_bias_of_every_broadcast_and_dead_rows():
 
 
 @here
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads_fastest": False, "map_blocks_64": 1, "map_blocks_128": 1 << 60},
+        {"map_blocks_64": 1, "map_blocks_128": 1},
+    ],
+)
+def test_switches_change_no_result(changes):
+    """The other grid of the gradient kernels; the map in blocks of 64 and of 128 rows."""
+    from minsd.kernels import switches
+
+    qkv, weights, _ = inputs((1, 70, 77, 2), 16, torch.float16)
+    before = run(ours, qkv, weights)
+    with switches.use(**changes):
+        after = run(ours, qkv, weights)
+    assert switches.current == switches.Switches()
+    assert_close(after, before, 1e-6)
+
+
+@here
 def test_nan_rows_stay_in_their_rows_and_large_logits_stay_finite():
     (q, k, v), weights, _ = inputs((1, 40, 77, 2), 32, torch.float32)
     clean_out, clean_map = ours(q, k, v)
