@@ -173,7 +173,9 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
 
 
 def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
-    """Whether the kernels can give every gradient that is needed, and no other transform is active."""
+    """Whether the kernels can give every gradient that is needed, and no other transform is
+    active.
+    """
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
     if not torch.is_grad_enabled():

@@ -51,15 +51,17 @@ def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def shared_memory(device: torch.device) -> tuple[int | None, bool]:
-    """Bytes of shared memory a block of threads may ask for, and whether `most_needed` is Hopper's."""
+    """Bytes of shared memory a block of threads may ask for, and whether `most_needed` is
+    Hopper's.
+    """
     if torch.version.hip is not None:
         return None, False
     have = torch.cuda.get_device_properties(device)
     return getattr(have, "shared_memory_per_block_optin", None), have.major in HOPPER
 
 
-# torch.compile asks once and keeps the answer: neither a launch nor a warning can be traced. This is
-# all that torch.compiler.assume_constant_result does, which would import Triton here.
+# torch.compile asks once and keeps the answer: neither a launch nor a warning can be traced. This
+# is all that torch.compiler.assume_constant_result does, which would import Triton here.
 failure.__dict__["_dynamo_marked_constant"] = True
 shared_memory.__dict__["_dynamo_marked_constant"] = True
 

@@ -70,9 +70,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # least tl.dot takes.
 PIECES = {8: (16, 0), 16: (16, 0), 32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (64, 16), 160: (128, 32)}
 
-# (queries per block, keys per block, warps, stages). A fixed table: the interpreter has no autotuning.
-# Every entry is expected to be good, not measured on a GPU; what is shown, by compiling for sm_80,
-# 86, 90 and 120, is that no 16-bit kernel spills more than 64 bytes of a thread's registers.
+# (queries per block, keys per block, warps, stages). A fixed table: the interpreter has no
+# autotuning. Every entry is expected to be good, not measured on a GPU; what is shown, by
+# compiling for sm_80, 86, 90 and 120, is that no 16-bit kernel spills more than 64 bytes of a
+# thread's registers.
 Blocks = tuple[int, int, int, int]
 BLOCKS: dict[str, Blocks] = {
     "forward": (64, 64, 4, 2),

@@ -12,17 +12,17 @@ with mean and var over the channels and cells of a group.
     1 _statistics   one chunk of a group's cells:  their mean, and M2 = sum (x - mean)^2
     2 _normalise    one block of a group's cells:  y
 
-For frozen weights, the gradient of x alone. With xhat = (x + add - mean) / sqrt(var + eps), z = xhat
-weight + bias, s = sigmoid(z) and e = dy s (1 + z (1 - s)) weight the gradient of xhat (without SiLU
-e = dy weight), and means over the group,
+For frozen weights, the gradient of x alone. With xhat = (x + add - mean) / sqrt(var + eps), z =
+xhat weight + bias, s = sigmoid(z) and e = dy s (1 + z (1 - s)) weight the gradient of xhat
+(without SiLU e = dy weight), and means over the group,
 
     dx = (e - mean(e) - xhat mean(e xhat)) / sqrt(var + eps)
 
     3 _gradient_sums  one chunk of a group's cells:  its sums of e and of e xhat
     4 _gradient       one block of a group's cells:  dx
 
-Both recompute z from x, so that only x and the few means of 1 are kept for them: PyTorch keeps x and
-the input of the SiLU.
+Both recompute z from x, so that only x and the few means of 1 are kept for them: PyTorch keeps x
+and the input of the SiLU.
 
 A group is split into chunks because there are fewer groups (32 per image) than a GPU has processors
 (132 on an H100). Sums of squares would cancel where the mean is large, so the means and M2 of parts

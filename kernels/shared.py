@@ -1,9 +1,11 @@
-"""How much of a GPU's shared memory each attention kernel needs, so that what cannot run is refused.
+"""How much of a GPU's shared memory each attention kernel needs, so that what cannot run is
+refused.
 
-Measured by compiling ahead of time with Triton 3.7.1 for sm_80 and 90 (120 is as 80): the most that any
-of a kernel's flags, block sizes (flash.py) and, in float32, precisions need. tests/test_kernels_compile.py
-compiles some entries afresh. For comparison: 99 KB (101376 bytes) on compute capability 8.6, 8.9 and
-12, 163 KB (166912) on 8.0 and 227 KB (232448) on 9.0 and 10; the device is asked, not this list.
+Measured by compiling ahead of time with Triton 3.7.1 for sm_80 and 90 (120 is as 80): the most
+that any of a kernel's flags, block sizes (flash.py) and, in float32, precisions need.
+tests/test_kernels_compile.py compiles some entries afresh. For comparison: 99 KB (101376 bytes) on
+compute capability 8.6, 8.9 and 12, 163 KB (166912) on 8.0 and 227 KB (232448) on 9.0 and 10; the
+device is asked, not this list.
 """
 
 import torch

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Switches:
-    # Grid of the gradient kernels: all heads of a block of rows run side by side, and share its rows
-    # of the map's gradient in the L2 cache. False: one head after another. Expected to save most of
-    # the reads at 64x64 cells, and to make no difference at 16x16.
+    # Grid of the gradient kernels: all heads of a block of rows run side by side, and share its
+    # rows of the map's gradient in the L2 cache. False: one head after another. Expected to save
+    # most of the reads at 64x64 cells, and to make no difference at 16x16.
     heads_fastest: bool = True
     # Queries x keys from which the map is made in larger blocks, which read q and k less often, and
     # from which in the largest. Expected; below the first, small blocks fill more processors.

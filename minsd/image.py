@@ -26,17 +26,19 @@ except ImportError:  # Windows
 
 
 SCALED = "minsd: values 0..255"  # in the info of an "F" image that `levels` made; resizing keeps it
-# What Pillow may try: image formats that people have, none that runs a program (EPS) or holds other data.
+# What Pillow may try: image formats that people have, none that runs a program (EPS) or holds
+# other data.
 FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
 
 
 def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
     """Read an image file of any common kind: upright, the first frame, without transparency.
 
-    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits, as
-    in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha
-    channel, as diffusers does. `what` names the file in errors. Warns where there are more frames.
-    FileNotFoundError or ValueError, in one line, for anything that cannot be read.
+    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than
+    8 bits, as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None
+    drops the alpha channel, as diffusers does. `what` names the file in errors. Warns where there
+    are more frames. FileNotFoundError or ValueError, in one line, for anything that cannot be
+    read.
     """
     Image.init()
     try:
@@ -64,10 +66,11 @@ def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.
 def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
     """A Pillow image in "RGB"; in "F", values 0..255, where its one channel is finer than 8 bits.
 
-    White is 65535 for 16-bit images. Wider types state no white, and programs write 8- and 16-bit values into
-    them, so these take the smallest range that holds their values: 0..1 (floating point alone), 0..255,
-    0..65535, 0..2^31 - 1 (integers alone). ValueError for values that fit none. `file_format`: Pillow's name
-    of the format that the image was read from, where the image itself has lost it.
+    White is 65535 for 16-bit images. Wider types state no white, and programs write 8- and 16-bit
+    values into them, so these take the smallest range that holds their values: 0..1 (floating
+    point alone), 0..255, 0..65535, 0..2^31 - 1 (integers alone). ValueError for values that fit
+    none. `file_format`: Pillow's name of the format that the image was read from, where the image
+    itself has lost it.
     """
     if picture.info.get(SCALED):
         return picture
@@ -111,7 +114,9 @@ def from_tensor(x: "Tensor") -> list[Image.Image]:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """An image cropped about its centre to the proportions of width x height, and scaled to them (pixels)."""
+    """An image cropped about its centre to the proportions of width x height, and scaled to them
+    (pixels).
+    """
     return ImageOps.fit(levels(picture), (width, height), Image.Resampling.LANCZOS)
 
 
@@ -151,7 +156,8 @@ def _lora_tag(reference: str) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[TextIO]:
-    """Hold an exclusive lock on the folder among minsd processes; a no-op where the system cannot lock.
+    """Hold an exclusive lock on the folder among minsd processes; a no-op where the system cannot
+    lock.
 
     Yields the lock's file, open for reading and writing. It holds the name of the last image saved.
     """
@@ -192,12 +198,14 @@ def save_numbered(
     settings: dict[str, Any],
     before: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at all.
+    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at
+    all.
 
-    SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called just before
-    the image appears: files that belong to it are then never missing.
+    SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called
+    just before the image appears: files that belong to it are then never missing.
 
-    The folder may be very full. It is listed only where the lock's file names no image that still exists.
+    The folder may be very full. It is listed only where the lock's file names no image that still
+    exists.
     """
     info = PngImagePlugin.PngInfo()
     info.add_itxt("minsd", json.dumps(settings, ensure_ascii=False))
@@ -210,7 +218,8 @@ def save_numbered(
         path = folder / f"{number(name) + 1:05d}-{seed}.png"
         while path.exists():  # where two processes could not lock
             path = folder / f"{number(path.name) + 1:05d}-{seed}.png"
-        # A kill after this leaves a lock file that names a missing image: the next run lists the folder.
+        # A kill after this leaves a lock file that names a missing image: the next run lists the
+        # folder.
         last.seek(0)
         last.write(path.name)
         last.truncate()
@@ -229,7 +238,9 @@ def number(name: str) -> int:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of an image that minsd wrote, from its metadata. ValueError where there are none."""
+    """The settings of an image that minsd wrote, from its metadata. ValueError where there are
+    none.
+    """
     read(path)
     try:
         with Image.open(path, formats=["PNG"]) as picture:

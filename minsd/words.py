@@ -97,7 +97,8 @@ def split(subjects: str) -> list[str]:
 
 
 def folded(text: str) -> tuple[str, list[Span]]:
-    """Text in a form in which equal words are equal, and the characters behind each character of it.
+    """Text in a form in which equal words are equal, and the characters behind each character of
+    it.
 
     Normal form C, lower case, one space for any white space, plain apostrophes and hyphens.
     """

@@ -1,4 +1,5 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * (alpha / rank) * up @ down.
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * (alpha / rank) * up @
+down.
 
 Files: kohya's (`lora_unet_*`, `lora_te_*`, with alphas) and those of diffusers and PEFT
 (`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
@@ -86,8 +87,9 @@ class LowRank:
         return self.factor * (up @ down).reshape(weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The change of the layer's output at its input x: (B,...,in) -> (B,...,out), of convolutions
-        (B,in,h,w) -> (B,out,h',w')."""
+        """The change of the layer's output at its input x: (B,...,in) -> (B,...,out), of
+        convolutions (B,in,h,w) -> (B,out,h',w').
+        """
         down, up = (half.to(x.device, x.dtype) for half in (self.down, self.up))
         if isinstance(self.module, nn.Conv2d):
             y = F.conv2d(x, down, stride=self.module.stride, padding=self.module.padding)
@@ -129,7 +131,8 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
             _check(path, key, module, down, up)
             rank = len(down)
             alpha = float(file.get_tensor(alphas[key])) if key in alphas else default_alpha(name, rank)
-            # Files may hold a 1x1 convolution's halves as matrices, a linear layer's as convolutions.
+            # Files may hold a 1x1 convolution's halves as matrices, a linear layer's as
+            # convolutions.
             shape = module.weight.shape
             down = down.reshape(rank, *shape[1:])
             up = up.reshape(len(up), rank, *[1] * (len(shape) - 2))
@@ -296,7 +299,8 @@ def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]
 
 @torch.no_grad()
 def merge(scaled: Sequence[tuple[LoRA, float]]) -> dict[Layer, Tensor]:
-    """Add adapters, (LoRA, scale) pairs, to the weights in place; -> the old weights, for `unmerge`.
+    """Add adapters, (LoRA, scale) pairs, to the weights in place; -> the old weights, for
+    `unmerge`.
 
     The old weights take as much memory as the adapted layers, and restore them exactly; subtracting
     again would not, since each merge in float16 leaves a rounding error. Text states and predictors

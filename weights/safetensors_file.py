@@ -75,7 +75,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Reads a safetensors file's header, checked to the byte: name -> {"dtype", "shape", "data_offsets"}.
+    """Reads a safetensors file's header, checked to the byte: name -> {"dtype", "shape",
+    "data_offsets"}.
 
     ValueError, in one line, for a file that is not sound.
     """
@@ -83,7 +84,9 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata of a safetensors file; empty where it has none. ValueError as in `read_header`."""
+    """Reads the metadata of a safetensors file; empty where it has none. ValueError as in
+    `read_header`.
+    """
     return _checked(path)[1]
 
 

@@ -1,7 +1,7 @@
 """Jobs: one image each, every setting resolved to its last default.
 
-`plan` makes the jobs of all requests. `Job.settings()` is the only maker of the keys in an image's metadata
-and in runs.jsonl; `Job.identity()` tells whether an image is done already.
+`plan` makes the jobs of all requests. `Job.settings()` is the only maker of the keys in an image's
+metadata and in runs.jsonl; `Job.identity()` tells whether an image is done already.
 """
 
 import json
@@ -139,7 +139,8 @@ class Job:
 def identity(settings: Mapping[str, Any]) -> str:
     """Key under which an image counts as done, of a job or of a finished image's row.
 
-    A selection is keyed by the seed asked for and the number of candidates, not by the seed it chose.
+    A selection is keyed by the seed asked for and the number of candidates, not by the seed it
+    chose.
     """
     candidates = settings.get("candidates") or 0
     seed = settings.get("asked_seed", settings.get("seed"))
@@ -261,8 +262,8 @@ def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
 
 
 def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[str | int]:
-    """The subjects of a request, found in its prompt where it names none. ValueError for one that the
-    prompt lacks.
+    """The subjects of a request, found in its prompt where it names none. ValueError for one that
+    the prompt lacks.
     """
     subjects: list[str | int] = []
     if request.subjects is None:
@@ -276,7 +277,9 @@ def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[s
 
 
 def _excite(request: Request) -> str | None:
-    """Which latent updates to use: InitNO's with --init-noise initno, otherwise Attend-and-Excite's."""
+    """Which latent updates to use: InitNO's with --init-noise initno, otherwise
+    Attend-and-Excite's.
+    """
     if request.method.name == "initno":
         return None if request.excite is False else "official"
     return "attend-and-excite" if request.excite else None

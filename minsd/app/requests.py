@@ -1,9 +1,9 @@
-"""From options to typed requests: everything that can be found wrong before a model is loaded is reported
-here, in one line.
+"""From options to typed requests: everything that can be found wrong before a model is loaded is
+reported here, in one line.
 
-`read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a prompts
-file into it, and returns a `Command`, what holds for the whole run, and a `Request` per prompt. Nothing
-heavy is imported until a file needs it.
+`read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a
+prompts file into it, and returns a `Command`, what holds for the whole run, and a `Request` per
+prompt. Nothing heavy is imported until a file needs it.
 """
 
 import difflib
@@ -108,8 +108,8 @@ class Request:
 
 
 def read(given: Given) -> tuple[Command, list[Request]]:
-    """The run and its prompts. ValueError or FileNotFoundError for what can be known wrong before a model
-    is loaded.
+    """Returns the run's settings and one request per prompt. ValueError or FileNotFoundError for
+    every mistake that can be found before a model is loaded.
     """
     if given["like"] is not None:
         if given["prompts"] is not None:
@@ -150,7 +150,7 @@ def _command(given: Given) -> Command:
 
 
 def _lines(given: Given) -> list[tuple[str, Given]]:
-    """The options of each prompt, and how an error in it begins."""
+    """Returns, for each prompt, how an error message about it begins, and its options."""
     if given["prompts"] is not None:
         if given["prompt"] is not None:
             raise ValueError("give a prompt or --prompts FILE, not both")
@@ -192,7 +192,8 @@ def take_from_image(given: Given) -> Given:
 
 
 def _take_method(given: Given, settings: Given) -> Given:
-    """Take over how the image's noise was found. Returns its settings as they were before the search.
+    """Takes over how the image's noise was found. Returns the image's settings with the seed that
+    was asked for, before any selection.
 
     A selection is repeated, from the same candidates unless another seed or number is given.
     """
@@ -208,8 +209,8 @@ def _take_method(given: Given, settings: Given) -> Given:
 
 
 def _take_subjects(given: Given, settings: Given, method: Given) -> None:
-    """Take over the image's subjects where the run to come asks for any and names none. `method`: whose it
-    is.
+    """Takes over the image's subjects if the run asks for subjects and the command line names
+    none. `method`: the settings that state the run's noise method.
     """
     asks = method.get("init_noise") == "initno" or method.get("score") == "attention"
     asks = asks or given["excite"] or given["attention_maps"]
@@ -224,7 +225,7 @@ def _take_subjects(given: Given, settings: Given, method: Given) -> None:
 
 
 def request(given: Given, where: str, chance: int) -> Request:
-    """One prompt's options, checked and completed. `chance`: the seed where none is given."""
+    """Checks and completes one prompt's options. `chance`: the seed to use where none is given."""
     method = _method(given)
     asked = _subjects(given)
     excite = (
@@ -282,7 +283,7 @@ def request(given: Given, where: str, chance: int) -> Request:
 
 
 def _method(given: Given) -> NoiseMethod:
-    """How the initial noise is found, with the method's defaults."""
+    """Returns how the initial noise is found, with the method's defaults filled in."""
     name = given["init_noise"] or "random"
     score = given["score"]
     candidates = given["candidates"]
@@ -329,7 +330,7 @@ def _subjects(given: Given) -> list[str | int] | None:
 
 
 def _layout(given: Given) -> "Layout | None":
-    """The layout, with the command line's prompts in place of its own where they are given."""
+    """Reads the layout. Prompts given on the command line replace the layout's own."""
     if given["layout"] is None:
         if given["crop_margin"] is not None:
             raise ValueError(
@@ -356,7 +357,9 @@ def _layout(given: Given) -> "Layout | None":
 
 
 def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
-    """The ControlNet and its conditioning images, which go together."""
+    """Returns the ControlNet and its conditioning image. ValueError where only one of the two is
+    given.
+    """
     net = given["controlnet"]
     image = given["control_image"]
     if given["control_scale"] is not None and net is None:
@@ -401,7 +404,9 @@ def _check_region_control(layout: "Layout", published: bool, net: Path | None, i
 
 
 def _check_invert(given: Given, method: NoiseMethod) -> None:
-    """--invert finds the noise of one image, by ddim."""
+    """Raises ValueError for options that do not go with --invert, which finds the noise of one
+    image by ddim.
+    """
     others = ("noise", "init_image", "layout", "excite", "attention_maps", "seeds", "num_images")
     clashes = [OPTIONS[name].flag for name in others if given[name]]
     if method.name != "random":
@@ -414,7 +419,7 @@ def _check_invert(given: Given, method: NoiseMethod) -> None:
 
 
 def _check_values(given: Given) -> None:
-    """Ranges, and the options that need another one."""
+    """Raises ValueError for values out of range, and for options that need another option."""
     for name in ("prompt", "negative_prompt"):
         try:
             (given[name] or "").encode()
@@ -473,7 +478,9 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _check_files(given: Given) -> None:
-    """FileNotFoundError for files of the whole run that are not there, before anything heavy is imported."""
+    """FileNotFoundError for files of the whole run that are not there, before anything heavy is
+    imported.
+    """
     from minsd.weights import hub
 
     model = given["model"] or "shapes"
@@ -496,7 +503,9 @@ def _check_files(given: Given) -> None:
 
 
 def _lora(given: Given) -> list[str]:
-    """The adapters as FILE:SCALE. An image of an earlier version lists them as [file, scale]."""
+    """Returns the adapters as FILE:SCALE. The metadata of images saved by earlier versions has
+    [file, scale] pairs instead.
+    """
     return [part if isinstance(part, str) else ":".join(map(str, part)) for part in given["lora"] or []]
 
 
@@ -508,8 +517,8 @@ def check_image(path: Path) -> None:
 
 
 def _check_writable(out: Path) -> None:
-    """ValueError where --out, or the nearest parent that exists, cannot be written to. The first image
-    makes the folder.
+    """ValueError where --out, or the nearest parent that exists, cannot be written to. The first
+    image makes the folder.
     """
     folder = out
     try:

@@ -1,9 +1,9 @@
 """Run jobs: batches, files, resuming, several processes.
 
-A row is appended to runs.jsonl once its image is in place, so that a row means an image. Under torchrun
-every process knows the full list of jobs and takes its share of it: processes never communicate or wait.
-Each writes rows to a file of its own and merges it into runs.jsonl at its end. minsd/app/draw.py draws a
-batch; this module decides which, and saves.
+A row is appended to runs.jsonl once its image is in place, so that a row means an image. Under
+torchrun every process knows the full list of jobs and takes its share of it: processes never
+communicate or wait. Each writes rows to a file of its own and merges it into runs.jsonl at its
+end. minsd/app/draw.py draws a batch; this module decides which, and saves.
 """
 
 import json
@@ -50,7 +50,9 @@ def recorded(paths: Iterable[Path]) -> Iterator[Row]:
 
 
 def by_file(rows: Iterable[Row]) -> dict[str, Row]:
-    """One row per image; the original row, which has its timing, wins over one reconstructed from the PNG."""
+    """One row per image; the original row, which has its timing, wins over one reconstructed from
+    the PNG.
+    """
     best: dict[str, Row] = {}
     for row in rows:
         if best.get(row["file"], {}).get("seconds") is None:
@@ -59,8 +61,8 @@ def by_file(rows: Iterable[Row]) -> dict[str, Row]:
 
 
 def done(folder: Path, write: Callable[[Row], None]) -> set[str]:
-    """Identities of the images in a folder. `write` gets a row, read from its PNG, for each image that has
-    none.
+    """Returns the identities of the images in a folder. For an image without a row, `write` is
+    called with a row read from its PNG.
     """
     rows = by_file(recorded(folder.glob("runs*.jsonl")))
     present = set(filter(image.NUMBERED.match, os.listdir(folder)))
@@ -81,8 +83,8 @@ def done(folder: Path, write: Callable[[Row], None]) -> set[str]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one complete row to a file of JSON lines. The file and its folder are made where they are
-    missing.
+    """Append one complete row to a file of JSON lines. The file and its folder are made where they
+    are missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with image.locked(path.parent), path.open("ab+") as file:  # another process may be merging it
@@ -94,7 +96,9 @@ def append(path: Path, row: Row) -> None:
 
 
 def merge(folder: Path, paths: list[Path]) -> None:
-    """Merge these files into runs.jsonl, one row per image, and delete them. Safe to repeat."""
+    """Merges the files `paths` into runs.jsonl, one row per image, and deletes them. Safe to
+    repeat.
+    """
     with image.locked(folder):
         rows = by_file(recorded([folder / "runs.jsonl", *paths]))
         handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
@@ -133,7 +137,9 @@ class Share:
 
 
 def run(session: Session, jobs: Sequence[Job], tally: Tally) -> None:
-    """Draw and save all jobs that fall to this process. `tally` counts the images as they are saved."""
+    """Draw and save all jobs that fall to this process. `tally` counts the images as they are
+    saved.
+    """
     command = session.command
     share = Share.from_environment()
     record = partial(append, command.out / share.rows_file)
@@ -205,7 +211,8 @@ def batches(jobs: Sequence[Job], sd: StableDiffusion) -> list[list[Job]]:
 
 
 def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
-    """What to try where a batch did not fit the GPU: the same without CUDA graphs' memory, then its halves.
+    """Returns what to try after a batch did not fit the GPU: first the same batch without the
+    memory of CUDA graphs, then its two halves.
 
     ValueError where a single image does not fit.
     """
@@ -240,8 +247,8 @@ def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
 
 
 def noise_metadata(settings: Row) -> dict[str, str]:
-    """What a noise file says of its noise. `updates`: what else moved the latents of its image while
-    denoising.
+    """Returns the metadata of a noise file. `updates` names the method that also moved the image's
+    latents while denoising, or is "none".
     """
     named = ("prompt", "negative_prompt", "seed", "init_noise", "model", "model_hash")
     said = {name: str(settings[name]) for name in named if settings.get(name) is not None}
