@@ -26,6 +26,7 @@ from minsd.app import Tally
 from minsd.app.draw import Drawn, Extras, draw, steps_of
 from minsd.app.jobs import Job, identity
 from minsd.app.session import Session
+from minsd.graphs import empty_cache
 from minsd.guidance import counted
 from minsd.noise.initial import save_noise
 from minsd.pipeline import StableDiffusion
@@ -215,7 +216,7 @@ def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
         raise ValueError(f"not even one image of {size} fits the GPU's memory: make it smaller")
     if sd.graphs is not None and held:
         sd.graphs.release()
-    torch.cuda.empty_cache()
+    empty_cache()
     half = len(part) // 2
     return [part] if held else [part[:half], part[half:]]
 
