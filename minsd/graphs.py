@@ -102,6 +102,17 @@ def capture(
     return graph.replay, out
 
 
+def warm_up(run: Callable[[], list[Tensor]], x: Tensor) -> None:
+    """Compute the gradient of `run` in the leaf x through every output, once.
+
+    A capture must not compile kernels, nor set up cuBLAS in autograd's thread. Earlier evaluations
+    may have had no gradient, where the losses were within their limits, or one through some outputs.
+    """
+    with torch.enable_grad():
+        outputs = run()
+        torch.autograd.grad(outputs, x, [torch.zeros_like(y) for y in outputs])
+
+
 def capture_gradient(
     run: Callable[[], list[Tensor]], x: Tensor, pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], list[Tensor], Callable[[], None], list[Tensor], Tensor]:
@@ -131,13 +142,13 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def give_up(error: RuntimeError) -> None:
+def give_up(error: Exception) -> None:
     """After a failed capture: drop all graphs of the process, and capture none again."""
     global broken
     broken = True
     for graphs in list(_living):
         graphs.let_go()
-    reason = str(error).splitlines()[0]
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
     warnings.warn(f"the network runs without a CUDA graph: {reason}", stacklevel=4)
 
 
@@ -327,14 +338,6 @@ class Graphs:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             stream = capture_stream(device)
         before = torch.cuda.memory_reserved(device) if cuda else 0
-        try:
-            inputs = [own_copy(y) for y in tensors]
-        except torch.cuda.OutOfMemoryError:  # no capture has begun that this could break
-            self.release()
-            self.refused.add(key)
-            return False
-        sources = [(y, y._version) for y in tensors]
-        positional, more = replaced(arguments, iter(inputs))
 
         def maps() -> list[Tensor]:
             fresh = type(record)(only=True)
@@ -342,15 +345,24 @@ class Graphs:
             return [fresh.cross, fresh.self]
 
         try:
+            inputs = [own_copy(y) for y in tensors]
+            positional, more = replaced(arguments, iter(inputs))
+            if record is not None:
+                warm_up(maps, inputs[0].requires_grad_())
+        except torch.cuda.OutOfMemoryError:  # no capture has begun that this could break
+            self.release()
+            self.refused.add(key)
+            return False
+        sources = [(y, y._version) for y in tensors]
+        try:
             if record is None:
                 with torch.no_grad():
                     parts = capture(lambda: self.run(*positional, **more), self.pool, stream)
                 self.graphs[key] = Graph(inputs, sources, *parts)
             else:
-                x = inputs[0].requires_grad_()
-                parts = capture_gradient(maps, x, self.pool, stream)
+                parts = capture_gradient(maps, inputs[0], self.pool, stream)
                 self.graphs[key] = GradientGraph(inputs, sources, *parts)
-        except RuntimeError as error:
+        except Exception as error:  # Triton's are no RuntimeErrors; the network's own will come again
             give_up(error)
             return False
         self.own += (torch.cuda.memory_reserved(device) if cuda else 0) - before
@@ -398,8 +410,9 @@ def differentiating(network: Any) -> Iterator[None]:
     if graphs is None or not graphs.gradients:
         yield
         return
+    before = graphs.differentiating
     graphs.differentiating = True
     try:
         yield
     finally:
-        graphs.differentiating = False
+        graphs.differentiating = before

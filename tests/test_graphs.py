@@ -5,6 +5,8 @@ themselves and leaves its output where the capture's was. Inputs that are not co
 output that is not copied out, give wrong numbers.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -12,6 +14,7 @@ import torch
 
 import minsd
 from minsd import graphs, guidance
+from minsd.app import run as running
 from minsd.attention import AttentionRecorder
 from minsd.config import UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
@@ -156,7 +159,11 @@ def test_what_needs_the_network_itself_gets_it(unet, fake):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.cuda.OutOfMemoryError("full"), RuntimeError("not permitted when stream is capturing\nmore")],
+    [
+        torch.cuda.OutOfMemoryError("full"),
+        RuntimeError("not permitted when stream is capturing\nmore"),
+        KeyError(),  # as Triton's: no RuntimeError
+    ],
 )
 def test_after_a_failed_capture_there_are_no_graphs(unet, fake, error, recwarn, monkeypatch):
     """PyTorch's allocator may be left in the middle of it: to give memory back is an internal error."""
@@ -175,12 +182,14 @@ def test_after_a_failed_capture_there_are_no_graphs(unet, fake, error, recwarn, 
         assert close(run(x, 9, context), plain(x, 9, context))
         other(x, 9, context)
     run.release()
+    job = SimpleNamespace(sampling=SimpleNamespace(width=128, height=128))
+    assert running._smaller(SimpleNamespace(graphs=run), [job, job]) == [[job], [job]]
     big = inputs(4)
     for _ in range(3):
         run(big[0], 9, big[1])
         Graphs(unet)(x, 9, context)
     assert fake.captures == 2 and fake.replays == 2 and not run.graphs and not other.graphs
-    reason = str(error).splitlines()[0]
+    reason = next(iter(str(error).splitlines()), "KeyError")
     assert [str(w.message) for w in recwarn] == [f"the network runs without a CUDA graph: {reason}"]
 
 
@@ -366,6 +375,48 @@ def test_initno_optimises_the_same_noise_with_graphs(shapes, split):
         shapes.use_graphs(False)
     assert torch.equal(result.noise, expected.noise) and result.losses == expected.losses
     assert split.captures == 1 and split.backs == result.steps - 1 > 3
+
+
+@pytest.mark.parametrize("found", ["nothing to do", "the response alone"])
+def test_before_a_capture_every_gradient_has_been_computed(graphed, split, monkeypatch, found):
+    """A capture must not compile kernels, and the losses so far may have needed none of the gradient,
+    or that of one kind of map."""
+    select = losses.selector([losses.resolve(graphed.text, PROMPT, None)])
+    computed, grad = [], torch.autograd.grad
+
+    def noted(outputs, *rest, **more):
+        computed.append(len(outputs) if isinstance(outputs, list) else 0)
+        return grad(outputs, *rest, **more)
+
+    def captured(*arguments):
+        assert computed[-1] == 2
+        return split(*arguments)
+
+    monkeypatch.setattr(torch.autograd, "grad", noted)
+    monkeypatch.setattr(graphs, "capture_gradient", captured)
+
+    def objective(look, part):
+        cross = losses.cross_response(look.maps)
+        return None if found == "nothing to do" else cross, cross[:, None]
+
+    for seed in range(3):
+        x = noise([seed], (4, 16, 16))
+        losses.differentiate(graphed, x, 981, graphed.encode_prompt(PROMPT), select, objective)
+    assert split.captures == 1 and split.replays == 2 and not graphs.broken
+
+
+def test_out_of_memory_while_warming_up_breaks_nothing(graphed, split, monkeypatch, recwarn):
+    def full(run, x):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graphs, "warm_up", full)
+        for seed in range(3):
+            looks(graphed, seed, 9)
+    assert split.captures == 0 and not graphs.broken and not recwarn.list
+    for seed in range(3):
+        looks(graphed, seed, 9, rows=2)
+    assert split.captures == 1
 
 
 def test_looks_that_need_the_network_itself_get_it(graphed, split):
