@@ -1,5 +1,6 @@
-"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): W' = W + scale * (alpha / rank) * up
-@ down.
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685). An adapted weight is
+
+    W' = W + scale * (alpha / rank) * up @ down
 
 Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas) and those of diffusers and PEFT
 (`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
@@ -10,6 +11,8 @@ encoder. `read` checks every tensor against the model. Then use either
                   for every image, can be undone exactly
     per_row(...)  adds the change to the layers' outputs, at a scale for each row of a batch;
                   `by_region` does so for collages
+
+For example:
 
     kept = merge([(read("style.safetensors", sd), 0.8)])
     images = sd("a red circle")
