@@ -47,8 +47,8 @@ RADII = {1: (20, 34), 2: (17, 27), 3: (16, 23)}  # pixels, by number of objects
 
 
 def outline(shape: str, turn: float = 0.0) -> np.ndarray:
-    """Returns the shape's polygon (n,2) about the centre (0, 0). The polygon lies about within
-    radius 1, with x to the right and y down, and is turned by `turn` radians."""
+    """Returns the shape's polygon (n,2) about the centre (0, 0), about 1 in radius, with x to the
+    right and y down, turned by `turn` radians."""
     if shape == "circle":
         a = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         points = 0.92 * np.stack([np.cos(a), np.sin(a)], 1)

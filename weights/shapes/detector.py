@@ -24,8 +24,8 @@ FAR = 85  # 8-bit RGB distance from the nearest palette colour, beyond which a b
 SECOND = 0.22  # fraction of a body in a second colour that makes it a hybrid
 GRID = 40  # cells per side of the grid on which shapes are compared; their mean radius is a quarter
 NEGLECT = frozenset(("missing", "hybrid", "mixed", "wrong colour"))
-# Kinds of failure, the most serious first. "hybrid": a body of two colours; "mixed": a subject drawn
-# with the shape or colour of another subject.
+# Kinds of failure, the most serious first. "hybrid" is a body of two colours, "mixed" a subject
+# drawn with the shape or colour of another subject.
 KINDS = ("missing", "hybrid", "mixed", "wrong colour", "wrong shape", "malformed", "doubled", "extra")
 PALETTE = np.array(list(COLOURS.values()), np.float32)
 NAMES = tuple(COLOURS)
