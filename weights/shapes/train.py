@@ -196,8 +196,8 @@ class Run:
         for group in self.optimizer.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
             group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
-        # All random numbers of a step are determined by the step's index, so that a resumed run draws
-        # the same ones.
+        # All random numbers of a step are determined by the step's index, so that a resumed run
+        # draws the same ones.
         key = (SEED, self.step, self.workers.rank)
         generator = torch.Generator().manual_seed(hash(key) & (2**63 - 1))
         parts = losses(self.step / self.steps, np.random.default_rng(key), generator)
@@ -366,8 +366,8 @@ def attention_loss(recorder: AttentionRecorder, masks: Tensor, places: Tensor) -
     masks (B,3,16,16) in 0..1 and places (B,3,2) are as in `latents_of`. The error is least where
     the map is level x P(object in this cell | what is visible in the noise), so the loss calibrates
     maps rather than sharpening them. The target for the word of an absent object is a map of zeros.
-    The error is divided by the error of an empty map for an average object (16 cells), so that the
-    loss starts near 1.
+    The error is divided by the error that a map of zeros has for an average object (16 cells), so
+    that the loss starts near 1.
     """
     total = count = masks.new_zeros(())
     maps = recorder.cross.float()  # (B, 16, 16, 77)
