@@ -61,7 +61,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The sizes of the VAE. Multiplying its latents by `scaling_factor` gives them unit variance."""
+    """The sizes of the VAE. Multiplying latents by `scaling_factor` gives them unit variance."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2

@@ -193,14 +193,15 @@ class VAE(nn.Module):
 
 
 # --- large images ---------------------------------------------------------------------------------
-# The finest level holds about nine feature maps of block_out_channels[0] channels at full resolution
-# at the same time (measured on a CPU: 4.5 GB in float32 at 1024x1024). Most of these maps exist only
-# between two convolutions. Where memory is short, every convolution, with the norm and SiLU before
-# it, runs in bands, which are strips of rows processed one after another. Only the input, the middle
-# and the output of a residual block remain as whole maps. GroupNorm still takes its statistics from
-# the whole map, and attention still covers all cells, so the result is the same up to rounding and
-# there are no seams to blend. (Tiles that are decoded separately, with their own statistics or those
-# of a smaller image, differ visibly, by up to 150 of 255 on an image of many shapes.)
+# The finest level holds about nine feature maps of block_out_channels[0] channels at full
+# resolution at the same time (measured on a CPU: 4.5 GB in float32 at 1024x1024). Most of these
+# maps exist only between two convolutions. Where memory is short, every convolution, with the norm
+# and SiLU before it, runs in bands, which are strips of rows processed one after another. Only the
+# input, the middle and the output of a residual block remain as whole maps. GroupNorm still takes
+# its statistics from the whole map, and attention still covers all cells, so the result is the same
+# up to rounding and there are no seams to blend. (Tiles that are decoded separately, with their own
+# statistics or those of a smaller image, differ visibly, by up to 150 of 255 on an image of many
+# shapes.)
 
 
 def memory_needed(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
