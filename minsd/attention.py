@@ -18,11 +18,11 @@ KV = tuple[Tensor, Tensor]  # keys and values, each (B, M, heads, d)
 class AttentionRecorder:
     """Collects attention probabilities at one resolution, averaged over heads and layers.
 
-    `resolution` is (rows, columns) in cells. By default it is the coarsest level with
-    cross-attention whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512) and that
-    has more than one attention layer of each kind, or the finest level with cross-attention if
-    there is no such level. With `only`, the UNet stops after the last layer that records and
-    returns None. A recorder can be reused, because every UNet call discards the earlier maps.
+    `resolution` is (rows, columns) in cells. By default it is the coarsest level with more than one
+    transformer block whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512), or the
+    finest level with a transformer block if there is no such level. With `only`, the UNet stops
+    after the last layer that records and returns None. A recorder can be reused, because every UNet
+    call discards the earlier maps.
 
     After `unet(x, t, context, record=r)`: `r.cross` is (B,h,w,M) over the M text positions and
     `r.self` is (B,h,w,h*w), both float32 (float64 in a float64 network) and differentiable;

@@ -98,8 +98,8 @@ class TextEncoder:
         Words are found by their characters, whatever tokens they are cut into. Whole words are
         tried first, so that "ball" is not found in "baseball" nor "bird" in "bird-cage". If no
         whole word is found, parts of compound words are tried ("cage"). Raises ValueError if the
-        word is missing, occurs several times and no number is given, or has a token beyond the
-        76th, the last before the end token.
+        word is missing, occurs several times and no number is given, or lies beyond the 77 tokens
+        that the model reads.
         """
         word, _, number = subject.partition("#")
         word = word.strip()
