@@ -32,7 +32,7 @@ class AttentionRecorder:
     """
 
     resolution: tuple[int, int]  # set by `begin`
-    total: int  # layers of each kind at this resolution
+    total: int  # number of transformer blocks at this resolution
 
     def __init__(self, resolution: tuple[int, int] | None = None, *, only: bool = False):
         self.wanted = resolution
@@ -71,8 +71,8 @@ class AttentionRecorder:
 
     @property
     def done(self) -> bool:
-        """Whether the UNet may stop, because every layer that records has run and only maps are
-        wanted."""
+        """Returns whether the UNet may stop, because every layer that records has run and only maps
+        are wanted."""
         return self.only and len(self.cross_layers) == self.total
 
     def _mean(self, maps: list[Tensor]) -> Tensor:
@@ -83,12 +83,12 @@ class AttentionRecorder:
 
     @property
     def cross(self) -> Tensor:
-        """The cross-attention averaged over heads and layers: (B,h,w,M)."""
+        """Returns the cross-attention averaged over heads and layers: (B,h,w,M)."""
         return self._mean(self.cross_layers)
 
     @property
     def self(self) -> Tensor:
-        """The self-attention averaged over heads and layers: (B,h,w,h*w)."""
+        """Returns the self-attention averaged over heads and layers: (B,h,w,h*w)."""
         return self._mean(self.self_layers)
 
 
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.fused = fused
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
-        super()._apply(fn, recurse)  # .to() moves each weight separately
+        super()._apply(fn, recurse)  # .to() moves each weight separately, so fuse again
         if self.fused is not None:
             self.fuse()
         return self

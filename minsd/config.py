@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 CELL = 8  # pixels per side of a latent cell
-LARGEST = 16384  # pixels per side of an image, at most
+LARGEST = 16384  # pixels per side of the largest image
 STRENGTH = 0.8  # image-to-image generation: the fraction of the steps that run, by default
 # minsd's name of each sampler -> its name in other tools. The same samplers are in
 # samplers.SAMPLERS, but importing samplers would import torch.
@@ -122,7 +122,7 @@ class ModelConfig:
 
     @property
     def size(self) -> int:
-        """The default side of an image in pixels."""
+        """Returns the default side of an image in pixels."""
         return CELL * self.unet.sample_size
 
 

@@ -72,7 +72,7 @@ def load(
     sd.notes = loaded.notes
     if device.type == "cuda":
         for module in (sd.unet, sd.vae):
-            # The layout tensor-core convolutions expect: saves a transpose before each.
+            # Tensor-core convolutions expect this layout, which saves a transpose before each one.
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         sd.use_graphs()
     return sd
@@ -84,13 +84,13 @@ class StableDiffusion:
 
     def __init__(self, config: ModelConfig, unet: Any, vae: VAE, text: TextEncoder):
         self.config = config
-        self.unet = unet  # a UNet; Controlled while a ControlNet stands beside it
+        self.unet = unet  # a UNet, or a `Controlled` while a ControlNet is in use
         self.vae = vae
         self.text = text
         self.schedule = Schedule(config.schedule)
         self.name = config.name
-        self.model_hash: str | None = None  # of a single file
-        self.notes: list[str] = []  # what the user should know of how it was loaded
+        self.model_hash: str | None = None  # of a model in a single file
+        self.notes: list[str] = []  # for the user, on how the model was loaded
         self.graphs: Graphs | None = None
 
     @property
@@ -133,13 +133,13 @@ class StableDiffusion:
         run = torch.compile(self.unet.forward, **options)
 
         def forward(x: Tensor, t: int | float | Tensor, *args: Any, **more: Any) -> Tensor | None:
-            # A timestep that is a number would become a constant, and every step would be compiled
-            # anew.
+            # torch.compile would treat a timestep that is a number as a constant, and compile the
+            # UNet again at every step.
             t = t if torch.is_tensor(t) else torch.full((len(x),), float(t), device=x.device)
             return run(x, t, *args, **more)
 
         self.unet.forward = forward
-        # A recorder may make the compiler start anew, which a capture must not contain.
+        # A recorder may cause a recompilation, which must not happen during a graph's capture.
         self.use_graphs(graphs, gradients=False)
 
     def __call__(
@@ -214,7 +214,7 @@ class StableDiffusion:
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        same = len(set(prompts)) == 1  # encode a shared prompt once
+        same = len(set(prompts)) == 1  # a shared prompt is encoded once
         cond = self.encode_prompt(prompts[:1] if same else prompts)
         return self.predictor(cond, self.encode_prompt([negative_prompt]), guidance_scale)
 
@@ -300,12 +300,12 @@ class StableDiffusion:
         pixels = []
         for part in z.split(at_once or 1):
             x = self.vae.decode(part) if at_once else decode_in_bands(self.vae, part)  # (b, 3, 8h, 8w)
-            if not x.isfinite().all() and self.dtype != torch.float32:  # float16 ends at 65504
+            if not x.isfinite().all() and self.dtype != torch.float32:  # float16's maximum is 65504
                 warnings.warn(
                     f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2
                 )
                 vae = copy.deepcopy(self.vae).float()
-                # float32 needs twice the memory: decode in bands.
+                # float32 needs twice the memory, so it decodes in bands.
                 x = torch.cat([decode_in_bands(vae, one) for one in part.float().split(1)])
             if not x.isfinite().all():
                 raise FloatingPointError(
@@ -321,7 +321,7 @@ class StableDiffusion:
         one after another)."""
         need = memory_needed(self.config.vae, height, width, self.dtype)
         free = 0.9 * free_memory(self.device)
-        # What the graphs' pool holds counts as free, but only graphs can use it.
+        # `free_memory` counts the memory in the graphs' pool as free, but only graphs can use it.
         if self.graphs is not None and need > free - self.graphs.held:
             self.graphs.release()
         if need > free:

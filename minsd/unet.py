@@ -25,7 +25,8 @@ Grid = tuple[int, int]  # rows and columns of a level's cells
 TextKV = dict[Attention, tuple[Tensor, Tensor]]
 # The number of the text that each cell attends to: grid of a level -> integers (B, rows*columns).
 CellTexts = dict[Grid, Tensor]
-# The tensors that a ControlNet adds: a list with one per skip, and one for the middle block's output.
+# The tensors that a ControlNet adds: a list with one tensor per skip, and one tensor for the output
+# of the middle block.
 Residuals = tuple[list[Tensor], Tensor]
 
 
@@ -253,7 +254,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-        # How many transformer blocks work at each level, finest first.
+        # The number of transformer blocks of each level, finest first.
         self.attention_blocks = [(2 * n + 1) * on for on in config.cross_attention]
         self.attention_blocks[-1] += 1  # the transformer block of the middle block
 
@@ -323,7 +324,7 @@ class UNet(nn.Module):
                     if record is not None and record.done:
                         return None
             for upsample in block.upsamplers:
-                x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or one less if the skip's size is odd
+                x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or one less for odd skips
         return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
 
     def encode(

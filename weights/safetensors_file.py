@@ -167,9 +167,9 @@ class Tensors(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, path: Path, stem: str, dtype: torch.dtype):
-        """`path` is a file, or a folder whose files are called `stem`. Of the folder's file
-        variants the one nearest to `dtype` is taken. Raises ValueError or FileNotFoundError, in one
-        line."""
+        """Opens `path`, which is a file or a folder whose files are called `stem`. Of a folder's
+        file variants the one nearest to `dtype` is taken. Raises ValueError or FileNotFoundError,
+        in one line."""
         self.where = path
         self.files: dict[str, tuple[Path, dict[str, Any]]] = {}
         for file in _choose_files(path, stem, dtype):
@@ -243,7 +243,8 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
     the file, and which third of the tensor's rows is meant (0, 1, 2, or None for all rows)."""
 
     def __init__(self, tensors: Tensors, what: str, names: dict[str, tuple[str, int | None]]):
-        """`what` ("the UNet of", ...) precedes the file's path in errors."""
+        """Renames some of `tensors` by the table `names` (see the class). `what` ("the UNet of",
+        ...) precedes the file's path in errors."""
         self.tensors = tensors
         self.names = names
         self.where = f"{what} {tensors.where}"

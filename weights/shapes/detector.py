@@ -22,7 +22,7 @@ IOU = 0.70  # intersection over union with the best template, below which a body
 SPECK = 40  # pixels: smaller bodies are ignored
 FAR = 85  # 8-bit RGB distance from the nearest palette colour, beyond which a body has no colour
 SECOND = 0.22  # fraction of a body in a second colour that makes it a hybrid
-GRID = 40  # cells per side of the grid on which shapes are compared; their mean radius is a quarter
+GRID = 40  # cells per side of the grid on which shapes are compared; their mean radius is a quarter of it
 NEGLECT = frozenset(("missing", "hybrid", "mixed", "wrong colour"))
 # Kinds of failure, the most serious first. "hybrid" is a body of two colours, "mixed" a subject
 # drawn with the shape or colour of another subject.
@@ -47,7 +47,7 @@ class Found:
 
     @property
     def whole(self) -> bool:
-        """Whether the body has one colour and is well drawn."""
+        """Returns whether the body has one colour and is well drawn."""
         return len(self.colours) == 1 and self.iou >= IOU
 
 
@@ -75,7 +75,7 @@ class Verdict:
 
     @property
     def kind(self) -> str:
-        """The most serious failure (the first in `KINDS`), or "right"."""
+        """Returns the most serious failure (the first in `KINDS`), or "right"."""
         return min(self.failures, key=KINDS.index, default="right")
 
 

@@ -60,7 +60,7 @@ class Options:
     steps: int
     batch: int
     pictures: int  # number of different images
-    minutes: float  # the time limit; the learning-rate schedule ends at it
+    minutes: float  # the time limit; the learning-rate schedule ends there at the latest
     lr: float | None  # None: the default
 
 

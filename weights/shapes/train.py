@@ -76,7 +76,7 @@ class Options:
     samples: int | None = None  # images to train the UNet on; None: the default
     vae_samples: int | None = None
     minutes: float | None = None  # None: until the training is complete
-    token: int = 0  # names the file through which the processes find each other
+    token: int = 0  # makes the name of the file through which the processes find each other
 
 
 def token_ids(words: Iterable[str]) -> list[int]:
@@ -130,8 +130,9 @@ class Run:
         out: Path,
         warmup: int = 100,
     ):
-        """`samples` and `batch` are totals over all processes; `warmup` is in steps. Resumes from
-        the checkpoint `out`/`name`.pt if there is one."""
+        """Sets up the networks `modules` for training, and resumes from the checkpoint
+        `out`/`name`.pt if there is one. `samples` and `batch` are totals over all processes;
+        `warmup` is in steps."""
         self.name = name
         self.modules = modules
         self.workers = workers
@@ -181,7 +182,7 @@ class Run:
                 self.workers.log(f"{self.name} {self.step}/{self.steps}", *figures, f"{rate:.0f} samples/s")
             stop = torch.tensor([time.time() > deadline, time.time() - saved > 120], dtype=torch.int32)
             if self.workers.world > 1:
-                dist.broadcast(stop, 0)  # the first process decides for all
+                dist.broadcast(stop, 0)  # the process of rank 0 decides for all
             if stop[1] or stop[0]:
                 self.save()
                 saved = time.time()
