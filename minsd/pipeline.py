@@ -42,8 +42,8 @@ def load(
     Its weights are frozen.
 
     `device` defaults to CUDA where available, otherwise to the CPU; `dtype` defaults to float16 on
-    CUDA and float32 elsewhere. `vae`, a folder or file, replaces the model's own. `tokenizer`, a
-    folder, and `prediction_type` are for single files, which contain no tokenizer and may not state
+    CUDA and float32 elsewhere. `vae`, a folder or file, replaces the model's own VAE. `tokenizer`,
+    a folder, and `prediction_type` are for single files, which contain no tokenizer and may not state
     a prediction type. Raises ValueError or FileNotFoundError, in one line, for anything that cannot
     be loaded.
     """
@@ -299,7 +299,8 @@ class StableDiffusion:
         at_once = self._vae_batch(8 * z.shape[-2], 8 * z.shape[-1])
         pixels = []
         for part in z.split(at_once or 1):
-            x = self.vae.decode(part) if at_once else decode_in_bands(self.vae, part)  # (b, 3, 8h, 8w)
+            # (b, 3, 8h, 8w)
+            x = self.vae.decode(part) if at_once else decode_in_bands(self.vae, part)
             if not x.isfinite().all() and self.dtype != torch.float32:  # float16's maximum is 65504
                 warnings.warn(
                     f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2
@@ -334,12 +335,13 @@ class StableDiffusion:
         return int(min(self.batch_size(height, width), free // need))
 
     def batch_size(self, height: int, width: int) -> int:
-        """Returns how many images of a size (pixels) are processed by the networks at once.
+        """Returns how many images of a size (pixels) are processed by the networks at once, at
+        least 1.
 
-        On a CPU, it is as many as have in sum the latent cells of one image at 512x512, because
-        more are no faster. On a GPU, it is as many as fit the free memory, but at most sixteen
-        times as many as on a CPU. A guided step needs about 100 kB per latent cell and guidance
-        half in 16 bits (expected, not measured on a GPU).
+        On a CPU, these images together have at most as many latent cells as one image at 512x512,
+        because larger batches are no faster. On a GPU, the number is limited by the free memory,
+        and the images have at most sixteen times as many cells as on a CPU. A guided step needs
+        about 100 kB per latent cell and guidance half in 16 bits (expected, not measured on a GPU).
         """
         cells = (height // 8) * (width // 8)
         limit = 64 * 64

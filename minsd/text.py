@@ -49,7 +49,8 @@ class TextEncoder:
                 ids = ids[: self.max_length - 1] + ids[-1:]
             rows.append(ids + [self.pad_token_id] * (self.max_length - len(ids)))
         with torch.no_grad():
-            return self.model(torch.tensor(rows, device=self.model.device)).last_hidden_state  # (B, 77, D)
+            # (B, 77, D)
+            return self.model(torch.tensor(rows, device=self.model.device)).last_hidden_state
 
     def tokens(self, prompt: str) -> list[str]:
         """Returns the prompt's tokens, start and end included; `</w>` marks the end of a word."""

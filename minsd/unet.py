@@ -290,11 +290,12 @@ class UNet(nn.Module):
         `record` collects attention maps. With `record.only` the evaluation ends after the last
         layer that records, and returns None.
 
-        `region` chooses a text for each cell. It requires a context of R texts per image,
-        (B,R,77,D). It is a dict from the grid (rows, columns) of each level with cross-attention to
-        integers (B, rows*columns) in 0..R-1, the numbers of the texts that the cells attend to. A
-        pair of such dicts is also accepted: the first for the encoder half, the second for the
-        middle block and the decoder half.
+        `region` chooses a text for each cell, among the R texts per image of a context (B,R,77,D).
+        `region` is a dict whose keys are the grids (rows, columns) of the levels with
+        cross-attention and of the middle block. Its values are integers (B, rows*columns) in
+        0..R-1: the number of the text that each cell attends to. `region` may also be a pair of
+        such dicts: the first for the encoder half, the second for the middle block and the decoder
+        half.
 
         `control` is what a ControlNet returns: a pair of a list and a tensor. The list has one
         tensor per skip, of the skip's shape, in the order in which the encoder half makes the

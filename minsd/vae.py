@@ -49,7 +49,8 @@ class MidAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         y = group_norm(x, self.group_norm).flatten(2).transpose(1, 2)  # (B, h*w, C)
-        q, k, v = (f(y).unsqueeze(2) for f in (self.to_q, self.to_k, self.to_v))  # (B, h*w, 1 head, C)
+        # Each (B, h*w, 1 head, C).
+        q, k, v = (f(y).unsqueeze(2) for f in (self.to_q, self.to_k, self.to_v))
         y, _ = attention(q, k, v)
         y = self.to_out[0](y.squeeze(2))
         return x + y.transpose(1, 2).reshape(b, c, h, w)

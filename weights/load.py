@@ -495,10 +495,10 @@ def schedule_config(path: Path) -> ScheduleConfig:
 
 
 def folder_config(folder: Path) -> ModelConfig:
-    """Reads a model's configuration from its folder. The networks, schedule, sampler and name are
-    the folder's. The remaining settings (steps, guidance scale, ...) are the defaults of the model
-    family that the networks belong to, except that latent consistency models get 4 steps and
-    guidance scale 1."""
+    """Reads a model's configuration from its folder. The networks, the schedule and the name are
+    the folder's; so is the sampler, if the folder's scheduler names one that minsd has. The
+    remaining settings (steps, guidance scale, ...) are the defaults of the model family that the
+    networks belong to, except that latent consistency models get 4 steps and guidance scale 1."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     config = ModelConfig(
         folder.resolve().name,

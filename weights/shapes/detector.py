@@ -22,7 +22,8 @@ IOU = 0.70  # intersection over union with the best template, below which a body
 SPECK = 40  # pixels: smaller bodies are ignored
 FAR = 85  # 8-bit RGB distance from the nearest palette colour, beyond which a body has no colour
 SECOND = 0.22  # fraction of a body in a second colour that makes it a hybrid
-GRID = 40  # cells per side of the grid on which shapes are compared; their mean radius is a quarter of it
+# Cells per side of the grid on which shapes are compared. Their mean radius is a quarter of a side.
+GRID = 40
 NEGLECT = frozenset(("missing", "hybrid", "mixed", "wrong colour"))
 # Kinds of failure, the most serious first. "hybrid" is a body of two colours, "mixed" a subject
 # drawn with the shape or colour of another subject.
