@@ -156,8 +156,8 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
     """Returns whether `group_norm` uses its kernels: on CUDA, if no tensor but x needs a gradient.
 
     They are not used under torch.compile, which fuses the three operations itself, nor if `norm`
-    has hooks or a replaced forward, nor for an image of 2**31 numbers or more. That the kernels are
-    faster is expected, not measured on a GPU.
+    has hooks or a replaced forward, nor for an image of 2**31 numbers or more, nor for the gradient
+    of a small x (switches.py). That the kernels are faster is expected, not measured on a GPU.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -186,7 +186,8 @@ def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
         return True
     if any(y.requires_grad for y in tensors if y is not x):
         return False
-    return switches.current.norm_gradient or not x.requires_grad
+    least = switches.current.norm_gradient_from
+    return not x.requires_grad or (least is not None and x.numel() >= least)
 
 
 def _is_watched(norm: nn.GroupNorm) -> bool:

@@ -23,16 +23,18 @@ class Switches:
     # occupy every multiprocessor. Expected to be good.
     map_blocks_64: int = 1 << 18
     map_blocks_128: int = 1 << 22
-    # True: Triton kernels compute GroupNorm's gradient. Expected to save two transposes of x and
-    # an elementwise pass. False: where a gradient is needed, PyTorch computes norm and gradient.
-    norm_gradient: bool = True
+    # The fewest elements of x for which Triton kernels compute a GroupNorm whose gradient is needed.
+    # They are expected to save two transposes of x and an elementwise pass, but Python launches them
+    # more slowly than PyTorch's (by an estimated 50 us per norm), so small norms are left to
+    # PyTorch unless a CUDA graph replays them. None: PyTorch computes all of them.
+    norm_gradient_from: int | None = 1 << 21
 
 
 current = Switches()
 
 
 @contextmanager
-def use(**changes: bool | int) -> Iterator[Switches]:
+def use(**changes: bool | int | None) -> Iterator[Switches]:
     """Changes some switches within the block. Threads share them, so only one may use this."""
     global current
     before = current
@@ -41,3 +43,11 @@ def use(**changes: bool | int) -> Iterator[Switches]:
         yield current
     finally:
         current = before
+
+
+@contextmanager
+def in_a_graph() -> Iterator[None]:
+    """Within the block, kernels are chosen for a CUDA graph, in which launching them costs nothing."""
+    least = None if current.norm_gradient_from is None else 0
+    with use(norm_gradient_from=least):
+        yield

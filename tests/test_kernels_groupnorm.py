@@ -196,15 +196,20 @@ def test_where_the_kernels_are_taken(monkeypatch):
     on = x.as_subclass(OnCuda)
     assert kernels.norm_is_fused(on, norm, add) and kernels.norm_is_fused(on, norm, None)
     leaf = on.clone().as_subclass(OnCuda).requires_grad_()
-    assert kernels.norm_is_fused(leaf, norm, add)
-    with kernels.switches.use(norm_gradient=False):
-        assert not kernels.norm_is_fused(leaf, norm, add)
-        assert kernels.norm_is_fused(on, norm, add)
+    assert not kernels.norm_is_fused(leaf, norm, add)  # small and eager
+    with kernels.switches.in_a_graph():
+        assert kernels.norm_is_fused(leaf, norm, add)
+    for least, taken in ((leaf.numel(), True), (leaf.numel() + 1, False), (None, False)):
+        with kernels.switches.use(norm_gradient_from=least):
+            assert kernels.norm_is_fused(leaf, norm, add) == taken
+            assert kernels.norm_is_fused(on, norm, add)
     with torch.no_grad():
         assert kernels.norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
-    assert not kernels.norm_is_fused(on, norm, add.requires_grad_())
+    with kernels.switches.in_a_graph():
+        assert not kernels.norm_is_fused(on, norm, add.requires_grad_())
     add.requires_grad_(False)
-    assert not kernels.norm_is_fused(leaf, norm.requires_grad_(), add)
+    with kernels.switches.in_a_graph():
+        assert not kernels.norm_is_fused(leaf, norm.requires_grad_(), add)
     norm.requires_grad_(False)
     with torch.autograd.forward_ad.dual_level():
         assert not kernels.norm_is_fused(on, norm, add)
