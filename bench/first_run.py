@@ -69,7 +69,7 @@ STEPS = (
     Step("gpu_tests", 60, f"{PYTEST} {GPU_TESTS} -k gpu"),
     Step("unet", 60, "bench.unet", f"--runs 7 --warmup 3 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
     Step("end_to_end", 110, "bench.end_to_end", FULL, TINY, "seconds minsd"),
-    Step("maps", 60, "bench.maps", f"--runs 7 {HALF}", f"--runs 2 {SMALL}", "times_faster minsd"),
+    Step("maps", 60, "bench.maps", f"--runs 7 {HALF}", f"--runs 2 {SMALL}", "times_faster graphs/minsd"),
     Step("profile", 40, "bench.profile", HALF, SMALL, "share attention"),
     Step("initno", 60, "bench.initno", f"--runs 5 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
     Step("attention", 90, "bench.attention", SIDES, "--runs 1 --csv", "us fused/reference"),
