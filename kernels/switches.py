@@ -28,6 +28,18 @@ class Switches:
     # more slowly than PyTorch's (by an estimated 50 us per norm), so small norms are left to
     # PyTorch unless a CUDA graph replays them. None: PyTorch computes all of them.
     norm_gradient_from: int | None = 1 << 21
+    # Maps of fewer probabilities than this (images x heads x queries x keys) are computed with all
+    # of them in memory (materialised.py). 1 << 21 covers 16x16 cells of 8 heads for 3 images. 0 means
+    # never, because equal speed is expected in eager mode and a loss in a CUDA graph, which launches
+    # the Triton kernels at no cost.
+    materialise_below: int = 0
+    # Backend "sdpa" with maps takes the log-sum-exp of each row from PyTorch's attention instead of
+    # computing the scores once more. Expected to save one of three products of q and k. Off until a
+    # GPU has shown that the results agree, because PyTorch's operators for it are private.
+    shared_lse: bool = False
+    # PyTorch's attention tries cuDNN before its other kernels. Expected to be faster on capability
+    # 9.0. Off until measured: some versions of PyTorch prefer cuDNN there by themselves.
+    cudnn_first: bool = False
 
 
 current = Switches()
