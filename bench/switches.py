@@ -39,6 +39,7 @@ NEVER = 1 << 62  # more than any size
 VARIANTS: dict[str, tuple[str, dict[str, int | bool | None]]] = {
     "default": ("auto", {}),
     "pytorch_norm_gradient": ("auto", {"norm_gradient_from": None}),
+    "narrow_norm": ("auto", {"wide_norm": False}),
     "materialised": ("auto", {"materialise_below": NEVER}),
     "cudnn_first": ("auto", {"cudnn_first": True}),
     "decoupled": ("sdpa", {}),
@@ -106,7 +107,15 @@ def main() -> None:
     options.add_argument("--size", type=int, default=512, help="pixels per side (default: 512)")
     options.add_argument("--batches", nargs="+", type=int, default=[1], help="images (default: 1)")
     options.add_argument("--runs", type=int, default=10, help="timed evaluations of each (default: 10)")
-    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    names = ", ".join(VARIANTS)
+    options.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"some of {names} (default: all)",
+    )
     gpu = torch.cuda.is_available()
     options.add_argument("--device", default="cuda" if gpu else "cpu", help="default: CUDA if there is a GPU")
     options.add_argument("--dtype", help="default: float16 on a GPU, float32 on a CPU")
