@@ -5,7 +5,6 @@ plans one job per image (jobs.py) and runs them (run.py). Errors become one line
 imports wait until the options are known to be good, so that --help and most errors answer at once.
 """
 
-import errno
 import json
 import os
 import signal
@@ -15,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minsd.app import Tally, options, requests
+from minsd.app import Tally, mistake, options, ranks, reason, requests
+from minsd.app.hold import Hold
 from minsd.app.prompts import located
 from minsd.app.requests import Command, Request
+from minsd.files import printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,9 +35,10 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = _warn
             command, lines = requests.read(options.parse(argv))
             go(command, lines, tally)
-        return 0
+        return _end(tally)
     except KeyboardInterrupt:
-        print(f"minsd: stopped: {tally.made} of {tally.wanted} images are done", file=sys.stderr)
+        done = f"{tally.made} of {tally.wanted} images are done"
+        print(f"minsd: {ranks.label()}stopped: {done}", file=sys.stderr)
         return 130
     except Exception as error:
         if "--debug" in argv:
@@ -46,15 +48,35 @@ def main(argv: list[str] | None = None) -> int:
 
 def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
     """Load the model, plan the jobs, and draw them."""
-    quiet = command.quiet or bool(int(os.environ.get("RANK", 0)))
+    quiet = command.quiet or ranks.Share.from_environment().rank > 0
 
     def say(*words: object) -> None:
         if not quiet:
-            print("minsd:", *words, file=sys.stderr)
+            print("minsd:", *map(printable, words), file=sys.stderr)
 
+    for note in command.notes:
+        say(note)
     if command.layout_preview:
         preview_layouts(command, lines, say)
         return
+    hold = Hold(command.out, command.resume, command.wait, say)
+    try:
+        draw(command, lines, tally, hold, quiet, say)
+    finally:
+        hold.release()
+
+
+def draw(
+    command: Command,
+    lines: Sequence[Request],
+    tally: Tally,
+    hold: Hold,
+    quiet: bool,
+    say: Callable[..., None],
+) -> None:
+    """Load the model, plan the jobs, and run them; or list a prompt's tokens."""
+    if command.out.is_dir() and not command.list_tokens:
+        hold.take()  # before minutes of loading; a folder that is still to be made is held by `run`
     from minsd.app.jobs import plan
     from minsd.app.run import run
     from minsd.app.session import open_session
@@ -74,7 +96,7 @@ def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
     else:
         of_prompts = f" of {len(lines)} prompts" if len(lines) > 1 else ""
         say(f"seeds {jobs[0].seed} to {jobs[-1].seed}, {len(jobs)} images{of_prompts}")
-    run(session, jobs, tally)
+    run(session, jobs, tally, hold)
 
 
 def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..., None]) -> None:
@@ -116,27 +138,38 @@ def list_tokens(text: Any, prompt: str) -> None:
     last = text.max_length - 1
     for position, token in enumerate(tokens):
         cut = "  (cut off)" if last <= position < len(tokens) - 1 else ""
-        print(f"{position:3d}  {token}{cut}")
+        line = f"{position:3d}  {printable(token)}{cut}"
+        encoding = sys.stdout.encoding or "utf-8"  # which may not have every character
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _end(tally: Tally) -> int:
+    """The exit code of a run that came to its end, and how many of its images failed."""
+    if not tally.failed:
+        return 0
+    if tally.single:  # reported by itself
+        return 2 if tally.mistaken else 1
+    print(
+        f"minsd: error: {ranks.label()}{tally.failed} of {tally.wanted} images are not drawn, for the "
+        "reasons above; the same command with --resume tries them again",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _report(error: Exception, tally: Tally) -> int:
-    """Print an error as one line; return the exit code."""
-    code = 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
-    message = str(error) if code == 2 else f"{type(error).__name__}: {error} (--debug shows where)"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = "the disk is full: free some space, and give the same command with --resume"
+    """Print an error as one line; return the exit code. Every process of several reports its own."""
+    message = reason(error)
     if tally.wanted:
         message = f"{tally.made} of {tally.wanted} images are done; {message}"
-    elif code == 2 and int(os.environ.get("RANK", 0)):
-        return code  # every process finds the same mistake: rank 0 reports it
-    print("minsd: error: " + " ".join(message.split()), file=sys.stderr)
-    return code
+    print(f"minsd: error: {ranks.label()}{printable(message)}", file=sys.stderr)
+    return 2 if mistake(error) else 1
 
 
 def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"minsd: warning: {message}", file=sys.stderr)  # above a progress bar, not into it
+    tqdm.write(f"minsd: warning: {printable(message)}", file=sys.stderr)  # above a progress bar, not into it
 
 
 def script() -> int:

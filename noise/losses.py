@@ -128,7 +128,7 @@ class Look(NamedTuple):
 
 
 def smooth(maps: Tensor) -> Tensor:
-    """Maps (...,h,w) smoothed by a 3x3 kernel with reflected edges.
+    """Maps (...,h,w) smoothed by a 3x3 kernel with reflected edges; a single cell reflects itself.
 
     Its weights along each axis are exp(-(d / (2 * 0.5))^2), normalised to sum 1. This is InitNO's
     kernel, not the usual Gaussian exp(-d^2 / 2s^2).
@@ -138,8 +138,8 @@ def smooth(maps: Tensor) -> Tensor:
     side = math.exp(-1) / total
     for axis in (-2, -1):  # shifted sums: a convolution may round to TF32 on a GPU
         n = maps.shape[axis]
-        before = maps.index_select(axis, torch.tensor([1, *range(n - 1)], device=maps.device))
-        after = maps.index_select(axis, torch.tensor([*range(1, n), n - 2], device=maps.device))
+        before = maps.index_select(axis, torch.tensor([min(1, n - 1), *range(n - 1)], device=maps.device))
+        after = maps.index_select(axis, torch.tensor([*range(1, n), max(n - 2, 0)], device=maps.device))
         maps = middle * maps + side * (before + after)
     return maps
 
