@@ -28,7 +28,6 @@ from minsd.samplers.schedule import Schedule
 from minsd.text import TextEncoder
 from minsd.vae import VAE, decode_in_bands, encode_in_bands, memory_needed
 
-
 # Images in one batch, at most. For the smallest, of 8x8 pixels, four times as many take 15 % less
 # time per image (embedded model, on a CPU), but a kill loses the batch, and each image's text states
 # and files take memory whatever its size.
