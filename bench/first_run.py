@@ -41,6 +41,7 @@ BENCH = (
 )
 PYTEST = "pytest -q -rs -p no:cacheprovider --tb=short --maxfail=50"
 KERNELS = "tests/test_kernels.py tests/test_kernels_flash.py tests/test_kernels_groupnorm.py"
+GPU_TESTS = "tests/test_graphs.py tests/test_pipeline.py tests/test_waits.py"
 HALF = "--device cuda --dtype float16 --csv"
 SMALL = "--model shapes --size 128 --csv"
 FULL = f"--batches 1 8 --runs 2 {HALF}"
@@ -65,7 +66,7 @@ class Step:
 STEPS = (
     Step("smoke", 60, "bench.smoke --out {out}"),
     Step("kernels", 170, f"{PYTEST} {KERNELS}", "-n 8"),
-    Step("gpu_tests", 60, f"{PYTEST} tests/test_graphs.py tests/test_pipeline.py -k gpu"),
+    Step("gpu_tests", 60, f"{PYTEST} {GPU_TESTS} -k gpu"),
     Step("unet", 60, "bench.unet", f"--runs 7 --warmup 3 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
     Step("end_to_end", 110, "bench.end_to_end", FULL, TINY, "seconds minsd"),
     Step("maps", 60, "bench.maps", f"--runs 7 {HALF}", f"--runs 2 {SMALL}", "times_faster minsd"),

@@ -17,38 +17,39 @@ differentiably and without storing every head's. Who computes it is the backend'
          N*M*d >= 2^22
     no   otherwise on a CPU                         sdpa          measured
     no   CUDA                                       sdpa          expected, not measured on a GPU
-    yes  CUDA, float16 or bfloat16,                 triton        expected, not measured on a GPU
-         head dim in TRITON_HEAD_DIMS
+    yes  CUDA from capability 8.0, float16 or       triton        expected, not measured on a GPU
+         bfloat16, head dim in TRITON_HEAD_DIMS,
+         shared memory enough (shared.py)
     yes  otherwise on CUDA                          reference     expected, not measured on a GPU
     yes  CPU                                        reference     measured: up to 20 % slower than
                                                                   with all heads' maps in memory
 
 Measured means in float32, in bench/results/attention.csv (the times are for self-attention at 32x32
-cells). On a GPU `python -m bench.attention` will decide. autograd.py gives
-triton and reference their gradients.
+cells). On a GPU `python -m bench.attention` will decide; switches.py holds what a bench may turn
+there. autograd.py gives triton and reference their gradients. Where Triton cannot launch a kernel
+(no C compiler, for one), `auto` and `group_norm` use PyTorch after one warning (devices.py).
 
-`group_norm` uses the kernels of groupnorm.py for inference on CUDA, and PyTorch elsewhere. `Linear`
-is an nn.Linear for frozen weights, faster on some CPUs (onednn.py).
+`group_norm` uses the kernels of groupnorm.py on CUDA where the weights are frozen, and PyTorch
+elsewhere. `Linear` is an nn.Linear for frozen weights, faster on some CPUs (onednn.py).
 """
 
 import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from . import autograd, sdpa
+from . import autograd, devices, sdpa, switches
 from .checks import check, check_triton
+from .devices import HAS_TRITON
 from .onednn import Linear, linear
 
 __all__ = ["BACKENDS", "HAS_TRITON", "TRITON_HEAD_DIMS", "Linear", "attention", "group_norm", "linear"]
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 TRITON_HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
-# Found once, at import: torch.compile cannot trace the search.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -127,6 +128,8 @@ def _map_kernel(q: Tensor, backend: str) -> str:
         and torch.version.hip is None
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in TRITON_HEAD_DIMS
+        and devices.failure(q.device) is None  # late: it may launch a kernel
+        and devices.short_of_memory(q.device, q.shape[-1], q.dtype) is None
     )
     return "triton" if fast else "reference"
 
@@ -134,22 +137,23 @@ def _map_kernel(q: Tensor, backend: str) -> str:
 def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu: bool = False) -> Tensor:
     """norm(x + add), followed by SiLU if `silu`: x (B,C,h,w) -> (B,C,h,w).
 
-    `add` (B,C), if given, is one number per image and channel. Differentiable: where a gradient is
-    needed PyTorch computes it, not the kernels (`norm_is_fused`).
+    `add` (B,C), if given, is one number per image and channel. Differentiable: by the kernels once,
+    and by x alone; where another gradient is needed PyTorch computes it (`norm_is_fused`).
     """
     if norm_is_fused(x, norm, add):
         from . import groupnorm  # imports Triton
 
-        return groupnorm.forward(x, norm.num_groups, norm.weight, norm.bias, norm.eps, add, silu)
+        return groupnorm.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps, add, silu)
     y = norm(x if add is None else x + add[:, :, None, None])
     return F.silu(y) if silu else y
 
 
 def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
-    """Whether `group_norm` takes its kernels: on CUDA, unless a gradient is needed.
+    """Whether `group_norm` takes its kernels: on CUDA, unless any but x needs a gradient.
 
     Not under torch.compile, which fuses the three operations itself, nor if `norm` has hooks or a
-    replaced forward. That the kernels are faster is expected, not measured on a GPU.
+    replaced forward, nor for an image of 2**31 numbers or more. That the kernels are faster is
+    expected, not measured on a GPU.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -160,8 +164,28 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
         and norm.num_channels // norm.num_groups <= 256
         and len({y.dtype for y in tensors}) == 1
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and not (torch.is_grad_enabled() and any(y.requires_grad for y in tensors))
         and not torch.compiler.is_compiling()
-        and not norm._forward_pre_hooks
-        and "forward" not in norm.__dict__
+        and _gradient_is_ours(x, tensors)
+        and x.shape[1:].numel() < 2**31  # the kernels count within an image in 32 bits
+        and not _is_watched(norm)
+        and devices.failure(x.device) is None  # last: it may launch a kernel
     )
+
+
+def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether the kernels can give every gradient that is needed, and no other transform is
+    active.
+    """
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    if any(y.requires_grad for y in tensors if y is not x):
+        return False
+    return switches.current.norm_gradient or not x.requires_grad
+
+
+def _is_watched(norm: nn.GroupNorm) -> bool:
+    """Whether calling `norm` would run someone's hook or replacement, which the kernels would not."""
+    hooks = norm._forward_pre_hooks, norm._forward_hooks, norm._backward_pre_hooks, norm._backward_hooks
+    return any(hooks) or "forward" in norm.__dict__ or bool(nn.modules.module._has_any_global_hook())

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from . import devices
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,3 +59,7 @@ def check_triton(q: Tensor, installed: bool, head_dims: tuple[int, ...]) -> None
         raise ValueError(f"the triton backend has head dims {dims}, not {q.shape[-1]}; use backend='auto'")
     if q.dtype == torch.float64:
         raise ValueError("the triton backend has no float64; use backend='reference'")
+    if q.is_cuda:
+        reason = devices.failure(q.device) or devices.short_of_memory(q.device, q.shape[-1], q.dtype)
+        if reason is not None:
+            raise ValueError(f"the triton backend cannot run: {reason}; use backend='auto'")

@@ -46,9 +46,9 @@ is not one is split into two pieces (40 = 32 + 16 with 8 columns of zeros, 80 = 
 + 32): padding 80 to 128 would waste 37 % of every product. With `region`, row n attends to key m
 only if m // length == region[n] (several texts concatenated).
 
-Evidence. Outputs and gradients agree with float64 in Triton's interpreter, and all 16-bit
-variants that the tests compile for sm_90 keep their work in registers. The speed on a GPU is
-expected, not measured.
+Evidence. Outputs and gradients agree with float64 in Triton's interpreter, and the 16-bit variants
+that the tests compile for several architectures keep their work in registers, but for 64 bytes a
+thread. The speed on a GPU is expected, not measured.
 """
 
 # Triton's compiler gives kernels their types. Pyright takes a call from one kernel to another for a
@@ -62,22 +62,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import switches
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # head dim -> its two pieces; a second piece of 0 means none. No piece is narrower than 16, the
 # least tl.dot takes.
 PIECES = {8: (16, 0), 16: (16, 0), 32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (64, 16), 160: (128, 32)}
 
-# kernel -> (queries per block, keys per block, warps, stages). A fixed table: the interpreter has
-# no autotuning, and the compile test shows that no entry spills registers on sm_90.
-BLOCKS = {
-    "forward": (64, 64, 4, 2),  # expected, not measured on a GPU
-    "mean_map": (32, 32, 4, 2),  # expected, not measured on a GPU
-    "grad_q": (64, 32, 4, 2),  # expected, not measured on a GPU
-    "grad_kv": (32, 64, 8, 2),  # expected, not measured on a GPU
+# (queries per block, keys per block, warps, stages). A fixed table: the interpreter has no
+# autotuning. Every entry is expected to be good, not measured on a GPU; what is shown, by
+# compiling for sm_80, 86, 90 and 120, is that no 16-bit kernel spills more than 64 bytes of a
+# thread's registers.
+Blocks = tuple[int, int, int, int]
+BLOCKS: dict[str, Blocks] = {
+    "forward": (64, 64, 4, 2),
+    "mean_map": (32, 32, 4, 2),
+    "grad_q": (64, 32, 4, 2),
+    "grad_kv": (32, 64, 8, 2),
 }
-# Head dim 160: with a bias and a region, 64 x 64 spills. Expected, not measured on a GPU.
-BLOCKS_160 = {**BLOCKS, "forward": (64, 32, 4, 2)}
+# Where those spill: a thread holds more of a wide head.
+BLOCKS_OF: dict[tuple[str, int], Blocks] = {
+    ("forward", 160): (64, 32, 8, 2),
+    ("grad_q", 80): (64, 32, 8, 2),
+    ("grad_q", 160): (64, 16, 4, 2),
+    ("grad_kv", 64): (32, 32, 4, 2),
+    ("grad_kv", 80): (32, 32, 4, 2),
+    ("grad_kv", 160): (64, 16, 4, 1),
+}
+MASKED_FORWARD: Blocks = (64, 32, 4, 2)  # with a bias or a region 64 x 64 spills
+WIDE_160: Blocks = (16, 32, 4, 1)  # float32: larger ones pass the shared memory of most cards
+MAP_64: Blocks = (64, 64, 4, 2)
+MAP_128: Blocks = (128, 64, 8, 2)
 
 
 @triton.jit
@@ -250,6 +266,15 @@ def _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H):
 
 
 @triton.jit
+def _place(HEADS_FASTEST: tl.constexpr):
+    """(block, head, image) of this program."""
+    if HEADS_FASTEST:
+        return tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    else:
+        return tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+
+
+@triton.jit
 def _grad_q(
     Q, K, V,  # read: (B, N, H, D), (B, M, H, D), (B, M, H, D), each row of D contiguous
     Out,  # read with OUT: (B, N, H, D), contiguous, from `_forward`
@@ -269,11 +294,13 @@ def _grad_q(
     H, N, M, length, scale,  # heads, queries, keys, keys per text, factor of the scores
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,  # head dim and its pieces
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
+    HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: D, then dQ. OUT: out has a gradient; MAP: the map has
     one."""
-    rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block, h, b = _place(HEADS_FASTEST)
+    rows = block * BN + tl.arange(0, BN)
     K += b * sk_b + h * sk_h
     V += b * sv_b + h * sv_h
     bias += b * sb_b + h * sb_h
@@ -339,10 +366,12 @@ def _grad_kv(
     H, N, M, length, scale,  # heads, queries, keys, keys per text, factor of the scores
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,  # head dim and its pieces
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
+    HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one head: dK, and with OUT dV."""
-    cols, h, b = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block, h, b = _place(HEADS_FASTEST)
+    cols = block * BM + tl.arange(0, BM)
     Q += b * sq_b + h * sq_h
     dO += b * so_b + h * so_h
     bias += b * sb_b + h * sb_h
@@ -397,25 +426,60 @@ Grid = Callable[[int, int], tuple[int, int, int]]
 Strides = tuple[int, ...]
 
 
-def configuration(name: str, head_dim: int) -> tuple[dict[str, int], dict[str, int]]:
-    """A kernel's constants (block sizes, pieces of the head dim) and its compiler options."""
+def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Blocks:
+    """A kernel's entry in the tables: `wide` is float32, `masked` with a bias or region.
+
+    `pairs` is queries x keys.
+    """
+    if wide and head_dim == 160 and name != "mean_map":
+        return WIDE_160
+    if name == "forward" and masked and head_dim != 160:
+        return MASKED_FORWARD
+    if name == "mean_map" and not wide and not masked:
+        if pairs >= switches.current.map_blocks_128:
+            return MAP_128
+        if pairs >= switches.current.map_blocks_64:
+            return MAP_64
+    return BLOCKS_OF.get((name, head_dim), BLOCKS[name])
+
+
+def configuration(
+    name: str, head_dim: int, *, wide: bool = False, masked: bool = False, pairs: int = 0
+) -> tuple[dict[str, int], dict[str, int]]:
+    """A kernel's constants (block sizes, pieces of the head dim) and its compiler options.
+
+    The other arguments are those of `blocks`.
+    """
     d0, d1 = PIECES[head_dim]
-    bn, bm, warps, stages = (BLOCKS_160 if head_dim == 160 else BLOCKS)[name]
-    return {"D": head_dim, "D0": d0, "D1": d1, "BN": bn, "BM": bm}, {"num_warps": warps, "num_stages": stages}
+    bn, bm, warps, stages = blocks(name, head_dim, wide, masked, pairs)
+    constants: dict[str, int] = {"D": head_dim, "D0": d0, "D1": d1, "BN": bn, "BM": bm}
+    if name in ("grad_q", "grad_kv"):
+        constants["HEADS_FASTEST"] = switches.current.heads_fastest
+    return constants, {"num_warps": warps, "num_stages": stages}
 
 
 def _precision(dtype: torch.dtype) -> str:
     """The PRECISION of `_dot`. Float32 uses TF32 where PyTorch's own matrix products may."""
     if INTERPRETED:
         return "upcast" if dtype == torch.bfloat16 else "ieee"
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
 
 
-def _launch(name: str, grid: Grid, q: Tensor, *args: Tensor | int | float, **flags: bool) -> None:
-    """Run a kernel on `grid` programs, compiled for the device, dtype and head dim of `q`."""
+def _tf32_is_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # The name since PyTorch 2.9. Once it is set, reading the old one raises RuntimeError.
+    chosen = getattr(matmul, "fp32_precision", "none")
+    return bool(chosen == "tf32" if chosen in ("tf32", "ieee") else matmul.allow_tf32)
+
+
+def _launch(name: str, grid: Grid, q: Tensor, m: int, *args: Tensor | int | float, **flags: bool) -> None:
+    """Run a kernel on `grid` programs, compiled for the device, dtype and head dim of `q`; m keys."""
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the triton backend needs CUDA tensors, not {q.device.type}; use backend='auto'")
-    constants, options = configuration(name, q.shape[-1])
+    masked = flags["BIAS"] or flags["REGION"]
+    constants, options = configuration(
+        name, q.shape[-1], wide=q.dtype == torch.float32, masked=masked, pairs=q.shape[1] * m
+    )
     kernel = KERNELS[name][grid(constants["BN"], constants["BM"])]
     with torch.cuda.device(q.device if q.is_cuda else -1):
         kernel(*args, **constants, **flags, PRECISION=_precision(q.dtype), **options)
@@ -424,6 +488,11 @@ def _launch(name: str, grid: Grid, q: Tensor, *args: Tensor | int | float, **fla
 def _blocks(count: int, size: int) -> int:
     """Blocks of `size` that cover `count`."""
     return -(-count // size)
+
+
+def _grid(blocks: int, heads: int, images: int) -> tuple[int, int, int]:
+    """Programs along each axis of a gradient kernel, as `_place` reads them."""
+    return (heads, blocks, images) if switches.current.heads_fastest else (blocks, heads, images)
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
@@ -486,9 +555,9 @@ def forward(
         return _blocks(m, bm), _blocks(n, bn), b
 
     pointers = q, k, values, out, lse, *hidden
-    _launch("forward", query_blocks, q, *pointers, *sq, *sk, *sv, *sb, *sizes, **flags, OUT=v is not None)
+    _launch("forward", query_blocks, q, m, *pointers, *sq, *sk, *sv, *sb, *sizes, **flags, OUT=v is not None)
     if probs:
-        _launch("mean_map", map_blocks, q, q, k, maps, lse, *hidden, *sq, *sk, *sb, *sizes, **flags)
+        _launch("mean_map", map_blocks, q, m, q, k, maps, lse, *hidden, *sq, *sk, *sb, *sizes, **flags)
     return out, maps, lse
 
 
@@ -540,14 +609,14 @@ def backward(
     sizes = h, n, m, length, scale
 
     def query_blocks(bn: int, bm: int) -> tuple[int, int, int]:
-        return _blocks(n, bn), h, b
+        return _grid(_blocks(n, bn), h, b)
 
     def key_blocks(bn: int, bm: int) -> tuple[int, int, int]:
-        return _blocks(m, bm), h, b
+        return _grid(_blocks(m, bm), h, b)
 
     pointers = q, k, values, out, lse, *hidden, *grads, dq, dsum
-    _launch("grad_q", query_blocks, q, *pointers, *strides, *sizes, **flags)
+    _launch("grad_q", query_blocks, q, m, *pointers, *strides, *sizes, **flags)
     if need_kv:
         pointers = q, k, values, lse, *hidden, *grads, dk, dv, dsum
-        _launch("grad_kv", key_blocks, q, *pointers, *strides, *sizes, **flags)
+        _launch("grad_kv", key_blocks, q, m, *pointers, *strides, *sizes, **flags)
     return dq, dk, dv

@@ -25,7 +25,9 @@ def forward(
         bias = bias.to(q.dtype)
         # PyTorch gives NaN, and NaN gradients, for a row whose keys are all hidden.
         dead = (bias == -torch.inf).all(dim=-1, keepdim=True)
-        bias = bias.masked_fill(dead, 0.0).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        # Over rows and keys, as the mask must be read; not over heads and images, which PyTorch
+        # can do without memory, but not once a row was padded for its kernels (231 keys to 232).
+        bias = bias.masked_fill(dead, 0.0).expand(-1, -1, q.shape[1], k.shape[1])
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     if dead is not None:

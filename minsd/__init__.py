@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what __getattr__ below imports on first use
     import minsd.unet as unet
     import minsd.vae as vae
     import minsd.weights as weights
+    import minsd.words as words
     from minsd.pipeline import load as load
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ _SUBMODULES = (
     "unet",
     "vae",
     "weights",
+    "words",
 )
 
 

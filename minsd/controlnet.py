@@ -28,7 +28,9 @@ from minsd.unet import CellTexts, Residuals, TextKV, UNet, skip_channels
 
 
 class ControlImageEmbedding(nn.Module):
-    """The control image at the size of the latents: eight convolutions, three of which halve it."""
+    """Brings a control image to the size of the latents by eight convolutions, three of which
+    halve its sides.
+    """
 
     def __init__(self, channels: int, hidden: Sequence[int]):
         super().__init__()
@@ -45,8 +47,9 @@ class ControlImageEmbedding(nn.Module):
 
 
 class ControlNet(UNet):
-    """A UNet without its decoder half: returns residuals for the skips and the middle. An empty
-    network, as `UNet` is."""
+    """A UNet without its decoder half: returns residuals for the skips and the middle. Its weights
+    are not initialised: weights/controlnet.py fills them from files.
+    """
 
     def __init__(self, config: UNetConfig, hidden: Sequence[int] = (16, 32, 96, 256), bgr: bool = False):
         super().__init__(config)
@@ -58,7 +61,9 @@ class ControlNet(UNet):
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Control images (B,3,8h,8w) in 0..1 -> (B,C0,h,w), the same at every step."""
+        """Embeds control images (B,3,8h,8w) in 0..1 as (B,C0,h,w). The result is the same at every
+        step.
+        """
         return self.controlnet_cond_embedding(pictures.flip(1) if self.bgr else pictures)
 
     def forward(
@@ -128,14 +133,15 @@ class Control:
 
 
 class Controlled:
-    """A UNet with ControlNets beside it, to be called in its place. The residuals of several
+    """A UNet with ControlNets beside it, called in place of the UNet. The residuals of several
     ControlNets add up.
 
-    The rows of a batch take the control images in turn, over and over: of R images, rows b and
-    R + b (the two halves of guidance) take image b. With `adapters` each row takes the image of its
-    pass instead, and outside a block of `adapters.rows` the UNet runs alone. Wrapping an already
-    wrapped UNet replaces its ControlNets. ValueError for a ControlNet made for another family and,
-    at the first call, for images that do not fit the latents.
+    The rows of a batch take the control images in turn, over and over: of R images, rows b and R +
+    b (the two halves of guidance) take image b. With `adapters`, each row takes the control image
+    of the pass that it belongs to (a collage has one pass per caption); outside a `with
+    adapters.rows(...)` block no ControlNet is applied. Wrapping an already wrapped UNet replaces
+    its ControlNets. ValueError for a ControlNet made for another family and, at the first call,
+    for images that do not fit the latents.
     """
 
     def __init__(
@@ -145,6 +151,7 @@ class Controlled:
         self.controls = list(controls)
         self.adapters = adapters
         self._embedded: dict[int, Tensor] = {}  # by number of the control
+        self._chosen: dict[tuple, tuple[Tensor, Tensor]] = {}
         for control in self.controls:
             _check_family(control.net.config, self.unet.config)
 
@@ -154,7 +161,7 @@ class Controlled:
         return getattr(self.unet, name)
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """As `UNet.text_kv`, with the ControlNets' layers included."""
+        """Like `UNet.text_kv`, with the ControlNets' layers included."""
         found = self.unet.text_kv(context)
         for control in self.controls:
             found |= control.net.text_kv(context)
@@ -169,7 +176,7 @@ class Controlled:
         record: AttentionRecorder | None = None,
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
     ) -> Tensor | None:
-        """As `UNet.forward`."""
+        """Evaluates the UNet with the ControlNets' residuals. Arguments as for `UNet.forward`."""
         total: list[Tensor] | None = None
         for number, control in enumerate(self.controls):
             if not control.is_active(t):
@@ -177,16 +184,27 @@ class Controlled:
             images = settings_of_rows(len(x), len(control.pictures), self.adapters, "control images")
             if images is None:
                 continue
-            skips, middle = control.net(x, t, context, self._embedding(number, x)[images], region=region)
-            scale = torch.tensor([control.scales[k % len(control.scales)] for k in images])
-            scale = scale.to(x.device, x.dtype)[:, None, None, None]  # (B, 1, 1, 1)
+            index, scale = self._of_rows(number, images, x)
+            skips, middle = control.net(x, t, context, self._embedding(number, x)[index], region=region)
             scaled = [scale * y for y in (*skips, middle)]
             total = scaled if total is None else [a + b for a, b in zip(total, scaled, strict=True)]
         residuals = None if total is None else (total[:-1], total[-1])
         return self.unet(x, t, context, record=record, region=region, control=residuals)
 
+    def _of_rows(self, number: int, images: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
+        """The indices (B,) of the rows' control images and their scales (B,1,1,1), on x's device.
+        They are made once for each form of batch: a copy in every step would wait for a GPU."""
+        key = (number, x.device, x.dtype, *images)
+        if key not in self._chosen:
+            scales = self.controls[number].scales
+            scale = torch.tensor([scales[k % len(scales)] for k in images]).to(x.device, x.dtype)
+            self._chosen[key] = torch.tensor(images, device=x.device), scale[:, None, None, None]
+        return self._chosen[key]
+
     def _embedding(self, number: int, x: Tensor) -> Tensor:
-        """The control images (R,C0,h,w) of a control at the latents' size, embedded once."""
+        """Returns a control's images embedded at the latents' size, (R,C0,h,w). Each is embedded
+        once.
+        """
         control = self.controls[number]
         height, width = control.pictures.shape[-2:]
         if (height, width) != (CELL * x.shape[-2], CELL * x.shape[-1]):
@@ -198,7 +216,7 @@ class Controlled:
 
 
 def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
-    """ValueError where a ControlNet does not fit the UNet."""
+    """Raises ValueError where a ControlNet does not fit the UNet."""
     if theirs.context_dim != ours.context_dim:
         raise ValueError(
             f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have "
@@ -210,8 +228,8 @@ def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
 
 
 def read_control_image(path: str | Path, width: int, height: int) -> Tensor:
-    """A control image (edges, a pose, ...) used as it is: nothing is detected here ->
-    (1,3,height,width) in 0..1.
+    """Reads a control image (edges, a pose, ...) as (1,3,height,width) in 0..1. It is used as it
+    is: no edges or poses are detected.
 
     An image of another size is scaled and cropped to width x height pixels. FileNotFoundError or
     ValueError, in one line.

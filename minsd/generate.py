@@ -1,8 +1,9 @@
 """The command line: python -m minsd.generate "a red circle and a blue square"
 
-`main` parses the options (minsd/app/options.py), checks them (requests.py), loads the model (session.py),
-plans one job per image (jobs.py) and runs them (run.py). Errors become one line and an exit code. Heavy
-imports wait until the options are known to be good, so that --help and most errors answer at once.
+`main` parses the options (minsd/app/options.py), checks them (requests.py), loads the model
+(session.py), plans one job per image (jobs.py) and runs them (run.py). Errors become one line and
+an exit code. Heavy imports wait until the options are known to be good, so that --help and most
+errors answer at once.
 """
 
 import json
@@ -22,11 +23,11 @@ from minsd.files import printable
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 for the user's mistakes, 130 interrupted, 1
-    for all else.
+    """Runs the command line and returns its exit code: 0 done, 2 for the user's mistakes, 130
+    interrupted, 1 for anything else.
     """
-    # OpenMP's threads spin while they wait, which takes the processor from other work. Read when torch is
-    # imported.
+    # OpenMP's threads spin while they wait, which takes the processor from other work. Read when
+    # torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     argv = sys.argv[1:] if argv is None else argv
     tally = Tally()
@@ -100,7 +101,9 @@ def draw(
 
 
 def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..., None]) -> None:
-    """Draw the layouts themselves to DIR/extra, at the size of the images to come. No model is loaded."""
+    """Draws previews of the layouts to DIR/extra, at the size that the images would have. No model
+    is loaded.
+    """
     from minsd.image import save
     from minsd.noise.layout import preview
 
@@ -117,8 +120,8 @@ def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..
 
 
 def model_size(model: str) -> int:
-    """The default side of a model's images (pixels), without loading it: 512 for a single file, whose name
-    does not tell.
+    """Returns the default side of a model's images (pixels) without loading the model. For a
+    single file 512 is assumed, because the size is known only once the file is read.
     """
     from minsd.config import MODELS
 
@@ -133,7 +136,7 @@ def model_size(model: str) -> int:
 
 
 def list_tokens(text: Any, prompt: str) -> None:
-    """Print a prompt's tokens with their positions."""
+    """Prints a prompt's tokens with their positions."""
     tokens = text.tokens(prompt)
     last = text.max_length - 1
     for position, token in enumerate(tokens):
@@ -173,8 +176,8 @@ def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
 
 
 def script() -> int:
-    """`main` as a program of its own: torchrun, Slurm and timeout end a run by SIGTERM, which then stops as
-    Ctrl-C does.
+    """Runs `main` as a program of its own. torchrun, Slurm and timeout end a run by SIGTERM; here
+    it stops the run as Ctrl-C does.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return main()

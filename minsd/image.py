@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALED = "minsd: values 0..255"  # in the info of an "F" image that `levels` made; resizing keeps it
-# What Pillow may try: image formats that people have, none that runs a program (EPS) or holds other data.
+# What Pillow may try: image formats that people have, none that runs a program (EPS) or holds
+# other data.
 FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
 
 
@@ -63,10 +64,11 @@ def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.
 def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
     """A Pillow image in "RGB"; in "F", values 0..255, where its one channel is finer than 8 bits.
 
-    White is 65535 for 16-bit images. Wider types state no white, and programs write 8- and 16-bit values into
-    them, so these take the smallest range that holds their values: 0..1 (floating point alone), 0..255,
-    0..65535, 0..2^31 - 1 (integers alone). ValueError for values that fit none. `file_format`: Pillow's name
-    of the format that the image was read from, where the image itself has lost it.
+    White is 65535 for 16-bit images. Wider types state no white, and programs write 8- and 16-bit
+    values into them, so these take the smallest range that holds their values: 0..1 (floating
+    point alone), 0..255, 0..65535, 0..2^31 - 1 (integers alone). ValueError for values that fit
+    none. `file_format`: Pillow's name of the format that the image was read from, where the image
+    itself has lost it.
     """
     if picture.info.get(SCALED):
         return picture
@@ -110,7 +112,9 @@ def from_tensor(x: "Tensor") -> list[Image.Image]:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """An image cropped about its centre to the proportions of width x height, and scaled to them (pixels)."""
+    """An image cropped about its centre to the proportions of width x height, and scaled to them
+    (pixels).
+    """
     return ImageOps.fit(levels(picture), (width, height), Image.Resampling.LANCZOS)
 
 
@@ -162,7 +166,8 @@ def save_numbered(
     settings: dict[str, Any],
     before: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at all.
+    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at
+    all.
 
     SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called just before
     the image appears: files that belong to it are then never missing.
@@ -191,7 +196,8 @@ def place(
 ) -> Path:
     """Give a temporary file its number and name, as in `save_numbered`. `synced`: the disk has it already.
 
-    The folder may be very full. It is listed only where the lock's file names no image that still exists.
+    The folder may be very full. It is listed only where the lock's file names no image that still
+    exists.
     """
     with files.locked(folder) as last:
         name = "" if last is None else last.read(300).decode("ascii", "replace")

@@ -113,20 +113,17 @@ class StableDiffusion:
         for module in (module for network in (self.unet, *others) for module in network.modules()):
             if isinstance(module, Attention):
                 module.backend = backend
-        if self.graphs is not None:
-            self.graphs.release()
+        for graphs in filter(None, map(graphs_of, (self.unet, *others))):
+            graphs.release()
 
-    def use_graphs(self, on: bool = True) -> None:
+    def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
         """Replay the UNet's evaluations from CUDA graphs (minsd/graphs.py), or stop doing so.
         `load` turns it on for CUDA.
+
+        `gradients`: those too whose attention maps are differentiated (expected to matter most at
+        batch 1, not measured on a GPU).
         """
-        if self.graphs is not None:
-            self.graphs.release()
-            self.unet.forward = self.graphs.run
-            self.graphs = None
-        if on:
-            self.graphs = Graphs(self.unet)
-            self.unet.forward = self.graphs
+        self.graphs = use_graphs(self.unet, on, gradients)
 
     def compile(self, **options) -> None:
         """Compile the UNet with torch.compile: minutes at the first step of each size, faster
@@ -146,7 +143,8 @@ class StableDiffusion:
             return run(x, t, *args, **more)
 
         self.unet.forward = forward
-        self.use_graphs(graphs)
+        # A recorder may make the compiler start anew, which a capture must not contain.
+        self.use_graphs(graphs, gradients=False)
 
     def __call__(
         self,

@@ -7,9 +7,12 @@ tokenizer may come from elsewhere.
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+
+from minsd.words import occurrences, token_bytes, token_spans
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -51,37 +54,92 @@ class TextEncoder:
         """The prompt's tokens, start and end included; `</w>` marks the end of a word."""
         return list(self.tokenizer.convert_ids_to_tokens(self.ids(prompt)))
 
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """The characters [start, end) of the prompt behind each token, without the start and end
+        tokens. (0, 0) for a token of unknown origin.
+
+        The bytes of the tokens have to be those of the prompt (`words.token_spans`). Otherwise the
+        tokenizer's own offsets are taken. If it has none, each stretch between spaces is tried
+        alone. ValueError if even their tokens together differ from those of the prompt.
+        """
+        tokens = self.tokens(prompt)[1:-1]
+        spans = self._spans_of(tokens, prompt)
+        if spans is not None:
+            return spans
+        if self.tokenizer.is_fast:
+            own = self.tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
+            return [(start, end) for start, end in own["offset_mapping"][1:-1]]
+        spans = []
+        again: list[str] = []
+        for stretch in re.finditer(r"\S+", prompt):
+            part = self.tokens(stretch[0])[1:-1]
+            again += part
+            for start, end in self._spans_of(part, stretch[0]) or [(0, 0)] * len(part):
+                spans.append((stretch.start() + start, stretch.start() + end) if end else (0, 0))
+        if again != tokens:
+            raise ValueError(
+                f"the tokenizer rewrites the prompt {prompt!r}: name its subjects by --token-indices"
+                " (--list-tokens)"
+            )
+        return spans
+
+    def _spans_of(self, tokens: list[str], text: str) -> list[tuple[int, int]] | None:
+        fix: Callable[[str], str] | None = getattr(self.tokenizer, "fix_text", None)  # ftfy's
+        return token_spans([token_bytes(token) for token in tokens], text, fix)
+
     def positions(self, prompt: str, subject: str) -> list[int]:
         """Token positions of a word (or of consecutive words) of the prompt; `cat#2` means its
         second occurrence.
 
-        ValueError if the word is missing, occurs several times without a number, or lies beyond the
-        77th token.
+        Words are found by their characters, whatever tokens they are cut into: whole words first,
+        so that "ball" is not found in "baseball" nor "bird" in "bird-cage"; where there is none,
+        parts of compound words ("cage"). ValueError if the word is missing, occurs several times
+        without a number, or lies beyond the 77th token.
         """
         word, _, number = subject.partition("#")
+        word = word.strip()
         if number and not re.fullmatch(r"[1-9]\d*", number):
             raise ValueError(f"subject {subject!r}: after # stands the number of the occurrence, 1, 2, ...")
-        wanted = self.ids(word.strip())[1:-1]
-        ids = self.ids(prompt)
-        if not wanted:
+        if not word:
             raise ValueError("a subject is empty: name a word of the prompt")
-        starts = [i for i in range(1, len(ids) - len(wanted)) if ids[i : i + len(wanted)] == wanted]
-        if not starts:
+        found = occurrences(prompt, word)
+        if not found:
             raise ValueError(
-                f"subject {word.strip()!r} is not in the prompt {prompt!r}: use its words exactly as written"
+                f"subject {word!r} is not in the prompt {prompt!r}: use its words exactly as written"
                 " (--list-tokens)"
             )
-        if len(starts) > 1 and not number:
+        if len(found) > 1 and not number:
             raise ValueError(
-                f"subject {word!r} occurs {len(starts)} times in the prompt: write {word}#1, or use"
+                f"subject {word!r} occurs {len(found)} times in the prompt: write {word}#1, or use"
                 " --token-indices"
             )
-        if number and int(number) > len(starts):
-            raise ValueError(f"subject {subject!r}: {word!r} occurs only {len(starts)} times in the prompt")
-        start = starts[int(number or 1) - 1]
-        if start + len(wanted) > self.max_length - 1:
+        if number and int(number) > len(found):
+            raise ValueError(f"subject {subject!r}: {word!r} occurs only {len(found)} times in the prompt")
+        places = self._tokens_of(prompt, found[int(number or 1) - 1])
+        if places[-1] > self.max_length - 2:
             raise ValueError(
                 f"subject {word!r} lies beyond the {self.max_length} tokens the model reads: shorten the"
                 " prompt"
             )
-        return list(range(start, start + len(wanted)))
+        return places
+
+    def read_characters(self, prompt: str) -> int:
+        """How many of the prompt's characters stand before the first token that is cut off."""
+        if len(self.ids(prompt)) <= self.max_length:
+            return len(prompt)
+        cut = self.spans(prompt)[self.max_length - 2 :]
+        return min((start for start, end in cut if end > start), default=len(prompt))
+
+    def _tokens_of(self, prompt: str, characters: tuple[int, int]) -> list[int]:
+        """Positions of the tokens of some characters. ValueError if any letter has none."""
+        first, last = characters
+        spans = dict(enumerate(self.spans(prompt), 1))
+        places = [k for k, (start, end) in spans.items() if start < last and end > first]
+        known = {at for k in places for at in range(*spans[k])}
+        letters = {at for at in range(first, last) if prompt[at].isalnum()}
+        if not places or not letters <= known:
+            raise ValueError(
+                f"the tokenizer rewrites {prompt[first:last]!r}, so that its tokens are unknown: name them"
+                " by --token-indices (--list-tokens)"
+            )
+        return places

@@ -34,12 +34,13 @@ class Arrangement:
 
 
 def caption_subjects(sd: Model, layout: Layout) -> list[list[list[int]]]:
-    """For each region the token positions of its caption's subjects, as `sd.text.positions` returns
-    them. ValueError for a caption without subjects."""
+    """Finds, for each region, the token positions of its caption's subjects, as
+    `sd.text.positions` returns them. ValueError for a caption without subjects.
+    """
     found = []
     for k, region in enumerate(layout.regions, 1):
         try:
-            subjects = losses.automatic_subjects(region.prompt)
+            subjects = losses.readable_subjects(sd.text, region.prompt)
             found.append([sd.text.positions(region.prompt, subject) for subject in subjects])
         except ValueError as error:
             raise ValueError(f"region {k}: {error}") from None
@@ -55,7 +56,7 @@ def arrange(
     steps: int | None = None,
     sampler: str | None = None,
 ) -> Arrangement:
-    """Unit noise for a layout, composed from candidates, seeds or noises (K,4,h,w).
+    """Composes unit noise for a layout from candidates: seeds, or noises (K,4,h,w).
 
     The UNet is evaluated on every candidate at the first timestep of `steps` of a sampler, under
     each region's caption alone. A region's cells come from the candidate with the largest fraction
@@ -91,8 +92,9 @@ def arrange(
 
 
 def _noises(layout: SizedLayout, candidates: Sequence[int] | Tensor) -> Tensor:
-    """The candidates' noises (K,4,h,w). ValueError where there are none or they do not fit the
-    layout."""
+    """Returns the candidates' noises (K,4,h,w). ValueError where there are none, or where they do
+    not fit the layout.
+    """
     shape = (4, layout.height // CELL, layout.width // CELL)
     given = candidates
     if not isinstance(given, Tensor):
@@ -108,8 +110,9 @@ def _noises(layout: SizedLayout, candidates: Sequence[int] | Tensor) -> Tensor:
 def _inside(
     sd: Model, layout: SizedLayout, region: SizedRegion, select: Tensor, given: Tensor, t: int | float
 ) -> Tensor:
-    """The fraction (K,) of the attention to a region's subjects, `select` (1,S,77), that falls into
-    it, for noises (K,4,h,w)."""
+    """Returns, for noises (K,4,h,w), the fraction (K,) of the attention to a region's subjects
+    that falls inside the region. `select` (1,S,77): the subjects' tokens.
+    """
     context = sd.encode_prompt(region.prompt)  # (1, 77, D)
     select = select.to(sd.device)
     fractions = []

@@ -121,13 +121,15 @@ def predictor(
     adapters: Adapters | None = None,
     cut: Cut | None = None,
 ) -> Predictor:
-    """predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, for any sampler.
+    """Returns predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, to be used by any
+    sampler.
 
     `Scheme` explains the settings. The random choices of text depend on nothing but the image's
     seed, t and the region's number: `seed` is one for all images, or a list with one per image.
     `adapters`: those that act by pass, such as `lora.by_region` yields; unconditional predictions
     are then not shared between passes. `cut(k, place)` returns the model to use when pass k sees
-    only the crop latents[place]. ValueError, before any network runs, for settings that do not fit.
+    only the crop latents[place]. ValueError, before any network runs, for settings that do not
+    fit.
     """
     scheme = Scheme(
         background_weight=background_weight,
@@ -178,7 +180,7 @@ def _check(
 
 
 def _size(layout: SizedLayout) -> Grid:
-    """Rows and columns of the layout's latent cells."""
+    """Returns the numbers of rows and columns of the layout's latent cells."""
     return layout.height // CELL, layout.width // CELL
 
 
@@ -193,7 +195,9 @@ def masked_passes(
     seeds: Sequence[int],
     adapters: Adapters | None,
 ) -> Predictor:
-    """The N + 1 passes on the whole latents, merged."""
+    """Returns a predictor that runs the N + 1 passes (one per caption) on the whole latents and
+    merges them.
+    """
     regions = layout.regions
     masked = scheme.masked and bool(regions)
     cells = _PassCells(sd, layout, scheme, seeds) if masked else None
@@ -222,12 +226,14 @@ def masked_passes(
 
 
 def attention_only_pass(sd: Model, layout: SizedLayout, ladder: str, guidance_scale: float) -> Predictor:
-    """A single pass in which each cell attends to the caption of its region, or to the image's
-    outside of all regions."""
-    cells = [
+    """Returns a predictor with a single pass, in which each cell attends to the caption of its
+    region, or to the image's caption outside of all regions.
+    """
+    painted = [
         {grid: _painted(inside, layout.regions) for grid, inside in half.items()}  # (1, 1, cells)
         for half in _region_cells(sd, layout, ladder)
     ]
+    cells = sent(painted, sd.device)
     captions = [layout.prompt, *(region.prompt for region in layout.regions)]
     negatives = [layout.negative_prompt, *(region.negative_prompt for region in layout.regions)]
     rows = [(captions, 0)] if guidance_scale == 1 else [(negatives, 0), (captions, 0)]
@@ -243,7 +249,7 @@ def single_pass(
     adapters: Adapters | None,
     k: int,
 ) -> Predictor:
-    """One unmasked pass, number k, on latents of `size`."""
+    """Returns a predictor that runs pass k alone, unmasked, on latents of `size`."""
     texts = [captioned.prompt], [captioned.negative_prompt]
     if adapters is None:
         cond, uncond = (sd.encode_prompt(text) for text in texts)
@@ -255,7 +261,9 @@ def single_pass(
 
 @dataclass(frozen=True)
 class Crop:
-    """A pass that sees only a part of the latents: its predictor there and its merge weights."""
+    """A pass that sees only a part of the latents. Holds the predictor for that part, and the
+    weights that merge its output into the whole.
+    """
 
     place: Place
     weights: Tensor  # (h,w) of the part
@@ -263,7 +271,9 @@ class Crop:
 
 
 def cropped(inner: Predictor, crops: Sequence[Crop], until: float) -> Predictor:
-    """The merged predictions of the crops while t >= `until`, then `inner`."""
+    """Returns a predictor that merges the predictions of the crops while t >= `until`, and then
+    calls `inner`.
+    """
 
     def predict(x: Tensor, t: int | float) -> Tensor:
         if t < until:
@@ -298,8 +308,9 @@ def _crops(
 
 
 def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
-    """Each pass's part of the latents (..., h, w): all of them, then each region's box with its
-    margin, in whole cells."""
+    """Returns the part of the latents (..., h, w) that each pass sees: all of them for pass 0,
+    then each region's box with its margin, in whole cells.
+    """
     places = [(..., slice(0, layout.height // CELL), slice(0, layout.width // CELL))]
     for region in layout.regions:
         x0, y0, x1, y1 = region.bounds
@@ -314,14 +325,17 @@ def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
 
 
 def _guided(eps: Tensor, conditional: int, guidance_scale: float) -> Tensor:
-    """eps (rows,B,4,h,w): unconditional rows, one or as many, then the conditional ones -> guided
-    (conditional,B,4,h,w)."""
+    """Applies guidance to eps (rows,B,4,h,w). The first rows are unconditional, either one for all
+    or one per conditional row; the others are conditional. Returns (conditional,B,4,h,w).
+    """
     u, c = eps[:-conditional], eps[-conditional:]
     return c if guidance_scale == 1 else u + guidance_scale * (c - u)
 
 
 def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
-    """The predictor, for latents of this size and batches of as many images as seeds only."""
+    """Wraps a predictor so that it refuses latents of another size, and batches with another
+    number of images than there are seeds.
+    """
 
     def predict(x: Tensor, t: int | float) -> Tensor:
         if tuple(x.shape[-2:]) != size:
@@ -342,31 +356,32 @@ def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
 
 
 def _fill(layout: SizedLayout, ladder: str) -> np.ndarray:
-    """The fraction of each latent cell inside each region, (N,h,w)."""
+    """Returns the fraction of each latent cell inside each region, (N,h,w)."""
     compat = ladder == "compat"
     fill = [compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in layout.regions]
     return np.array(fill).reshape(len(layout.regions), *_size(layout))
 
 
 def _merge(sd: Model, layout: SizedLayout, scheme: Scheme) -> Tensor:
-    """M (N+1,1,1,h,w) on the model's device."""
+    """Returns the merge weights M (N+1,1,1,h,w) on the model's device."""
     weights = [scheme.background_weight, *(region.weight for region in layout.regions)]
     merge = merge_weights(_fill(layout, scheme.ladder), weights)
     return torch.from_numpy(merge).to(sd.device, sd.dtype)[:, None, None]
 
 
 def compat_fill(pixels: np.ndarray) -> np.ndarray:
-    """The mask (H,W) on the latent grid as the published program has it, (h,w) float64: resized as
-    an 8-bit image by Pillow's antialiased bicubic filter, each pass of which is rounded and clipped
-    to 0..255."""
+    """Returns a mask (H,W) on the latent grid as the published program computes it, (h,w) float64.
+    It is resized as an 8-bit image by Pillow's antialiased bicubic filter, each pass of which is
+    rounded and clipped to 0..255.
+    """
     high, wide = (n // CELL for n in pixels.shape)
     picture = Image.fromarray(pixels.astype(np.uint8) * 255)
     return np.asarray(picture.resize((wide, high), Image.Resampling.BICUBIC)) / 255
 
 
 def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """M (N+1,h,w) of `fill` (N,h,w), the fraction of each latent cell inside each region, and w_0
-    ... w_N. It sums to 1.
+    """Returns the merge weights M (N+1,h,w), which sum to 1, from `fill` (N,h,w), the fraction of
+    each latent cell inside each region, and the weights w_0 ... w_N.
 
     ValueError where a cell has no weight at all: w_0 is 0 and no region reaches it.
     """
@@ -394,16 +409,19 @@ class _PassCells:
         self.inside = _region_cells(sd, layout, scheme.ladder)
         self.drop = scheme.background_drop
         self.seeds = seeds
+        self.device = sd.device
         self.count = len(layout.regions)
         self.fixed: Halves | None = None  # None: drawn at every step
         self.any_empty = True
         outside = fixed_surroundings(layout.regions, self.size, scheme.background_drop, scheme.pad)
         if outside is not None:
-            self.fixed = self._assigned(outside)
+            self.fixed = self._assigned(outside)  # on the device once: no step copies them again
             self.any_empty = bool((outside == EMPTY).any())
 
     def at(self, t: int | float) -> Halves:
-        """(N+1, B or 1, cells) for each grid."""
+        """Returns each cell's text at a timestep: for each grid (N+1,B,cells), or (N+1,1,cells)
+        where all images have the same, on the model's device.
+        """
         if self.fixed is not None:
             return self.fixed
         drawn = [
@@ -413,17 +431,32 @@ class _PassCells:
         return self._assigned(torch.stack(drawn))
 
     def _assigned(self, outside: Tensor) -> Halves:
-        return _assign(self.inside, carry(outside, self.levels, self.compat))
+        return sent(_assign(self.inside, carry(outside, self.levels, self.compat)), self.device)
+
+
+def sent(halves: Halves, device: torch.device) -> Halves:
+    """Maps (...,cells) of the CPU on `device`, in one copy.
+
+    A GPU gets it from pinned memory, for which the program does not wait: it goes on to launch the
+    network, and makes the next step's maps while this step runs.
+    """
+    maps = [cells for half in halves for cells in half.values()]
+    if device.type == "cpu" or not maps:
+        return halves
+    packed = torch.cat(maps, dim=-1)
+    packed = packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed.to(device)
+    parts = iter(packed.split([cells.shape[-1] for cells in maps], dim=-1))
+    return [{grid: next(parts) for grid in half} for half in halves]
 
 
 def _levels(sd: Model, size: Grid) -> list[Grid]:
-    """The grids with cross-attention, finest first."""
+    """Returns the grids of cells at which there is cross-attention, finest first."""
     grids = sd.unet.grids(size)
     return [grid for grid, blocks in zip(grids, sd.unet.attention_blocks) if blocks]
 
 
 def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
-    """The cells of each grid that belong to each region, (N,h,w) boolean."""
+    """Returns, for each grid, the cells that belong to each region, (N,h,w) boolean."""
     size = _size(layout)
     if ladder == "compat":
         return carry(torch.from_numpy(_fill(layout, ladder) == 1), _levels(sd, size), True)
@@ -436,8 +469,9 @@ def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
 
 
 def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """The cells (squares of `cell` pixels) at least half inside a mask (H,W) -> (h,w) boolean. If
-    there are none, the cell at the mask's centre."""
+    """Returns (h,w) boolean: the cells (squares of `cell` pixels) that are at least half inside a
+    mask (H,W). If there are none, the cell at the mask's centre is taken.
+    """
     inside = coverage(pixels, cell) >= 0.5
     if not inside.any():
         row, column = (int((places.mean() + 0.5) // cell) for places in np.nonzero(pixels))
@@ -446,16 +480,19 @@ def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 
 def nearest(maps: Tensor, grid: Grid) -> Tensor:
-    """(...,h,w) resized to a grid: the source of row i is floor(i * h / rows), and the same for
-    columns."""
+    """Resizes maps (...,h,w) to a grid by nearest neighbours: the source of row i is floor(i * h /
+    rows), and the same for columns.
+    """
     rows, columns = (torch.arange(out) * n // out for n, out in zip(maps.shape[-2:], grid))
     return maps[..., rows[:, None], columns]
 
 
 def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
-    """Maps (...,h,w) of the latent cells on each of the levels, finest first. "compat" resizes the
-    result of the layer before, through the encoder half and the decoder half: after the coarsest
-    grid everything consists of that grid's blocks."""
+    """Resizes maps (...,h,w) of the latent cells to each of the levels, finest first. With
+    "compat" each layer resizes the result of the layer before it, through the encoder half and
+    then the decoder half. After the coarsest grid, all maps therefore consist of that grid's
+    blocks.
+    """
     if not compat:
         return [{grid: nearest(maps, grid) for grid in levels}]
     halves = []
@@ -469,7 +506,10 @@ def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
 
 
 def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: int) -> Tensor:
-    """The texts (h,w) of the cells outside region k: WHOLE or, with probability `drop`, EMPTY."""
+    """Draws, for every latent cell (h,w), the text that it attends to in pass k if it lies outside
+    region k: EMPTY with probability `drop`, otherwise WHOLE (the image's caption). Values inside
+    the region are not used.
+    """
     draws = np.random.default_rng((seed, round(float(t) * 2**20), k)).random(size)
     return torch.from_numpy(np.where(draws < drop, EMPTY, WHOLE))
 
@@ -477,7 +517,9 @@ def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: in
 def fixed_surroundings(
     regions: Sequence[SizedRegion], size: Grid, drop: float, pad: float | None
 ) -> Tensor | None:
-    """The same for all regions, (N,1,h,w), where nothing has to be drawn; else None."""
+    """Returns what `drawn_surroundings` would return for all regions, (N,1,h,w), where nothing has
+    to be drawn; otherwise None.
+    """
     if pad is None and drop not in (0, 1):
         return None
     maps = torch.full((len(regions), 1, *size), WHOLE if pad is None and drop == 0 else EMPTY)
@@ -494,8 +536,9 @@ def fixed_surroundings(
 
 
 def _assign(inside: Halves, outside: Halves) -> Halves:
-    """inside (N,h,w) boolean and the texts outside (N,B,h,w) -> each pass's texts (N+1,B,h*w), pass
-    0 all at text 0."""
+    """Combines the cells inside each region (N,h,w), boolean, with the texts outside (N,B,h,w)
+    into the text of every cell in every pass, (N+1,B,h*w). In pass 0 every cell has text 0.
+    """
     halves = []
     for own, others in zip(inside, outside, strict=True):
         half = {}
@@ -507,15 +550,17 @@ def _assign(inside: Halves, outside: Halves) -> Halves:
 
 
 def stacked(regions: Sequence[SizedRegion]) -> list[int]:
-    """The regions' indices from bottom to top: the heaviest on top, of equally heavy ones the
-    smallest."""
+    """Returns the regions' indices from bottom to top: the region with the greatest weight is on
+    top and, of regions with the same weight, the smallest.
+    """
     ranks = [(region.weight, -int(region.pixels.sum())) for region in regions]
     return sorted(range(len(regions)), key=ranks.__getitem__)
 
 
 def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
-    """One text number per cell: its topmost region's, 1..N, or 0, the whole image's. (N,h,w)
-    boolean -> (1,1,h*w)."""
+    """Returns one text number per cell, (1,1,h*w): 1..N for the topmost region that holds the
+    cell, and 0, the whole image's caption, outside of all. The regions' cells are (N,h,w) boolean.
+    """
     cells = torch.zeros(inside.shape[1:], dtype=torch.long)
     for k in stacked(regions):
         cells[inside[k]] = k + 1
@@ -525,15 +570,42 @@ def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
 # --- rows of one step through the network ---------------------------------------------------------
 
 
+class _Part:
+    """One evaluation of the network: some of the rows, for some of the images. Its tensors are on
+    the model's device, because a copy in every step would wait for a GPU."""
+
+    def __init__(self, passes: list[int], image: list[int], text_kv: TextKV, device: torch.device):
+        self.passes = passes  # of each row
+        self.text_kv = text_kv
+        self.pass_of_row = torch.tensor(passes, device=device)
+        self.image = torch.tensor(image, device=device)
+        self.cells: Halves | None = None  # whose rows `region` holds
+        self.region: LevelMaps | tuple[LevelMaps, LevelMaps] | None = None
+
+    def region_of(self, cells: Halves) -> LevelMaps | tuple[LevelMaps, LevelMaps] | None:
+        """Each row's cells, chosen from (passes, B or 1, h*w) for each grid. Fixed cells, the same
+        object in every step, are chosen once."""
+        if cells is not self.cells:
+            rows = [{grid: self._chosen(maps) for grid, maps in half.items()} for half in cells]
+            self.region = (rows[0], rows[1]) if len(rows) == 2 else next(iter(rows), None)
+            self.cells = cells
+        return self.region
+
+    def _chosen(self, maps: Tensor) -> Tensor:
+        if maps.shape[1] == 1:
+            return maps[self.pass_of_row, 0]
+        return maps[self.pass_of_row, self.image]
+
+
 class _Rows:
     """Runs the rows of all passes, for every image of a batch: at once, as far as memory allows.
     The attention's keys and values of the texts are computed once."""
 
     def __init__(self, sd: Model, rows: Sequence[Row], size: Grid, adapters: Adapters | None):
         self.sd = sd
-        self.passes = torch.tensor([k for _, k in rows])
+        self.passes = [k for _, k in rows]
         self.adapters = Adapters() if adapters is None else adapters
-        self.known: dict[int, list[tuple[Tensor, Tensor, TextKV]]] = {}
+        self.known: dict[int, list[_Part]] = {}  # by number of images
         # With adapters a text's states may differ from pass to pass.
         keys = [[(text, 0 if adapters is None else k) for text in texts] for texts, k in rows]
         unique = sorted({key for row in keys for key in row})
@@ -547,33 +619,30 @@ class _Rows:
         at_once = ROWS_AT_ONCE // (size[0] * size[1]) if sd.device.type == "cpu" else 0
         self.limit = max(2 * images, at_once)
 
-    def parts(self, n: int) -> list[tuple[Tensor, Tensor, TextKV]]:
-        """(rows, images, the rows' keys and values) of each evaluation of the network, for n
-        images."""
+    def parts(self, n: int) -> list[_Part]:
+        """Splits the work of n images into evaluations of the network."""
         if n not in self.known:
-            with self.adapters.rows(self.passes.tolist()):
+            device = self.sd.device
+            with self.adapters.rows(self.passes):
                 text_kv = self.sd.unet.text_kv(self.context)
-            numbers = torch.arange(len(self.context) * n)
             self.known = {n: []}
-            for part in numbers.split(self.limit):
+            for part in torch.arange(len(self.context) * n).split(self.limit):
                 row = part // n
-                kv = {m: (k[row.to(k.device)], v[row.to(v.device)]) for m, (k, v) in text_kv.items()}
-                self.known[n].append((row, part % n, kv))
+                index = row.to(device)
+                kv = {layer: (k[index], v[index]) for layer, (k, v) in text_kv.items()}
+                passes = [self.passes[k] for k in row.tolist()]
+                self.known[n].append(_Part(passes, (part % n).tolist(), kv, device))
         return self.known[n]
 
     def __call__(self, x: Tensor, t: int | float, cells: Halves) -> Tensor:
-        """Latents (B,4,h,w) and each pass's cells, (passes, B or 1, h*w) for each grid -> every
-        row's eps (rows,B,4,h,w). Without cells each row has one text."""
+        """Predicts the noise of every row, (rows,B,4,h,w), from latents (B,4,h,w) and the text of
+        every cell in each pass, (passes,B,h*w) or (passes,1,h*w) for each grid. Without cells,
+        every row has a single text.
+        """
         out = []
-        for row, image, text_kv in self.parts(len(x)):
-            passes = self.passes[row]
-            halves = [
-                {grid: c[passes, image if c.shape[1] > 1 else 0].to(x.device) for grid, c in half.items()}
-                for half in cells
-            ]
-            region = tuple(halves) if len(halves) == 2 else next(iter(halves), None)
-            latents = x[image.to(x.device)]
-            with self.adapters.rows(passes.tolist()):
-                output = self.sd.unet(latents, t, text_kv, region=region)
+        for part in self.parts(len(x)):
+            latents = x[part.image]
+            with self.adapters.rows(part.passes):
+                output = self.sd.unet(latents, t, part.text_kv, region=part.region_of(cells))
             out.append(eps_from_output(output, latents, t, self.sd.schedule))
         return torch.cat(out).unflatten(0, (len(self.context), len(x)))

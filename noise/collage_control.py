@@ -25,12 +25,12 @@ from minsd.noise.layout import Layout, SizedLayout, ensure_sized
 def read(
     layout: SizedLayout, picture: str | Path | None = None, scale: float = 1.0
 ) -> tuple[Tensor, list[float]]:
-    """Control images (N+1,3,H,W) in 0..1 and their scales: the whole image's (`picture`, or the
-    layout's own), then each region's.
+    """Reads the control images (N+1,3,H,W) in 0..1 and their scales: first the whole image's
+    (`picture`, or the layout's own), then each region's.
 
-    A region without one takes the whole image's; if that is missing too, it has none, which is
-    scale 0. A region's scale is its `control_scale` times `scale`. ValueError where the layout has
-    no control image at all.
+    A region without a control image takes the whole image's. If that is missing too, the region
+    has scale 0, which means none. A region's scale is its `control_scale` times `scale`.
+    ValueError where the layout has no control image at all.
     """
     whole = picture or layout.control_image
     paths = [whole, *(path or whole for path in layout.control_images[1:])]
@@ -61,8 +61,8 @@ def predictor(
     adapters: Adapters | None = None,
     **how: Any,
 ) -> Predictor:
-    """predict(x, t) -> eps (B,4,h,w) for a layout of N regions, with N+1 control images and scales
-    as `read` returns them.
+    """Returns predict(x, t) -> eps (B,4,h,w) for a layout of N regions, with N+1 control images
+    and scales as `read` returns them.
 
     `start` and `end` as in `minsd.controlnet.Control`, everything else as in `collage.predictor`.
     ValueError, before any network runs, for settings that do not fit.
@@ -91,7 +91,7 @@ def predictor(
 
 
 def _beside(sd: Model, control: Control, adapters: Adapters) -> Model:
-    """The model with a ControlNet beside its UNet."""
+    """Returns a copy of the model whose UNet is evaluated together with a ControlNet."""
     beside = copy.copy(sd)
     beside.unet = Controlled(sd.unet, [control], adapters)
     return beside

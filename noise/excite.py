@@ -2,9 +2,10 @@
 
 Attend-and-Excite (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826), and the version of it in
 InitNO's published program. In each of the first 25 steps the latents move down the gradient of the
-losses of noise/losses.py. At a few of these steps they are refined: moved again and again until the
-subjects are attended to. Both are a `refine(i, t, x)`, which any sampler calls before its
-prediction. `watch` is another one, which moves nothing and keeps maps for a `sheet` of heat maps.
+losses of noise/losses.py. At a few of these steps they are refined: moved again and again until
+the subjects are attended to. Updates and refinements are one `refine(i, t, x)`, which any sampler
+calls before its prediction. `watch` returns another `refine`, which changes nothing and records
+maps for a `sheet` of heat maps.
 """
 
 import math
@@ -80,7 +81,9 @@ def updates(
 
 @dataclass
 class _Updates:
-    """The `refine` that `updates` returns. Losses of b images are (b,2): response and conflict."""
+    """The `refine` that `updates` returns. The losses of b images are (b,2): response and
+    conflict.
+    """
 
     sd: Model
     select: Tensor  # (B, S, 77)
@@ -113,7 +116,7 @@ class _Updates:
         return (x - self.sizes[i] * gradient).to(dtype)
 
     def refine(self, i: int, t: Timestep, x: Tensor, rows: Tensor) -> None:
-        """Move images `rows` of x, in place, until their losses are within the limits of step i."""
+        """Moves images `rows` of x, in place, until their losses are within the limits of step i."""
         for repeat in range(REPEATS):
             values, gradient = self.evaluate(x, t, rows, whole=self.official)
             x[rows] -= self.sizes[i] * gradient  # one update follows success, as in both programs
@@ -123,7 +126,9 @@ class _Updates:
                 return
 
     def evaluate(self, x: Tensor, t: Timestep, rows: Tensor, whole: bool = False) -> tuple[Tensor, Tensor]:
-        """Losses (b,2) of images `rows`, and the gradient in x (b,4,h,w), 0 where it is not finite."""
+        """Losses (b,2) of images `rows`, and the gradient in x (b,4,h,w), 0 where it is not
+        finite.
+        """
 
         def objective(look: losses.Look, part: Tensor) -> tuple[Tensor, Tensor]:
             return self.loss(look, rows[part], whole)
@@ -159,7 +164,7 @@ class _Updates:
         return loss, torch.stack([cross, conflict], dim=1)
 
     def over(self, values: Tensor, i: int) -> Tensor:
-        """Which images exceed a limit of step i's refinement, (b,)."""
+        """Returns, per image (b,), whether its losses exceed a limit of step i's refinement."""
         return (values[:, 0] > self.cross_limits[i]) | (values[:, 1] > self.conflict_limit)
 
     def report(self, where: str, rows: Tensor, values: Tensor) -> None:
@@ -173,7 +178,7 @@ class _Updates:
 
 @dataclass
 class Frames:
-    """Maps kept by `watch`, (B,S,h,w) at each of `steps`."""
+    """The attention maps that `watch` recorded: (B,S,h,w) at each of `steps`."""
 
     places: list[list[list[int]]]  # token positions of each subject of each image
     steps: list[int] = field(default_factory=list)
@@ -192,11 +197,12 @@ def watch(
     count: int = 8,
     before: Refine | None = None,
 ) -> tuple[Refine, Frames]:
-    """A `refine` that changes nothing, and the Frames it fills at `count` steps spread over the
-    run.
+    """Returns (refine, frames): a `refine` that records attention maps at `count` steps spread
+    over the run, and the Frames that it fills.
 
-    Each of these steps costs one early-stopped evaluation of the conditional branch. `before` is
-    another `refine`, called first. Other arguments and ValueErrors as in `updates`.
+    Each of these steps costs one early-stopped UNet evaluation under the prompt. `before`, another
+    `refine`, is called first and its changes are kept; `watch` itself changes nothing. Other
+    arguments and ValueErrors as in `updates`.
     """
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))

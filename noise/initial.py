@@ -28,8 +28,7 @@ def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 def noise_files(path: Path) -> list[Path]:
-    """The noise files that a path stands for: itself, or those of a folder in the order of their
-    names.
+    """Lists the noise files at a path: the file itself, or a folder's noise files by name.
 
     FileNotFoundError or ValueError where there are none.
     """
@@ -44,8 +43,8 @@ def noise_files(path: Path) -> list[Path]:
 
 
 def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Initial noise (B,4,h,w), float32, from a noise file or a folder of them. `shape` is one
-    image's, (4, h, w).
+    """Reads initial noise (B,4,h,w), float32, from a noise file or a folder of them. `shape` is the
+    shape (4, h, w) of one image's latents.
 
     A file holds noise of that shape, or several stacked: a .safetensors file in a tensor called
     noise, a .npy file as its array, a .pt file as a tensor (read without unpickling anything
@@ -55,8 +54,8 @@ def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `save_noise` recorded in a noise file: prompt, seed, init_noise, updates, ... Empty for
-    other files.
+    """Reads the metadata that `save_noise` wrote: prompt, seed, init_noise, updates, ... Returns an
+    empty dict for files without any.
     """
     from minsd.weights import safetensors_file
 
@@ -64,7 +63,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write noise (B,4,h,w) to a file that `read_noise` reads, replacing any file of that name.
+    """Writes noise (B,4,h,w) to a file that `read_noise` reads, replacing any file of that name.
 
     The file appears whole or not at all; its folder is made where it is missing.
     """
@@ -76,9 +75,7 @@ def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = N
 
 
 def _read(path: Path) -> Tensor:
-    """Whatever tensor a noise file holds. ValueError where it holds none, or where it is not
-    sound.
-    """
+    """Reads the tensor of a noise file. ValueError where the file is damaged or holds none."""
     from minsd.weights.safetensors_file import read_header
 
     if path.stat().st_size > LARGEST_FILE:
@@ -86,8 +83,9 @@ def _read(path: Path) -> Tensor:
     if path.suffix == ".npy":
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, TypeError, EOFError, SyntaxError) as error:
-            raise ValueError(f"{path} is not a NumPy file of numbers: {error}") from None
+        except Exception as error:  # NumPy parses the header as Python and raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is not a NumPy file of numbers: {reason}") from None
     if path.suffix in (".pt", ".pth"):
         return _read_pt(path)
     read_header(path)
@@ -113,8 +111,8 @@ def _read_pt(path: Path) -> Tensor:
 
 
 def _checked(noise: Tensor, path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Noise (B,4,h,w) in float32. ValueError for another shape and for numbers that are not
-    finite.
+    """Returns the noise as (B,4,h,w) float32. ValueError for another shape, and for numbers that
+    are not finite.
     """
     noise = noise[None] if noise.ndim == 3 else noise
     if noise.ndim != 4 or tuple(noise.shape[1:]) != shape or not len(noise):

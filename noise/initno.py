@@ -35,6 +35,7 @@ from minsd.samplers.random import generators
 CROSS_LIMIT = 0.2  # a noise is good enough if its response loss is below this
 MASK = 0.5  # official variant: ignore the conflict loss while the response loss exceeds this
 KL_TURNS = 20_000  # most steps of one projection (the original has no bound; up to 705 were needed)
+KL_UNASKED = 32  # of these, on a GPU, between two questions whether all images are done
 
 
 def optimize(
@@ -51,12 +52,13 @@ def optimize(
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> "Result":
-    """A seed's noise, optimised until the prompt's subjects are attended to.
+    """Optimises a seed's noise until the prompt's subjects are attended to.
 
     `subjects`: words of the prompt or token indices (0 is the start token), or None for the last
     word of each of its parts. `steps`, `sampler` and `karras` are those of the run to come, whose
     first timestep they determine. `height` and `width` are in pixels. `settings`: see `Settings`.
-    `progress(message)` follows it: "round 2/5 step 7/10 cross 0.31 self 0.22".
+    `progress(message)` is called with its progress, such as "round 2/5 step 7/10 cross 0.31 self
+    0.22".
 
     ValueError, before any network runs, for wrong settings and subjects that cannot be found. If a
     loss or gradient is not finite, the result is the seed's plain noise, with a note.
@@ -122,15 +124,17 @@ class Settings:
 
     @property
     def tries(self) -> int:
-        """The rounds, and the official variant's last try after them."""
+        """The number of tries: the rounds, and the official variant's last try after them."""
         return self.rounds + self.official if self.rounds else 0
 
     def updates(self, turn: int) -> int:
-        """Updates of the noise in try `turn`, counted from 1. One more evaluation follows them."""
+        """The number of updates of the noise in try `turn`, counted from 1. A last evaluation
+        follows them.
+        """
         return self.last_steps if turn > self.rounds else self.round_steps - 1
 
     def message(self, turn: int, step: int, found: "Evaluation") -> str:
-        """Progress in words: an image's losses in try `turn`, after `step` updates."""
+        """Formats an image's progress: its losses in try `turn`, after `step` updates."""
         where = f"round {turn}/{self.rounds} step {step + 1}/{self.round_steps}"
         if turn > self.rounds:
             where = f"last try step {step + 1}/{self.last_steps}"
@@ -160,13 +164,15 @@ class Result:
             self.losses.setdefault("before", self.losses["after"])
 
     def ended(self, x: Tensor, success: bool) -> "Result":
-        """With the noise x (1,4,h,w) in which it ended."""
+        """Returns the image's result, with the noise x (1,4,h,w) of its last evaluation."""
         self.noise = x.cpu()
         self.success = success
         return self
 
     def failed(self, seed: int, dtype: torch.dtype) -> "Result":
-        """With the seed's plain noise, a note and a warning, because something is not finite."""
+        """Returns the result where a loss or gradient is not finite: the seed's plain noise, with
+        a note. Also warns.
+        """
         self.note = (
             f"the noise could not be optimised: the losses are not finite in {dtype}; "
             "the seed's own noise is kept"
@@ -210,7 +216,9 @@ class Evaluator:
         self.context = sd.encode_prompt(prompts)  # (B, 77, D)
 
     def __call__(self, x: Tensor, rows: Tensor) -> tuple[list[Evaluation], Tensor]:
-        """Evaluations of noises x (b,4,h,w) of images `rows`, and the loss's gradient (b,4,h,w)."""
+        """Evaluates the losses at noises x (b,4,h,w) of images `rows`. Returns one Evaluation per
+        image, and the loss's gradient in x (b,4,h,w).
+        """
         select = self.select[rows]
 
         def objective(look: losses.Look, part: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -226,7 +234,9 @@ class Evaluator:
         return evaluations, gradient
 
     def loss(self, look: losses.Look, select: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The loss to descend (b,), None if all images meet their limits, and its parts (b,5)."""
+        """Returns the loss to descend (b,), or None if all images meet their limits, and its parts
+        (b,5).
+        """
         some = select.any(dim=-1)  # (b, S)
         cross = losses.cross_response(look.maps, some)
         conflict = losses.self_conflict(look.claims, some)
@@ -256,18 +266,20 @@ class Gaussians:
         self.count = noise.new_zeros(len(noise))
 
     def restart(self, b: int, noise: Tensor) -> None:
-        """Begin again for image b, from noise (1,4,h,w)."""
+        """Restarts image b from noise z (1,4,h,w), with shift, scale and Adam's state reset."""
         self.noise[b] = noise[0]
         for state in (self.p, self.first, self.second, self.count):
             state[b] = 0
 
     def apply(self, rows: Tensor) -> Tensor:
-        """x (b,4,h,w) of images `rows`."""
+        """Returns the shifted and scaled noise x (b,4,h,w) of images `rows`."""
         log_var, mu = self.p[rows].unbind(1)
         return self.noise[rows] * (0.5 * log_var).exp() + mu
 
     def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """KL divergences (b,) of images `rows`, and their gradients (b,2,4,h,w)."""
+        """Returns the KL divergences (b,) of images `rows`, and their gradients (b,2,4,h,w) in
+        log_var and mu.
+        """
         log_var, mu = self.p[rows].unbind(1)
         gradient = torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[0].numel()
         return losses.kl_divergence(mu, log_var), gradient
@@ -275,7 +287,8 @@ class Gaussians:
     def descend(self, rows: Tensor, gradient: Tensor, how: Settings) -> None:
         """One update of images `rows`, given the loss's gradient (b,4,h,w) in x.
 
-        It also keeps the KL divergence small, in the way of the variant.
+        It also keeps the KL divergence small: by projection in the official variant, by a term of
+        the loss in the paper's.
         """
         by_log_var = 0.5 * self.noise[rows] * (0.5 * self.p[rows, 0]).exp() * gradient
         by_both = torch.stack([by_log_var, gradient], dim=1)  # (b, 2, 4, h, w)
@@ -286,32 +299,65 @@ class Gaussians:
             self._adam(rows, by_both + how.kl_weight * self.kl(rows)[1])
 
     def project(self, rows: Tensor, limit: float) -> None:
-        """Steps down the KL divergence alone, for each image until it is within the limit."""
+        """Descends the KL divergence alone, for each image until its divergence is within the
+        limit.
+        """
+        if rows.is_cuda:
+            done = self._project_unasked(rows, limit)
+        else:
+            done = self._project_each(rows, limit)
+        if not done:
+            warnings.warn(
+                f"the noise's KL divergence is still above {limit} after {KL_TURNS} steps", stacklevel=4
+            )
+
+    def _project_each(self, rows: Tensor, limit: float) -> bool:
+        """`project` with the images that are not done yet; whether all are done."""
         for _ in range(KL_TURNS):
             kl, gradient = self.kl(rows)
             over = kl > limit
             if not over.any():
-                return
+                return True
             rows = rows[over]
             self._adam(rows, gradient[over])
-        warnings.warn(
-            f"the noise's KL divergence is still above {limit} after {KL_TURNS} steps", stacklevel=4
-        )
+        return False
 
-    def _adam(self, rows: Tensor, gradient: Tensor, b1: float = 0.9, b2: float = 0.999) -> None:
-        self.count[rows] += 1
-        self.first[rows] = b1 * self.first[rows] + (1 - b1) * gradient
-        self.second[rows] = b2 * self.second[rows] + (1 - b2) * gradient**2
-        n = self.count[rows].view(-1, 1, 1, 1, 1)
-        spread = (self.second[rows] / (1 - b2**n)).sqrt() + self.eps
-        self.p[rows] -= self.lr * self.first[rows] / (1 - b1**n) / spread
+    def _project_unasked(self, rows: Tensor, limit: float) -> bool:
+        """`project` for a GPU, which would wait at every question how many images are done.
+
+        All images take every turn, and those that are done keep their state. Only every 32nd turn
+        asks; turns after the last image is done change nothing.
+        """
+        over = torch.ones_like(rows, dtype=torch.bool)
+        for turn in range(KL_TURNS):
+            kl, gradient = self.kl(rows)
+            over = kl > limit
+            if turn % KL_UNASKED == 0 and not over.any():
+                return True
+            self._adam(rows, gradient, over)
+        return not over.any()
+
+    def _adam(
+        self, rows: Tensor, gradient: Tensor, where: Tensor | None = None, b1: float = 0.9, b2: float = 0.999
+    ) -> None:
+        """One step of images `rows`, or of those at which `where` (b,) is true."""
+        n = self.count[rows] + 1
+        first = b1 * self.first[rows] + (1 - b1) * gradient
+        second = b2 * self.second[rows] + (1 - b2) * gradient**2
+        steps = n.view(-1, 1, 1, 1, 1)
+        spread = (second / (1 - b2**steps)).sqrt() + self.eps
+        p = self.p[rows] - self.lr * first / (1 - b1**steps) / spread
+        for state, new in ((self.count, n), (self.first, first), (self.second, second), (self.p, p)):
+            if where is not None:
+                new = new.where(where.view(-1, *[1] * (new.ndim - 1)), state[rows])
+            state[rows] = new
 
 
 # --- many images at once -------------------------------------------------------------------------
 
 
 class _Image:
-    """One image of a batch: `optimize` as a state machine that advances once per evaluation."""
+    """The state of one image in `optimize_batch`, which advances once per UNet evaluation."""
 
     def __init__(self, generator: torch.Generator, shape: tuple[int, ...], how: Settings):
         self.generator = generator
@@ -333,9 +379,10 @@ class _Image:
         self.done = True
 
     def move_on(self, found: Evaluation, x: Tensor) -> None:
-        """Act on the evaluation of its noise x (1,4,h,w).
+        """Advances the image after the evaluation of its noise x (1,4,h,w).
 
-        Afterwards it is done, or `step` counts one more update, or at step 0 a new try begins at `z`.
+        Afterwards the image is done, or `step` has counted one more update, or a new try begins
+        (step 0) from the noise `z`.
         """
         how = self.how
         if found.met:
@@ -368,7 +415,8 @@ def optimize_batch(
     progress: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """`optimize` for several images at once: one prompt, its subjects and one seed per image.
+    """Runs `optimize` for several images at once. Give one prompt, its subjects and one seed per
+    image.
 
     Each image succeeds, begins again and falls back on its own, whatever the others do.
     `progress(b, message)` follows image b. Other arguments and errors as in `optimize`.
@@ -420,7 +468,8 @@ def attention_scores(
     height: int | None = None,
     width: int | None = None,
 ) -> list[float]:
-    """Response plus conflict loss of each candidate at the first timestep: the lower the better.
+    """Returns the response loss plus the conflict loss of each candidate at the first timestep.
+    Lower is better.
 
     `candidates` are seeds, or unit noises (K,4,h,w). Each costs one early-stopped evaluation of the
     conditional branch, without a gradient; many run at once. Other arguments and ValueErrors as in
@@ -443,5 +492,5 @@ def attention_scores(
 
 
 def _latent_shape(sd: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """One image's latents at height x width pixels (None: the model's size)."""
+    """Returns the shape of one image's latents at height x width pixels (None: the model's size)."""
     return 4, (height or sd.config.size) // 8, (width or sd.config.size) // 8

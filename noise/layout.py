@@ -1,4 +1,5 @@
-"""Layouts: a caption for the whole image, and one for each of its regions. Read, checked, previewed.
+"""Layouts: a caption for the whole image, and one for each of its regions. Read, checked,
+previewed.
 
 Two forms are read: a `layout.json`, whose keys are listed at `load`, and the folder that
 NoiseCollage's program takes (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): PALL/ for the whole
@@ -61,14 +62,15 @@ class SizedRegion(Region):
 
     @property
     def bounds(self) -> tuple[int, int, int, int]:
-        """x0, y0, x1, y1 of the smallest box around the region, in pixels, x1 and y1 exclusive."""
+        """The smallest box around the region: x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
         return _bounds(self.pixels)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Captions and regions, as read. Width and height (pixels) may be open, for the model to
-    decide."""
+    """Captions and regions, as read. Without `width` and `height` (pixels) the model's own size is
+    used.
+    """
 
     prompt: str
     regions: tuple[Region, ...] = ()
@@ -80,11 +82,11 @@ class Layout:
 
     @property
     def control_images(self) -> list[Path | None]:
-        """The whole image's, then each region's."""
+        """The control images: the whole image's, then each region's (None where there is none)."""
         return [self.control_image, *(region.control_image for region in self.regions)]
 
     def sized(self, width: int, height: int) -> "SizedLayout":
-        """This layout on an image of width x height pixels, multiples of 8.
+        """Returns this layout on an image of width x height pixels, multiples of 8.
 
         ValueError for boxes that leave the image and for regions that do not fill half of any
         latent cell.
@@ -127,8 +129,10 @@ class SizedLayout(Layout):
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of a layout.json for this layout. File names are absolute. The folder form's
-        control image for the whole image has no key there."""
+        """Returns the contents of a layout.json for this layout, with absolute file names. A
+        control image for the whole image, which only folders of NoiseCollage's program have, is
+        left out because layout.json has no key for it.
+        """
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
@@ -139,15 +143,17 @@ class SizedLayout(Layout):
 
 
 def ensure_sized(layout: Layout, default: int) -> SizedLayout:
-    """The layout itself if it is sized, else on an image of its own size or, where it has none, a
-    square of `default` pixels."""
+    """Returns the layout itself if it is sized. Otherwise sizes it for an image of the layout's
+    own size or, where it states none, of `default` x `default` pixels.
+    """
     if isinstance(layout, SizedLayout):
         return layout
     return layout.sized(layout.width or default, layout.height or default)
 
 
 def load(source: str | Path | dict) -> Layout:
-    """A layout from a layout.json, a folder of the published form, or the contents of a layout.json.
+    """Reads a layout from a layout.json, from a folder of NoiseCollage's program, or from the
+    contents of a layout.json.
 
         {"prompt": "two shapes", "negative_prompt": "", "width": 512, "height": 512,
          "regions": [{"prompt": "a red circle", "box": [0, 0, 0.5, 1], "negative_prompt": "", "weight": 1.0,
@@ -168,8 +174,9 @@ def load(source: str | Path | dict) -> Layout:
 
 
 def coverage(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """The fraction of each cell (a square of `cell` pixels, cut at the image's edge) inside a mask
-    (H,W) -> (h,w) float64."""
+    """Returns (h,w) float64: the fraction of each cell (a square of `cell` pixels, cut at the
+    image's edge) that lies inside a mask (H,W).
+    """
     high, wide = (-(-n // cell) for n in pixels.shape)
     padded = np.zeros((high * cell, wide * cell))
     padded[: pixels.shape[0], : pixels.shape[1]] = pixels
@@ -181,9 +188,10 @@ def coverage(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 
 def preview(layout: Layout, size: int = 512) -> Image.Image:
-    """The layout drawn: every region's outline and caption, and its latent cells shaded by the
-    fraction that it fills. Below, a line of text per region. `size`: the image's sides in pixels
-    where the layout leaves them open."""
+    """Draws the layout: every region's outline and caption, with its latent cells shaded by the
+    fraction that the region fills, and a line of text per region below. `size`: the image's sides
+    in pixels where the layout states none.
+    """
     layout = ensure_sized(layout, size)
     scale = max(1, round(640 / max(layout.width, layout.height)))
     high = scale * layout.height
@@ -204,7 +212,7 @@ def preview(layout: Layout, size: int = 512) -> Image.Image:
 
 
 def _printable(text: str) -> str:
-    """The text in characters that any font has."""
+    """Returns the text in characters that any font has."""
     return text.encode("latin-1", "replace").decode("latin-1")
 
 
@@ -218,7 +226,7 @@ def _shading(layout: SizedLayout, colours: list[str], scale: int) -> Image.Image
 
 
 def _outline(region: SizedRegion, scale: int) -> Image.Image:
-    """The region's edge, two pixels wide on its own side, as a mask at the preview's scale."""
+    """Returns a mask, at the preview's scale, of the region's outermost two pixels."""
     inside = np.pad(region.pixels, 1).repeat(scale, 0).repeat(scale, 1)
     inner = inside.copy()
     for axis in (0, 1):
@@ -228,7 +236,7 @@ def _outline(region: SizedRegion, scale: int) -> Image.Image:
 
 
 def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
-    """(colour, text) of the lines below a preview."""
+    """Returns (colour, text) of each line below a preview."""
     lines = [("black", f"0  {layout.prompt!r}, the whole picture, {layout.width}x{layout.height}")]
     times = np.zeros((layout.height, layout.width), int)  # in how many regions each pixel lies
     for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
@@ -251,7 +259,7 @@ def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
 
 
 def _values(value: Region | Layout, kind: type[Region] | type[Layout]) -> dict[str, Any]:
-    """The fields that a region or layout has in common with `kind`, by name."""
+    """Returns the fields, by name, that a region or layout has in common with the class `kind`."""
     return {f.name: getattr(value, f.name) for f in fields(kind)}
 
 
@@ -266,15 +274,16 @@ def _in_fractions(box: Sequence[float]) -> bool:
 
 
 def _hint(box: Sequence[float] | None) -> str:
-    """An addition to the error of a box that may have been meant in fractions."""
+    """Returns a hint for the error of a box that may have been meant in fractions."""
     if box is None or _in_fractions(box) or all(v == int(v) for v in box):
         return ""
     return "; a number above 1 makes all four of a box pixels: fractions are 0 to 1"
 
 
 def _check_box(box: Sequence[float], width: int | None, height: int | None, where: str) -> None:
-    """ValueError for a box that no image has; of a box in pixels, with width and height, for one
-    that leaves the image."""
+    """Raises ValueError for a box that is impossible on any image; with width and height, also for
+    a box in pixels that leaves the image.
+    """
     x_most = math.inf if width is None else width
     y_most = math.inf if height is None else height
     inside = "the image" if width is None else f"an image of {width}x{height} pixels"
@@ -290,7 +299,9 @@ def _check_box(box: Sequence[float], width: int | None, height: int | None, wher
 
 
 def _box_pixels(box: Box | None, width: int, height: int, where: str) -> np.ndarray:
-    """The pixels (height, width) inside a box, whose sides are rounded to whole pixels."""
+    """Returns a mask (height, width) of the pixels inside a box, whose sides are rounded to whole
+    pixels.
+    """
     if box is None:
         raise ValueError(f"{where}give a box [x0, y0, x1, y1] or a mask file, one of the two")
     _check_box(box, width, height, where)
@@ -386,7 +397,7 @@ def _from_dict(given: Any, folder: Path, where: str) -> Layout:
 
 
 def _of_size(layout: Layout, width: int, height: int) -> Layout:
-    """The layout for this size alone. ValueError where its regions do not fit it."""
+    """Returns the layout with its size fixed. ValueError where its regions do not fit that size."""
     layout.sized(width, height)
     return replace(layout, width=width, height=height)
 
@@ -448,7 +459,7 @@ def _is(value: object, kind: type) -> bool:
 
 
 def _value(given: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
-    """A key's value, of that type; `default` where the key is missing."""
+    """Returns a key's value, checked to be of a type; `default` where the key is missing."""
     if key not in given:
         return default
     if not _is(given[key], kind):
@@ -472,8 +483,9 @@ def _required(given: dict[str, Any], key: str, where: str) -> str:
 
 
 def _from_folder(folder: Path) -> Layout:
-    """PALL/ and P000/, P001/ ...: the image has the size of the first region's mask. The numbers
-    may have gaps."""
+    """Reads a folder of NoiseCollage's program: PALL/ and P000/, P001/ ..., whose numbers may have
+    gaps. The image has the size of the first region's mask.
+    """
     whole = folder / "PALL"
     if not whole.is_dir():
         raise FileNotFoundError(

@@ -15,7 +15,6 @@ also works in float64, and nothing loops over pixels.
 """
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,10 +23,12 @@ import torch
 from torch import Tensor
 
 from minsd.attention import AttentionRecorder
+from minsd.graphs import differentiating
 from minsd.guidance import Model
 from minsd.samplers import timesteps
 from minsd.samplers.schedule import Timestep
 from minsd.text import TextEncoder
+from minsd.words import Finder, Word, split, words
 
 Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 
@@ -35,40 +36,59 @@ Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 
 
 def automatic_subjects(prompt: str) -> list[str]:
-    """The last word of each part of the prompt, split at "and", "with" and commas.
+    """Returns the last word of each part of the prompt, split at "and", "with" and commas.
 
-    A word that occurs more than once is numbered: `cat#2` is its second occurrence. ValueError for
-    a prompt without any word.
+    A word that occurs more than once is numbered: `cat#1` is its first occurrence, `cat#2` its
+    second. ValueError for a prompt without any word.
     """
-    words: list[str] = []
-    subjects: list[tuple[str, int]] = []
+    return [name for name, _ in _chosen(prompt)]
+
+
+def readable_subjects(text: TextEncoder, prompt: str) -> list[str]:
+    """`automatic_subjects`, without those beyond the tokens that the text encoder reads, unless all
+    of them are."""
+    chosen = _chosen(prompt)
+    limit = text.read_characters(prompt)
+    read = [name for name, word in chosen if word.end <= limit]
+    return read or [name for name, _ in chosen]
+
+
+def _chosen(prompt: str) -> list[tuple[str, Word]]:
+    """The names of the automatic subjects, and where they stand."""
+    chosen: list[Word] = []
     last = None
-    for word in [*re.findall(r",|[^\W_]+(?:['’-][^\W_]+)*", prompt), ","]:
-        if word.lower() not in (",", "and", "with"):
-            words.append(word.lower())
-            last = word, words.count(word.lower())
+    for word in [*words(prompt), Word(",", 0, 0)]:
+        if word.text not in (",", "and", "with"):
+            last = word
         elif last is not None:
-            subjects.append(last)
+            chosen.append(last)
             last = None
-    if not subjects:
+    if not chosen:
         raise ValueError(
             f"the prompt {prompt!r} names nothing to attend to: name the subjects, or give a noun"
         )
-    return [f"{word}#{nth}" if words.count(word.lower()) > 1 else word for word, nth in subjects]
+    finder = Finder(prompt)
+    named: list[tuple[str, Word]] = []
+    for word in chosen:
+        name = prompt[word.start : word.end]
+        starts = [start for start, _ in finder.occurrences(name)]
+        number = f"#{starts.index(word.start) + 1}" if len(starts) > 1 else ""
+        named.append((name + number, word))
+    return named
 
 
 def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int]]:
-    """Token positions of each subject. No network runs.
+    """Finds the token positions of each subject. No network runs.
 
     `subjects`: words of the prompt (a list, or one string with commas), token indices (0 is the
-    start token), or None for `automatic_subjects`. ValueError if there is none, and for a subject
+    start token), or None for `readable_subjects`. ValueError if there is none, and for a subject
     that is not in the prompt, given twice, or beyond the tokens that the text encoder reads. Warns
     about a single subject, which has nothing to conflict with.
     """
     if subjects is None:
-        subjects = automatic_subjects(prompt)
+        subjects = readable_subjects(text, prompt)
     if isinstance(subjects, str):
-        subjects = [word.strip() for word in subjects.split(",")]
+        subjects = split(subjects)
     if not subjects:
         raise ValueError("there are no subjects: name at least one word of the prompt")
     places: list[list[int]] = []
@@ -81,7 +101,8 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
             raise ValueError(f"subject {subject!r} is named twice")
         places.append(place)
     if len(places) == 1:
-        # From this line (stacklevel 1), Python shows it once, although several methods resolve subjects.
+        # From this line (stacklevel 1), Python shows it once, although several methods resolve
+        # subjects.
         warnings.warn(
             f"a single subject, {subjects[0]!r}: with nothing to conflict with, that loss is 0", stacklevel=1
         )
@@ -89,7 +110,7 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
 
 
 def _index(text: TextEncoder, prompt: str, index: int) -> int:
-    """A token index that is a word of the prompt; ValueError for any other."""
+    """Returns a token index that belongs to a word of the prompt; ValueError for any other."""
     if not isinstance(index, int) or isinstance(index, bool):
         raise ValueError(f"a subject is a word of the prompt or a token index, not {index!r}")
     last = len(text.ids(prompt)) - 2  # the end token comes after it
@@ -121,7 +142,9 @@ def selector(places: Sequence[Sequence[Sequence[int]]], length: int = 77) -> Ten
 
 
 class Look(NamedTuple):
-    """Maps M of each subject, and the self-attention `claims` A at their peaks, (B,S,h,w) each."""
+    """For each of S subjects, its cross-attention map M (`maps`), and the self-attention map A of
+    the cell where M peaks (`claims`: the region that the subject claims). Both are (B,S,h,w).
+    """
 
     maps: Tensor
     claims: Tensor
@@ -163,7 +186,8 @@ def claims(self_maps: Tensor, at: Tensor) -> Tensor:
 
 
 def look(unet: Callable[..., object], x: Tensor, t: Timestep, context: Tensor, select: Tensor) -> Look:
-    """Maps from one UNet evaluation under the prompt, at latents x (B,4,h,w) and timestep t.
+    """Returns the subjects' maps from one UNet evaluation under the prompt, at latents x (B,4,h,w)
+    and timestep t.
 
     context (B,77,D); select (B,S,77) from `selector`. The UNet stops as soon as it has its maps. It
     runs in its own precision; the maps are float32 or float64.
@@ -182,7 +206,7 @@ def differentiate(
     select: Tensor,
     objective: Callable[[Look, Tensor], tuple[Tensor | None, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Values of an objective at latents x (B,4,h,w), and the gradient of its loss in x.
+    """Evaluates an objective at latents x (B,4,h,w), and the gradient of its loss in x.
 
     `objective(look, rows)` takes the Look of images `rows` and returns their losses (b,), or None
     if no gradient is needed, and values to report (b,n). Returns these values, (B,n), and gradients
@@ -195,7 +219,7 @@ def differentiate(
     values: list[Tensor] = []
     gradients: list[Tensor] = []
     for rows in torch.arange(len(x), device=x.device).split(size):
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiating(sd.unet):
             leaf = x[rows].detach().requires_grad_()
             loss, part = objective(look(sd.unet, leaf, t, context[rows], select[rows]), rows)
             if loss is None:
@@ -297,19 +321,28 @@ def otsu(maps: Tensor) -> Tensor:
     return (between == best).long().argmax(-1)  # without a split: level 0
 
 
-def component(mask: Tensor, at: Tensor) -> Tensor:
+def component(mask: Tensor, at: Tensor, asking: int | None = None) -> Tensor:
     """The 4-connected part of each mask (B,S,h,w) that holds cell `at` (B,S), as a mask.
 
-    It is empty if the mask does not hold that cell.
+    It is empty if the mask does not hold that cell. `asking`: how many rings it grows between two
+    questions whether it is complete. A GPU waits for each question, so there it is 8, elsewhere 1;
+    rings after the last change nothing.
     """
+    asking = asking or (8 if mask.is_cuda else 1)
     part = torch.zeros_like(mask).flatten(2).scatter(2, at[:, :, None], True).view_as(mask) & mask
     while True:  # it grows by its neighbours: a few turns for a blob, up to h*w for a spiral
-        spread = part.clone()
-        spread[..., 1:, :] |= part[..., :-1, :]
-        spread[..., :-1, :] |= part[..., 1:, :]
-        spread[..., 1:] |= part[..., :-1]
-        spread[..., :-1] |= part[..., 1:]
-        spread &= mask
-        if torch.equal(spread, part):
+        before = part
+        for _ in range(asking):
+            part = _ring(part) & mask
+        if torch.equal(part, before):
             return part
-        part = spread
+
+
+def _ring(part: Tensor) -> Tensor:
+    """A mask (...,h,w) and its neighbours above, below and on both sides."""
+    spread = part.clone()
+    spread[..., 1:, :] |= part[..., :-1, :]
+    spread[..., :-1, :] |= part[..., 1:, :]
+    spread[..., 1:] |= part[..., :-1]
+    spread[..., :-1] |= part[..., 1:]
+    return spread

@@ -25,7 +25,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images whose noise is found together, with the settings of the run to come."""
+    """Images whose initial noise is found together, and the settings with which they will be
+    drawn.
+    """
 
     prompts: list[str]
     seeds: list[int]
@@ -45,7 +47,7 @@ class Batch:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image's latents."""
+        """The shape of one image's latents."""
         return 4, self.height // 8, self.width // 8
 
 
@@ -61,12 +63,12 @@ Method = Callable[[Model, Batch, Say], Found]
 
 
 def random(sd: Model, batch: Batch, say: Say) -> Found:
-    """Each seed's own noise."""
+    """Returns each seed's own noise."""
     return Found(unit_noise(batch.seeds, batch.shape), _each(batch), _each(batch))
 
 
 def select(sd: Model, batch: Batch, say: Say) -> Found:
-    """The best of each image's candidates: by attention, or by inversion stability."""
+    """Chooses the best of each image's candidates, by attention or by inversion stability."""
     if batch.score == "attention":
         seeds, notes = _best_by_attention(sd, batch, batch.layout, say)
         return Found(unit_noise(seeds, batch.shape), notes, _each(batch))
@@ -85,7 +87,7 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def optimize(sd: Model, batch: Batch, say: Say) -> Found:
-    """Each seed's noise, optimised for inversion stability."""
+    """Optimises each seed's noise for inversion stability."""
     results = stability.optimize_batch(
         sd,
         batch.prompts,
@@ -103,7 +105,7 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
-    """InitNO from each seed, or from the best of its candidates by attention."""
+    """Runs InitNO from each seed, or from the best of the image's candidates by attention."""
     seeds = batch.seeds
     notes = _each(batch)
     if batch.score == "attention":
@@ -163,8 +165,8 @@ def _candidates(batch: Batch) -> list[list[int]]:
 
 
 def _selection(asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float]) -> dict[str, Any]:
-    """The settings that record a selection: the seeds asked for and chosen, and every candidate
-    with its score.
+    """Returns the settings that record a selection: the seeds asked for and chosen, and every
+    candidate with its score.
     """
     return {
         "asked_seed": asked,
@@ -176,11 +178,11 @@ def _selection(asked: int, seed: int, candidates: Iterable[int], scores: Iterabl
 def _best_by_attention(
     sd: Model, batch: Batch, layout: SizedLayout | None, say: Say
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """The best of each image's candidates, and what to record.
+    """Returns the best candidate of each image, and the settings that record the choice.
 
-    With a layout's regions, by how well each caption attends to its region (a score, higher is
-    better); without, by the attention to the subjects (a loss, lower is better). One early-stopped
-    UNet evaluation per candidate (and region).
+    With a layout, candidates are ranked by how well each caption attends to its region (a score,
+    higher is better); without, by the attention to the subjects (a loss, lower is better). Each
+    candidate costs one early-stopped UNet evaluation, with a layout one per region.
     """
     chosen = []
     notes = []

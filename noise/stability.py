@@ -47,7 +47,7 @@ NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) within which the network still takes 
 
 
 class Trip:
-    """Denoising and inversion under some prompts: unit noise (B,4,h,w) -> latents -> noise'.
+    """Denoises unit noise (B,4,h,w) to latents under some prompts, and inverts these to noise'.
 
     `prompts`: one for every image, or one per image. Denoise in `steps` of `sampler` at
     `guidance_scale` (None: the model's, 7.5 for Stable Diffusion), then invert with plain DDIM in
@@ -96,23 +96,25 @@ class Trip:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the latents: float32, or float64 for a float64 network, which runs in its own
-        precision."""
+        """The dtype of the latents: float64 for a float64 network, otherwise float32. The network
+        runs in its own precision.
+        """
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def __call__(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """noise' (b,4,h,w) of images `rows`, from their noise (b,4,h,w). The grad mode is the
-        caller's."""
+        """Returns noise' (b,4,h,w), the noise that inversion recovers, for images `rows` with
+        noise (b,4,h,w). The grad mode is the caller's.
+        """
         return self.up(self.down(noise, rows, checkpointed), rows, checkpointed)
 
     def down(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Denoise: noise (b,4,h,w) -> latents."""
+        """Denoises noise (b,4,h,w) to latents."""
         predict = self._predictor(self.guidance_scale, rows, checkpointed)
         sample = SAMPLERS[self.sampler]
         return _last(sample(predict, noise, self.sd.schedule, self.steps, final=self.final))
 
     def up(self, latents: Tensor, rows: Tensor, checkpointed: bool = False, iterations: int = 0) -> Tensor:
-        """Invert: latents (b,4,h,w) -> noise."""
+        """Inverts latents (b,4,h,w) to noise."""
         predict = self._predictor(self.guidance_invert, rows, checkpointed)
         how = {"iterations": iterations, "final": self.final}
         return _last(ddim.invert(predict, latents, self.sd.schedule, self.steps, **how))
@@ -135,7 +137,9 @@ def _last(run: Steps) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the angle between each image's latents (B,...), taken as vectors -> (B,)."""
+    """Returns the cosine (B,) of the angle between each image's latents in two batches (B,...),
+    taken as vectors.
+    """
     a, b = a.flatten(1), b.flatten(1)
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
 
@@ -145,7 +149,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Scores:
-    """Inversion stability of some noises."""
+    """The inversion stability of noises, and what it cost."""
 
     scores: list[float]  # -1..1, one per noise; nan where sampling overflowed
     rows: int  # UNet evaluations: per noise 3 T (4 T with guidance both ways, 2 T without any)
@@ -161,11 +165,12 @@ def score(
     width: int | None = None,
     **trip: Any,
 ) -> Scores:
-    """The inversion stability of noises (K,4,h,w), or of seeds (at height x width pixels).
+    """Computes the inversion stability s of noises (K,4,h,w), or of seeds (at height x width
+    pixels).
 
     `prompt`: one for all or one per noise. `trip`: the settings of `Trip`, `negative_prompt`,
-    `steps` (10), `guidance_scale`, `guidance_invert` (1), `sampler` ("ddim") and `eta` (0). As many
-    noises at a time as `sd.batch_size` allows; their number changes scores by no more than
+    `steps` (10), `guidance_scale`, `guidance_invert` (1), `sampler` ("ddim") and `eta` (0). As
+    many noises at a time as `sd.batch_size` allows; their number changes scores by no more than
     rounding.
 
     ValueError, before any network runs, as in `Trip`, and for prompts or shapes that do not fit.
@@ -214,7 +219,7 @@ class Selection:
 
     @property
     def ranked(self) -> list[int]:
-        """Seeds, the most stable first; those without a score last."""
+        """The seeds, the most stable first, those without a score last."""
         return sorted(self.scores, key=lambda seed: _rank(self.scores[seed]), reverse=True)
 
 
@@ -234,12 +239,12 @@ def select(
     progress: Callable[[str], None] | None = None,
     **trip: Any,
 ) -> Selection:
-    """The seed with the most stable noise, or the least (`worst`, for experiments); the first of
-    equals.
+    """Chooses the seed with the most stable noise, or with the least stable (`worst`, for
+    experiments). Among equals the first wins.
 
-    `known` scores (seed -> score, of the same prompt and settings) are not computed again, nor is a
-    seed given twice. `progress(message)` is called after every batch: "20/100 best 0.912 (seed 7)".
-    `trip` and ValueErrors as in `score`; FloatingPointError if no candidate has a score.
+    `known` scores (seed -> score, of the same prompt and settings) are not computed again, nor is
+    a seed given twice. `progress(message)` is called after every batch: "20/100 best 0.912 (seed
+    7)". `trip` and ValueErrors as in `score`; FloatingPointError if no candidate has a score.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")
@@ -275,9 +280,10 @@ def select(
 
 
 def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: Any) -> Image.Image:
-    """Images of the `count` best candidates, and below them of the worst, with seeds and scores.
+    """Draws the images of the `count` best candidates and, below them, of the `count` worst, with
+    seeds and scores.
 
-    `how` goes to `sd`.
+    `how`: settings of the images, passed to `sd(...)`.
     """
     best, worst = selection.ranked[:count], selection.ranked[-count:]
     seeds = list(dict.fromkeys(best + worst))
@@ -344,7 +350,9 @@ def optimize(
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Result:
-    """A seed's noise, or a noise (1,4,h,w), made more stable: `optimize_batch` with a batch of one."""
+    """Makes a seed's noise, or a noise (1,4,h,w), more stable. This is `optimize_batch` with a
+    batch of one.
+    """
 
     def report(b: int, message: str) -> None:
         if progress is not None:
@@ -364,14 +372,16 @@ def optimize_batch(
     progress: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Gradient descent on 1 - s from noises (B,4,h,w), or from seeds at height x width pixels.
+    """Descends 1 - s, where s is the stability score, from noises (B,4,h,w) or from seeds at
+    height x width pixels.
 
-    `settings`: those of `Descent` and `Trip`. One Result per image, independent of the others of
-    the batch. `progress(b, message)` follows image b: "step 7/100 score 0.912 best 0.934 norm 1.002
-    mean 0.001 std 1.002".
+    `settings`: the fields of `Descent` and `Trip`. Returns one Result per image, independent of
+    the other images of the batch. `progress(b, message)` follows image b: "step 7/100 score 0.912
+    best 0.934 norm 1.002 mean 0.001 std 1.002".
 
-    ValueError, before any network runs, for settings, prompts and shapes that make no sense. If a
-    score or gradient is not finite, the result is the noise as it was, with a note.
+    ValueError, before any network runs, for settings, prompts and shapes that make no sense. If an
+    image's score or gradient is not finite, its result is the noise that it started from, with a
+    note.
     """
     own = {f.name: settings.pop(f.name) for f in fields(Descent) if f.name in settings}
     how = Descent(**own)
@@ -393,7 +403,7 @@ def optimize_batch(
 def _descend(
     trip: Trip, how: Descent, start: Tensor, rows: Tensor, progress: Callable[[int, str], None] | None
 ) -> list[Result]:
-    """`optimize_batch` for images `rows`, whose noises are `start` (b,4,h,w), all at a time."""
+    """Runs `optimize_batch` for the images `rows` at once. Their noises are `start` (b,4,h,w)."""
     d = start[0].numel()
     lr = 100.0 * d / PAPER_NUMBERS if how.lr is None else how.lr
     x = start.to(trip.sd.device, trip.dtype)
@@ -436,7 +446,9 @@ def _descend(
 
 
 def _fail(result: Result, start: Tensor, reason: str) -> None:
-    """Give back the noise (4,h,w) that the optimisation began from, with a note and a warning."""
+    """Makes the image's result the noise (4,h,w) that its optimisation began from, with a note and
+    a warning.
+    """
     result.note = f"the noise could not be optimised: {reason}; it is left as it was"
     result.noise = start[None].cpu()
     result.score = result.before
@@ -444,7 +456,7 @@ def _fail(result: Result, start: Tensor, reason: str) -> None:
 
 
 def _warn_of_norm(history: list[dict[str, float]]) -> None:
-    """Warn at the first step after which the norm is outside NORMAL."""
+    """Warns once, at the first step after which the noise's norm is outside NORMAL."""
     low, high = NORMAL
     norms = [h["norm"] for h in history[1:]]
     outside = [norm for norm in norms if not low <= norm <= high]
@@ -459,7 +471,8 @@ def _warn_of_norm(history: list[dict[str, float]]) -> None:
 def gradients(
     trip: Trip, x: Tensor, rows: Tensor, mode: str, checkpointed: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Scores (b,) of noises x (b,4,h,w) of images `rows`, and the gradient of 1 - s in each noise.
+    """Returns the scores s (b,) of noises x (b,4,h,w) of images `rows`, and the gradient of 1 - s
+    in each noise.
 
     `mode`: "full" or "detach", or "score" for a gradient of zeros.
     """
@@ -510,13 +523,13 @@ def invert_picture(
     height: int | None = None,
     width: int | None = None,
 ) -> Inversion:
-    """An image, cropped and scaled to height x width pixels -> its noise and its reconstruction by
-    DDIM.
+    """Inverts an image, cropped and scaled to height x width pixels, to its noise, and
+    reconstructs it by DDIM.
 
-    `iterations` of the fixed point at every step make the inversion more exact if steps are small
-    (25 or more of them); with few large steps they diverge. Guidance other than 1, in either
-    direction, reconstructs badly. ValueError, before any network runs, for numbers that make no
-    sense.
+    `iterations`: how often the fixed point of each step is iterated. This makes the inversion more
+    exact with 25 steps or more; with fewer, larger steps it diverges. With guidance other than 1,
+    in either direction, the reconstruction is poor. ValueError, before any network runs, for
+    numbers that make no sense.
     """
     height, width = height or sd.config.size, width or sd.config.size
     check_size(height, width)
@@ -543,6 +556,8 @@ def invert_picture(
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two 8-bit images of one size, dB; infinite if they are equal."""
+    """Returns the peak signal-to-noise ratio (dB) of two 8-bit images of one size: infinite if
+    they are equal.
+    """
     error = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
     return math.inf if error == 0 else float(10 * np.log10(255**2 / error))

@@ -8,13 +8,14 @@ refine=None, final=None)`:
   They are always in variance-preserving scale, x = sqrt(abar) x0 + sqrt(1 - abar) eps, whatever the
   sampler uses internally.
 - `refine(i, t, x) -> x` may change the latents before the prediction at each listed timestep.
-- `init` (image to image): clean latents (B,4,h,w) of an image. The first `start` steps are left
-  out; the run begins from `init`, noised by x to the level of the first timestep that is left.
-- `generator`: one per image, for samplers that draw noise during the run. The others ignore it.
+- `init` (image-to-image): clean latents (B,4,h,w) of an image. The first `start` steps are skipped,
+  and the run begins from `init`, mixed with the noise x at the level of the first remaining timestep.
+- `generator`: a list with one generator per image, for samplers that draw noise during the run.
+  The others ignore it.
 - `final` overrides the last level: "abar0" or "zero".
 
-Beside it, `timesteps(schedule, steps, start=0)` lists the timestep of every `(i, t, x)`, most noise
-first, without running anything.
+Each file also has `timesteps(schedule, steps, start=0)`, which lists the timestep of every `(i, t,
+x)`, most noise first, without running anything.
 
 The grad mode is the caller's. Levels and timesteps are Python numbers: nothing waits for the GPU.
 
@@ -72,7 +73,9 @@ TIMESTEPS: dict[str, Callable[..., list[Timestep]]] = {
 
 
 def check(sampler: str, karras: bool = False) -> None:
-    """ValueError for an unknown sampler, and for Karras levels with a sampler that has none."""
+    """Raises ValueError for an unknown sampler, and for Karras levels with a sampler that has
+    none.
+    """
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
     if karras and sampler != "dpmpp_2m":
@@ -82,7 +85,8 @@ def check(sampler: str, karras: bool = False) -> None:
 def timesteps(
     sampler: str, schedule: Schedule, steps: int, *, start: int = 0, karras: bool = False
 ) -> list[Timestep]:
-    """The timestep of every `(i, t, x)` that a sampler yields, without its first `start` steps.
+    """Lists the timestep of every `(i, t, x)` that a sampler yields, without its first `start`
+    steps.
 
     ValueError as in `check`, and for a number of steps that the sampler cannot take.
     """

@@ -17,12 +17,12 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
 
 
 def step(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
-    """One deterministic step from level abar = a to level abar = b, in either direction."""
+    """Takes one deterministic step from level abar = a to level abar = b, in either direction."""
     return (b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """The timesteps of a run without its first `start` steps: the model's own grid."""
+    """Lists the timesteps of a run without its first `start` steps: the model's own grid."""
     return schedule.timesteps(steps)[start:]
 
 
@@ -39,7 +39,8 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Unit noise x (B,4,h,w) -> latents. `eta` above 0 draws from `generator`, one per image.
+    """Unit noise x (B,4,h,w) -> latents. With `eta` above 0, fresh noise is
+    drawn from `generator`, a list with one generator per image.
 
     ValueError for an `eta` outside 0 to 1, and for one above 0 without generators.
     """

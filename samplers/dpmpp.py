@@ -13,7 +13,7 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0, karras: bool = False) -> list[Timestep]:
-    """The timesteps of a run without its first `start` steps; fractional under `karras`."""
+    """Lists the timesteps of a run without its first `start` steps; fractional under `karras`."""
     grid = schedule.karras_timesteps(steps) if karras else schedule.solver_timesteps(steps)
     return grid[start:]
 

@@ -9,17 +9,20 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """The timesteps of a run without its first `start` steps; fractional under linspace spacing."""
+    """Lists the timesteps of a run without its first `start` steps; fractional under linspace
+    spacing.
+    """
     return schedule.timesteps(steps, fractional=True)[start:]
 
 
 def begin(init: Tensor | None, noise: Tensor, schedule: Schedule, t: Timestep) -> Tensor:
-    """Latents where a run starts at timestep t. `init` and `noise` as for the samplers.
+    """Returns the latents with which a run starts at timestep t. `init` and `noise` as for the
+    samplers.
 
-    With an image they are its usual mixture with noise. Without one, the reference classes of
-    Euler's and Heun's rules start linspace and trailing runs from y = sigma noise: pure noise at
-    exactly that level, which in variance-preserving scale is sqrt(1 - abar) noise. Leading runs
-    start from unit noise itself, as those of all other samplers do.
+    With an image (`init`) they are the image's usual mixture with noise. Without one, the
+    reference classes of Euler's and Heun's rules start linspace and trailing runs from y = sigma
+    noise: pure noise at exactly that level, which in variance-preserving scale is sqrt(1 - abar)
+    noise. Leading runs start from unit noise itself, as those of all other samplers do.
     """
     if init is None and schedule.config.timestep_spacing != "leading":
         return (1 - schedule.abar(t)) ** 0.5 * noise
@@ -64,7 +67,8 @@ def sample_ancestral(
 ) -> Steps:
     """As `sample`, but each step overshoots its level and returns to it with fresh noise.
 
-    The noise is drawn from `generator`, one per image. ValueError without generators.
+    The noise is drawn from `generator`, a list with one generator per image. ValueError without
+    generators.
     """
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)

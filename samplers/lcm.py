@@ -12,7 +12,8 @@ TIMESTEP_SCALING = 10.0  # of the boundary condition, as distilled
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """The timesteps of a run without its first `start` steps, from the grid of the distillation.
+    """Lists the timesteps of a run without its first `start` steps, from the grid of the
+    distillation.
 
     ValueError for more steps than that grid has.
     """
@@ -37,8 +38,8 @@ def sample(
 ) -> Steps:
     """Unit noise x (B,4,h,w) -> latents, in 1 to 50 steps (made for 1 to 8).
 
-    Fresh noise is drawn from `generator`, one per image. A run always ends at the clean latents:
-    ValueError for `final="abar0"`, and for several steps without generators.
+    Fresh noise is drawn from `generator`, a list with one generator per image. A run always ends
+    at the clean latents: ValueError for `final="abar0"`, and for several steps without generators.
     """
     if final not in (None, "zero"):
         raise ValueError(f"the lcm sampler ends at the clean latents: final must be 'zero', not {final!r}")

@@ -15,9 +15,9 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """The timesteps of a run without its first `start` steps; the second one is listed twice.
+    """Lists the timesteps of a run without its first `start` steps; the second one is listed twice.
 
-    So there is one more than there are steps, unless a single step is left.
+    The list has one timestep more than there are steps, unless a single step is left.
     """
     grid = schedule.timesteps(steps)[start:]
     return grid[:1] + grid[1:2] + grid[1:]
@@ -37,9 +37,9 @@ def sample(
 ) -> Steps:
     """Unit noise x (B,4,h,w) -> latents. Yields steps + 1 times.
 
-    The second timestep is visited twice: the first visit completes the first step, with the mean of
-    the predictions at its two ends. It starts anew from where the first step began, so `refine`
-    affects only its prediction there, as in the published program.
+    The second timestep is visited twice. Its first visit repeats the first step, from where that
+    step began, with the mean of the predictions at the step's two ends. What `refine` changes
+    during this visit therefore affects the prediction alone, as in the published program.
     """
     visited = timesteps(schedule, steps, start)
     stride = schedule.config.num_train_timesteps // steps

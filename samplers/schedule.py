@@ -96,8 +96,9 @@ class Schedule:
         """The training timesteps of a run of `steps` by the model's own spacing, most noise first.
 
         `fractional` leaves linspace timesteps unrounded, as the reference classes of some samplers
-        do. `below`: the grid is that of so many steps more, whose last ones are left out. NumPy
-        spaces and rounds them, as it does for those classes: exact halves fall alike. ValueError
+        do. `below` takes the grid of `steps + below` steps and drops the last `below` of it. The
+        numbers are spaced and rounded by NumPy, as in those classes, so that exact halves are
+        rounded the same way. ValueError
         for a number of steps that is out of range, and for an unknown spacing.
         """
         self._check(steps)
@@ -126,8 +127,8 @@ class Schedule:
         raise ValueError(f"unknown timestep_spacing {spacing!r}: use leading, linspace or trailing")
 
     def solver_timesteps(self, steps: int) -> list[Timestep]:
-        """Timesteps of the multistep solvers (DPM++, UniPC): those of one step more, without the last;
-        under trailing spacing the usual ones."""
+        """Lists the timesteps of the multistep solvers (DPM++, UniPC): the grid of steps + 1 steps
+        without its last timestep; under trailing spacing, the usual grid."""
         return self.timesteps(steps, below=0 if self.config.timestep_spacing == "trailing" else 1)
 
     def karras_timesteps(self, steps: int) -> list[Timestep]:

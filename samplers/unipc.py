@@ -13,7 +13,7 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """The timesteps of a run without its first `start` steps, most noise first."""
+    """Lists the timesteps of a run without its first `start` steps, most noise first."""
     return schedule.solver_timesteps(steps)[start:]
 
 

@@ -240,7 +240,7 @@ def test_every_sampler_is_known_by_its_name_elsewhere():
 
 
 def test_parameters_are_read_by_another_program(tmp_path, made):
-    """Of sd-parsers, and by the form's own rule: a value with a comma, colon or line break is a JSON string."""
+    """By sd-parsers; and by the form's own rule, that a value with a comma or colon is a JSON string."""
     manager = ParserManager()
     (tmp_path / "my model, v2 final").mkdir()
     settings = json.loads(Image.open(made / "00000-3.png").text["minsd"])
@@ -785,7 +785,8 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
         (
             [{"control_scale": 0.5}, {"control_image": "edges.png"}],
             ["--controlnet", "net"],
-            "region 1 has a control_scale and no control image: give it a control_image, give --control-image FILE for all regions",
+            "region 1 has a control_scale and no control image: give it a control_image, "
+            "give --control-image FILE for all regions",
         ),
     ],
 )
@@ -814,7 +815,7 @@ def test_what_a_region_asks_of_a_controlnet_is_not_passed_over(
 
 
 def test_pictures_of_layouts_that_ask_for_no_controlnet_can_be_made_again(tmp_path, capfd):
-    """Control images of a published folder lie there for whoever has a ControlNet. A picture's settings spell every scale out."""
+    """A published folder always contains control images. The settings of an image state every scale."""
     for name, caption in (("PALL", PROMPT), ("P000", "a red circle"), ("P001", "a blue square")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "self_caption.json").write_text(json.dumps(caption))

@@ -5,17 +5,24 @@ themselves and leaves its output where the capture's was. Inputs that are not co
 output that is not copied out, give wrong numbers.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import minsd
-from minsd import graphs
+from minsd import graphs, guidance
+from minsd.app import run as running
 from minsd.attention import AttentionRecorder
 from minsd.config import UNetConfig
+from minsd.controlnet import Control, Controlled, ControlNet
 from minsd.graphs import Graphs
+from minsd.noise import initno, losses
 from minsd.noise.initial import noise
 from minsd.unet import UNet
+from minsd.weights import controlnet
 
 CONFIG = UNetConfig(
     block_out_channels=(16, 32),
@@ -41,7 +48,8 @@ class Recorded:
 
         def replay():
             self.replays += 1
-            output.copy_(run())
+            for y, new in zip(graphs.tensors_of(output), graphs.tensors_of(run()), strict=True):
+                y.copy_(new)
 
         return replay, output
 
@@ -50,6 +58,7 @@ class Recorded:
 def fake(monkeypatch):
     fake = Recorded()
     monkeypatch.setattr(graphs, "capture", fake)
+    monkeypatch.setattr(graphs, "broken", False)
     return fake
 
 
@@ -150,19 +159,104 @@ def test_what_needs_the_network_itself_gets_it(unet, fake):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.cuda.OutOfMemoryError("full"), RuntimeError("not permitted when stream is capturing\nmore")],
+    [
+        torch.cuda.OutOfMemoryError("full"),
+        RuntimeError("not permitted when stream is capturing\nmore"),
+        KeyError(),  # as Triton's: no RuntimeError
+    ],
 )
-def test_without_a_graph_where_none_can_be_had(unet, fake, error, recwarn):
-    fake.fail = error
-    plain, run = unet.forward, Graphs(unet)
+def test_after_a_failed_capture_there_are_no_graphs(unet, fake, error, recwarn, monkeypatch):
+    """PyTorch's allocator may be left in the middle of it: to give memory back is an internal error."""
+    other, plain, run = Graphs(UNet(CONFIG).requires_grad_(False)), unet.forward, Graphs(unet)
     x, context = inputs()
+    other(x, 9, context)
+    other(x, 9, context)
+    assert other.graphs
+    fake.fail = error
+    unusable = "captures_underway.empty() INTERNAL ASSERT FAILED"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("empty_cache", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: (_ for _ in ()).throw(RuntimeError(unusable)))
     for _ in range(4):
         assert close(run(x, 9, context), plain(x, 9, context))
-    assert fake.captures == 1 and not run.graphs
-    expected = []
-    if not isinstance(error, torch.cuda.OutOfMemoryError):
-        expected = ["the network runs without a CUDA graph: not permitted when stream is capturing"]
-    assert [str(w.message) for w in recwarn] == expected
+        other(x, 9, context)
+    run.release()
+    job = SimpleNamespace(sampling=SimpleNamespace(width=128, height=128))
+    assert running._smaller(SimpleNamespace(graphs=run), [job, job]) == [[job], [job]]
+    big = inputs(4)
+    for _ in range(3):
+        run(big[0], 9, big[1])
+        Graphs(unet)(x, 9, context)
+    assert fake.captures == 2 and fake.replays == 2 and not run.graphs and not other.graphs
+    reason = next(iter(str(error).splitlines()), "KeyError")
+    assert [str(w.message) for w in recwarn] == [f"the network runs without a CUDA graph: {reason}"]
+
+
+def test_out_of_memory_before_a_capture_breaks_nothing(unet, fake, monkeypatch, recwarn):
+    plain, run = unet.forward, Graphs(unet)
+    x, context = inputs()
+
+    def full(y):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(graphs, "own_copy", full)
+    for _ in range(3):
+        assert close(run(x, 9, context), plain(x, 9, context))
+    monkeypatch.undo()
+    monkeypatch.setattr(graphs, "capture", fake)
+    small = x[:1], 9, context[:1]
+    for _ in range(3):
+        assert close(run(*small), plain(*small))
+    assert fake.captures == 1 and not graphs.broken and not recwarn.list
+
+
+def test_release_waits_for_replays_and_keeps_the_stream(unet, fake, monkeypatch):
+    """Graphs of another network on the device go too: their memory is wanted."""
+    both, happened = (Graphs(unet), Graphs(UNet(CONFIG).requires_grad_(False))), []
+    x, context = inputs()
+    for run in both:
+        run(x, 9, context)
+        run(x, 9, context)
+        run.own = 3
+    assert both[0].held == 6
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    left = lambda *_: sum(len(run.graphs) for run in both)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append(("waited", left())))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append(("given back", left())))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    graphs.capture_stream.cache_clear()
+    stream = graphs.capture_stream(torch.device("cuda", 0))
+    both[0].release()
+    assert happened == [("waited", 2), ("waited", 1), ("given back", 0)] and both[1].held == 0
+    assert graphs.capture_stream(torch.device("cuda", 0)) is stream
+    graphs.capture_stream.cache_clear()
+
+
+def test_hooks_of_parts_bypass_graphs_and_those_of_the_network_see_every_call(unet, fake):
+    unet.forward = Graphs(unet)
+    x, context = inputs()
+    calls = []
+    unet.register_forward_hook(lambda module, given, out: calls.append(out.shape))
+    with guidance.counted(unet) as rows:  # a pre-hook of the network itself
+        for _ in range(3):
+            unet(x, 9, context)
+    assert rows == [2] * 3 and len(calls) == 3 and (fake.captures, fake.replays) == (1, 2)
+    part = unet.mid_block.resnets[0].conv1
+    seen = []
+    for register in (
+        part.register_forward_hook,
+        part.register_forward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+        torch.nn.modules.module.register_module_forward_pre_hook,
+    ):
+        seen.clear()
+        handle = register(lambda module, *rest: seen.append(module))
+        unet(x, 9, context)
+        handle.remove()
+        assert part in seen and fake.replays == 2
+    unet(x, 9, context)
+    assert fake.replays == 3
 
 
 def test_graphs_are_released_before_the_network_runs_out_of_memory(unet, fake):
@@ -186,6 +280,262 @@ def test_graphs_are_released_before_the_network_runs_out_of_memory(unet, fake):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         larger = inputs(5)
         run(larger[0], 9, larger[1])
+
+
+class Split:
+    """What `graphs.capture_gradient` does, without a GPU: maps, then their vector-Jacobian product."""
+
+    captures, replays, backs, fail = 0, 0, 0, None
+
+    def __call__(self, run, x, pool, stream):
+        self.captures += 1
+        if self.fail is not None:
+            raise self.fail
+        outputs, maps = [y.detach().clone() for y in run()], []
+        given, gradient = [torch.empty_like(y) for y in outputs], torch.empty_like(x)
+
+        def replay():
+            self.replays += 1
+            with torch.enable_grad():
+                maps[:] = run()
+            for y, new in zip(outputs, maps, strict=True):
+                y.copy_(new)
+
+        def back():
+            self.backs += 1
+            gradient.copy_(torch.autograd.grad(maps, x, given)[0])
+
+        return replay, outputs, back, given, gradient
+
+
+@pytest.fixture
+def split(monkeypatch, fake):
+    split = Split()
+    monkeypatch.setattr(graphs, "capture_gradient", split)
+    return split
+
+
+@pytest.fixture
+def graphed(shapes):
+    """The embedded model with graphs, for one test."""
+    shapes.use_graphs()
+    yield shapes
+    shapes.use_graphs(False)
+
+
+PROMPT = "a red circle and a blue square"
+
+
+def looks(sd, seed, t, whole=True, rows=1):
+    """The values and the gradient of InitNO's losses, or of the response alone."""
+    select = losses.selector([losses.resolve(sd.text, PROMPT, None)] * rows)
+
+    def objective(look, part):
+        cross = losses.cross_response(look.maps)
+        if not whole:
+            return cross, cross[:, None]
+        conflict = losses.self_conflict(look.claims)
+        loss = cross + conflict + losses.clean_background(look.maps)
+        return loss, torch.stack([cross, conflict, loss], dim=1)
+
+    x = noise(range(seed, seed + rows), (4, 16, 16))
+    context = sd.encode_prompt([PROMPT] * rows)
+    return losses.differentiate(sd, x, t, context, select, objective)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["both maps", "cross-attention alone"])
+def test_a_look_and_its_gradient_are_those_without_graphs(shapes, split, whole):
+    steps = [(0, 981, 1), (1, 961, 1), (2, 500.5, 1), (3, 981, 2), (4, 20, 2), (5, 20, 2), (6, 1, 1)]
+    expected = [looks(shapes, seed, t, whole, rows) for seed, t, rows in steps]
+    shapes.use_graphs()
+    try:
+        with guidance.counted(shapes.unet) as rows:
+            found = [looks(shapes, seed, t, whole, rows) for seed, t, rows in steps]
+        assert rows == [n for *_, n in steps]
+        assert (split.captures, split.replays, split.backs) == (2, 5, 5)
+        for ours, theirs in zip(found, expected):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and ours[1].abs().max() > 0
+        shapes.graphs.release()
+        assert not shapes.graphs.graphs
+        shapes.use_graphs(gradients=False)
+        for _ in range(3):
+            looks(shapes, 0, 981)
+        assert split.captures == 2 and not shapes.graphs.graphs
+    finally:
+        shapes.use_graphs(False)
+
+
+def test_initno_optimises_the_same_noise_with_graphs(shapes, split):
+    how = {"rounds": 1, "round_steps": 4, "last_steps": 2, "conflict_limit": 0.0}
+    expected = initno.optimize(shapes, PROMPT, None, 5, **how)
+    shapes.use_graphs()
+    try:
+        result = initno.optimize(shapes, PROMPT, None, 5, **how)
+    finally:
+        shapes.use_graphs(False)
+    assert torch.equal(result.noise, expected.noise) and result.losses == expected.losses
+    assert split.captures == 1 and split.backs == result.steps - 1 > 3
+
+
+@pytest.mark.parametrize("found", ["nothing to do", "the response alone"])
+def test_before_a_capture_every_gradient_has_been_computed(graphed, split, monkeypatch, found):
+    """A capture must not compile kernels, and the losses so far may have needed none of the gradient,
+    or that of one kind of map."""
+    select = losses.selector([losses.resolve(graphed.text, PROMPT, None)])
+    computed, grad = [], torch.autograd.grad
+
+    def noted(outputs, *rest, **more):
+        computed.append(len(outputs) if isinstance(outputs, list) else 0)
+        return grad(outputs, *rest, **more)
+
+    def captured(*arguments):
+        assert computed[-1] == 2
+        return split(*arguments)
+
+    monkeypatch.setattr(torch.autograd, "grad", noted)
+    monkeypatch.setattr(graphs, "capture_gradient", captured)
+
+    def objective(look, part):
+        cross = losses.cross_response(look.maps)
+        return None if found == "nothing to do" else cross, cross[:, None]
+
+    for seed in range(3):
+        x = noise([seed], (4, 16, 16))
+        losses.differentiate(graphed, x, 981, graphed.encode_prompt(PROMPT), select, objective)
+    assert split.captures == 1 and split.replays == 2 and not graphs.broken
+
+
+def test_out_of_memory_while_warming_up_breaks_nothing(graphed, split, monkeypatch, recwarn):
+    def full(run, x):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graphs, "warm_up", full)
+        for seed in range(3):
+            looks(graphed, seed, 9)
+    assert split.captures == 0 and not graphs.broken and not recwarn.list
+    for seed in range(3):
+        looks(graphed, seed, 9, rows=2)
+    assert split.captures == 1
+
+
+def test_looks_that_need_the_network_itself_get_it(graphed, split):
+    unet, context = graphed.unet, graphed.encode_prompt(PROMPT)
+    x = noise([0], (4, 16, 16)).requires_grad_()
+    for _ in range(3):  # outside of `differentiate`, and recorders of other kinds
+        unet(x, 9, context, record=AttentionRecorder(only=True))
+        with graphs.differentiating(unet):
+            unet(x, 9, context, record=AttentionRecorder((8, 8), only=True))
+            unet(x, 9, context, record=AttentionRecorder())
+            unet(x, 9, context.clone().requires_grad_(), record=AttentionRecorder(only=True))
+            with torch.no_grad():
+                unet(x, 9, context, record=AttentionRecorder(only=True))
+    assert split.captures == 0
+    part = unet.mid_block.resnets[0].conv1
+    for register in (part.register_forward_hook, part.register_full_backward_hook):
+        handle = register(lambda *_: None)
+        for _ in range(3):
+            looks(graphed, 0, 9)
+        handle.remove()
+    assert split.captures == 0
+    for _ in range(3):
+        looks(graphed, 0, 9)
+    assert (split.captures, split.replays) == (1, 2)
+
+
+def test_a_gradient_that_comes_too_late_is_an_error(graphed, split):
+    unet, context = graphed.unet, graphed.encode_prompt(PROMPT)
+    x = noise([0], (4, 16, 16)).requires_grad_()
+    recorders = [AttentionRecorder(only=True) for _ in range(4)]
+    with graphs.differentiating(unet):
+        for record in recorders:
+            unet(x, 9, context, record=record)
+    with pytest.raises(RuntimeError, match="another evaluation of the network came before"):
+        torch.autograd.grad(recorders[2].cross.sum(), x)
+    torch.autograd.grad(recorders[3].cross.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="another evaluation of the network came before"):
+        torch.autograd.grad(recorders[3].cross.sum(), x)
+
+
+def test_a_failed_capture_of_a_look_turns_graphs_off(shapes, split, recwarn):
+    expected = looks(shapes, 0, 9)
+    split.fail = RuntimeError("not permitted when stream is capturing")
+    shapes.use_graphs()
+    try:
+        for _ in range(4):
+            assert all(torch.equal(a, b) for a, b in zip(looks(shapes, 0, 9), expected))
+    finally:
+        shapes.use_graphs(False)
+    assert split.captures == 1 and graphs.broken
+    assert [str(w.message) for w in recwarn] == [
+        "the network runs without a CUDA graph: not permitted when stream is capturing"
+    ]
+
+
+def test_the_capture_of_a_gradient(monkeypatch):
+    """Two captures, forwards and back, in one pool; what the caller gets has no autograd graph left."""
+    captured = []
+
+    def capture(run, pool, stream):
+        captured.append((pool, stream))
+        return lambda: None, run()
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(torch, "empty_like", torch.ones_like)  # a capture computes nothing, this one does
+    x = torch.randn(3, requires_grad=True)
+    with torch.no_grad():
+        _, outputs, _, given, gradient = graphs.capture_gradient(lambda: [x**2, 3 * x], x, "pool", None)
+    assert captured == [("pool", None)] * 2 and len(given) == 2
+    assert torch.equal(outputs[0], x.detach() ** 2) and not any(y.requires_grad for y in outputs)
+    assert torch.allclose(gradient, 2 * x.detach() + 3)
+
+
+@torch.no_grad()
+def test_a_controlnet_has_graphs_of_its_own(small, fake, tmp_path, monkeypatch):
+    """As `load_controlnet` gives it one on CUDA, for which the weights stay on the CPU here."""
+    torch.manual_seed(2)
+    made = ControlNet(small.config.unet, (4, 4, 8, 8))
+    safetensors.torch.save_file(
+        {name: y.contiguous() for name, y in made.state_dict().items()}, tmp_path / "net.safetensors"
+    )
+    fill = controlnet.fill
+    monkeypatch.setattr(
+        controlnet, "fill", lambda net, tensors, device, dtype: fill(net, tensors, torch.device("cpu"), dtype)
+    )
+    nets = [
+        controlnet.load_controlnet(tmp_path / "net.safetensors", device=device, dtype=torch.float32)
+        for device in ("cpu", "cuda")
+    ]
+    own = graphs.graphs_of(nets[1])
+    assert own is not None and graphs.graphs_of(nets[0]) is None
+    channels_last = {"memory_format": torch.channels_last}
+    assert nets[1].conv_in.weight.is_contiguous(**channels_last)
+    pictures = torch.rand(2, 3, 128, 128)
+    plain, unet = (Controlled(small.unet, [Control(net, pictures, [0.7, 0.2])]) for net in nets)
+    x, context = noise([1, 2], (4, 16, 16)), torch.randn(2, 77, 32)
+    region = {grid: torch.ones(2, grid[0] * grid[1], dtype=torch.long) for grid in unet.grids((16, 16))}
+    texts = torch.randn(2, 2, 77, 32)
+    kept = []
+    try:
+        small.use_graphs()
+        text_kv = unet.text_kv(context)
+        for t in (900, 500.5, 20):
+            kept.append((unet(x, t, text_kv), plain(x, t, context)))
+            kept.append((unet(x, t, texts, region=region), plain(x, t, texts, region=region)))
+        assert all(close(a, b) for a, b in kept)
+        assert len(own.graphs) == 2
+        # The text's keys and values in its graph are those of its own layers, and x, t, the images.
+        sizes = sorted(len(graph.inputs) for graph in own.graphs.values())
+        assert sizes[-1] == 3 + 2 * len(nets[1].text_kv(context)) < 3 + 2 * len(text_kv)
+        replays = fake.replays
+        handle = nets[1].mid_block.resnets[0].register_forward_hook(lambda *_: None)
+        assert close(unet(x, 20, text_kv), kept[-2][1])
+        handle.remove()
+        assert fake.replays == replays + 1  # the UNet's
+        small.set_attention("auto", nets[1])
+        assert not own.graphs and not small.graphs.graphs
+    finally:
+        small.use_graphs(False)
 
 
 def test_the_same_images_with_graphs(small, fake):
@@ -234,6 +584,30 @@ def test_on_a_gpu_the_same_image_and_no_waiting_in_the_loop():
     plain = sd.sample("a red circle", start, steps=6)
     for a, b in zip(sd.decode(with_graphs), sd.decode(plain)):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_same_looks_and_gradients():
+    sd = minsd.load("shapes", "cuda", torch.float32)
+    select = losses.selector([losses.resolve(sd.text, PROMPT, None)]).to("cuda")
+    context = sd.encode_prompt(PROMPT)
+
+    def objective(look, part):
+        loss = losses.cross_response(look.maps) + losses.self_conflict(look.claims)
+        return loss, loss[:, None]
+
+    def step(seed, t):
+        x = noise([seed], (4, 16, 16)).to("cuda")
+        return losses.differentiate(sd, x, t, context, select, objective)
+
+    steps = [(0, 981), (1, 961), (2, 500), (3, 20)]
+    by_graphs = [step(*each) for each in steps]
+    assert len(sd.graphs.graphs) == 1 and not graphs.broken
+    sd.use_graphs(gradients=False)
+    plain = [step(*each) for each in steps]
+    assert not sd.graphs.graphs
+    for ours, theirs in zip(by_graphs, plain):  # convolutions may take TF32
+        assert all(((a - b).norm() / b.norm()).item() < 1e-2 for a, b in zip(ours, theirs))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

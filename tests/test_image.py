@@ -1,4 +1,4 @@
-"""Images as people have them. Truth: the format's own definition, the 8-bit original, diffusers' load_image."""
+"""Images as people have them. Truth: the format's definition, the 8-bit original, diffusers' load_image."""
 
 import struct
 import warnings

@@ -199,6 +199,38 @@ def test_the_projection_is_bounded_and_says_so(monkeypatch):
     assert g.kl(rows)[0].tolist()[1] <= 1e-3 < g.kl(rows)[0].tolist()[2]
 
 
+@pytest.mark.parametrize("turns", [None, 0, 1], ids=["bounded by none", "bound reached", "one more turn"])
+def test_the_projection_of_a_gpu_asks_rarely_and_ends_where_the_other_does(monkeypatch, turns):
+    """Images that are done rest, in turns after the last of them as well."""
+
+    def away():
+        g = initno.Gaussians(torch.zeros(4, 4, 4, 4, dtype=torch.float64), lr=1e-2)
+        generator = torch.Generator().manual_seed(1)
+        g.p[1:] = 0.3 * torch.randn(g.p[1:].shape, generator=generator, dtype=torch.float64)
+        g.p[2, :, 0] = 1.0
+        g.count += 5
+        return g
+
+    rows = torch.tensor([3, 0, 2])
+    each, unasked, asked = away(), away(), []
+    each._project_each(rows, 1e-3)
+    longest = int(each.count.max()) - 5
+    assert longest % initno.KL_UNASKED and longest > 2 * initno.KL_UNASKED
+    if turns is not None:
+        monkeypatch.setattr(initno, "KL_TURNS", longest + turns)
+    each = away()
+    done = each._project_each(rows, 1e-3)
+    any_ = torch.Tensor.any
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "any", lambda y: asked.append(1) or any_(y))
+        assert unasked._project_unasked(rows, 1e-3) == done == (turns != 0)
+    assert len(asked) <= longest // initno.KL_UNASKED + 2
+    assert torch.equal(each.count, unasked.count)
+    for name in ("p", "first", "second"):
+        assert (getattr(each, name) - getattr(unasked, name)).abs().max() < 1e-12
+    assert torch.equal(unasked.p[1], away().p[1])
+
+
 def test_progress_tells_where_it_is(shapes):
     said = []
     initno.optimize(

@@ -127,6 +127,26 @@ def test_region_attention_is_attention_of_each_region(backend, small_chunks):
     assert not ours[0][region == -1].any() and not ours[1][region == -1].any()
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_masks_are_not_written_once_a_head(heads, monkeypatch):
+    """PyTorch pads the mask it is given: expanded over heads, it would be written that often."""
+    masks = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask, scale):
+        masks.append(attn_mask)
+        return real(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 6, 3, 8, generator=g), torch.randn(2, 3, 7, 3, 8, generator=g)
+    region = torch.randint(-1, 3, (2, 6), generator=g)
+    attention(q, k, k, region=region, bias=torch.zeros(1, heads, 1, 21))
+    assert masks[0].shape == (2, heads, 6, 21)
+    attention(q, k[:, 0], k[:, 0], bias=torch.zeros(1, heads, 1, 1))
+    assert masks[1].shape == (1, heads, 6, 7)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
 def test_sixteen_bits_are_summed_in_32(dtype, tolerance):
     g = torch.Generator().manual_seed(0)

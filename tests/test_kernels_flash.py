@@ -17,7 +17,10 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETING else "cuda"
 HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
-DTYPES = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative norm
+# Relative norm. Float32 is given twice what the interpreter's arithmetic needs: a GPU adds d products
+# one after another and approximates exp2 and log2, which alone comes to 4.7e-7 at d = 80, masked.
+DTYPES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+EXACT = DTYPES[torch.float32]
 # B, N, M, heads: N below a block, across two; M = 77, N itself, one more than a block
 SHAPES = {
     8: (2, 33, 77, 3),
@@ -112,7 +115,7 @@ def test_against_float64_autograd(d, dtype, masked):
 def test_one_gradient_without_the_other(parts):
     qkv, weights, _ = inputs((1, 33, 77, 3), 40, torch.float32)
     truth = run(exact, [y.double() for y in qkv], weights, parts)
-    assert_close(run(ours, qkv, weights, parts)[2:], truth[2:], 5e-7, ("dq", "dk", "dv"))
+    assert_close(run(ours, qkv, weights, parts)[2:], truth[2:], EXACT, ("dq", "dk", "dv"))
 
 
 @here
@@ -125,11 +128,11 @@ def test_frozen_text_and_map_alone():
     q = q.detach().requires_grad_()
     out, maps = ours(q, k, v)
     (dq,) = torch.autograd.grad((out * weights[0]).sum() + (maps * weights[1]).sum(), q)
-    assert_close([dq], [truth[2]], 5e-7)
+    assert_close([dq], [truth[2]], EXACT)
     _, maps = autograd.apply(q, k, None, q.shape[-1] ** -0.5, None, None, 77, True, "triton")
     (dq,) = torch.autograd.grad((maps * weights[1]).sum(), q)
     truth_dq = run(exact, [y.double() for y in (q, k, v)], weights, ("map",))[2]
-    assert_close([maps, dq], [truth[1], truth_dq], 5e-7)
+    assert_close([maps, dq], [truth[1], truth_dq], EXACT)
 
 
 @here
@@ -138,12 +141,32 @@ def test_bias_of_every_broadcast_and_dead_rows():
     for sizes in ((1, 1, 1, 40), (2, 1, 1, 40), (1, 3, 33, 1), (1, 1, 1, 1), (2, 3, 33, 40)):
         bias = torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         truth = run(exact, [y.double() for y in qkv], weights, bias=bias)
-        assert_close(run(ours, qkv, weights, bias=bias), truth, 5e-7)
+        assert_close(run(ours, qkv, weights, bias=bias), truth, EXACT)
     bias = torch.zeros(1, 1, 33, 1, device=DEVICE)
     bias[:, :, 7] = -torch.inf
     out, maps, dq, _, _ = run(ours, qkv, weights, bias=bias)
     assert not out[:, 7].any() and not maps[:, 7].any() and not dq[:, 7].any()
     assert torch.allclose(maps.sum(-1)[:, 8:], torch.ones(2, 25, device=DEVICE), atol=1e-6)
+
+
+@here
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads_fastest": False, "map_blocks_64": 1, "map_blocks_128": 1 << 60},
+        {"map_blocks_64": 1, "map_blocks_128": 1},
+    ],
+)
+def test_switches_change_no_result(changes):
+    """The other grid of the gradient kernels; the map in blocks of 64 and of 128 rows."""
+    from minsd.kernels import switches
+
+    qkv, weights, _ = inputs((1, 70, 77, 2), 16, torch.float16)
+    before = run(ours, qkv, weights)
+    with switches.use(**changes):
+        after = run(ours, qkv, weights)
+    assert switches.current == switches.Switches()
+    assert_close(after, before, 1e-6)
 
 
 @here
@@ -192,9 +215,9 @@ def test_region_attention_is_attention_of_each_region(biased):
             some = None if bias is None else bias[b : b + 1, :, rows, keys]
             one = slice(b, b + 1)
             out, maps = exact(leaves[0][one, rows], leaves[1][one, text], leaves[2][one, text], some)
-            assert_close([result[0][one, rows], result[1][one, rows]], [out, maps], 5e-7)
+            assert_close([result[0][one, rows], result[1][one, rows]], [out, maps], EXACT)
             loss = loss + (out * weights[0][b, rows]).sum() + (maps * weights[1][b, rows]).sum()
-    assert_close(result[2:], torch.autograd.grad(loss, leaves), 5e-7, ("dq", "dk", "dv"))
+    assert_close(result[2:], torch.autograd.grad(loss, leaves), EXACT, ("dq", "dk", "dv"))
     nowhere = (region < 0) | (region == texts)
     assert nowhere.any() and not any(y[nowhere].any() for y in result[:3])
 

@@ -80,6 +80,48 @@ def test_against_float64(shape, layout, dtype, tolerance, fused):
 
 
 @here
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=str)
+def test_gradient_against_float64(shape, layout, dtype, tolerance, fused):
+    x, norm, add = case(shape, dtype, DEVICE)
+    if shape == (2, 32, 1, 1, 8) and dtype != torch.float32:
+        tolerance *= 4  # of four numbers a group, little is left once mean and slope are taken out
+    g = torch.Generator().manual_seed(1)
+    dy = torch.randn(x.shape, generator=g).to(DEVICE, dtype)
+    leaf = x.contiguous(memory_format=layout).requires_grad_()
+    truth = x.double().requires_grad_()
+    for more, silu in ((add, True), (None, False)):
+        (ours,) = torch.autograd.grad(group_norm(leaf, norm, more, silu=silu), leaf, dy)
+        (expected,) = torch.autograd.grad(exact(truth, norm, more, silu), truth, dy.double())
+        assert relative(ours, expected) < tolerance
+        assert ours.dtype == dtype and ours.stride() == leaf.stride()
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="needs no kernel but the interpreter's, in float64")
+@pytest.mark.parametrize("silu", [True, False])
+def test_gradcheck(silu, fused, monkeypatch):
+    """In float64: two blocks in a chunk, a ragged chunk, and any strides of x and dy."""
+    monkeypatch.setitem(kernels.groupnorm.CELLS, 2, 2)
+    monkeypatch.setattr(kernels.groupnorm, "CHUNKS", 2)
+    x, norm, add = case((1, 4, 1, 5, 2), torch.float64, DEVICE)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = x.contiguous(memory_format=layout).requires_grad_()
+        for more, turned in ((add, False), (None, True)):
+
+            def f(y, more=more, turned=turned):
+                y = group_norm(y.transpose(2, 3) if turned else y, norm, more, silu=silu)
+                return y.transpose(2, 3) if turned else y
+
+            assert torch.autograd.gradcheck(f, leaf, atol=1e-6, fast_mode=True)
+    (dx,) = torch.autograd.grad(group_norm(leaf, norm, add).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+@here
 def test_a_large_mean_does_not_cancel(fused):
     """Means of 1000 standard deviations: a sum of squares would leave no digit of the variance."""
     x, norm, _ = case((1, 8, 30, 40, 2), torch.float32, DEVICE, mean=1000.0)
@@ -144,6 +186,7 @@ def test_without_kernels_it_is_pytorch_with_gradients():
 def test_where_the_kernels_are_taken(monkeypatch):
     """Only on CUDA, never where a gradient would be lost. Stand-ins claim to be on CUDA."""
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
+    monkeypatch.setattr(kernels.devices, "failure", lambda device: None)
     x, norm, add = case((2, 12, 7, 9, 4), torch.float32, "cpu")
     assert not kernels.norm_is_fused(x, norm, add)
 
@@ -152,10 +195,19 @@ def test_where_the_kernels_are_taken(monkeypatch):
 
     on = x.as_subclass(OnCuda)
     assert kernels.norm_is_fused(on, norm, add) and kernels.norm_is_fused(on, norm, None)
-    assert not kernels.norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
+    leaf = on.clone().as_subclass(OnCuda).requires_grad_()
+    assert kernels.norm_is_fused(leaf, norm, add)
+    with kernels.switches.use(norm_gradient=False):
+        assert not kernels.norm_is_fused(leaf, norm, add)
+        assert kernels.norm_is_fused(on, norm, add)
     with torch.no_grad():
         assert kernels.norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
     assert not kernels.norm_is_fused(on, norm, add.requires_grad_())
+    add.requires_grad_(False)
+    assert not kernels.norm_is_fused(leaf, norm.requires_grad_(), add)
+    norm.requires_grad_(False)
+    with torch.autograd.forward_ad.dual_level():
+        assert not kernels.norm_is_fused(on, norm, add)
     assert not kernels.norm_is_fused(on.double(), norm.double(), None)
     sd15 = MODELS["sd15"].unet
     assert max(sd15.block_out_channels) * 2 // sd15.norm_groups <= 256

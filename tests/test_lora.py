@@ -265,14 +265,45 @@ FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
             "partial adapter: .* no weights",
         ),
         (lambda t: [t.update({n.replace("lora_te_", "lora_te2_"): t.pop(n)}) for n in list(t)], "SDXL"),
-        (lambda t: t.update({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}), "LoHa"),
+        (lambda t: t.update({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}), "is a LoHa"),
+        (
+            lambda t: [t.clear(), t.update({"emb_params": torch.zeros(2, 768)})],
+            "is a textual-inversion embedding",
+        ),
+        (
+            lambda t: t.update({"bundle_emb.x.string_to_param.*": torch.zeros(1)}),
+            "textual-inversion embedding",
+        ),
+        (lambda t: t.update({"lora_unet_x.diff": torch.zeros(2, 2)}), "full differences"),
+        (lambda t: t.update({"lora_unet_x.on_input": torch.zeros(2)}), "is an IA3"),
+        (
+            lambda t: [
+                t.update({f"lora_unet_input_blocks_1_1_proj_in.lora_{w}.weight": torch.zeros(2, 2)})
+                for w in ("up", "down")
+            ],
+            "as the original Stable Diffusion code does",
+        ),
         (lambda t: t.update({"conv_in.weight": torch.zeros(2, 2)}), "no part of a LoRA"),
         (
             lambda t: t.update({f"{FIRST}.lora_down.weight": torch.zeros(4, 32, dtype=torch.int32)}),
             "floating point",
         ),
     ],
-    ids=["family", "empty", "half", "alpha alone", "sdxl", "loha", "a model", "integers"],
+    ids=[
+        "family",
+        "empty",
+        "half",
+        "alpha alone",
+        "sdxl",
+        "loha",
+        "embedding",
+        "bundle",
+        "full",
+        "ia3",
+        "original",
+        "a model",
+        "integers",
+    ],
 )
 def test_one_clear_line_for_what_does_not_fit(files, small, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:

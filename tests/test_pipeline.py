@@ -19,7 +19,7 @@ PROMPT, NEGATIVE = "a red circle and a blue square", "a green star"
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_guided_ddim_trajectory_equals_diffusers(kind, shapes_folder, tmp_path):
-    """SD1-like with eps, SD2-like with v (linear projections, padding with id 0): the same latents, the same picture."""
+    """SD1-like with eps, SD2-like with v (linear projections, padding with 0): same latents and image."""
     theirs = small_pipeline(shapes_folder / "tokenizer", kind, sd2=kind == "v_prediction")
     theirs.save_pretrained(tmp_path)
     theirs.set_progress_bar_config(disable=True)
@@ -106,7 +106,7 @@ def test_encode_then_decode_is_the_vae_there_and_back(small):
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_image_to_image(small, sampler):
-    """Strength 0 is the picture through the VAE, 1 is text to image, 0.3 lies between and costs three steps of ten."""
+    """Strength 0 is the image through the VAE, 1 is text to image, and 0.3 costs three steps of ten."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 200, 3), np.uint8)).resize(
         (400, 128)
     )

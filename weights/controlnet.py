@@ -14,6 +14,7 @@ import torch
 
 from minsd.config import UNetConfig
 from minsd.controlnet import ControlNet
+from minsd.graphs import use_graphs
 from minsd.weights.ldm_keys import controlnet_name
 from minsd.weights.load import check_heads, checked, empty, fill, heads_per_level
 from minsd.weights.safetensors_file import RenamedTensors, Tensors, guess, read_json, refuse_pickle
@@ -49,7 +50,11 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
     if path.is_dir() and (path / "config.json").is_file():
         config, bgr = with_config_json(config, path / "config.json")
     net = empty(lambda config: ControlNet(config, hidden, bgr), config, path)
-    fill(net, tensors, torch.device(device), dtype)
+    device = torch.device(device)
+    fill(net, tensors, device, dtype)
+    if device.type == "cuda":  # as the UNet beside it
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        use_graphs(net)
     return net
 
 

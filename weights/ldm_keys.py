@@ -56,7 +56,9 @@ def unet_name(name: str, layers: int) -> str:
     m = re.fullmatch(r"(time_embed|input_blocks|middle_block|output_blocks|out)\.(\d+)\.(.+)", name)
     if not m:
         return name
-    part, i, rest = m[1], int(m[2]), m[3]
+    part = m[1]
+    i = int(m[2])
+    rest = m[3]
     if part == "time_embed":  # linear, activation, linear
         return f"time_embedding.linear_{1 + i // 2}.{rest}"
     if part == "out":  # norm, activation, convolution

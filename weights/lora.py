@@ -1,4 +1,5 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * (alpha / rank) * up @ down.
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * (alpha / rank) * up @
+down.
 
 Files: kohya's (`lora_unet_*`, `lora_te_*`, with alphas) and those of diffusers and PEFT
 (`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
@@ -40,12 +41,15 @@ _NAMES = re.compile(
     r"|\.lora_linear_layer\.(?P<late>down|up))\.weight"
 )
 _PEFT_HALVES = {"A": "down", "B": "up"}
-_OTHER_KINDS = {
-    "lora_magnitude_vector": "a DoRA",
-    "dora_scale": "a DoRA",
-    "hada_": "a LoHa adapter",
-    "lokr_": "a LoKr adapter",
-    "lora_mid": "a LoCon in Tucker form",
+_OTHER_KINDS = {  # a pattern in tensor names -> the kind of adapter that has them
+    r"lora_magnitude_vector|dora_scale": "a DoRA",
+    r"hada_": "a LoHa adapter",
+    r"lokr_": "a LoKr adapter",
+    r"lora_mid": "a LoCon in Tucker form",
+    r"\.on_input$": "an IA3 adapter",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "a LyCORIS adapter of full differences",
+    r"^emb_params$|string_to_param|^clip_[lg]$": "a textual-inversion embedding",
+    r"^bundle_emb\.": "a LoRA bundled with textual-inversion embeddings",
 }
 
 
@@ -83,8 +87,9 @@ class LowRank:
         return self.factor * (up @ down).reshape(weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The change of the layer's output at its input x: (B,...,in) -> (B,...,out), of convolutions
-        (B,in,h,w) -> (B,out,h',w')."""
+        """The change of the layer's output at its input x: (B,...,in) -> (B,...,out), of
+        convolutions (B,in,h,w) -> (B,out,h',w').
+        """
         down, up = (half.to(x.device, x.dtype) for half in (self.down, self.up))
         if isinstance(self.module, nn.Conv2d):
             y = F.conv2d(x, down, stride=self.module.stride, padding=self.module.padding)
@@ -126,7 +131,8 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
             _check(path, key, module, down, up)
             rank = len(down)
             alpha = float(file.get_tensor(alphas[key])) if key in alphas else default_alpha(name, rank)
-            # Files may hold a 1x1 convolution's halves as matrices, a linear layer's as convolutions.
+            # Files may hold a 1x1 convolution's halves as matrices, a linear layer's as
+            # convolutions.
             shape = module.weight.shape
             down = down.reshape(rank, *shape[1:])
             up = up.reshape(len(up), rank, *[1] * (len(shape) - 2))
@@ -153,9 +159,9 @@ def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict
     """-> the tensors' names by layer and half ("down", "up"), and those of the alphas by layer."""
     if not header:
         raise ValueError(f"{path} is an empty adapter: it holds no tensors")
-    for sign, kind in _OTHER_KINDS.items():
+    for pattern, kind in _OTHER_KINDS.items():
         for name in header:
-            if sign in name:
+            if re.search(pattern, name):
                 raise ValueError(f"{path} is {kind} ({name}); minsd reads plain LoRA")
     halves: dict[str, dict[str, str]] = {}
     alphas: dict[str, str] = {}
@@ -177,8 +183,12 @@ def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict
 
 
 def _refuse_layer(path: Path, key: str) -> NoReturn:
-    sdxl = re.search(r"lora_te2|text_encoder_2|(input|middle|output)_blocks?_", key)
-    kind = "an SDXL model" if sdxl else "another kind of model"
+    if re.search(r"diffusion_model|(input|middle|output)_blocks?[_.]", key):
+        raise ValueError(
+            f"{path} names the model's layers as the original Stable Diffusion code does ({key!r});"
+            " minsd's LoRA reader knows diffusers' and kohya's names"
+        )
+    kind = "an SDXL model" if re.search(r"lora_te2|text_encoder_2", key) else "another kind of model"
     raise ValueError(f"{path} was made for {kind}: this one has no layer {key!r}")
 
 
@@ -289,7 +299,8 @@ def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]
 
 @torch.no_grad()
 def merge(scaled: Sequence[tuple[LoRA, float]]) -> dict[Layer, Tensor]:
-    """Add adapters, (LoRA, scale) pairs, to the weights in place; -> the old weights, for `unmerge`.
+    """Add adapters, (LoRA, scale) pairs, to the weights in place; -> the old weights, for
+    `unmerge`.
 
     The old weights take as much memory as the adapted layers, and restore them exactly; subtracting
     again would not, since each merge in float16 leaves a rounding error. Text states and predictors

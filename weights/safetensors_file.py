@@ -75,15 +75,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """A safetensors file's header, checked to the byte: name -> {"dtype", "shape", "data_offsets"}.
+    """Reads a safetensors file's header, checked to the byte: name -> {"dtype", "shape",
+    "data_offsets"}.
 
     ValueError, in one line, for a file that is not sound.
     """
+    return _checked(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads the metadata of a safetensors file; empty where it has none. ValueError as in
+    `read_header`.
+    """
+    return _checked(path)[1]
+
+
+def _checked(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Returns a file's header without its metadata, and its metadata."""
     header, size = _header_json(path)
-    notes = header.pop("__metadata__", None)
-    if notes is not None and not (
-        isinstance(notes, dict) and all(isinstance(value, str) for value in notes.values())
-    ):
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(path, "its __metadata__ values are not strings")
     position = 0
     for begin, end in sorted(_span(path, name, entry) for name, entry in header.items()):
@@ -92,7 +105,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         position = end
     if position != size:
         _refuse(path, f"it should hold {position} bytes of tensors and holds {size} (truncated?)")
-    return header
+    return header, metadata
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
@@ -144,15 +157,6 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
     if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
         _refuse(path, f"{name!r} has {end - begin} bytes, which its shape {shape} in {dtype} does not fill")
     return begin, end
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a sound safetensors file; empty where it has none. ValueError for an unsound
-    file.
-    """
-    read_header(path)
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
 
 
 class Tensors(Mapping[str, torch.Tensor]):

@@ -1,7 +1,7 @@
 """Draw one batch of jobs: find the initial noise, build the predictor, sample, decode.
 
-The jobs of a batch (minsd/app/run.py groups them) differ in prompt, seed and subjects alone. All else is
-read from the first.
+The jobs of a batch (minsd/app/run.py groups them) differ in prompt, seed and subjects alone. All
+else is read from the first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +40,8 @@ class Drawn:
 
 
 def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """Draw one batch. `progress(i, t)` is called after every sampling step, `say(message)` while noise is
-    sought.
+    """Draw one batch. `progress(i, t)` is called after every sampling step, `say(message)` while
+    noise is sought.
     """
     with controlled(session, jobs[0]):
         return (
@@ -58,7 +58,7 @@ def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) 
     run = {"steps": first.sampling.steps, "sampler": first.sampling.sampler, "karras": first.sampling.karras}
     prompts = [job.prompt for job in jobs]
     subjects = [list(job.subjects) if job.subjects is not None else None for job in jobs]
-    found = find_noise(sd, jobs, say)
+    found = initial_noise(sd, jobs, say)
     seeds = [note.get("seed", job.seed) for job, note in zip(jobs, found.notes)]
     refine = None
     if first.excite is not None:
@@ -92,7 +92,7 @@ def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) 
     return Drawn(images, found.noise, found.notes, found.extras)
 
 
-def find_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say) -> Found:
+def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say) -> Found:
     """The initial noise of a batch: from a file, or by the jobs' method."""
     first = jobs[0]
     sampling = first.sampling
@@ -157,8 +157,8 @@ def controlled(session: Session, job: Job) -> Iterator[None]:
 
 @contextmanager
 def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) -> Iterator[Predictor]:
-    """The noise predictor of a batch: of its prompts, or of its layout with its regions' adapters and
-    control images.
+    """The noise predictor of a batch: of its prompts, or of its layout with its regions' adapters
+    and control images.
     """
     sd = session.sd
     scale = job.sampling.guidance_scale

@@ -145,7 +145,8 @@ class Job:
 def identity(settings: Mapping[str, Any]) -> str:
     """Under which an image counts as done, of a job or of a finished image's row.
 
-    A selection is keyed by the seed asked for and the number of candidates, not by the seed it chose.
+    A selection is keyed by the seed asked for and the number of candidates, not by the seed it
+    chose.
     """
     candidates = settings.get("candidates") or 0
     seed = settings.get("asked_seed", settings.get("seed"))
@@ -360,12 +361,12 @@ def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
 
 
 def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[str | int]:
-    """The subjects of a request, found in its prompt where it names none. ValueError for one that the
-    prompt lacks.
+    """The subjects of a request, found in its prompt where it names none. ValueError for one that
+    the prompt lacks.
     """
     subjects: list[str | int] = []
     if request.subjects is None:
-        subjects += losses.automatic_subjects(request.prompt)
+        subjects += losses.readable_subjects(sd.text, request.prompt)
     else:
         subjects += request.subjects
     losses.resolve(sd.text, request.prompt, subjects)
@@ -375,7 +376,9 @@ def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[s
 
 
 def _excite(request: Request) -> str | None:
-    """Which latent updates to use: InitNO's with --init-noise initno, otherwise Attend-and-Excite's."""
+    """Which latent updates to use: InitNO's with --init-noise initno, otherwise
+    Attend-and-Excite's.
+    """
     if request.method.name == "initno":
         return None if request.excite is False else "official"
     return "attend-and-excite" if request.excite else None

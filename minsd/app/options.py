@@ -1,8 +1,9 @@
 """Every option of the command line, in one table.
 
-The parser, the keys of a prompts file, the settings that `--like` reads from an image, the settings that
-identify an image for `--resume`, and the range checks all come from `OPTIONS`. To add an option, add a row
-here and read it in minsd/app/requests.py. Nothing heavy is imported, so that `--help` answers at once.
+The parser, the keys of a prompts file, the settings that `--like` reads from an image, the
+settings that identify an image for `--resume`, and the range checks all come from `OPTIONS`. To
+add an option, add a row here and read it in minsd/app/requests.py. Nothing heavy is imported, so
+that `--help` answers at once.
 """
 
 import argparse
@@ -148,7 +149,9 @@ class Option:
 
 
 def plain(text: str) -> str:
-    """A name without case, spaces and punctuation: "DPM++ 2M" and "dpm++_2m" are the same."""
+    """Returns a name without case, spaces and punctuation, so that "DPM++ 2M" and "dpm++_2m" are
+    the same.
+    """
     return re.sub(r"[^a-z0-9+]", "", text.lower())
 
 
@@ -165,7 +168,7 @@ class Parser(argparse.ArgumentParser):
     """Raises its errors instead of printing a usage block and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists the options)")
+        raise ValueError(" ".join(f"{message} (--help lists the options)".split()))
 
 
 def parser() -> Parser:
@@ -183,7 +186,9 @@ def parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> Given:
-    """The command line as option name -> value. ValueError, in one line, for what cannot be parsed."""
+    """Parses the command line into option name -> value. ValueError, in one line, where it cannot
+    be parsed.
+    """
     argv = [_spelled(word) for word in argv]
     for word, following in zip(argv, [*argv[1:], ""]):
         if word.startswith("--save-noise=") or (
@@ -200,12 +205,14 @@ def parse(argv: Sequence[str]) -> Given:
         rest += [] if given["prompt"] is None else [given["prompt"]]
         given["prompt"] = prompt
     if rest:
-        raise ValueError(_unrecognized(rest, given["prompt"]))
+        raise ValueError(" ".join(_unrecognized(rest, given["prompt"]).split()))
     return normalised(given)
 
 
 def normalised(given: Given) -> Given:
-    """Options in their one form: a seed of -1 becomes a random one, and "DPM++ 2M Karras" two options."""
+    """Returns the options in a single form: a seed of -1 becomes no seed (a random one), and the
+    sampler "DPM++ 2M Karras" becomes two options.
+    """
     given = dict(given)
     if given["seed"] == -1:
         given["seed"] = None
@@ -216,7 +223,9 @@ def normalised(given: Given) -> Given:
 
 
 def named(key: str) -> str | None:
-    """The option that a name means: its own, or another tool's; None where there is no such option."""
+    """Returns the option with this name, which may be another tool's name for it; None where there
+    is none.
+    """
     name = key.replace("-", "_")
     if name in OPTIONS:
         return name
@@ -224,7 +233,9 @@ def named(key: str) -> str | None:
 
 
 def _spelled(word: str) -> str:
-    """A word of the command line with its option spelled as here: --cfg_scale=7 -> --guidance-scale=7."""
+    """Returns a word of the command line with the option under this program's name: --cfg_scale=7
+    -> --guidance-scale=7.
+    """
     if word == "-n":
         return OPTIONS["num_images"].flag
     if not re.match(r"--[a-zA-Z]", word):
@@ -235,7 +246,7 @@ def _spelled(word: str) -> str:
 
 
 def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
-    """What to say of words that the parser does not know."""
+    """Returns the error message for words that the parser does not know."""
     flags = [word for word in rest if word.startswith("-")]
     if not flags:
         whole = " ".join([prompt or "", *rest]).strip()
@@ -251,7 +262,7 @@ def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
 
 
 def check_ranges(given: Given) -> None:
-    """ValueError for the first per-line option outside its range."""
+    """Raises ValueError for the first per-line option outside its range."""
     for name in PER_LINE:
         OPTIONS[name].check(given[name])
 
@@ -417,8 +428,8 @@ _ROWS = (
 
 OPTIONS: dict[str, Option] = {row.name: row for row in _ROWS}
 PER_LINE = tuple(name for name, option in OPTIONS.items() if option.per_line)
-# The settings that identify an image, each once. A selection is identified by its first seed and its number
-# of candidates, which app/jobs.py adds in front.
+# The settings that identify an image, each once. A selection is identified by its first seed and
+# its number of candidates, which app/jobs.py adds in front.
 IDENTITY = tuple(
     dict.fromkeys(
         key for option in OPTIONS.values() for key in option.identity.split() if key != "candidates"

@@ -1,13 +1,13 @@
 """Prompts files: many prompts, each with options of its own over those of the command line.
 
-A .txt file has one prompt per line, and # comments. A .jsonl file has one object per line, whose keys are
-the command line's long options:
+A .txt file has one prompt per line, and # comments. A .jsonl file has one object per line, whose
+keys are the command line's long options:
 
     {"prompt": "a red circle", "seeds": "0-3", "steps": 20}
     {"layout": "layout.json", "seed": 7, "init_noise": "initno"}
 
-Errors name the file and the line. This module checks each value alone; minsd/app/requests.py checks how a
-line's options go together, and minsd/app/jobs.py what the model accepts.
+Errors name the file and the line. This module checks each value alone; minsd/app/requests.py
+checks how a line's options go together, and minsd/app/jobs.py what the model accepts.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from minsd.files import parse_json
 
 
 def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
-    """Every line of a prompts file over the options `given` on the command line.
+    """Reads a prompts file. The options of each line override those `given` on the command line.
 
-    Yields (where, options); `where` is how an error in that line begins. ValueError or FileNotFoundError,
-    in one line.
+    Yields (where, options); an error message about that line begins with `where`. Raises
+    ValueError or FileNotFoundError with a message of one line.
     """
     found = False
     for number, content in enumerate(_text(path).split("\n"), 1):

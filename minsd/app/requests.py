@@ -1,9 +1,9 @@
-"""From options to typed requests: everything that can be found wrong before a model is loaded is reported
-here, in one line.
+"""From options to typed requests: everything that can be found wrong before a model is loaded is
+reported here, in one line.
 
-`read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a prompts
-file into it, and returns a `Command`, what holds for the whole run, and a `Request` per prompt. Nothing
-heavy is imported until a file needs it.
+`read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a
+prompts file into it, and returns a `Command`, what holds for the whole run, and a `Request` per
+prompt. Nothing heavy is imported until a file needs it.
 """
 
 import difflib
@@ -114,8 +114,8 @@ class Request:
 
 
 def read(given: Given) -> tuple[Command, list[Request]]:
-    """The run and its prompts. ValueError or FileNotFoundError for what can be known wrong before a model
-    is loaded.
+    """Returns the run's settings and one request per prompt. ValueError or FileNotFoundError for
+    every mistake that can be found before a model is loaded.
     """
     notes: list[str] = []
     if given["like"] is not None:
@@ -187,7 +187,7 @@ def _lines(given: Given) -> Iterator[tuple[str, Given]]:
 
 
 def request(given: Given, where: str, chance: int) -> Request:
-    """One prompt's options, checked and completed. `chance`: the seed where none is given."""
+    """Checks and completes one prompt's options. `chance`: the seed to use where none is given."""
     method = _method(given)
     asked = _subjects(given)
     # Without InitNO there is nothing to turn off.
@@ -244,7 +244,7 @@ def request(given: Given, where: str, chance: int) -> Request:
 
 
 def _method(given: Given) -> NoiseMethod:
-    """How the initial noise is found, with the method's defaults."""
+    """Returns how the initial noise is found, with the method's defaults filled in."""
     name = given["init_noise"] or "random"
     score = given["score"]
     candidates = given["candidates"]
@@ -282,7 +282,7 @@ def _subjects(given: Given) -> list[str | int] | None:
     if words is not None and indices is not None:
         raise ValueError("give --subjects or --token-indices, not both")
     if words is not None:
-        return [part.strip() for part in words.split(",")]
+        return [*split(words)]
     if indices is None:
         return None
     if not re.fullmatch(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*", indices):
@@ -291,7 +291,7 @@ def _subjects(given: Given) -> list[str | int] | None:
 
 
 def _layout(given: Given) -> "Layout | None":
-    """The layout, with the command line's prompts in place of its own where they are given."""
+    """Reads the layout. Prompts given on the command line replace the layout's own."""
     if given["layout"] is None:
         if given["crop_margin"] is not None:
             raise ValueError(
@@ -318,7 +318,9 @@ def _layout(given: Given) -> "Layout | None":
 
 
 def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
-    """The ControlNet and its conditioning images, which go together."""
+    """Returns the ControlNet and its conditioning image. ValueError where only one of the two is
+    given.
+    """
     net = given["controlnet"]
     image = given["control_image"]
     if given["control_scale"] is not None and net is None:
@@ -363,7 +365,9 @@ def _check_region_control(layout: "Layout", published: bool, net: Path | None, i
 
 
 def _check_invert(given: Given, method: NoiseMethod) -> None:
-    """--invert finds the noise of one image, by ddim."""
+    """Raises ValueError for options that do not go with --invert, which finds the noise of one
+    image by ddim.
+    """
     others = ("noise", "init_image", "layout", "excite", "attention_maps", "seeds", "num_images")
     clashes = [OPTIONS[name].flag for name in others if given[name]]
     if method.name != "random":
@@ -376,7 +380,7 @@ def _check_invert(given: Given, method: NoiseMethod) -> None:
 
 
 def _check_values(given: Given) -> None:
-    """Ranges, and the options that need another one."""
+    """Raises ValueError for values out of range, and for options that need another option."""
     for name in ("prompt", "negative_prompt"):
         try:
             (given[name] or "").encode()
@@ -413,7 +417,9 @@ def _seeds(given: Given, default: int) -> Seeds:
 
 
 def _check_files(given: Given) -> None:
-    """FileNotFoundError for files of the whole run that are not there, before anything heavy is imported."""
+    """FileNotFoundError for files of the whole run that are not there, before anything heavy is
+    imported.
+    """
     from minsd.weights import hub
 
     model = given["model"] or "shapes"
@@ -443,8 +449,8 @@ def check_image(path: Path) -> None:
 
 
 def _check_writable(out: Path) -> None:
-    """ValueError where --out, or the nearest parent that exists, cannot be written to. The first image
-    makes the folder.
+    """ValueError where --out, or the nearest parent that exists, cannot be written to. The first
+    image makes the folder.
     """
     folder = out
     try:

@@ -31,6 +31,7 @@ from minsd.app.hold import Hold
 from minsd.app.jobs import Job, Jobs, Piece
 from minsd.app.ranks import Share
 from minsd.app.session import Session
+from minsd.graphs import empty_cache
 from minsd.guidance import counted
 from minsd.noise.initial import save_noise
 from minsd.pipeline import StableDiffusion
@@ -270,7 +271,7 @@ def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
         return []
     if sd.graphs is not None and held:
         sd.graphs.release()
-    torch.cuda.empty_cache()
+    empty_cache()
     half = len(part) // 2
     return [part] if held else [part[:half], part[half:]]
 
@@ -286,8 +287,8 @@ def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
 
 
 def noise_metadata(settings: Row) -> dict[str, str]:
-    """What a noise file says of its noise. `updates`: what else moved the latents of its image while
-    denoising.
+    """Returns the metadata of a noise file. `updates` names the method that also moved the image's
+    latents while denoising, or is "none".
     """
     named = ("prompt", "negative_prompt", "seed", "init_noise", "model", "model_hash")
     said = {name: str(settings[name]) for name in named if settings.get(name) is not None}

@@ -1,0 +1,56 @@
+"""How much of a GPU's shared memory each attention kernel needs, so that what cannot run is
+refused.
+
+Measured by compiling ahead of time with Triton 3.7.1 for sm_80 and 90 (120 is as 80): the most
+that any of a kernel's flags, block sizes (flash.py) and, in float32, precisions need.
+tests/test_kernels_compile.py compiles some entries afresh. For comparison: 99 KB (101376 bytes) on
+compute capability 8.6, 8.9 and 12, 163 KB (166912) on 8.0 and 227 KB (232448) on 9.0 and 10; the
+device is asked, not this list.
+"""
+
+import torch
+
+# Major compute capabilities whose tensor cores read shared memory themselves: more of it is needed.
+HOPPER = (9, 10, 11)
+
+# (kernel, head dim) -> bytes in 16 bits and in float32, then the same on HOPPER.
+NEEDED: dict[tuple[str, int], tuple[int, int, int, int]] = {
+    ("forward", 8): (12288, 28672, 14624, 28672),
+    ("mean_map", 8): (32768, 8192, 32768, 8192),
+    ("grad_q", 8): (14336, 28672, 25904, 35112),
+    ("grad_kv", 8): (14720, 31104, 10624, 30080),
+    ("forward", 16): (12288, 28672, 14624, 28672),
+    ("mean_map", 16): (32768, 8192, 32768, 8192),
+    ("grad_q", 16): (14336, 28672, 25904, 35112),
+    ("grad_kv", 16): (14720, 31104, 10624, 30080),
+    ("forward", 32): (12288, 41216, 20512, 41216),
+    ("mean_map", 32): (32768, 12288, 32768, 12288),
+    ("grad_q", 32): (18432, 40960, 31024, 53544),
+    ("grad_kv", 32): (20864, 45440, 20864, 42368),
+    ("forward", 40): (18432, 53504, 30784, 61504),
+    ("mean_map", 40): (32768, 16384, 37408, 16384),
+    ("grad_q", 40): (30720, 61440, 42336, 65536),
+    ("grad_kv", 40): (31104, 67968, 27008, 61824),
+    ("forward", 64): (24576, 65536, 40960, 81920),
+    ("mean_map", 64): (32768, 20480, 49152, 20480),
+    ("grad_q", 64): (32768, 65536, 40960, 73728),
+    ("grad_kv", 64): (20864, 49536, 20864, 49536),
+    ("forward", 80): (30720, 77824, 51200, 102400),
+    ("mean_map", 80): (32768, 24576, 61440, 24576),
+    ("grad_q", 80): (43008, 86016, 53248, 98304),
+    ("grad_kv", 80): (27008, 63872, 27008, 63872),
+    ("forward", 160): (45056, 32832, 65536, 32832),
+    ("mean_map", 160): (61440, 45056, 122880, 45056),
+    ("grad_q", 160): (57344, 61440, 67584, 61440),
+    ("grad_kv", 160): (53248, 71680, 73728, 71680),
+}
+
+
+def most_needed(head_dim: int, dtype: torch.dtype, hopper: bool) -> tuple[int, str]:
+    """Bytes of shared memory, and the name of the kernel that needs them: gradients count too."""
+    column = 2 * hopper + (dtype == torch.float32)
+    most, kernel = 0, ""
+    for (name, d), row in NEEDED.items():  # a loop that torch.compile can trace
+        if d == head_dim and row[column] > most:
+            most, kernel = row[column], name
+    return most, kernel

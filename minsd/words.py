@@ -1,0 +1,273 @@
+"""The words of a prompt, found by their characters, and the characters that each token stands for.
+
+Nothing here depends on how a tokenizer cuts words: CLIP ends both "balls" and "baseballs" with the
+token `balls</w>`, and begins the quoted word in "the word 'START'" with the token `'s</w>`.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+Span = tuple[int, int]  # characters [start, end) of a prompt
+
+# --- words ---------------------------------------------------------------------------------------
+
+# Patterns of `_kinds`, one letter per character.
+RUN = "[wd](?:f*[wdm])*"
+ABBREVIATION = r"(?<![wdmf.])w(?:\.w(?![wdmf]))+"  # U.S.A
+# Between the runs of a word: t-shirt, 2.5, 1,000.
+INSIDE = r"j|(?<=d)\.(?=d)|(?<=d)(?<!dddd),(?=ddd(?![wdmf]))"
+PART = re.compile(RUN)
+WORD = re.compile(f",|(?:{ABBREVIATION}|{RUN})(?:(?:{INSIDE}){RUN})*")
+
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+CLOCK = re.compile(r"(?<!\d)\d\d?:\d\d(?!\d)")
+TAG = re.compile(r"<[^<>\s]+:[^<>\s]+>")  # such as <lora:name:0.8>
+APOSTROPHES = "'’ʼ＇"
+HYPHENS = "-‐‑"
+COMMAS = ",，、"
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a prompt, or a comma."""
+
+    text: str  # folded, so that two spellings of a word are equal
+    start: int  # characters of the prompt
+    end: int
+
+
+def words(prompt: str) -> list[Word]:
+    """The words of a prompt and the commas between them, in order.
+
+    Hyphens and apostrophes inside a word belong to it ("bird-cage", "dog's"), as do points and
+    commas inside numbers and points in abbreviations. Weights, as in "(a cat:1.3)", "(cat)1.3" and
+    "cat::2", numbers alone in brackets, and tags such as "<lora:name:0.8>" are no words.
+    """
+    ignored = _ignored(prompt)
+    return [
+        Word("," if prompt[start] in COMMAS else folded(prompt[start:end])[0], start, end)
+        for start, end in _spans(WORD, prompt)
+        if start not in ignored
+    ]
+
+
+def occurrences(prompt: str, phrase: str) -> list[Span]:
+    """Where a word, or several in a row, stands in a prompt, in order. Case, the number of spaces
+    and the forms of accents, apostrophes and hyphens do not matter.
+
+    Whole words: "bird" is not found in "bird-cage". Where there is none, parts of compound words
+    that begin and end at the edges of their letters: "cage".
+    """
+    return Finder(prompt).occurrences(phrase)
+
+
+class Finder:
+    """`occurrences` of many phrases in one prompt."""
+
+    def __init__(self, prompt: str):
+        self.text, self.where = folded(prompt)
+        # Places where no whole word, and no part of one, begins or ends.
+        self.in_words = _inner(_spans(WORD, prompt))
+        self.in_parts = _inner(_spans(PART, prompt))
+        self.ignored = _ignored(prompt)
+
+    def occurrences(self, phrase: str) -> list[Span]:
+        """As the function of this name returns them."""
+        found = list(self._everywhere(folded(phrase.strip())[0]))
+        whole = [span for span in found if span[0] not in self.ignored and self.in_words.isdisjoint(span)]
+        return whole or [span for span in found if self.in_parts.isdisjoint(span)]
+
+    def _everywhere(self, wanted: str) -> Iterator[Span]:
+        at = self.text.find(wanted) if wanted else -1
+        while at >= 0:
+            end = at + len(wanted)
+            # A character that folds to several ("İ") is found as a whole only.
+            starts_one = at == 0 or self.where[at - 1] != self.where[at]
+            ends_one = end == len(self.text) or self.where[end - 1] != self.where[end]
+            if starts_one and ends_one:
+                yield self.where[at][0], self.where[end - 1][1]
+            at = self.text.find(wanted, at + 1)
+
+
+def split(subjects: str) -> list[str]:
+    """A list of subjects, split at its commas, but for those inside numbers such as 1,000."""
+    return [part.strip() for part in re.split(r",(?!(?<=\d,)(?<!\d{4},)\d{3}(?!\w))", subjects)]
+
+
+def folded(text: str) -> tuple[str, list[Span]]:
+    """Text in a form in which equal words are equal, and the characters behind each character of
+    it.
+
+    Normal form C, lower case, one space for any white space, plain apostrophes and hyphens.
+    """
+    out = ""
+    where: list[Span] = []
+    for start, end in _characters(text):
+        piece = _lower(text[start:end])
+        if piece.isspace():
+            piece = " "
+        elif piece in APOSTROPHES:
+            piece = "'"
+        elif piece in HYPHENS:
+            piece = "-"
+        if piece == " " and out[-1:] == " ":
+            where[-1] = (where[-1][0], end)
+        else:
+            out += piece
+            where += [(start, end)] * len(piece)
+    return out, where
+
+
+def _kinds(text: str) -> str:
+    """One letter per character: w letter, d digit, m mark, f format or control, j joins words."""
+    return "".join(map(_kind, text))
+
+
+def _kind(c: str) -> str:
+    category = unicodedata.category(c)
+    if c in APOSTROPHES or c in HYPHENS:
+        return "j"
+    if c.isalnum():
+        return "d" if c.isdecimal() else "w"
+    if category[0] == "M":
+        return "m"
+    if category in ("Cc", "Cf") and c not in "\t\n\r":
+        return "f"
+    return "," if c in COMMAS else "." if c == "." else " "
+
+
+def _spans(pattern: re.Pattern[str], prompt: str) -> list[Span]:
+    return [match.span() for match in pattern.finditer(_kinds(prompt))]
+
+
+def _inner(spans: Iterable[Span]) -> set[int]:
+    """Every place between two characters of the same span."""
+    return {at for start, end in spans for at in range(start + 1, end)}
+
+
+def _ignored(prompt: str) -> set[int]:
+    """Characters of weights, of numbers alone in brackets, and of tags."""
+    ignored = {at for tag in TAG.finditer(prompt) for at in range(*tag.span())}
+    clocks = {clock.end() for clock in CLOCK.finditer(prompt)}
+    depth = _depth(prompt)
+    for start, end in _spans(WORD, prompt):
+        if not NUMBER.fullmatch(prompt, start, end):
+            continue
+        before = prompt[:start].rstrip("+-.")
+        closes = prompt[end:].lstrip(". \t\n")[:1] in tuple(")]}")
+        weight = before.rstrip()[-1:] == ":" and end not in clocks and (depth[start] > 0 or closes)
+        bare = before.endswith("::") or (before.endswith(":") and "." in prompt[start:end])
+        alone = before.rstrip()[-1:] in tuple("([{") and closes
+        if weight or bare or alone or before[-1:] in tuple(")]}"):
+            ignored.update(range(start, end))
+    return ignored
+
+
+def _depth(prompt: str) -> list[int]:
+    """How many brackets are open at each character."""
+    depth: list[int] = []
+    now = 0
+    for c in prompt:
+        now = max(0, now + (c in "([{") - (c in ")]}"))
+        depth.append(now)
+    return depth
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] | None) -> list[Span] | None:
+    """The characters of a prompt behind each of its tokens, whose bytes are given. None if the
+    bytes are not those of the prompt.
+
+    CLIP's tokenizers write a prompt in normal form C and lower case, without white space. Some also
+    leave out control characters, or first run `fix`, which replaces ligatures and typographic
+    quotation marks. Each of these ways is tried; all bytes have to agree.
+    """
+    # A sigma that ends a word has a lower case of its own, which some tokenizers ignore.
+    written = b"".join(pieces).replace("ς".encode(), "σ".encode())
+    rewrites = [_lower, _printed]
+    if fix is not None:
+        rewrites.append(lambda text: _lower(fix(text)))
+    for rewrite in rewrites:
+        expected = bytearray()
+        behind: list[Span] = []
+        for start, end in _characters(prompt):
+            data = "".join(rewrite(prompt[start:end]).split()).encode(errors="replace")
+            expected += data
+            behind += [(start, end)] * len(data)
+        if bytes(expected) == written:
+            return _behind(pieces, behind)
+    return None
+
+
+def _behind(pieces: Sequence[bytes], behind: Sequence[Span]) -> list[Span]:
+    """The characters behind each piece. `behind`: those of each byte; (0, 0) for an empty piece."""
+    spans: list[Span] = []
+    at = 0
+    for piece in pieces:
+        end = at + len(piece)
+        spans.append((behind[at][0], behind[end - 1][1]) if piece else (0, 0))
+        at = end
+    return spans
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes of the prompt that a token of a byte-level vocabulary is made of."""
+    token = token.removesuffix("</w>")
+    data = b"".join(bytes([_BYTES[c]]) if c in _BYTES else c.encode() for c in token)
+    return bytes(byte for byte in data if byte > 127 or not chr(byte).isspace())
+
+
+def _unicode_to_bytes() -> dict[str, int]:
+    """The inverse of the byte-level alphabet of GPT-2's and CLIP's tokenizers (Radford et al.
+    2019).
+
+    Bytes that are printable characters of Latin-1 stand for themselves; the others, in order, for
+    the characters from 256 on.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
+
+
+_BYTES = _unicode_to_bytes()
+
+
+# --- characters ----------------------------------------------------------------------------------
+
+
+def _characters(text: str) -> list[Span]:
+    """Characters as a reader counts them: a letter with its marks, a Korean syllable. Normal form C
+    joins nothing across them."""
+    spans: list[Span] = []
+    for at, c in enumerate(text):
+        if spans and not c.isascii():
+            start = spans[-1][0]
+            before = unicodedata.normalize("NFC", text[start:at])
+            apart = before + unicodedata.normalize("NFC", c)
+            if unicodedata.combining(c) or unicodedata.normalize("NFC", text[start : at + 1]) != apart:
+                spans[-1] = (start, at + 1)
+                continue
+        spans.append((at, at + 1))
+    return spans
+
+
+def _lower(text: str) -> str:
+    """Normal form C and lower case, with one form of the small sigma."""
+    if text.isascii():
+        return text.lower()
+    text = unicodedata.normalize("NFC", text)
+    return "".join(c.lower() for c in text).replace("ς", "σ")
+
+
+def _printed(text: str) -> str:
+    """Without control characters and the like, as tokenizers derived from BERT's write text."""
+    kept = [c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd"]
+    return _lower("".join(kept))
