@@ -20,7 +20,7 @@ from torch import Tensor
 from minsd import guidance, image, samplers
 from minsd.attention import Attention
 from minsd.config import STRENGTH, ModelConfig, check_size, overflow_advice
-from minsd.graphs import Graphs
+from minsd.graphs import Graphs, graphs_of, use_graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as unit_noise
 from minsd.samplers.random import generators

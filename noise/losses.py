@@ -161,8 +161,9 @@ def smooth(maps: Tensor) -> Tensor:
     side = math.exp(-1) / total
     for axis in (-2, -1):  # shifted sums: a convolution may round to TF32 on a GPU
         n = maps.shape[axis]
-        before = maps.index_select(axis, torch.tensor([min(1, n - 1), *range(n - 1)], device=maps.device))
-        after = maps.index_select(axis, torch.tensor([*range(1, n), max(n - 2, 0)], device=maps.device))
+        index = torch.arange(n, device=maps.device)  # a list of Python's would wait for the GPU
+        before = maps.index_select(axis, (index - 1).abs().clamp(max=n - 1))  # 1, 0, 1, ..., n-2
+        after = maps.index_select(axis, (n - 1 - (n - 2 - index).abs()).clamp(min=0))  # 1, ..., n-1, n-2
         maps = middle * maps + side * (before + after)
     return maps
 

@@ -23,6 +23,7 @@ from minsd.app.ranks import Share
 from minsd.app.seeds import Seeds, consecutive, parse
 from minsd.config import MODELS, STRENGTH
 from minsd.files import exists
+from minsd.words import split
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
