@@ -82,7 +82,8 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
         raise ValueError("not text in UTF-8") from None
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None, parse_int=_whole)
-        # Deep values are refused before something recursive meets them. The count is the cheap test.
+        # Deep values are refused before something recursive meets them. The count is the cheap
+        # test.
         if text.count("[") + text.count("{") > DEEPEST and _deeper(value, DEEPEST):
             raise RecursionError
     except json.JSONDecodeError as error:

@@ -32,10 +32,11 @@ FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI"
 def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
     """Read an image file of any common kind: upright, the first frame, without transparency.
 
-    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than 8 bits, as
-    in depth maps. `on`: a colour, such as "white", to lay transparent images on; None drops the alpha
-    channel, as diffusers does. `what` names the file in errors. Warns where there are more frames.
-    FileNotFoundError or ValueError, in one line, for anything that cannot be read.
+    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than
+    8 bits, as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None
+    drops the alpha channel, as diffusers does. `what` names the file in errors. Warns where there
+    are more frames. FileNotFoundError or ValueError, in one line, for anything that cannot be
+    read.
     """
     Image.init()
     try:
@@ -169,8 +170,8 @@ def save_numbered(
     """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at
     all.
 
-    SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called just before
-    the image appears: files that belong to it are then never missing.
+    SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called
+    just before the image appears: files that belong to it are then never missing.
     """
     with written(picture, folder, settings) as file:
         return place(file, folder, settings, before)
@@ -194,7 +195,8 @@ def place(
     before: Callable[[Path], None] = lambda path: None,
     synced: bool = False,
 ) -> Path:
-    """Give a temporary file its number and name, as in `save_numbered`. `synced`: the disk has it already.
+    """Give a temporary file its number and name, as in `save_numbered`. `synced`: the disk has it
+    already.
 
     The folder may be very full. It is listed only where the lock's file names no image that still
     exists.
@@ -211,7 +213,8 @@ def place(
             if os.path.lexists(path):  # where two processes could not lock
                 continue
             if last is not None:
-                # A kill after this leaves the name of a missing image: the next run lists the folder.
+                # A kill after this leaves the name of a missing image: the next run lists the
+                # folder.
                 last.seek(0)
                 last.write(path.name.encode())
                 last.truncate()
@@ -236,7 +239,8 @@ def number(name: str) -> int:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of an image that minsd wrote, from its metadata. ValueError where there are none.
+    """The settings of an image that minsd wrote, from its metadata. ValueError where there are
+    none.
 
     The whole image is decoded.
     """
@@ -254,10 +258,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 def verified(path: Path, whole: bool = False) -> dict[str, Any]:
     """The settings of a complete image of minsd's. ValueError or OSError for any other file.
 
-    What is checked: PNG's signature, the chain of chunks up to IEND, the checksums of all chunks (above 256
-    KB: of all but the image data's, and of the first and the last of those), the settings, and that the image
-    has the size that they state. The pixels are decoded with `whole`, and where the settings are not written
-    as minsd writes them.
+    Checks PNG's signature, the chain of chunks up to IEND, the checksums of all chunks (above 256
+    KB: of the image data's, the first and the last alone), the settings, and that the image has
+    the size that they state. The pixels are decoded with `whole`, and where the settings are not
+    written as minsd writes them.
     """
     size, text = _scan(path)
     settings = read_settings(path) if whole or text is None else _parsed(text, path)
@@ -282,8 +286,8 @@ MOST_CHUNKS = 100_000  # Pillow writes about 64 kB of image data per chunk
 
 
 def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
-    """The (width, height) of a complete PNG, and its settings as text, None where they are not plain text.
-    ValueError for a file that is none.
+    """The (width, height) of a complete PNG, and its settings as text, None where they are not
+    plain text. ValueError for a file that is none.
     """
 
     def opener(name: str, flags: int) -> int:  # a named pipe would wait for its other end for ever

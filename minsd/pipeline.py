@@ -29,8 +29,8 @@ from minsd.text import TextEncoder
 from minsd.vae import VAE, decode_in_bands, encode_in_bands, memory_needed
 
 # Images in one batch, at most. For the smallest, of 8x8 pixels, four times as many take 15 % less
-# time per image (embedded model, on a CPU), but a kill loses the batch, and each image's text states
-# and files take memory whatever its size.
+# time per image (embedded model, on a CPU), but a kill loses the batch, and each image's text
+# states and files take memory whatever its size.
 BATCH_MOST = 256
 
 
@@ -379,7 +379,9 @@ def _per_image(
 
 
 def _decoding_advice(largest: float) -> str:
-    """What to change where finite latents decode to an image that is not. `largest`: of their values."""
+    """What to change where finite latents decode to an image that is not. `largest`: of their
+    values.
+    """
     if largest < 1000:  # those of images are below about 30
         return "the VAE's file is damaged; --vae takes another"
     return f"its latents reach {largest:.3g}; {overflow_advice(torch.float32)}"

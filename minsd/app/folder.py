@@ -1,8 +1,9 @@
 """A folder of images: which images it holds, and their rows in runs.jsonl.
 
-A row means an image, and the image itself is believed: only a complete image counts as done, and its
-embedded settings say which one it is. A row whose image is gone, or is another one by now, counts for
-nothing; an image without a row gets one. Files that cannot be read are named, and cost nothing else.
+A row means an image, and the image itself is believed: only a complete image counts as done, and
+its embedded settings say which one it is. A row whose image is gone, or is another one by now,
+counts for nothing; an image without a row gets one. Files that cannot be read are named, and cost
+nothing else.
 """
 
 import os
@@ -28,8 +29,8 @@ def silent(message: str) -> None:
 
 
 def recorded(paths: Iterable[Path], say: Say = silent) -> Iterator[Row]:
-    """Yield every complete row of the files that exist, those of runs.jsonl first. `say` gets a note of rows
-    that are none, such as one cut off by a kill.
+    """Yield every complete row of the files that exist, those of runs.jsonl first. `say` gets a
+    note of rows that are none, such as one cut off by a kill.
     """
     # Processes' own files hold what was made since the last merge into runs.jsonl.
     for path in sorted(paths, key=lambda path: (path.name != "runs.jsonl", path.name)):
@@ -78,9 +79,9 @@ def key_of(settings: Row) -> bytes | None:
 
 
 def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
-    """One row per image. Where a name has rows of several images, as after one was deleted and its name used
-    again, the image in the folder decides, or else the last row. Of one image's rows, the original, which has
-    its timing, wins over one reconstructed from the PNG.
+    """One row per image. Where a name has rows of several images, as after one was deleted and its
+    name used again, the image in the folder decides, or else the last row. Of one image's rows,
+    the original, which has its timing, wins over one reconstructed from the PNG.
     """
     best: dict[str, Row] = {}
     rivals: dict[str, list[Row]] = {}
@@ -108,8 +109,8 @@ def _key_in(folder: Path, name: str) -> bytes | None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one complete row to a file of JSON lines. The file and its folder are made where they are
-    missing.
+    """Append one complete row to a file of JSON lines. The file and its folder are made where they
+    are missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.locked(path.parent), files.own(path, append=True) as file:  # another process may be merging it
@@ -139,10 +140,12 @@ def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
 def done(
     folder: Path, write: Callable[[Row], None], say: Say = silent, mine: Container[bytes] | None = None
 ) -> set[bytes]:
-    """Keys of the images in a folder. `write` gets a row, read from its PNG, for each image that has none.
+    """Keys of the images in a folder. `write` gets a row, read from its PNG, for each image that
+    has none.
 
-    Every image is checked, as `image.verified` says; one without a row is decoded. `mine`: the keys that
-    matter to one of several processes, which leaves the check of the others' images to these.
+    Every image is checked, as `image.verified` says; one without a row is decoded. `mine`: the
+    keys that matter to one of several processes, which leaves the check of the others' images to
+    these.
     """
     rows: dict[str, set[bytes | None]] = {}
     for row in recorded(folder.glob("runs*.jsonl"), say):

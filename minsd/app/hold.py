@@ -46,7 +46,8 @@ class Hold:
         self.file: BinaryIO | None = None
 
     def take(self) -> None:
-        """Hold the folder, which is made where it is missing. Does nothing where it is held already.
+        """Hold the folder, which is made where it is missing. Does nothing where it is held
+        already.
 
         ValueError, saying who holds it, where another run with --resume does; with `wait`, waits.
         """
@@ -85,7 +86,9 @@ class Hold:
             self.file = None
 
     def _try(self) -> str | None:
-        """Try to hold the folder. Returns who holds it already, or None where this process does now."""
+        """Try to hold the folder. Returns who holds it already, or None where this process does
+        now.
+        """
         with files.locked(self.folder):  # one process at a time
             try:
                 self.file = files.own(self.folder / NAME)
@@ -120,7 +123,9 @@ class Hold:
         return True
 
     def _free(self, first: int, count: int) -> bool:
-        """Whether no other process has locked any of these bytes of the region. Leaves them unlocked."""
+        """Whether no other process has locked any of these bytes of the region. Leaves them
+        unlocked.
+        """
         if count == 0:
             return True
         free = self._lock(first, count)

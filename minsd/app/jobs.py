@@ -1,8 +1,9 @@
 """Jobs: one image each, every setting resolved to its last default.
 
-`plan` makes the jobs of all requests, as `Jobs`: a list that holds one job per prompt and range of seeds, so
-that millions of images take little memory. `Job.settings()` is the only maker of the keys in an image's
-metadata and in runs.jsonl; `Job.identity()` tells whether an image is done already.
+`plan` makes the jobs of all requests, as `Jobs`: a list that holds one job per prompt and range of
+seeds, so that millions of images take little memory. `Job.settings()` is the only maker of the
+keys in an image's metadata and in runs.jsonl; `Job.identity()` tells whether an image is done
+already.
 """
 
 import hashlib

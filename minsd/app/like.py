@@ -1,8 +1,9 @@
 """--like: options left out on the command line, taken from the settings inside an image.
 
-The image may be a stranger's. So its settings pass the checks of a prompts file's line, and by itself it may
-name the embedded model and files in its own folder, and ask for a usual amount of work. All else, a model of
-the hub, a file elsewhere, days of work, needs the option itself on the command line, or --trust.
+The image may be a stranger's. So its settings pass the checks of a prompts file's line, and by
+itself it may name the embedded model and files in its own folder, and ask for a usual amount of
+work. All else, a model of the hub, a file elsewhere, days of work, needs the option itself on the
+command line, or --trust.
 """
 
 import os
@@ -25,8 +26,8 @@ REGION_FILES = ("mask", "control_image")
 
 
 def take_from_image(given: Given, notes: list[str]) -> Given:
-    """The options, with those left out taken from an image's settings. What will be loaded is added to
-    `notes`. ValueError, naming the image and the setting, for what it may not ask for.
+    """The options, with those left out taken from an image's settings. What will be loaded is
+    added to `notes`. ValueError, naming the image and the setting, for what it may not ask for.
     """
     from minsd.image import read_settings
 
@@ -58,7 +59,9 @@ def take_from_image(given: Given, notes: list[str]) -> Given:
 
 
 def _value(name: str, value: Any) -> Any:
-    """A setting as the command line would have it. ValueError for another type or outside the range."""
+    """A setting as the command line would have it. ValueError for another type or outside the
+    range.
+    """
     option = OPTIONS[name]
     if name == "layout":  # the contents of a layout.json, which noise.layout checks
         return value if isinstance(value, dict) else option.from_json(value)
@@ -79,7 +82,8 @@ def _joined(part: Any) -> Any:
 
 
 def _take_method(given: Given, settings: Given, taken: Given) -> Given:
-    """Take over how the image's noise was found. Returns its settings as they were before the search.
+    """Take over how the image's noise was found. Returns its settings as they were before the
+    search.
 
     A selection is repeated, from the same candidates unless another seed or number is given.
     """
@@ -117,8 +121,8 @@ def _candidates(ranked: Any) -> list[int] | int | None:
 
 
 def _take_subjects(given: Given, settings: Given, method: Given) -> None:
-    """Take over the image's subjects where the run to come asks for any and names none. `method`: whose it
-    is.
+    """Take over the image's subjects where the run to come asks for any and names none. `method`:
+    whose it is.
     """
     asks = method.get("init_noise") == "initno" or method.get("score") == "attention"
     asks = asks or given["excite"] or given["attention_maps"]

@@ -51,13 +51,15 @@ class Option:
     repeated: bool = False
     negatable: bool = False
     listed: bool = False  # a list with commas between its parts; in JSON it may be a list
-    # --like takes it from an image: always, only where the image's noise method is taken over too, or never.
+    # --like takes it from an image: always, only where the image's noise method is taken over too,
+    # or never.
     like: bool = False
     like_method: bool = False
-    # The most that an image may ask for under --like: beyond, work that its sender should not start unasked.
+    # The most that an image may ask for under --like: beyond, work that its sender should not
+    # start unasked.
     unasked: float = math.inf
-    # The settings that carry it in an image's identity, separated by spaces; or, without any, why it
-    # changes no pixel.
+    # The settings that carry it in an image's identity, separated by spaces; or, without any, why
+    # it changes no pixel.
     identity: str = ""
     harmless: str = ""
 

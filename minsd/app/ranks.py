@@ -67,7 +67,9 @@ def run_name() -> str:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again, while others of the run may still be ending."""
+    """Whether torchrun has started this process again, while others of the run may still be
+    ending.
+    """
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 

@@ -1,10 +1,10 @@
 """Run jobs: batches, files, resuming, several processes.
 
-A row is appended to runs.jsonl once its image is in place, so that a row means an image. Under torchrun
-every process knows the full list of jobs and takes its share of it: processes never communicate or wait for
-work. Each writes rows to a file of its own and merges it into runs.jsonl at its end. minsd/app/draw.py draws
-a batch; this module decides which, and saves. An image that cannot be drawn is reported, and the others are
-drawn all the same.
+A row is appended to runs.jsonl once its image is in place, so that a row means an image. Under
+torchrun every process knows the full list of jobs and takes its share of it: processes never
+communicate or wait for work. Each writes rows to a file of its own and merges it into runs.jsonl
+at its end. minsd/app/draw.py draws a batch; this module decides which, and saves. An image that
+cannot be drawn is reported, and the others are drawn all the same.
 """
 
 import json
@@ -40,8 +40,8 @@ Wanted = Sequence[tuple[Piece, Sequence[int]]]  # which jobs of each piece are t
 
 
 def run(session: Session, jobs: Jobs, tally: Tally, hold: Hold | None = None) -> None:
-    """Draw and save all jobs that fall to this process. `tally` counts the images as they are saved, and
-    those that failed. `hold`: on the folder, where the caller has taken it already.
+    """Draw and save all jobs that fall to this process. `tally` counts the images as they are
+    saved, and those that failed. `hold`: on the folder, where the caller has taken it already.
     """
     command = session.command
     share = Share.from_environment()
@@ -117,8 +117,8 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
 
 
 class _Drawing:
-    """Draws jobs batch by batch. A batch that does not fit the GPU is halved; one that fails is drawn again
-    image by image, so that only those fail that cannot be drawn.
+    """Draws jobs batch by batch. A batch that does not fit the GPU is halved; one that fails is
+    drawn again image by image, so that only those fail that cannot be drawn.
     """
 
     def __init__(self, session: Session, record: Callable[[Row], None], tally: Tally):
@@ -189,7 +189,8 @@ class _Drawing:
         self.bar.write(f"minsd: error: {line}", file=sys.stderr)
 
     def _save(self, jobs: Sequence[Job], drawn: Drawn, seconds: float, unet_rows: int) -> None:
-        """Save a batch: all images to temporary files and these to the disk; then each appears, and its row.
+        """Save a batch: all images to temporary files and these to the disk; then each appears,
+        and its row.
 
         Asked for together, the file system writes a batch in little more time than one image.
         """
@@ -255,16 +256,16 @@ def batches(wanted: Wanted, sd: StableDiffusion) -> Iterator[list[Job]]:
 
 
 def _batch_sizes(jobs: Iterable[Job], sd: StableDiffusion) -> dict[tuple[int, int], int]:
-    """How many images of each size (height, width) go into a batch, before anything is drawn: later, some of
-    the memory is in use.
+    """How many images of each size (height, width) go into a batch, before anything is drawn:
+    later, some of the memory is in use.
     """
     sizes = {(job.sampling.height, job.sampling.width) for job in jobs}
     return {size: sd.batch_size(*size) for size in sizes}
 
 
 def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
-    """What to try where a batch did not fit the GPU: the same without CUDA graphs' memory, then its halves.
-    Nothing where a single image does not fit.
+    """What to try where a batch did not fit the GPU: the same without CUDA graphs' memory, then
+    its halves. Nothing where a single image does not fit.
     """
     held = sd.graphs is not None and bool(sd.graphs.held)
     if len(part) == 1 and not held:
