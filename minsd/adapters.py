@@ -1,18 +1,20 @@
-"""Which pass each row of a batch belongs to, for adapters that act on every pass in its own way.
+"""Records which pass each row of a batch belongs to, for adapters that act differently from pass to
+pass.
 
-A collage (noise/collage.py) runs its passes, one per caption, as the rows of one batch. A
-ControlNet (controlnet.py) or a LoRA (weights/lora.py) that differs from pass to pass has to know
-which row belongs to which pass. It gets an `Adapters`, and the collage states the passes around
-each run of a network:
+A collage (noise/collage.py) makes several passes per step. A pass is one UNet evaluation with one
+caption, and all passes run as the rows of one batch. A ControlNet (controlnet.py) or a LoRA
+(weights/lora.py) that differs from pass to pass has to know which row belongs to which pass. Such
+an adapter gets an `Adapters` object, and the collage states the passes around each run of a
+network:
 
     with adapters.rows([0, 0, 1, 1]):
         unet(x, t, context)  # rows 0 and 1 belong to pass 0, rows 2 and 3 to pass 1
 
-Outside such a block these adapters do nothing, so that other callers of the network, such as a
-refine, run it without them.
+Outside such a block these adapters do nothing, so other callers of the network, such as a `refine`
+function that updates the latents, run the network without them.
 
 A LoRA with its scale is written FILE:SCALE on the command line, in layouts and in metadata.
-Everywhere else it is a (Path, scale) pair: `split_scale` and `join_scale`.
+Everywhere else it is a (Path, scale) pair; `split_scale` and `join_scale` convert between the two.
 """
 
 import re
@@ -24,8 +26,9 @@ LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
 class Adapters:
-    """Shared by everything that acts by pass. `passes`: that of each row within a block of `rows`,
-    None outside."""
+    """The object that a collage shares with all adapters that differ from pass to pass. Within a
+    block of `rows`, `passes` has the pass of each row of the batch; outside such a block it is
+    None."""
 
     def __init__(self) -> None:
         self._passes: tuple[int, ...] | None = None
@@ -36,8 +39,8 @@ class Adapters:
 
     @contextmanager
     def rows(self, passes: Sequence[int]) -> Iterator[None]:
-        """Within the block, row b of every batch belongs to pass `passes[b]`. The end of the
-        block, an error included, restores the state before it."""
+        """States that, within the `with` block, row b of every batch belongs to pass `passes[b]`.
+        The end of the block restores the state before the block, also after an error."""
         before = self._passes
         self._passes = tuple(passes)
         try:
@@ -47,12 +50,13 @@ class Adapters:
 
 
 def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str) -> list[int] | None:
-    """Which of `count` settings (scales, control images) each row of a batch takes; None: the
-    adapter does nothing now.
+    """Returns, for each row of a batch, the index of the setting (scale or control image) that the
+    row uses, from 0 to count - 1. Returns None if the adapter does nothing now.
 
-    With `adapters` row b takes that of its pass (modulo `count`: a single one serves every pass).
-    Without, the rows take the settings in turn, over and over: with R settings, rows b and R + b
-    (the two halves of guidance) take the same one. ValueError, naming the settings as `what`,
+    With `adapters`, row b uses the setting of its pass (modulo `count`, so that a single setting
+    serves every pass), and outside a block of `adapters.rows` the result is None. Without
+    `adapters`, the rows use the settings in turn, over and over: with R settings, rows b and R + b
+    (the two halves of guidance) use the same one. Raises ValueError, naming the settings as `what`,
     where the batch does not fit.
     """
     if adapters is None:
@@ -67,9 +71,8 @@ def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str
 
 
 def split_scale(text: str) -> LoRAReference:
-    """ "style.safetensors:0.8" -> the file and 0.8, or 1 without a scale. ValueError for other
-    forms.
-    """
+    """Parses "style.safetensors:0.8" into the file and 0.8. The scale is 1 if there is none. Raises
+    ValueError for other forms."""
     tag = re.fullmatch(r"<lora:(.+):([\d.]+)>", text)
     if tag is not None:
         raise ValueError(f"{text} is a prompt's form: give the file, such as {tag[1]}.safetensors:{tag[2]}")
@@ -88,5 +91,5 @@ def split_scale(text: str) -> LoRAReference:
 
 
 def join_scale(path: Path, scale: float) -> str:
-    """The inverse of `split_scale`."""
+    """Returns FILE:SCALE for a file and a scale, the inverse of `split_scale`."""
     return f"{path}:{scale}"

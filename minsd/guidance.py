@@ -1,7 +1,9 @@
-"""Noise predictors: callables `predict(x, t) -> eps`, made from the network and from one another.
+"""Noise predictors: callables `predict(x, t) -> eps`, made from the network or from other
+predictors.
 
-v-prediction becomes eps here and nowhere else. Guidance of whole prompts is applied here too;
-collages (noise/collage.py) guide each of their passes. Samplers and noise methods know of neither.
+v-prediction is converted to eps in this module and nowhere else. This module also applies guidance
+of whole prompts; collages (noise/collage.py) guide each of their passes (one UNet evaluation per
+caption) themselves. Samplers and noise methods depend on neither v-prediction nor guidance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +18,17 @@ from minsd.config import ModelConfig
 from minsd.samplers.schedule import Schedule
 
 Predictor = Callable[[Tensor, int | float], Tensor]
-TextKV = dict[torch.nn.Module, tuple[Tensor, Tensor]]  # by cross-attention layer: `UNet.text_kv`
+TextKV = dict[
+    torch.nn.Module, tuple[Tensor, Tensor]
+]  # one entry per cross-attention layer, from `UNet.text_kv`
 
 
 class Model(Protocol):
-    """The part of `StableDiffusion` that noise methods use. They cannot import the class, since
-    minsd/pipeline.py imports them.
+    """The part of `StableDiffusion` that noise methods use. Noise methods cannot import that class,
+    because minsd/pipeline.py, which defines it, imports from noise/.
 
-    The networks may be stand-ins, such as a `Controlled` for the UNet, hence `Any`.
+    The networks have type `Any`, because other objects may take their place, such as a `Controlled`
+    for the UNet.
     """
 
     config: ModelConfig
@@ -46,8 +51,9 @@ class Model(Protocol):
 
 @contextmanager
 def counted(unet: Any) -> Iterator[list[int]]:
-    """A list that grows within the block by the number of rows of every UNet evaluation. Each half
-    of guidance is a row; an evaluation repeated by gradient checkpointing counts again."""
+    """Yields a list. Within the `with` block, every UNet evaluation appends its number of rows to
+    the list. Each half of guidance counts as a row; an evaluation repeated by gradient
+    checkpointing counts again."""
     rows: list[int] = []
     handle = unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     try:
@@ -57,10 +63,11 @@ def counted(unet: Any) -> Iterator[list[int]]:
 
 
 def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedule) -> Tensor:
-    """The network's output (B,4,h,w) at latents x and timestep t as predicted noise.
+    """Converts the network's output (B,4,h,w) for latents x at timestep t into predicted noise.
 
-    A v-predicting network (Salimans & Ho 2022) returns v = sqrt(abar) eps - sqrt(1 - abar) x0, and
-    x = sqrt(abar) x0 + sqrt(1 - abar) eps, so eps = sqrt(abar) v + sqrt(1 - abar) x.
+    A v-predicting network (Salimans & Ho 2022) returns v = sqrt(abar) eps - sqrt(1 - abar) x0,
+    where abar is the cumulative product of 1 - beta at t. Since x = sqrt(abar) x0 + sqrt(1 - abar)
+    eps, the noise is eps = sqrt(abar) v + sqrt(1 - abar) x.
     """
     if schedule.prediction_type == "epsilon":
         return output
@@ -69,11 +76,12 @@ def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedul
 
 
 def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV]:
-    """-> texts(n): these text states, each for n images, one after the other, as the network takes
-    them.
+    """Returns a function texts(n), which gives the text states of all `contexts`, each for n
+    images, one context after the other, in a form that the network takes.
 
-    Their keys and values are computed once for all steps; of states (1,77,D) once for all images.
-    Only states that take a gradient are passed as they are: every step needs a graph of its own.
+    The keys and values of the text states are computed once for all steps, and for contexts
+    (1,77,D) once for all images. Text states that require a gradient are passed without computing
+    keys and values, because every step needs a graph of its own.
     """
     known: dict[int, TextKV] = {}
 
@@ -98,7 +106,8 @@ def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV
 
 
 def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
-    """The network under one text: context (B,77,D), or (1,77,D) for every image of the batch."""
+    """Makes a predictor from the network and one text. context is (B,77,D), or (1,77,D) for every
+    image of the batch."""
     texts = _texts(unet, [context])
 
     def predict(x: Tensor, t: int | float) -> Tensor:
@@ -110,8 +119,9 @@ def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
 def classifier_free(
     unet: Any, cond: Tensor, uncond: Tensor, guidance_scale: float, schedule: Schedule
 ) -> Predictor:
-    """eps = u + g (c - u) (Ho & Salimans 2022), both halves in one batch. At g = 1 only the
-    conditional half runs.
+    """Makes a predictor with classifier-free guidance, eps = u + g (c - u) (Ho & Salimans 2022). u
+    is the prediction for `uncond`, c that for `cond`, and g is `guidance_scale`. Both are computed
+    in one batch. At g = 1 only c is computed.
 
     cond and uncond are (B,77,D), or (1,77,D) for every image of the batch.
     """

@@ -1,8 +1,8 @@
-"""StableDiffusion: text + noise -> image, and the loop that everything shares.
+"""StableDiffusion: from text and noise to an image, and the denoising loop that all methods share.
 
-The prompt becomes text states; a predictor (minsd/guidance.py) predicts the noise in the latents;
-a sampler (samplers/) takes them down the schedule's noise levels; the VAE decodes them. `load`
-makes a model from files (weights/).
+The text encoder turns the prompt into text states. A predictor (minsd/guidance.py) predicts the
+noise in the latents, and a sampler (samplers/) uses the predictions to take the latents down the
+schedule's noise levels. The VAE decodes the latents. `load` makes a model from files (weights/).
 """
 
 import copy
@@ -43,13 +43,14 @@ def load(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> "StableDiffusion":
-    """Load a model by name ("shapes", or a row of `minsd.config.MODELS`), folder, file or hub id.
+    """Loads a model by name ("shapes", or a row of `minsd.config.MODELS`), folder, file or hub id.
     Its weights are frozen.
 
-    `device` defaults to CUDA where there is one, `dtype` to float16 on CUDA and float32 elsewhere.
-    `vae`, a folder or file, replaces the model's own. `tokenizer`, a folder, and `prediction_type`
-    are for single files, which contain neither. ValueError or FileNotFoundError, in one line, for
-    anything that cannot be loaded.
+    `device` defaults to CUDA where available, otherwise to the CPU; `dtype` defaults to float16 on
+    CUDA and float32 elsewhere. `vae`, a folder or file, replaces the model's own VAE. `tokenizer`,
+    a folder, and `prediction_type` are for single files, which contain no tokenizer and may not state
+    a prediction type. Raises ValueError or FileNotFoundError, in one line, for anything that cannot
+    be loaded.
     """
     from minsd.weights.load import load_model
 
@@ -76,24 +77,25 @@ def load(
     sd.notes = loaded.notes
     if device.type == "cuda":
         for module in (sd.unet, sd.vae):
-            # The layout tensor-core convolutions expect: saves a transpose before each.
+            # Tensor-core convolutions expect this layout, which saves a transpose before each one.
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         sd.use_graphs()
     return sd
 
 
 class StableDiffusion:
-    """Text encoder, UNet, VAE and noise schedule, and what people do with them."""
+    """A model (text encoder, UNet, VAE and noise schedule) and the methods that generate images
+    with it."""
 
     def __init__(self, config: ModelConfig, unet: Any, vae: VAE, text: TextEncoder):
         self.config = config
-        self.unet = unet  # a UNet; Controlled while a ControlNet stands beside it
+        self.unet = unet  # a UNet, or a `Controlled` while a ControlNet is in use
         self.vae = vae
         self.text = text
         self.schedule = Schedule(config.schedule)
         self.name = config.name
-        self.model_hash: str | None = None  # of a single file
-        self.notes: list[str] = []  # what the user should know of how it was loaded
+        self.model_hash: str | None = None  # of a model in a single file
+        self.notes: list[str] = []  # for the user, on how the model was loaded
         self.graphs: Graphs | None = None
 
     @property
@@ -105,9 +107,8 @@ class StableDiffusion:
         return self.unet.conv_in.weight.dtype
 
     def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
-        """Choose the attention backend (of `minsd.kernels.attention`) of the UNet and of `others`,
-        such as a ControlNet.
-        """
+        """Sets the attention backend (of `minsd.kernels.attention`) of the UNet and of `others`,
+        such as a ControlNet."""
         if backend not in BACKENDS:
             raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
         for module in (module for network in (self.unet, *others) for module in network.modules()):
@@ -117,33 +118,33 @@ class StableDiffusion:
             graphs.release()
 
     def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
-        """Replay the UNet's evaluations from CUDA graphs (minsd/graphs.py), or stop doing so.
-        `load` turns it on for CUDA.
+        """Replays the UNet's evaluations from CUDA graphs (minsd/graphs.py), or with `on` False
+        stops doing so. `load` turns graphs on for CUDA.
 
-        `gradients`: those too whose attention maps are differentiated (expected to matter most at
-        batch 1, not measured on a GPU).
+        With `gradients`, graphs are also used for evaluations whose attention maps are
+        differentiated (expected to matter most at batch 1, not measured on a GPU).
         """
         self.graphs = use_graphs(self.unet, on, gradients)
 
     def compile(self, **options) -> None:
-        """Compile the UNet with torch.compile: minutes at the first step of each size, faster
-        steps after.
+        """Compiles the UNet with torch.compile. The first step of each image size then takes
+        minutes, and later steps are faster.
 
         `options` are torch.compile's. CUDA graphs, where they are on, capture the compiled UNet,
-        unless `mode` is given: some modes bring graphs of their own.
+        unless `mode` is given, because some modes bring graphs of their own.
         """
         graphs = self.graphs is not None and "mode" not in options
         self.use_graphs(False)
         run = torch.compile(self.unet.forward, **options)
 
         def forward(x: Tensor, t: int | float | Tensor, *args: Any, **more: Any) -> Tensor | None:
-            # A timestep that is a number would become a constant, and every step would be compiled
-            # anew.
+            # torch.compile would treat a timestep that is a number as a constant, and compile the
+            # UNet again at every step.
             t = t if torch.is_tensor(t) else torch.full((len(x),), float(t), device=x.device)
             return run(x, t, *args, **more)
 
         self.unet.forward = forward
-        # A recorder may make the compiler start anew, which a capture must not contain.
+        # A recorder may cause a recompilation, which must not happen during a graph's capture.
         self.use_graphs(graphs, gradients=False)
 
     def __call__(
@@ -163,14 +164,15 @@ class StableDiffusion:
         karras: bool = False,
         refine: Callable | None = None,
     ) -> list[Image.Image]:
-        """Draw images, one per seed (default: seed 0) or per unit noise (B,4,height/8,width/8).
+        """Generates images, one per seed (default: seed 0) or per unit noise
+        (B,4,height/8,width/8).
 
-        None stands for the model's own default. `prompt`: one for all images, or one each.
-        `height` and `width`: pixels, multiples of 8. `init_image` starts image to image; it is
-        cropped and scaled to the size, and `strength` (0 to 1) is the fraction of the steps that
-        run. `karras`: Karras noise levels, for dpmpp_2m. `refine(i, t, x) -> x` may change the
-        latents before each step's prediction. ValueError for sizes, shapes and counts that do not
-        fit.
+        None means the model's own default. `prompt` is one string for all images, or a list with
+        one string per image. `height` and `width` are in pixels, multiples of 8. With `init_image`
+        the generation is image-to-image: `init_image` is cropped and scaled to the size, and
+        `strength` (0 to 1) is the fraction of the steps that run. `karras` uses Karras noise
+        levels, for dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each step's
+        prediction. Raises ValueError for sizes, shapes and counts that do not fit.
         """
         height = self.config.size if height is None else height
         width = self.config.size if width is None else width
@@ -204,18 +206,20 @@ class StableDiffusion:
         guidance_scale: float | None = None,
         **how: Any,
     ) -> Tensor:
-        """Unit noise (B,4,h,w) -> latents (B,4,h,w), as one batch. `how`: see `denoise`."""
+        """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), as one batch. `how` has further
+        arguments of `denoise`."""
         return self.denoise(self.guided(prompts, negative_prompt, guidance_scale), noise, **how)
 
     def guided(
         self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None
     ) -> guidance.Predictor:
-        """The guided predictor of prompts, one per image or one for all."""
+        """Returns the guided predictor for prompts: one string for all images, or a list with one
+        string per image."""
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        same = len(set(prompts)) == 1  # encode a shared prompt once
+        same = len(set(prompts)) == 1  # a shared prompt is encoded once
         cond = self.encode_prompt(prompts[:1] if same else prompts)
         return self.predictor(cond, self.encode_prompt([negative_prompt]), guidance_scale)
 
@@ -234,13 +238,14 @@ class StableDiffusion:
         refine: Callable | None = None,
         progress: Callable[[int, int | float], object] | None = None,
     ) -> Tensor:
-        """The loop that everything shares: unit noise (B,4,h,w) -> latents, with any noise
-        predictor.
+        """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), with any noise predictor. All
+        methods share this loop.
 
-        `seeds`, one per image, are for samplers that draw noise on the way. `init`, latents (B or
-        1,4,h,w) of an image, starts image to image: they are noised, and the last `strength` of
-        the steps run. At strength 0 no step runs; at 1 nothing of `init` is left. `progress(i, t)`
-        is called after every step.
+        `seeds`, a list with one per image, are for samplers that draw noise during sampling.
+        `init`, the latents of an image, (B,4,h,w) or (1,4,h,w), makes the generation
+        image-to-image: noise is added to `init`, and the last `strength` (a fraction) of the steps
+        run. At strength 0 no step runs; at 1 nothing of `init` is left. `progress(i, t)` is called
+        after every step.
         """
         sampler = sampler or self.config.sampler
         samplers.check(sampler, karras)
@@ -262,20 +267,18 @@ class StableDiffusion:
         return x
 
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> guidance.Predictor:
-        """predict(x, t) -> eps under text states `context`, guided away from `uncond` (B or 1,77,D
-        each).
-        """
+        """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
+        the text states `context` and away from `uncond`, each (B,77,D) or (1,77,D)."""
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
     def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor:
-        """Prompts -> text states (B,77,D), in the model's dtype."""
+        """Encodes prompts into text states (B,77,D), in the model's dtype."""
         return self.text.encode([prompts] if isinstance(prompts, str) else list(prompts)).to(self.dtype)
 
     @torch.no_grad()
     def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Images of one size, sides multiples of 8 -> latents (B,4,h,w), the mean of the VAE's
-        posterior.
-        """
+        """Encodes images of one size, with sides that are multiples of 8, into latents (B,4,h,w).
+        The latents are the mean of the VAE's posterior."""
         x = image.to_tensor([pictures] if isinstance(pictures, Image.Image) else list(pictures))
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
@@ -290,9 +293,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (B,4,h,w) -> B images. FloatingPointError where they are not finite; never a
-        black one.
-        """
+        """Decodes latents (B,4,h,w) into B images. Raises FloatingPointError where latents or
+        images are not finite, instead of returning a black image."""
         if not latents.isfinite().all():
             raise FloatingPointError(
                 f"the latents are not finite: sampling in {latents.dtype} overflowed; "
@@ -302,13 +304,14 @@ class StableDiffusion:
         at_once = self._vae_batch(8 * z.shape[-2], 8 * z.shape[-1])
         pixels = []
         for part in z.split(at_once or 1):
-            x = self.vae.decode(part) if at_once else decode_in_bands(self.vae, part)  # (b, 3, 8h, 8w)
-            if not x.isfinite().all() and self.dtype != torch.float32:  # float16 ends at 65504
+            # (b, 3, 8h, 8w)
+            x = self.vae.decode(part) if at_once else decode_in_bands(self.vae, part)
+            if not x.isfinite().all() and self.dtype != torch.float32:  # float16's maximum is 65504
                 warnings.warn(
                     f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2
                 )
                 vae = copy.deepcopy(self.vae).float()
-                # float32 needs twice the memory: decode in bands.
+                # float32 needs twice the memory, so it decodes in bands.
                 x = torch.cat([decode_in_bands(vae, one) for one in part.float().split(1)])
             if not x.isfinite().all():
                 raise FloatingPointError(
@@ -319,12 +322,12 @@ class StableDiffusion:
         return image.from_tensor(torch.cat(pixels))
 
     def _vae_batch(self, height: int, width: int) -> int:
-        """How many images the VAE takes at once; 0, with a warning, where one alone must go in
-        bands.
-        """
+        """Returns how many images the VAE processes at once. Returns 0, with a warning, where
+        memory is too short for one image, which must then be processed in bands (strips of rows,
+        one after another)."""
         need = memory_needed(self.config.vae, height, width, self.dtype)
         free = 0.9 * free_memory(self.device)
-        # What the graphs' pool holds counts as free, but only graphs can use it.
+        # `free_memory` counts the memory in the graphs' pool as free, but only graphs can use it.
         if self.graphs is not None and need > free - self.graphs.held:
             self.graphs.release()
         if need > free:
@@ -337,14 +340,14 @@ class StableDiffusion:
         return int(min(self.batch_size(height, width), free // need))
 
     def batch_size(self, height: int, width: int) -> int:
-        """How many images of a size (pixels) go through the networks at once.
+        """Returns how many images of a size (pixels) are processed by the networks at once, at
+        least 1.
 
-        On a CPU as many as have the latent cells of one at 512x512: more is no faster there. On a
-        GPU as many as fit the free memory, at most sixteen times as many; a guided step needs
-        about 100 kB per latent cell and guidance half in 16 bits (expected, not measured on a
-        GPU).
-
-        Never more than BATCH_MOST images, however small.
+        On a CPU, these images together have at most as many latent cells as one image at 512x512,
+        because larger batches are no faster. On a GPU, the number is limited by the free memory,
+        and the images have at most sixteen times as many cells as on a CPU. A guided step needs
+        about 100 kB per latent cell and guidance half in 16 bits (expected, not measured on a GPU).
+        The number never exceeds BATCH_MOST.
         """
         cells = (height // 8) * (width // 8)
         limit = 64 * 64
@@ -359,7 +362,8 @@ def _per_image(
     noise: Tensor | None,
     shape: tuple[int, int, int],
 ) -> tuple[list[str], list[int], Tensor]:
-    """One prompt, one seed and one noise per image. ValueError where they do not fit."""
+    """Returns (prompts, seeds, noise), each with one entry per image. Raises ValueError where their
+    numbers or shapes do not fit."""
     if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
         wanted = f"(images, {', '.join(map(str, shape))})"
         raise ValueError(f"noise of shape {wanted} is needed for this size, not {tuple(noise.shape)}")
@@ -388,9 +392,9 @@ def _decoding_advice(largest: float) -> str:
 
 
 def first_step(steps: int, strength: float) -> int:
-    """How many of `steps` image to image skips at the noisy end. ValueError for a strength outside
-    0..1.
-    """
+    """Returns how many of `steps` image-to-image generation skips at the noisy end, so that about
+    the fraction `strength` of them runs. Raises ValueError for a strength outside 0..1, and for a
+    strength above 0 with which no step would run."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be from 0 to 1, not {strength}")
     run = math.floor(steps * strength + 1e-9)
@@ -402,9 +406,8 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes free on the device, with what PyTorch reserves but does not use. Infinite where
-    unknown.
-    """
+    """Returns the bytes of memory free on the device, including memory that PyTorch reserves but
+    does not use. Returns infinity where the number is unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -1,8 +1,9 @@
-"""Prompts to text states, and words to the token positions whose attention maps belong to them.
+"""Turns prompts into text states, and finds the token positions of a prompt's words, to which
+attention maps belong.
 
 CLIP's text encoder (Radford et al. 2021) and its byte-pair tokenizer run through transformers.
-Padding is done here: the families differ in it (SD1 pads with the end token, SD2 with id 0), and a
-tokenizer may come from elsewhere.
+Padding is done in this module, because the model families differ in it (SD1 pads with the end
+token, SD2 with id 0), and a tokenizer may come from another model.
 """
 
 import re
@@ -29,11 +30,11 @@ class TextEncoder:
         self.max_length: int = model.config.max_position_embeddings  # 77
 
     def ids(self, prompt: str) -> list[int]:
-        """Token ids with the start and end tokens, neither padded nor cut."""
+        """Returns the prompt's token ids with the start and end tokens, neither padded nor cut."""
         return self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
 
     def encode(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts -> text states (B,77,D) on the model's device.
+        """Encodes prompts into text states (B,77,D) on the model's device.
 
         A prompt that is too long is cut, with a warning that quotes the part cut off.
         """
@@ -48,19 +49,21 @@ class TextEncoder:
                 ids = ids[: self.max_length - 1] + ids[-1:]
             rows.append(ids + [self.pad_token_id] * (self.max_length - len(ids)))
         with torch.no_grad():
-            return self.model(torch.tensor(rows, device=self.model.device)).last_hidden_state  # (B, 77, D)
+            # (B, 77, D)
+            return self.model(torch.tensor(rows, device=self.model.device)).last_hidden_state
 
     def tokens(self, prompt: str) -> list[str]:
-        """The prompt's tokens, start and end included; `</w>` marks the end of a word."""
+        """Returns the prompt's tokens, start and end included; `</w>` marks the end of a word."""
         return list(self.tokenizer.convert_ids_to_tokens(self.ids(prompt)))
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
-        """The characters [start, end) of the prompt behind each token, without the start and end
-        tokens. (0, 0) for a token of unknown origin.
+        """Returns the characters [start, end) of the prompt that each token stands for, without the
+        start and end tokens. The span is (0, 0) for a token of unknown origin.
 
-        The bytes of the tokens have to be those of the prompt (`words.token_spans`). Otherwise the
-        tokenizer's own offsets are taken. If it has none, each stretch between spaces is tried
-        alone. ValueError if even their tokens together differ from those of the prompt.
+        The bytes of the tokens must be those of the prompt (`words.token_spans`). If they differ,
+        the offsets that the tokenizer gives are used. If the tokenizer gives none, each part
+        between spaces is tokenized alone. Raises ValueError if the tokens of these parts together
+        differ from the tokens of the prompt.
         """
         tokens = self.tokens(prompt)[1:-1]
         spans = self._spans_of(tokens, prompt)
@@ -84,17 +87,20 @@ class TextEncoder:
         return spans
 
     def _spans_of(self, tokens: list[str], text: str) -> list[tuple[int, int]] | None:
+        """Returns the characters [start, end) of `text` that each token stands for; None if the
+        tokens' bytes are not those of the text."""
         fix: Callable[[str], str] | None = getattr(self.tokenizer, "fix_text", None)  # ftfy's
         return token_spans([token_bytes(token) for token in tokens], text, fix)
 
     def positions(self, prompt: str, subject: str) -> list[int]:
-        """Token positions of a word (or of consecutive words) of the prompt; `cat#2` means its
-        second occurrence.
+        """Returns the token positions of a word (or of consecutive words) of the prompt. `cat#2`
+        means the second occurrence of "cat".
 
-        Words are found by their characters, whatever tokens they are cut into: whole words first,
-        so that "ball" is not found in "baseball" nor "bird" in "bird-cage"; where there is none,
-        parts of compound words ("cage"). ValueError if the word is missing, occurs several times
-        without a number, or lies beyond the 77th token.
+        Words are found by their characters, whatever tokens they are cut into. Whole words are
+        tried first, so that "ball" is not found in "baseball" nor "bird" in "bird-cage". If no
+        whole word is found, parts of compound words are tried ("cage"). Raises ValueError if the
+        word is missing, occurs several times and no number is given, or lies beyond the 77 tokens
+        that the model reads.
         """
         word, _, number = subject.partition("#")
         word = word.strip()
@@ -124,14 +130,16 @@ class TextEncoder:
         return places
 
     def read_characters(self, prompt: str) -> int:
-        """How many of the prompt's characters stand before the first token that is cut off."""
+        """Returns how many of the prompt's characters come before the first token that is cut off
+        because the prompt is too long. Returns the length of the prompt if nothing is cut off."""
         if len(self.ids(prompt)) <= self.max_length:
             return len(prompt)
         cut = self.spans(prompt)[self.max_length - 2 :]
         return min((start for start, end in cut if end > start), default=len(prompt))
 
     def _tokens_of(self, prompt: str, characters: tuple[int, int]) -> list[int]:
-        """Positions of the tokens of some characters. ValueError if any letter has none."""
+        """Returns the positions of the tokens that stand for the `characters` [start, end). Raises
+        ValueError if a letter or digit among them belongs to no token."""
         first, last = characters
         spans = dict(enumerate(self.spans(prompt), 1))
         places = [k for k, (start, end) in spans.items() if start < last and end > first]

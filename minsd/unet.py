@@ -1,10 +1,11 @@
-"""The noise-predicting network of Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al. 2020).
+"""The noise-predicting network of Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al.
+2020).
 
-Residual blocks with transformer blocks between them. The encoder half halves the resolution level
-by level and keeps each layer's output (the skips); after the middle block, the decoder half
-doubles it again and concatenates a skip before each layer. Read from `UNet` at the bottom upwards.
-Attribute names are those of diffusers' UNet2DConditionModel checkpoints, so a state dict loads
-without a table.
+The network alternates residual blocks and transformer blocks. The encoder half halves the
+resolution from level to level and keeps each layer's output (the skips). After the middle block,
+the decoder half doubles the resolution from level to level and concatenates a skip before each
+residual block. Read from `UNet` at the bottom upwards. Attribute names are those of diffusers'
+UNet2DConditionModel checkpoints, so a state dict loads without translating names.
 """
 
 import math
@@ -22,21 +23,24 @@ from minsd.kernels import Linear, group_norm
 Grid = tuple[int, int]  # rows and columns of a level's cells
 # Keys and values of each cross-attention layer, (B,77,heads,d) each.
 TextKV = dict[Attention, tuple[Tensor, Tensor]]
-# Which text each cell attends to: (B, rows*columns) integers for the grid of each level.
+# The number of the text that each cell attends to: grid of a level -> integers (B, rows*columns).
 CellTexts = dict[Grid, Tensor]
-# What a ControlNet adds: one tensor per skip, and one for the middle.
+# The tensors that a ControlNet adds: a list with one tensor per skip, and one tensor for the output
+# of the middle block.
 Residuals = tuple[list[Tensor], Tensor]
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of t (B,) at `dim/2` frequencies from 1 to 1/10000, cosines first -> (B, dim)
-    float32."""
+    """Embeds timesteps t (B,) as sinusoids at `dim/2` frequencies from 1 to 1/10000, cosines first.
+    Returns (B,dim) float32."""
     frequencies = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10000.0) / (dim // 2)))
     angles = t.float()[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
+    """Two linear layers with SiLU between them, applied to `timestep_embedding`."""
+
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
         self.linear_1 = Linear(dim, dim_out)
@@ -47,8 +51,8 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, with a residual connection; the time embedding shifts
-    channels."""
+    """A residual block: norm, SiLU and convolution, twice, plus a skip connection. A projection of
+    the time embedding is added to each channel after the first convolution."""
 
     def __init__(self, c_in: int, c_out: int, dim_time: int, config: UNetConfig):
         super().__init__()
@@ -66,7 +70,8 @@ class ResnetBlock(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by another (Shazeer 2020)."""
+    """A linear layer whose output is multiplied by the GELU of another linear layer's output
+    (Shazeer 2020)."""
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
@@ -78,9 +83,12 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The feed-forward part of a transformer block: GEGLU to four times the width, then a linear
+    layer back."""
+
     def __init__(self, dim: int):
         super().__init__()
-        # Checkpoints number dropout as layer 1: the identity keeps its place.
+        # In checkpoints dropout is layer 1. The identity takes that place, so that names match.
         self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,8 +96,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, a feed-forward layer: each with a residual
-    connection."""
+    """Self-attention, cross-attention to the text, and a feed-forward part, each with layer norm
+    before it and a residual connection around it."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int):
         super().__init__()
@@ -115,8 +123,8 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A transformer block on the cells of a feature map, between projections, with a residual
-    connection."""
+    """Applies a transformer block to the cells of a feature map (B,C,h,w), with a projection before
+    and after it and a residual connection around all three."""
 
     def __init__(self, dim: int, num_heads: int, config: UNetConfig):
         super().__init__()
@@ -148,6 +156,8 @@ class Transformer(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A convolution that halves the resolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -157,6 +167,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour upsampling to `size`, then a convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -166,7 +178,8 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """One level's layers, by name. `UNet` below spells out the order in which they run."""
+    """One level's layers, under the names of checkpoints. `UNet` states the order in which they
+    run."""
 
     def __init__(
         self,
@@ -177,20 +190,20 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        if attentions:  # absent, not empty, at levels without any: as in the checkpoints
+        if attentions:  # as in checkpoints, levels without attention do not have this attribute
             self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
     def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-        """(resnet, transformer or None) pairs, in the order in which they run."""
+        """Returns (resnet, transformer or None) pairs, in the order in which they run."""
         return zip(self.resnets, getattr(self, "attentions", None) or [None] * len(self.resnets))
 
 
 if TYPE_CHECKING:
 
     class Blocks(nn.ModuleList):
-        """A ModuleList whose items are known to be blocks."""
+        """A ModuleList whose items have the type Block, for type checkers."""
 
         def __iter__(self) -> Iterator[Block]: ...
 else:
@@ -198,8 +211,8 @@ else:
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or v, by the checkpoint) in latents. An empty network: `minsd.load`
-    fills and freezes one."""
+    """Predicts the noise (or v, depending on the checkpoint) in latents. The constructor makes the
+    network without trained weights; `minsd.load` makes one with weights, frozen."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -241,19 +254,21 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-        # How many transformer blocks work at each level, finest first.
+        # The number of transformer blocks of each level, finest first.
         self.attention_blocks = [(2 * n + 1) * on for on in config.cross_attention]
-        self.attention_blocks[-1] += 1  # the middle's
+        self.attention_blocks[-1] += 1  # the transformer block of the middle block
 
     def grids(self, size: Grid) -> list[Grid]:
-        """(rows, columns) of every level, finest first, for latents of `size`."""
+        """Returns the grid of cells (rows, columns) of every level, finest first, for latents of
+        `size` (rows, columns)."""
         return [
             (-(-size[0] // 2**i), -(-size[1] // 2**i)) for i in range(len(self.config.block_out_channels))
         ]
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Keys and values of every cross-attention layer for text states (B,77,D). They depend on
-        neither x nor t: compute them once per run and pass them to `forward` as `context`."""
+        """Returns the keys and values of every cross-attention layer for text states (B,77,D). They
+        depend on neither x nor t, so compute them once per run and pass them to `forward` as
+        `context`."""
         return {m: m.kv(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
 
     def forward(
@@ -266,15 +281,26 @@ class UNet(nn.Module):
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
         control: Residuals | None = None,
     ) -> Tensor | None:
-        """Latents x (B,4,h,w), a training timestep t or (B,) of them, and text states (B,77,D) or
-        their `text_kv` -> noise or v (B,4,h,w). h and w may be any size: each upsampling takes its
-        size from the skip it meets.
+        """Predicts the noise or v (B,4,h,w) in latents x (B,4,h,w).
+
+        `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states (B,77,D)
+        or their `text_kv`. h and w may be any size, because each upsampling takes its size from the
+        skip that is concatenated next.
 
         `record` collects attention maps. With `record.only` the evaluation ends after the last
-        layer that records, and returns None. `region`: with context (B,R,77,D), R texts per image,
-        each cell attends to one of them, 0..R-1. Of a pair, the first serves the encoder half, the
-        second the middle and the decoder half. `control`: a ControlNet's residuals, in the order
-        of the skips below.
+        layer that records, and returns None.
+
+        `region` chooses a text for each cell, among the R texts per image of a context (B,R,77,D).
+        `region` is a dict whose keys are the grids (rows, columns) of the levels with
+        cross-attention and of the middle block. Its values are integers (B, rows*columns) in
+        0..R-1: the number of the text that each cell attends to. `region` may also be a pair of
+        such dicts: the first for the encoder half, the second for the middle block and the decoder
+        half.
+
+        `control` is what a ControlNet returns: a pair of a list and a tensor. The list has one
+        tensor per skip, of the skip's shape, in the order in which the encoder half makes the
+        skips; these tensors are added to the skips. The other tensor is added to the middle block's
+        output.
         """
         if record is not None:
             record.begin(self.grids((x.shape[-2], x.shape[-1])), self.attention_blocks)
@@ -299,7 +325,7 @@ class UNet(nn.Module):
                     if record is not None and record.done:
                         return None
             for upsample in block.upsamplers:
-                x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or one less where the size was odd
+                x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or one less for odd skips
         return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
 
     def encode(
@@ -311,14 +337,16 @@ class UNet(nn.Module):
         region: CellTexts | None = None,
         add: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The encoder half: latents (B,4,h,w) -> the coarsest feature map, the skips, and the time
-        embedding (B,4*C0).
+        """Runs the encoder half on latents x (B,4,h,w). Returns the coarsest feature map, the list
+        of skips, and the time embedding (B,4*C0), where C0 is the number of channels of the finest
+        level.
 
-        `add` (B,C0,h,w) is added to the first feature map: a ControlNet's embedded control image.
+        `add` (B,C0,h,w) is added to the first feature map. A ControlNet passes its embedded control
+        image as `add`.
         """
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
         temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
-        temb = F.silu(temb)  # once here, since every resnet block begins with it
+        temb = F.silu(temb)  # computed once, since every resnet block needs it
 
         x = self.conv_in(x)  # (B, C0, h, w)
         if add is not None:
@@ -343,14 +371,16 @@ class UNet(nn.Module):
         record: AttentionRecorder | None = None,
         region: CellTexts | None = None,
     ) -> Tensor:
-        """The middle block: a feature map of the coarsest level -> another of its shape."""
+        """Runs the middle block on a feature map of the coarsest level. Returns a feature map of
+        the same shape."""
         x = self.mid_block.resnets[0](x, temb)
         x = self.mid_block.attentions[0](x, context, record, region)
         return self.mid_block.resnets[1](x, temb)
 
 
 def skip_channels(config: UNetConfig) -> list[int]:
-    """Channels of each skip, in the order in which the encoder half keeps them."""
+    """Returns the number of channels of each skip, in the order in which the encoder half makes the
+    skips."""
     widths = config.block_out_channels
     channels = [widths[0]]
     for level, width in enumerate(widths):

@@ -1,9 +1,9 @@
 """The variational autoencoder between images and latents (Kingma & Welling 2014; Rombach et al.
 2022, section 3.1).
 
-Images (B,3,H,W) in -1..1 become latents (B,4,H/8,W/8) and back. Start reading at `VAE` and go
-upwards. Attribute names are those of diffusers' AutoencoderKL checkpoints, so a state dict loads
-without a table.
+The encoder turns images (B,3,H,W) in -1..1 into latents (B,4,H/8,W/8), and the decoder turns
+latents into images. Start reading at `VAE` and go upwards. Attribute names are those of diffusers'
+AutoencoderKL checkpoints, so a state dict loads without translating names.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +17,8 @@ from minsd.kernels import attention, group_norm
 
 
 class ResnetBlock(nn.Module):
-    """Twice norm, SiLU and convolution, plus a skip; the skip has a 1x1 convolution where the width
-    changes."""
+    """A residual block: norm, SiLU and convolution, twice. The skip connection is a 1x1 convolution
+    where the number of channels changes, and the identity otherwise."""
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
@@ -35,8 +35,8 @@ class ResnetBlock(nn.Module):
 
 
 class MidAttention(nn.Module):
-    """Single-head self-attention over all cells: the one layer of the VAE that sees the whole
-    image."""
+    """Single-head self-attention over all cells. It is the one layer of the VAE in which every cell
+    depends on the whole image."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -49,13 +49,16 @@ class MidAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         y = group_norm(x, self.group_norm).flatten(2).transpose(1, 2)  # (B, h*w, C)
-        q, k, v = (f(y).unsqueeze(2) for f in (self.to_q, self.to_k, self.to_v))  # (B, h*w, 1 head, C)
+        # Each (B, h*w, 1 head, C).
+        q, k, v = (f(y).unsqueeze(2) for f in (self.to_q, self.to_k, self.to_v))
         y, _ = attention(q, k, v)
         y = self.to_out[0](y.squeeze(2))
         return x + y.transpose(1, 2).reshape(b, c, h, w)
 
 
 class MidBlock(nn.Module):
+    """The layers at the coarsest resolution: residual block, attention, residual block."""
+
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
@@ -66,15 +69,19 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A convolution that halves the resolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as the checkpoints were trained
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and bottom only, as in training
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour upsampling that doubles the resolution, then a convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -87,8 +94,8 @@ Layer = ResnetBlock | Downsample | Upsample
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then, except at the last level, the change to the
-    next."""
+    """The residual blocks of one resolution, then, except at the last level, the layer that changes
+    the resolution to the next level's."""
 
     def __init__(
         self, c_in: int, c_out: int, layers: int, groups: int, *, down: bool = False, up: bool = False
@@ -103,7 +110,7 @@ class Level(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
     def layers(self) -> list[Layer]:
-        """In the order in which they run."""
+        """Returns the level's layers in the order in which they run."""
         layers: list = [*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())]
         return layers
 
@@ -114,6 +121,9 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images (B,3,H,W) -> the mean and log-variance of the latents before `VAE.quant_conv`,
+    (B,8,H/8,W/8)."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels
@@ -136,6 +146,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (B,4,h,w) after `VAE.post_quant_conv` -> images (B,3,8h,8w)."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels[::-1]
@@ -158,8 +170,9 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """An empty network of the config's sizes. `encode` and `decode` work in the checkpoint's own
-    scale; the pipeline applies `config.scaling_factor`."""
+    """The autoencoder, made with the sizes of the config and without trained weights. `encode` and
+    `decode` use latents in the checkpoint's own scale; the pipeline applies
+    `config.scaling_factor`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -170,40 +183,44 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B,3,H,W) in -1..1, H and W multiples of 8 -> mean and log-variance of q(z|x),
-        each (B,4,H/8,W/8)."""
+        """Encodes images (B,3,H,W) in -1..1, with H and W multiples of 8. Returns the mean and the
+        log-variance of q(z|x), each (B,4,H/8,W/8)."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B,4,h,w) -> images (B,3,8h,8w), about -1..1, not clipped."""
+        """Decodes latents (B,4,h,w) into images (B,3,8h,8w), about -1..1, not clipped."""
         return self.decoder(self.post_quant_conv(z))
 
 
 # --- large images ---------------------------------------------------------------------------------
-# The finest level holds about nine feature maps of block_out_channels[0] channels for every pixel
-# at once (measured on a CPU: 4.5 GB in float32 at 1024x1024). Most of them exist only between two
-# convolutions. Where memory is short, every convolution, with the norm and SiLU before it, runs in
-# bands of rows. Only the input, the middle and the output of a residual block remain as whole maps.
-# GroupNorm takes its statistics from the whole map and attention sees all cells, as always, so the
-# result is the same to rounding and there are no seams to blend. (Tiles that are decoded apart,
-# with their own statistics or those of a smaller image, differ visibly: by up to 150 of 255 on a
-# sheet of shapes.)
+# The finest level holds about nine feature maps of block_out_channels[0] channels at full
+# resolution at the same time (measured on a CPU: 4.5 GB in float32 at 1024x1024). Most of these
+# maps exist only between two convolutions. Where memory is short, every convolution, with the norm
+# and SiLU before it, runs in bands, which are strips of rows processed one after another. Only the
+# input, the middle and the output of a residual block remain as whole maps. GroupNorm still takes
+# its statistics from the whole map, and attention still covers all cells, so the result is the same
+# up to rounding and there are no seams to blend. (Tiles that are decoded separately, with their own
+# statistics or those of a smaller image, differ visibly, by up to 150 of 255 on an image of many
+# shapes.)
 
 
 def memory_needed(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
-    """The approximate peak of bytes to encode or decode one image of height x width pixels; in
-    bands it is 60 % of that."""
+    """Returns the approximate peak memory, in bytes, for encoding or decoding one image of height x
+    width pixels with whole feature maps. In bands (strips of rows processed one after another) the
+    peak is 60 % of the result."""
     return 9 * config.block_out_channels[0] * height * width * dtype.itemsize
 
 
 def _in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) -> Tensor:
-    """layer(x) of (B,C,H,W), in sixteen bands of rows one after the other.
+    """Computes layer(x) for x (B,C,H,W) in sixteen bands, which are strips of rows processed one
+    after another.
 
-    The layer turns each row into `scale` rows, and sees at most two rows above and below.
+    The layer turns each row into `scale` rows (0.5, 1 or 2), and each row of its output may depend
+    on at most two rows above and two below.
     """
     height = x.shape[2]
-    band = 2 * max(8, -(-height // 32))  # even, so that it can be halved
+    band = 2 * max(8, -(-height // 32))  # even, so that a Downsample can halve it
     out = None
     for top in range(0, height, band):
         bottom = min(top + band, height)
@@ -219,13 +236,16 @@ def _in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) ->
 
 
 def _conv_in_bands(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(silu(norm(x))) of (B,C,H,W)."""
+    """Computes conv(silu(norm(x))) for x (B,C,H,W) in bands. The statistics of `norm` are those of
+    the whole map."""
     per_group = x.shape[1] // norm.num_groups
     count = per_group * x.shape[2] * x.shape[3]
     exact = torch.promote_types(x.dtype, torch.float32)
     total = x.new_zeros(len(x), norm.num_groups, dtype=exact)  # (B, groups)
     squares = torch.zeros_like(total)
-    around = None  # the mean of the first band: squares of large numbers would cancel
+    # The mean of the first band. It is subtracted before squaring, because the difference of large
+    # squares would lose precision.
+    around = None
     for band in x.split(max(1, x.shape[2] // 16), dim=2):
         band = band.unflatten(1, (norm.num_groups, -1)).flatten(2).to(exact)  # (B, groups, n)
         if around is None:
@@ -245,6 +265,8 @@ def _conv_in_bands(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _layer_in_bands(layer: Layer, x: Tensor) -> Tensor:
+    """Computes layer(x) in bands. For a residual block each convolution is computed in bands of its
+    own."""
     if not isinstance(layer, ResnetBlock):
         return _in_bands(layer, x, 0.5 if isinstance(layer, Downsample) else 2)
     h = _conv_in_bands(layer.norm1, layer.conv1, x)
@@ -254,15 +276,15 @@ def _layer_in_bands(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _layers(levels: nn.ModuleList) -> Iterator[Layer]:
-    """All layers of all levels, in the order in which they run."""
+    """Yields all layers of all levels, in the order in which they run."""
     for level in levels:
         assert isinstance(level, Level)
         yield from level.layers()
 
 
 def decode_in_bands(vae: VAE, z: Tensor) -> Tensor:
-    """As `VAE.decode`, latents (B,4,h,w) -> images (B,3,8h,8w), in 60 % of the memory (2.4 and 1.4
-    GB at 768x768 in float32)."""
+    """Decodes latents (B,4,h,w) into images (B,3,8h,8w), as `VAE.decode` does, in 60 % of the
+    memory (1.4 GB instead of 2.4 GB at 768x768 in float32)."""
     decoder = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z)))
     for layer in _layers(decoder.up_blocks):
@@ -271,7 +293,8 @@ def decode_in_bands(vae: VAE, z: Tensor) -> Tensor:
 
 
 def encode_in_bands(vae: VAE, images: Tensor) -> Tensor:
-    """As the mean of `VAE.encode`, images (B,3,H,W) -> (B,4,H/8,W/8), in less memory."""
+    """Encodes images (B,3,H,W) into the mean (B,4,H/8,W/8) that `VAE.encode` returns, in less
+    memory."""
     encoder = vae.encoder
     x = _in_bands(encoder.conv_in, images)
     for layer in _layers(encoder.down_blocks):

@@ -1,7 +1,7 @@
-"""From files to modules: folders, single files, hub ids, adapters; and the embedded model in
-`shapes/`.
+"""Turns files into networks: model folders, single-file checkpoints, models by Hugging Face hub id,
+and adapters (ControlNets, LoRAs). The folder `shapes/` holds the embedded model.
 
-Submodules are imported on first use (`minsd.weights.lora`, ...): importing this package imports
+Submodules (`minsd.weights.lora`, ...) are imported on first use, so importing this package imports
 nothing heavy.
 """
 

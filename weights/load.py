@@ -1,13 +1,13 @@
-"""From files to modules: strict, frozen, at low peak memory.
+"""Loads models from files: strict, frozen, at low peak memory.
 
-Networks are made on the meta device, where parameters have shapes and no memory. Every tensor is
-then put in its place straight from the mapped file, cast one at a time. Every parameter is filled
-by exactly one tensor of its shape; otherwise the load fails and names the parameters that were
-not, with a guess at the reason.
+Networks are made on the meta device, where parameters have shapes and no memory. Every tensor of
+the file then becomes a parameter straight from the memory-mapped file, cast one at a time. Every
+parameter is filled by exactly one tensor of the parameter's shape. Otherwise the load fails with an
+error that names the parameters that were not filled, and guesses the reason.
 
-Models come as folders in the diffusers layout, by hub id (hub.py), which fetches such a folder,
-and as single files in the original layout (single_file.py). safetensors_file.py reads the files
-and refuses unsound ones.
+Models come as folders in the diffusers layout, by hub id (hub.py downloads such a folder), and as
+single files in the original layout (single_file.py). safetensors_file.py reads the files and
+refuses malformed ones.
 """
 
 import re
@@ -49,7 +49,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model's networks and configuration. `notes` are lines to show to the user."""
+    """A loaded model: its networks and its configuration. `notes` are lines to show to the user."""
 
     name: str
     config: ModelConfig
@@ -57,12 +57,12 @@ class Loaded:
     vae: VAE
     text: TextEncoder
     notes: list[str] = field(default_factory=list)
-    sha256: str | None = None  # first ten hex digits, for a single file
+    sha256: str | None = None  # of a single file: the first ten hex digits of its SHA-256
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How to load a model; `load_model` explains each field."""
+    """Options for loading a model; `load_model` explains each field."""
 
     device: torch.device
     dtype: torch.dtype
@@ -80,13 +80,14 @@ def load_model(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> Loaded:
-    """A model by name, path or hub id, frozen, on `device` in `dtype`.
+    """Loads a model by name, path or hub id, frozen, on `device` in `dtype`.
 
-    `vae` (a folder or file) replaces the model's own VAE, `tokenizer` (a folder) its tokenizer and
-    `prediction_type` ("epsilon" or "v_prediction") its prediction type. Single files contain
-    neither of the last two.
+    `vae` (a folder or file) replaces the model's own VAE, `tokenizer` (a folder) the model's
+    tokenizer, and `prediction_type` ("epsilon" or "v_prediction") the model's prediction type.
+    Single files contain no tokenizer, and may not state a prediction type.
 
-    ValueError or FileNotFoundError, in one line, where the model is missing or cannot be loaded.
+    Raises ValueError or FileNotFoundError, in one line, where the model is missing or cannot be
+    loaded.
     """
     if prediction_type not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
@@ -111,8 +112,8 @@ def load_model(
 
 
 def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded:
-    """A folder in the diffusers layout: model_index.json, unet/, vae/, text_encoder/, tokenizer/,
-    scheduler/. `name`: the model's, instead of the folder's."""
+    """Loads a folder in the diffusers layout: model_index.json, unet/, vae/, text_encoder/,
+    tokenizer/, scheduler/. `name` is the model's name; None means the folder's name."""
     config = check_folder(folder)
     if name is not None:
         config = replace(config, name=name)
@@ -145,29 +146,30 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
 
 
 def _scheduler_note(folder: Path, config: ModelConfig) -> list[str]:
-    """A note where the folder's scheduler is not the sampler that is used by default, or is
-    another than ddim.
-    """
+    """Returns a list with one note for the user on the folder's scheduler (`stated.sampler_of`).
+    The list is empty for a DDIM scheduler, and where the folder asks for the sampler that its model
+    family uses by default."""
     _, note = stated.sampler_of(read_json(folder / "scheduler" / "scheduler_config.json"))
     return [] if note is None or note.startswith(f"sampler {_family(config).sampler},") else [note]
 
 
 def layers_skipped(tensors: Tensors, config: TextConfig) -> int:
-    """How many of a text encoder's last layers its config leaves out, as CLIP skip does."""
+    """Returns how many of a text encoder's last layers are in the file but not in the config, and
+    so do not run, as with CLIP skip."""
     numbers = (re.search(r"encoder\.layers\.(\d{1,3})\.", name) for name in tensors)
     return max(0, 1 + max((int(m[1]) for m in numbers if m), default=-1) - config.num_layers)
 
 
 def check_folder(folder: Path) -> ModelConfig:
-    """The configuration in a folder's JSON files; ValueError unless it is a Stable Diffusion 1.x or
-    2.x model."""
+    """Reads the configuration in a folder's JSON files. Raises ValueError unless it is that of a
+    Stable Diffusion 1.x or 2.x model."""
     index = read_json(folder / "model_index.json")
     stated.check_pipeline(index, folder)
     return folder_config(folder)
 
 
 def load_file(path: Path, wanted: Wanted) -> Loaded:
-    """A single file in the original layout."""
+    """Loads a single file in the original layout."""
     tensors = Tensors(path, "", wanted.dtype)
     kind = guess(tensors)
     if kind != ORIGINAL:
@@ -190,7 +192,7 @@ def load_file(path: Path, wanted: Wanted) -> Loaded:
     if not config.unet.linear_projection:  # SD1
         pad = _token_id(tokenizer.eos_token_id, config.text.eos_token_id)
     hashing = FileHash(path)
-    hashing.start()  # beside the loading: hashing releases the interpreter lock
+    hashing.start()  # in parallel with loading: hashing releases the interpreter lock
     loaded = assemble(config, unet, vae, text, tokenizer, pad, wanted)
     hashing.join()
     return replace(loaded, notes=notes, sha256=hashing.digest)
@@ -205,7 +207,8 @@ def assemble(
     pad: int,
     wanted: Wanted,
 ) -> Loaded:
-    """The three networks, each filled from its tensors. `pad`: the token id that pads prompts."""
+    """Builds the UNet, the VAE and the text encoder, and fills each network from its tensors. `pad`
+    is the token id that pads prompts."""
 
     def build(
         kind: Callable[[Config], Network],
@@ -228,16 +231,18 @@ def assemble(
 
 
 def empty(kind: Callable[[Config], Network], config: Config, where: object) -> Network:
-    """A network on the meta device. ValueError, naming the file `where`, for impossible sizes."""
+    """Builds a network on the meta device, without weights. Raises ValueError, naming the file
+    `where`, for sizes that no network can have."""
     try:
         with torch.device("meta"):
             return kind(config)
-    except Exception as error:  # torch raises many kinds, some of several lines
+    except Exception as error:  # torch raises errors of many types, some with several lines
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{where}: no network has these sizes: {reason}") from None
 
 
 def empty_clip(config: TextConfig) -> "CLIPTextModel":
+    """Builds CLIP's text encoder (transformers' CLIPTextModel) in the sizes of `config`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -256,8 +261,9 @@ def empty_clip(config: TextConfig) -> "CLIPTextModel":
 
 
 def find_vae(path: Path, dtype: torch.dtype) -> tuple[VAEConfig, Tensors | RenamedTensors]:
-    """Another VAE: a diffusers folder (or a whole model's, with the VAE in vae/), or a file in
-    either layout."""
+    """Opens a VAE that replaces the model's own: a diffusers folder (or a whole model's folder,
+    with the VAE in vae/), or a file in the original or the diffusers layout. Returns (config,
+    tensors)."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         return vae_config(folder / "config.json"), Tensors(folder, "diffusion_pytorch_model", dtype)
@@ -270,8 +276,9 @@ def find_vae(path: Path, dtype: torch.dtype) -> tuple[VAEConfig, Tensors | Renam
 
 
 def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
-    """The tokenizer in a folder, or in its subfolder tokenizer/. FileNotFoundError or ValueError,
-    in one line, where there is none or where it does not suit the text encoder of `config`."""
+    """Loads the tokenizer in a folder, or in that folder's subfolder tokenizer/. Raises
+    FileNotFoundError or ValueError, in one line, where there is no tokenizer, where it cannot be
+    read, or where it has more tokens than the text encoder of `config`."""
     from transformers import CLIPTokenizer
 
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
@@ -281,11 +288,11 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
         )
     pair = (folder / "vocab.json", folder / "merges.txt")
     if not (folder / "tokenizer.json").is_file() and not all(path.is_file() for path in pair):
-        # transformers would make an empty tokenizer
+        # Without this check transformers would make an empty tokenizer.
         raise FileNotFoundError(f"{folder} holds no tokenizer: vocab.json or merges.txt is missing")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds here, some of several lines
+    except Exception as error:  # transformers raises errors of many types, some with several lines
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
     if len(tokenizer) > config.vocab_size:
@@ -297,6 +304,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
 
 
 def _token_id(known: object, default: int) -> int:
+    """Returns a tokenizer's token id, or `default` if the tokenizer states none."""
     return known if isinstance(known, int) else default
 
 
@@ -304,15 +312,16 @@ def _token_id(known: object, default: int) -> int:
 
 
 def heads_per_level(config: dict[str, Any], levels: int) -> tuple[int, ...]:
-    """The number of attention heads per level in a network's config.json."""
-    # Both keys mean the number of heads: that the second one says "dim" is an old mistake.
+    """Reads the number of attention heads per level from a network's config.json."""
+    # Both keys mean the number of heads. The "dim" in the second one is an old mistake.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     return tuple(heads) if isinstance(heads, list) else (heads,) * levels
 
 
 def checked(config: Config, path: Path) -> Config:
-    """`config`, every field of the type of its default and within bounds that keep the construction
-    of a network fast. ValueError for the first field that is not."""
+    """Returns `config` after checking that every field has the type of its default and lies within
+    bounds that keep the construction of a network fast. Raises ValueError for the first field that
+    does not."""
     for f in fields(config):
         value = getattr(config, f.name)
         values = value if isinstance(f.default, tuple) else (value,)
@@ -321,7 +330,7 @@ def checked(config: Config, path: Path) -> Config:
         most = 64 if "layers" in f.name else 10**6
         fine = len(values) <= 16 and all(
             type(x) in types and (isinstance(x, str) or 0 <= x <= most)
-            for x in values  # nor NaN
+            for x in values  # NaN fails the comparison too
         )
         if not fine:
             raise ValueError(
@@ -331,8 +340,8 @@ def checked(config: Config, path: Path) -> Config:
 
 
 def check_heads(config: UNetConfig, path: Path) -> UNetConfig:
-    """`config`, with a number of heads for every level that divides its width; otherwise
-    ValueError."""
+    """Returns `config` after checking that it has a number of heads for every level, and that this
+    number divides the level's width. Raises ValueError otherwise."""
     heads = config.num_heads
     widths = config.block_out_channels
     if len(heads) != len(widths) or any(n == 0 or width % n for n, width in zip(heads, widths)):
@@ -340,7 +349,7 @@ def check_heads(config: UNetConfig, path: Path) -> UNetConfig:
     return config
 
 
-# What a UNet's config.json may say of an architecture that minsd's UNet has no setting for.
+# The values that a UNet's config.json may have for keys that minsd's UNet has no setting for.
 _UNET_VALUES = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
@@ -367,8 +376,8 @@ _UNET_VALUES = {
 
 
 def unet_config(path: Path) -> UNetConfig:
-    """unet/config.json -> UNetConfig; ValueError for an architecture that is not Stable Diffusion
-    1.x or 2.x."""
+    """Reads unet/config.json into a UNetConfig. Raises ValueError for an architecture that is not
+    Stable Diffusion 1.x or 2.x."""
     c = read_json(path)
     if c.get("addition_embed_type"):
         raise ValueError(
@@ -415,7 +424,7 @@ def unet_config(path: Path) -> UNetConfig:
 
 
 def vae_config(path: Path) -> VAEConfig:
-    """vae/config.json -> VAEConfig; ValueError for another kind of VAE."""
+    """Reads vae/config.json into a VAEConfig. Raises ValueError for another kind of VAE."""
     c = read_json(path)
     blocks = c.get("down_block_types", [])
     plain = isinstance(blocks, list) and all(kind == "DownEncoderBlock2D" for kind in blocks)
@@ -438,7 +447,8 @@ def vae_config(path: Path) -> VAEConfig:
 
 
 def text_config(path: Path) -> TextConfig:
-    """text_encoder/config.json -> TextConfig; ValueError where a size is missing or impossible."""
+    """Reads text_encoder/config.json into a TextConfig. Raises ValueError where a size is missing
+    or impossible."""
     c = read_json(path)
     try:
         config = TextConfig(
@@ -458,8 +468,8 @@ def text_config(path: Path) -> TextConfig:
 
 
 def schedule_config(path: Path) -> ScheduleConfig:
-    """scheduler/scheduler_config.json -> ScheduleConfig; ValueError for a schedule that is not
-    supported."""
+    """Reads scheduler/scheduler_config.json into a ScheduleConfig. Raises ValueError for a schedule
+    that is not supported."""
     c = read_json(path)
     if c.get("trained_betas") is not None:
         raise ValueError(
@@ -485,9 +495,10 @@ def schedule_config(path: Path) -> ScheduleConfig:
 
 
 def folder_config(folder: Path) -> ModelConfig:
-    """The folder's own networks, schedule and sampler, with the other defaults (steps, guidance,
-    ...) of the family they belong to. Defaults come from the family, the name from the folder.
-    """
+    """Reads a model's configuration from its folder. The networks, the schedule and the name are
+    the folder's; so is the sampler, if the folder's scheduler names one that minsd has. The
+    remaining settings (steps, guidance scale, ...) are the defaults of the model family that the
+    networks belong to, except that latent consistency models get 4 steps and guidance scale 1."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     config = ModelConfig(
         folder.resolve().name,
@@ -498,7 +509,7 @@ def folder_config(folder: Path) -> ModelConfig:
     )
     family = _family(config)
     sampler, _ = stated.sampler_of(read_json(scheduler))
-    few = sampler == "lcm"  # consistency models: a few steps, without guidance
+    few = sampler == "lcm"  # latent consistency models need few steps and no guidance
     return replace(
         family,
         name=family.name if folder == SHAPES_FOLDER else config.name,
@@ -513,9 +524,8 @@ def folder_config(folder: Path) -> ModelConfig:
 
 
 def _family(config: ModelConfig) -> ModelConfig:
-    """The row of `MODELS` with these networks and this kind of schedule; plain defaults without
-    one.
-    """
+    """Returns the row of `MODELS` with the same UNet, prediction type and timestep spacing as
+    `config`; a plain `ModelConfig` if no row has them."""
 
     def is_like(row: ModelConfig) -> bool:
         return (
@@ -537,10 +547,11 @@ def fill(
     dtype: torch.dtype,
     rename: Callable[[str], str | None] = str,
 ) -> None:
-    """Give each parameter its tensor, on `device` in `dtype`, frozen.
+    """Fills each parameter of `module` with its tensor, on `device` in `dtype`, frozen.
 
-    A tensor belongs to the parameter whose name is the same after `rename` (None: the tensor is not
-    used). ValueError, in one line, unless each parameter has exactly one of its shape.
+    `rename` translates tensor names into parameter names, and returns None for a tensor that is not
+    used. Raises ValueError, in one line, unless each parameter has exactly one tensor of the
+    parameter's shape.
     """
     place(module, tensors, match(module, tensors, rename), device, dtype)
 
@@ -548,8 +559,9 @@ def fill(
 def match(
     module: nn.Module, tensors: Tensors | RenamedTensors, rename: Callable[[str], str | None]
 ) -> dict[str, str]:
-    """Parameter name -> name of its tensor; ValueError for the first few of those that do not
-    match."""
+    """Finds the tensor of every parameter. Returns a dict of parameter name -> tensor name. Raises
+    ValueError, which names the first few mismatches, unless all parameters and tensors match.
+    `rename` is as in `fill`."""
     parameters = dict(module.named_parameters())
     own = {rename(name) or name: name for name in parameters}
     sources: dict[str, str] = {}
@@ -596,15 +608,17 @@ def place(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Put tensors into a module on the meta device, by `sources` (parameter name -> tensor name).
+    """Puts tensors into a module on the meta device. `sources` maps each parameter's name to the
+    tensor's name.
 
-    A tensor that has the dtype already stays mapped on a CPU, if it is aligned. Fused projections
-    have memory of their own, to which their parts are copied.
+    On a CPU, a tensor that already has the dtype stays memory-mapped if it is aligned
+    (`is_aligned`). Projections of attention that run as one product (`Attention.fuse`) have a
+    buffer of their own, into which the tensors are copied.
     """
     for part in module.modules():
         if isinstance(part, Attention) and part.fused is None:
             part.fuse(device, dtype)
-    parameters = dict(module.named_parameters())  # fusing has replaced some
+    parameters = dict(module.named_parameters())  # fusing has replaced some parameters
     for name, source in sources.items():
         tensor = tensors[source].reshape(parameters[name].shape)
         if parameters[name].is_meta:
@@ -614,7 +628,8 @@ def place(
         else:
             parameters[name].copy_(tensor)
     for name, buffer in module.named_buffers():
-        if name.endswith("position_ids"):  # not in the files, and garbage after the meta device
+        # Files do not hold this buffer, and leaving the meta device leaves it undefined.
+        if name.endswith("position_ids"):
             parent, _, leaf = name.rpartition(".")
             positions = torch.arange(buffer.shape[-1], device=device).expand(1, -1)
             setattr(module.get_submodule(parent), leaf, positions)

@@ -1,13 +1,18 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * (alpha / rank) * up @
-down.
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685). An adapted weight is
 
-Files: kohya's (`lora_unet_*`, `lora_te_*`, with alphas) and those of diffusers and PEFT
+    W' = W + scale * (alpha / rank) * up @ down
+
+Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas) and those of diffusers and PEFT
 (`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
-adapter_config.json), for linear layers and convolutions of the UNet and of the text encoder. `read`
-checks every tensor against the model. Then use either
+adapter_config.json). They may adapt linear layers and convolutions of the UNet and of the text
+encoder. `read` checks every tensor against the model. Then use either
 
-    merge(...)     adds to the weights: costs nothing while sampling, same for every image, undone exactly
-    per_row(...)   adds beside the weights, at a scale for each row of a batch; by_region: for collages
+    merge(...)    adds the change to the weights: no cost while sampling, the same scale
+                  for every image, can be undone exactly
+    per_row(...)  adds the change to the layers' outputs, at a scale for each row of a batch;
+                  `by_region` does so for collages
+
+For example:
 
     kept = merge([(read("style.safetensors", sd), 0.8)])
     images = sd("a red circle")
@@ -35,13 +40,14 @@ from minsd.weights.safetensors_file import PICKLES, read_header
 Layer = nn.Linear | nn.Conv2d
 MERGED = "has_merged"  # set on a layer while an adapter is merged into it
 
-# A layer's name, then which half: by kohya, by PEFT, by early diffusers and by late diffusers.
+# A layer's name, then which matrix ("down" or "up"), as written by kohya, PEFT, early diffusers and
+# late diffusers.
 _NAMES = re.compile(
     r"(.+?)(?:\.lora_(?P<kohya>down|up)|\.lora_(?P<peft>A|B)(?:\.default)?|[._]lora\.(?P<early>down|up)"
     r"|\.lora_linear_layer\.(?P<late>down|up))\.weight"
 )
 _PEFT_HALVES = {"A": "down", "B": "up"}
-_OTHER_KINDS = {  # a pattern in tensor names -> the kind of adapter that has them
+_OTHER_KINDS = {  # a pattern of tensor names -> the kind of adapter with such names
     r"lora_magnitude_vector|dora_scale": "a DoRA",
     r"hada_": "a LoHa adapter",
     r"lokr_": "a LoKr adapter",
@@ -54,14 +60,14 @@ _OTHER_KINDS = {  # a pattern in tensor names -> the kind of adapter that has th
 
 
 class HasNetworks(Protocol):
-    """A `StableDiffusion`, of which only the networks are used here."""
+    """A `StableDiffusion`, of which this module uses only the networks."""
 
     unet: Any
     text: Any
 
 
 class HasLoRA(Protocol):
-    """A layout's region (noise/layout.py), of which only the adapters are used here."""
+    """A region of a layout (noise/layout.py), of which this module uses only the adapters."""
 
     @property
     def lora(self) -> Sequence[tuple[Path, float]]: ...
@@ -69,27 +75,27 @@ class HasLoRA(Protocol):
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one layer: down (r,in) and up (out,r), of convolutions (r,in,k,k),
-    (out,r,1,1)."""
+    """The change of one layer: `down` (r,in) and `up` (out,r) for a linear layer, (r,in,k,k) and
+    (out,r,1,1) for a convolution; r is the rank."""
 
     name: str
     module: Layer
-    attention: Attention | None  # whose fused projections the layer is part of
+    attention: Attention | None  # set if the layer is a projection that this module may fuse
     down: Tensor
     up: Tensor
     factor: float  # alpha / rank
 
     def delta(self) -> Tensor:
-        """The change of the weight, in its shape and on its device, in float32 or better."""
+        """Returns the change of the weight, in the weight's shape and on its device, in float32 or
+        float64."""
         weight = self.module.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         down, up = (half.to(weight.device, dtype).flatten(1) for half in (self.down, self.up))
         return self.factor * (up @ down).reshape(weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The change of the layer's output at its input x: (B,...,in) -> (B,...,out), of
-        convolutions (B,in,h,w) -> (B,out,h',w').
-        """
+        """Returns the change of the layer's output for the layer's input x. For linear layers x is
+        (B,...,in) and the result (B,...,out); for convolutions (B,in,h,w) and (B,out,h',w')."""
         down, up = (half.to(x.device, x.dtype) for half in (self.down, self.up))
         if isinstance(self.module, nn.Conv2d):
             y = F.conv2d(x, down, stride=self.module.stride, padding=self.module.padding)
@@ -99,6 +105,8 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LoRA:
+    """An adapter: its name, and the change of each layer that it adapts."""
+
     name: str
     parts: tuple[LowRank, ...]
 
@@ -107,10 +115,11 @@ class LoRA:
 
 
 def read(path: str | Path, sd: HasNetworks) -> LoRA:
-    """The adapter in a file (or folder), for the networks of `sd` (`sd.unet`, `sd.text.model`).
+    """Reads the adapter in a file (or folder) for the networks of `sd` (`sd.unet`,
+    `sd.text.model`).
 
-    FileNotFoundError or ValueError, in one line, for a file that is missing, is not a LoRA, lacks
-    one of its halves, is empty, or was made for another model.
+    Raises FileNotFoundError or ValueError, in one line, for a file that is missing, is not a LoRA,
+    lacks one of a layer's two matrices, is empty, or was made for another model.
     """
     path = _file(Path(path))
     halves, alphas = _tensor_names(path, read_header(path))
@@ -131,8 +140,8 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
             _check(path, key, module, down, up)
             rank = len(down)
             alpha = float(file.get_tensor(alphas[key])) if key in alphas else default_alpha(name, rank)
-            # Files may hold a 1x1 convolution's halves as matrices, a linear layer's as
-            # convolutions.
+            # Files may hold `down` and `up` of a 1x1 convolution as matrices, and those of a linear
+            # layer as convolutions.
             shape = module.weight.shape
             down = down.reshape(rank, *shape[1:])
             up = up.reshape(len(up), rank, *[1] * (len(shape) - 2))
@@ -146,7 +155,8 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
 
 
 def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
-    """The attention module of every projection that may be fused with others."""
+    """Returns the attention module of every projection (to_q, to_k, to_v) that may be fused with
+    others into one product (`Attention.fuse`)."""
     attentions = [module for module in unet.modules() if isinstance(module, Attention)]
     return {
         layer: attention
@@ -156,7 +166,8 @@ def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
 
 
 def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """-> the tensors' names by layer and half ("down", "up"), and those of the alphas by layer."""
+    """Sorts the tensor names of a file. Returns (halves, alphas): the names of the two matrices of
+    each layer, by layer and by "down" or "up", and the names of the alphas by layer."""
     if not header:
         raise ValueError(f"{path} is an empty adapter: it holds no tensors")
     for pattern, kind in _OTHER_KINDS.items():
@@ -183,6 +194,7 @@ def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict
 
 
 def _refuse_layer(path: Path, key: str) -> NoReturn:
+    """Raises ValueError for a layer that the model does not have, with the probable reason."""
     if re.search(r"diffusion_model|(input|middle|output)_blocks?[_.]", key):
         raise ValueError(
             f"{path} names the model's layers as the original Stable Diffusion code does ({key!r});"
@@ -193,7 +205,7 @@ def _refuse_layer(path: Path, key: str) -> NoReturn:
 
 
 def _file(path: Path) -> Path:
-    """The adapter's file: `path`, or the one in the folder `path`."""
+    """Returns the adapter's file: `path`, or the file in the folder `path`."""
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which can run code when opened: get the LoRA's .safetensors version instead"
@@ -211,8 +223,9 @@ def _file(path: Path) -> Path:
 
 
 def _modules(sd: HasNetworks) -> dict[str, dict[str, tuple[str, Layer]]]:
-    """(name, layer) of each network's layers that can be adapted, by the names in files: with dots,
-    or kohya's underscores."""
+    """Lists the layers that can be adapted: network ("unet" or "text_encoder") -> layer name as in
+    files -> (our name, layer). File names have dots, or underscores as kohya writes them; both are
+    listed."""
     layers: dict[str, dict[str, tuple[str, Layer]]] = {}
     for network, module in (("unet", sd.unet), ("text_encoder", sd.text.model)):
         layers[network] = {}
@@ -235,7 +248,8 @@ _PREFIXES = {
 
 
 def _target(key: str, modules: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[str, Layer] | None:
-    """(name, layer) that a file's key refers to; None where the model has no such layer."""
+    """Returns (our name, layer) for a layer name as in files; None where the model has no such
+    layer."""
     key = key.removeprefix("base_model.model.")  # PEFT's own files
     network = "unet"
     for prefix, whose in _PREFIXES.items():
@@ -245,13 +259,13 @@ def _target(key: str, modules: dict[str, dict[str, tuple[str, Layer]]]) -> tuple
             break
     key = re.sub(r"^text_model[._]", "", key).replace(".processor.", ".")
     key = re.sub(r"\.to_out$", ".to_out.0", key)
-    if network == "text_encoder":  # early diffusers used its own attention's names here
+    if network == "text_encoder":  # early diffusers used the names of its own attention class
         key = re.sub(r"\.to_([qkv])$", r".\1_proj", key).replace(".to_out.0", ".out_proj")
     return modules[network].get(key)
 
 
 def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> None:
-    """ValueError where the two halves do not fit their layer."""
+    """Raises ValueError where the matrices `down` and `up` do not fit the layer."""
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{path}: {key!r} is of {down.dtype}, not of floating point numbers")
     rank = len(down)
@@ -268,8 +282,9 @@ def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> Non
 
 
 def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
-    """-> alpha(name, rank) of layers without an alpha tensor: from the PEFT configuration in the
-    file's metadata or beside the file, else the rank itself, a factor of 1."""
+    """Returns alpha(name, rank), a function that gives the alpha of a layer without an alpha
+    tensor. It comes from the PEFT configuration in the file's metadata or beside the file. Without
+    a configuration it is the rank, so that alpha / rank is 1."""
     config: Any = {}
     beside = path.parent / "adapter_config.json"
     try:
@@ -299,13 +314,14 @@ def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]
 
 @torch.no_grad()
 def merge(scaled: Sequence[tuple[LoRA, float]]) -> dict[Layer, Tensor]:
-    """Add adapters, (LoRA, scale) pairs, to the weights in place; -> the old weights, for
+    """Adds adapters, (LoRA, scale) pairs, to the weights in place. Returns the old weights, for
     `unmerge`.
 
-    The old weights take as much memory as the adapted layers, and restore them exactly; subtracting
-    again would not, since each merge in float16 leaves a rounding error. Text states and predictors
-    made before the merge hold on to the old weights: encode the prompt and make the predictor
-    afterwards. ValueError where an adapter is merged already.
+    The old weights take as much memory as the adapted layers, and restoring them is exact.
+    Subtracting the change again would not be, because each merge in float16 leaves a rounding
+    error. Text states and predictors made before the merge contain results of the old weights, so
+    encode the prompt and make the predictor afterwards. Raises ValueError where an adapter is
+    merged already.
     """
     _check_scales([scale for _, scale in scaled])
     changes: dict[Layer, list[tuple[LowRank, float]]] = {}
@@ -320,22 +336,22 @@ def merge(scaled: Sequence[tuple[LoRA, float]]) -> dict[Layer, Tensor]:
     for layer, parts in changes.items():
         kept[layer] = layer.weight.clone()
         setattr(layer, MERGED, True)
-        # In place: the weight may be a view of a fused projection.
+        # The copy is in place because the weight may be a view of a fused projection's buffer.
         layer.weight.copy_(layer.weight + sum(scale * part.delta() for part, scale in parts))
     return kept
 
 
 @torch.no_grad()
 def unmerge(kept: dict[Layer, Tensor]) -> None:
-    """Restore the weights that `merge` returned."""
+    """Restores the weights that `merge` returned."""
     for layer, weight in kept.items():
         layer.weight.copy_(weight)
         setattr(layer, MERGED, False)
 
 
 class _RowScales:
-    """The scale of one adapter in each row of a batch, as tensors that are made once per form of
-    batch."""
+    """The scales of one adapter, one for each row of a batch. The tensors that hold them are made
+    once for each combination of rows and output dimensions, then reused."""
 
     def __init__(self, scales: Sequence[float], adapters: Adapters | None):
         self.scales = list(scales)
@@ -343,8 +359,9 @@ class _RowScales:
         self.known: dict[tuple, tuple[Tensor | None, Tensor]] = {}
 
     def of(self, x: Tensor, out: Tensor) -> tuple[Tensor | None, Tensor] | None:
-        """For a layer's input and output: the rows to adapt (None: all of them) and their scales,
-        shaped to multiply `out`; None while the adapter does nothing."""
+        """Returns (rows, scales) for a layer's input and output: the indices of the rows to adapt
+        (None means all rows) and the scales of these rows, shaped to multiply `out`. Returns None
+        while the adapter does nothing."""
         choice = settings_of_rows(len(x), len(self.scales), self.adapters, "scales of adapters")
         if choice is None:
             return None
@@ -362,14 +379,15 @@ class _RowScales:
 def per_row(
     scaled: Sequence[tuple[LoRA, Sequence[float]]], adapters: Adapters | None = None
 ) -> Iterator[None]:
-    """Within the `with` block each row of a batch has the adapters, (LoRA, R scales) pairs, at its
-    own scales.
+    """Adapts each row of a batch at scales of its own within the `with` block. `scaled` lists
+    (LoRA, R scales) pairs.
 
     The rows take the R scales in turn, over and over, so with R images rows b and R + b (the two
-    halves of guidance) take scale b. Every batch must have a multiple of R rows, and so must its
-    text states: give each row its own. The text encoder's layers act on prompts encoded within the
-    block, one per row. With `adapters` the rows take the scales of their passes instead, and
-    outside a block of `adapters.rows` nothing is adapted.
+    halves of guidance) take scale b. Every batch must have a multiple of R rows, and its text
+    states must have as many rows as the batch. The text encoder's layers act on prompts encoded
+    within the block, with one prompt per row. With `adapters`, each row takes the scale of its pass
+    (one UNet evaluation per caption of a collage; minsd/adapters.py) instead, and nothing is
+    adapted outside a block of `adapters.rows`.
     """
     for _, scales in scaled:
         _check_scales(scales)
@@ -379,7 +397,7 @@ def per_row(
     for lora, scales in scaled:
         row_scales = _RowScales(scales, adapters)
         for part in lora.parts:
-            like = part.module.weight  # moved there once: the GPU would wait for a copy at every call
+            like = part.module.weight  # moved once, so that the GPU waits for no copy at every call
             part = replace(part, down=part.down.to(like), up=part.up.to(like))
             by_layer.setdefault(part.module, []).append((part, row_scales))
 
@@ -392,15 +410,15 @@ def per_row(
             rows, scale = chosen
             if rows is None:
                 out = out + scale * part(x)
-            elif len(rows):  # rows at scale 0 cost nothing
+            elif len(rows):  # rows at scale 0 are skipped
                 out = out.index_add(0, rows, scale * part(x[rows]))
         return out
 
     with ExitStack() as stack:
         for layer in by_layer:
             stack.callback(layer.register_forward_hook(hook).remove)
-        # A fused projection is one product that calls no layer. The weights are views of it, so the
-        # layers can work alone.
+        # A fused projection is one product that calls no layer, so no hook would run. The layers'
+        # weights are views of the fused buffer, so the layers also work without fusing.
         attentions = (part.attention for parts in by_layer.values() for part, _ in parts)
         for attention in dict.fromkeys(a for a in attentions if a is not None):
             stack.callback(setattr, attention, "fused", attention.fused)
@@ -410,9 +428,9 @@ def per_row(
 
 @contextmanager
 def by_region(regions: Sequence[HasLoRA], loaded: Mapping[Path, LoRA]) -> Iterator[Adapters | None]:
-    """Within the `with` block, each region of a layout (noise/layout.py) has the adapters that its
-    `lora` names, and the rest of the image none. Yields the `Adapters` that the collage's predictor
-    must be given; None where no region has any."""
+    """Adapts each region of a layout (noise/layout.py) with the LoRAs that the region's `lora`
+    lists, within the `with` block. The rest of the image has none. Yields the `Adapters` to give to
+    the collage's predictor; None where no region has a LoRA."""
     paths = dict.fromkeys(path for region in regions for path, _ in region.lora)
     if not paths:
         yield None

@@ -1,10 +1,10 @@
-"""Tensors by name from safetensors files. Headers are checked first; data is memory-mapped, not
-read.
+"""Reads tensors by name from safetensors files. Headers are checked first; data is memory-mapped,
+not read.
 
-The header of a file is JSON that states where each tensor lies
+The header of a file is JSON that states the position of each tensor in the file
 (https://huggingface.co/docs/safetensors, "Format"). Files come from strangers, so sizes, offsets,
-names and dtypes are checked to the byte with bounded work, and an unsound file is refused in one
-line. Pickles can run code and are never opened.
+names and dtypes are checked to the byte with bounded work, and a malformed file is refused with an
+error of one line. Pickles can run code and are never opened.
 """
 
 import json
@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# Bytes. The format allows 100 MB, but real headers have less than 1, and JSON grows twentyfold in
-# memory.
+# Bytes. The format allows 100 MB, but real headers have less than 1 MB, and parsed JSON takes
+# twenty times as much memory as its text.
 MAX_HEADER = 32 * 2**20
 ITEM_SIZE = {
     "F64": 8,
@@ -38,8 +38,8 @@ ITEM_SIZE = {
 
 
 def refuse_pickle(path: Path, what: str) -> None:
-    """ValueError where the file's suffix is a pickle's; `what` ("model", "VAE", ...) names its
-    content in the error."""
+    """Raises ValueError where the file's suffix is a pickle's. `what` ("model", "VAE", ...) names
+    the file's content in the error."""
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which can run code when opened: get the {what}'s .safetensors"
@@ -48,13 +48,14 @@ def refuse_pickle(path: Path, what: str) -> None:
 
 
 def variants(dtype: torch.dtype) -> tuple[str, str]:
-    """File name variants in diffusers folders, the precision nearer to `dtype` first."""
+    """Returns the file name variants of diffusers folders ("" for float32, ".fp16"), with the
+    precision nearer to `dtype` first."""
     return ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. FileNotFoundError or ValueError, in one line, where there is
-    none."""
+    """Reads a JSON file that holds an object. Raises FileNotFoundError or ValueError, in one line,
+    where the file is missing or holds anything else."""
     try:
         if path.stat().st_size > MAX_HEADER:
             raise ValueError(f"it has more than {MAX_HEADER >> 20} MiB")
@@ -75,23 +76,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Reads a safetensors file's header, checked to the byte: name -> {"dtype", "shape",
+    """Reads a safetensors file's header, checked to the byte. Returns name -> {"dtype", "shape",
     "data_offsets"}.
 
-    ValueError, in one line, for a file that is not sound.
+    Raises ValueError, in one line, for a malformed file.
     """
     return _checked(path)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata of a safetensors file; empty where it has none. ValueError as in
-    `read_header`.
-    """
+    """Reads the metadata of a safetensors file; an empty dict where the file has none. Raises
+    ValueError for a malformed file, as `read_header` does."""
     return _checked(path)[1]
 
 
 def _checked(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Returns a file's header without its metadata, and its metadata."""
+    """Reads and checks a file's header. Returns (entries of the tensors, metadata)."""
     header, size = _header_json(path)
     metadata = header.pop("__metadata__", None)
     if metadata is None:
@@ -113,8 +113,8 @@ def _refuse(path: Path, why: str) -> NoReturn:
 
 
 def _header_json(path: Path) -> tuple[dict[str, Any], int]:
-    """The header as a JSON object, its entries not checked yet, and the number of bytes that follow
-    it."""
+    """Returns (header, size): the header as a JSON object, its entries not checked yet, and the
+    number of bytes in the file after the header."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -138,7 +138,8 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """One header entry, checked -> the first byte of its tensor and the byte after its last."""
+    """Checks one header entry. Returns the offset of the tensor's first byte, and the offset after
+    its last byte."""
     try:
         dtype = entry["dtype"]
         shape = entry["shape"]
@@ -160,14 +161,15 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 class Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of one file, or of one component's file or shards in a folder.
+    """The tensors of one file, or of all files (shards) of one network in a folder.
 
-    Headers are read and checked at once; `tensors[name]` maps one tensor's data.
+    The constructor reads and checks the headers; `tensors[name]` memory-maps one tensor's data.
     """
 
     def __init__(self, path: Path, stem: str, dtype: torch.dtype):
-        """`path`: a file, or a folder whose files are called `stem` with the variant that suits
-        `dtype` best."""
+        """Opens `path`, which is a file or a folder whose files are called `stem`. Of a folder's
+        file variants the one nearest to `dtype` is taken. Raises ValueError or FileNotFoundError,
+        in one line."""
         self.where = path
         self.files: dict[str, tuple[Path, dict[str, Any]]] = {}
         for file in _choose_files(path, stem, dtype):
@@ -184,7 +186,7 @@ class Tensors(Mapping[str, torch.Tensor]):
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
             return self._open[path].get_tensor(name)
-        except Exception as error:  # the library is stricter than `read_header` in places
+        except Exception as error:  # safetensors is stricter than `read_header` in places
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} cannot be read by safetensors: {reason}; download it again") from None
 
@@ -198,7 +200,7 @@ class Tensors(Mapping[str, torch.Tensor]):
         return tuple(self.files[name][1]["shape"])
 
     def dtype(self, name: str) -> str:
-        """As the format spells it: "F32", "BF16", ..."""
+        """Returns the tensor's dtype as the file format spells it: "F32", "BF16", ..."""
         return self.files[name][1]["dtype"]
 
 
@@ -224,7 +226,8 @@ def _choose_files(path: Path, stem: str, dtype: torch.dtype) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index lists, beside it."""
+    """Returns the files that a shard index lists, in the index's folder. Raises ValueError for a
+    malformed index and FileNotFoundError where a file is missing."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map of file names")
@@ -236,11 +239,12 @@ def _shards(index: Path) -> list[Path]:
 
 
 class RenamedTensors(Mapping[str, torch.Tensor]):
-    """Some of a file's tensors under other names: new name -> (name in the file, which third of its
-    rows or None for all)."""
+    """Some of a file's tensors under other names. `names` maps each new name to a pair: the name in
+    the file, and which third of the tensor's rows is meant (0, 1, 2, or None for all rows)."""
 
     def __init__(self, tensors: Tensors, what: str, names: dict[str, tuple[str, int | None]]):
-        """`what` ("the UNet of", ...) precedes the file's path in errors."""
+        """Renames some of `tensors` by the table `names` (see the class). `what` ("the UNet of",
+        ...) precedes the file's path in errors."""
         self.tensors = tensors
         self.names = names
         self.where = f"{what} {tensors.where}"
@@ -269,19 +273,19 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is 64-byte aligned, as torch's own allocations are, or of a kind for which
-    that does not matter.
+    """Returns whether the tensor's data is 64-byte aligned, as PyTorch's own allocations are. Also
+    True for tensors whose results do not depend on the alignment.
 
-    Files put tensors anywhere. A product of one row with a misaligned float32 matrix may be summed
-    in another order (Intel oneMKL's guide, "Conditional Numerical Reproducibility"): the same
-    weights from another file would give a slightly different image. Biases, norms and half
+    Files may put tensors at any offset. A product of one row with a misaligned float32 matrix may
+    be summed in another order (Intel oneMKL's guide, "Conditional Numerical Reproducibility"), so
+    the same weights from another file would give a slightly different image. Biases, norms and half
     precision are not affected.
     """
     return tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.data_ptr() % 64 == 0
 
 
 ORIGINAL = "is a single-file checkpoint in the original layout"
-_SIGNS = {  # part of a tensor's name -> what the file then is; the first that occurs decides
+_SIGNS = {  # part of a tensor's name -> what it says of the file; the first that occurs decides
     "conditioner.embedders": "looks like an SDXL checkpoint",
     "add_embedding.": "looks like an SDXL network",
     "label_emb.": "looks like an SDXL network",
@@ -300,8 +304,8 @@ _SIGNS = {  # part of a tensor's name -> what the file then is; the first that o
 
 
 def guess(names: Iterable[str]) -> str | None:
-    """The probable kind of a file with these tensor names, to explain why it does not fit; None:
-    unknown."""
+    """Guesses the kind of a file from its tensor names, to explain why the file does not fit.
+    Returns None if the kind is unknown."""
     names = list(names)
     for sign, what in _SIGNS.items():
         if any(sign in name for name in names):

@@ -1,8 +1,11 @@
-"""Single files: checkpoints in the original layout, and VAEs in either layout.
+"""Reads single files: checkpoints in the original layout, and VAEs in the original or the diffusers
+layout.
 
-Such files hold no config. Whole checkpoints are split into the three networks' tensors under our
-names (ldm_keys.py), and the shapes of the tensors give each network's sizes. The text encoder tells
-Stable Diffusion 1 from 2. The family provides the rest: heads, v- or noise prediction.
+Such files hold no config. A whole checkpoint is split into the tensors of the three networks, under
+our names (ldm_keys.py), and the shapes of the tensors give each network's sizes. The kind of text
+encoder distinguishes Stable Diffusion 1 (CLIP) from 2 (OpenCLIP). The remaining settings, such as
+the number of attention heads and the prediction type, come from the model family
+(`minsd.config.MODELS`).
 """
 
 import hashlib
@@ -27,9 +30,10 @@ CHANNELS = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpai
 def original(
     tensors: Tensors, prediction_type: str | None, metadata: Mapping[str, str]
 ) -> tuple[ModelConfig, RenamedTensors, RenamedTensors | None, RenamedTensors, list[str]]:
-    """A checkpoint's tensors under our names -> (config, the UNet's, the VAE's or None, the text
-    encoder's, notes for the user). `prediction_type` overrides what the file's metadata states.
-    ValueError, in one line, for a checkpoint that is not whole."""
+    """Splits a checkpoint in the original layout into networks. Returns (config, the UNet's
+    tensors, the VAE's tensors or None, the text encoder's tensors, notes for the user), all tensors
+    under our names. `prediction_type` overrides the one that the file's `metadata` states. Raises
+    ValueError, in one line, for a checkpoint that is not complete."""
     path = tensors.where
     unet = _unet_tensors(tensors)
     vae = _vae_tensors(tensors)
@@ -74,7 +78,7 @@ def original(
 
 
 def _inside(tensors: Tensors, prefix: str) -> list[str]:
-    """The names that begin with a prefix, without it."""
+    """Returns the names that begin with a prefix, without the prefix."""
     return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
 
 
@@ -82,7 +86,7 @@ def _unet_tensors(tensors: Tensors) -> RenamedTensors:
     names = _inside(tensors, ldm_keys.UNET)
     downsamplers = (re.match(r"input_blocks\.(\d{1,4})\.0\.op\.", name) for name in names)
     first = min((int(m[1]) for m in downsamplers if m), default=3)
-    layers = max(1, first - 1)  # residual blocks of the first level lie before its downsampling
+    layers = max(1, first - 1)  # the first level's residual blocks precede its downsampling
     renamed = pairs(names, ldm_keys.UNET, lambda name: [ldm_keys.unet_name(name, layers)])
     return RenamedTensors(tensors, "the UNet of", renamed)
 
@@ -95,7 +99,8 @@ def _vae_tensors(tensors: Tensors) -> RenamedTensors:
 
 
 def _text_tensors(tensors: Tensors) -> tuple[RenamedTensors, bool]:
-    """-> (the text encoder's tensors, whether it is OpenCLIP: Stable Diffusion 2)."""
+    """Returns (the text encoder's tensors, is_sd2), where is_sd2 says whether the encoder is
+    OpenCLIP, which means Stable Diffusion 2."""
     clip = _inside(tensors, ldm_keys.CLIP)
     open_clip = _inside(tensors, ldm_keys.OPEN_CLIP)
     if not clip and not open_clip:
@@ -120,15 +125,16 @@ def _text_tensors(tensors: Tensors) -> tuple[RenamedTensors, bool]:
 
 
 def vae_file(tensors: Tensors) -> tuple[VAEConfig, RenamedTensors]:
-    """The VAE in a file of its own, in the original or the diffusers layout, or in a whole
-    checkpoint."""
+    """Reads the VAE from a VAE file in the original or the diffusers layout, or from a whole
+    checkpoint. Returns (config, tensors)."""
     prefix = ldm_keys.VAE if any(name.startswith(ldm_keys.VAE) for name in tensors) else ""
     names = [
         name.removeprefix(prefix)
         for name in tensors
         if name.startswith(prefix) and not ldm_keys.left_behind(name)
     ]
-    names = [name for name in names if not name.startswith("loss.")]  # the GAN discriminator of its training
+    # Some VAE files also hold the GAN discriminator that the VAE was trained against.
+    names = [name for name in names if not name.startswith("loss.")]
     if "decoder.conv_in.weight" not in names:
         raise ValueError(
             f"{tensors.where} is not a VAE: it {guess(tensors) or 'has no decoder.conv_in.weight'}"
@@ -145,10 +151,12 @@ def vae_file(tensors: Tensors) -> tuple[VAEConfig, RenamedTensors]:
 def pairs(
     names: Iterable[str], prefix: str, rename: Callable[[str], list[str]]
 ) -> dict[str, tuple[str, int | None]]:
-    """The table that `RenamedTensors` takes: new name -> (name with prefix, which third or None).
+    """Makes the table that `RenamedTensors` takes: new name -> (the tensor's name in the file,
+    which third of its rows or None for all).
 
-    `rename` gives the new names: none to leave the tensor out, three for a fused projection's
-    thirds. ValueError where two tensors get the same name.
+    `names` lack the prefix that they have in the file. `rename` returns the new names as a list: an
+    empty list leaves the tensor out, and three names stand for the thirds of a fused projection.
+    Raises ValueError where two tensors get the same name.
     """
     found: dict[str, tuple[str, int | None]] = {}
     for name in names:
@@ -167,15 +175,15 @@ def pairs(
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the greatest number that `pattern` finds at the start of a name; 0 if it finds
-    none."""
+    """Returns one more than the greatest number that `pattern` finds at the start of a name; 0 if
+    it finds none."""
     found = (re.match(pattern, name) for name in names)
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 
 def sizes(read: Callable[[], dict[str, Any]], where: object) -> dict[str, Any]:
-    """The sizes that `read` takes from shapes. ValueError, naming `where`, if a tensor is missing
-    or no network has such sizes."""
+    """Returns the sizes that `read()` takes from tensor shapes, after checking them. Raises
+    ValueError, naming the file `where`, if a tensor is missing or no network has such sizes."""
     try:
         found = read()
     except (KeyError, IndexError) as error:
@@ -194,12 +202,13 @@ def sizes(read: Callable[[], dict[str, Any]], where: object) -> dict[str, Any]:
 
 
 def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetConfig:
-    """The config of a UNet from the shapes of its tensors; what shapes do not tell comes from
-    `family`.
+    """Derives the config of a UNet from the shapes of its tensors. Settings that shapes do not show
+    come from `family`.
 
-    A ControlNet, which has the UNet's encoder half, gives no `family`: it is looked up by widths,
-    and an unknown one gets 8 heads. A UNet's number of heads is 8 at every level in SD1, and in SD2
-    as many as make 64 channels each.
+    In SD1 every level has 8 attention heads, and in SD2 a level has one head per 64 channels. For a
+    ControlNet, which has the UNet's encoder half, `family` is None: the family with the same level
+    widths and the same width of text states is taken from `MODELS`, and if there is none every
+    level gets 8 heads.
     """
     shape = tensors.shape
     middle = "mid_block.attentions.0"
@@ -236,7 +245,7 @@ def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetCo
 
 
 def vae_of(tensors: RenamedTensors) -> VAEConfig:
-    """The config of a VAE from the shapes of its tensors."""
+    """Derives the config of a VAE from the shapes of its tensors."""
 
     def read() -> dict[str, Any]:
         levels = range(min(count(tensors, r"encoder\.down_blocks\.(\d{1,4})\."), 16))
@@ -257,7 +266,8 @@ def vae_of(tensors: RenamedTensors) -> VAEConfig:
 
 
 def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
-    """The config of a text encoder from the shapes of its tensors; the rest comes from `family`."""
+    """Derives the config of a text encoder from the shapes of its tensors. Settings that shapes do
+    not show come from `family`."""
 
     def read() -> dict[str, Any]:
         embedding = tensors.shape("embeddings.token_embedding.weight")
@@ -277,11 +287,11 @@ def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
 
 
 class FileHash(threading.Thread):
-    """`digest`: the first ten hex digits of a file's SHA-256, the name that other tools give to a
-    model; None if the file cannot be read.
+    """A thread that computes the first ten hex digits of a file's SHA-256, which other tools use to
+    name a model. `digest` is the result, and None if the file cannot be read.
 
-    Reading gigabytes takes seconds, so digests are stored in the user's cache folder, by path, size
-    and time of change, where that can be written.
+    Reading gigabytes takes seconds, so digests are stored in a file in the user's cache folder, if
+    that folder can be written, under the path, the size and the time of change.
     """
 
     def __init__(self, path: Path):

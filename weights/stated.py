@@ -1,8 +1,8 @@
-"""What files state of themselves: metadata of single files, and the pipeline and scheduler classes
-of folders.
+"""Reads what files state about their model: the metadata of single files, and the pipeline and
+scheduler classes that folders name.
 
-Single files follow ModelSpec (Stability AI's convention, keys `modelspec.*`) or are written by
-kohya's sd-scripts (`ss_*`). Folders name diffusers' classes in model_index.json and
+The metadata of single files follows ModelSpec (Stability AI's convention, keys `modelspec.*`) or
+comes from kohya's sd-scripts (keys `ss_*`). Folders name diffusers' classes in model_index.json and
 scheduler_config.json.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# diffusers' scheduler classes -> samplers of the same rule. PNDM, which SD 1.x was published with,
-# is left out: minsd's default for those models is ddim.
+# diffusers' scheduler class -> minsd's sampler with the same update rule. PNDM, which SD 1.x was
+# published with, is left out because minsd's default for those models is ddim.
 SCHEDULERS = {
     "DDIMScheduler": "ddim",
     "EulerDiscreteScheduler": "euler",
@@ -23,7 +23,7 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
 }
-LCM_STEPS = 4  # what consistency models are made for
+LCM_STEPS = 4  # the number of steps that latent consistency models are made for
 NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 BESIDE = (
     "tokenizer",
@@ -34,7 +34,7 @@ BESIDE = (
     "controlnet",
     "adapter",
 )
-# Pipelines whose networks differ even where their index does not show it.
+# Pipeline classes whose networks differ even where model_index.json does not show it.
 OTHER_KINDS = re.compile(
     "XL|StableDiffusion3|Inpaint|Upscale|Depth2Img|InstructPix2Pix|UnCLIP|GLIGEN|ImageVariation|LDM3D", re.I
 )
@@ -42,7 +42,8 @@ OTHER_KINDS = re.compile(
 
 @dataclass(frozen=True)
 class Stated:
-    """What a single file's metadata states. None: nothing."""
+    """The settings that a single file's metadata states. None means that the metadata does not
+    state the setting."""
 
     prediction_type: str | None = None  # "epsilon" or "v_prediction"
     size: int | None = None  # default side of images, pixels
@@ -50,7 +51,8 @@ class Stated:
 
 
 def of_file(metadata: Mapping[str, str]) -> Stated:
-    """The meaning of a safetensors file's metadata. ModelSpec's keys count before kohya's."""
+    """Extracts the settings from a safetensors file's metadata. ModelSpec's keys take precedence
+    over kohya's."""
     architecture = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     words = {"v": "v_prediction", "vprediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
     prediction = words.get(re.sub(r"[^a-z]", "", metadata.get("modelspec.prediction_type", "").lower()))
@@ -63,9 +65,9 @@ def of_file(metadata: Mapping[str, str]) -> Stated:
 
 
 def _of_architecture(name: str) -> str | None:
-    """ModelSpec's "stable-diffusion-v2-768-v" and kohya's "sd_v2_v" predict v; "...-v2-512"
-    predicts noise.
-    """
+    """Returns the prediction type that an architecture's name implies, or None. Models named
+    "stable-diffusion-v2-768-v" (ModelSpec) or "sd_v2_v" (kohya) predict v; those named "...-v2-512"
+    predict noise."""
     base = name.partition("/")[0]
     if re.search(r"[-_](768-)?v$", base):
         return "v_prediction"
@@ -73,7 +75,8 @@ def _of_architecture(name: str) -> str | None:
 
 
 def _side(resolution: str) -> int | None:
-    """ "768x768", "(512, 512)" or "512" -> the side of square images; None for others."""
+    """Parses the side of square images in pixels from "768x768", "(512, 512)" or "512". Returns
+    None for images that are not square, and for sides that are no multiple of 8 from 64 to 4096."""
     sides = {int(side) for side in re.findall(r"\d{2,5}", resolution)}
     if len(sides) != 1:
         return None
@@ -82,9 +85,8 @@ def _side(resolution: str) -> int | None:
 
 
 def sampler_of(scheduler: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The sampler that a folder's scheduler config asks for (None: the family's default), and a
-    note for the user.
-    """
+    """Returns (sampler, note): the sampler that a folder's scheduler config asks for (None means
+    the default of the model family), and a note for the user or None."""
     kind = scheduler.get("_class_name")
     if kind in (None, "DDIMScheduler"):
         return None, None
@@ -105,11 +107,12 @@ def sampler_of(scheduler: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def check_pipeline(index: Mapping[str, Any], folder: Path) -> list[str]:
-    """Notes on a folder's model_index.json. ValueError where it names networks other than Stable
-    Diffusion 1.x's and 2.x's.
+    """Checks a folder's model_index.json and returns notes for the user. Raises ValueError where
+    the index names networks other than those of Stable Diffusion 1.x and 2.x.
 
-    Other pipeline classes (image to image, ControlNet, InitNO's, Attend-and-Excite's, ...) hold
-    the same networks: the index lists the class of each.
+    Other pipeline classes (for image-to-image, ControlNet, InitNO, Attend-and-Excite, ...) are
+    accepted, because they hold the same networks. This can be checked since the index names the
+    class of each network.
     """
     kind = str(index.get("_class_name", "StableDiffusionPipeline"))
     listed = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}

@@ -1,2 +1,2 @@
-"""The embedded model and all that it was made with: data, training, detector, model card
-(README.md)."""
+"""The embedded model and all that it was made with: training data, training program, detector, and
+model card (README.md)."""

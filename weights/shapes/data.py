@@ -1,11 +1,11 @@
 """Captioned images of coloured shapes, the training set of the embedded model. A seed and an index
-give one image.
+determine one image.
 
-128x128 pixels, a light ground, one to three objects of 8 colours x 6 shapes that do not touch.
-Captions have the flaws of captions on the web: some omit the colours, and more than a third of
-those for one or two objects name one object that is not there. A model trained on them may neglect
-a subject, as Stable Diffusion does. Eight colour-shape combinations and two pairs of shapes never
-occur, so that composition can be tested on them.
+Images have 128x128 pixels, a light background, and one to three objects of 8 colours x 6 shapes
+that do not touch. Captions have the flaws of captions on the web: some omit the colours, and more
+than a third of those for one or two objects name one object that is not in the image. A model
+trained on them may neglect a subject, as Stable Diffusion does. Eight colour-shape combinations and
+two pairs of shapes never occur, so that composition can be tested on them.
 """
 
 import math
@@ -27,7 +27,8 @@ COLOURS = {  # 8-bit RGB
     "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-# Combinations never drawn or named in training: each colour once, each shape once or twice.
+# Combinations never drawn or named in training. Each colour is among them once, each shape once or
+# twice.
 HELD_OUT = {
     ("red", "star"),
     ("green", "heart"),
@@ -41,13 +42,13 @@ HELD_OUT = {
 HELD_OUT_PAIRS = {frozenset(("circle", "cross")), frozenset(("triangle", "heart"))}
 COMBINATIONS = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
 COUNTS = (0.2, 0.5, 0.3)  # fractions of images with one, two, three objects
-ABSENT = 0.35  # fraction of captions for one or two objects that name one more
+ABSENT = 0.35  # fraction of captions for one or two objects that name one object too many
 RADII = {1: (20, 34), 2: (17, 27), 3: (16, 23)}  # pixels, by number of objects
 
 
 def outline(shape: str, turn: float = 0.0) -> np.ndarray:
-    """The shape's polygon (n,2) about its centre, within radius 1, x to the right and y down,
-    turned by `turn` radians."""
+    """Returns the shape's polygon (n,2) about the centre (0, 0), about 1 in radius, with x to the
+    right and y down, turned by `turn` radians."""
     if shape == "circle":
         a = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         points = 0.92 * np.stack([np.cos(a), np.sin(a)], 1)
@@ -56,7 +57,7 @@ def outline(shape: str, turn: float = 0.0) -> np.ndarray:
     elif shape == "triangle":
         a = -math.pi / 2 + 2 * math.pi / 3 * np.arange(3)
         points = 1.08 * np.stack([np.cos(a), np.sin(a)], 1) + (0, 0.22)
-    elif shape == "star":  # fat: a thin one does not survive a small VAE
+    elif shape == "star":  # with thick arms, because a small VAE loses thin ones
         a = -math.pi / 2 + math.pi / 5 * np.arange(10)
         r = np.where(np.arange(10) % 2 == 0, 1.05, 0.55)
         points = r[:, None] * np.stack([np.cos(a), np.sin(a)], 1)
@@ -76,6 +77,8 @@ def outline(shape: str, turn: float = 0.0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Object:
+    """One drawn shape."""
+
     colour: str
     shape: str
     x: float  # centre, pixels
@@ -84,7 +87,8 @@ class Object:
     turn: float  # radians
 
     def mask(self) -> np.ndarray:
-        """Coverage (SIZE,SIZE) in 0..1, anti-aliased."""
+        """Returns the coverage of each pixel by the object, (SIZE,SIZE) float32 in 0..1,
+        anti-aliased."""
         k = 4  # supersampling
         canvas = Image.new("L", (SIZE * k, SIZE * k))
         points = (outline(self.shape, self.turn) * self.radius + (self.x, self.y)) * k
@@ -96,12 +100,13 @@ class Object:
 class Example:
     """One image with its caption.
 
-    `named` has one entry per object of the caption: the place of its colour word in `words` (None:
-    no colour), the place of its shape word, and its index in `objects` (None: not drawn).
+    `named` has one entry per object in the caption: the index of its colour word in `words` (None
+    if the colour is omitted), the index of its shape word, and its index in `objects` (None if it
+    is not drawn).
     """
 
     objects: tuple[Object, ...]
-    ground: tuple[int, int, int]
+    ground: tuple[int, int, int]  # background colour, 8-bit RGB
     words: tuple[str, ...]
     named: tuple[tuple[int | None, int, int | None], ...]
 
@@ -110,7 +115,8 @@ class Example:
         return " ".join(self.words).replace(" ,", ",")
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
-        """-> image (SIZE,SIZE,3) uint8 and the objects' masks (n,SIZE,SIZE) float32 in 0..1."""
+        """Draws the image. Returns it, (SIZE,SIZE,3) uint8, and the objects' masks (n,SIZE,SIZE)
+        float32 in 0..1."""
         picture = np.empty((SIZE, SIZE, 3), np.float32)
         picture[:] = self.ground
         masks = np.stack([o.mask() for o in self.objects])
@@ -120,11 +126,13 @@ class Example:
 
 
 def _pairs_allowed(shapes: Iterable[str]) -> bool:
+    """Returns whether the shapes contain no pair of `HELD_OUT_PAIRS`."""
     return not any(pair <= set(shapes) for pair in HELD_OUT_PAIRS)
 
 
 def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
-    """n colour-shape combinations, none held out, without repeated colours or shapes."""
+    """Draws n (colour, shape) combinations without repeated colours or shapes. None is in
+    `HELD_OUT`, and no two shapes are in `HELD_OUT_PAIRS`."""
     while True:
         picks = [COMBINATIONS[i] for i in rng.choice(len(COMBINATIONS), n, replace=False)]
         colours, shapes = zip(*picks)
@@ -133,7 +141,8 @@ def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
 
 
 def place(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]]:
-    """n (x, y, radius) in pixels: objects that lie inside the image and do not touch."""
+    """Draws positions for n objects that lie inside the image and do not touch. Returns a list of
+    (x, y, radius) in pixels."""
     while True:
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
@@ -146,7 +155,7 @@ def place(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]]:
 
 
 def example(seed: int, index: int) -> Example:
-    """Image number `index` of the set that `seed` names."""
+    """Returns image number `index` of the training set with this seed."""
     rng = np.random.default_rng((seed, index))
     n = 1 + int(rng.choice(3, p=COUNTS))
     absent = int(n < 3 and rng.random() < ABSENT)
@@ -163,16 +172,17 @@ def example(seed: int, index: int) -> Example:
 def _caption(
     rng: np.random.Generator, subjects: list[tuple[str, str]], n: int, objects: tuple[Object, ...]
 ) -> tuple[list[str], list[tuple[int | None, int, int | None]]]:
-    """The words of a caption, and `Example.named`. The first n subjects are drawn."""
+    """Draws a caption. Returns its words, and `Example.named`. Of `subjects`, the first n are drawn
+    in the image."""
     order = [int(i) for i in rng.permutation(len(subjects))]
-    colours = rng.random() >= 0.1  # a tenth of the captions omit them
+    colours = rng.random() >= 0.1  # a tenth of the captions omit the colours
     style = rng.random()
     words: list[str] = []
     named: list[tuple[int | None, int, int | None]] = []
     if style < 0.08:
         words += [["a", "picture", "of"], ["an", "image", "of"], ["a", "photo", "of"]][int(rng.integers(3))]
     joint = ["and"] if style < 0.85 else ["with"]
-    if len(order) == 2 == n and rng.random() < 0.12:  # relative position
+    if len(order) == 2 == n and rng.random() < 0.12:  # state the relative position
         a, b = (objects[i] for i in order)
         if abs(a.x - b.x) > abs(a.y - b.y):
             joint = ["left" if a.x < b.x else "right", "of"]

@@ -1,10 +1,11 @@
-"""Finds the coloured shapes in an image from its pixels alone, without a model.
+"""Finds the coloured shapes in an image from its pixels alone, without a trained model.
 
-The pixels that differ from the ground form connected bodies. The colour of a body is the nearest of
-the palette; its shape is the template with the largest overlap after both are brought to the same
-centre and area. `judge` compares the bodies with the objects of a caption. The thresholds tolerate
-the VAE: with 30 and 0.70 nearly all true images still pass after a round trip through it (README.md
-has the figures, false accepts included).
+The pixels that differ from the background form bodies, which are connected groups of pixels. The
+colour of a body is the nearest colour of the palette. Its shape is that of the template (an outline
+of `data.outline` at one angle) with the largest overlap, after body and template are brought to the
+same centre and area. `judge` compares the bodies with the objects of a caption. The thresholds
+tolerate the VAE: with FOREGROUND = 30 and IOU = 0.70 nearly all true images still pass after
+encoding and decoding (README.md has the figures, false accepts included).
 """
 
 from collections.abc import Sequence
@@ -16,13 +17,16 @@ from PIL import Image, ImageDraw
 
 from .data import COLOURS, SHAPES, outline
 
-FOREGROUND = 30  # 8-bit RGB distance from the ground
-IOU = 0.70  # overlap with the best template, below which a body is malformed
+FOREGROUND = 30  # 8-bit RGB distance from the background, above which a pixel is part of a body
+IOU = 0.70  # intersection over union with the best template, below which a body is malformed
 SPECK = 40  # pixels: smaller bodies are ignored
-FAR = 85  # RGB distance from the nearest palette colour, beyond which a body has none
+FAR = 85  # 8-bit RGB distance from the nearest palette colour, beyond which a body has no colour
 SECOND = 0.22  # fraction of a body in a second colour that makes it a hybrid
-GRID = 40  # cells per side of the grid on which shapes are compared; their mean radius is a quarter
+# Cells per side of the grid on which shapes are compared. Their mean radius is a quarter of a side.
+GRID = 40
 NEGLECT = frozenset(("missing", "hybrid", "mixed", "wrong colour"))
+# Kinds of failure, the most serious first. "hybrid" is a body of two colours, "mixed" a subject
+# drawn with the shape or colour of another subject.
 KINDS = ("missing", "hybrid", "mixed", "wrong colour", "wrong shape", "malformed", "doubled", "extra")
 PALETTE = np.array(list(COLOURS.values()), np.float32)
 NAMES = tuple(COLOURS)
@@ -32,9 +36,11 @@ Subject = tuple[str | None, str]  # colour (None: any), shape
 
 @dataclass(frozen=True)
 class Found:
-    """One body in an image. `shape` is that of the best template, `iou` its overlap with it."""
+    """One body (connected group of pixels) in an image. `shape` is the shape whose template
+    overlaps the body most, and `iou` is the intersection over union of the body and that template.
+    """
 
-    colours: tuple[str, ...]  # one, two for a hybrid, none if it is far from the palette
+    colours: tuple[str, ...]  # one; two for a hybrid; none if all palette colours are far
     shape: str
     iou: float
     area: int  # pixels
@@ -42,16 +48,18 @@ class Found:
 
     @property
     def whole(self) -> bool:
+        """Returns whether the body has one colour and is well drawn."""
         return len(self.colours) == 1 and self.iou >= IOU
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an image compares with the objects asked for.
+    """The result of comparing an image with the objects asked for.
 
-    `strict`: exactly these objects and nothing else. `no_neglect`: no object is missing, merged
-    with another or in a wrong colour; badly drawn shapes and extra copies are accepted. `failures`
-    has one kind for each of the `subjects_failed` objects, then one for each surplus body.
+    `found` has all bodies of the image. `strict` means that the image has exactly the objects asked
+    for and nothing else. `no_neglect` means that no object is missing, merged with another or in a
+    wrong colour; badly drawn shapes and extra copies are accepted. `failures` has one of `KINDS`
+    for each of the `subjects_failed` objects that were not found, then one for each surplus body.
     """
 
     found: tuple[Found, ...]
@@ -68,12 +76,13 @@ class Verdict:
 
     @property
     def kind(self) -> str:
-        """The most serious failure, or "right"."""
+        """Returns the most serious failure (the first in `KINDS`), or "right"."""
         return min(self.failures, key=KINDS.index, default="right")
 
 
 def bodies(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts (4 neighbours) of a boolean (H,W), largest first, without specks."""
+    """Returns the connected groups of pixels (4 neighbours) of a boolean mask (H,W) as masks,
+    largest first, without those below SPECK pixels."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # every pixel takes the largest label beside it, until nothing changes
         padded = np.pad(labels, 1)
@@ -89,8 +98,8 @@ def bodies(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """A body resampled to (GRID,GRID) about its centroid, scaled to the area of a circle of radius
-    GRID/4."""
+    """Resamples a body's mask to (GRID,GRID) about its centroid, scaled to the area of a circle of
+    radius GRID/4 cells."""
     rows, columns = np.nonzero(mask)
     scale = (len(rows) / np.pi) ** 0.5 / (GRID / 4)  # pixels per cell
     at = (np.arange(GRID) - (GRID - 1) / 2) * scale
@@ -101,8 +110,8 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 @cache
 def templates() -> np.ndarray:
-    """(shapes, turns, GRID, GRID) boolean: every outline at the turns that occur, normalised as
-    bodies."""
+    """Returns the masks (shapes, turns, GRID, GRID) of every outline, at five angles that span
+    those of the training set, normalised as bodies are."""
     out = []
     for shape in SHAPES:
         out.append([])
@@ -114,7 +123,8 @@ def templates() -> np.ndarray:
 
 
 def shape_of(mask: np.ndarray) -> tuple[str, float]:
-    """The shape of a body's best template, and its intersection over union with it."""
+    """Returns the shape whose template overlaps a body most, and the intersection over union of the
+    body and that template."""
     body = _normalised(mask)
     overlap = (templates() & body).sum((2, 3)) / (templates() | body).sum((2, 3))  # (shapes, turns)
     best = overlap.max(1)
@@ -122,15 +132,16 @@ def shape_of(mask: np.ndarray) -> tuple[str, float]:
 
 
 def _inner(mask: np.ndarray) -> np.ndarray:
-    """The body without its rim, where colours mix with the ground; all of a body too small for
-    that."""
+    """Returns the body without its rim, where colours mix with the background. Returns the whole
+    body if too few pixels would remain."""
     padded = np.pad(mask, 1)
     inner = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inner if inner.sum() >= SPECK // 2 else mask
 
 
 def find(picture: np.ndarray | Image.Image) -> list[Found]:
-    """Every body of an image (H,W,3), 8-bit RGB, on a light ground; largest first."""
+    """Finds every body of an image (H,W,3), 8-bit RGB, on a light background. Returns bodies from
+    the largest to the smallest."""
     array = np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
     pixels = array.astype(np.float32)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
@@ -145,8 +156,8 @@ def find(picture: np.ndarray | Image.Image) -> list[Found]:
         first, second = np.argsort(-counts)[:2]
         # A body of two colours is a hybrid, unless it is two well-drawn objects that touch.
         if counts[second] >= SECOND * inner.sum():
-            # Every pixel, also of the rim, which has neither colour, counts for the nearer of the
-            # two.
+            # Every pixel is assigned to the nearer of the two colours. This includes the rim's
+            # pixels, which have neither colour.
             own = distance[..., first] <= distance[..., second]
             parts = [max(bodies(mask & side), key=np.sum, default=None) for side in (own, ~own)]
             parts = [part for part in parts if part is not None]
@@ -160,7 +171,8 @@ def find(picture: np.ndarray | Image.Image) -> list[Found]:
 
 
 def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None) -> Found:
-    """A body of the given colours, or of the palette colour nearest to its median."""
+    """Describes a body. `colours` None means the palette colour nearest to the body's median
+    colour, or no colour if all are far."""
     if colours is None:
         distance = np.linalg.norm(np.median(pixels[_inner(mask)], 0) - PALETTE, axis=-1)
         colours = (NAMES[int(distance.argmin())],) if distance.min() <= FAR else ()
@@ -169,7 +181,8 @@ def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None
 
 
 def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Verdict:
-    """Compare an image with the (colour, shape) pairs that its caption names."""
+    """Compares an image with the (colour, shape) pairs that its caption names. A colour of None
+    accepts any colour."""
     found = find(picture)
     left = list(found)
     missed = []
@@ -198,18 +211,19 @@ def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Ver
 
 
 def _explain(subject: Subject, left: list[Found], subjects: Sequence[Subject]) -> tuple[Found | None, str]:
-    """Why a subject was not found: the body drawn in its place, if any, and the kind of failure."""
+    """Returns (body, kind): the body of `left` drawn in place of a subject that was not found (or
+    None), and the kind of failure."""
     colour, shape = subject
     others = [s for s in subjects if s != subject]
     for body in left:
         if len(body.colours) == 2 and colour in body.colours:
             return body, "hybrid"
-    for body in left:  # in its colour: badly drawn, or with another shape
+    for body in left:  # in the subject's colour: badly drawn, or with another shape
         if colour in body.colours:
             if body.iou < IOU:
                 return body, "malformed"
             return body, "mixed" if body.shape in [s for _, s in others] else "wrong shape"
-    for body in left:  # in its shape, but another colour
+    for body in left:  # in the subject's shape, but with another colour
         if body.iou >= IOU and body.shape == shape and len(body.colours) < 2:
             return body, "mixed" if set(body.colours) & {c for c, _ in others} else "wrong colour"
     if colour is None and left:

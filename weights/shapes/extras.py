@@ -3,14 +3,16 @@
     python -m minsd.weights.shapes.extras control     # a ControlNet -> extras/outlines/
     python -m minsd.weights.shapes.extras style       # a LoRA -> extras/pierced.safetensors
 
-With the ControlNet (Zhang et al. 2023), outlines determine where shapes go. It starts as a copy of
-the UNet's encoder half, joined to the UNet by convolutions that start at zero. It sees white
-outlines of the objects on black, and the captions that the model itself was trained on: colours
-still come from the caption. With the LoRA (Hu et al. 2021), every shape gets a hole in its middle.
-It has rank 8, on attention layers and convolutions of the UNet; its `down` matrices start at
-random, its `up` matrices at zero. It has no trigger word. The model itself stays frozen.
+With the ControlNet (Zhang et al. 2023), outlines determine the places of shapes. It starts as a
+copy of the UNet's encoder half, joined to the UNet by convolutions that start at zero. Its control
+images are white outlines of the objects on black, with the kind of captions that the model itself
+was trained on, so colours still come from the caption. With the LoRA (Hu et al. 2021), every shape
+gets a hole in its middle. It has rank 8, on attention layers and convolutions of the UNet; its
+`down` matrices start at random, its `up` matrices at zero. It has no trigger word. The weights of
+the model stay frozen.
 
-Training takes minutes on a CPU; bench/control.py measures the effect of both.
+Training takes minutes on a CPU; bench/control.py measures the effect of the ControlNet and of the
+LoRA.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from minsd.weights.shapes import data
 from minsd.weights.shapes.train import use_attention_in_full
 
 HERE = Path(__file__).parent / "extras"
-SEED = 31  # of images that the model was not trained on
+SEED = 31  # gives images that the model was not trained on
 HIDDEN = (16, 16, 32, 64)  # channels inside the embedding of control images
 RANK = 8
 # The ends of the names of the layers that the LoRA adapts.
@@ -57,13 +59,14 @@ class Options:
     out: Path
     steps: int
     batch: int
-    pictures: int  # different images
-    minutes: float  # stop after this time, with the learning rate scheduled to end there
+    pictures: int  # number of different images
+    minutes: float  # the time limit; the learning-rate schedule ends there at the latest
     lr: float | None  # None: the default
 
 
 def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Image:
-    """A control image: white outlines, `width` pixels wide, on black."""
+    """Draws a control image (128x128, RGB): white outlines of the objects, `width` pixels wide, on
+    black."""
     k = 4  # supersampling
     canvas = Image.new("L", (data.SIZE * k, data.SIZE * k))
     for o in objects:
@@ -73,13 +76,13 @@ def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Imag
 
 
 def plain(example: data.Example) -> np.ndarray:
-    """The image (SIZE,SIZE,3) uint8 of an example."""
+    """Draws the image (SIZE,SIZE,3) uint8 of an example."""
     return example.render()[0]
 
 
 def pierced(example: data.Example) -> np.ndarray:
-    """The image (SIZE,SIZE,3) uint8 of an example, with a round hole through the middle of each
-    object."""
+    """Draws the image (SIZE,SIZE,3) uint8 of an example, with a round hole through the middle of
+    each object."""
     picture = plain(example).astype(np.float32)
     y, x = np.mgrid[: data.SIZE, : data.SIZE]
     for o in example.objects:
@@ -92,8 +95,8 @@ def pierced(example: data.Example) -> np.ndarray:
 def examples(
     sd: Model, count: int, draw: Callable[[data.Example], np.ndarray]
 ) -> tuple[Tensor, Tensor, list[data.Example]]:
-    """`count` examples, drawn and encoded -> latents (n,4,16,16), text states (n,77,D),
-    examples."""
+    """Makes `count` examples, draws each with `draw` and encodes it. Returns latents (n,4,16,16),
+    text states (n,77,D), and the examples."""
     made = [data.example(SEED, i) for i in range(count)]
     parts = [made[i : i + 32] for i in range(0, count, 32)]
     latents = torch.cat([sd.encode([Image.fromarray(draw(e)) for e in part]) for part in parts])
@@ -104,9 +107,10 @@ def examples(
 def train(
     sd: Model, parameters: list[nn.Parameter], predict: Predict, latents: Tensor, options: Options, lr: float
 ) -> None:
-    """Minimise the squared error of the noise, weighted as in the model's own training (train.py).
+    """Trains `parameters` to minimise the squared error of the predicted noise, weighted as in the
+    model's own training (train.py).
 
-    Every 50 steps the state is saved, and the same command resumes from it.
+    The state is saved every 50 steps, and the same command resumes from the saved state.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
     state = options.out / f"{options.what}.state"
@@ -145,7 +149,8 @@ def train(
 
 
 def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: int) -> Tensor:
-    """The weighted error on a random batch. The random numbers follow from the step's index."""
+    """Returns the weighted error of the predicted noise on a random batch. All random numbers are
+    determined by `step`."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     pick = torch.randint(len(latents), (batch,), generator=generator)
     t = torch.randint(1000, (batch,), generator=generator)
@@ -158,19 +163,21 @@ def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: i
 
 
 def drop(texts: Tensor, pick: Tensor, empty: Tensor) -> Tensor:
-    """The text states of a batch; every tenth is replaced by the empty prompt's, for guidance."""
+    """Returns the text states of a batch (`pick` holds indices into `texts`). Every tenth row is
+    the empty prompt's text states, for guidance."""
     keep = torch.arange(len(pick)) % 10 > 0
     return torch.where(keep[:, None, None], texts[pick], empty)
 
 
 def train_control(sd: Model, options: Options) -> None:
+    """Trains the ControlNet and writes its folder."""
     torch.manual_seed(SEED)
     net = ControlNet(sd.config.unet, HIDDEN)
     theirs = sd.unet.state_dict()
     net.load_state_dict({name: theirs.get(name, p) for name, p in net.state_dict().items()})
-    # In the paper the last layer of the embedding starts at zero as well. One zero-initialised
-    # layer on the way is enough for the output to start at zero, and with two of them the first
-    # hundreds of steps teach next to nothing.
+    # In the paper the last layer of the control image's embedding starts at zero as well. But one
+    # zero-initialised layer is enough for the output to start at zero, and with two in sequence the
+    # ControlNet learns next to nothing in the first hundreds of steps.
     for conv in (*net.controlnet_down_blocks, net.controlnet_mid_block):
         for p in conv.parameters():
             nn.init.zeros_(p)
@@ -194,6 +201,7 @@ def train_control(sd: Model, options: Options) -> None:
 
 
 def control_json(sd: Model) -> dict[str, Any]:
+    """Returns the content of the ControlNet's config.json."""
     c = sd.config.unet
     return {
         "_class_name": "ControlNetModel",
@@ -214,6 +222,7 @@ def control_json(sd: Model) -> dict[str, Any]:
 
 
 def train_style(sd: Model, options: Options) -> None:
+    """Trains the LoRA and writes its file."""
     torch.manual_seed(SEED)
     fused = lora.fused_layers(sd.unet)
     parts = []
@@ -235,7 +244,7 @@ def train_style(sd: Model, options: Options) -> None:
 
     with lora.per_row([(lora.LoRA("pierced", tuple(parts)), [1.0])]):
         train(sd, parameters, predict, latents, options, options.lr or 2e-3)
-    tensors = {}  # as kohya names them
+    tensors = {}  # with kohya's names
     for part in parts:
         key = "lora_unet_" + part.name.replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = part.down
@@ -246,7 +255,7 @@ def train_style(sd: Model, options: Options) -> None:
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Save tensors in fp16; the file appears whole or not at all."""
+    """Saves tensors in fp16. An interruption leaves no partial file at `path`."""
     temporary = path.with_suffix(".tmp")
     halves = {name: p.detach().half().contiguous() for name, p in tensors.items()}
     save_file(halves, temporary, {"format": "pt"})

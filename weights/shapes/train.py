@@ -3,11 +3,12 @@ folder.
 
     python -m minsd.weights.shapes.train [--quick] [--samples N] [--minutes M] [--export] [--out DIR]
 
-First the VAE (Kingma & Welling 2014), then the UNet and the text encoder together (Ho et al. 2020,
-Rombach et al. 2022) on its latents. Uses every CPU core, as processes of one thread that average
-their gradients over gloo, or one GPU. Checkpoints go to `run/`: the same command resumes from the
-newest one and ends with the same weights. `--minutes` stops early, to be resumed later; `--export`
-writes the folder from the newest checkpoint.
+The VAE (Kingma & Welling 2014) is trained first, then the UNet and the text encoder together (Ho et
+al. 2020, Rombach et al. 2022) on the VAE's latents. Training uses one GPU, or every CPU core, with
+one process of one thread per core; these processes average their gradients over gloo. Checkpoints
+go to `run/`. The same command resumes from the newest checkpoint and ends with the same weights as
+without the interruption. `--minutes` stops early, to be resumed later; `--export` writes the folder
+from the newest checkpoint.
 
 README.md explains what this model needs beyond plain denoising: a schedule shifted for 16x16
 latents (config.py), errors weighted towards the noisy end, where layout is decided, captions that
@@ -46,43 +47,47 @@ from minsd.weights.shapes import data
 HERE = Path(__file__).parent
 ROW = MODELS["shapes"]
 SEED = 2026
-VAE_BATCH = 32  # over all processes
+VAE_BATCH = 32  # images per step, over all processes
 UNET_BATCH = 96
-PICTURES = 48_000  # different images; the UNet passes over their latents several times
+PICTURES = 48_000  # number of different images; the UNet sees their latents several times
 VAE_SAMPLES = {"full": 40_000, "quick": 20_000}
 UNET_SAMPLES = {"full": 480_000, "quick": 80_000}
-LEVELS = (0.10, 0.20)  # attention wanted at an object's cells from its colour word, its shape word
-ATTENTION_WEIGHT = 0.05  # of the attention loss; falls linearly to 0 ...
-ATTENTION_UNTIL = 1 / 3  # ... at this fraction of the run
-EMA = 0.995
+# Target attention of an object's cells to the object's colour word, and to its shape word.
+LEVELS = (0.10, 0.20)
+# The weight of the attention loss at the start. It falls linearly to 0 at the fraction
+# ATTENTION_UNTIL of the run.
+ATTENTION_WEIGHT = 0.05
+ATTENTION_UNTIL = 1 / 3
+EMA = 0.995  # decay of the moving average of weights, per step
 VOCABULARY = json.loads((HERE / "tokenizer" / "vocab.json").read_text())
 
-# losses(progress in 0..1, NumPy's generator, PyTorch's generator) -> name: (loss, weight)
+# A function losses(progress, rng, generator) -> {name: (loss, weight)}; progress is the fraction of
+# the run that is done, and all random numbers come from the NumPy and the PyTorch generator.
 Losses = Callable[[float, np.random.Generator, torch.Generator], dict[str, tuple[Tensor, float]]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to train, where, and for how long."""
+    """Options of a training: what to train, where to write, and for how long."""
 
-    run: Path  # checkpoints
-    out: Path  # the finished folder
+    run: Path  # folder of the checkpoints
+    out: Path  # folder of the finished model
     quick: bool = False
-    samples: int | None = None  # for the UNet; None: the default
+    samples: int | None = None  # images to train the UNet on; None: the default
     vae_samples: int | None = None
-    minutes: float | None = None  # None: until it is done
-    token: int = 0  # names the file through which the processes find each other
+    minutes: float | None = None  # None: until the training is complete
+    token: int = 0  # makes the name of the file through which the processes find each other
 
 
 def token_ids(words: Iterable[str]) -> list[int]:
-    """The 77 token ids of a caption: start, words, end, padding with the end token. Every caption
-    word is one token, so no tokenizer is needed."""
+    """Returns the 77 token ids of a caption: start, words, end, and padding with the end token.
+    Every caption word is one token, so no tokenizer is needed."""
     ids = [ROW.text.vocab_size - 2] + [VOCABULARY[f"{w}</w>"] for w in words]
     return ids + [ROW.text.eos_token_id] * (ROW.text.max_length - len(ids))
 
 
 class Workers:
-    """This process among all processes of the training."""
+    """One process of the training: its `rank` among `world` processes, and its device."""
 
     def __init__(self, rank: int, world: int, device: str):
         self.rank = rank
@@ -90,7 +95,7 @@ class Workers:
         self.device = device
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over all processes."""
+        """Replaces every gradient by its mean over all processes."""
         if self.world == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -101,6 +106,7 @@ class Workers:
             grad.copy_(mean.view_as(grad))
 
     def log(self, *words: object) -> None:
+        """Prints the words with the time, in the process of rank 0 alone."""
         if self.rank == 0:
             print(time.strftime("%H:%M:%S"), *words, flush=True)
 
@@ -109,8 +115,9 @@ class Workers:
 
 
 class Run:
-    """Networks under training with their optimiser, their moving average and their checkpoint: one
-    loop for both stages."""
+    """Networks under training with their optimiser, their moving average of weights and their
+    checkpoint. Both stages of the training, the VAE and then the UNet with the text encoder, use
+    this class."""
 
     def __init__(
         self,
@@ -123,8 +130,9 @@ class Run:
         out: Path,
         warmup: int = 100,
     ):
-        """`samples` and `batch` are over all processes; `warmup` is in steps. Resumes from the
-        checkpoint `out`/`name`.pt if there is one."""
+        """Sets up the networks `modules` for training, and resumes from the checkpoint
+        `out`/`name`.pt if there is one. `samples` and `batch` are totals over all processes;
+        `warmup` is in steps."""
         self.name = name
         self.modules = modules
         self.workers = workers
@@ -147,6 +155,7 @@ class Run:
             workers.log(f"{name}: resumes at step {self.step} of {self.steps}")
 
     def save(self) -> None:
+        """Writes the checkpoint, in the process of rank 0 alone."""
         if self.workers.rank:
             return
         state = {
@@ -159,7 +168,8 @@ class Run:
         os.replace(self.path.with_suffix(".tmp"), self.path)
 
     def train(self, losses: Losses, deadline: float) -> bool:
-        """Whether the run is complete; if not, the deadline (by time.time) has stopped it."""
+        """Trains until the last step or the `deadline` (in seconds, as time.time gives). Saves a
+        checkpoint about every two minutes and at the end. Returns whether the run is complete."""
         start = saved = time.time()
         first = self.step
         shown: dict[str, float] = {}
@@ -172,7 +182,7 @@ class Run:
                 self.workers.log(f"{self.name} {self.step}/{self.steps}", *figures, f"{rate:.0f} samples/s")
             stop = torch.tensor([time.time() > deadline, time.time() - saved > 120], dtype=torch.int32)
             if self.workers.world > 1:
-                dist.broadcast(stop, 0)  # the first process decides for all
+                dist.broadcast(stop, 0)  # the process of rank 0 decides for all
             if stop[1] or stop[0]:
                 self.save()
                 saved = time.time()
@@ -182,10 +192,13 @@ class Run:
         return True
 
     def _one_step(self, losses: Losses) -> dict[str, tuple[Tensor, float]]:
+        """Performs one optimiser step and updates the moving averages. Returns the losses and
+        weights that `losses` gave."""
         for group in self.optimizer.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
             group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
-        # All random numbers of a step follow from its index, so that a resumed run draws the same.
+        # All random numbers of a step are determined by the step's index, so that a resumed run
+        # draws the same ones.
         key = (SEED, self.step, self.workers.rank)
         generator = torch.Generator().manual_seed(hash(key) & (2**63 - 1))
         parts = losses(self.step / self.steps, np.random.default_rng(key), generator)
@@ -210,12 +223,13 @@ class Run:
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Images (128,128,3) in 0..255 -> (n,3,128,128) in -1..1."""
+    """Converts images (128,128,3) in 0..255 to a tensor (n,3,128,128) in -1..1."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tuple[bool, VAE]:
-    """-> (whether the training is complete, the averaged VAE)."""
+    """Trains the VAE. Returns (done, vae): whether the training is complete, and a VAE with the
+    moving average of the weights."""
     torch.manual_seed(SEED)
     vae = VAE(ROW.vae).to(workers.device)
     run = Run("vae", {"vae": vae}, workers, samples, VAE_BATCH, 1.5e-3, out)
@@ -241,8 +255,8 @@ def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tup
 
 @torch.no_grad()
 def confused(vae: VAE, workers: Workers) -> list[str]:
-    """Colours that the VAE turns into others: its training can end in a state where green is
-    black."""
+    """Returns the colours that the VAE turns into another colour of the palette. The check is
+    needed because the training can end in a state where green comes out black."""
     palette = torch.tensor(list(data.COLOURS.values())).float()
     lost = []
     for index, colour in enumerate(data.COLOURS):
@@ -257,11 +271,13 @@ def confused(vae: VAE, workers: Workers) -> list[str]:
 
 @torch.no_grad()
 def latents_of(vae: VAE, workers: Workers, out: Path, count: int) -> dict[str, Tensor]:
-    """This process's part of the training set, encoded once.
+    """Encodes this process's part of the training set and stores the result in a file, or loads
+    that file.
 
-    `latents` (n,4,16,16), `ids` (n,77), and for up to three objects of each caption `masks`
-    (n,3,16,16), coverage in 0..255, zero where the object is not drawn, and `places` (n,3,2), the
-    token positions of the colour word and the shape word, -1 where there is none.
+    Returns `latents` (n,4,16,16) and `ids` (n,77), and for up to three objects of each caption
+    `masks` (n,3,16,16) and `places` (n,3,2). `masks` is the coverage of each latent cell by the
+    object in 0..255, zero where the object is not drawn. `places` has the token positions of the
+    colour word and the shape word, -1 where the caption lacks the word.
     """
     path = out / f"latents-{workers.rank}-of-{workers.world}.pt"
     if path.exists():
@@ -303,24 +319,28 @@ def latents_of(vae: VAE, workers: Workers, out: Path, count: int) -> dict[str, T
 def attention_in_full(
     q: Tensor, k: Tensor, v: Tensor, *, probs: str | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """As minsd.kernels.attention, but with all probabilities kept for the backward pass, in
-    autocast's bfloat16. Here weights take gradients and latents are small: on a CPU this is faster
-    than any backend of minsd.kernels."""
+    """Computes attention as minsd.kernels.attention does, but in autocast's bfloat16 and with all
+    probabilities kept for the backward pass. In this training weights take gradients and latents
+    are small, so on a CPU this function is faster than any backend of minsd.kernels.
+
+    q is (B,N,heads,d), k and v are (B,M,heads,d). Returns the output (B,N,heads,d), and with
+    `probs` the probabilities averaged over heads (B,N,M), otherwise None. `backend` is ignored.
+    """
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, N, d)
     p = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1)  # (B, heads, N, M)
     return (p @ v).transpose(1, 2), p.mean(dim=1) if probs else None
 
 
 def use_attention_in_full(network: nn.Module) -> None:
-    """Let every attention layer of a network compute with `attention_in_full`."""
+    """Makes every attention layer of a network compute with `attention_in_full`."""
     for module in network.modules():
         if isinstance(module, Attention):
-            # An instance attribute in place of the class's static method, which pyright forbids.
+            # This instance attribute replaces the class's static method, which pyright forbids.
             module.attend = attention_in_full  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def text_model() -> CLIPTextModel:
-    """An empty text encoder."""
+    """Makes an untrained text encoder."""
     c = ROW.text
     config = CLIPTextConfig(
         vocab_size=c.vocab_size,
@@ -340,13 +360,15 @@ def text_model() -> CLIPTextModel:
 
 
 def attention_loss(recorder: AttentionRecorder, masks: Tensor, places: Tensor) -> Tensor:
-    """The squared error of the 16x16 maps of the caption's words against level x mask, over all
-    cells.
+    """Returns the attention loss: the squared error, summed over all cells, between the 16x16
+    attention maps of the caption's words and the target level x mask. `LEVELS` has one level for
+    colour words and one for shape words.
 
-    masks (B,3,16,16) in 0..1 and places (B,3,2) as in `latents_of`. The error is least where the
-    map is level x P(object here | what is visible in the noise): the loss calibrates maps rather
-    than sharpening them, and the word of an absent object should attend nowhere. It is divided by
-    the weight of an average object (16 cells) at full level, so that it starts near 1.
+    masks (B,3,16,16) in 0..1 and places (B,3,2) are as in `latents_of`. The error is least where
+    the map is level x P(object in this cell | what is visible in the noise), so the loss calibrates
+    maps rather than sharpening them. The target for the word of an absent object is a map of zeros.
+    The error is divided by the error that a map of zeros has for an average object (16 cells), so
+    that the loss starts near 1.
     """
     total = count = masks.new_zeros(())
     maps = recorder.cross.float()  # (B, 16, 16, 77)
@@ -364,13 +386,17 @@ def attention_loss(recorder: AttentionRecorder, masks: Tensor, places: Tensor) -
 def train_unet(
     workers: Workers, samples: int, out: Path, deadline: float, scale: float, store: dict[str, Tensor]
 ) -> tuple[bool, dict[str, nn.Module]]:
-    """-> (whether the training is complete, the averaged "unet" and "text"). `scale` brings the
-    latents of `store` to unit variance."""
+    """Trains the UNet and the text encoder together. Returns (done, average): whether the training
+    is complete, and the networks "unet" and "text" with the moving averages of their weights.
+
+    `store` is the training set of `latents_of`; `scale` is the factor that brings its latents to
+    unit variance.
+    """
     torch.manual_seed(SEED + 1)
     device = workers.device
     unet = UNet(ROW.unet).to(device)
     text = text_model().to(device).train()  # pyright: ignore[reportArgumentType]  # .to is decorated
-    nn.init.zeros_(unet.conv_out.weight)  # start by predicting zero
+    nn.init.zeros_(unet.conv_out.weight)  # the UNet starts by predicting zero
     if device == "cpu":
         use_attention_in_full(unet)
     run = Run("unet", {"unet": unet, "text": text}, workers, samples, UNET_BATCH, 1e-3, out)
@@ -393,9 +419,10 @@ def train_unet(
         with workers.autocast():
             context = text(ids).last_hidden_state
             eps = unet(schedule.add_noise(x0, noise, t), t, context, record=recorder)
-        # The plain squared error of eps gives little weight to layout: where layout is decided, the
-        # input is nearly all noise, which is easy to predict. The error of v would have the weight
-        # 1/abar and neglect outlines; its square root is a compromise.
+        # The plain squared error of eps gives little weight to layout, because layout is decided
+        # where the input is nearly all noise, and then eps is easy to predict. Training on the
+        # error of v would mean the weight 1/abar (abar: the cumulative product of 1 - beta at t),
+        # which neglects outlines. The square root of that weight is a compromise.
         weights = schedule.alphas_cumprod[t.cpu()].rsqrt().to(device)  # (B,)
         error = (eps.float() - noise).square().mean(dim=(1, 2, 3))  # (B,)
         parts = {"eps": (error.mean(), 0.0), "weighted": ((weights * error).mean(), 1.0)}
@@ -413,6 +440,7 @@ def train_unet(
 
 
 def unet_json() -> dict[str, Any]:
+    """Returns the content of the UNet's config.json."""
     u = ROW.unet
     kinds = ["CrossAttn" if cross else "" for cross in u.cross_attention]
     return {
@@ -440,6 +468,7 @@ def unet_json() -> dict[str, Any]:
 
 
 def vae_json(scale: float) -> dict[str, Any]:
+    """Returns the content of the VAE's config.json."""
     v = ROW.vae
     levels = len(v.block_out_channels)
     return {
@@ -459,6 +488,7 @@ def vae_json(scale: float) -> dict[str, Any]:
 
 
 def scheduler_json() -> dict[str, Any]:
+    """Returns the content of scheduler_config.json."""
     s = ROW.schedule
     return {
         "_class_name": "DDIMScheduler",
@@ -477,6 +507,7 @@ def scheduler_json() -> dict[str, Any]:
 
 
 def text_json() -> dict[str, Any]:
+    """Returns the content of the text encoder's config.json."""
     t = ROW.text
     return {
         "architectures": ["CLIPTextModel"],
@@ -497,6 +528,7 @@ def text_json() -> dict[str, Any]:
 
 
 def index_json() -> dict[str, Any]:
+    """Returns the content of model_index.json."""
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.30.0",
@@ -513,7 +545,7 @@ def index_json() -> dict[str, Any]:
 
 
 def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folder: Path) -> None:
-    """Write the diffusers folder: fp16 safetensors, and JSON files that describe the networks."""
+    """Writes the diffusers folder: fp16 safetensors, and JSON files that describe the networks."""
     for name, content in {
         "model_index.json": index_json(),
         "unet/config.json": unet_json(),
@@ -543,7 +575,7 @@ def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folde
 
 
 def export_checkpoint(run: Path, out: Path) -> None:
-    """Write the folder from the newest checkpoint of a run that is not complete."""
+    """Writes the diffusers folder from the newest checkpoint of a run that is not complete."""
     vae, unet, text = VAE(ROW.vae), UNet(ROW.unet), text_model()
     state = torch.load(run / "unet.pt", map_location="cpu", weights_only=True)
     unet.load_state_dict(state["average"]["unet"])
@@ -557,7 +589,7 @@ def export_checkpoint(run: Path, out: Path) -> None:
 
 
 def work(rank: int, world: int, device: str, options: Options) -> None:
-    """The whole training in one process of `world`."""
+    """Runs the whole training in one of `world` processes."""
     if device == "cpu":
         torch.set_num_threads(1)
         torch.backends.mkldnn.set_flags(True)
@@ -617,8 +649,8 @@ def main() -> None:
         work(0, 1, "cuda", options)
     else:
         world = args.workers or len(os.sched_getaffinity(0))
-        # Fork: a spawned process would not find minsd in a bare checkout, whose root is off
-        # sys.path.
+        # Processes are forked, because a spawned process would not find minsd in a checkout that is
+        # not installed, where the root of the package is not on sys.path.
         start_processes(work, (world, "cpu", options), nprocs=world, start_method="fork")
 
 
