@@ -204,8 +204,10 @@ MODELS: dict[str, ModelConfig] = {
 
 
 def overflow_advice(dtype: object) -> str:
-    """How to mend numbers that left a dtype's range ("torch.float16", ...), as the end of an error."""
-    if "float16" in str(dtype) and "bfloat16" not in str(dtype):  # it ends at 65504
+    """Returns the end of an error message about values beyond the range of a dtype
+    ("torch.float16", ...): what the user can change.
+    """
+    if "float16" in str(dtype) and "bfloat16" not in str(dtype):  # float16 ends at 65504
         return "try --dtype float32 or bfloat16"
     return (
         "no dtype has a larger range: check the guidance scale, the scales of adapters and ControlNets, "

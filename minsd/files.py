@@ -1,9 +1,8 @@
-"""Files that this program writes, and files of strangers: whole or not at all, locked, and read
-with care.
+"""Writes files whole or not at all, locks folders, and reads JSON and text of unknown origin.
 
-Folders of images are shared by processes and machines, and may come from somebody else. So nothing
-is written through a symbolic link, JSON is parsed with bounds, and text from files reaches a
-terminal with its control characters escaped.
+Folders of images are shared by processes and machines, and may come from other people. So no file
+is opened for writing through a symbolic link, JSON is parsed with limits, and text from files
+reaches a terminal with its control characters escaped.
 """
 
 import contextlib
@@ -29,19 +28,20 @@ except ImportError:  # Windows
 
 HOST = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64] or "host"
 TEMPORARY = re.compile(r"minsd-(?P<host>[\w.]+)-(?P<pid>\d{1,10})-[0-9a-f]{8}\.tmp", re.ASCII)
-STALE = 3600  # seconds after which an unlocked temporary file of another machine was left behind
-PATIENCE = 10  # seconds to wait for a lock before saying so
-DEEPEST = 64  # levels of nested JSON: ten times those of any settings
-HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories that a terminal acts upon or cannot show
-JOINERS = "\u200c\u200d"  # zero-width, but part of words and of emoji
+STALE = 3600  # seconds; an unlocked temporary file of this age was left behind by a killed process
+PATIENCE = 10  # seconds to wait for a lock before a warning is printed
+DEEPEST = 64  # levels of nesting in JSON; settings have at most six
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories that a terminal obeys or cannot show
+JOINERS = "\u200c\u200d"  # zero-width characters that are part of words and of emoji
 
 
 # --- text and JSON --------------------------------------------------------------------------------
 
 
 def printable(text: object, most: int = 2000) -> str:
-    """Text for one line of a terminal: control characters, line breaks and other invisible
-    characters as escapes, and the middle left out where it is longer than `most` characters.
+    """Returns the text as one line for a terminal: control characters, line breaks and other
+    invisible characters are escaped, and the middle of a text longer than `most` characters is left
+    out.
     """
     text = str(text)
     if len(text) > most:
@@ -55,8 +55,9 @@ def printable(text: object, most: int = 2000) -> str:
 
 
 def dumps(value: Any) -> str:
-    """JSON in one line, readable in UTF-8. File names that are not UTF-8 (lone surrogates in
-    Python) are escaped and come back as they were.
+    """Returns JSON in one line, with characters outside ASCII kept as they are. In a value that
+    UTF-8 cannot encode (a file name that is not UTF-8 has lone surrogates in Python) they are all
+    escaped; parsing restores them.
     """
     text = json.dumps(value, ensure_ascii=False)
     try:
@@ -67,14 +68,16 @@ def dumps(value: Any) -> str:
 
 
 def encodable(text: str) -> str:
-    """The text with whatever UTF-8 cannot hold as escapes."""
+    """Returns the text with the characters that UTF-8 cannot encode escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def parse_json(text: str | bytes, unique: bool = False) -> Any:
-    """Parse JSON that anybody may have written. `unique`: refuse an object with a key given twice.
+    """Parses JSON of unknown origin.
 
-    ValueError, in one line, for anything but JSON in UTF-8, for deep nesting and endless numbers.
+    Raises ValueError, in one line, for anything but JSON in UTF-8, for more than DEEPEST levels of
+    nesting, for integers of more than 400 digits and, with `unique`, for an object with a repeated
+    key.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -82,8 +85,7 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
         raise ValueError("not text in UTF-8") from None
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None, parse_int=_whole)
-        # Deep values are refused before something recursive meets them. The count is the cheap
-        # test.
+        # Recursive functions would fail on deep values later. Counting brackets first is cheap.
         if text.count("[") + text.count("{") > DEEPEST and _deeper(value, DEEPEST):
             raise RecursionError
     except json.JSONDecodeError as error:
@@ -109,7 +111,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether a JSON value is nested deeper than `levels`."""
+    """Returns whether a JSON value is nested deeper than `levels`."""
     layer = [value]
     for _ in range(levels):
         inner: list[Any] = []
@@ -125,7 +127,9 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def exists(path: Path) -> bool:
-    """Whether a path exists. False too for what cannot be a path: too long, or with a NUL in it."""
+    """Returns whether a path exists. False also for text that cannot be a path, because it is too
+    long or has a NUL character.
+    """
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -137,15 +141,16 @@ def exists(path: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary(folder: Path) -> Iterator[BinaryIO]:
-    """A new file in the folder to write to, which `put` then moves to its place. Without that, and
-    after an error, it is deleted. Its permissions are those of the umask.
+    """Creates a temporary file in the folder, open for writing, with the permissions of the umask.
+    `put` moves the file to its final name. A file that was not moved is deleted at the end of the
+    block.
 
-    Its name tells its host and process, and it is locked while it is open: `remove_stale` tells by
-    these the files of killed processes from those of living ones.
+    The file's name contains the host and the process number, and the file is locked while it is
+    open. From these `remove_stale` knows whether the process still runs.
     """
     path = folder / f"minsd-{HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        with open(path, "xb") as file:  # never through a link that lies there
+        with open(path, "xb") as file:  # "x" does not follow a symbolic link
             if fcntl is not None:
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,8 +161,8 @@ def temporary(folder: Path) -> Iterator[BinaryIO]:
 
 
 def sync(files: Sequence[BinaryIO]) -> None:
-    """Have the disk write the contents of open files, at once: file systems join such requests, so
-    that a batch costs little more than one file.
+    """Writes the contents of open files to the disk (fsync). Several files are synced at the same
+    time, because file systems join such requests: a batch takes little longer than one file.
     """
     if len(files) == 1:
         _sync(files[0])
@@ -171,24 +176,24 @@ def _sync(file: BinaryIO) -> None:
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # where nothing can be synced
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # no fsync on this file system
             raise
 
 
 def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) -> None:
-    """Move a temporary file to `path`, once the disk has its contents: after a power cut the name
-    stands for the whole file or for none. `synced`: they were given to `sync` already.
+    """Moves a temporary file to `path` after its contents are on the disk, so that after a power
+    cut `path` is either the whole file or missing. `synced`: the caller has called `sync` already.
 
-    FileExistsError, without `replace`, where there is such a file.
+    Without `replace`, raises FileExistsError if `path` exists.
     """
     if not synced:
         _sync(file)
     if fcntl is None:
-        file.close()  # Windows renames no open file
+        file.close()  # Windows cannot rename an open file
     if not replace:
         try:
-            os.link(file.name, path)  # unlike a rename, it never replaces a file
-            return  # the other name goes at the end of `temporary`
+            os.link(file.name, path)  # unlike a rename, a link never replaces a file
+            return  # `temporary` removes the other name
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links
@@ -198,11 +203,11 @@ def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) 
 
 
 def remove_stale(folder: Path) -> list[str]:
-    """Remove the temporary files that killed processes left in a folder. Returns their names.
+    """Removes the temporary files that killed processes left in a folder, and returns their names.
 
-    A file that a process holds locked is never removed. Others are if their process, of this
-    machine, has ended, or if they are an hour old: process numbers are used again, and the locks
-    of other machines may not be visible here.
+    A file that a process holds locked is never removed. An unlocked one is removed if its process
+    ran on this machine and has ended, or if the file is an hour old. The age is needed because
+    process numbers are used again, and because locks of other machines may not be visible.
     """
     removed: list[str] = []
     if fcntl is None:
@@ -250,12 +255,12 @@ def _alive(pid: int) -> bool:
 
 
 def own(path: Path, append: bool = False) -> BinaryIO:
-    """Open a file of this program for reading and writing, made where it is missing. `append`: what
-    is written goes to its end, whoever else writes.
+    """Opens a file of minsd's for reading and writing, and creates it where it is missing. With
+    `append` every write goes to the end of the file, even if other processes write to it too.
 
-    A symbolic link in its place is replaced by a file, with a warning: in a stranger's folder it
-    could lead to any file of the user. OSError for a folder, a pipe, or a file that may not be
-    written to.
+    A symbolic link at `path` is replaced by a file, with a warning, because in a folder from
+    somebody else the link could point to any file of the user. Raises OSError for a folder, a pipe,
+    or a file without write permission.
     """
     flags = os.O_RDWR | os.O_CREAT | (os.O_APPEND if append else 0)
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no system has all of them
@@ -278,11 +283,12 @@ def own(path: Path, append: bool = False) -> BinaryIO:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO | None]:
-    """Hold an exclusive lock on the folder among minsd processes; a no-op where the system cannot
-    lock.
+    """Holds an exclusive lock on the folder among minsd processes; does nothing where the system
+    cannot lock.
 
-    Yields the lock's file, open for reading and writing. It holds the name of the last image saved.
-    Yields None, with a warning, where something else is in its place that cannot be used.
+    Yields the lock file, open for reading and writing. Its content is the name of the last image
+    saved. Yields None, with a warning, where the lock file cannot be used, for example because it
+    is a folder.
     """
     path = folder / ".lock"
     try:
@@ -299,7 +305,9 @@ def locked(folder: Path) -> Iterator[BinaryIO | None]:
 
 
 def _wait(file: BinaryIO, path: Path) -> None:
-    """Lock a file, saying so where another process keeps it long (suspended, it holds its locks)."""
+    """Locks a file. Warns after PATIENCE seconds, because a process that is suspended keeps its
+    locks.
+    """
     if fcntl is None:
         return
     end = time.monotonic() + PATIENCE

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
-    """Load the model, plan the jobs, and draw them."""
+    """Draws the images, or previews of layouts."""
     quiet = command.quiet or ranks.Share.from_environment().rank > 0
 
     def say(*words: object) -> None:
@@ -75,9 +75,9 @@ def draw(
     quiet: bool,
     say: Callable[..., None],
 ) -> None:
-    """Load the model, plan the jobs, and run them; or list a prompt's tokens."""
+    """Loads the model, plans the jobs, and runs them; or lists a prompt's tokens."""
     if command.out.is_dir() and not command.list_tokens:
-        hold.take()  # before minutes of loading; a folder that is still to be made is held by `run`
+        hold.take()  # before the minutes of loading; `run` locks a folder that does not exist yet
     from minsd.app.jobs import plan
     from minsd.app.run import run
     from minsd.app.session import open_session
@@ -90,7 +90,7 @@ def draw(
             list_tokens(session.sd.text, line.prompt)
         return
     jobs, notes = plan(session.sd, command, lines)
-    for note in notes:  # only now: an error stands alone
+    for note in notes:  # after `plan`, so that an error is the only line
         say(note)
     if len(jobs) == 1:
         say(f"seed {jobs[0].seed}")
@@ -142,15 +142,15 @@ def list_tokens(text: Any, prompt: str) -> None:
     for position, token in enumerate(tokens):
         cut = "  (cut off)" if last <= position < len(tokens) - 1 else ""
         line = f"{position:3d}  {printable(token)}{cut}"
-        encoding = sys.stdout.encoding or "utf-8"  # which may not have every character
+        encoding = sys.stdout.encoding or "utf-8"  # may lack characters of the prompt
         print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _end(tally: Tally) -> int:
-    """The exit code of a run that came to its end, and how many of its images failed."""
+    """Returns the exit code of a run that came to its end, and prints how many images failed."""
     if not tally.failed:
         return 0
-    if tally.single:  # reported by itself
+    if tally.single:  # its error was printed, and needs no count
         return 2 if tally.mistaken else 1
     print(
         f"minsd: error: {ranks.label()}{tally.failed} of {tally.wanted} images are not drawn, for the "
@@ -161,7 +161,7 @@ def _end(tally: Tally) -> int:
 
 
 def _report(error: Exception, tally: Tally) -> int:
-    """Print an error as one line; return the exit code. Every process of several reports its own."""
+    """Prints an error as one line and returns the exit code. Every process reports its own errors."""
     message = reason(error)
     if tally.wanted:
         message = f"{tally.made} of {tally.wanted} images are done; {message}"

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALED = "minsd: values 0..255"  # in the info of an "F" image that `levels` made; resizing keeps it
-# What Pillow may try: image formats that people have, none that runs a program (EPS) or holds
-# other data.
+# The formats that Pillow may try. Pillow decides by content, not by suffix, and some of its other
+# formats run a program (EPS starts Ghostscript).
 FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
 
 
@@ -41,7 +41,7 @@ def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.
     Image.init()
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
-            raise ValueError("it is a pipe or a device")  # which could wait for ever
+            raise ValueError("it is a pipe or a device")  # reading could block for ever
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
             # The second image of a phone's MPO is no frame.
             frames = getattr(picture, "n_frames", 1) if picture.format != "MPO" else 1
@@ -154,7 +154,7 @@ def _lora_tag(reference: str) -> str:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all. Its folder is made where it is missing."""
+    """Writes a PNG, whole or not at all. Its folder is created where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.temporary(path.parent) as file:
         picture.save(file, format="PNG")
@@ -167,11 +167,11 @@ def save_numbered(
     settings: dict[str, Any],
     before: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at
-    all.
+    """Writes `NNNNN-SEED.png` with its settings, whole or not at all. NNNNN is one above the highest
+    number in the folder. SEED is the seed asked for, which a selection may not have chosen.
 
-    SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called
-    just before the image appears: files that belong to it are then never missing.
+    `before(path)` is called just before the image appears, and saves the files that belong to it,
+    so that no image lacks them.
     """
     with written(picture, folder, settings) as file:
         return place(file, folder, settings, before)
@@ -179,7 +179,7 @@ def save_numbered(
 
 @contextlib.contextmanager
 def written(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Iterator[BinaryIO]:
-    """An image with its settings in a temporary file of the folder, for `place`."""
+    """Writes an image with its settings to a temporary file in the folder, for `place`."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, files.dumps(settings))
     info.add_itxt("parameters", files.encodable(parameters(settings)))
@@ -195,43 +195,45 @@ def place(
     before: Callable[[Path], None] = lambda path: None,
     synced: bool = False,
 ) -> Path:
-    """Give a temporary file its number and name, as in `save_numbered`. `synced`: the disk has it
-    already.
+    """Gives a temporary file its number and name, as `save_numbered` describes. `synced`: the file
+    has been synced to the disk already.
 
-    The folder may be very full. It is listed only where the lock's file names no image that still
-    exists.
+    The folder may hold millions of images. It is only listed where the lock file does not name an
+    image that exists.
     """
     with files.locked(folder) as last:
         name = "" if last is None else last.read(300).decode("ascii", "replace")
-        if not NUMBERED.fullmatch(name) or not (folder / name).exists():
-            name = max(filter(NUMBERED.fullmatch, os.listdir(folder)), key=number, default="-1-")
+        if not COUNTED.fullmatch(name) or not (folder / name).exists():
+            name = max(filter(COUNTED.fullmatch, os.listdir(folder)), key=number, default="-1-")
         seed = settings.get("asked_seed", settings["seed"])
-        free = number(name) + 1
+        free = number(name)
         while True:
-            path = folder / f"{free:05d}-{seed}.png"
             free += 1
-            if os.path.lexists(path):  # where two processes could not lock
+            path = folder / f"{free:05d}-{seed}.png"
+            if os.path.lexists(path):  # two processes save at once where they cannot lock
                 continue
             if last is not None:
-                # A kill after this leaves the name of a missing image: the next run lists the
-                # folder.
+                # After a kill here the lock file names a missing image, and the next run lists
+                # the folder.
                 last.seek(0)
                 last.write(path.name.encode())
                 last.truncate()
                 last.flush()
             before(path)
             with contextlib.suppress(FileExistsError):
-                files.put(file, path, replace=last is not None, synced=synced)
+                files.put(file, path, replace=False, synced=synced)
                 return path
 
 
 CHUNK = "minsd"  # the keyword of the PNG text chunk that holds an image's settings
-# More digits than an image's number or a seed has are somebody else's file.
+# A name with more digits is not one of minsd's.
 NUMBERED = re.compile(r"\d{1,15}-\d{1,19}\.png", re.ASCII)
+# Numbering goes on from these names, so that names stay within NUMBERED.
+COUNTED = re.compile(r"\d{1,12}-\d{1,19}\.png", re.ASCII)
 
 
 def number(name: str) -> int:
-    """The NNNNN of an image's file name."""
+    """Returns the NNNNN of an image's file name."""
     return int(name.rpartition("-")[0])
 
 
@@ -239,10 +241,8 @@ def number(name: str) -> int:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of an image that minsd wrote, from its metadata. ValueError where there are
-    none.
-
-    The whole image is decoded.
+    """Reads the settings that minsd wrote into an image's metadata, and decodes the whole image.
+    Raises ValueError for an image that cannot be read or has no settings.
     """
     read(path)
     try:
@@ -256,12 +256,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def verified(path: Path, whole: bool = False) -> dict[str, Any]:
-    """The settings of a complete image of minsd's. ValueError or OSError for any other file.
+    """Returns the settings of a complete image of minsd's. Raises ValueError or OSError for any
+    other file.
 
-    Checks PNG's signature, the chain of chunks up to IEND, the checksums of all chunks (above 256
-    KB: of the image data's, the first and the last alone), the settings, and that the image has
-    the size that they state. The pixels are decoded with `whole`, and where the settings are not
-    written as minsd writes them.
+    Checks the PNG's signature, its chunks up to IEND, their checksums, and that the image has the
+    size that its settings state. In files above SMALL bytes only the first and the last chunk of
+    image data are read, because a write that was cut off damages the end. With `whole` the pixels
+    are decoded too, as they are where the settings are compressed, which minsd never writes.
     """
     size, text = _scan(path)
     settings = read_settings(path) if whole or text is None else _parsed(text, path)
@@ -271,32 +272,33 @@ def verified(path: Path, whole: bool = False) -> dict[str, Any]:
 
 
 def _parsed(text: str | bytes, path: Path) -> dict[str, Any]:
+    """Parses the settings of the image at `path`. Raises ValueError for anything but an object."""
     try:
         settings = files.parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path} carries no minsd settings that can be read: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} carries no minsd settings: they are no JSON object")
+        raise ValueError(f"{path} carries no minsd settings: they are not a JSON object")
     return settings
 
 
-SMALL = 2**18  # bytes of a PNG that is checked whole
-LONGEST_TEXT = 2**26  # bytes of a text chunk
+SMALL = 2**18  # bytes; smaller PNGs are checked whole
+LONGEST_TEXT = 2**26  # bytes of a chunk
 MOST_CHUNKS = 100_000  # Pillow writes about 64 kB of image data per chunk
 
 
 def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
-    """The (width, height) of a complete PNG, and its settings as text, None where they are not
-    plain text. ValueError for a file that is none.
+    """Returns the (width, height) of a complete PNG, and the text of its settings (None where they
+    are compressed or missing). Raises ValueError for any other file.
     """
 
-    def opener(name: str, flags: int) -> int:  # a named pipe would wait for its other end for ever
+    def opener(name: str, flags: int) -> int:  # opening a named pipe would block for ever
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     with open(path, "rb", opener=opener) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is no file")
+            raise ValueError(f"{path} is not a regular file")
         small = status.st_size <= SMALL
         try:
             return _walk(io.BytesIO(file.read()) if small else file, status.st_size)
@@ -305,11 +307,12 @@ def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
 
 
 def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
+    """Does the work of `_scan` on an open file of `size` bytes."""
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
-        raise ValueError("its signature is another")
+        raise ValueError("it lacks a PNG's signature")
     dimensions = None
     text = None
-    data = []  # the places of the image data's chunks
+    data = []  # offsets of the chunks of image data
     for _ in range(MOST_CHUNKS):
         place = file.tell()
         length, kind = struct.unpack(">I4s", file.read(8))
@@ -336,7 +339,9 @@ def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
 
 
 def _content(file: BinaryIO, place: int) -> bytes:
-    """The content of the chunk at a place of a PNG, whose checksum must be right."""
+    """Returns the content of the chunk at an offset of a PNG. Raises ValueError where its checksum
+    is wrong.
+    """
     file.seek(place)
     length, kind = struct.unpack(">I4s", file.read(8))
     if length > LONGEST_TEXT:

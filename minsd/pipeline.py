@@ -28,9 +28,9 @@ from minsd.samplers.schedule import Schedule
 from minsd.text import TextEncoder
 from minsd.vae import VAE, decode_in_bands, encode_in_bands, memory_needed
 
-# Images in one batch, at most. For the smallest, of 8x8 pixels, four times as many take 15 % less
-# time per image (embedded model, on a CPU), but a kill loses the batch, and each image's text
-# states and files take memory whatever its size.
+# The most images in one batch. Larger batches of the smallest images would be little faster
+# (8x8 pixels, embedded model, on a CPU: 15 % less time per image with 1024), but a kill loses the
+# whole batch, and text states take memory whatever an image's size.
 BATCH_MOST = 256
 
 
@@ -383,10 +383,10 @@ def _per_image(
 
 
 def _decoding_advice(largest: float) -> str:
-    """What to change where finite latents decode to an image that is not. `largest`: of their
-    values.
+    """Returns the end of an error message about finite latents that decode to values that are not
+    finite. `largest` is the largest absolute value of the latents.
     """
-    if largest < 1000:  # those of images are below about 30
+    if largest < 1000:  # latents of images are below about 30
         return "the VAE's file is damaged; --vae takes another"
     return f"its latents reach {largest:.3g}; {overflow_advice(torch.float32)}"
 

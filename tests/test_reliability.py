@@ -212,7 +212,7 @@ def test_only_a_complete_image_counts_as_done(tmp_path, three, name, row):
     if name == "another image":
         assert [r["seed"] for r in given_back] == [99] and not notes
     else:
-        assert notes == ["00001-1.png is no complete image of minsd's: passed over"] and not given_back
+        assert notes == ["00001-1.png is no complete image of minsd's: ignored"] and not given_back
 
 
 def test_damaged_images_are_drawn_again_once(tmp_path, capfd, monkeypatch):
@@ -268,7 +268,7 @@ def test_broken_rows_cost_themselves_and_are_named(tmp_path, capfd):
     assert draw(tmp_path, "--seeds", "0-2", "--resume") == 0
     error = capfd.readouterr().err
     assert "0 of 3 images are still to be made" in error and "Traceback" not in error
-    assert "line 2 of runs.jsonl, line 3 of runs.jsonl" in error and "more are no rows: passed over" in error
+    assert "line 2 of runs.jsonl, line 3 of runs.jsonl" in error and "more are no rows: ignored" in error
     again = list(folders.recorded([tmp_path / "runs.jsonl"]))
     assert sum(row.get("seed") == 1 for row in again) == 1  # given back
 
@@ -319,26 +319,43 @@ def test_a_rows_file_that_cannot_be_written_costs_no_image(tmp_path, capfd):
 
 def test_the_disk_has_an_image_before_its_name_and_its_row(tmp_path, monkeypatch):
     done = []
-    synced, moved, appended = os.fsync, os.replace, folders.append
+    synced, linked, appended = os.fsync, os.link, folders.append
     paths = {}
 
     def fsync(handle):
         done.append(("sync", os.fstat(handle).st_ino))
         synced(handle)
 
-    def move(old, new):
+    def link(old, new):
         paths[os.path.basename(new)] = os.stat(old).st_ino
         done.append(("name", os.stat(old).st_ino))
-        moved(old, new)
+        linked(old, new)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", move)
+    monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr(
         run, "append", lambda path, row: done.append(("row", paths[row["file"]])) or appended(path, row)
     )
     assert draw(tmp_path, "--seeds", "0-2") == 0
     for file in paths.values():
         assert [what for what, which in done if which == file] == ["sync", "name", "row"]
+
+
+def test_numbering_stays_among_the_names_of_images(tmp_path):
+    for name in ("999999999999999-0.png", "9999999999999999999-0.png", "00041-7.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".lock").write_text("999999999999999-0.png")
+    assert draw(tmp_path, "--seed", 1) == draw(tmp_path, "--seed", 2) == 0
+    assert {"00042-1.png", "00043-2.png"} <= set(names(tmp_path))
+
+
+def test_no_image_is_replaced_where_nothing_locks(tmp_path, monkeypatch):
+    """Two processes that cannot lock choose the same number."""
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    monkeypatch.setattr(image, "number", lambda name: -1)
+    for seed in (3, 3):
+        assert draw(tmp_path, "--seed", seed) == 0
+    assert names(tmp_path) == ["00000-3.png", "00001-3.png"]
 
 
 def test_temporary_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path, capfd):

@@ -13,17 +13,17 @@ class Tally:
     made: int = 0
     wanted: int = 0
     failed: int = 0  # images that could not be drawn or saved
-    mistaken: bool = False  # the last of them by what the user asked for, rather than by the machine
-    single: bool = False  # the run was asked for one image
+    mistaken: bool = False  # the last failure was the user's mistake, not the machine's
+    single: bool = False  # only one image was asked for
 
 
 def mistake(error: Exception) -> bool:
-    """Whether an error is the user's, with exit code 2, rather than the machine's."""
+    """Returns whether an error is the user's mistake (exit code 2) and not the machine's (1)."""
     return isinstance(error, (ValueError, FileNotFoundError))
 
 
 def reason(error: Exception) -> str:
-    """An error as one line for the user."""
+    """Returns an error's message for the user, in one line."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full: free some space, and give the same command with --resume"
     if mistake(error):

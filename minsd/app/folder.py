@@ -1,9 +1,9 @@
-"""A folder of images: which images it holds, and their rows in runs.jsonl.
+"""Finds the images in an output folder, and keeps their rows in runs.jsonl.
 
-A row means an image, and the image itself is believed: only a complete image counts as done, and
-its embedded settings say which one it is. A row whose image is gone, or is another one by now,
-counts for nothing; an image without a row gets one. Files that cannot be read are named, and cost
-nothing else.
+The images decide, not the rows: only a complete image counts as done, and the settings embedded in
+it identify the image. A row is ignored if its image is missing, or if the file of that name is a
+different image now. An image without a row gets one. Files and rows that cannot be read are listed
+in a note and ignored.
 """
 
 import os
@@ -15,34 +15,34 @@ from typing import Any
 from minsd import files, image
 from minsd.app.jobs import identity, key
 
-Row = dict[str, Any]  # an image's settings, its file and how its run went
+Row = dict[str, Any]  # an image's settings, its file name, and its cost
 Say = Callable[[str], None]
 
-OF_THE_RUN = ("file", "seconds", "unet_rows")  # what a row has beside the image's settings
+NOT_SETTINGS = ("file", "seconds", "unet_rows")  # keys of a row that are no settings of the image
 
 
 def silent(message: str) -> None:
-    pass
+    """Ignores a message."""
 
 
 # --- rows -------------------------------------------------------------------------------------------------
 
 
 def recorded(paths: Iterable[Path], say: Say = silent) -> Iterator[Row]:
-    """Yield every complete row of the files that exist, those of runs.jsonl first. `say` gets a
-    note of rows that are none, such as one cut off by a kill.
+    """Yields every complete row of the files that exist, those of runs.jsonl first. `say` gets a
+    note on lines that are no rows, such as a line cut off by a kill.
     """
-    # Processes' own files hold what was made since the last merge into runs.jsonl.
+    # The processes' own files hold the rows since the last merge into runs.jsonl.
     for path in sorted(paths, key=lambda path: (path.name != "runs.jsonl", path.name)):
         broken: list[str] = []
         try:
             yield from _rows(path, broken)
-        except FileNotFoundError:  # another process has merged it by now
+        except FileNotFoundError:  # another process has merged this file
             pass
         except OSError:
             broken.append(path.name)
         if broken:
-            named(broken, "is no row", "are no rows", say)
+            note_ignored(broken, "is no row", "are no rows", say)
 
 
 def _rows(path: Path, broken: list[str]) -> Iterator[Row]:
@@ -50,7 +50,7 @@ def _rows(path: Path, broken: list[str]) -> Iterator[Row]:
         broken.append(path.name)
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):  # of bytes, so that only "\n" ends a line
+        for number, line in enumerate(file, 1):  # lines of bytes end at "\n" only
             line = line.removeprefix(b"\xef\xbb\xbf").strip()
             if not line:
                 continue
@@ -64,14 +64,18 @@ def _rows(path: Path, broken: list[str]) -> Iterator[Row]:
                 broken.append(f"line {number} of {path.name}")
 
 
-def named(what: list[str], one: str, several: str, say: Say) -> None:
-    """Say of several things that they are passed over, naming the first."""
-    listed = ", ".join(what[:3]) + f" and {len(what) - 3} more" * (len(what) > 3)
-    say(f"{listed} {one if len(what) == 1 else several}: passed over")
+def note_ignored(names: list[str], one: str, several: str, say: Say) -> None:
+    """Notes that files or lines are ignored, with the first three names. `one` and `several` are
+    the reason in singular and plural ("is no row", "are no rows").
+    """
+    listed = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+    say(f"{listed} {one if len(names) == 1 else several}: ignored")
 
 
 def key_of(settings: Row) -> bytes | None:
-    """The key of an image's settings or row; None where minsd cannot have written them."""
+    """Returns the key (`jobs.key`) of an image's settings or row; None where minsd cannot have
+    written them.
+    """
     try:
         return key(identity(settings))
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, RecursionError):
@@ -79,9 +83,12 @@ def key_of(settings: Row) -> bytes | None:
 
 
 def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
-    """One row per image. Where a name has rows of several images, as after one was deleted and its
-    name used again, the image in the folder decides, or else the last row. Of one image's rows,
-    the original, which has its timing, wins over one reconstructed from the PNG.
+    """Returns one row per file name.
+
+    A name has rows of several images if an image was deleted and its name used again. Then the
+    rows of the image in the folder are kept or, if there is none, those of the last row's image.
+    Of several rows of one image the original, which has the timing, is preferred to one
+    reconstructed from the PNG.
     """
     best: dict[str, Row] = {}
     rivals: dict[str, list[Row]] = {}
@@ -101,7 +108,7 @@ def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
 
 
 def _key_in(folder: Path, name: str) -> bytes | None:
-    """The key of the image of that name in the folder; None where there is none."""
+    """Returns the key of the image of that name in the folder; None if there is no such image."""
     if image.NUMBERED.fullmatch(name):
         with suppress(ValueError, OSError):
             return key_of(image.verified(folder / name))
@@ -109,24 +116,28 @@ def _key_in(folder: Path, name: str) -> bytes | None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one complete row to a file of JSON lines. The file and its folder are made where they
-    are missing.
+    """Appends one complete row to a file of JSON lines. The file and its folder are created where
+    they are missing.
+
+    The row is not synced to the disk: a row lost in a power cut is restored from its PNG.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.locked(path.parent), files.own(path, append=True) as file:  # another process may be merging it
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                file.write(b"\n")  # a kill cut the last line
+                file.write(b"\n")  # the last line was cut off by a kill
         file.write((files.dumps(row) + "\n").encode())
 
 
 def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
-    """Merge these files into runs.jsonl, one row per image, and delete them. Safe to repeat."""
+    """Merges the files `paths` into runs.jsonl, one row per image, and deletes them. Safe to
+    repeat.
+    """
     with files.locked(folder):
         rows = by_file(recorded([folder / "runs.jsonl", *paths], say), folder)
         with files.temporary(folder) as file:
-            # 99999- before 100000-
+            # 99999- sorts before 100000-
             by_number = sorted(rows, key=lambda name: (len(name.partition("-")[0]), name))
             file.writelines((files.dumps(rows[name]) + "\n").encode() for name in by_number)
             files.put(file, folder / "runs.jsonl")
@@ -140,12 +151,12 @@ def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
 def done(
     folder: Path, write: Callable[[Row], None], say: Say = silent, mine: Container[bytes] | None = None
 ) -> set[bytes]:
-    """Keys of the images in a folder. `write` gets a row, read from its PNG, for each image that
-    has none.
+    """Returns the keys of the complete images in a folder. For each image without a row, `write`
+    is called with a row read from the PNG.
 
-    Every image is checked, as `image.verified` says; one without a row is decoded. `mine`: the
-    keys that matter to one of several processes, which leaves the check of the others' images to
-    these.
+    Every image is checked by `image.verified`; an image without a row is also decoded. `mine`: the
+    keys of the jobs of one process among several. An image whose row has another key is then left
+    to the process that has this key.
     """
     rows: dict[str, set[bytes | None]] = {}
     for row in recorded(folder.glob("runs*.jsonl"), say):
@@ -155,7 +166,7 @@ def done(
     for name in sorted(filter(image.NUMBERED.fullmatch, os.listdir(folder))):
         keys = rows.get(name, set())
         if mine is not None and len(keys) == 1 and not any(k is None or k in mine for k in keys):
-            continue  # another process's
+            continue  # another process checks this image
         try:
             settings = image.verified(folder / name, whole=not keys)
         except (ValueError, OSError):
@@ -167,8 +178,8 @@ def done(
             continue
         known.add(own)
         if own not in keys:
-            rest = {name: value for name, value in settings.items() if name not in OF_THE_RUN}
+            rest = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
             write({"file": name, **rest, "seconds": None, "unet_rows": None})
     if broken:
-        named(broken, "is no complete image of minsd's", "are no complete images of minsd's", say)
+        note_ignored(broken, "is no complete image of minsd's", "are no complete images of minsd's", say)
     return known

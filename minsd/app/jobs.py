@@ -94,7 +94,8 @@ class Job:
     invert: Path | None = None
     noise_file: Path | None = None
     noise_index: int = 0  # of this image's noise in the file
-    where: str = field(default="", compare=False)  # its line: how an error in it begins
+    # The beginning of an error message about this job: "prompts.jsonl, line 2: ".
+    where: str = field(default="", compare=False)
 
     def candidates(self) -> list[int]:
         """The seeds that a selection chooses among, the asked one first."""
@@ -144,7 +145,8 @@ class Job:
 
 
 def identity(settings: Mapping[str, Any]) -> str:
-    """Under which an image counts as done, of a job or of a finished image's row.
+    """Returns the text that identifies an image: a job is done if an image with the same identity
+    exists. Takes a job's settings, a row, or the settings inside an image.
 
     A selection is keyed by the seed asked for and the number of candidates, not by the seed it
     chose.
@@ -163,36 +165,39 @@ def _identity(seed: object, rest: str) -> str:
 
 
 def key(identity: str) -> bytes:
-    """An identity in 16 bytes, of which a set of millions fits into memory."""
+    """Returns an identity's hash in 16 bytes. A set of millions of them fits into memory."""
     return hashlib.blake2b(identity.encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Jobs that differ in the seed alone, and in the noise of a file where they begin from one."""
+    """Jobs that differ only in the seed and, where they begin from a noise file, in the index of the
+    noise in that file.
+    """
 
     template: Job
     seeds: range
-    noise_index: int  # of the first
+    noise_index: int  # of the first job
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def job(self, k: int) -> Job:
+        """Returns the job number `k` of this piece."""
         index = self.noise_index + k if self.template.noise_file is not None else 0
         return replace(self.template, seed=self.seeds[k], noise_index=index)
 
     def keys(self, wanted: Iterable[int]) -> Iterator[bytes]:
-        """The keys of the jobs of these numbers."""
+        """Yields the keys of the jobs with the numbers `wanted`."""
         if self.template.noise_file is not None:
             yield from (key(self.job(k).identity()) for k in wanted)
             return
-        _, _, rest = self.template.identity().partition(" ")  # the same for every seed
+        _, _, rest = self.template.identity().partition(" ")  # `rest` does not depend on the seed
         yield from (key(_identity(self.seeds[k], rest)) for k in wanted)
 
 
 class Jobs:
-    """All jobs of a run, in order, made when they are asked for."""
+    """All jobs of a run, in order. Each job is made when it is asked for."""
 
     def __init__(self, pieces: Iterable[Piece]):
         self.pieces = list(pieces)
@@ -213,7 +218,9 @@ class Jobs:
         return (piece.job(k) for piece in self.pieces for k in range(len(piece)))
 
     def share(self, first: int, step: int) -> Iterator[tuple[Piece, range]]:
-        """Every `step`-th job from the number `first` on: pieces, and which of their jobs."""
+        """Yields every `step`-th job from number `first` on, as pieces with the numbers of the jobs
+        within the piece.
+        """
         for piece, end in zip(self.pieces, self.ends):
             begin = end - len(piece)
             skip = (first - begin) % step if begin > first else first - begin
@@ -259,7 +266,7 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
 
 
 def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The pieces without the jobs that came before."""
+    """Yields the pieces, without jobs that an earlier piece has."""
     taken: dict[tuple[bytes, int], Taken] = {}
     last = None
     same = b""
@@ -267,7 +274,7 @@ def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
         if piece.template is not last:
             last = piece.template
             same = key(replace(last, seed=0, noise_index=0).identity())
-        # Noises of a file are the same where they belong to the same seed.
+        # Two jobs of one noise file are equal if they have the same seed and the same noise index.
         offset = piece.noise_index - piece.seeds.start if piece.template.noise_file is not None else 0
         for part in taken.setdefault((same, offset), Taken()).take(piece.seeds):
             yield Piece(piece.template, part, piece.noise_index + part.start - piece.seeds.start)
@@ -276,8 +283,8 @@ def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def _template(
     sd: StableDiffusion, request: Request, model: ModelSettings, notes: list[str]
 ) -> tuple[Job, Seeds]:
-    """The first job of a request, and the seeds of all. What its author may not expect is added to
-    `notes`.
+    """Returns the first job of a request, and the seeds of all its jobs. Adds notes on facts that
+    the user may not expect to `notes`.
     """
     sampling = _sampling(sd, request)
     subjects = _subjects(sd, request, notes) if request.wants_subjects else None
@@ -317,7 +324,9 @@ def _template(
 
 
 def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Seeds:
-    """The seeds of the noises of a file: those given, or as many as it holds from a single one."""
+    """Returns one seed per noise of a file: the seeds given or, where a single one is given,
+    consecutive seeds from it. Raises ValueError where the numbers of noises and seeds differ.
+    """
     shape = (4, job.sampling.height // 8, job.sampling.width // 8)
     count = len(read_noise(path, shape))
     notes += [f"{request.where}{note}" for note in _noise_notes(path)]

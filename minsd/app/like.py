@@ -1,9 +1,10 @@
-"""--like: options left out on the command line, taken from the settings inside an image.
+"""Implements --like: takes options that the command line leaves out from the settings inside an
+image.
 
-The image may be a stranger's. So its settings pass the checks of a prompts file's line, and by
-itself it may name the embedded model and files in its own folder, and ask for a usual amount of
-work. All else, a model of the hub, a file elsewhere, days of work, needs the option itself on the
-command line, or --trust.
+The image may come from somebody else. So its settings pass the same checks as a line of a prompts
+file. Without --trust the image may only name the embedded model and files in its own folder, and
+ask for a limited amount of work. Anything else (a model of the hub, a file elsewhere, days of work)
+needs --trust, or the option itself on the command line.
 """
 
 import os
@@ -16,18 +17,19 @@ from minsd.app.prompts import located
 from minsd.app.seeds import MOST_SEED
 from minsd.files import exists
 
-CANDIDATE_SEEDS = "candidate_seeds"  # no option: the candidates of an image that was selected
+CANDIDATE_SEEDS = "candidate_seeds"  # not an option: the seeds that a selection chose among
 VARIANTS = ("official", "attend-and-excite")  # of noise.excite.updates
-MOST_PIXELS = 2048**2  # of an image that another image may ask for by itself
+MOST_PIXELS = 2048**2  # the largest image that can be asked for without --trust
 
-# The options that name files, and what a layout's regions name.
+# The options, and the keys of a layout's regions, that name files.
 FILES = ("vae", "tokenizer", "init_image", "control_image", "controlnet", "invert")
 REGION_FILES = ("mask", "control_image")
 
 
 def take_from_image(given: Given, notes: list[str]) -> Given:
-    """The options, with those left out taken from an image's settings. What will be loaded is
-    added to `notes`. ValueError, naming the image and the setting, for what it may not ask for.
+    """Returns the options, with those left out taken from the settings of the image `--like`. Adds
+    a note on what the image loads to `notes`. Raises ValueError, with the image and the setting, for
+    settings that are invalid or not allowed without --trust.
     """
     from minsd.image import read_settings
 
@@ -59,11 +61,11 @@ def take_from_image(given: Given, notes: list[str]) -> Given:
 
 
 def _value(name: str, value: Any) -> Any:
-    """A setting as the command line would have it. ValueError for another type or outside the
-    range.
+    """Converts a setting to the value that the command line would give. Raises ValueError for
+    another type or a value outside the option's range.
     """
     option = OPTIONS[name]
-    if name == "layout":  # the contents of a layout.json, which noise.layout checks
+    if name == "layout":  # the contents of a layout.json, which noise/layout.py checks
         return value if isinstance(value, dict) else option.from_json(value)
     if not option.repeated:
         value = option.from_json(value)
@@ -75,17 +77,18 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _joined(part: Any) -> Any:
-    """FILE:SCALE. An image of an earlier version has [file, scale]."""
+    """Returns an adapter as FILE:SCALE. Images of earlier versions have [file, scale]."""
     if isinstance(part, list) and len(part) == 2 and not isinstance(part[1], (list, dict)):
         return f"{part[0]}:{part[1]}"
     return part
 
 
 def _take_method(given: Given, settings: Given, taken: Given) -> Given:
-    """Take over how the image's noise was found. Returns its settings as they were before the
-    search.
+    """Takes over the method that found the image's noise, in `given` and `taken`. Returns the
+    image's settings with the seed that the search began from.
 
-    A selection is repeated, from the same candidates unless another seed or number is given.
+    A selection is repeated among the same candidates, unless the command line gives another seed or
+    number of candidates.
     """
     seeds = _candidates(settings.get("candidates"))
     if isinstance(seeds, list):
@@ -103,7 +106,9 @@ def _take_method(given: Given, settings: Given, taken: Given) -> Given:
 
 
 def _candidates(ranked: Any) -> list[int] | int | None:
-    """The seeds that a selection chose among, or their number where the image has no more."""
+    """Returns the seeds that a selection chose among, or their number if the settings have no
+    more.
+    """
     option = OPTIONS["candidates"]
     if ranked is None:
         return None
@@ -121,8 +126,8 @@ def _candidates(ranked: Any) -> list[int] | int | None:
 
 
 def _take_subjects(given: Given, settings: Given, method: Given) -> None:
-    """Take over the image's subjects where the run to come asks for any and names none. `method`:
-    whose it is.
+    """Takes over the image's subjects in `given` if the new run needs subjects and the command line
+    names none. `method` has the noise method of the new run ("init_noise", "score").
     """
     asks = method.get("init_noise") == "initno" or method.get("score") == "attention"
     asks = asks or given["excite"] or given["attention_maps"]
@@ -134,11 +139,11 @@ def _take_subjects(given: Given, settings: Given, method: Given) -> None:
         given["subjects" if words else "token_indices"] = text
 
 
-# --- what an image may ask for by itself ------------------------------------------------------------------
+# --- limits without --trust -------------------------------------------------------------------------------
 
 
 def _check_work(given: Given, taken: Given) -> None:
-    """ValueError for more work than an image may ask for."""
+    """Raises ValueError for more work than an image may ask for without --trust."""
     for name, value in taken.items():
         option = OPTIONS[name]
         if isinstance(value, (int, float)) and value > option.unasked:
@@ -160,27 +165,29 @@ def _check_work(given: Given, taken: Given) -> None:
 
 
 def _check_model(given: Given, taken: Given) -> None:
-    """ValueError where the hub would be asked for the model, or for a single file's tokenizer."""
+    """Raises ValueError where the hub would be asked for the model, or for the tokenizer of a single
+    file.
+    """
     model = taken.get("model", "shapes")
     if model != "shapes" and not exists(Path(model)):
         raise ValueError(
-            f"it names the model {model!r}, which is no file here and might be fetched from the hub: "
+            f"it names the model {model!r}, which is not a file here and would be fetched from the hub: "
             f"give --model {model}, or --trust"
         )
     if model != "shapes" and Path(model).is_file() and given["tokenizer"] is None:
         raise ValueError(
-            f"its model {model!r} is a single file, whose tokenizer might be fetched from the hub: "
+            f"its model {model!r} is a single file, whose tokenizer could be fetched from the hub: "
             f"give --model {model}, or --trust"
         )
 
 
 def _check_places(path: Path, taken: Given) -> None:
-    """ValueError where the image names files outside its own folder."""
+    """Raises ValueError where the image names files outside its own folder."""
     folder = os.path.realpath(path.parent)
     outside: dict[str, str] = {}
     for name, place in _places(taken):
         real = os.path.realpath(place)
-        # A layout file, which minsd never records by name, could itself name any file.
+        # A layout file could itself name any file. minsd records layouts by their contents.
         by_name = name == "layout" and not isinstance(taken["layout"], dict)
         if by_name or not _inside(real, folder):
             outside.setdefault(name, place)
@@ -190,7 +197,8 @@ def _check_places(path: Path, taken: Given) -> None:
         listed = ", ".join(f"{name} {place!r}" for name, place in outside.items())
         flags = ", ".join(OPTIONS[name].flag for name in outside)
         raise ValueError(
-            f"it names files outside its own folder: {listed}; if you trust it, give --trust, or give {flags}"
+            f"it names files outside its own folder: {listed}; if you trust the image, give --trust, "
+            f"or give {flags}"
         )
 
 
@@ -199,7 +207,7 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _places(taken: Given) -> list[tuple[str, str]]:
-    """(option, path) of everything that an image names and that will be loaded."""
+    """Lists (option, path) of every file that an image names and that will be loaded."""
     places = [("model", taken["model"])] if "model" in taken else []
     places += [(name, str(taken[name])) for name in FILES if name in taken]
     places += [("lora", str(split_scale(text)[0])) for text in taken.get("lora", ())]

@@ -50,13 +50,13 @@ class Option:
     default: Any = None
     repeated: bool = False
     negatable: bool = False
-    listed: bool = False  # a list with commas between its parts; in JSON it may be a list
+    listed: bool = False  # a list, separated by commas; in JSON it may be a JSON list
     # --like takes it from an image: always, only where the image's noise method is taken over too,
     # or never.
     like: bool = False
     like_method: bool = False
-    # The most that an image may ask for under --like: beyond, work that its sender should not
-    # start unasked.
+    # The largest value that --like takes from an image without --trust. Larger values mean long
+    # work, which the sender of an image should not be able to start.
     unasked: float = math.inf
     # The settings that carry it in an image's identity, separated by spaces; or, without any, why
     # it changes no pixel.
@@ -106,7 +106,9 @@ class Option:
         return choice
 
     def check(self, value: Any) -> None:
-        """ValueError where a value is outside the option's range, or is no size of an image."""
+        """Raises ValueError for a value outside the option's range, and for a height or width that
+        no image can have.
+        """
         if self.kind in (int, float) and value is not None and not self.least <= value <= self.most:
             raise ValueError(
                 f"{self.flag} must be from {_text(self.least)} to {_text(self.most)}, not {value}"
@@ -123,8 +125,8 @@ class Option:
         return isinstance(value, taken) and (not isinstance(value, bool) or self.kind is bool)
 
     def from_json(self, value: Any) -> Any:
-        """A value of a prompts file or of an image's settings as the command line would have it.
-        ValueError for another type.
+        """Converts a value of a prompts file or of an image's settings to the value that the command
+        line would give. Raises ValueError for another type.
         """
         if self.listed and isinstance(value, list):
             parts: list[object] = list(value)
@@ -158,6 +160,7 @@ def plain(text: str) -> str:
 
 
 def _short(value: object) -> str:
+    """Returns a value as JSON of at most 80 characters, for error messages."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:80] + " ..."
 
@@ -398,7 +401,7 @@ _ROWS = (
     Option("resume", RUN, bool, None, "skip the images that --out holds already", default=False,
            harmless="says which images to draw"),
     Option("wait", RUN, bool, None, "with --resume, wait for another run that works on --out", default=False,
-           harmless="says when to begin"),
+           harmless="delays the start"),
     Option("out", RUN, Path, "DIR", "where images go (default: outputs)", default=Path("outputs"),
            harmless="says where files go"),
     Option("save_noise", RUN, bool, None, "save the initial noise of each image, in DIR/extra", default=False,
@@ -414,8 +417,8 @@ _ROWS = (
     Option("like", RUN, Path, "PNG", "make this image again; other options override its settings",
            harmless="the settings it supplies are recorded one by one"),
     Option("trust", RUN, bool, None,
-           "let the image of --like name a model of the hub, files outside its folder, and long work",
-           default=False, harmless="what it lets pass is recorded one by one"),
+           "let the image of --like name hub models and files outside its folder, and ask for long work",
+           default=False, harmless="the settings that it permits are recorded one by one"),
     Option("list_tokens", RUN, bool, None,
            "print the prompt's tokens and their positions, and stop", default=False,
            harmless="draws no image"),

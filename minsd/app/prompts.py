@@ -70,7 +70,7 @@ def _text(path: Path) -> str:
 
 
 def _options(content: str) -> Given:
-    """The options of one line of a .jsonl file."""
+    """Parses the options of one line of a .jsonl file."""
     line = parse_json(content, unique=True)
     if not isinstance(line, dict):
         raise ValueError('a line must be an object, such as {"prompt": "a red circle", "seeds": "0-3"}')

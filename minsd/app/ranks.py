@@ -1,23 +1,23 @@
-"""This process among those of one run, as torchrun and Slurm state it in the environment."""
+"""Reads from the environment which of a run's processes this is (torchrun's RANK, WORLD_SIZE)."""
 
 import os
 import re
 from dataclasses import dataclass
 
-LARGEST_WORLD = 1_000_000  # processes of one run
+LARGEST_WORLD = 1_000_000  # the most processes of one run
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process among all of its run (torchrun's)."""
+    """The number of this process (rank) and the number of processes in the run (world)."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def from_environment(cls) -> "Share":
-        """From RANK and WORLD_SIZE. ValueError, in one line, where they do not fit together: images
-        would be left out silently, or drawn by every process.
+        """Reads RANK and WORLD_SIZE. Raises ValueError, in one line, where the two contradict each
+        other, because images would be left out silently or drawn by every process.
         """
         rank = _number("RANK")
         world = _number("WORLD_SIZE")
@@ -46,12 +46,14 @@ class Share:
 
     @property
     def label(self) -> str:
-        """How this process's messages begin where there are several."""
+        """The beginning of this process's messages: "rank 1 of 2: ", empty for a single process."""
         return f"rank {self.rank} of {self.world}: " if self.world > 1 else ""
 
 
 def label() -> str:
-    """`Share.label`, also where the environment is wrong: how an error begins."""
+    """Returns `Share.label`; an empty string where RANK and WORLD_SIZE are invalid, so that errors
+    about them can be printed.
+    """
     try:
         return Share.from_environment().label
     except ValueError:
@@ -59,7 +61,9 @@ def label() -> str:
 
 
 def run_name() -> str:
-    """Equal for the processes of one run alone: torchrun's id and address, or Slurm's step."""
+    """Returns a name that is the same in all processes of a run and differs between runs: torchrun's
+    run id and address, or Slurm's job and step.
+    """
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     if "MASTER_ADDR" not in os.environ:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -67,19 +71,23 @@ def run_name() -> str:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again, while others of the run may still be
-    ending.
+    """Returns whether torchrun has restarted this process. Processes of the attempt before may
+    still be ending.
     """
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def local_rank() -> int | None:
-    """The process's number on its machine, which is that of its GPU."""
+    """Returns the number of this process on its machine, which is also the number of its GPU; None
+    where LOCAL_RANK is not set.
+    """
     return _number("LOCAL_RANK")
 
 
 def _number(name: str) -> int | None:
-    """A whole number of the environment; None where it is not set or empty."""
+    """Reads a whole number from the environment; None where the variable is not set or empty.
+    Raises ValueError for anything else.
+    """
     text = os.environ.get(name, "").strip()
     if not text:
         return None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from minsd.noise.layout import Layout
 
 
-MOST_IMAGES = 10_000_000  # of a run: 100 days on 100 GPUs at 10 s per image is a slip, or several runs
+MOST_IMAGES = 10_000_000  # of one run; they would take 11 days on 100 GPUs at 10 s per image
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Command:
     quiet: bool
     json: bool
     debug: bool
-    notes: tuple[str, ...] = ()  # what the user should know before anything is loaded
+    notes: tuple[str, ...] = ()  # lines to print before anything is loaded
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     if given["wait"] and not given["resume"]:
         raise ValueError("--wait is for --resume")
     several = Share.from_environment().world > 1
-    # One for all prompts, so that their images can be compared.
+    # The same random seed for all prompts, so that their images can be compared.
     chance = random.SystemRandom().randrange(2**32)
     requests: list[Request] = []
     images = 0
@@ -146,7 +146,7 @@ def read(given: Given) -> tuple[Command, list[Request]]:
 
 
 def _check_seeded(given: Given, several: bool) -> None:
-    """ValueError where random seeds would not do."""
+    """Raises ValueError for a prompt without seeds where random seeds are useless."""
     if given["resume"]:
         raise ValueError(
             "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
@@ -158,11 +158,9 @@ def _check_seeded(given: Given, several: bool) -> None:
 
 
 def check_count(images: int) -> None:
-    """ValueError for more images than one run draws."""
+    """Raises ValueError for more images than MOST_IMAGES."""
     if images > MOST_IMAGES:
-        raise ValueError(
-            f"a run draws at most {MOST_IMAGES:,} images, and here are more: split it into several"
-        )
+        raise ValueError(f"a run draws at most {MOST_IMAGES:,} images: split the list into several runs")
 
 
 def _command(given: Given, notes: list[str]) -> Command:
@@ -173,7 +171,7 @@ def _command(given: Given, notes: list[str]) -> Command:
 
 
 def _lines(given: Given) -> Iterator[tuple[str, Given]]:
-    """The options of each prompt, and how an error in it begins."""
+    """Yields (where, options) of each prompt. An error message about it begins with `where`."""
     if given["prompts"] is not None:
         if given["prompt"] is not None:
             raise ValueError("give a prompt or --prompts FILE, not both")

@@ -1,10 +1,10 @@
-"""Run jobs: batches, files, resuming, several processes.
+"""Runs jobs: forms batches, saves images and rows, resumes, and divides the work of processes.
 
-A row is appended to runs.jsonl once its image is in place, so that a row means an image. Under
-torchrun every process knows the full list of jobs and takes its share of it: processes never
-communicate or wait for work. Each writes rows to a file of its own and merges it into runs.jsonl
-at its end. minsd/app/draw.py draws a batch; this module decides which, and saves. An image that
-cannot be drawn is reported, and the others are drawn all the same.
+A row is appended to runs.jsonl after its image is in place, so that every row has an image. Under
+torchrun every process knows the whole list of jobs and takes a fixed part of it: processes do not
+communicate, and do not wait for work. Each process writes rows to its own file and merges that file
+into runs.jsonl at its end. minsd/app/draw.py draws one batch; this module chooses the batches and
+saves the images. An image that cannot be drawn is reported, and the others are still drawn.
 """
 
 import json
@@ -36,12 +36,12 @@ from minsd.guidance import counted
 from minsd.noise.initial import save_noise
 from minsd.pipeline import StableDiffusion
 
-Wanted = Sequence[tuple[Piece, Sequence[int]]]  # which jobs of each piece are to be drawn
+Wanted = Sequence[tuple[Piece, Sequence[int]]]  # the numbers of the jobs to draw, per piece
 
 
 def run(session: Session, jobs: Jobs, tally: Tally, hold: Hold | None = None) -> None:
-    """Draw and save all jobs that fall to this process. `tally` counts the images as they are
-    saved, and those that failed. `hold`: on the folder, where the caller has taken it already.
+    """Draws and saves the jobs of this process. `tally` counts the images that are saved and those
+    that failed. `hold` is the lock on the folder; None creates one.
     """
     command = session.command
     share = Share.from_environment()
@@ -58,7 +58,7 @@ def run(session: Session, jobs: Jobs, tally: Tally, hold: Hold | None = None) ->
             if removed:
                 say(f"removed {len(removed)} temporary files that a killed run left in {folder}")
         record = partial(_record, command.out / share.rows_file)
-        # The same split in every process, whatever fits each one's memory.
+        # The division is the same in every process, and does not depend on free memory.
         mine: Wanted = list(jobs.share(share.rank, share.world))
         if command.resume and command.out.is_dir():
             mine = _missing(command.out, mine, share, record, say)
@@ -76,7 +76,7 @@ def run(session: Session, jobs: Jobs, tally: Tally, hold: Hold | None = None) ->
 
 
 def _missing(out: Path, mine: Wanted, share: Share, record: Callable[[Row], None], say: Say) -> Wanted:
-    """Those of this process's jobs whose images the folder does not hold."""
+    """Returns those of this process's jobs whose images are not in the folder."""
     keys = None
     if share.world > 1:
         keys = {key for piece, numbers in mine for key in piece.keys(numbers)}
@@ -91,7 +91,9 @@ def _missing(out: Path, mine: Wanted, share: Share, record: Callable[[Row], None
 
 
 def _record(path: Path, row: Row) -> None:
-    """Append an image's row. Where that cannot be, the image holds its settings, and is not lost."""
+    """Appends an image's row. Only warns where the file cannot be written, because the image itself
+    also contains its settings.
+    """
     try:
         append(path, row)
     except (IsADirectoryError, PermissionError) as error:
@@ -99,8 +101,8 @@ def _record(path: Path, row: Row) -> None:
 
 
 def _merge_rows(out: Path, share: Share, say: Say) -> None:
-    """Merge this process's rows, and those that a killed run of more processes left behind, into
-    runs.jsonl.
+    """Merges this process's rows into runs.jsonl, and also the rows that a killed run of more
+    processes left behind.
     """
     paths = [out / share.rows_file] if share.world > 1 else []
     if share.rank == 0:
@@ -117,8 +119,8 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
 
 
 class _Drawing:
-    """Draws jobs batch by batch. A batch that does not fit the GPU is halved; one that fails is
-    drawn again image by image, so that only those fail that cannot be drawn.
+    """Draws jobs batch by batch. A batch that does not fit the GPU or that fails is drawn again in
+    halves, so that in the end only the images fail that cannot be drawn.
     """
 
     def __init__(self, session: Session, record: Callable[[Row], None], tally: Tally):
@@ -139,7 +141,7 @@ class _Drawing:
                 again.extendleft(reversed(self._draw(part)))
 
     def _draw(self, part: list[Job]) -> list[list[Job]]:
-        """Draw and save a batch. Returns what to draw of it again, in smaller batches."""
+        """Draws and saves a batch. Returns the smaller batches to draw after an error, if any."""
         first = self.tally.made + self.tally.failed + 1
         last = first + len(part) - 1
         numbers = f"image {first}" if len(part) == 1 else f"images {first}-{last}"
@@ -169,16 +171,16 @@ class _Drawing:
         return []
 
     def _failed(self, part: list[Job], error: Exception) -> list[list[Job]]:
-        """After an error: the images one by one; of a single one, the report."""
+        """Returns the halves of a batch that failed. Reports the error if the batch is one image."""
         if self.command.debug or _ends_the_run(error):
             raise error
         if len(part) > 1:
-            return [[job] for job in part]
+            return _halves(part)
         self._report(part[0], error)
         return []
 
     def _report(self, job: Job, error: Exception) -> None:
-        """Print in one line that an image failed, and count it."""
+        """Prints one line about an image that failed, and counts it."""
         if self.command.debug or _ends_the_run(error):
             raise error
         self.tally.failed += 1
@@ -189,10 +191,8 @@ class _Drawing:
         self.bar.write(f"minsd: error: {line}", file=sys.stderr)
 
     def _save(self, jobs: Sequence[Job], drawn: Drawn, seconds: float, unet_rows: int) -> None:
-        """Save a batch: all images to temporary files and these to the disk; then each appears,
-        and its row.
-
-        Asked for together, the file system writes a batch in little more time than one image.
+        """Saves a batch. All images are written to temporary files and synced to the disk together,
+        which takes little longer than for one image. Then each image appears, followed by its row.
         """
         out = self.command.out
         out.mkdir(parents=True, exist_ok=True)
@@ -218,23 +218,26 @@ class _Drawing:
                 self._made(path, row)
 
     def _made(self, path: Path, row: Row) -> None:
+        """Counts and announces an image that was saved."""
         self.tally.made += 1
         if self.command.json:
-            print(json.dumps(row), flush=True)  # in ASCII, which every standard output takes
+            print(json.dumps(row), flush=True)  # ASCII, which every encoding of stdout has
         elif not self.session.quiet:
             self.bar.write(f"minsd: {files.printable(path)}", file=sys.stderr)
 
 
 def _ends_the_run(error: Exception) -> bool:
-    """Whether an error would meet every later image too: a full disk, or a GPU in a broken state."""
+    """Returns whether an error would also occur in all later images: a full disk, or a GPU in a
+    broken state.
+    """
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError)
     return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
 def batches(wanted: Wanted, sd: StableDiffusion) -> Iterator[list[Job]]:
-    """Group consecutive jobs that differ only in prompt, seed or subjects into batches of at most
-    sd.batch_size.
+    """Groups consecutive jobs that differ only in prompt, seed or subjects into batches of at most
+    sd.batch_size images.
     """
     sizes = _batch_sizes((piece.template for piece, _ in wanted), sd)
     part: list[Job] = []
@@ -256,16 +259,16 @@ def batches(wanted: Wanted, sd: StableDiffusion) -> Iterator[list[Job]]:
 
 
 def _batch_sizes(jobs: Iterable[Job], sd: StableDiffusion) -> dict[tuple[int, int], int]:
-    """How many images of each size (height, width) go into a batch, before anything is drawn:
-    later, some of the memory is in use.
+    """Returns the number of images per batch for each size (height, width). Called before drawing,
+    because later some of the memory is in use.
     """
     sizes = {(job.sampling.height, job.sampling.width) for job in jobs}
     return {size: sd.batch_size(*size) for size in sizes}
 
 
 def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
-    """What to try where a batch did not fit the GPU: the same without CUDA graphs' memory, then
-    its halves. Nothing where a single image does not fit.
+    """Returns what to try after a batch did not fit the GPU: first the same batch without the
+    memory of CUDA graphs, then its halves. Returns an empty list if a single image does not fit.
     """
     held = sd.graphs is not None and bool(sd.graphs.held)
     if len(part) == 1 and not held:
@@ -273,12 +276,18 @@ def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
     if sd.graphs is not None and held:
         sd.graphs.release()
     empty_cache()
+    return [part] if held else _halves(part)
+
+
+def _halves(part: list[Job]) -> list[list[Job]]:
     half = len(part) // 2
-    return [part] if held else [part[:half], part[half:]]
+    return [part[:half], part[half:]]
 
 
 def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
-    """Save what belongs to an image about to appear at `path`, in the folder extra/ beside it."""
+    """Saves the further files of an image that is about to appear at `path`, in the folder extra/
+    beside it.
+    """
     for name, extra in extras.items():
         stem = f"{path.stem}-{name}"
         if isinstance(extra, torch.Tensor):
@@ -292,7 +301,7 @@ def noise_metadata(settings: Row) -> dict[str, str]:
     latents while denoising, or is "none".
     """
     named = ("prompt", "negative_prompt", "seed", "init_noise", "model", "model_hash")
-    said = {name: str(settings[name]) for name in named if settings.get(name) is not None}
-    return {name: files.encodable(text) for name, text in said.items()} | {
+    texts = {name: str(settings[name]) for name in named if settings.get(name) is not None}
+    return {name: files.encodable(text) for name, text in texts.items()} | {
         "updates": settings.get("excite") or "none"
     }

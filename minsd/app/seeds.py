@@ -1,4 +1,4 @@
-"""Seeds as ranges: a million of them take no memory."""
+"""Lists of seeds, kept as ranges so that millions of seeds take little memory."""
 
 import re
 from bisect import bisect_right
@@ -30,14 +30,14 @@ class Seeds:
 
 
 def consecutive(first: int, count: int) -> Seeds:
-    """`count` seeds from `first`. ValueError beyond the largest seed."""
+    """Returns `count` consecutive seeds from `first`. Raises ValueError beyond the largest seed."""
     if first + count - 1 > MOST_SEED:
         raise ValueError(f"seeds go up to 2^63 - 1, not to {first + count - 1}")
     return Seeds([range(first, first + count)])
 
 
 def parse(text: str) -> Seeds:
-    """ "0-9,12" -> 0, ..., 9, 12. ValueError for anything else."""
+    """Parses "0-9,12" into the seeds 0, ..., 9, 12. Raises ValueError for anything else."""
     return Seeds(_part(part, text) for part in text.split(","))
 
 
@@ -59,15 +59,15 @@ def _part(part: str, text: str) -> range:
 
 
 class Taken:
-    """Which numbers were taken so far, as sorted ranges that do not touch."""
+    """A set of whole numbers, kept as sorted ranges that do not touch."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.stops: list[int] = []
 
     def take(self, wanted: range) -> list[range]:
-        """Take these numbers; returns those of them that were free, as ranges in order."""
-        # Ranges of `taken` that overlap or touch `wanted`: from `low` up to `high`.
+        """Adds numbers to the set. Returns those that were not in it, as ranges in order."""
+        # The ranges number `low` to `high` - 1 overlap or touch `wanted`.
         low = bisect_right(self.stops, wanted.start - 1)
         high = bisect_right(self.starts, wanted.stop)
         free = []
