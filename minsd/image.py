@@ -30,7 +30,7 @@ FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI"
 
 
 def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
-    """Read an image file of any common kind: upright, the first frame, without transparency.
+    """Reads an image file of any common kind: upright, the first frame, without transparency.
 
     The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than
     8 bits, as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None
