@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 CELL = 8  # pixels per side of a latent cell
 LARGEST = 16384  # pixels per side of the largest image
+CONTROL_SCALE_MOST = 100.0  # the largest absolute scale of a ControlNet
 STRENGTH = 0.8  # image-to-image generation: the fraction of the steps that run, by default
 # minsd's name of each sampler -> its name in other tools. The same samplers are in
 # samplers.SAMPLERS, but importing samplers would import torch.

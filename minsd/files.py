@@ -31,6 +31,7 @@ TEMPORARY = re.compile(r"minsd-(?P<host>[\w.]+)-(?P<pid>\d{1,10})-[0-9a-f]{8}\.t
 STALE = 3600  # seconds; an unlocked temporary file of this age was left behind by a killed process
 PATIENCE = 10  # seconds to wait for a lock before a warning is printed
 DEEPEST = 64  # levels of nesting in JSON; settings have at most six
+LARGEST_JSON = 32 * 2**20  # bytes; parsed JSON takes up to twenty times as much memory as its text
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories that a terminal obeys or cannot show
 JOINERS = "\u200c\u200d"  # zero-width characters that are part of words and of emoji
 
@@ -77,7 +78,7 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
 
     Raises ValueError, in one line, for anything but JSON in UTF-8, for more than DEEPEST levels of
     nesting, for integers of more than 400 digits and, with `unique`, for an object with a repeated
-    key.
+    key. The message is a reason: "not JSON: ...".
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -89,10 +90,42 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
         if text.count("[") + text.count("{") > DEEPEST and _deeper(value, DEEPEST):
             raise RecursionError
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
         raise ValueError("the JSON is nested too deeply: too many brackets") from None
     return value
+
+
+def read_json(path: Path, unique: bool = False) -> Any:
+    """Reads a JSON file of unknown origin (`parse_json`).
+
+    Raises FileNotFoundError where the file is missing, and ValueError, in one line with the path,
+    for a pipe or a device, for more than LARGEST_JSON bytes, and for anything that `parse_json`
+    refuses.
+    """
+    try:
+        with open(path, "rb", opener=without_blocking) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is not a regular file")
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise ValueError(f"{path} has more than {LARGEST_JSON >> 20} MiB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return parse_json(content.removeprefix(b"\xef\xbb\xbf"), unique)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def without_blocking(path: str, flags: int) -> int:
+    """Opens a file, for `open`'s parameter `opener`. Unlike the default it does not wait for the
+    other end of a named pipe.
+    """
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _whole(digits: str) -> int:

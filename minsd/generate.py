@@ -6,7 +6,6 @@ an exit code. Heavy imports wait until the options are known to be good, so that
 errors answer at once.
 """
 
-import json
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from minsd.app import Tally, mistake, options, ranks, reason, requests
 from minsd.app.hold import Hold
 from minsd.app.prompts import located
 from minsd.app.requests import Command, Request
-from minsd.files import printable
+from minsd.files import printable, read_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,16 +122,15 @@ def model_size(model: str) -> int:
     """Returns the default side of a model's images (pixels) without loading the model. For a
     single file 512 is assumed, because the size is known only once the file is read.
     """
-    from minsd.config import MODELS
+    from minsd.config import CELL, LARGEST, MODELS
 
     if model in MODELS:
         return MODELS[model].size
     try:
-        return 8 * int(
-            json.loads((Path(model) / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        side = 8 * int(read_json(Path(model) / "unet" / "config.json")["sample_size"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 512
+    return side if CELL <= side <= LARGEST else 512
 
 
 def list_tokens(text: Any, prompt: str) -> None:

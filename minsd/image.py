@@ -291,11 +291,7 @@ def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
     """Returns the (width, height) of a complete PNG, and the text of its settings (None where they
     are compressed or missing). Raises ValueError for any other file.
     """
-
-    def opener(name: str, flags: int) -> int:  # opening a named pipe would block for ever
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    with open(path, "rb", opener=opener) as file:
+    with open(path, "rb", opener=files.without_blocking) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is not a regular file")

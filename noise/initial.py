@@ -36,7 +36,7 @@ def noise_files(path: Path) -> list[Path]:
         if not path.is_file():
             raise FileNotFoundError(f"there is no noise file {path}")
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
         raise FileNotFoundError(f"the folder {path} holds no noise files ({', '.join(SUFFIXES)})")
     return found

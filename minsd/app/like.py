@@ -19,6 +19,7 @@ from minsd.files import exists
 
 CANDIDATE_SEEDS = "candidate_seeds"  # not an option: the seeds that a selection chose among
 VARIANTS = ("official", "attend-and-excite")  # of noise.excite.updates
+MOST_EVALUATIONS = 50_000  # of the UNet at 512x512 pixels; a selection has 10,000 by default
 MOST_PIXELS = 2048**2  # the largest image that can be asked for without --trust
 
 # The options, and the keys of a layout's regions, that name files.
@@ -53,6 +54,7 @@ def take_from_image(given: Given, notes: list[str]) -> Given:
         given |= taken
         if not given["trust"]:
             _check_work(given, taken)
+            _check_product(given, taken)
             _check_model(given, taken)
             _check_places(path, taken)
     loaded = [f"{name} {place}" for name, place in _places(taken)]
@@ -161,6 +163,29 @@ def _check_work(given: Given, taken: Given) -> None:
         raise ValueError(
             f"it asks for {sides[0]}x{sides[1]} pixels, which takes long: give --width and --height "
             "(of a layout, --layout), or --trust"
+        )
+
+
+def _check_product(given: Given, taken: Given) -> None:
+    """Raises ValueError where settings that are each allowed add up to too much work."""
+    options = given | taken
+    regions = 0
+    if isinstance(options["layout"], dict) and isinstance(options["layout"].get("regions"), list):
+        regions = len(options["layout"]["regions"])
+    pixels = (options["height"] or 512) * (options["width"] or 512)
+    steps = options["steps"] or 50
+    evaluations = steps
+    method = options["init_noise"]
+    if method == "select":  # a stability score samples the image and inverts it again
+        each = 1 if options["score"] == "attention" else 2 * steps
+        evaluations += (options["candidates"] or 100) * each
+    if method == "optimize":
+        evaluations += (options["optimize_steps"] or 100) * 4 * steps
+    evaluations *= (1 + regions) * pixels / 512**2
+    if evaluations > MOST_EVALUATIONS:
+        raise ValueError(
+            f"it asks for work like {evaluations:,.0f} UNet evaluations at 512x512 pixels, which takes long: "
+            "give fewer --steps, --candidates or --optimize-steps, or --trust"
         )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from minsd import __version__
-from minsd.config import SAMPLER_NAMES, STRENGTH, check_size
+from minsd.config import CONTROL_SCALE_MOST, SAMPLER_NAMES, STRENGTH, check_size
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 METHODS = ("random", "initno", "select", "optimize")  # noise.methods.METHODS, without its imports
@@ -344,7 +344,7 @@ _ROWS = (
            "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
            like=True, identity="control_image"),
     Option("control_scale", IMAGE, float, "S", "weight of the ControlNet (default: 1)",
-           least=-100, most=100, like=True, identity="control_scale"),
+           least=-CONTROL_SCALE_MOST, most=CONTROL_SCALE_MOST, like=True, identity="control_scale"),
     # --- the initial noise
     Option("init_noise", NOISE, str, None,
            "optimise it by attention maps (initno), or select or optimise it by inversion stability",
