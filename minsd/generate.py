@@ -115,11 +115,8 @@ def model_size(model: str) -> int:
 
 def list_tokens(text: Any, prompt: str) -> None:
     """Prints a prompt's tokens with their positions."""
-    tokens = text.tokens(prompt)
-    last = text.max_length - 1
-    for position, token in enumerate(tokens):
-        cut = "  (cut off)" if last <= position < len(tokens) - 1 else ""
-        print(f"{position:3d}  {token}{cut}")
+    for position, token in enumerate(text.tokens(prompt)):
+        print(f"{position:3d}  {token}")
 
 
 def _report(error: Exception, tally: Tally) -> int:
