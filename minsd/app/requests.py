@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minsd.adapters import split_scale
+from minsd.adapters import split_name, split_scale
 from minsd.app.options import EXAMPLE, OPTIONS, Given, check_ranges
 from minsd.app.prompts import located, read_prompts
 from minsd.config import MODELS, STRENGTH
@@ -39,6 +39,7 @@ class Command:
     controlnet: Path | None
     prompt_weights: bool | None
     clip_skip: int | None
+    embedding: tuple[str, ...]  # FILE or FILE:NAME, as given
     lora: tuple[str, ...]  # FILE or FILE:SCALE, as given
     device: str | None
     dtype: str | None
@@ -144,11 +145,10 @@ def read(given: Given) -> tuple[Command, list[Request]]:
 
 
 def _command(given: Given) -> Command:
-    taken = {name: given[name] for name in Command.__dataclass_fields__}
-    attention = given["attention"] or "auto"
-    return Command(
-        **taken | {"model": given["model"] or "shapes", "attention": attention, "lora": tuple(_lora(given))}
-    )
+    taken: Given = {name: given[name] for name in Command.__dataclass_fields__}
+    taken |= {"model": given["model"] or "shapes", "attention": given["attention"] or "auto"}
+    taken |= {"lora": tuple(_lora(given)), "embedding": tuple(given["embedding"] or ())}
+    return Command(**taken)
 
 
 def _lines(given: Given) -> list[tuple[str, Given]]:
@@ -498,6 +498,11 @@ def _check_files(given: Given) -> None:
         if given[name] is not None and not given[name].exists():
             raise FileNotFoundError(
                 f"there is no {what} {given[name]}: {OPTIONS[name].flag} takes {OPTIONS[name].metavar}"
+            )
+    for path, _ in map(split_name, given["embedding"] or ()):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"there is no embedding {path}: give a .safetensors, .pt or .bin file, or FILE:NAME"
             )
     for path, _ in (split_scale(text) for text in _lora(given)):
         if not path.exists():
