@@ -148,7 +148,9 @@ def test_embeddings_are_recorded_and_taken_over(small_folder, tmp_path):
     args = ["--model", str(small_folder), "--steps", "1", "--height", "64", "--width", "64", "--quiet"]
     out = ["--out", str(tmp_path / "o")]
     assert main(["a mine star", "--embedding", f"{path}:mine", "--seed", "3", *args, *out]) == 0
-    assert main(["--like", str(tmp_path / "o" / "00000-3.png"), "--quiet", *out]) == 0
+    like = ["--like", str(tmp_path / "o" / "00000-3.png"), "--quiet", *out]
+    assert main([*like, "--model", str(small_folder)]) == 2  # the embedding lies outside the image's folder
+    assert main([*like, "--trust"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "o" / "runs.jsonl").read_text().splitlines()]
     assert [row["embedding"] for row in rows] == [[f"{path}:mine"]] * 2
     first, second = ((tmp_path / "o" / row["file"]) for row in rows)
