@@ -47,7 +47,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
-    """Start the command line, under torchrun if there are several processes."""
+    """Starts the command line, under torchrun if there are several processes."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
@@ -59,14 +59,14 @@ def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
 
 
 def finish(processes: int, *args: str) -> None:
-    """Run the command line to its end. SystemExit if it fails."""
+    """Runs the command line to its end. SystemExit if it fails."""
     code = launch(processes, *args).wait()
     if code:
         sys.exit(f"minsd.generate {' '.join(args)} failed with exit code {code}")
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and its children."""
+    """Kills a process and its children."""
     command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
     children = subprocess.run(command, capture_output=True, text=True).stdout.split()
     for pid in (process.pid, *map(int, children)):
@@ -79,7 +79,7 @@ def images(folder: Path) -> list[Path]:
 
 
 def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
-    """(prompt, seed) -> pixels."""
+    """Returns {(prompt, seed): pixels}."""
     rows = running.recorded([folder / "runs.jsonl"])
     out = {}
     for row in rows:
@@ -88,7 +88,8 @@ def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
 
 
 def images_per_second(folder: Path) -> float:
-    """From the beginning of the first batch (its end less its duration) to the last image."""
+    """Returns the rate from the beginning of the first batch (its end less its duration) to the
+    last image."""
     rows = list(running.recorded([folder / "runs.jsonl"]))
     times = {row["file"]: (folder / row["file"]).stat().st_mtime for row in rows}
     first = min(rows, key=lambda row: times[row["file"]])

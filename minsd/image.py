@@ -32,7 +32,7 @@ FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI"
 
 
 def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
-    """Read an image file of any common kind: upright, the first frame, without transparency.
+    """Reads an image file of any common kind: upright, the first frame, without transparency.
 
     The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than
     8 bits, as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None
@@ -156,7 +156,7 @@ def _lora_tag(reference: str) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[TextIO]:
-    """Hold an exclusive lock on the folder among minsd processes; a no-op where the system cannot
+    """Holds an exclusive lock on the folder among minsd processes; a no-op where the system cannot
     lock.
 
     Yields the lock's file, open for reading and writing. It holds the name of the last image saved.
@@ -172,7 +172,7 @@ def locked(folder: Path) -> Iterator[TextIO]:
 def _temporary(
     picture: Image.Image, folder: Path, info: PngImagePlugin.PngInfo | None = None
 ) -> Iterator[str]:
-    """Write a PNG to a temporary file. The block renames it; an error in the block deletes it."""
+    """Writes a PNG to a temporary file. The block renames it; an error in the block deletes it."""
     handle, path = tempfile.mkstemp(suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -186,7 +186,7 @@ def _temporary(
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all. Its folder is made where it is missing."""
+    """Writes a PNG, whole or not at all. Its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(picture, path.parent) as temporary:
         os.replace(temporary, path)
@@ -198,7 +198,7 @@ def save_numbered(
     settings: dict[str, Any],
     before: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at
+    """Writes `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at
     all.
 
     SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called

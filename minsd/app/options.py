@@ -69,7 +69,7 @@ class Option:
         return self.group in (IMAGE, NOISE)
 
     def add_to(self, group: Any) -> None:
-        """Add this option to an argparse group."""
+        """Adds this option to an argparse group."""
         if self.name == "prompt":
             group.add_argument("prompt", nargs="?", metavar=self.metavar, help=self.help)
             group.add_argument("--prompt", dest="prompt_option", help=argparse.SUPPRESS)

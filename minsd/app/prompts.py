@@ -44,7 +44,7 @@ def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Prefix errors raised in the block with the line's file and number."""
+    """Prefixes errors raised in the block with the line's file and number."""
     try:
         yield
     except FileNotFoundError as error:

@@ -386,7 +386,7 @@ def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
 
 
 def _check_region_control(layout: "Layout", published: bool, net: Path | None, image: Path | None) -> None:
-    """Reject per-region control settings that would otherwise be ignored silently.
+    """Rejects per-region control settings that would otherwise be ignored silently.
 
     `published`: a NoiseCollage folder, which always contains control images, used or not.
     """

@@ -38,7 +38,8 @@ Row = dict[str, Any]  # an image's settings, its file and how its run went
 
 
 def recorded(paths: Iterable[Path]) -> Iterator[Row]:
-    """Yield every complete row of the files that exist; skip rows truncated by a killed process."""
+    """Yields every complete row of the files that exist, and skips rows that a killed process
+    truncated."""
     for path in sorted(paths):
         text = ""
         with suppress(FileNotFoundError):  # or another process has merged it by now
@@ -84,7 +85,7 @@ def done(folder: Path, write: Callable[[Row], None]) -> set[str]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one complete row to a file of JSON lines. The file and its folder are made where they
+    """Appends one complete row to a file of JSON lines. The file and its folder are made where they
     are missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ class Share:
 
 
 def run(session: Session, jobs: Sequence[Job], tally: Tally) -> None:
-    """Draw and save all jobs that fall to this process. `tally` counts the images as they are
+    """Draws and saves all jobs that fall to this process. `tally` counts the images as they are
     saved.
     """
     command = session.command
@@ -159,7 +160,7 @@ def run(session: Session, jobs: Sequence[Job], tally: Tally) -> None:
 
 
 def _draw_all(session: Session, jobs: list[Job], record: Callable[[Row], None], tally: Tally) -> None:
-    """Draw jobs batch by batch, halving a batch that does not fit the GPU."""
+    """Draws jobs batch by batch, halving a batch that does not fit the GPU."""
     sd = session.sd
     parts = batches(jobs, sd)
     steps = sum(steps_of(sd, job) for job in jobs)
@@ -196,7 +197,7 @@ def _draw_all(session: Session, jobs: list[Job], record: Callable[[Row], None], 
 
 
 def batches(jobs: Sequence[Job], sd: StableDiffusion) -> list[list[Job]]:
-    """Group consecutive jobs that differ only in prompt, seed or subjects into batches of at most
+    """Groups consecutive jobs that differ only in prompt, seed or subjects into batches of at most
     sd.batch_size.
     """
     parts: list[list[Job]] = []
@@ -229,7 +230,7 @@ def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
 
 
 def _save(out: Path, jobs: Sequence[Job], drawn: Drawn, seconds: float, unet_rows: int) -> Iterator[Row]:
-    """Save a batch, and yield each image's row once it is in place."""
+    """Saves a batch, and yields each image's row once it is in place."""
     out.mkdir(parents=True, exist_ok=True)
     for job, picture, note, extras in zip(jobs, drawn.images, drawn.notes, drawn.extras):
         settings = {**job.settings(), **note}
@@ -238,7 +239,7 @@ def _save(out: Path, jobs: Sequence[Job], drawn: Drawn, seconds: float, unet_row
 
 
 def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
-    """Save what belongs to an image about to appear at `path`, in the folder extra/ beside it."""
+    """Saves what belongs to an image about to appear at `path`, in the folder extra/ beside it."""
     for name, extra in extras.items():
         stem = f"{path.stem}-{name}"
         if isinstance(extra, torch.Tensor):
@@ -257,7 +258,7 @@ def noise_metadata(settings: Row) -> dict[str, str]:
 
 
 def _merge_rows(out: Path, share: Share) -> None:
-    """Merge this process's rows, and those that a killed run of more processes left behind, into
+    """Merges this process's rows, and those that a killed run of more processes left behind, into
     runs.jsonl.
     """
     paths = [out / share.rows_file] if share.world > 1 else []

@@ -28,7 +28,7 @@ class Session:
 
 
 def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> Session:
-    """Load the model and everything that stands beside it. ValueError or FileNotFoundError for
+    """Loads the model and everything that stands beside it. ValueError or FileNotFoundError for
     what cannot be loaded.
     """
     logging.disable_progress_bar()
