@@ -253,3 +253,20 @@ def test_tables_without_scores_or_methods_are_one_line(drawn, tmp_path, capsys):
         assert study.main(words) == 2
         out = capsys.readouterr().err.splitlines()
         assert len(out) == 1 and message in out[0]
+
+
+def test_compare_draws_judges_and_tables(tmp_path, capsys):
+    """One prompt, also of a model whose judges have no weights here: the page comes all the same."""
+    options = ["--options", "--steps 2", "--seeds", "0-1", "--quiet", "--out", str(tmp_path / "c")]
+    assert study.main(["compare", "a red circle", "--methods", "plain", "excite", *options]) == 0
+    assert (tmp_path / "c" / "index.html").read_text().count("<img") == 4
+    for path in (tmp_path / "c").glob("*/scores.jsonl"):
+        path.unlink()
+    results = read(tmp_path / "c", unjudged=True)
+    assert results.values == {} and len(results.pairs) == 2
+    cells = compute(results, "plain")
+    from minsd.app import study_page
+
+    text = study_page.markdown(results, cells, "plain", None)
+    assert study_page.page(results, cells, "plain", text, 1).count("<img") == 2
+    assert "<svg" in study_page.differences(cells, "plain")

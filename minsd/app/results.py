@@ -42,9 +42,9 @@ class Results:
         return [numbers.setdefault(prompt, len(numbers)) for prompt, _ in self.pairs]
 
 
-def read(folder: Path) -> Results:
-    """Reads a study, or a folder with one judged folder per method. Raises ValueError where there
-    is nothing to compare."""
+def read(folder: Path, unjudged: bool = False) -> Results:
+    """Reads a study, or a folder with one judged folder per method. `unjudged` also takes images
+    without scores. Raises ValueError where there is nothing to compare."""
     path = folder / "study.json"
     study = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if study is not None:
@@ -53,12 +53,13 @@ def read(folder: Path) -> Results:
         places = {sub.name: sub for sub in sorted(folder.iterdir()) if sub.is_dir()}
     else:
         raise FileNotFoundError(f"there is no folder {folder}")
-    places = {name: place for name, place in places.items() if any(place.rglob("scores*.jsonl"))}
+    pattern = "runs*.jsonl" if unjudged else "scores*.jsonl"
+    places = {name: place for name, place in places.items() if any(place.rglob(pattern))}
     if not places:
         raise ValueError(f"{folder} holds no scores: python -m minsd.judge {folder}")
     tags = {item["prompt"]: item.get("tag", "") for item in study["prompts"]} if study else {}
     notes: list[str] = []
-    held = {name: _of_method(place, notes) for name, place in places.items()}
+    held = {name: _of_method(place, notes, unjudged) for name, place in places.items()}
     common = set.intersection(*(set(rows) for rows in held.values()))
     pairs = [pair for pair in next(iter(held.values())) if pair in common]
     most = max(len(rows) for rows in held.values())
@@ -71,15 +72,9 @@ def read(folder: Path) -> Results:
     columns = dict.fromkeys(key for rows in held.values() for pair in pairs for key in rows[pair]["values"])
 
     def table(part: str, key: str) -> dict[str, np.ndarray]:
-        empty = math.nan
+        """Returns one number of each pair by method; None becomes NaN."""
         return {
-            name: np.array(
-                [
-                    rows[pair][part].get(key) or 0.0 if rows[pair][part].get(key) is not None else empty
-                    for pair in pairs
-                ],
-                float,
-            )
+            name: np.array([rows[pair][part].get(key) for pair in pairs], float)
             for name, rows in held.items()
         }
 
@@ -100,7 +95,7 @@ def read(folder: Path) -> Results:
     )
 
 
-def _of_method(place: Path, notes: list[str]) -> dict[tuple[str, Any], dict[str, Any]]:
+def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str, Any], dict[str, Any]]:
     """Returns one method's images: (prompt, seed it began at) -> row, values and more. Images
     without a seed are numbered among those of their prompt."""
     from minsd.app.run import recorded
@@ -118,7 +113,7 @@ def _of_method(place: Path, notes: list[str]) -> dict[tuple[str, Any], dict[str,
             scored[one.folder][""] = [rows]
         row = scored[one.folder][""][0].get(one.file, {})
         lines = scored[one.folder].get(one.file, [])
-        if not lines:
+        if not lines and not unjudged:
             continue
         seed = row.get("asked_seed", row.get("seed"))
         if seed is None:

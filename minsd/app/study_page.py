@@ -279,8 +279,8 @@ def _order(results: Results, baseline: str, rows: int) -> list[int]:
     n = len(results.pairs)
     if n <= rows:
         return list(range(n))
-    values = next(iter(results.values.values()))
-    gains = [values[m] - values[baseline] for m in results.methods if m != baseline]
+    values = next(iter(results.values.values()), {})
+    gains = [values[m] - values[baseline] for m in results.methods if values and m != baseline]
     mean = np.nan_to_num(np.mean(gains, 0)) if gains else np.zeros(n)
     order = [int(k) for k in np.argsort(-mean, kind="stable")]
     third = rows // 3
@@ -418,7 +418,7 @@ def sheet(results: Results, rows: int, path: Path) -> None:
 
     n = len(results.pairs)
     drawn = sorted(int(k) for k in np.random.default_rng(0).permutation(n)[:rows])
-    column = next(iter(results.values))
+    first = next(iter(results.values.values()), {})
     pictures = []
     captions = []
     for k in drawn:
@@ -427,7 +427,7 @@ def sheet(results: Results, rows: int, path: Path) -> None:
                 picture = opened.convert("RGB")
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             pictures.append(picture)
-            captions.append(f"{method} {results.values[column][method][k]:.3g}")
+            captions.append(f"{method} {first[method][k]:.3g}" if first else method)
     side = pictures[0].size
     pictures = [picture if picture.size == side else picture.resize(side) for picture in pictures]
     save(contact_sheet(pictures, len(results.methods), captions), path)
