@@ -246,9 +246,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "excite", "noise", "initno"],
             "options": "--steps 50 --guidance-scale 7.5",
         },
-        "published": "Attend-and-Excite and InitNO report CLIP similarities (ViT-B/16) to the prompt and to its "
-        "neglected half, for SD1.4 and 64 seeds per prompt. Their texts are means over 80 templates and those "
-        "here are the prompts alone, so the absolute values differ.",
+        "published": "Attend-and-Excite and InitNO report CLIP similarities (ViT-B/16) to the prompt "
+        "and to its neglected half, for SD1.4 and 64 seeds per prompt. Their texts are "
+        "means over 80 templates and those here are the prompts alone, so the absolute "
+        "values differ.",
     },
     "geneval": {
         "draw": {
@@ -257,9 +258,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "select:attention:5", "initno"],
             "options": "--steps 50 --guidance-scale 9",
         },
-        "published": "Published with GenEval's own detector (other weights of the same network), in %: SD1.5 43 "
-        "overall (97 single object, 38 two objects, 35 counting, 76 colors, 4 position, 6 color attribution); "
-        "SD2.1 50 (98, 51, 44, 85, 7, 17); SDXL 55 (98, 74, 39, 85, 15, 23).",
+        "published": "Published with GenEval's own detector (other weights of the same network), in %: "
+        "SD1.5 43 overall (97 single object, 38 two objects, 35 counting, 76 colors, 4 "
+        "position, 6 color attribution); SD2.1 50 (98, 51, 44, 85, 7, 17); SDXL 55 (98, "
+        "74, 39, 85, 15, 23).",
     },
     "not-all-noises": {
         "draw": {
@@ -267,14 +269,16 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "select:stability:100", "optimize:100"],
             "options": "--steps 10 --guidance-scale 5.5",
         },
-        "published": "Not All Noises reports that people prefer selected noise in up to 57 % and optimised noise "
-        "in up to 72.5 % of DrawBench's prompts; people's choices are not repeated here. HPSv2's authors report "
-        "26.95 (v2) and 25.35 (v2.1) for SD1.4 on their own prompts.",
+        "published": "Not All Noises reports that people prefer selected noise in up to 57 % and "
+        "optimised noise in up to 72.5 % of DrawBench's prompts; people's choices are not "
+        "repeated here. HPSv2's authors report 26.95 (v2) and 25.35 (v2.1) for SD1.4 on "
+        "their own prompts.",
     },
     "noisecollage": {
         "draw": {"methods": ["plain", "collage"], "seeds": "0"},
-        "published": "NoiseCollage reports the similarity of each region's crop to its caption on captioned boxes "
-        "of its own, by another CLIP (open_clip's ViT-B-32-quickgelu, laion400m_e32).",
+        "published": "NoiseCollage reports the similarity of each region's crop to its caption on "
+        "captioned boxes of its own, by another CLIP (open_clip's ViT-B-32-quickgelu, "
+        "laion400m_e32).",
     },
     "alignment": {
         "draw": {
