@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -30,9 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from bench import Row, loaded, parser, report
 from bench.shapes import cases, sentence
+from minsd import image
 from minsd.app import Tally, options, requests
 from minsd.app import run as running
 from minsd.app.jobs import plan
@@ -141,8 +142,8 @@ def overhead(args: argparse.Namespace, folder: Path) -> Row:
         start = time.perf_counter()
         for first in range(0, OVERHEAD_IMAGES, BATCH):
             made = sd("a red circle", seeds=range(first, first + BATCH), steps=args.steps)
-            for k, image in enumerate(made):
-                image.save(folder / f"plain-{k}.png")
+            for k, picture in enumerate(made):
+                picture.save(folder / f"plain-{k}.png")
         plain = time.perf_counter() - start
         out = ["--out", str(folder / f"machinery{turn}"), "--quiet"]
         seeds = ["--seeds", f"0-{OVERHEAD_IMAGES - 1}", "--steps", str(args.steps)]
@@ -162,10 +163,14 @@ def resume(folder: Path) -> Row:
     if generate([*command, "--seed", "0", "--quiet"]):
         sys.exit("minsd.generate failed")
     row = json.loads((out / "runs.jsonl").read_text())
+    settings = image.read_settings(out / "00000-0.png")
+    picture = Image.open(out / "00000-0.png")
     with (out / "runs.jsonl").open("a") as file:
         for seed in range(1, ROWS):
             name = f"{seed:05d}-{seed}.png"
-            shutil.copy(out / "00000-0.png", out / name)
+            info = PngInfo()  # an image is known by its own settings
+            info.add_itxt(image.CHUNK, json.dumps(settings | {"seed": seed}))
+            picture.save(out / name, pnginfo=info)
             file.write(json.dumps(row | {"seed": seed, "file": name}) + "\n")
     start = time.perf_counter()
     finish(1, *command, "--seeds", f"0-{ROWS - 1}", "--resume")
