@@ -12,7 +12,6 @@ use those of the hub's cache or of `--weights`; those that the command names are
 import argparse
 import csv
 import hashlib
-import json
 import math
 import os
 import sys
@@ -23,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minsd import judges
+from minsd import files, judges
+from minsd.app.ranks import Share, label, local_rank
 from minsd.judges import JUDGES, WEIGHTS
 
 SCORES = "scores.jsonl"
@@ -32,6 +32,7 @@ FORMS = (
     "runs.jsonl of minsd, prompts.jsonl or prompts.csv with columns file and prompt, GenEval's "
     "NNNNN/metadata.jsonl, PNGs that hold their prompt, or with --folders one folder per prompt"
 )
+LINE = {"file", "judge", "identity", "asked", "size", "values"}  # keys of a line of scores
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -83,7 +84,7 @@ def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
     """Returns what is asked for by prompt, as the study.json of a study says."""
     for place in (folder, folder.parent):
         if (place / "study.json").is_file():
-            items = json.loads((place / "study.json").read_text(encoding="utf-8"))["prompts"]
+            items = files.read_json(place / "study.json")["prompts"]
             return {item["prompt"]: item for item in items}
     from minsd.app.prompt_sets import geneval
 
@@ -95,7 +96,7 @@ def _images(folder: Path) -> list[str]:
 
 
 def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    from minsd.app.run import recorded
+    from minsd.app.folder import recorded
 
     for sub in sorted({path.parent for path in folder.rglob("runs*.jsonl")}):
         rows = {row["file"]: row for row in recorded(sub.glob("runs*.jsonl"))}
@@ -108,7 +109,7 @@ def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     rows: list[Mapping[str, Any]] = []
     if (folder / "prompts.jsonl").is_file():
         text = (folder / "prompts.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [files.parse_json(line) for line in text.splitlines() if line.strip()]
     elif (folder / "prompts.csv").is_file():
         with (folder / "prompts.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -121,7 +122,7 @@ def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     for path in sorted(folder.glob("*/metadata.jsonl")):
-        item = json.loads(path.read_text(encoding="utf-8"))
+        item = files.read_json(path)
         for name in _images(path.parent / "samples"):
             yield Picture(folder, f"{path.parent.name}/samples/{name}", item["prompt"], item)
 
@@ -132,7 +133,7 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     for path in sorted(path for path in folder.rglob("*.png") if "extra" not in path.parts):
         with suppress(OSError, ValueError), Image.open(path) as image:
             text: Mapping[str, str] = getattr(image, "text", {})
-            prompt = json.loads(text["minsd"])["prompt"] if "minsd" in text else None
+            prompt = files.parse_json(text["minsd"])["prompt"] if "minsd" in text else None
             if prompt is None and "parameters" in text:
                 prompt = text["parameters"].split("\nNegative prompt:")[0].split("\nSteps:")[0].strip()
             if prompt is not None:
@@ -146,33 +147,23 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Returns the scores of a folder's images: (file, judge) -> its line. Of several lines for one,
     the last counts; lines cut by a kill are passed over."""
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in sorted(folder.glob("scores*.jsonl"), key=lambda path: (path.name != SCORES, path.name)):
-        with suppress(FileNotFoundError):
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(json.JSONDecodeError, KeyError, TypeError):
-                    line = json.loads(text)
-                    lines[line["file"], line["judge"]] = line
-    return lines
+    from minsd.app.folder import recorded
+
+    # The processes' own files hold the lines since the last merge.
+    rows = [*recorded([folder / SCORES]), *recorded(folder.glob("scores-*.jsonl"))]
+    return {(row["file"], row["judge"]): row for row in rows if LINE <= row.keys()}
 
 
 def merge(folder: Path, parts: Sequence[Path]) -> None:
     """Merges processes' own files into scores.jsonl, one line per image and judge, and deletes
     them. Safe to repeat."""
-    from minsd.image import locked
-
     if not parts:
         return
-    with locked(folder):
+    with files.locked(folder):
         lines = scores(folder)
-        whole = folder / f"{SCORES}.{os.getpid()}.tmp"
-        try:
-            with whole.open("w", encoding="utf-8") as file:
-                for key in sorted(lines):
-                    file.write(json.dumps(lines[key], ensure_ascii=False) + "\n")
-            whole.replace(folder / SCORES)
-        finally:
-            whole.unlink(missing_ok=True)
+        with files.temporary(folder) as file:
+            file.writelines((files.dumps(lines[key]) + "\n").encode() for key in sorted(lines))
+            files.put(file, folder / SCORES)
         for path in parts:
             path.unlink(missing_ok=True)
 
@@ -198,7 +189,7 @@ class Run:
 
     def error(self, message: str) -> None:
         self.failed += 1
-        print(f"minsd: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"minsd: error: {label()}{files.printable(message)}", file=sys.stderr)
 
     def judge(self, name: str, found: Sequence[Picture], ready: "Ready") -> None:
         """Judges the images that this process has no standing line for."""
@@ -228,7 +219,7 @@ class Run:
 
     def _part(self, name: str, judge: Any, part: Sequence[Picture], images: Sequence[Any]) -> None:
         """Judges one batch and writes its lines."""
-        from minsd.app.run import append
+        from minsd.app.folder import append
 
         pairs = []
         for picture, image in zip(part, images):
@@ -319,8 +310,8 @@ class Ready:
         import torch
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if "LOCAL_RANK" in os.environ and device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if device == "cuda" and local_rank() is not None:
+            device = f"cuda:{local_rank()}"
         return judges.load(self.name, self.weights, device, getattr(torch, self.dtype), **self.options)
 
 
@@ -418,8 +409,6 @@ def run(args: argparse.Namespace) -> int:
     for folder in folders:
         if not os.access(folder, os.W_OK):
             raise ValueError(f"scores cannot be written into {folder}: it is read-only")
-    from minsd.app.run import Share
-
     share = Share.from_environment()
     quiet = args.quiet or share.rank > 0
     work = Run(share.rank, share.world, quiet, args.batch, args.again)
@@ -445,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (ValueError, FileNotFoundError) as error:
-        print(f"minsd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"minsd: error: {label()}{files.printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minsd: stopped; the same command goes on", file=sys.stderr)

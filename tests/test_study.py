@@ -79,7 +79,7 @@ def test_prompts_from_files(tmp_path, name, text, prompts):
     "name, text, message",
     [
         ("a.csv", "id,words\n1,a cat\n", "has no column named prompt"),
-        ("a.jsonl", "{broken", "cannot be read as .jsonl"),
+        ("a.jsonl", "{broken", "a.jsonl: not JSON"),
         ("a.json", "[]", "holds no prompts"),
         ("a.pdf", "x", "prompts come from"),
     ],

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from minsd import files
 from minsd.judges.objects import COCO, COLOURS, RELATIONS
 from minsd.weights.shapes import data
 
@@ -283,6 +284,13 @@ def load(name: str, count: int | None = None) -> list[Item]:
     return items
 
 
+def _json(text: str, path: Path) -> Any:
+    try:
+        return files.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _read(path: Path) -> list[Item]:
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -290,9 +298,9 @@ def _read(path: Path) -> list[Item]:
             lines: list[Any] = [line.strip() for line in text.splitlines()]
             lines = [line for line in lines if line and not line.startswith("#")]
         elif path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = [_json(line, path) for line in text.splitlines() if line.strip()]
         elif path.suffix == ".json":
-            lines = json.loads(text)
+            lines = _json(text, path)
         elif path.suffix in (".csv", ".tsv"):
             rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
             column = next((name for name in COLUMNS if rows and name in rows[0]), None)
@@ -301,7 +309,7 @@ def _read(path: Path) -> list[Item]:
             lines = [row[column] for row in rows]
         else:
             raise ValueError(f"prompts come from .txt, .jsonl, .json, .csv or .tsv, not from {path.name}")
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from None
     items = [{"prompt": line} if isinstance(line, str) else line for line in lines]
     if not items or not all(isinstance(item, Mapping) and "prompt" in item for item in items):

@@ -4,7 +4,6 @@ A study is a folder with one folder per method, each with rows (runs.jsonl) and 
 (scores.jsonl). Only (prompt, seed) pairs that every method has are compared.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minsd import judge
+from minsd import files, judge
 from minsd.app import statistics
 from minsd.app.prompt_sets import slug
 from minsd.app.statistics import Estimate, Resample
@@ -46,7 +45,7 @@ def read(folder: Path, unjudged: bool = False) -> Results:
     """Reads a study, or a folder with one judged folder per method. `unjudged` also takes images
     without scores. Raises ValueError where there is nothing to compare."""
     path = folder / "study.json"
-    study = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    study = files.read_json(path) if path.is_file() else None
     if study is not None:
         places = {name: folder / slug(name) for name in study["methods"]}
     elif folder.is_dir():
@@ -98,7 +97,7 @@ def read(folder: Path, unjudged: bool = False) -> Results:
 def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str, Any], dict[str, Any]]:
     """Returns one method's images: (prompt, seed it began at) -> row, values and more. Images
     without a seed are numbered among those of their prompt."""
-    from minsd.app.run import recorded
+    from minsd.app.folder import recorded
 
     out: dict[tuple[str, Any], dict[str, Any]] = {}
     count: dict[str, int] = {}

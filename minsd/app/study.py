@@ -19,10 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minsd import __version__, judge
+from minsd import __version__, files, judge
 from minsd.app import Tally, options, prompt_sets, requests, study_page
 from minsd.app.options import OPTIONS
 from minsd.app.prompt_sets import slug
+from minsd.app.ranks import Share, label
 from minsd.app.results import compute, read
 
 PLAIN: dict[str, list[str]] = {  # methods without arguments -> options of minsd.generate
@@ -113,7 +114,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
     path = folder / "study.json"
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = files.read_json(path)
         for key in ("prompts", "seeds", "model", "options"):
             if old[key] != study[key]:
                 raise ValueError(f"{path} has other {key}: a study keeps them; take a new folder")
@@ -148,14 +149,9 @@ def write_lines(study: Mapping[str, Any], folder: Path, method: str) -> Path:
 
 def _put(path: Path, text: str) -> None:
     """Writes a file whole or not at all. Several processes may write the same."""
-    import os
-
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.temporary(path.parent) as file:
+        file.write(text.encode())
+        files.put(file, path)
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -171,7 +167,7 @@ def draw(args: argparse.Namespace) -> int:
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"method {name}: {error}") from None
     from minsd.app.jobs import plan
-    from minsd.app.run import Share, run
+    from minsd.app.run import run
     from minsd.app.session import open_session
 
     rank = Share.from_environment().rank
@@ -189,7 +185,7 @@ def draw(args: argparse.Namespace) -> int:
             print(f"minsd: method {name}: {len(jobs)} images", file=sys.stderr)
         tally = Tally()
         run(session, jobs, tally)
-        failed += getattr(tally, "failed", 0)
+        failed += tally.failed
     return 1 if failed else 0
 
 
@@ -353,7 +349,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study")
                 setattr(args, name, default)
         return draw(args) if args.action == "draw" else compare(args)
     except (ValueError, FileNotFoundError) as error:
-        print(f"minsd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"minsd: error: {label()}{files.printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minsd: stopped; the same command goes on", file=sys.stderr)
