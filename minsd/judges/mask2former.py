@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from minsd.judges import Judged, fill, objects, pixels, tensors
-from minsd.judges.clip import Clip, h14, network, tokenizer, unit
+from minsd.judges import Judged, objects, pixels
+from minsd.judges.clip import Clip, h14, network, parts, tokenizer, unit
 from minsd.judges.objects import COCO, COLOURS, Asked, Detection
 
 SHORT, LONG = 800, 1333  # pixels of the resized image's sides: the shorter one, at most the longer one
@@ -176,24 +176,33 @@ def known(asked: Asked | None) -> bool:
 def names_of(prompt: str, asked: Asked | None) -> list[str]:
     """Returns the objects that a prompt names, one for each of its parts; none where one of them is
     no class of COCO."""
-    from minsd.judges.clip import parts
-
     if asked and "include" in asked:
         names = [one["class"] for one in asked["include"]]
     else:
-        names = [objects.class_of(part, COCO) or "" for part in parts(prompt) or [prompt]]
+        found = [(part.strip().lower(), objects.class_of(part, COCO)) for part in parts(prompt) or [prompt]]
+        # In "an orange crown" the orange is a colour, and no crown is among COCO's classes.
+        names = [name if name and part.endswith(name) else "" for part, name in found]
     return names if all(name in COCO for name in names) else []
 
 
 def load_network(path: Path) -> Any:
-    """Returns the network from a folder's config.json and weights."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+    """Returns the network in a folder. transformers renames the published tensors itself, which
+    differs between its versions. Raises ValueError, in one line, where tensors are missing."""
+    from transformers import Mask2FormerForUniversalSegmentation
 
-    config = Mask2FormerConfig.from_pretrained(path.parent / "config.json")
-    with torch.device("meta"):
-        model = Mask2FormerForUniversalSegmentation(config)
-    fill(model, tensors(path), ("criterion.",), path)
-    return model
+    try:
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+            path.parent, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path.parent} cannot be read as a Mask2Former: {str(error).splitlines()[0]}"
+        ) from None
+    model, info = loaded
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("criterion."))
+    if missing:
+        raise ValueError(f"{path} lacks the tensor {missing[0]}: another model's file?")
+    return model.requires_grad_(False).eval()
 
 
 def build(
