@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what __getattr__ below imports on first use
     import minsd.attention as attention
     import minsd.config as config
     import minsd.controlnet as controlnet
+    import minsd.emphasis as emphasis
     import minsd.files as files
     import minsd.generate as generate
     import minsd.graphs as graphs
@@ -52,6 +53,7 @@ _SUBMODULES = (
     "attention",
     "config",
     "controlnet",
+    "emphasis",
     "files",
     "generate",
     "graphs",

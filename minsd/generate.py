@@ -135,11 +135,8 @@ def model_size(model: str) -> int:
 
 def list_tokens(text: Any, prompt: str) -> None:
     """Prints a prompt's tokens with their positions."""
-    tokens = text.tokens(prompt)
-    last = text.max_length - 1
-    for position, token in enumerate(tokens):
-        cut = "  (cut off)" if last <= position < len(tokens) - 1 else ""
-        line = f"{position:3d}  {printable(token)}{cut}"
+    for position, token in enumerate(text.tokens(prompt)):
+        line = f"{position:3d}  {printable(token)}"
         encoding = sys.stdout.encoding or "utf-8"  # may lack characters of the prompt
         print(line.encode(encoding, "backslashreplace").decode(encoding))
 

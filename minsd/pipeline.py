@@ -268,11 +268,17 @@ class StableDiffusion:
 
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> guidance.Predictor:
         """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
-        the text states `context` and away from `uncond`, each (B,77,D) or (1,77,D)."""
+        the text states `context` and away from `uncond`, each (B,77n,D) or (1,77n,D). If their
+        lengths differ, the shorter one is filled up with empty chunks."""
+        if guidance_scale != 1:
+            context, uncond = (
+                self.text.filled(one, other.shape[1]) for one, other in ((context, uncond), (uncond, context))
+            )
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
     def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor:
-        """Encodes prompts into text states (B,77,D), in the model's dtype."""
+        """Encodes prompts into text states (B,77n,D), in the model's dtype. n is 1 for up to 75
+        tokens; all prompts are filled up to the n of the longest."""
         return self.text.encode([prompts] if isinstance(prompts, str) else list(prompts)).to(self.dtype)
 
     @torch.no_grad()

@@ -380,6 +380,13 @@ _ROWS = (
     Option("controlnet", MODEL, Path, "DIR|FILE",
            "a ControlNet for --control-image, or for the control images of --layout",
            like=True, identity="controlnet"),
+    Option("prompt_weights", MODEL, bool, None,
+           "read (words:1.3), (words), [words] and BREAK as AUTOMATIC1111's web UI does, or never"
+           " (default: where a weight such as :1.3 or BREAK makes it unmistakable)",
+           negatable=True, like=True, identity="prompt_weights"),
+    Option("clip_skip", MODEL, int, "N",
+           "take the text states N-1 layers before the model's own last one (default: 1, nothing skipped)",
+           like=True, identity="clip_skip"),
     Option("lora", MODEL, str, "FILE[:SCALE]",
            "an adapter, merged into the weights; may be given several times",
            repeated=True, like=True, identity="lora"),

@@ -41,6 +41,8 @@ class Command:
     tokenizer: Path | None
     prediction_type: str | None
     controlnet: Path | None
+    prompt_weights: bool | None
+    clip_skip: int | None
     lora: tuple[str, ...]  # FILE or FILE:SCALE, as given
     device: str | None
     dtype: str | None

@@ -50,6 +50,9 @@ def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> 
     )
     if sd.device.type == "cuda":
         torch.cuda.set_device(sd.device)  # otherwise every process would also create a CUDA context on GPU 0
+    sd.text.prompt_weights = command.prompt_weights
+    if command.clip_skip is not None:
+        sd.text.skip(command.clip_skip)
     session = Session(sd, command, quiet)
     layouts = [request.layout for request in requests if request.layout is not None]
     paths = {path for layout in layouts for region in layout.regions for path, _ in region.lora}
