@@ -20,6 +20,7 @@ from torch import Tensor
 from minsd import guidance, image, samplers
 from minsd.attention import Attention
 from minsd.config import STRENGTH, ModelConfig, check_size, overflow_advice
+from minsd.controlnet import Controlled
 from minsd.graphs import Graphs, graphs_of, use_graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as unit_noise
@@ -118,13 +119,18 @@ class StableDiffusion:
             graphs.release()
 
     def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
-        """Replays the UNet's evaluations from CUDA graphs (minsd/graphs.py), or with `on` False
-        stops doing so. `load` turns graphs on for CUDA.
+        """Replays evaluations of the UNet, and of ControlNets in use, from CUDA graphs
+        (minsd/graphs.py), or with `on` False stops doing so. `load` turns graphs on for CUDA.
 
         With `gradients`, graphs are also used for evaluations whose attention maps are
         differentiated (expected to matter most at batch 1, not measured on a GPU).
         """
-        self.graphs = use_graphs(self.unet, on, gradients)
+        unet = self.unet
+        if isinstance(unet, Controlled):
+            for control in unet.controls:
+                use_graphs(control.net, on, gradients)
+            unet = unet.unet
+        self.graphs = use_graphs(unet, on, gradients)
 
     def compile(self, **options) -> None:
         """Compiles the UNet with torch.compile. The first step of each image size then takes

@@ -29,7 +29,7 @@ FLOORS = {
     "attention": ("attention", "kernels services"),
     "guidance": ("guidance", "samplers services"),
     "samplers": ("samplers", "config"),
-    "services": ("image graphs adapters files words emphasis", "config"),  # for all above the kernels
+    "services": ("image graphs adapters files words emphasis", "kernels"),  # for all above the kernels
     "kernels": ("kernels", "config"),
     "config": ("config", ""),
 }
