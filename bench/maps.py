@@ -25,7 +25,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bench import Row, clocked, in_own_process, parser, peak_mb, report
-from bench.unet import build
+from bench.unet import build, context_rows
 from minsd.config import MODELS
 
 if TYPE_CHECKING:
@@ -81,7 +81,9 @@ def worker(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(1)
     cells = args.size // 8
     noise = torch.randn(1, 4, cells, cells, generator=generator).to(device, dtype)
-    context = torch.randn(1, 77, unet.config.context_dim, generator=generator).to(device, dtype)
+    context = torch.randn(1, context_rows(unet.config), unet.config.context_dim, generator=generator).to(
+        device, dtype
+    )
     only = args.worker in ("early_stop", "minsd")
     seconds = []
     for _ in range(args.runs):

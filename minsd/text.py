@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from minsd.words import occurrences, token_bytes, token_spans
 
@@ -33,24 +35,27 @@ class TextEncoder:
         """Returns the prompt's token ids with the start and end tokens, neither padded nor cut."""
         return self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
 
-    def encode(self, prompts: list[str]) -> torch.Tensor:
-        """Encodes prompts into text states (B,77,D) on the model's device.
+    def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
+        """Encodes prompts into text states (B,77,D) on the model's device. `size` is only for SDXL.
 
         A prompt that is too long is cut, with a warning that quotes the part cut off.
         """
+        with torch.no_grad():
+            return self.model(self.padded_ids(prompts)).last_hidden_state  # (B, 77, D)
+
+    def padded_ids(self, prompts: list[str], warn: bool = True) -> Tensor:
+        """Returns the prompts' token ids (B,77), padded or cut, on the model's device."""
         rows = []
         for prompt in prompts:
             ids = self.ids(prompt)
             if len(ids) > self.max_length:
                 cut = str(self.tokenizer.decode(ids[self.max_length - 1 : -1])).strip()
-                warnings.warn(
-                    f"the prompt has more than {self.max_length - 2} tokens; cut off: {cut!r}", stacklevel=2
-                )
+                said = f"the prompt has more than {self.max_length - 2} tokens; cut off: {cut!r}"
+                if warn:
+                    warnings.warn(said, stacklevel=3)
                 ids = ids[: self.max_length - 1] + ids[-1:]
             rows.append(ids + [self.pad_token_id] * (self.max_length - len(ids)))
-        with torch.no_grad():
-            # (B, 77, D)
-            return self.model(torch.tensor(rows, device=self.model.device)).last_hidden_state
+        return torch.tensor(rows, device=self.model.device)
 
     def tokens(self, prompt: str) -> list[str]:
         """Returns the prompt's tokens, start and end included; `</w>` marks the end of a word."""
@@ -151,3 +156,40 @@ class TextEncoder:
                 " by --token-indices (--list-tokens)"
             )
         return places
+
+
+class TwoTextEncoders(TextEncoder):
+    """SDXL's text encoders. Each encoder's states come from before its last layer. The second
+    encoder also makes a pooled state, one vector for the whole text. Tokens and positions are those
+    of the first encoder's tokenizer; the second tokenizer cuts text alike and differs in padding.
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder, zero_empty: bool):
+        """Joins two encoders. With `zero_empty` the states of the prompt "" are zeros."""
+        super().__init__(first.model, first.tokenizer, first.pad_token_id)
+        self.second = second
+        self.zero_empty = zero_empty
+
+    def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
+        """Encodes prompts into contexts (B,78,D): 77 rows of text states, those of both encoders
+        side by side, and one row for the whole, [pooled state | six numbers | zeros].
+
+        The six numbers are pixels: height and width of the original image, the rows and columns cut
+        off at its top and left, height and width now. With `size` (height, width), which states
+        that the latents will be a part of an image that large, they are those of that image, uncut.
+        Without `size` they are zeros, which the network reads as its latents' own size.
+        """
+        with torch.no_grad():
+            one = self.model(self.padded_ids(prompts), output_hidden_states=True)
+            two = self.second.model(self.second.padded_ids(prompts, warn=False), output_hidden_states=True)
+        states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)  # (B, 77, D)
+        pooled = two.text_embeds  # (B, P)
+        if self.zero_empty:
+            empty = torch.tensor([not prompt for prompt in prompts], device=states.device)
+            states = states.masked_fill(empty[:, None, None], 0)
+            pooled = pooled.masked_fill(empty[:, None], 0)
+        height, width = size or (0, 0)
+        numbers = pooled.new_tensor([height, width, 0, 0, height, width]).expand(len(prompts), 6)
+        row = torch.cat([pooled, numbers], dim=1)
+        row = F.pad(row, (0, states.shape[-1] - row.shape[1]))
+        return torch.cat([states, row[:, None]], dim=1)
