@@ -1,4 +1,4 @@
-"""minsd: Stable Diffusion 1.x/2.x in plain PyTorch, built around the initial noise.
+"""minsd: Stable Diffusion 1.x, 2.x and XL in plain PyTorch, built around the initial noise.
 
     import minsd
     sd = minsd.load("shapes")
@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # what __getattr__ below imports on first use
     import minsd.attention as attention
     import minsd.config as config
     import minsd.controlnet as controlnet
+    import minsd.emphasis as emphasis
+    import minsd.files as files
     import minsd.generate as generate
     import minsd.graphs as graphs
     import minsd.guidance as guidance
@@ -49,6 +51,8 @@ _SUBMODULES = (
     "attention",
     "config",
     "controlnet",
+    "emphasis",
+    "files",
     "generate",
     "graphs",
     "guidance",

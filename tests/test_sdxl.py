@@ -40,6 +40,10 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def pipe(sdxl_folder):
     """diffusers' pipeline on the same folder."""
@@ -152,9 +156,32 @@ def test_text_equals_diffusers(sdxl, pipe):
     assert not sdxl.encode_prompt("").any()  # as diffusers' negative prompt of None
     row = sdxl.encode_prompt(["", PROMPT], size=(640, 512))[:, -1]
     assert row[:, 128:134].tolist() == [[640, 512, 0, 0, 640, 512]] * 2 and not row[0, :128].any()
-    with pytest.warns(UserWarning) as caught:
-        sdxl.encode_prompt("a red circle and " * 20)
-    assert len(caught) == 1  # both encoders cut the prompt
+
+
+def test_long_prompts_weights_and_clip_skip(sdxl, pipe):
+    """The row for the whole stays the last one, and has the first chunk's pooled state."""
+    chunk = "a red circle and " * 18 + "a blue heart"  # 75 tokens
+    long, alone, star = (sdxl.encode_prompt(text) for text in (f"{chunk} a star", chunk, " a star"))
+    assert long.shape == (1, 155, 192) and close(long[:, :77], alone[:, :77])
+    assert close(long[:, 77:154], star[:, :77]) and close(long[:, 154], alone[:, 77])
+    both = sdxl.encode_prompt([f"{chunk} a star", "a star"])
+    assert close(both[1:, :77], sdxl.encode_prompt("a star")[:, :77])
+    assert close(sdxl.text.filled(sdxl.encode_prompt("a star"), 155), both[1:])
+    zeros = sdxl.text.filled(sdxl.encode_prompt("", size=(64, 64)), 155)
+    assert zeros.shape == (1, 155, 192) and not zeros[:, :-1].any() and zeros[0, -1, 128] == 64
+    x = noise([0], (4, 8, 8))
+    assert sdxl.predictor(long, sdxl.encode_prompt(""), 5.0)(x, 500).isfinite().all()
+
+    text = copy.copy(sdxl.text)
+    text.prompt_weights = True
+    heavy, plain = text.encode(["a (red:1.5) star"]), text.encode(["a red star"])
+    for part in (slice(0, 64), slice(64, 192)):  # each encoder's mean is kept
+        assert heavy[:, :77, part].mean() == pytest.approx(plain[:, :77, part].mean().item(), rel=1e-4)
+    assert relative(heavy, plain) > 1e-3 and torch.equal(heavy[:, 77], plain[:, 77])
+    text.skip(2)
+    states, _, pooled, _ = pipe.encode_prompt([PROMPT], do_classifier_free_guidance=False, clip_skip=1)
+    assert relative(text.encode([PROMPT])[:, :77], states) <= 1e-6
+    assert relative(text.encode([PROMPT])[:, 77, :128], pooled) <= 1e-6
 
 
 # --- whole runs -----------------------------------------------------------------------------------
@@ -471,10 +498,6 @@ def test_maps_of_sdxl_sizes(sdxl):
     assert results[0][1].abs().sum() > 0
 
 
-def close(a, b):
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_methods_on_a_batch_are_those_of_its_images(sdxl):
     prompts, subjects, seeds = [PROMPT, NEGATIVE], [["circle", "square"], ["star"]], [1, 2]
     how = {"steps": 3, "height": 64, "width": 64}
@@ -599,3 +622,9 @@ def test_every_command_line(sdxl, sdxl_folder, adapters, tmp_path, capfd, monkey
     capfd.readouterr()
     run(PROMPT, "--list-tokens")
     assert "circle</w>" in capfd.readouterr().out
+    turbo = copy.copy(sdxl)
+    turbo.config = replace(sdxl.config, guidance_scale=1.0)
+    monkeypatch.setattr(session, "load", lambda *how, **more: turbo)
+    row = run(PROMPT, "--seed", "1", "--guidance-scale", "0", quiet=False)
+    assert (row["guidance_scale"], row["unet_rows"]) == (1.0, 2)
+    assert "guidance scale 0 means no guidance for this model" in capfd.readouterr().err
