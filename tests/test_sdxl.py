@@ -112,7 +112,7 @@ def test_full_size_names_and_shapes(monkeypatch, tmp_path):
         sparse_file(path, as_original_xl(*states))
         parts = original(Tensors(path, "", torch.float16), None, {})
         assert replace(parts.config, name=row.name) == row
-        assert len(parts.notes) == 1 and ("it is not" in parts.notes[0]) == (name == "full")
+        assert len(parts.notes) == 1 and ("base model" in parts.notes[0]) == (name == "full")
     for part, state in zip((parts.unet, parts.vae, parts.text, parts.text_2), states):
         expected = {name.removeprefix("text_model."): tuple(t.shape) for name, t in state.items()}
         found = {name: part.shape(name) for name in part}

@@ -94,8 +94,8 @@ def _family(
     encoders' tensors, its prediction type, and its name."""
     if ldm_keys.XL_CLIP in prefixes:
         is_turbo = "turbo" in path.stem.lower()
-        note = f"{path.name} is an SDXL file, which does not state whether it is a Turbo model: by its name"
-        note += " it is, so it gets 1 step without guidance" if is_turbo else " it is not"
+        kind = "a Turbo model (1 step, no guidance)" if is_turbo else "the base model"
+        note = f"{path.name} is an SDXL file, taken for {kind} by its name: the file does not state it"
         return MODELS["sdxl-turbo" if is_turbo else "sdxl"], note
     if ldm_keys.OPEN_CLIP not in prefixes:
         return _SD1, None
@@ -121,8 +121,8 @@ def check_widths(config: ModelConfig, where: Path) -> None:
     if taken != made:
         encoders = "text encoders make" if second else "text encoder makes"
         raise ValueError(
-            f"{where}: its UNet takes {what} of width {taken}, its {encoders} one of width {made}: parts of"
-            " different models"
+            f"{where}: its UNet takes {what} of width {taken}, its {encoders} {what} of width {made}: parts"
+            " of different models"
         )
 
 
