@@ -307,8 +307,7 @@ class UNet(nn.Module):
         """Embeds SDXL's `Whole` for latents x. Returns (B,4*C0), to add to the time embedding."""
         pooled, size = whole
         own = torch.zeros(6, device=x.device)  # the latents' own size, for rows that state none
-        own[0::4] = CELL * x.shape[-2]
-        own[1::4] = CELL * x.shape[-1]
+        own[0::4], own[1::4] = (CELL * side for side in x.shape[-2:])
         size = torch.where(size.any(dim=1, keepdim=True), size.float(), own)  # (B, 6)
         size = timestep_embedding(size.flatten(), self.config.size_dim).view(len(size), -1)
         assert self.add_embedding is not None

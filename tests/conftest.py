@@ -123,6 +123,30 @@ def small_pipeline(tokenizer_folder, prediction_type="epsilon", sd2=False):
     )
 
 
+def sdxl_text_encoders(vocab_size):
+    """The two text encoders of `sdxl_pipeline`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    sizes = {
+        "vocab_size": vocab_size,
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+        "projection_dim": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # as in SDXL's files; to transformers the greatest id, which is the end token's
+    }
+    first = CLIPTextConfig(**sizes, hidden_size=64, num_attention_heads=1)
+    second = CLIPTextConfig(
+        **sizes, hidden_size=128, num_attention_heads=2, hidden_act="gelu", pad_token_id=1
+    )
+    texts = CLIPTextModel(first), CLIPTextModelWithProjection(second)
+    for p in (
+        p for text in texts for p in text.parameters()
+    ):  # CLIP starts with small weights and zero biases
+        p.data += 0.1 * torch.randn_like(p)
+    return texts
+
+
 def sdxl_pipeline(tokenizer_folder, turbo=False):
     """diffusers' StableDiffusionXLPipeline with tiny random networks, initialised by diffusers.
 
@@ -135,7 +159,7 @@ def sdxl_pipeline(tokenizer_folder, turbo=False):
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
     tokenizers = [CLIPTokenizer.from_pretrained(tokenizer_folder) for _ in range(2)]
@@ -162,23 +186,6 @@ def sdxl_pipeline(tokenizer_folder, turbo=False):
         up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=0.13025,
     )
-    sizes = {
-        "vocab_size": len(tokenizers[0]),
-        "num_hidden_layers": 3,
-        "intermediate_size": 96,
-        "projection_dim": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 2,  # as in SDXL's files; to transformers the greatest id, which is the end token's
-    }
-    first = CLIPTextConfig(**sizes, hidden_size=64, num_attention_heads=1)
-    second = CLIPTextConfig(
-        **sizes, hidden_size=128, num_attention_heads=2, hidden_act="gelu", pad_token_id=1
-    )
-    texts = CLIPTextModel(first), CLIPTextModelWithProjection(second)
-    for p in (
-        p for text in texts for p in text.parameters()
-    ):  # CLIP starts with small weights and zero biases
-        p.data += 0.1 * torch.randn_like(p)
     kind = EulerAncestralDiscreteScheduler if turbo else EulerDiscreteScheduler
     scheduler = kind(
         beta_start=0.00085,
@@ -187,6 +194,7 @@ def sdxl_pipeline(tokenizer_folder, turbo=False):
         timestep_spacing="trailing" if turbo else "leading",
         steps_offset=1,
     )
+    texts = sdxl_text_encoders(len(tokenizers[0]))
     return StableDiffusionXLPipeline(vae, *texts, *tokenizers, unet, scheduler)
 
 
