@@ -209,6 +209,7 @@ def pipeline_classes(sd2, tokenizer, row=None):
             num_attention_heads=hidden // 64,
             num_hidden_layers=24 if sd2 else row.text.num_layers if row else 2,
             hidden_act="gelu" if sd2 else "quick_gelu",
+            eos_token_id=vocab - 1,
         )
     )
     return unet, vae, text
