@@ -9,11 +9,11 @@ prompts into chunks, each of which CLIP reads alone (minsd/emphasis.py).
 
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minsd import emphasis
 from minsd.emphasis import Fragment
@@ -135,6 +135,28 @@ class TextEncoder:
         if not 1 <= clip_skip <= layers:
             raise ValueError(f"clip skip must be from 1 (nothing is skipped) to {layers}, not {clip_skip}")
         self.clip_skip = clip_skip
+
+    @property
+    def width(self) -> int:
+        """The length of a token's embedding."""
+        return self._embeddings.token_embedding.weight.shape[1]
+
+    @property
+    def _embeddings(self) -> Any:
+        return getattr(self.model, "text_model", self.model).embeddings
+
+    def add(self, name: str, vectors: Tensor) -> None:
+        """Makes `name` a word of prompts that stands for the token embeddings `vectors` (k,D). Raises
+        ValueError if there is such a word already."""
+        if name.lower() in self.added:
+            raise ValueError(f"two embeddings are called {name}: give one as FILE:NAME with another name")
+        table = self._embeddings.token_embedding.weight
+        weight = torch.cat([table, vectors.to(table)])
+        self._embeddings.token_embedding = nn.Embedding.from_pretrained(weight)
+        self.added[name.lower()] = list(range(len(table), len(weight)))
+        # Some configs have 2 there, by which transformers means the token with the greatest number.
+        base = getattr(self.model, "text_model", self.model)
+        base.eos_token_id = self._tokenized("")[-1]
 
     def filled(self, context: Tensor, rows: int) -> Tensor:
         """Returns text states (B,77m,D) with empty chunks appended, `rows` rows in all."""

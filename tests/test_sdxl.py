@@ -27,7 +27,7 @@ from minsd.noise import collage, initno, layout, stability
 from minsd.noise.initial import noise
 from minsd.samplers.random import generators
 from minsd.unet import UNet
-from minsd.weights import lora
+from minsd.weights import embedding, lora
 from minsd.weights.controlnet import load_controlnet
 from minsd.weights.safetensors_file import Tensors
 from minsd.weights.single_file import original
@@ -628,3 +628,16 @@ def test_every_command_line(sdxl, sdxl_folder, adapters, tmp_path, capfd, monkey
     row = run(PROMPT, "--seed", "1", "--guidance-scale", "0", quiet=False)
     assert (row["guidance_scale"], row["unet_rows"]) == (1.0, 2)
     assert "guidance scale 0 means no guidance for this model" in capfd.readouterr().err
+
+
+def test_an_embedding_has_vectors_for_both_encoders(sdxl, sdxl_folder, tmp_path):
+    """A word with the vectors of "red" reads as "red" does, also in the pooled state."""
+    sd = minsd.load(str(sdxl_folder), "cpu")
+    (token,) = sd.text.ids("red")[1:-1]
+    tables = [encoder.model.get_input_embeddings().weight for encoder in (sd.text, sd.text.second)]
+    parts = {name: table[token][None].clone() for name, table in zip(("clip_l", "clip_g"), tables)}
+    save_file(parts, tmp_path / "style.safetensors")
+    embedding.add(embedding.read(tmp_path / "style.safetensors", None, sd), sd)
+    assert close(sd.encode_prompt("a style star"), sdxl.encode_prompt("a red star"))
+    assert close(sd.encode_prompt("a star"), sdxl.encode_prompt("a star"))
+    assert relative(sdxl.encode_prompt("a style star"), sdxl.encode_prompt("a red star")) > 1e-2

@@ -42,6 +42,7 @@ class ModelSettings:
     prediction_type: str | None
     prompt_weights: bool | None
     clip_skip: int | None
+    embedding: tuple[str, ...]
     lora: tuple[str, ...]
     attention: str
     device: str
@@ -58,6 +59,7 @@ class ModelSettings:
             "prediction_type": self.prediction_type,
             "prompt_weights": self.prompt_weights,
             "clip_skip": self.clip_skip,
+            "embedding": list(self.embedding) or None,
             "lora": list(self.lora),
             "attention": self.attention,
             "device": self.device,
@@ -250,6 +252,7 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
         command.prediction_type,
         command.prompt_weights,
         command.clip_skip,
+        command.embedding,
         command.lora,
         command.attention,
         sd.device.type,
