@@ -28,7 +28,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bench import Row, clocked, in_own_process, on_gpu, parser, peak_mb, report
-from bench.unet import build
+from bench.unet import build, context_rows
 from minsd.config import MODELS
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def worker(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(1)
     cells = args.size // 8
     noise = torch.randn(1, 4, cells, cells, generator=generator).to(device, dtype)
-    context = torch.randn(1, 77, unet.config.context_dim, generator=generator).to(device, dtype)
+    rows = context_rows(unet.config)
+    context = torch.randn(1, rows, unet.config.context_dim, generator=generator).to(device, dtype)
     only = args.worker in ("early_stop", *PRODUCT)
     seconds = []
     for _ in range(args.runs):
