@@ -58,6 +58,7 @@ class Loaded:
     text: TextEncoder
     notes: list[str] = field(default_factory=list)
     sha256: str | None = None  # of a single file: the first ten hex digits of its SHA-256
+    revision: str | None = None  # of a hub id: the hash of the commit that its files are from
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def load_model(
     repo = (MODELS[model].hub_id if model in MODELS else None) or str(model)
     if path.suffix != ".safetensors" and hub.is_id(repo):
         folder = hub.fetch(repo, dtype=dtype, check=check_folder)
-        return load_folder(folder, wanted, name=repo.rpartition("/")[2])
+        name = repo.rpartition("@")[0] or repo
+        return replace(load_folder(folder, wanted, name=name.rpartition("/")[2]), revision=folder.name)
     known = ", ".join(MODELS)
     raise FileNotFoundError(
         f"there is no model {model!r}: give a diffusers folder, a .safetensors file, a hub id, or"

@@ -36,6 +36,7 @@ class ModelSettings:
 
     model: str
     model_hash: str | None
+    model_revision: str | None
     vae: Path | None
     tokenizer: Path | None
     prediction_type: str | None
@@ -50,6 +51,7 @@ class ModelSettings:
         return {
             "model": self.model,
             "model_hash": self.model_hash,
+            "model_revision": self.model_revision,
             "vae": self.vae and str(self.vae),
             "tokenizer": self.tokenizer and str(self.tokenizer),
             "prediction_type": self.prediction_type,
@@ -239,6 +241,7 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
     model = ModelSettings(
         command.model,
         sd.model_hash,
+        sd.model_revision,
         command.vae,
         command.tokenizer,
         command.prediction_type,
