@@ -233,10 +233,13 @@ class Jobs:
 # --- from requests to jobs --------------------------------------------------------------------------------
 
 
-def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> tuple[Jobs, list[str]]:
-    """One job per image, in the order of the prompts and their seeds, and notes for the user.
+def plan(
+    sd: StableDiffusion, command: Command, requests: Sequence[Request], device: str | None = None
+) -> tuple[Jobs, list[str]]:
+    """Returns one job per image, in the order of the prompts and their seeds, and notes for the
+    user. `device` is the kind of device that will draw; None means that of `sd`.
 
-    ValueError, with the request's place, for what the model does not accept.
+    Raises ValueError, with the request's place, for settings that the model does not accept.
     """
     model = ModelSettings(
         command.model,
@@ -247,7 +250,7 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
         command.prediction_type,
         command.lora,
         command.attention,
-        sd.device.type,
+        device or sd.device.type,
         str(sd.dtype).removeprefix("torch."),
     )
     pieces: list[Piece] = []
