@@ -124,7 +124,9 @@ def test_json(content, unique, cuts):
             ),
         ).map("".join)
         | TEXTS,
-        st.lists(st.sampled_from([0, 1, 2, 160]), max_size=4),
+        st.sampled_from(
+            [(2, 160), (160, 2), (2, 160, 1, 1), (160, 2, 1, 1), (0, 160), (160,), (2, 0), (), (3, 5)]
+        ),
         max_size=4,
     ),
     st.dictionaries(

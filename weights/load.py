@@ -296,7 +296,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is a pipe or a device")  # reading could block for ever
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615: no download
     except Exception as error:  # transformers raises errors of many types, some with several lines
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error

@@ -10,6 +10,7 @@ The nodes need minsd, and every file of the run (model, adapters, images) under 
 this process writes to --out.
 """
 
+import importlib
 import os
 import pickle
 import re
@@ -87,12 +88,13 @@ class Cluster:
         where Ray is not installed, or where the cluster lacks what a worker needs.
         """
         try:
-            import ray
+            self.ray: Any = importlib.import_module("ray")
         except ImportError:
             raise ValueError("--engine ray needs Ray: pip install 'minsd[ray]'") from None
-        self.ray = ray
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        try:
+            self.ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the Ray cluster (RAY_ADDRESS) cannot be reached: {error}") from None
         nodes = self._nodes()
         gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
         self.device = command.device or ("cuda" if gpus else "cpu")
