@@ -12,7 +12,6 @@ this process writes to --out.
 
 import importlib
 import os
-import pickle
 import re
 import time
 import warnings
@@ -63,12 +62,11 @@ class Worker:
 
 
 def _portable(error: Exception) -> Exception:
-    """Returns an error that can be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    """Returns an error that can be sent to another process: of a plain type, with its message."""
+    plain = (ValueError, FileNotFoundError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError)
+    if type(error) in plain:
+        return error
+    return ValueError(str(error)) if mistake(error) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 @dataclass(eq=False)
