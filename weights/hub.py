@@ -115,7 +115,7 @@ def tokenizer() -> Path:
         ) from None
 
 
-def listed(repo: str, revision: str) -> set[str]:
+def listed(repo: str, revision: str = "main") -> set[str]:
     """Returns the names of the files that the hub has in `repo` at a revision. Calls
     `HfApi.model_info`, because that call fails at once where the hub cannot be reached;
     huggingface_hub's other calls retry for half a minute."""
@@ -188,7 +188,7 @@ def unreachable(error: Exception) -> bool:
     return isinstance(error, no_answer) or not isinstance(error, refusal)
 
 
-def explained(error: Exception, repo: str, revision: str) -> Exception:
+def explained(error: Exception, repo: str, revision: str = "main") -> Exception:
     """Returns an error that says in one line what went wrong with the hub and how to fix it."""
     from huggingface_hub import constants, errors
 

@@ -398,7 +398,7 @@ def unet_config(path: Path) -> UNetConfig:
     for key, known in _UNET_VALUES.items():
         if c.get(key) not in known:
             raise ValueError(
-                f"{path}: {key} = {c[key]!r} is not an architecture of Stable Diffusion 1.x or 2.x"
+                f"{path}: {key} = {ascii(c[key])[:80]} is not an architecture of Stable Diffusion 1.x or 2.x"
             )
     try:
         widths = tuple(c["block_out_channels"])

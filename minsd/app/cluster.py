@@ -114,9 +114,9 @@ class Cluster:
         """Returns a session with the model on the CPU, to plan the jobs; nothing is drawn with it."""
         dtype = self.command.dtype or ("float16" if self.device == "cuda" else "float32")
         plain = replace(
-            self.command, device="cpu", dtype=dtype, attention="auto", lora=(), controlnet=None, compile=False
+            self.command, device="cpu", dtype=dtype, attention="auto", controlnet=None, compile=False
         )
-        return replace(open_session(plain, (), quiet), command=self.command)
+        return replace(open_session(plain, self.requests, quiet), command=self.command)
 
     def draw(self, drawing: Drawing, wanted: Wanted) -> None:
         """Draws and saves these jobs."""

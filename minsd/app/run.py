@@ -131,27 +131,32 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
 
 @dataclass
 class Finished:
-    """A batch that was drawn, and its cost."""
+    """A batch that was drawn, and the part of each image's row that states its cost."""
 
     drawn: Drawn
-    seconds: float  # per image
-    unet_rows: int  # per image
+    cost: Row
 
 
 def attempt(
     session: Session, part: list[Job], advance: Progress = lambda i, t: None, say: Say = silent
 ) -> Finished | Exception:
     """Draws a batch. Returns the error where that fails."""
+    device = session.sd.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
     try:
         with counted(session.sd.unet) as rows:
             drawn = draw(session, part, advance, say)
     except Exception as error:
         return error
+    seconds = (time.perf_counter() - begin) / len(part)
     if session.command.save_noise:
         for b, extras in enumerate(drawn.extras):
             extras["noise"] = drawn.noise[b : b + 1].cpu()
-    return Finished(drawn, (time.perf_counter() - begin) / len(part), sum(rows) // len(part))
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    cost = {"seconds": round(seconds, 3), "unet_rows": sum(rows) // len(part)}
+    return Finished(drawn, cost | {"batch": len(part), "peak_mb": peak and round(peak)})
 
 
 class Drawing:
@@ -246,7 +251,6 @@ class Drawing:
         out = self.command.out
         out.mkdir(parents=True, exist_ok=True)
         drawn = finished.drawn
-        cost = {"seconds": round(finished.seconds, 3), "unet_rows": finished.unet_rows}
         with ExitStack() as stack:
             saved: list[tuple[Job, Row, Extras, BinaryIO]] = []
             for job, picture, note, extras in zip(jobs, drawn.images, drawn.notes, drawn.extras):
@@ -264,7 +268,7 @@ class Drawing:
                 except Exception as error:
                     self._report(job, error)
                     continue
-                row = {"file": path.name, **settings, **cost}
+                row = {"file": path.name, **settings, **finished.cost}
                 self.record(row)
                 self._made(path, row)
 
