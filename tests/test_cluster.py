@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -152,10 +153,15 @@ def test_errors_and_warnings_come_from_the_workers(tmp_path, ray, capfd, monkeyp
     error = capfd.readouterr().err
     assert sorted(pictures(tmp_path)) == [0, 1, 3]
     assert "seed 2 of 'a red circle' is not drawn: FloatingPointError: x" in error
-    monkeypatch.setattr(run, "draw", sample)
+
+    def warning(session, jobs, *rest):
+        warnings.warn("the worker saw this", stacklevel=2)
+        return sample(session, jobs, *rest)
+
+    monkeypatch.setattr(run, "draw", warning)
     ray()
-    assert main(["a star " * 99, "--seed", "7", *SIZE, "--out", str(tmp_path), "--engine", "ray"]) == 0
-    assert "cut" in capfd.readouterr().err
+    assert draw(tmp_path, "--seed", "7", "--engine", "ray") == 0
+    assert "warning: the worker saw this" in capfd.readouterr().err
 
 
 def test_what_a_cluster_cannot_do_is_one_line(tmp_path, ray, capfd, monkeypatch):
