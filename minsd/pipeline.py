@@ -9,7 +9,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from minsd.config import STRENGTH, ModelConfig, check_size
 from minsd.graphs import Graphs, graphs_of, use_graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as unit_noise
+from minsd.noise.look import ask
+from minsd.noise.steer import Run, choose, noise_of
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Schedule
 from minsd.text import TextEncoder
@@ -158,6 +160,11 @@ class StableDiffusion:
         strength: float = STRENGTH,
         karras: bool = False,
         refine: Callable | None = None,
+        objective: Callable | str | None = None,
+        driver: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        subjects: str | Sequence[str | int] | None = None,
+        pairs: str | None = None,
     ) -> list[Image.Image]:
         """Generates images, one per seed (default: seed 0) or per unit noise
         (B,4,height/8,width/8).
@@ -168,7 +175,17 @@ class StableDiffusion:
         `strength` (0 to 1) is the fraction of the steps that run. `karras` uses Karras noise
         levels, for dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each step's
         prediction. Raises ValueError for sizes, shapes and counts that do not fit.
+
+        `objective`, a function of a `Look` (noise/look.py), a name or FILE.py:NAME, chooses or
+        optimises the noise, or moves the latents while denoising, as `driver` says ("select",
+        "optimize" or "refine"; noise/steer.py). `settings` are the driver's and the objective's;
+        `subjects` and `pairs` are words of the prompt.
         """
+        if objective is not None and (noise is not None or refine is not None):
+            raise ValueError("an objective finds noise or updates itself: leave out noise and refine")
+        steer = None if objective is None else choose(objective, driver=driver, settings=settings)
+        if steer is None and not all(given is None for given in (driver, settings, subjects, pairs)):
+            raise ValueError("driver, settings, subjects and pairs are for an objective: give one")
         height = self.config.size if height is None else height
         width = self.config.size if width is None else width
         check_size(height, width)
@@ -176,10 +193,18 @@ class StableDiffusion:
         init = None if init_image is None else self.encode(image.fit(init_image, width, height))
         pictures = []
         for part in torch.arange(len(noise)).split(self.batch_size(height, width)):
+            these = [prompts[k] for k in part]
+            own = [seeds[k] for k in part]
+            start = noise[part]
+            if steer is not None:
+                asks = ask(self, these, own, None if subjects is None else [subjects] * len(own), pairs)
+                run = Run(self, steer, asks, steps, sampler, karras, negative_prompt)
+                start = noise_of(run, own, noise.shape[1:])
+                refine = run.refine()[0] if steer.driver == "refine" else None
             latents = self.sample(
-                [prompts[k] for k in part],
-                noise[part],
-                seeds=[seeds[k] for k in part],
+                these,
+                start,
+                seeds=own,
                 negative_prompt=negative_prompt,
                 steps=steps,
                 sampler=sampler,

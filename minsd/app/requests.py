@@ -23,6 +23,7 @@ from minsd.words import split
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
+    from minsd.noise.steer import Steer
 
 
 CANDIDATE_SEEDS = "candidate_seeds"  # no option: what --like takes from an image that was selected
@@ -99,6 +100,8 @@ class Request:
     wants_subjects: bool
     subjects: list[str | int] | None  # words or token indices; None: found in the prompt
     excite: bool | None  # latent updates while denoising; None: as the method does
+    steer: "Steer | None"  # an objective
+    pairs: str | None  # nouns with their attributes; None: found in the prompt
     noise: Path | None
     init: InitImage | None
     layout: "Layout | None"
@@ -203,9 +206,26 @@ def _take_method(given: Given, settings: Given) -> Given:
         if given["candidates"] in (None, len(ranked)) and given["seed"] is None and given["seeds"] is None:
             given[CANDIDATE_SEEDS] = tuple(candidate["seed"] for candidate in ranked)
         given["candidates"] = given["candidates"] or len(ranked)
-    if given["excite"] is None:
+    if given["objective"] is None and settings.get("objective"):
+        _take_objective(given, settings["objective"])
+    elif given["excite"] is None and given["objective"] is None:
         given["excite"] = settings.get("excite") is not None
     return settings
+
+
+def _take_objective(given: Given, objective: Given) -> None:
+    """Takes over an image's objective. ValueError for one in a file: an image must not name a
+    program to run.
+    """
+    if "sha256" in objective:
+        raise ValueError(
+            f"{given['like']} was made with {objective['name']} (sha256 {objective['sha256'][:12]}...): "
+            "give --objective yourself, if you trust that file"
+        )
+    given["objective"] = objective["name"]
+    settings = {k: v for k, v in objective["settings"].items() if k not in ("candidates",)}
+    if given["objective_set"] is None and settings:
+        given["objective_set"] = ",".join(f"{k}={v}" for k, v in settings.items())
 
 
 def _take_subjects(given: Given, settings: Given, method: Given) -> None:
@@ -226,16 +246,18 @@ def _take_subjects(given: Given, settings: Given, method: Given) -> None:
 
 def request(given: Given, where: str, chance: int) -> Request:
     """Checks and completes one prompt's options. `chance`: the seed to use where none is given."""
-    method = _method(given)
+    steer = _steer(given)
+    method = _method(given) if steer is None else _steered(given, steer)
     asked = _subjects(given)
     excite = (
         None if given["excite"] is False and method.name != "initno" else given["excite"]
     )  # nothing to turn off
     wants = bool(method.name == "initno" or excite or given["attention_maps"] or method.score == "attention")
+    wants = wants or (asked is not None and steer is not None)
     if asked is not None and not wants:
         raise ValueError(
-            "--subjects and --token-indices are for --init-noise initno, --excite, --score attention "
-            "or --attention-maps"
+            "--subjects and --token-indices are for --init-noise initno, --excite, --score attention, "
+            "--objective or --attention-maps"
         )
     layout = _layout(given)
     by_captions = (
@@ -273,6 +295,8 @@ def request(given: Given, where: str, chance: int) -> Request:
         wants_subjects=wants,
         subjects=asked,
         excite=excite,
+        steer=steer,
+        pairs=given["pairs"],
         noise=given["noise"],
         init=_init_image(given),
         layout=layout,
@@ -280,6 +304,59 @@ def request(given: Given, where: str, chance: int) -> Request:
         control=control,
         invert=given["invert"],
     )
+
+
+def _steer(given: Given) -> "Steer | None":
+    """Returns the objective with its driver and settings, checked. ValueError for options that do
+    not go with it.
+    """
+    if given["objective"] is None:
+        for name in ("objective_set", "pairs"):
+            if given[name] is not None:
+                raise ValueError(f"{OPTIONS[name].flag} is for --objective")
+        return None
+    if given["score"] is not None:
+        raise ValueError("--score and --objective both say what candidates are ranked by: give one")
+    if given["excite"] is not None:
+        raise ValueError("--excite is --objective excite: leave out --excite and --no-excite")
+    if given["invert"] is not None:
+        raise ValueError("--invert finds the noise of one image: leave out --objective")
+    if given["optimize_mode"] is not None:
+        raise ValueError("--optimize-mode is for optimisation by inversion stability: leave out --objective")
+    from minsd.noise.steer import choose, read_settings
+
+    settings: dict[str, object] = {**read_settings(given["objective_set"] or "")}
+    for option, setting in (("optimize_steps", "steps"), ("candidates", "candidates")):
+        if given[option] is not None:
+            if setting in settings:
+                raise ValueError(
+                    f"{OPTIONS[option].flag} and --objective-set {setting}= are the same: give one"
+                )
+            settings[setting] = given[option]
+    name = given["init_noise"] or "random"
+    steer = choose(
+        given["objective"], driver=name if name in ("select", "optimize") else None, settings=settings
+    )
+    if name == "initno" and steer.driver != "refine":
+        raise ValueError(
+            f"--init-noise initno finds the noise, and {steer.name} by {steer.driver} would as well: give one"
+        )
+    return steer
+
+
+def _steered(given: Given, steer: "Steer") -> NoiseMethod:
+    """Returns how the initial noise is found where there is an objective."""
+    if steer.driver == "refine":
+        plain = {"objective": None, "optimize_steps": None, "candidates": None}
+        return _method(given | plain)
+    if steer.driver == "optimize":
+        return NoiseMethod(_method(given | {"init_noise": "optimize", "candidates": None}).name)
+    from minsd.noise.steer import Selecting
+
+    how = Selecting(**{k: v for k, v in steer.settings.items() if k in Selecting.__dataclass_fields__})
+    count = how.candidates if how.search is None else 1
+    method = _method(given | {"init_noise": "select", "candidates": count, "score": "attention"})
+    return replace(method, score=None)
 
 
 def _method(given: Given) -> NoiseMethod:
@@ -294,7 +371,7 @@ def _method(given: Given) -> NoiseMethod:
                     f"--init-noise {name} finds the initial noise itself: leave out {OPTIONS[other].flag}"
                 )
     if name == "select":
-        score = score or "stability"
+        score = score or "attention"
         candidates = 100 if candidates is None else candidates
     elif score is not None and (name != "initno" or score != "attention"):
         raise ValueError(
