@@ -110,7 +110,7 @@ def test_like_makes_the_same_picture_again(made, tmp_path):
     [
         ["--attention-maps"],
         ["--excite"],
-        ["--init-noise", "select", "--candidates", "2"],
+        ["--init-noise", "select", "--candidates", "2", "--score", "stability"],
         ["--init-noise", "select", "--candidates", "3", "--score", "attention"],
         ["--init-noise", "optimize", "--optimize-steps", "1", "--optimize-mode", "detach"],
         ["--invert"],
@@ -552,7 +552,7 @@ def test_selections_of_earlier_versions_are_resumed_and_repeated(tmp_path):
 def test_selection_by_stability_with_its_sheet(tmp_path):
     args = [
         PROMPT,
-        *"--seed 3 --steps 4 --init-noise select --candidates 3 --out".split(),
+        *"--seed 3 --steps 4 --init-noise select --score stability --candidates 3 --out".split(),
         str(tmp_path),
         "--quiet",
     ]
