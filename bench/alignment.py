@@ -58,7 +58,7 @@ Costs = dict[str, float]  # unet_rows, seconds, cpu_seconds of one image
 
 
 class Settings(NamedTuple):
-    """What all methods have in common."""
+    """The settings that all methods have in common."""
 
     steps: int
     sampler: str
@@ -66,14 +66,15 @@ class Settings(NamedTuple):
 
 
 def named(word: str) -> str:
-    """A word with its article; "glasses" has none."""
+    """Returns a word with its article; "glasses" has none."""
     if word == "glasses":
         return word
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def attend_and_excite(name: str) -> list[str]:
-    """66 pairs of animals, 144 animals with a coloured object, or 66 pairs of coloured objects."""
+    """Returns the prompts of a set: 66 pairs of animals, 144 animals with a coloured object, or 66
+    pairs of coloured objects."""
     rng = np.random.default_rng(0)
 
     def coloured(word: str, colour: str) -> str:
@@ -117,7 +118,8 @@ class Cost:
 def selected(
     sd: StableDiffusion, prompts: list[str], subjects: list[list[str]], seeds: list[int], **run: Any
 ) -> list[int]:
-    """For each image, the best by attention score of its own seed and further ones."""
+    """Returns, for each image, the seed with the best attention score among its own and further
+    ones."""
     chosen = []
     for prompt, words, seed in zip(prompts, subjects, seeds):
         first = 100_000 + seed * CANDIDATES
@@ -130,7 +132,7 @@ def selected(
 def draw(
     sd: StableDiffusion, methods: Sequence[str], prompts: list[str], seeds: list[int], settings: Settings
 ) -> dict[str, tuple[list[Image.Image], Costs]]:
-    """method -> (images, the costs of one), for a batch of prompts and their seeds."""
+    """Returns {method: (images, the costs of one)} for a batch of prompts and their seeds."""
     shape = (4, sd.config.size // 8, sd.config.size // 8)
     run: dict[str, Any] = {"steps": settings.steps, "sampler": settings.sampler}
     subjects = [losses.automatic_subjects(prompt) for prompt in prompts]
@@ -176,7 +178,7 @@ class Judged(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A batch of a group, for a process of the pool."""
+    """A batch of one group of prompts, for a process of the pool."""
 
     model: str
     group: str
@@ -188,7 +190,7 @@ class Job(NamedTuple):
 
     @property
     def numbers(self) -> list[int]:
-        """Seeds, and places in the group."""
+        """Returns the seeds, and the images' places in the group."""
         return list(range(self.start, min(self.start + BATCH, self.n)))
 
     @property
@@ -200,7 +202,8 @@ class Job(NamedTuple):
 
 
 def _job(job: Job) -> dict[str, list[Judged]]:
-    """method -> judged images. With --keep they are read from the job's file, or written to it."""
+    """Returns {method: judged images}. With --keep they are read from the job's file, or written to
+    it."""
     if job.file and job.file.exists():
         kept = pickle.loads(job.file.read_bytes())
         if all(method in kept for method in job.methods):
@@ -223,7 +226,8 @@ def _job(job: Job) -> dict[str, list[Judged]]:
 
 
 def gain(results: Sequence[Judged], plain: Sequence[Judged]) -> Row:
-    """The fraction of images without neglect, less that of plain ones, with a paired 95 % interval."""
+    """Returns the fraction of images without neglect, minus that of plain images, with a paired 95
+    % interval."""
     change = np.array(
         [float(a.verdict.no_neglect) - float(b.verdict.no_neglect) for a, b in zip(results, plain)]
     )
@@ -242,7 +246,7 @@ def mean_costs(costs: Sequence[Costs], digits: int) -> Costs:
 
 
 def on_embedded_model(args: argparse.Namespace, settings: Settings) -> list[Row]:
-    """The table of the embedded model."""
+    """Returns the table of the embedded model."""
     torch.set_num_threads(1)
     loaded(args.model)
     rows = []
@@ -285,7 +289,7 @@ def on_embedded_model(args: argparse.Namespace, settings: Settings) -> list[Row]
 
 
 class Similarity:
-    """A CLIPModel from files: cosines of images with texts."""
+    """A CLIPModel loaded from files, which gives cosines of images with texts."""
 
     def __init__(self, folder: Path, device: torch.device | str) -> None:
         from transformers import CLIPModel, CLIPProcessor
@@ -304,7 +308,7 @@ class Similarity:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
-        """The cosine of each image with its text."""
+        """Returns the cosine of each image with its text."""
         inputs = self.processor(
             text=list(texts), images=list(images), return_tensors="pt", padding=True, truncation=True
         )
@@ -313,14 +317,14 @@ class Similarity:
 
     @property
     def scale(self) -> float:
-        """PickScore's factor."""
+        """Returns PickScore's factor."""
         return float(self.model.logit_scale.exp())
 
 
 def scores(
     images: list[Image.Image], prompts: list[str], clip: Similarity | None, pick: Similarity | None
 ) -> list[dict[str, float]]:
-    """The similarities of each image."""
+    """Returns the similarities of each image."""
     out: list[dict[str, float]] = [{} for _ in images]
     if clip:
         halves = [prompt.split(" and ", 1) for prompt in prompts]
@@ -336,7 +340,7 @@ def scores(
 
 
 def on_checkpoint(args: argparse.Namespace, settings: Settings) -> list[Row]:
-    """The table of a real checkpoint."""
+    """Returns the table of a real checkpoint."""
     sd = load(args.model, args.device)
     clip, pick = (Similarity(folder, sd.device) if folder else None for folder in (args.clip, args.pickscore))
     name = args.prompts.stem if args.prompts else args.set
@@ -371,7 +375,8 @@ def on_checkpoint(args: argparse.Namespace, settings: Settings) -> list[Row]:
 
 
 def save_sheet(path: Path, images: Sequence[tuple[Image.Image, str]], columns: int) -> None:
-    """In 128 colours, which is hardly visible on images of shapes: sheets are kept in the repository."""
+    """Saves a sheet in 128 colours, because sheets are kept in the repository. On images of shapes
+    the loss is hardly visible."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet([image for image, _ in images], columns, [caption for _, caption in images])
     sheet.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -123,7 +123,8 @@ def with_flex() -> Attention:
 
 
 def with_lse_sum() -> Attention:
-    """exp(q k / sqrt(d) - lse) is the probability; each head's is added to the mean in turn."""
+    """Computes the map head after head: exp(q k / sqrt(d) - lse) is the probability, and each
+    head's is added to the mean."""
 
     def mean(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         total = torch.zeros(q.shape[0], q.shape[2], k.shape[2], device=q.device)
@@ -153,7 +154,7 @@ def with_backend(backend: str, probs: str | None = "mean") -> Attention:
 
 
 def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[str, Attention]:
-    """Those that the device has; or those of `names` among them."""
+    """Returns the providers that the device has, or those of `names` among them."""
     every: dict[str, Attention] = {name: with_sdpa(kind) for name, kind in SDPA.items()}
     every["materialised"] = materialised
     every["reference"] = with_backend("reference")
@@ -189,7 +190,8 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """-> out, maps and, with `backward`, the gradients of q, k, v (of q alone if k and v are text)."""
+    """Returns out, maps and, with `backward`, the gradients of q, k, v (of q alone if k and v are
+    text)."""
     out, maps = run(inputs.q, inputs.k, inputs.v)
     if not inputs.backward:
         return out, maps
@@ -199,7 +201,8 @@ def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
 
 
 def error(run: Attention, inputs: Inputs) -> float:
-    """The largest relative error of a result of `step` against float64, on the first image."""
+    """Returns the largest relative error of a result of `step` against float64, on the first
+    image."""
 
     def first(exact: bool) -> Inputs:
         def copy(y: Tensor) -> Tensor:
@@ -223,7 +226,7 @@ def error(run: Attention, inputs: Inputs) -> float:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph."""
+    """Returns the step as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -237,7 +240,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def launches(run: Callable[[], Any]) -> int:
-    """Kernels launched by a step."""
+    """Returns the number of kernels that a step launches."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -247,7 +250,8 @@ def launches(run: Callable[[], Any]) -> int:
 
 
 def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
-    """Peak memory of a step beyond what was allocated before it and what it returns."""
+    """Returns the peak memory of a step, in MB, beyond what was allocated before it and what it
+    returns."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -258,7 +262,7 @@ def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Processor seconds on a CPU, elapsed ones on a GPU."""
+    """Returns processor seconds on a CPU, elapsed ones on a GPU."""
     if not on_gpu(device):
         start = time.process_time()
         run()
@@ -272,7 +276,8 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def least_seconds(case: Case, itemsize: int) -> float:
-    """Roofline: every product, and one pass over every tensor, at the rates of an H100.
+    """Returns the seconds of the roofline: every product, and one pass over every tensor, at the
+    rates of an H100.
 
     Products: S and the output forward; backward S again, dP, and one per gradient (dQ, dK, dV).
     """
@@ -292,7 +297,8 @@ def least_seconds(case: Case, itemsize: int) -> float:
 
 
 def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[Row, Callable[[], Any]]:
-    """Check a provider on a case and warm it up -> its row without times, and the step to time."""
+    """Checks a provider on a case and warms it up. Returns its row without times, and the step to
+    time."""
     dtype = inputs.q.dtype
     device = inputs.q.device
 
@@ -314,7 +320,7 @@ def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[R
 def measure(
     case: Case, device: torch.device, dtype: torch.dtype, runs: int, names: Sequence[str] | None
 ) -> list[Row]:
-    """Rows of a case: one per provider (of `names`) that offers it."""
+    """Returns the rows of a case: one per provider (of `names`) that offers it."""
     torch._dynamo.reset()  # its limit of recompilations counts over cases
     inputs = inputs_of(case, device, dtype)
     rows: dict[str, Row] = {}

@@ -78,7 +78,8 @@ class Research:
         return torch.einsum("bhnm,bmhd->bnhd", p, v), None
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One evaluation -> the subjects' cross-attention maps and self-attention claims."""
+        """Returns the subjects' cross-attention maps and self-attention claims of one
+        evaluation."""
         self.stored.clear()
         self.sd.unet(x, T, self.context)
         cells = self.grid[0] * self.grid[1]
@@ -134,7 +135,8 @@ class Ours:
         self.refine = excite.updates(sd, [PROMPT], [SUBJECTS], steps=50)
 
     def optimise(self, start: Tensor, steps: int, tick: Tick) -> Tensor:
-        """A round of one step, then the last try, which begins again from the seed's own noise."""
+        """Runs a round of one step, then the last try, which begins again from the seed's own
+        noise."""
         calls = 0
 
         def progress(message: str) -> None:
@@ -167,7 +169,7 @@ class Ours:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Time one provider in this process and print the result as JSON."""
+    """Times one provider in this process and prints the result as JSON."""
     torch.set_num_threads(1)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
@@ -210,11 +212,12 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, results: dict[str, dict[str, Row]]) -> list[Row]:
-    """A row per kind of step and provider, the whole image last. `differ` is the relative difference of
-    their results.
+    """Returns a row per kind of step and provider, the whole image last. `differ` is the relative
+    difference of their results.
 
-    SystemExit if the two do not compute the same in float32. In 16 bits rounding decides which of two
-    nearly equal peaks is the higher, and optimised noises may part: the difference is only reported.
+    SystemExit if the two do not compute the same in float32. In 16 bits rounding decides which of
+    two nearly equal peaks is the higher, so optimised noises may differ much, and the difference is
+    only reported.
     """
     differ: dict[str, float | str] = {"picture": ""}
     for what in PICTURE:

@@ -45,7 +45,7 @@ NEW_FILE = "minsd, new file"
 
 
 def text_encoder(row: ModelConfig) -> "CLIPTextModel":
-    """transformers' text encoder of the same shape."""
+    """Returns transformers' text encoder of the same shape."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -62,7 +62,7 @@ def text_encoder(row: ModelConfig) -> "CLIPTextModel":
 
 
 def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
-    """The config.json of the UNet and the VAE, and the scheduler's, in diffusers' terms."""
+    """Returns the config.json of the UNet and the VAE, and the scheduler's, in diffusers' terms."""
     unet = row.unet
     vae = row.vae
     schedule = row.schedule
@@ -94,9 +94,10 @@ def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def make_folder(folder: Path, model: str) -> None:
-    """Write a folder of random fp16 weights in the sizes of `model`.
+    """Writes a folder of random fp16 weights in the sizes of `model`.
 
-    minsd's names are diffusers', so diffusers reads it too. It is not needed to write it.
+    minsd's parameter names are those of diffusers, so diffusers reads the folder too, but is not
+    needed to write it.
     """
     import torch
     from safetensors.torch import save_file
@@ -127,7 +128,7 @@ def make_folder(folder: Path, model: str) -> None:
 
 
 def make_file(path: Path, folder: Path) -> None:
-    """Write the folder's weights in the original layout, whose names tests/ knows."""
+    """Writes the folder's weights in the original layout, whose names tests/ knows."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     from safetensors.torch import load_file, save_file
     from test_single_file import as_original  # pyright: ignore[reportMissingImports]
@@ -152,7 +153,8 @@ def anonymous_mb() -> float:
 
 @contextmanager
 def watched() -> Iterator[Callable[[], float]]:
-    """-> the peak of anonymous memory in MB within the block, as a function to call after it."""
+    """Measures the peak of anonymous memory in MB within the block. Yields a function that returns
+    it after the block."""
     peak = 0.0
     done = threading.Event()
 
@@ -171,9 +173,9 @@ def watched() -> Iterator[Callable[[], float]]:
 
 
 def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> Callable[[], list[Any]]:
-    """A function that loads the model with diffusers and returns its networks.
+    """Returns a function that loads the model with diffusers and returns its networks.
 
-    The imports are done before it is called.
+    Imports are done before that function is called.
     """
     import diffusers
 
@@ -196,7 +198,7 @@ def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> C
 def with_minsd(
     folder: Path, single: Path | None, dtype: "torch.dtype", known: bool
 ) -> Callable[[], list[Any]]:
-    """A function that loads the model with minsd and returns its networks.
+    """Returns a function that loads the model with minsd and returns its networks.
 
     `known`: a single file's hash may be kept.
     """
@@ -218,7 +220,7 @@ def with_minsd(
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Load once in this process and print the result as JSON."""
+    """Loads once in this process and prints the result as JSON."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: F401
 
@@ -258,7 +260,7 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path, layout: str, dtype: str) -> list[Row]:
-    """Rows of the table: one per provider."""
+    """Returns the rows of the table, one per provider."""
     names = without_missing(["minsd", "diffusers"] + [NEW_FILE] * (layout == "file"))
     results: dict[str, list[Row]] = {name: [] for name in names}
     shared = ("--dtype", dtype, "--layout", layout, "--folder", str(folder))

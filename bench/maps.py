@@ -37,14 +37,14 @@ VARIANTS = ("research", "frozen", "early_stop", "minsd")
 
 
 def materialised(q: "Tensor", k: "Tensor", v: "Tensor", **_: Any) -> "tuple[Tensor, Tensor]":
-    """Attention that holds all probabilities in memory."""
+    """Computes attention with all probabilities in memory."""
     from minsd.kernels import reference
 
     return reference.whole(q, k, v, q.shape[-1] ** -0.5)
 
 
 def step(unet: "UNet", x: "Tensor", context: "Tensor", only: bool) -> float:
-    """Evaluate, form a scalar like InitNO's loss, and differentiate it.
+    """Evaluates the UNet, forms a scalar like InitNO's loss, and differentiates it.
 
     The scalar is small if two words are attended to, at different places.
     """
@@ -61,7 +61,7 @@ def step(unet: "UNet", x: "Tensor", context: "Tensor", only: bool) -> float:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Time one variant in this process and print the result as JSON."""
+    """Times one variant in this process and prints the result as JSON."""
     import torch
 
     from minsd import attention
@@ -95,7 +95,7 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, results: dict[str, Row]) -> list[Row]:
-    """A row per variant. SystemExit if one does not compute the same as research."""
+    """Returns a row per variant. SystemExit if one does not compute the same as research."""
     import torch
 
     research = results["research"]

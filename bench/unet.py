@@ -44,7 +44,7 @@ PROVIDERS = ("minsd", "diffusers")
 
 
 def unet_settings(config: UNetConfig) -> dict[str, Any]:
-    """A UNet's sizes in the terms of diffusers' config.json."""
+    """Returns a UNet's sizes in the terms of diffusers' config.json."""
     kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
     return {
         "sample_size": config.sample_size,
@@ -62,14 +62,15 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
 
 
 def diffusers_unet(config: UNetConfig) -> "UNet2DConditionModel":
-    """diffusers' network of the same shape."""
+    """Returns diffusers' network of the same shape."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**unet_settings(config))
 
 
 def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = True) -> "UNet":
-    """minsd's network with random frozen weights; `as_loaded`, in the memory layout that `load` gives it."""
+    """Returns minsd's network with random frozen weights. `as_loaded`: in the memory layout that
+    `load` gives it."""
     import torch
 
     from minsd.attention import Attention
@@ -89,7 +90,8 @@ def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = 
 def random_model(
     model: str, dtype: "torch.dtype", device: "Device", text: Any, as_loaded: bool = True
 ) -> "StableDiffusion":
-    """A model around `build`'s network. `text` stands in for the text encoder; there is no VAE.
+    """Returns a model around `build`'s network. `text` stands in for the text encoder; there is no
+    VAE.
 
     `as_loaded`: with what `load` does on a GPU, CUDA graphs included.
     """
@@ -103,7 +105,7 @@ def random_model(
 
 
 def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet2DConditionModel":
-    """diffusers' network with the same weights as `build`."""
+    """Returns diffusers' network with the same weights as `build`."""
     import torch
 
     with torch.device("meta"):
@@ -113,7 +115,7 @@ def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet
 
 
 def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
-    """Give a network made on the meta device memory, and random frozen weights.
+    """Gives a network made on the meta device memory, and random frozen weights.
 
     Networks with the same parameter names get the same weights.
     """
@@ -129,7 +131,7 @@ def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
 
 
 def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module") -> tuple[Any, ...]:
-    """The arguments of one evaluation, equal for both providers."""
+    """Returns the arguments of one evaluation, equal for both providers."""
     import torch
 
     from minsd.unet import UNet
@@ -146,7 +148,7 @@ def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Build a network; for every line "size batch" on standard input, evaluate it once.
+    """Builds a network and, for every line "size batch" on standard input, evaluates it once.
 
     Prints the time, peak memory and mean |eps| of each evaluation as JSON.
     """
@@ -198,7 +200,8 @@ class Provider:
 
 
 def measure(args: argparse.Namespace, providers: list[Provider], size: int, batch: int) -> list[Row]:
-    """A row per provider, without `slope`. SystemExit if the two do not compute the same."""
+    """Returns a row per provider, without `slope`. SystemExit if the two do not compute the
+    same."""
     results: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in providers}
     for run in range(-args.warmup, args.runs):
         for provider in providers:
@@ -236,7 +239,8 @@ def measure(args: argparse.Namespace, providers: list[Provider], size: int, batc
 
 
 def slopes(rows: list[Row], device: str) -> list[Row]:
-    """The rows with `slope` as their last column: empty for the first size of a batch."""
+    """Returns the rows with `slope` as their last column, which is empty for the first size of a
+    batch."""
     cost = "seconds" if on_gpu(device) else "cpu_seconds"
     last: dict[tuple[str, int], Row] = {}
     out = []

@@ -1,9 +1,9 @@
-"""The backends that return maps, reference.py and flash.py, as differentiable operations.
+"""Makes the backends that return maps, reference.py and flash.py, differentiable.
 
-Both offer `forward` and `backward` with the same arguments. They are joined to autograd twice. In
-eager mode by an autograd.Function: custom operators would add about 0.1 ms to each forward and
-backward (measured on a CPU). Under torch.compile by custom operators, which the compiler treats as
-single nodes of known output shapes. There is no second derivative.
+Both have functions `forward` and `backward` with the same arguments. Autograd reaches them in two
+ways. In eager mode it is an autograd.Function, because custom operators would add about 0.1 ms to
+each forward and backward (measured on a CPU). Under torch.compile it is a pair of custom operators,
+which the compiler treats as single nodes of known output shapes. There is no second derivative.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ def apply(
     probs: bool,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by `kernel`, "reference" or "triton", on inputs already checked.
+    """Computes attention by `kernel`, "reference" or "triton", on inputs already checked.
 
-    Shapes as in `minsd.kernels.attention`, with the keys of several texts concatenated to
-    M = R * length. Returns out (B,N,H,d) and map (B,N,M), both differentiable. `out` is empty if
-    `v` is None, the map is empty without `probs`.
+    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
+    concatenated: M = R * length. Returns out (B,N,H,d) and map (B,N,M), both differentiable. `out`
+    is empty if `v` is None; the map is empty without `probs`.
     """
     arguments = q, k, v, scale, bias, region, length, probs, kernel
     run = forward_op if torch.compiler.is_compiling() else _Attention.apply
@@ -50,7 +50,7 @@ def _module(kernel: str) -> ModuleType:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    """Keep in `ctx` what `_gradients` needs of the arguments and results of `apply`."""
+    """Stores in `ctx` the arguments and results of `apply` that `_gradients` needs."""
     q, k, v, scale, bias, region, length, _, kernel = inputs
     out, _, kept = output
     ctx.save_for_backward(q, k, v, bias, region, out, kept)
@@ -61,7 +61,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 def _gradients(
     ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, run: Callable[..., Three]
 ) -> tuple[Tensor | None, ...]:
-    """One gradient per argument of `apply`, by `run`: the backward of a backend."""
+    """Returns one gradient per argument of `apply`. `run` is the `backward` of a backend."""
     q, k, v, bias, region, out, kept = ctx.saved_tensors
     scale, length, kernel = ctx.constants
     if not out.numel():

@@ -2,37 +2,39 @@
 
 GroupNorm (Wu & He 2018) and SiLU (Ramachandran et al. 2017) precede every convolution of a residual
 block. PyTorch reads x for the statistics, reads and writes it to normalise, and reads and writes it
-again for the SiLU. Here the second pass does both, and also adds the block's time embedding (one
-number per image and channel) before normalising. The SiLU is optional:
+again for the SiLU. In this file the second pass normalises and applies the SiLU, which is optional.
+It also adds the block's time embedding (one number per image and channel) before normalising:
 
     y = SiLU((x + add - mean) / sqrt(var + eps) * weight + bias)
 
-with mean and var over the channels and cells of a group.
+where mean and var are taken over the channels and cells of a group. A program of each kernel takes
+a chunk of a group's cells, or a smaller block of them:
 
-    1 _statistics   one chunk of a group's cells:  their mean, and M2 = sum (x - mean)^2
-    2 _normalise    one block of a group's cells:  y
+    1 _statistics   a chunk   computes the chunk's mean, and M2 = sum (x - mean)^2
+    2 _normalise    a block   computes y
 
-For frozen weights, the gradient of x alone. With xhat = (x + add - mean) / sqrt(var + eps), z =
-xhat weight + bias, s = sigmoid(z) and e = dy s (1 + z (1 - s)) weight the gradient of xhat
-(without SiLU e = dy weight), and means over the group,
+The gradient is that of x alone, for frozen weights. With xhat = (x + add - mean) / sqrt(var + eps),
+z = xhat weight + bias and s = sigmoid(z), the gradient of xhat is e = dy s (1 + z (1 - s)) weight,
+or e = dy weight without SiLU. With means over the group,
 
     dx = (e - mean(e) - xhat mean(e xhat)) / sqrt(var + eps)
 
-    3 _gradient_sums  one chunk of a group's cells:  its sums of e and of e xhat
-    4 _gradient       one block of a group's cells:  dx
+    3 _gradient_sums   a chunk   computes the chunk's sums of e and of e xhat
+    4 _gradient        a block   computes dx
 
-Both recompute z from x, so that only x and the few means of 1 are kept for them: PyTorch keeps x
-and the input of the SiLU.
+Both recompute z from x, so that only x and the results of kernel 1 are kept for them, while PyTorch
+keeps x and the input of the SiLU.
 
-A group is split into chunks because there are fewer groups (32 per image) than a GPU has processors
-(132 on an H100). Sums of squares would cancel where the mean is large, so the means and M2 of parts
-are merged instead (Chan, Golub & LeVeque 1979): with n = na + nb and delta = mean_b - mean_a,
+A group is split into chunks because there are fewer groups (32 per image) than a GPU has
+multiprocessors (132 on an H100). Where the mean is large, the difference of sum x^2 and n mean^2
+would lose most digits. So the mean and M2 of each part are merged instead (Chan, Golub & LeVeque
+1979). For parts a and b, with n = na + nb and delta = mean_b - mean_a,
 
     mean = mean_a + delta nb / n        M2 = M2_a + M2_b + delta^2 na nb / n
 
-in a fixed order, so repeated runs are bit-identical. Both kernels accept any strides: x may be
-stored channel by channel (NCHW) or cell by cell (channels_last, the layout that tensor-core
-convolutions expect; PyTorch's own GroupNorm copies such an x to NCHW). y has the layout of x.
+The order of merging is fixed, so repeated runs are bit-identical. The kernels accept x stored
+channel by channel (NCHW) or cell by cell (channels_last, the layout that tensor-core convolutions
+expect; PyTorch's own GroupNorm copies such an x to NCHW). y has the layout of x.
 
 Evidence. Results agree with float64 in Triton's interpreter, and the 16-bit variants that the tests
 compile keep their work in registers. The speed on a GPU is expected, not measured.
@@ -63,7 +65,8 @@ def _block(
     CG: tl.constexpr, BC: tl.constexpr,  # channels of the group, and the next power of two
     ADD: tl.constexpr, SUM: tl.constexpr,  # SUM: the dtype to compute in
 ):  # fmt: skip
-    """x + add of one group in SUM (channels BC, cells), and the mask of those that exist."""
+    """Returns x + add of one group in dtype SUM (BC channels, cells), and the mask of entries that
+    exist."""
     c = tl.arange(0, BC)[:, None]
     inside = (c < CG) & (cells[None, :] < P)
     x = tl.load(X + c * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
@@ -83,7 +86,7 @@ def _statistics(
     BP: tl.constexpr,  # cells per block
     ADD: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one group: its mean and M2, merged block by block."""
+    """Computes the mean and M2 of one chunk of one group, merged block by block."""
     s, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     X += b * sx_b + g * CG * sx_c
     Add += b * C + g * CG
@@ -110,7 +113,7 @@ def _moments(
     P, chunk, eps,  # cells, cells per chunk, added to the variance
     CG: tl.constexpr, CHUNKS: tl.constexpr,  # channels per group, chunks
 ):  # fmt: skip
-    """Mean and 1 / sqrt(var + eps) of a group, merged from all its chunks."""
+    """Returns the mean and 1 / sqrt(var + eps) of a group, merged from all its chunks."""
     s = tl.arange(0, CHUNKS)
     count = tl.maximum(tl.minimum(P - s * chunk, chunk), 0).to(tl.float32)  # cells in each chunk
     part = count / P
@@ -134,7 +137,8 @@ def _normalise(
     BP: tl.constexpr,  # cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One block of cells of one group: y. Each block merges the statistics of all chunks itself."""
+    """Computes y of one block of cells of one group. Each block merges the statistics of all chunks
+    itself."""
     cells, g, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1), tl.program_id(2).to(tl.int64)
     mean, inverse = _moments(Mean, M2, (b * GROUPS + g) * CHUNKS, P, chunk, eps, CG, CHUNKS)
     X += b * sx_b + g * CG * sx_c
@@ -158,7 +162,8 @@ def _upstream(
     CG: tl.constexpr, BC: tl.constexpr,  # channels of the group, and the next power of two
     ADD: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr,  # SUM: the dtype to compute in
 ):  # fmt: skip
-    """The gradient e of xhat, and xhat (channels BC, cells), both 0 outside; and what is inside."""
+    """Returns the gradient e of xhat, and xhat (BC channels, cells each, 0 where no entry exists),
+    and the mask of entries that exist."""
     x, inside = _block(X, Add, cells, P, C, sx_c, sx_p, CG, BC, ADD, SUM)
     c = tl.arange(0, BC)[:, None]
     weight = tl.load(Weight + c, mask=c < CG, other=0.0).to(SUM)
@@ -185,7 +190,7 @@ def _gradient_sums(
     BP: tl.constexpr,  # cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one group: the sums of e and e xhat, block by block."""
+    """Computes the sums of e and of e xhat over one chunk of one group, block by block."""
     s, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     mean, inverse = _moments(Mean, M2, (b * GROUPS + g) * CHUNKS, P, chunk, eps, CG, CHUNKS)
     X += b * sx_b + g * CG * sx_c
@@ -220,7 +225,8 @@ def _gradient(
     BP: tl.constexpr,  # cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One block of cells of one group: dx. Each block adds up the sums of all chunks itself."""
+    """Computes dx of one block of cells of one group. Each block adds up the sums of all chunks
+    itself."""
     cells, g, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1), tl.program_id(2).to(tl.int64)
     of = (b * GROUPS + g) * CHUNKS
     mean, inverse = _moments(Mean, M2, of, P, chunk, eps, CG, CHUNKS)
@@ -251,7 +257,8 @@ Grids = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def configuration(channels: int, groups: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The kernels' constants for channels/groups channels per group, and their compiler options."""
+    """Returns the kernels' constants for channels/groups channels per group, and their compiler
+    options."""
     cg = channels // groups
     bc = 1 << (cg - 1).bit_length()  # the next power of two
     return {"CG": cg, "BC": bc, "BP": CELLS[bc], "CHUNKS": CHUNKS}, {"num_warps": WARPS}
@@ -260,7 +267,8 @@ def configuration(channels: int, groups: int) -> tuple[dict[str, int], dict[str,
 def _launch(
     x: Tensor, groups: int, add: Tensor | None
 ) -> tuple[Grids, tuple[int, ...], tuple[int, ...], dict]:
-    """Grids by chunk and by block, sizes, strides and constants of the kernels for x (B,C,h,w)."""
+    """Returns, for x (B,C,h,w), the grids by chunk and by block, and the kernels' sizes, strides
+    and constants."""
     b, c, h, w = x.shape
     p = h * w
     constants, options = configuration(c, groups)
@@ -272,7 +280,7 @@ def _launch(
 
 
 def _blocks(count: int, size: int) -> int:
-    """Blocks of `size` that cover `count`."""
+    """Returns how many blocks of `size` cover `count`."""
     return -(-count // size)
 
 
@@ -283,10 +291,10 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 def forward(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm of x + add, with SiLU on request.
+    """Computes GroupNorm of x + add, with SiLU on request.
 
     x (B,C,h,w), contiguous or channels_last, weight and bias (C,), add (B,C) contiguous or None.
-    Returns y (B,C,h,w) in the memory format of x, and the statistics that `backward` needs.
+    Returns y (B,C,h,w) in the memory format of x, and the means and M2 that `backward` needs.
     """
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     y = torch.empty_like(x)
@@ -313,7 +321,7 @@ def backward(
     mean: Tensor,
     m2: Tensor,
 ) -> Tensor:
-    """The gradient of x (B,C,h,w) from that of y, in the memory format of x."""
+    """Computes the gradient of x (B,C,h,w) from that of y, in the memory format of x."""
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
@@ -349,7 +357,7 @@ class _GroupNorm(torch.autograd.Function):
 def apply(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
 ) -> Tensor:
-    """GroupNorm of x + add, with SiLU on request: differentiable once, by x alone.
+    """Computes GroupNorm of x + add, with SiLU on request. Differentiable once, in x alone.
 
     x (B,C,h,w), weight and bias (C,), add (B,C) or None. Returns y (B,C,h,w) in the memory format
     of x, contiguous or channels_last; an x of any other strides is made contiguous first.

@@ -1,4 +1,5 @@
-"""Attention without probabilities: PyTorch's scaled_dot_product_attention, or oneDNN's blocks."""
+"""Computes attention without probabilities, by PyTorch's scaled_dot_product_attention or, on a CPU,
+by oneDNN (onednn.py)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from . import onednn
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, region: Tensor | None, length: int
 ) -> Tensor:
-    """Attention on inputs already checked: shapes as in `minsd.kernels.attention` -> out (B,N,H,d).
+    """Computes attention on inputs already checked, and returns out (B,N,H,d), differentiable.
 
-    The keys of several texts are concatenated: M = R * length. Differentiable by autograd.
+    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
+    concatenated: M = R * length.
     """
     if bias is None and region is None and onednn.attends(q, k, v):
         return onednn.attend(q, k, v, scale)
@@ -25,8 +27,9 @@ def forward(
         bias = bias.to(q.dtype)
         # PyTorch gives NaN, and NaN gradients, for a row whose keys are all hidden.
         dead = (bias == -torch.inf).all(dim=-1, keepdim=True)
-        # Over rows and keys, as the mask must be read; not over heads and images, which PyTorch
-        # can do without memory, but not once a row was padded for its kernels (231 keys to 232).
+        # The mask is expanded over rows and keys only. PyTorch expands it over images and heads
+        # itself; if that were done here, padding its rows for PyTorch's kernels (231 keys to 232)
+        # would write a copy for every head.
         bias = bias.masked_fill(dead, 0.0).expand(-1, -1, q.shape[1], k.shape[1])
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

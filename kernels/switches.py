@@ -1,7 +1,7 @@
-"""What a bench may turn: choices on a GPU that are reasoned, not measured.
+"""Switches for choices on a GPU that are reasoned but not measured, for benches to compare.
 
-Each default says what is expected. None of them touches a result on a CPU, and none changes what is
-computed, only how fast and with which rounding. A bench tries another with
+The comment on each default says what is expected of it. No switch affects results on a CPU. On a
+GPU they change the speed and the rounding, never the formula. A bench tries another value with
 
     with minsd.kernels.switches.use(heads_fastest=False): ...
 """
@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Switches:
-    # Grid of the gradient kernels: all heads of a block of rows run side by side, and share its
-    # rows of the map's gradient in the L2 cache. False: one head after another. Expected to save
-    # most of the reads at 64x64 cells, and to make no difference at 16x16.
+    # Order of the gradient kernels' programs. True: the heads of one block of rows follow one
+    # another, and find that block of the map's gradient in the L2 cache. False: the blocks of one
+    # head follow one another. True is expected to save most of the reads of the map's gradient at
+    # 64x64 cells, and to make no difference at 16x16.
     heads_fastest: bool = True
-    # Queries x keys from which the map is made in larger blocks, which read q and k less often, and
-    # from which in the largest. Expected; below the first, small blocks fill more processors.
+    # Queries x keys from which the map is computed in blocks of 64 x 64, and from which in blocks
+    # of 128 x 64. Larger blocks read q and k less often, but a small map has too few of them to
+    # occupy every multiprocessor. Expected to be good.
     map_blocks_64: int = 1 << 18
     map_blocks_128: int = 1 << 22
-    # GroupNorm's gradient by kernels. Expected to save two transposes of x and an elementwise pass.
+    # True: Triton kernels compute GroupNorm's gradient. Expected to save two transposes of x and
+    # an elementwise pass. False: where a gradient is needed, PyTorch computes norm and gradient.
     norm_gradient: bool = True
 
 
@@ -30,7 +33,7 @@ current = Switches()
 
 @contextmanager
 def use(**changes: bool | int) -> Iterator[Switches]:
-    """Within the block, some switches differ; not for several threads at once."""
+    """Changes some switches within the block. Threads share them, so only one may use this."""
     global current
     before = current
     current = replace(before, **changes)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what __getattr__ below imports on first use
     import minsd.attention as attention
     import minsd.config as config
     import minsd.controlnet as controlnet
+    import minsd.files as files
     import minsd.generate as generate
     import minsd.graphs as graphs
     import minsd.guidance as guidance
@@ -49,6 +50,7 @@ _SUBMODULES = (
     "attention",
     "config",
     "controlnet",
+    "files",
     "generate",
     "graphs",
     "guidance",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 CELL = 8  # pixels per side of a latent cell
 LARGEST = 16384  # pixels per side of the largest image
+CONTROL_SCALE_MOST = 100.0  # the largest absolute scale of a ControlNet
 STRENGTH = 0.8  # image-to-image generation: the fraction of the steps that run, by default
 # minsd's name of each sampler -> its name in other tools. The same samplers are in
 # samplers.SAMPLERS, but importing samplers would import torch.
@@ -201,3 +202,15 @@ MODELS: dict[str, ModelConfig] = {
         ),
     )
 }
+
+
+def overflow_advice(dtype: object) -> str:
+    """Returns the end of an error message about values beyond the range of a dtype
+    ("torch.float16", ...): what the user can change.
+    """
+    if "float16" in str(dtype) and "bfloat16" not in str(dtype):  # float16 ends at 65504
+        return "try --dtype float32 or bfloat16"
+    return (
+        "no dtype has a larger range: check the guidance scale, the scales of adapters and ControlNets, "
+        "and the noise"
+    )

@@ -154,8 +154,8 @@ def refine(
         for turn in range(how.most):
             told, gradient = evaluate(x, rows, i, t, "repeat")
             beyond = over(told, how.repeats[i])
-            moving = torch.ones_like(beyond) if how.extra_update else beyond
-            x[rows[moving]] -= moves[i] * gradient[moving]
+            resting = torch.zeros_like(beyond) if how.extra_update else ~beyond
+            x[rows] -= moves[i] * gradient.masked_fill(resting[:, None, None, None], 0.0)
             say(f"refining at step {i} {turn + 1}/{how.most}", rows, told)
             rows = rows[beyond]
             if not len(rows):
@@ -446,6 +446,7 @@ def select(
     better: str = "low",
     known: Mapping[int, float] | None = None,
     worst: bool = False,
+    advice: str = "try --dtype float32 or bfloat16",
     progress: Callable[[str], None] | None = None,
 ) -> Selection:
     """Chooses the best of one image's candidates, the noise of each of `seeds`. Among equals the
@@ -454,6 +455,7 @@ def select(
     `score(x)` returns the scores of noises x (k,4,h,w); the `better` ones are "low" or "high".
     `shape` (4,h,w) is one noise's; `at_once` are scored at a time. `known` scores (seed -> score) are
     not computed again, nor is a seed given twice. `worst` chooses the worst, for experiments.
+    `advice` ends the error of a run in which no candidate has a score.
     `progress(message)` is called after every batch: "20/100 best 0.912 (seed 7)". ValueError without
     seeds; FloatingPointError if no candidate has a score.
     """
@@ -478,9 +480,7 @@ def select(
             progress(f"{done}/{len(wanted)} {name} {scores[seed]:.3f} (seed {seed})")
     seed = chosen()
     if seed is None:
-        raise FloatingPointError(
-            "no candidate has a score: sampling overflowed; try --dtype float32 or bfloat16"
-        )
+        raise FloatingPointError(f"no candidate has a score: sampling overflowed; {advice}")
     kept = {s: scores[s] for s in wanted}
     return Selection(seed, draw_noise([seed], shape), scores[seed], kept, better=better)
 

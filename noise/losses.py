@@ -139,7 +139,8 @@ def selector(places: Sequence[Sequence[Sequence[int]]], length: int = 77) -> Ten
 
 
 def smooth(maps: Tensor) -> Tensor:
-    """Maps (...,h,w) smoothed by a 3x3 kernel with reflected edges.
+    """Maps (...,h,w) smoothed by a 3x3 kernel with reflected edges. An axis of a single cell has that
+    cell as its own neighbour on both sides.
 
     Its weights along each axis are exp(-(d / (2 * 0.5))^2), normalised to sum 1. This is InitNO's
     kernel, not the usual Gaussian exp(-d^2 / 2s^2).
@@ -149,9 +150,9 @@ def smooth(maps: Tensor) -> Tensor:
     side = math.exp(-1) / total
     for axis in (-2, -1):  # shifted sums: a convolution may round to TF32 on a GPU
         n = maps.shape[axis]
-        index = torch.arange(n, device=maps.device)  # a list of Python's would wait for the GPU
-        before = maps.index_select(axis, (index - 1).abs())  # 1, 0, 1, ..., n-2
-        after = maps.index_select(axis, n - 1 - (n - 2 - index).abs())  # 1, ..., n-1, n-2
+        index = torch.arange(n, device=maps.device)  # indices in a list would wait for the GPU
+        before = maps.index_select(axis, (index - 1).abs().clamp(max=n - 1))  # 1, 0, 1, ..., n-2
+        after = maps.index_select(axis, (n - 1 - (n - 2 - index).abs()).clamp(min=0))  # 1, ..., n-1, n-2
         maps = middle * maps + side * (before + after)
     return maps
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minsd import image
-from minsd.config import check_size
+from minsd.config import check_size, overflow_advice
 from minsd.guidance import Model, counted
 from minsd.noise import drivers
 from minsd.noise.drivers import Selection
@@ -246,6 +246,7 @@ def select(
         better="high",
         known=known,
         worst=worst,
+        advice=overflow_advice(sd.dtype),
         progress=progress,
     )
     chosen.rows = spent

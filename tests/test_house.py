@@ -28,7 +28,7 @@ FLOORS = {
     "attention": ("attention", "kernels services"),
     "guidance": ("guidance", "samplers services"),
     "samplers": ("samplers", "config"),
-    "services": ("image graphs adapters words", "config"),  # for all above the kernels
+    "services": ("image graphs adapters files words", "config"),  # for all above the kernels
     "kernels": ("kernels", "config"),
     "config": ("config", ""),
 }

@@ -19,6 +19,8 @@ from minsd.config import ScheduleConfig, UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
 from minsd.noise import collage, collage_control, layout, losses
 from minsd.noise.initial import noise
+from minsd.noise.look import Ask, Lift, Look
+from minsd.noise.objectives.initno import InitNO
 from minsd.samplers.schedule import Schedule
 from minsd.unet import UNet
 
@@ -170,6 +172,25 @@ def test_on_a_gpu_no_step_of_a_collage_waits(options, controlled):
         predict(x, 921)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_loss_of_an_optimisation_step_is_read_before_its_gradient(monkeypatch):
+    """On the meta device every question for a value raises."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda y: True))
+    sd = meta_model()
+    sd.text = None
+    monkeypatch.setattr(losses, "component", lambda mask, at: mask)  # asks every eighth ring
+    sd.config.conflict_limit, sd.config.update_scale = 0.3, 20.0
+    asks = [Ask(prompt, 0, [[2], [5]]) for prompt in "ab"]
+    objective = InitNO(sd, asks)
+    lift = Lift(sd, asks, objective)
+    x = torch.empty(2, 4, 16, 16, device="meta")
+    for i, phase in ((None, "update"), (3, "update"), (3, "repeat")):
+        look = Look(lift, x, torch.arange(2, device="meta"), 401, i, phase)
+        cells = torch.rand(2, 16, 16, 256, device="meta")
+        look._held = {"cross": cells[..., :77], "self": cells}
+        loss, told = objective(look)
+        assert loss.shape == told["cross"].shape == (2,)
 
 
 @pytest.mark.parametrize("asking", [1, 3, 8])

@@ -8,13 +8,13 @@ asking the network. huggingface_hub's settings (HF_HOME, HF_HUB_OFFLINE, HF_ENDP
 apply as usual.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from minsd import files
 from minsd.weights.safetensors_file import variants
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -146,12 +146,12 @@ def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[st
     chosen = []
     for part, stem in PARTS.items():
         for variant in order:
-            files = [f"{part}/{stem}{variant}.safetensors"]
-            if files[0] not in names:
+            parts = [f"{part}/{stem}{variant}.safetensors"]
+            if parts[0] not in names:
                 index = f"{part}/{stem}.safetensors.index{variant}.json"
-                files = shards(folder / index) if index in names else []
-            if files and names >= set(files):
-                chosen += files
+                parts = shards(folder / index) if index in names else []
+            if parts and names >= set(parts):
+                chosen += parts
                 break
         else:
             return None
@@ -162,8 +162,8 @@ def shards(index: Path) -> list[str]:
     """Returns the files that a shard index lists, as paths relative to the model's folder; an empty
     list if the index cannot be read."""
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({f"{index.parent.name}/{Path(name).name}" for name in files})
+        names = files.read_json(index)["weight_map"].values()
+        return sorted({f"{index.parent.name}/{Path(name).name}" for name in names})
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return []
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from minsd.attention import Attention
-from minsd.config import MODELS, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minsd.config import CELL, LARGEST, MODELS, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minsd.text import TextEncoder
 from minsd.unet import UNet
 from minsd.vae import VAE
@@ -290,14 +290,18 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
     if not (folder / "tokenizer.json").is_file() and not all(path.is_file() for path in pair):
         # Without this check transformers would make an empty tokenizer.
         raise FileNotFoundError(f"{folder} holds no tokenizer: vocab.json or merges.txt is missing")
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe or a device")  # reading could block for ever
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises errors of many types, some with several lines
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
-    if len(tokenizer) > config.vocab_size:
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)  # ids need not be consecutive
+    if tokens > config.vocab_size:
         raise ValueError(
-            f"{folder} is another model's tokenizer: it has {len(tokenizer)} tokens, the text encoder"
+            f"{folder} is another model's tokenizer: it has {tokens} tokens, the text encoder"
             f" {config.vocab_size}"
         )
     return tokenizer
@@ -420,7 +424,10 @@ def unet_config(path: Path) -> UNetConfig:
         raise ValueError(
             f"{path} does not describe a Stable Diffusion UNet: {error} is missing or not known"
         ) from None
-    return check_heads(checked(config, path), path)
+    checked(config, path)
+    if not 1 <= config.sample_size <= LARGEST // CELL:
+        raise ValueError(f"{path}: sample_size = {config.sample_size} is not a size of latents")
+    return check_heads(config, path)
 
 
 def vae_config(path: Path) -> VAEConfig:
@@ -443,7 +450,10 @@ def vae_config(path: Path) -> VAEConfig:
         norm_groups=c.get("norm_num_groups", 32),
         scaling_factor=c.get("scaling_factor", 0.18215),
     )
-    return checked(config, path)
+    checked(config, path)
+    if not 1e-4 <= config.scaling_factor <= 1e4:
+        raise ValueError(f"{path}: scaling_factor = {config.scaling_factor:g} is not a VAE's (0.18, 0.13)")
+    return config
 
 
 def text_config(path: Path) -> TextConfig:
@@ -464,7 +474,10 @@ def text_config(path: Path) -> TextConfig:
         )
     except KeyError as error:
         raise ValueError(f"{path} does not describe a CLIP text model: {error} is missing") from None
-    return checked(config, path)
+    checked(config, path)
+    if max(config.pad_token_id, config.eos_token_id) >= config.vocab_size:
+        raise ValueError(f"{path}: its pad or eos token is not among its {config.vocab_size} tokens")
+    return config
 
 
 def schedule_config(path: Path) -> ScheduleConfig:

@@ -19,10 +19,9 @@ For example:
     unmerge(kept)
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +29,12 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from minsd.adapters import Adapters, settings_of_rows
 from minsd.attention import Attention
-from minsd.weights.safetensors_file import PICKLES, read_header
+from minsd.files import parse_json, read_json
+from minsd.weights.safetensors_file import PICKLES, Tensors, read_metadata
 
 Layer = nn.Linear | nn.Conv2d
 MERGED = "has_merged"  # set on a layer while an adapter is merged into it
@@ -122,30 +121,30 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
     lacks one of a layer's two matrices, is empty, or was made for another model.
     """
     path = _file(Path(path))
-    halves, alphas = _tensor_names(path, read_header(path))
+    tensors = Tensors(path, "", torch.float32)
+    halves, alphas = _tensor_names(path, tensors)
     modules = _modules(sd)
     fused = fused_layers(sd.unet)
     parts = []
-    with safe_open(path, framework="pt", device="cpu") as file:
-        default_alpha = _alphas(path, file.metadata() or {})
-        for key, names in halves.items():
-            if len(names) < 2:
-                missing = ({"down", "up"} - names.keys()).pop()
-                raise ValueError(f"{path} is a partial adapter: {key!r} has no {missing!r} half")
-            target = _target(key, modules)
-            if target is None:
-                _refuse_layer(path, key)
-            name, module = target
-            down, up = (file.get_tensor(names[half]) for half in ("down", "up"))
-            _check(path, key, module, down, up)
-            rank = len(down)
-            alpha = float(file.get_tensor(alphas[key])) if key in alphas else default_alpha(name, rank)
-            # Files may hold `down` and `up` of a 1x1 convolution as matrices, and those of a linear
-            # layer as convolutions.
-            shape = module.weight.shape
-            down = down.reshape(rank, *shape[1:])
-            up = up.reshape(len(up), rank, *[1] * (len(shape) - 2))
-            parts.append(LowRank(name, module, fused.get(module), down, up, alpha / rank))
+    default_alpha = _alphas(path, read_metadata(path))
+    for key, names in halves.items():
+        if len(names) < 2:
+            missing = ({"down", "up"} - names.keys()).pop()
+            raise ValueError(f"{path} is a partial adapter: {key!r} has no {missing!r} half")
+        target = _target(key, modules)
+        if target is None:
+            _refuse_layer(path, key)
+        name, module = target
+        down, up = (tensors[names[half]] for half in ("down", "up"))
+        _check(path, key, module, down, up)
+        rank = len(down)
+        alpha = _alpha(path, tensors, alphas[key]) if key in alphas else default_alpha(name, rank)
+        # Files may hold `down` and `up` of a 1x1 convolution as matrices, and those of a linear
+        # layer as convolutions.
+        shape = module.weight.shape
+        down = down.reshape(rank, *shape[1:])
+        up = up.reshape(len(up), rank, *[1] * (len(shape) - 2))
+        parts.append(LowRank(name, module, fused.get(module), down, up, alpha / rank))
     if lost := alphas.keys() - halves.keys():
         raise ValueError(f"{path} is a partial adapter: {min(lost)!r} has an alpha and no weights")
     if len({part.name for part in parts}) < len(parts):
@@ -165,9 +164,10 @@ def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
     }
 
 
-def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def _tensor_names(path: Path, header: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Sorts the tensor names of a file. Returns (halves, alphas): the names of the two matrices of
     each layer, by layer and by "down" or "up", and the names of the alphas by layer."""
+    header = list(header)
     if not header:
         raise ValueError(f"{path} is an empty adapter: it holds no tensors")
     for pattern, kind in _OTHER_KINDS.items():
@@ -268,6 +268,8 @@ def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> Non
     """Raises ValueError where the matrices `down` and `up` do not fit the layer."""
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{path}: {key!r} is of {down.dtype}, not of floating point numbers")
+    if down.ndim < 2 or up.ndim < 2:
+        raise ValueError(f"{path}: {key!r} has matrices of shapes {tuple(down.shape)} and {tuple(up.shape)}")
     rank = len(down)
     weight = module.weight.shape  # (out, in) or (out, in, k, k)
     inputs = down[0].numel() if rank else 0
@@ -289,24 +291,65 @@ def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]
     beside = path.parent / "adapter_config.json"
     try:
         if "lora_adapter_metadata" in metadata:
-            config = json.loads(metadata["lora_adapter_metadata"])
+            config = parse_json(metadata["lora_adapter_metadata"])
         elif path.stem == "adapter_model" and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = read_json(beside)
         if not isinstance(config, dict):
             raise ValueError("not an object")
-    except (ValueError, UnicodeDecodeError) as error:
+        networks = {network: _alpha_config(config, network) for network in ("unet", "text_encoder")}
+    except ValueError as error:
         raise ValueError(f"{path}: its adapter configuration cannot be read: {error}") from None
 
     def alpha(name: str, rank: int) -> float:
         network, _, layer = name.partition(".")
-        own = {key.removeprefix(f"{network}."): value for key, value in config.items()}
-        value = own.get("lora_alpha", rank)
-        for pattern, special in (own.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern.removeprefix('text_model.')})", layer):
+        default, by_layer, root = networks[network]
+        value = rank if default is None else default
+        for ending, special in by_layer.items():  # of several endings that fit, PEFT takes the first
+            if f"^.{layer}".endswith(ending):
                 value = special
-        return value * rank**0.5 if own.get("use_rslora") else value
+                break
+        return value * rank**0.5 if root else value
 
     return alpha
+
+
+def _alpha_config(config: dict[str, Any], network: str) -> tuple[float | None, dict[str, float], bool]:
+    """Reads a PEFT configuration's settings for one network. Returns (alpha or None, alphas by the
+    ending of a layer's name, whether alpha counts times sqrt(rank)).
+
+    PEFT takes the keys of alpha_pattern as regular expressions. Files have layer names there, and
+    an expression of unknown origin may run for ever, so only names are accepted (with PEFT's ^ for
+    a whole name). Raises ValueError for anything else.
+    """
+    own = {key.removeprefix(f"{network}."): value for key, value in config.items()}
+    patterns = own.get("alpha_pattern")
+    root = own.get("use_rslora")
+    if not isinstance(patterns, dict | None) or not isinstance(root, bool | None):
+        raise ValueError("alpha_pattern must be an object, and use_rslora true or false")
+    by_layer = {}
+    for pattern, value in (patterns or {}).items():
+        whole = "^" if pattern.startswith("^") else ""
+        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".").removeprefix("text_model.")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"alpha_pattern has {pattern[:80]!r}, which is not the name of a layer")
+        by_layer[f"{whole}.{name}"] = _number(value)
+    default = own.get("lora_alpha")
+    return None if default is None else _number(default), by_layer, bool(root)
+
+
+def _number(value: object) -> float:
+    """Returns an alpha of a configuration. Raises ValueError for anything but a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise ValueError(f"an alpha must be a number, not {ascii(value)[:80]}")
+    return value
+
+
+def _alpha(path: Path, tensors: Tensors, name: str) -> float:
+    """Returns the alpha in a tensor. Raises ValueError for anything but one finite number."""
+    tensor = tensors[name]
+    if tensor.numel() != 1 or tensor.is_complex() or not tensor.isfinite().all():
+        raise ValueError(f"{path}: {name!r} must hold one number")
+    return float(tensor)
 
 
 # --- use ------------------------------------------------------------------------------------------

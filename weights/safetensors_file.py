@@ -7,7 +7,6 @@ names and dtypes are checked to the byte with bounded work, and a malformed file
 error of one line. Pickles can run code and are never opened.
 """
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,10 +16,10 @@ from typing import Any, NoReturn
 import torch
 from safetensors import safe_open
 
+from minsd import files
+
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# Bytes. The format allows 100 MB, but real headers have less than 1 MB, and parsed JSON takes
-# twenty times as much memory as its text.
-MAX_HEADER = 32 * 2**20
+MAX_HEADER = files.LARGEST_JSON  # bytes; the format allows 100 MB, but real headers have less than 1 MB
 ITEM_SIZE = {
     "F64": 8,
     "F32": 4,
@@ -57,19 +56,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object. Raises FileNotFoundError or ValueError, in one line,
     where the file is missing or holds anything else."""
     try:
-        if path.stat().st_size > MAX_HEADER:
-            raise ValueError(f"it has more than {MAX_HEADER >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} is missing: is {path.parent} a folder in the diffusers layout?"
         ) from None
-    except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content
@@ -129,9 +120,9 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        header = json.loads(content.decode("utf-8"))  # json.loads(bytes) would also accept UTF-16
-    except (ValueError, RecursionError):
-        _refuse(path, "its header is not JSON")
+        header = files.parse_json(content)
+    except ValueError as error:
+        _refuse(path, f"its header is {error}")
     if not isinstance(header, dict):
         _refuse(path, "its header is not a JSON object")
     return header, size - 8 - length

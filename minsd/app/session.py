@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging
 
 from minsd.adapters import split_scale
+from minsd.app.ranks import local_rank
 from minsd.app.requests import Command, Request
 from minsd.controlnet import ControlNet
 from minsd.pipeline import StableDiffusion, load
@@ -28,14 +29,15 @@ class Session:
 
 
 def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> Session:
-    """Load the model and everything that stands beside it. ValueError or FileNotFoundError for
+    """Loads the model and everything that stands beside it. ValueError or FileNotFoundError for
     what cannot be loaded.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    number = local_rank()
+    if device == "cuda" and number is not None:  # torchrun: one GPU per process
+        device = f"cuda:{number}"
     if command.attention == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("--attention triton is for a GPU: leave it out")
     sd = load(

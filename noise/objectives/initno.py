@@ -6,8 +6,7 @@
                       L = cross + conflict + (background + alignment) / 10 in repeated ones
     score of a seed   L = cross + conflict
 
-with the terms of noise/losses.py, alignment to the running mean of the maps, 0.9 mean + 0.1 M. Steps
-10 and 20 repeat until both are within limits. noise/initno.py optimises the noise with it.
+with the terms of noise/losses.py, alignment to the running mean of the maps, 0.9 mean + 0.1 M.
 """
 
 import math
@@ -33,14 +32,14 @@ class InitNO:
         self, sd: Model, asks: Sequence[Ask], variant: str = "official", conflict_limit: float | None = None
     ):
         need_subjects(asks)
-        self.official = variant == "official"
-        self.means: dict[int, Tensor] = {}  # image -> running mean of its maps (S,h,w)
+        self.official, self.count = variant == "official", len(asks)
         conflict = sd.config.conflict_limit if conflict_limit is None else conflict_limit
         limits = {"cross": CROSS_LIMIT} | ({"self": conflict} if conflict < math.inf else {})
-        self.how = Refining(repeats={10: limits, 20: limits})
+        self.how = Refining(repeats={10: limits, 20: limits})  # there, until both are within limits
+        self.begin()
 
     def begin(self) -> None:
-        self.means.clear()
+        self.means: Tensor | None = None  # (B,S,h,w): running means of the maps, NaN before the first
 
     def __call__(self, look: Look) -> tuple[Tensor, Told]:
         conflict = losses.self_conflict(look.claims, look.present)
@@ -49,13 +48,17 @@ class InitNO:
         if look.phase == "score":
             return cross + conflict, told
         if look.i is None:  # the initial noise
-            used = conflict.where(cross <= MASK, 0.0) if self.official else conflict
-            background = losses.clean_background(look.maps, look.present) if self.official else 0.0
-            return cross + used + background, told | {"used": used}
-        for b, maps in zip(look.rows, look.maps.detach()):
-            self.means[b] = 0.9 * self.means.get(b, maps) + 0.1 * maps
+            if not self.official:
+                return cross + conflict, told | {"used": conflict}
+            used = conflict.where(cross <= MASK, 0.0)
+            return cross + used + losses.clean_background(look.maps, look.present), told | {"used": used}
+        maps = look.maps.detach()
+        if self.means is None:
+            self.means = maps.new_full((self.count, *maps.shape[1:]), torch.nan)
+        earlier = self.means[look.index]
+        self.means[look.index] = mean = 0.9 * earlier.where(~earlier.isnan(), maps) + 0.1 * maps
         if look.phase == "update":
             return cross, told
         background = losses.clean_background(look.maps, look.present)
-        drift = losses.alignment(look.maps, torch.stack([self.means[b] for b in look.rows]), look.present)
+        drift = losses.alignment(look.maps, mean, look.present)
         return cross + 0.1 * background + 0.1 * drift + conflict, told
