@@ -23,8 +23,7 @@ from minsd.config import STRENGTH, ModelConfig, check_size, overflow_advice
 from minsd.graphs import Graphs, graphs_of, use_graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as unit_noise
-from minsd.noise.look import ask
-from minsd.noise.steer import Run, choose, noise_of
+from minsd.noise.steer import asked
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Schedule
 from minsd.text import TextEncoder
@@ -181,16 +180,11 @@ class StableDiffusion:
         levels, for dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each step's
         prediction. Raises ValueError for sizes, shapes and counts that do not fit.
 
-        `objective`, a function of a `Look` (noise/look.py), a name or FILE.py:NAME, chooses or
-        optimises the noise, or moves the latents while denoising, as `driver` says ("select",
-        "optimize" or "refine"; noise/steer.py). `settings` are the driver's and the objective's;
-        `subjects` and `pairs` are words of the prompt.
+        With an `objective` (a function of a Look, a name, or FILE.py:NAME) and its `driver`,
+        `settings`, `subjects` and `pairs`, noise/steer.py finds the noise or the updates.
         """
-        if objective is not None and (noise is not None or refine is not None):
-            raise ValueError("an objective finds noise or updates itself: leave out noise and refine")
-        steer = None if objective is None else choose(objective, driver=driver, settings=settings)
-        if steer is None and not all(given is None for given in (driver, settings, subjects, pairs)):
-            raise ValueError("driver, settings, subjects and pairs are for an objective: give one")
+        taken = noise is not None or refine is not None
+        begin = asked(objective, driver, settings, subjects, pairs, taken)
         height = self.config.size if height is None else height
         width = self.config.size if width is None else width
         check_size(height, width)
@@ -201,11 +195,8 @@ class StableDiffusion:
             these = [prompts[k] for k in part]
             own = [seeds[k] for k in part]
             start = noise[part]
-            if steer is not None:
-                asks = ask(self, these, own, None if subjects is None else [subjects] * len(own), pairs)
-                run = Run(self, steer, asks, steps, sampler, karras, negative_prompt)
-                start = noise_of(run, own, noise.shape[1:])
-                refine = run.refine()[0] if steer.driver == "refine" else None
+            if begin is not None:
+                start, refine = begin(self, these, own, start, steps, sampler, karras, negative_prompt)
             latents = self.sample(
                 these,
                 start,

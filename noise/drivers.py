@@ -121,70 +121,84 @@ def refine(
     scale = sd.config.update_scale if how.scale is None else how.scale
     sizes = scale * torch.linspace(1, 0.5, n).sqrt() if how.decay == "sqrt" else torch.full((n,), scale)
     moves = [1.0] * n if how.share is not None else sizes.tolist()
+    return _Updates(sd.dtype, slope, how, count, moves, begin, record, progress)
 
-    def evaluate(x: Tensor, rows: Tensor, i: int, t: Timestep, phase: str) -> tuple[Told, Tensor]:
-        told, gradient = slope(x[rows], rows, t, i, phase)
-        fine = finite(told, gradient)
-        if not fine.all():
-            lost = ", ".join(map(str, rows[~fine].tolist()))
-            warnings.warn(
-                f"losses are not finite in {sd.dtype}: images {lost} of the batch go on without this update",
-                stacklevel=2,
-            )
-        gradient = gradient.where(fine[:, None, None, None], 0.0)
-        return told, shares(gradient, x[rows], how.share)
 
-    def say(where: str, rows: Tensor, told: Told) -> None:
-        if progress is None and record is None:
-            return
-        for b, values in zip(rows.tolist(), values_of(told)):
-            if record is not None:
-                record[b].note_values(values)
-            if progress is not None:
-                progress(b, f"{where} {in_words(values)}")
+@dataclass
+class _Updates:
+    """The `refine` that `refine` returns."""
 
-    def over(told: Told, limits: Mapping[str, float]) -> Tensor:
-        exceeded = [told[name] > limit for name, limit in limits.items()]
-        return (
-            torch.stack(exceeded).any(dim=0) if exceeded else torch.ones_like(told["loss"], dtype=torch.bool)
-        )
+    dtype: torch.dtype  # of the network
+    slope: Slope
+    how: Refining
+    count: int
+    moves: list[float]  # the size of each step's update
+    begin: Callable[[], None] | None
+    record: "list[Result] | None"
+    progress: Say | None
 
-    def repeat(x: Tensor, rows: Tensor, i: int, t: Timestep) -> None:
+    def __call__(self, i: int, t: Timestep, x: Tensor) -> Tensor:
+        if i >= self.how.until:
+            return x
+        if len(x) != self.count:
+            sizes = f"{self.count} images, not {len(x)}"
+            raise ValueError(f"these updates are for a batch of {sizes}: make new ones for each batch")
+        if i == 0 and self.begin is not None:
+            self.begin()
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32), copy=True)
+        every = torch.arange(self.count, device=x.device)
+        told, gradient = self.evaluate(x, every, i, t, "update")
+        if i in self.how.repeats:
+            rows = every[self.over(told, i)]
+            if len(rows):
+                self.repeat(x, rows, i, t)
+                again, gradient[rows] = self.evaluate(x, rows, i, t, "update")
+                for name, values in again.items():
+                    told[name][rows] = values
+        self.say(f"update at step {i}", every, told)
+        return (x - self.moves[i] * gradient).to(dtype)
+
+    def repeat(self, x: Tensor, rows: Tensor, i: int, t: Timestep) -> None:
         """Moves images `rows` of x, in place, until they are within the limits of step i."""
-        for turn in range(how.most):
-            told, gradient = evaluate(x, rows, i, t, "repeat")
-            beyond = over(told, how.repeats[i])
-            resting = torch.zeros_like(beyond) if how.extra_update else ~beyond
-            x[rows] -= moves[i] * gradient.masked_fill(resting[:, None, None, None], 0.0)
-            say(f"refining at step {i} {turn + 1}/{how.most}", rows, told)
+        for turn in range(self.how.most):
+            told, gradient = self.evaluate(x, rows, i, t, "repeat")
+            beyond = self.over(told, i)
+            resting = torch.zeros_like(beyond) if self.how.extra_update else ~beyond
+            x[rows] -= self.moves[i] * gradient.masked_fill(resting[:, None, None, None], 0.0)
+            self.say(f"refining at step {i} {turn + 1}/{self.how.most}", rows, told)
             rows = rows[beyond]
             if not len(rows):
                 return
 
-    def move(i: int, t: Timestep, x: Tensor) -> Tensor:
-        if i >= how.until:
-            return x
-        if len(x) != count:
-            raise ValueError(
-                f"these updates are for a batch of {count} images, not {len(x)}: make new ones for each batch"
+    def evaluate(self, x: Tensor, rows: Tensor, i: int, t: Timestep, phase: str) -> tuple[Told, Tensor]:
+        """What is told of images `rows`, and their gradients, 0 where something is not finite."""
+        told, gradient = self.slope(x[rows], rows, t, i, phase)
+        fine = finite(told, gradient)
+        if not fine.all():
+            lost = ", ".join(map(str, rows[~fine].tolist()))
+            warnings.warn(
+                f"losses are not finite in {self.dtype}: images {lost} go on without this update",
+                stacklevel=3,
             )
-        if i == 0 and begin is not None:
-            begin()
-        dtype = x.dtype
-        x = x.to(torch.promote_types(dtype, torch.float32), copy=True)
-        every = torch.arange(count, device=x.device)
-        told, gradient = evaluate(x, every, i, t, "update")
-        if i in how.repeats:
-            rows = every[over(told, how.repeats[i])]
-            if len(rows):
-                repeat(x, rows, i, t)
-                again, gradient[rows] = evaluate(x, rows, i, t, "update")
-                for name, values in again.items():
-                    told[name][rows] = values
-        say(f"update at step {i}", every, told)
-        return (x - moves[i] * gradient).to(dtype)
+        gradient = gradient.where(fine[:, None, None, None], 0.0)
+        return told, shares(gradient, x[rows], self.how.share)
 
-    return move
+    def over(self, told: Told, i: int) -> Tensor:
+        """Returns, per image (b,), whether it exceeds a limit of step i's refinement."""
+        exceeded = [told[name] > limit for name, limit in self.how.repeats[i].items()]
+        if not exceeded:
+            return torch.ones_like(told["loss"], dtype=torch.bool)
+        return torch.stack(exceeded).any(dim=0)
+
+    def say(self, where: str, rows: Tensor, told: Told) -> None:
+        if self.progress is None and self.record is None:
+            return
+        for b, values in zip(rows.tolist(), values_of(told)):
+            if self.record is not None:
+                self.record[b].note_values(values)
+            if self.progress is not None:
+                self.progress(b, f"{where} {in_words(values)}")
 
 
 # --- optimize ------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from minsd.noise import drivers, losses
 from minsd.noise.drivers import Optimizing, Refining, Result, Say, Selection
 from minsd.noise.initial import candidate_seeds
 from minsd.noise.initial import noise as draw_noise
-from minsd.noise.look import Ask, Lift, Objective
+from minsd.noise.look import Ask, Lift, Objective, ask
+from minsd.noise.losses import Subjects
 from minsd.noise.objectives import NAMES, find
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Refine
@@ -341,6 +342,17 @@ class Run:
             self._note(lift, len(start), begin, **_ended(result))
         return results
 
+    def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Returns the noise (B,4,h,w) that select or optimize finds from the images' seeds, a
+        selection among the candidates that the command line takes.
+        """
+        if self.steer.driver == "select":
+            count = int(self.steer.settings.get("candidates", Selecting.candidates))
+            listed = [candidate_seeds(seed, count) for seed in seeds]
+            return torch.cat([one.noise for one in self.select(listed, shape, lambda message: None)])
+        results = self.optimize(draw_noise(list(seeds), shape), lambda b, message: None)
+        return torch.cat([result.noise for result in results])
+
     def refine(self, say: Say | None = None) -> tuple[Refine, Callable[[], None]]:
         """Returns the updates of the run, and a function to call at its end, which records them."""
         begin = time.perf_counter()
@@ -380,17 +392,38 @@ def _ended(result: Result) -> dict[str, Any]:
     return {"before": before, "after": after, "met": result.met, "note": result.note}
 
 
-def noise_of(run: Run, seeds: Sequence[int], shape: Sequence[int], say: Say | None = None) -> Tensor:
-    """Returns the initial noise (B,4,h,w) of a batch: the seeds' own under refine, else what the
-    driver finds from it. A selection takes the candidates that the command line takes.
+Begin = Callable[..., tuple[Tensor, Refine | None]]
+
+
+def asked(
+    objective: Callable[..., Any] | str | None,
+    driver: str | None,
+    settings: Mapping[str, Any] | None,
+    subjects: Subjects,
+    pairs: str | None,
+    taken: bool,
+) -> Begin | None:
+    """Returns, for `StableDiffusion.__call__`, a function that begins a batch: it returns the noise
+    (B,4,h,w) and the updates. None without an objective.
+
+    `taken`: whether noise or updates are given. ValueError then, for settings without an objective,
+    and as in `choose`.
     """
-    start = draw_noise(list(seeds), shape)
-    if run.steer.driver == "select":
-        count = int(run.steer.settings.get("candidates", Selecting.candidates))
-        listed = [candidate_seeds(seed, count) for seed in seeds]
-        found = run.select(listed, shape, lambda message: say(0, message) if say else None)
-        return torch.cat([one.noise for one in found])
-    if run.steer.driver == "optimize":
-        results = run.optimize(start, say or (lambda b, message: None))
-        return torch.cat([result.noise for result in results])
-    return start
+    if objective is None:
+        if any(given is not None for given in (driver, settings, subjects, pairs)):
+            raise ValueError("driver, settings, subjects and pairs are for an objective: give one")
+        return None
+    if taken:
+        raise ValueError("an objective finds the noise or the updates itself: leave out noise and refine")
+    steer = choose(objective, driver=driver, settings=settings)
+
+    def begin(
+        sd: Model, prompts: list[str], seeds: list[int], noise: Tensor, *run: Any
+    ) -> tuple[Tensor, Refine | None]:
+        asks = ask(sd, prompts, seeds, None if subjects is None else [subjects] * len(seeds), pairs)
+        batch = Run(sd, steer, asks, *run)
+        if steer.driver == "refine":
+            return noise, batch.refine()[0]
+        return batch.noise(seeds, noise.shape[1:]), None
+
+    return begin

@@ -377,7 +377,7 @@ def test_a_users_own_function_on_each_driver(shapes):
     rows = torch.arange(2)
     before = judge.score(start, rows, t)["loss"]
     run = steer.Run(shapes, steer.choose(left, driver="optimize", settings={"steps": 4}), asks)
-    found = steer.noise_of(run, [5, 6], (4, 16, 16))
+    found = run.noise([5, 6], (4, 16, 16))
     after = judge.score(found, rows, t)["loss"]
     assert (after < before).all() and run.records[0]["before"]["loss"] == pytest.approx(
         before[0].item(), abs=1e-4
@@ -524,7 +524,7 @@ def test_neither_a_prompts_file_nor_an_image_runs_a_file(own, shapes, capfd):
     assert identity(changed) != identity(rows[0])
     assert main(["--like", f"o/{rows[0]['file']}", "--out", "p"]) == 2
     error = capfd.readouterr().err
-    assert "was made with own.py:good (sha256" in error and "give --objective yourself" in error
+    assert "made with own.py:good (sha256" in error and "give --objective yourself" in error
     assert main(["--like", f"o/{rows[1]['file']}", "--quiet", "--out", "p"]) == 0
     [again] = [json.loads(text) for text in (own / "p" / "runs.jsonl").read_text().splitlines()]
     assert identity(again) == identity(rows[1])
