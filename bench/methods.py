@@ -34,7 +34,7 @@ from torch import Tensor
 from bench import Row, forget_peak, loaded, parser, peak_mb, pool, print_table, rate, write_csv
 from bench.alignment import Cost, save_sheet
 from bench.shapes import BATCH, Subjects, cases, sentence
-from minsd.noise import initno, look, steer
+from minsd.noise import best, initno, look, steer
 from minsd.noise.initial import candidate_seeds
 from minsd.noise.initial import noise as draw_noise
 from minsd.pipeline import StableDiffusion
@@ -55,6 +55,7 @@ class Method(NamedTuple):
     driver: str | None = None
     settings: dict[str, Any] = {}
     pick: int = 0  # first, the best of so many seeds by attention score
+    best: bool = False  # or, the seed of noise/best.py
     initno: bool = False  # then, InitNO's noise
 
 
@@ -69,7 +70,8 @@ METHODS = {
     "initno": Method("initno", initno=True),
     "pick-16+initno": Method("initno", pick=16, initno=True),
     "pick-16+initno-noise": Method(pick=16, initno=True),
-    "best": Method("best", "select"),
+    "best": Method(best=True),
+    "best+initno": Method("initno", best=True, initno=True),
     "syngen": Method("syngen"),
     "divide": Method("divide"),
     "contrast": Method("contrast"),
@@ -112,6 +114,12 @@ def draw(
         starts = seeds
         if method.pick:
             starts = [picked(sd, prompt, seed, method.pick) for prompt, seed in zip(prompts, seeds)]
+        if method.best:
+            listed = [candidate_seeds(seed, best.CANDIDATES) for seed in seeds]
+            config = sd.config
+            course = best.Course(config.steps, config.sampler, guidance_scale=config.guidance_scale)
+            chosen = best.choose(sd, prompts, [None] * len(prompts), listed, shape, course)
+            starts = [one.seed for one in chosen]
         x = draw_noise(starts, shape)
         if method.initno:
             results = initno.optimize_batch(sd, prompts, [None] * len(prompts), starts)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from minsd.guidance import Model
-from minsd.noise import arrange, initno, stability
+from minsd.noise import arrange, best, initno, stability
 from minsd.noise import steer as steering
 from minsd.noise.initial import noise as unit_noise
 from minsd.noise.layout import SizedLayout
@@ -150,11 +150,31 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
     return _optimised(results, notes, batch)
 
 
+def best_method(sd: Model, batch: Batch, say: Say) -> Found:
+    """Looks at each image's candidates, drafts the most promising, and takes the first good one."""
+    found = best.choose(
+        sd,
+        batch.prompts,
+        batch.subjects,
+        _candidates(batch),
+        batch.shape,
+        best.Course(batch.steps, batch.sampler, batch.karras, batch.guidance_scale, batch.negative_prompt),
+        progress=lambda b, message: say(f"seed {batch.seeds[b]}: {message}"),
+    )
+    notes = []
+    for asked, one in zip(batch.seeds, found):
+        note = _selection(asked, one.seed, one.scores.keys(), one.scores.values(), "low")
+        drafts = [{"seed": seed, "cross": round(cross, 5)} for seed, cross in one.drafts.items()]
+        notes.append(note | {"drafts": drafts, "met": one.met})
+    return Found(unit_noise([one.seed for one in found], batch.shape), notes, _each(batch))
+
+
 METHODS: dict[str, Method] = {
     "random": random,
     "initno": initno_method,
     "select": select,
     "optimize": optimize,
+    "best": best_method,
 }
 
 

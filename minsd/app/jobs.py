@@ -326,6 +326,8 @@ def _template(
     )
     if request.steer is not None:
         _check_steer(sd, job, notes)
+    if job.method.name == "best":
+        notes += _best_notes(sd, job)
     visited = timesteps(
         sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras
     )
@@ -351,6 +353,16 @@ def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Se
             f"{path} holds {count} noises and {seeds.count} seeds were given: give one per image"
         )
     return seeds
+
+
+def _best_notes(sd: StableDiffusion, job: Job) -> list[str]:
+    """What the user should know of --init-noise best for this model and prompt."""
+    notes = []
+    if sd.config.name != "shapes":
+        notes.append("best: its constants were measured on the embedded model alone")
+    if len(job.subjects or ()) < 2:
+        notes.append("best: with a single subject it looks only for noise that attends to that one")
+    return notes
 
 
 def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:

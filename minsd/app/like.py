@@ -162,7 +162,7 @@ def _take_subjects(given: Given, settings: Given, method: Given) -> None:
     """Takes over the image's subjects in `given` if the new run needs subjects and the command line
     names none. `method` has the noise method of the new run ("init_noise", "score").
     """
-    asks = method.get("init_noise") == "initno" or method.get("score") == "attention"
+    asks = method.get("init_noise") in ("initno", "best") or method.get("score") == "attention"
     asks = asks or given["excite"] or given["attention_maps"]
     named = given["token_indices"] is not None or given["subjects"] is not None
     subjects = settings.get("subjects")

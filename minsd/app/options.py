@@ -21,7 +21,7 @@ from minsd import __version__
 from minsd.config import CONTROL_SCALE_MOST, SAMPLER_NAMES, STRENGTH, check_size
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
-METHODS = ("random", "initno", "select", "optimize")  # noise.methods.METHODS, without its imports
+METHODS = ("random", "initno", "select", "optimize", "best")  # noise.methods.METHODS, without its imports
 OBJECTIVES = "initno, excite, syngen, boxes, divide, contrast, overlap, saga, nlg"  # noise.objectives.NAMES
 
 IMAGE = "what to draw (each also a key of a line of --prompts FILE.jsonl)"
@@ -348,11 +348,11 @@ _ROWS = (
            least=-CONTROL_SCALE_MOST, most=CONTROL_SCALE_MOST, like=True, identity="control_scale"),
     # --- the initial noise
     Option("init_noise", NOISE, str, None,
-           "optimise it by attention maps (initno), select the best of --candidates, or optimise it by "
-           "inversion stability or an --objective",
+           "the best of a few candidates that are drafted (best), optimise it by attention maps (initno), "
+           "select the best of --candidates, or optimise it by inversion stability or an --objective",
            choices=METHODS, like_method=True, identity="init_noise"),
     Option("candidates", NOISE, int, "K",
-           "select: keep the best of K noises, the seed's own among them (default: 100)",
+           "select, best: choose among K noises, the seed's own one of them (default: 100; best: 8)",
            least=1, most=100_000, unasked=1000, identity="candidates"),
     Option("score", NOISE, str, None,
            "select: what the candidates are ranked by (default: attention; stability costs ten times as much "

@@ -195,7 +195,9 @@ def request(given: Given, where: str, chance: int) -> Request:
     asked = _subjects(given)
     # Without InitNO there is nothing to turn off.
     excite = None if given["excite"] is False and method.name != "initno" else given["excite"]
-    wants = bool(method.name == "initno" or excite or given["attention_maps"] or method.score == "attention")
+    wants = bool(
+        method.name in ("initno", "best") or excite or given["attention_maps"] or method.score == "attention"
+    )
     wants = wants or (asked is not None and steer is not None)
     if asked is not None and not wants:
         raise ValueError(
@@ -280,9 +282,9 @@ def _steer(given: Given) -> "Steer | None":
     steer = choose(
         given["objective"], driver=name if name in ("select", "optimize") else None, settings=settings
     )
-    if name == "initno" and steer.driver != "refine":
+    if name in ("initno", "best") and steer.driver != "refine":
         raise ValueError(
-            f"--init-noise initno finds the noise, and {steer.name} by {steer.driver} would as well: give one"
+            f"--init-noise {name} finds the noise, and {steer.name} by {steer.driver} would as well: give one"
         )
     return steer
 
@@ -290,7 +292,9 @@ def _steer(given: Given) -> "Steer | None":
 def _steered(given: Given, steer: "Steer") -> NoiseMethod:
     """Returns how the initial noise is found where there is an objective."""
     if steer.driver == "refine":
-        plain = {"objective": None, "optimize_steps": None, "candidates": None}
+        plain: Given = {"optimize_steps": None} | (
+            {} if given["init_noise"] == "best" else {"candidates": None}
+        )
         return _method(given | plain)
     if steer.driver == "optimize":
         return NoiseMethod(_method(given | {"init_noise": "optimize", "candidates": None}).name)
@@ -316,13 +320,17 @@ def _method(given: Given) -> NoiseMethod:
     if name == "select":
         score = score or "attention"
         candidates = 100 if candidates is None else candidates
+    elif name == "best" and score is None:
+        candidates = 8 if candidates is None else candidates
     elif score is not None and (name != "initno" or score != "attention"):
         raise ValueError(
             "--score is for --init-noise select (or, as attention, for initno to begin from the best of "
             "--candidates)"
         )
     elif score is None and candidates is not None:
-        raise ValueError("--candidates is for --init-noise select, or for initno with --score attention")
+        raise ValueError(
+            "--candidates is for --init-noise select and best, or for initno with --score attention"
+        )
     elif score is not None:
         candidates = 16 if candidates is None else candidates
     OPTIONS["candidates"].check(candidates)
