@@ -49,6 +49,7 @@ COMPILED = f"--compile --batches 1 16 --runs 2 {HALF}"
 SIDES = f"--sides 16 32 {HALF}"
 LAYOUT = f"--model sd15 --runs 9 {HALF}"
 TINY = f"--steps 2 --batches 1 --runs 1 {SMALL}"
+TRY = f"--runs 1 --variants default cudnn_first {SMALL}"
 CPU_LIMIT = 90  # seconds, for each step with --cpu
 NO_GPU = "needs a CUDA device"
 
@@ -69,9 +70,10 @@ STEPS = (
     Step("gpu_tests", 60, f"{PYTEST} {GPU_TESTS} -k gpu"),
     Step("unet", 60, "bench.unet", f"--runs 7 --warmup 3 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
     Step("end_to_end", 110, "bench.end_to_end", FULL, TINY, "seconds minsd"),
-    Step("maps", 60, "bench.maps", f"--runs 7 {HALF}", f"--runs 2 {SMALL}", "times_faster minsd"),
+    Step("maps", 60, "bench.maps", f"--runs 7 {HALF}", f"--runs 2 {SMALL}", "times_faster graphs/minsd"),
     Step("profile", 40, "bench.profile", HALF, SMALL, "share attention"),
     Step("initno", 60, "bench.initno", f"--runs 5 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
+    Step("switches", 120, "bench.switches", "--batches 1 8 --csv", TRY, "look_ms default"),
     Step("attention", 90, "bench.attention", SIDES, "--runs 1 --csv", "us fused/reference"),
     Step("layout", 40, "bench.layout --cost --boxes 2", LAYOUT, SMALL, "time_ratio together"),
     Step("control", 40, "bench.control --cost", HALF, "--csv", "of_alone ControlNet"),

@@ -131,6 +131,7 @@ def parameters(settings: dict[str, Any]) -> str:
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        "Clip skip": settings.get("clip_skip"),
         "Denoising strength": settings.get("strength"),
         "ControlNet 0": control,
         "Model hash": settings.get("model_hash"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from minsd import guidance, image, samplers
 from minsd.attention import Attention
 from minsd.config import STRENGTH, ModelConfig, check_size, overflow_advice
+from minsd.controlnet import Controlled
 from minsd.graphs import Graphs, graphs_of, use_graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as unit_noise
@@ -119,13 +120,18 @@ class StableDiffusion:
             graphs.release()
 
     def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
-        """Replays the UNet's evaluations from CUDA graphs (minsd/graphs.py), or with `on` False
-        stops doing so. `load` turns graphs on for CUDA.
+        """Replays evaluations of the UNet, and of ControlNets in use, from CUDA graphs
+        (minsd/graphs.py), or with `on` False stops doing so. `load` turns graphs on for CUDA.
 
         With `gradients`, graphs are also used for evaluations whose attention maps are
         differentiated (expected to matter most at batch 1, not measured on a GPU).
         """
-        self.graphs = use_graphs(self.unet, on, gradients)
+        unet = self.unet
+        if isinstance(unet, Controlled):
+            for control in unet.controls:
+                use_graphs(control.net, on, gradients)
+            unet = unet.unet
+        self.graphs = use_graphs(unet, on, gradients)
 
     def compile(self, **options) -> None:
         """Compiles the UNet with torch.compile. The first step of each image size then takes
@@ -284,11 +290,17 @@ class StableDiffusion:
 
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> guidance.Predictor:
         """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
-        the text states `context` and away from `uncond`, each (B,77,D) or (1,77,D)."""
+        the text states `context` and away from `uncond`, each (B,77n,D) or (1,77n,D). If their
+        lengths differ, the shorter one is filled up with empty chunks."""
+        if guidance_scale != 1:
+            context, uncond = (
+                self.text.filled(one, other.shape[1]) for one, other in ((context, uncond), (uncond, context))
+            )
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
     def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor:
-        """Encodes prompts into text states (B,77,D), in the model's dtype."""
+        """Encodes prompts into text states (B,77n,D), in the model's dtype. n is 1 for up to 75
+        tokens; all prompts are filled up to the n of the longest."""
         return self.text.encode([prompts] if isinstance(prompts, str) else list(prompts)).to(self.dtype)
 
     @torch.no_grad()

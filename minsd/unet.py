@@ -21,7 +21,7 @@ from minsd.config import UNetConfig
 from minsd.kernels import Linear, group_norm
 
 Grid = tuple[int, int]  # rows and columns of a level's cells
-# Keys and values of each cross-attention layer, (B,77,heads,d) each.
+# Keys and values of each cross-attention layer, (B,77n,heads,d) each.
 TextKV = dict[Attention, tuple[Tensor, Tensor]]
 # The number of the text that each cell attends to: grid of a level -> integers (B, rows*columns).
 CellTexts = dict[Grid, Tensor]
@@ -266,7 +266,7 @@ class UNet(nn.Module):
         ]
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Returns the keys and values of every cross-attention layer for text states (B,77,D). They
+        """Returns the keys and values of every cross-attention layer for text states (B,77n,D). They
         depend on neither x nor t, so compute them once per run and pass them to `forward` as
         `context`."""
         return {m: m.kv(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
@@ -283,14 +283,14 @@ class UNet(nn.Module):
     ) -> Tensor | None:
         """Predicts the noise or v (B,4,h,w) in latents x (B,4,h,w).
 
-        `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states (B,77,D)
+        `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states (B,77n,D)
         or their `text_kv`. h and w may be any size, because each upsampling takes its size from the
         skip that is concatenated next.
 
         `record` collects attention maps. With `record.only` the evaluation ends after the last
         layer that records, and returns None.
 
-        `region` chooses a text for each cell, among the R texts per image of a context (B,R,77,D).
+        `region` chooses a text for each cell, among the R texts per image of a context (B,R,77n,D).
         `region` is a dict whose keys are the grids (rows, columns) of the levels with
         cross-attention and of the middle block. Its values are integers (B, rows*columns) in
         0..R-1: the number of the text that each cell attends to. `region` may also be a pair of

@@ -112,7 +112,7 @@ def watch(
             with torch.no_grad():
                 sd.unet(x, t, context, record=record)
                 # The probabilities themselves: sharpened, a map shows little but its peak.
-                cross = torch.einsum("bhwk,bsk->bshw", record.cross, select.to(record.cross))
+                cross = losses.mean_maps(record.cross, select)
                 peaks = losses.peaks(losses.subject_maps(record.cross, select))
                 claims = losses.claims(record.self, peaks)
             frames.steps.append(i)

@@ -133,6 +133,8 @@ class Look:
             contexts.append(self._lift.context[self.index])
         if "uncond" in wanted:
             contexts.append(self._lift.uncond.expand(b, -1, -1))
+        longest = max(context.shape[1] for context in contexts)
+        contexts = [c if c.shape[1] == longest else sd.text.filled(c, longest) for c in contexts]
         x = torch.cat([self.x] * len(contexts)).to(contexts[0].dtype)
         options = {"record": AttentionRecorder(only=not passes, kinds=maps)} if maps else {}
         output = sd.unet(x, self.t, torch.cat(contexts), **options)
@@ -181,8 +183,8 @@ class Look:
     def words(self, select: Tensor, *, sharp: bool = False, smooth: bool = False) -> Tensor:
         """Maps (b,S,h,w) of any tokens: `select` (b,S,77n) from `losses.selector`.
 
-        As recorded, or sharpened to softmax(100 C) over the tokens but the first and last, and
-        smoothed by the kernel of `losses.smooth`.
+        As recorded, or sharpened to softmax(100 C) over the tokens but each chunk's first and last,
+        and smoothed by the kernel of `losses.smooth`.
         """
         return _word_maps(self.cross, select, sharp, smooth)
 
@@ -373,9 +375,8 @@ def _joined(parts: Sequence[Told]) -> Told:
 
 
 def _word_maps(cross: Tensor, select: Tensor, sharp: bool, smooth: bool) -> Tensor:
-    select = select.to(cross)
     if sharp:
-        cross = (100 * cross[..., 1:-1]).softmax(dim=-1)
-        select = select[..., 1:-1]
-    maps = torch.einsum("bhwk,bsk->bshw", cross, select)
+        cross = (100 * losses.inner(cross)).softmax(dim=-1)
+        select = losses.inner(select)
+    maps = losses.mean_maps(cross, select)
     return losses.smooth(maps) if smooth else maps

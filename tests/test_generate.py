@@ -204,9 +204,20 @@ def test_list_tokens(capfd, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_cut_prompt_is_said(tmp_path, capfd):
-    assert main(["a red circle and " * 20, "--steps", "1", "--out", str(tmp_path)]) == 0
-    assert "cut off" in capfd.readouterr().err
+def test_weights_and_chunks_are_said_and_recorded(tmp_path, capfd):
+    run = ["--seed", "0", "--steps", "1", "--out", str(tmp_path)]
+    assert main(["a (red:1.3) circle and " * 20, *run]) == 0
+    said = capfd.readouterr().err
+    assert "read in 2 chunks" in said and "--no-prompt-weights: as plain text" in said
+    assert main(["a (red) circle", "--prompt-weights", "--clip-skip", "2", *run]) == 0
+    assert "prompt weights" not in capfd.readouterr().err
+    first, second = lines(tmp_path)
+    assert (first["prompt_weights"], first["clip_skip"]) == (None, None)
+    assert (second["prompt_weights"], second["clip_skip"]) == (True, 2)
+    with Image.open(tmp_path / second["file"]) as picture:
+        assert "Clip skip: 2" in picture.text["parameters"]
+    assert main(["a circle", "--clip-skip", "9", *run]) == 2
+    assert "clip skip must be from 1 (nothing is skipped) to 2, not 9" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,8 @@ def made(name, asks, lengths):
     """An objective, made without a model: tokens are words."""
     sd = SimpleNamespace(
         text=SimpleNamespace(
-            ids=lambda prompt: [0] * lengths[prompt],
-            max_length=77,
+            places=lambda prompt: range(1, lengths[prompt] - 1),
             positions=lambda prompt, word: [{"circle": 3, "square": 4}[word]],
-            read_characters=len,
         ),
         config=SimpleNamespace(conflict_limit=0.3, update_scale=20.0),
     )

@@ -53,8 +53,7 @@ _OTHER_KINDS = {  # a pattern of tensor names -> the kind of adapter with such n
     r"lora_mid": "a LoCon in Tucker form",
     r"\.on_input$": "an IA3 adapter",
     r"\.(diff|diff_b|w_norm|b_norm)$": "a LyCORIS adapter of full differences",
-    r"^emb_params$|string_to_param|^clip_[lg]$": "a textual-inversion embedding",
-    r"^bundle_emb\.": "a LoRA bundled with textual-inversion embeddings",
+    r"^emb_params$|^string_to_param|^clip_[lg]$": "a textual-inversion embedding, for --embedding",
 }
 
 
@@ -120,7 +119,7 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
     Raises FileNotFoundError or ValueError, in one line, for a file that is missing, is not a LoRA,
     lacks one of a layer's two matrices, is empty, or was made for another model.
     """
-    path = _file(Path(path))
+    path = file_of(Path(path))
     tensors = Tensors(path, "", torch.float32)
     halves, alphas = _tensor_names(path, tensors)
     modules = _modules(sd)
@@ -167,7 +166,7 @@ def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
 def _tensor_names(path: Path, header: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Sorts the tensor names of a file. Returns (halves, alphas): the names of the two matrices of
     each layer, by layer and by "down" or "up", and the names of the alphas by layer."""
-    header = list(header)
+    header = [name for name in header if not name.startswith("bundle_emb.")]
     if not header:
         raise ValueError(f"{path} is an empty adapter: it holds no tensors")
     for pattern, kind in _OTHER_KINDS.items():
@@ -204,7 +203,7 @@ def _refuse_layer(path: Path, key: str) -> NoReturn:
     raise ValueError(f"{path} was made for {kind}: this one has no layer {key!r}")
 
 
-def _file(path: Path) -> Path:
+def file_of(path: Path) -> Path:
     """Returns the adapter's file: `path`, or the file in the folder `path`."""
     if path.suffix in PICKLES:
         raise ValueError(

@@ -22,6 +22,7 @@ from minsd.app.options import IDENTITY
 from minsd.app.prompts import located
 from minsd.app.requests import Command, ControlRequest, InitImage, NoiseMethod, Request, check_count
 from minsd.app.seeds import Seeds, Taken, consecutive
+from minsd.emphasis import is_weighted
 from minsd.noise import arrange, collage, look, losses
 from minsd.noise.initial import candidate_seeds, noise_files, read_metadata, read_noise
 from minsd.noise.layout import SizedLayout
@@ -40,6 +41,9 @@ class ModelSettings:
     vae: Path | None
     tokenizer: Path | None
     prediction_type: str | None
+    prompt_weights: bool | None
+    clip_skip: int | None
+    embedding: tuple[str, ...]
     lora: tuple[str, ...]
     attention: str
     device: str
@@ -54,6 +58,9 @@ class ModelSettings:
             "vae": self.vae and str(self.vae),
             "tokenizer": self.tokenizer and str(self.tokenizer),
             "prediction_type": self.prediction_type,
+            "prompt_weights": self.prompt_weights,
+            "clip_skip": self.clip_skip,
+            "embedding": list(self.embedding) or None,
             "lora": list(self.lora),
             "attention": self.attention,
             "device": self.device,
@@ -97,6 +104,7 @@ class Job:
     invert: Path | None = None
     noise_file: Path | None = None
     noise_index: int = 0  # of this image's noise in the file
+    chunks: int = 1  # of the prompt: a batch would fill up its shorter prompts
     # The beginning of an error message about this job: "prompts.jsonl, line 2: ".
     where: str = field(default="", compare=False)
 
@@ -253,6 +261,9 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
         command.vae,
         command.tokenizer,
         command.prediction_type,
+        command.prompt_weights,
+        command.clip_skip,
+        command.embedding,
         command.lora,
         command.attention,
         sd.device.type,
@@ -322,12 +333,14 @@ def _template(
         init=request.init,
         invert=request.invert,
         noise_file=request.noise,
+        chunks=sd.text.chunk_count(request.prompt),
         where=request.where,
     )
     if request.steer is not None:
         _check_steer(sd, job, notes)
     if job.method.name == "best":
         notes += _best_notes(sd, job)
+    notes += _text_notes(sd, request)
     visited = timesteps(
         sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras
     )
@@ -378,6 +391,24 @@ def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
         notes.append(f"pairs: {'; '.join(named)}")
 
 
+def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
+    """Returns notes on a request's texts: whether weights are read in them, and whether they are so
+    long that they are read in chunks."""
+    texts = [request.prompt, request.negative_prompt]
+    for region in () if request.layout is None else request.layout.regions:
+        texts += [region.prompt, region.negative_prompt]
+    notes = []
+    if sd.text.prompt_weights is None and any(map(is_weighted, texts)):
+        notes.append(
+            f"{request.where}prompt weights and BREAK are read as in AUTOMATIC1111's web UI"
+            " (--no-prompt-weights: as plain text)"
+        )
+    chunks = max(map(sd.text.chunk_count, texts))
+    if chunks > 1:
+        notes.append(f"{request.where}the text is read in {chunks} chunks of up to 75 tokens")
+    return notes
+
+
 def _noise_notes(path: Path) -> list[str]:
     """What the user should know of noise files whose noise alone does not make their image."""
     updated = []
@@ -416,7 +447,7 @@ def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[s
     """
     subjects: list[str | int] = []
     if request.subjects is None:
-        subjects += losses.readable_subjects(sd.text, request.prompt)
+        subjects += losses.automatic_subjects(request.prompt)
     else:
         subjects += request.subjects
     losses.resolve(sd.text, request.prompt, subjects)

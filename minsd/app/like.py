@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minsd.adapters import split_scale
+from minsd.adapters import split_name, split_scale
 from minsd.app.options import OBJECTIVES, OPTIONS, Given
 from minsd.app.prompts import located
 from minsd.app.seeds import MOST_SEED
@@ -267,6 +267,7 @@ def _places(taken: Given) -> list[tuple[str, str]]:
     places = [("model", taken["model"])] if "model" in taken else []
     places += [(name, str(taken[name])) for name in FILES if name in taken]
     places += [("lora", str(split_scale(text)[0])) for text in taken.get("lora", ())]
+    places += [("embedding", str(split_name(text)[0])) for text in taken.get("embedding", ())]
     layout = taken.get("layout")
     if not isinstance(layout, dict):
         return places + ([] if layout is None else [("layout", str(layout))])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minsd.adapters import split_scale
+from minsd.adapters import split_name, split_scale
 from minsd.app.like import CANDIDATE_SEEDS, take_from_image
 from minsd.app.options import EXAMPLE, OPTIONS, Given, check_ranges
 from minsd.app.prompts import located, read_prompts
@@ -42,6 +42,9 @@ class Command:
     tokenizer: Path | None
     prediction_type: str | None
     controlnet: Path | None
+    prompt_weights: bool | None
+    clip_skip: int | None
+    embedding: tuple[str, ...]  # FILE or FILE:NAME, as given
     lora: tuple[str, ...]  # FILE or FILE:SCALE, as given
     device: str | None
     dtype: str | None
@@ -169,7 +172,7 @@ def check_count(images: int) -> None:
 def _command(given: Given, notes: list[str]) -> Command:
     taken: Given = {name: given[name] for name in Command.__dataclass_fields__ if name != "notes"}
     taken |= {"model": given["model"] or "shapes", "attention": given["attention"] or "auto"}
-    taken["lora"] = tuple(given["lora"] or ())
+    taken |= {name: tuple(given[name] or ()) for name in ("lora", "embedding")}
     return Command(**taken, notes=tuple(notes))
 
 
@@ -502,6 +505,11 @@ def _check_files(given: Given) -> None:
         if given[name] is not None and not exists(given[name]):
             raise FileNotFoundError(
                 f"there is no {what} {given[name]}: {OPTIONS[name].flag} takes {OPTIONS[name].metavar}"
+            )
+    for path, _ in map(split_name, given["embedding"] or ()):
+        if not exists(path):
+            raise FileNotFoundError(
+                f"there is no embedding {path}: give a .safetensors, .pt or .bin file, or FILE:NAME"
             )
     for path, _ in (split_scale(text) for text in given["lora"] or ()):
         if not exists(path):

@@ -82,7 +82,7 @@ def regions_of(sd: Model, ask: Ask) -> list[tuple[list[int], np.ndarray]]:
     found = []
     times: dict[str, int] = {}
     for region in ask.layout.regions:
-        for word in losses.readable_subjects(sd.text, region.prompt):
+        for word in losses.automatic_subjects(region.prompt):
             times[word] = times.get(word, 0) + 1
             several = len(occurrences(ask.prompt, word)) > 1
             name = f"{word}#{times[word]}" if several else word

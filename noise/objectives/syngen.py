@@ -51,14 +51,14 @@ class SynGen:
         check_choice("outside", outside, ("words", "groups"))
         need_groups(asks)
         self.words = outside == "words"
-        self.ends = [min(len(sd.text.ids(ask.prompt)), sd.text.max_length) - 1 for ask in asks]
+        self.places = [set(sd.text.places(ask.prompt)) for ask in asks]
 
     def __call__(self, look: Look) -> Tensor:
         return torch.stack([self.of(*each) for each in zip(look.cross, look.rows, look.asks)])
 
     def of(self, cross: Tensor, row: int, ask: Ask) -> Tensor:
-        maps = cross[..., : self.ends[row]].movedim(-1, 0)  # (K, h, w), the start token at 0
+        maps = cross.movedim(-1, 0)  # (K, h, w), the start token at 0
         tokens = [{t for word in (*g.modifiers, g.noun) for t in word} for g in ask.groups]
-        every = set(range(1, len(maps))) if self.words else set().union(*tokens)
+        every = self.places[row] if self.words else set().union(*tokens)
         parts = [binding(maps, g, sorted(every - own)) for g, own in zip(ask.groups, tokens)]
         return torch.stack(parts).sum()
