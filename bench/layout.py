@@ -57,23 +57,19 @@ from bench import (
     wilson,
     write_csv,
 )
-from bench.alignment import ANIMALS, OBJECTS, Similarity, named
-from bench.shapes import sentence
 from bench.unet import random_model
+from minsd import judges
+from minsd.app.prompt_sets import ANIMALS, LAYOUT_SEED, OBJECTS, SIDES, boxes, named, sentence
 from minsd.config import MODELS
 from minsd.guidance import counted
+from minsd.judges import pixels
 from minsd.noise import arrange, collage, layout
 from minsd.noise.initial import noise
 from minsd.noise.layout import SizedLayout
 from minsd.pipeline import StableDiffusion, load
 from minsd.weights.shapes import data, detector
 
-SEED = 11  # of the layouts; layout k of a group begins from noise seed k
-SIDES = {
-    2: (0.40, 0.55),
-    3: (0.36, 0.46),
-    4: (0.34, 0.42),
-}  # number of boxes -> fractions of the image's side
+SEED = LAYOUT_SEED  # layout k of a group begins from noise seed k
 METHODS: dict[str, dict[str, Any] | None] = {  # name -> options of the collage
     "plain": None,
     "collage": {},
@@ -136,20 +132,6 @@ class Judged(NamedTuple):
     contents: Contents
     subjects: list[tuple[str, str]]
     layout: SizedLayout
-
-
-def boxes(rng: np.random.Generator, n: int, gap: float = 0.02) -> list[list[float]]:
-    """Returns n boxes [x0, y0, x1, y1] in fractions, apart from one another and inside the
-    image."""
-    while True:
-        placed = []
-        for _ in range(100):
-            w, h = rng.uniform(*SIDES[n], 2)
-            x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
-            if all(x > c + gap or x + w < a - gap or y > d + gap or y + h < b - gap for a, b, c, d in placed):
-                placed.append((x, y, x + w, y + h))
-                if len(placed) == n:
-                    return [[round(float(v), 3) for v in box] for box in placed]
 
 
 def with_boxes(rng: np.random.Generator, captions: Sequence[str], whole: str) -> dict[str, Any]:
@@ -330,7 +312,7 @@ def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 1
 def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> list[Row]:
     """Returns the table of a real checkpoint, in which CLIP compares each box's contents, on white,
     with the captions."""
-    clip = Similarity(args.clip, sd.device)
+    clip = judges.load("clip", {"clip-b16": str(args.clip)}, sd.device).clip
     rows = []
     for n in args.boxes:
         for method in args.methods:
@@ -344,7 +326,8 @@ def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> 
                 for i, region in enumerate(lay.regions):
                     alone = np.where(region.pixels[..., None], np.asarray(drawn[-1].image), 255)
                     crop = Image.fromarray(alone.astype(np.uint8)).crop(region.bounds)
-                    cosines = clip([crop] * n, captions)
+                    vector = clip.images(pixels.pil([crop], clip.size))[0]
+                    cosines = (clip.texts(captions).to(vector) @ vector).tolist()
                     own.append(cosines[i])
                     first.append(cosines[i] == max(cosines))
             row: Row = {"model": args.model, "method": method, "boxes": n, **settings._asdict()}

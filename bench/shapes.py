@@ -23,15 +23,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from bench import Row, loaded, parser, pool, rate, report, wilson, write_csv
+from minsd.app.prompt_sets import GROUPS, SEED, Subjects
+from minsd.app.prompt_sets import cases as cases
+from minsd.app.prompt_sets import sentence as sentence
 from minsd.pipeline import StableDiffusion
 from minsd.samplers import SAMPLERS
 from minsd.weights.shapes import data, detector
 
-SEED = 7  # of the prompts; image k of a group starts from noise seed k
-GROUPS = ("one", "two", "three", "held-out", "held-out-pair")
+# Image k of a group starts from noise seed k.
 BATCH = 10  # images per job of the pool
-
-Subjects = list[tuple[str, str]]  # (colour, shape) of each object
 
 
 class Judged(NamedTuple):
@@ -41,33 +41,6 @@ class Judged(NamedTuple):
     seed: int
     pixels: np.ndarray  # (H,W,3) uint8
     verdict: detector.Verdict
-
-
-def sentence(subjects: Sequence[tuple[str, str]]) -> str:
-    """Returns the prompt of some subjects: "a red circle, a blue square and a green star"."""
-    phrases = [f"{'an' if c == 'orange' else 'a'} {c} {s}" for c, s in subjects]
-    return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
-
-
-def cases(group: str, n: int) -> list[Subjects]:
-    """Returns the subjects of n prompts of a group. Single objects cycle through all
-    combinations."""
-    rng = np.random.default_rng((SEED, GROUPS.index(group)))
-    if group == "one":
-        return [[data.COMBINATIONS[i % len(data.COMBINATIONS)]] for i in range(n)]
-    if group == "held-out":
-        return [[sorted(data.HELD_OUT)[i % len(data.HELD_OUT)]] for i in range(n)]
-    if group == "held-out-pair":  # two shapes never seen together, in colours that each was seen in
-        pairs = sorted(sorted(pair) for pair in data.HELD_OUT_PAIRS)
-        out: list[Subjects] = []
-        while len(out) < n:
-            shapes = pairs[len(out) % len(pairs)]
-            colours = rng.choice(list(data.COLOURS), 2, replace=False)
-            subjects = [(str(colour), shape) for colour, shape in zip(colours, shapes)]
-            if not data.HELD_OUT & set(subjects):
-                out.append(subjects)
-        return out
-    return [data.draw_subjects(rng, {"two": 2, "three": 3}[group]) for _ in range(n)]
 
 
 def draw(

@@ -173,8 +173,19 @@ def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
 def script() -> int:
     """Runs `main` as a program of its own. torchrun, Slurm and timeout end a run by SIGTERM; here
     it stops the run as Ctrl-C does.
+
+    `judge` and `compare` with further arguments are programs of their own (minsd/judge.py,
+    minsd/app/study.py); alone, they are prompts.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if len(sys.argv) > 2 and sys.argv[1] == "judge":
+        from minsd import judge
+
+        return judge.main(sys.argv[2:])
+    if len(sys.argv) > 2 and sys.argv[1] == "compare":
+        from minsd.app import study
+
+        return study.main(sys.argv[1:], "minsd")
     return main()
 
 

@@ -2,11 +2,12 @@
 
     W' = W + scale * (alpha / rank) * up @ down
 
-Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas) and those of diffusers and PEFT
+Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas), those of diffusers and PEFT
 (`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
-adapter_config.json). They may adapt linear layers and convolutions of the UNet and of the text
-encoder. Other kinds of adapters (LoHa, DoRA, ...) are those of weights/lycoris.py. `read` checks
-every tensor against the model. Then use either
+adapter_config.json), and ComfyUI's (`diffusion_model.*`). UNet layers may also have the names of the
+original code. Adapters of this kind change linear layers and convolutions of the UNet and of the text
+encoders; other kinds (LoHa, DoRA, ...) are those of weights/lycoris.py. `read` checks every tensor
+against the model. Then use either
 
     merge(...)    adds the change to the weights: no cost while sampling, the same scale
                   for every image, can be undone exactly
@@ -37,6 +38,7 @@ from minsd.adapters import Adapters, settings_of_rows
 from minsd.attention import Attention
 from minsd.files import parse_json, read_json
 from minsd.weights import lycoris
+from minsd.weights.ldm_keys import unet_layer
 from minsd.weights.lycoris import Dense, Layer
 from minsd.weights.safetensors_file import PICKLES, Tensors, read_metadata
 
@@ -119,7 +121,7 @@ class LoRA:
 
 def read(path: str | Path, sd: HasNetworks) -> LoRA:
     """Reads the adapter in a file (or folder) for the networks of `sd` (`sd.unet`,
-    `sd.text.model`).
+    `sd.text.model`, and for SDXL `sd.text.second.model`).
 
     Raises FileNotFoundError or ValueError, in one line, for a file that is missing, is not a LoRA,
     lacks one of a layer's two matrices, is empty, or was made for another model.
@@ -132,7 +134,7 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
     parts = []
     default_alpha = _alphas(path, read_metadata(path))
     for key, names in (halves | others).items():
-        target = _target(key, modules)
+        target = _target(key, modules, sd.unet.config.layers_per_block)
         if target is None:
             _refuse_layer(path, key)
         name, module = target
@@ -217,12 +219,9 @@ def _tensor_names(
 
 def _refuse_layer(path: Path, key: str) -> NoReturn:
     """Raises ValueError for a layer that the model does not have, with the probable reason."""
-    if re.search(r"diffusion_model|(input|middle|output)_blocks?[_.]", key):
-        raise ValueError(
-            f"{path} names the model's layers as the original Stable Diffusion code does ({key!r});"
-            " minsd's LoRA reader knows diffusers' and kohya's names"
-        )
-    kind = "an SDXL model" if re.search(r"lora_te2|text_encoder_2", key) else "another kind of model"
+    # Models before SDXL have one transformer block after another block, never several.
+    sdxl = r"te2|text_encoder_2|clip_g|add_embedding|label_emb|transformer_blocks[._][1-9]"
+    kind = "an SDXL model" if re.search(sdxl, key) else "another kind of model"
     raise ValueError(f"{path} was made for {kind}: this one has no layer {key!r}")
 
 
@@ -245,11 +244,14 @@ def file_of(path: Path) -> Path:
 
 
 def _modules(sd: HasNetworks) -> dict[str, dict[str, tuple[str, Layer]]]:
-    """Lists the layers that can be adapted: network ("unet" or "text_encoder") -> layer name as in
-    files -> (our name, layer). File names have dots, or underscores as kohya writes them; both are
-    listed."""
+    """Lists the layers that can be adapted: network ("unet", "text_encoder" or "text_encoder_2") ->
+    layer name as in files -> (our name, layer). File names have dots, or underscores as kohya writes
+    them; both are listed."""
     layers: dict[str, dict[str, tuple[str, Layer]]] = {}
-    for network, module in (("unet", sd.unet), ("text_encoder", sd.text.model)):
+    networks = {"unet": sd.unet, "text_encoder": sd.text.model}
+    if hasattr(sd.text, "second"):  # SDXL
+        networks["text_encoder_2"] = sd.text.second.model
+    for network, module in networks.items():
         layers[network] = {}
         for full_name, layer in module.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
@@ -263,15 +265,23 @@ _PREFIXES = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
     "unet.": "unet",
     "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
     "text_model.": "text_encoder",
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
 
 
-def _target(key: str, modules: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[str, Layer] | None:
+def _target(
+    key: str, modules: dict[str, dict[str, tuple[str, Layer]]], layers: int
+) -> tuple[str, Layer] | None:
     """Returns (our name, layer) for a layer name as in files; None where the model has no such
-    layer."""
+    layer. `layers` is the number of residual blocks per level in the UNet's encoder half."""
     key = key.removeprefix("base_model.model.")  # PEFT's own files
     network = "unet"
     for prefix, whose in _PREFIXES.items():
@@ -281,9 +291,12 @@ def _target(key: str, modules: dict[str, dict[str, tuple[str, Layer]]]) -> tuple
             break
     key = re.sub(r"^text_model[._]", "", key).replace(".processor.", ".")
     key = re.sub(r"\.to_out$", ".to_out.0", key)
-    if network == "text_encoder":  # early diffusers used the names of its own attention class
+    if network != "unet":  # early diffusers used the names of its own attention class
         key = re.sub(r"\.to_([qkv])$", r".\1_proj", key).replace(".to_out.0", ".out_proj")
-    return modules[network].get(key)
+    found = modules.get(network, {})
+    if network == "unet" and key not in found:
+        key = unet_layer(key.replace(".", "_"), layers)
+    return found.get(key)
 
 
 def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> None:
@@ -299,7 +312,7 @@ def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> Non
         return
     theirs = f"{inputs} -> {len(up)}, rank {rank} and {up.flatten(1).shape[1]}"
     ours = f"{math.prod(weight[1:])} -> {weight[0]}"
-    why = " (the text states of SD1.x have width 768, of SD2.x 1024)" if "attn2" in key else ""
+    why = " (the text states of SD1.x have width 768, of SD2.x 1024, of SDXL 2048)" if "attn2" in key else ""
     raise ValueError(
         f"{path} was made for another model: {key!r} adapts {theirs}, this model's layer is {ours}{why}"
     )
@@ -318,7 +331,8 @@ def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]
             config = read_json(beside)
         if not isinstance(config, dict):
             raise ValueError("not an object")
-        networks = {network: _alpha_config(config, network) for network in ("unet", "text_encoder")}
+        names = ("unet", "text_encoder", "text_encoder_2")
+        networks = {network: _alpha_config(config, network) for network in names}
     except ValueError as error:
         raise ValueError(f"{path}: its adapter configuration cannot be read: {error}") from None
 

@@ -18,7 +18,9 @@ from minsd.app.jobs import identity, key
 Row = dict[str, Any]  # an image's settings, its file name, and its cost
 Say = Callable[[str], None]
 
-NOT_SETTINGS = ("file", "seconds", "unet_rows")  # keys of a row that are no settings of the image
+# Keys of a row that are no settings of the image: its name, and what it cost. `batch` is the number
+# of images drawn together, `peak_mb` the peak of the GPU memory meanwhile (None on a CPU).
+NOT_SETTINGS = ("file", "seconds", "unet_rows", "batch", "peak_mb")
 
 
 def silent(message: str) -> None:

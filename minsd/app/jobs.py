@@ -298,6 +298,8 @@ def _template(
     the user may not expect to `notes`.
     """
     sampling = _sampling(sd, request)
+    if request.guidance_scale == 0 and sampling.guidance_scale:
+        notes.append("guidance scale 0 means no guidance for this model: the prompt alone is used (scale 1)")
     subjects = _subjects(sd, request, notes) if request.wants_subjects else None
     layout = None
     if request.layout is not None:
@@ -386,11 +388,9 @@ def _noise_notes(path: Path) -> list[str]:
 
 
 def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
-    guidance_scale = request.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = (
-            sd.config.guidance_scale if request.invert is None else 1.0
-        )  # guided inversion is inexact
+    guidance_scale = sd.config.guidance(request.guidance_scale)
+    if request.guidance_scale is None and request.invert is not None:
+        guidance_scale = 1.0  # guided inversion is inexact
     return Sampling(
         request.sampler or sd.config.sampler,
         request.karras,

@@ -149,6 +149,9 @@ class _Drawing:
         self.rows.clear()
         begin = time.perf_counter()
         drawn_before = self.bar.n
+        device = self.session.sd.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             drawn = draw(
                 self.session, part, lambda i, t: self.bar.update(len(part)), self.bar.set_postfix_str
@@ -167,7 +170,10 @@ class _Drawing:
         if self.command.save_noise:
             for b, extras in enumerate(drawn.extras):
                 extras["noise"] = drawn.noise[b : b + 1].cpu()
-        self._save(part, drawn, seconds, sum(self.rows) // len(part))
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+        cost = {"seconds": round(seconds, 3), "unet_rows": sum(self.rows) // len(part)}
+        cost |= {"batch": len(part), "peak_mb": peak and round(peak)}
+        self._save(part, drawn, cost)
         return []
 
     def _failed(self, part: list[Job], error: Exception) -> list[list[Job]]:
@@ -190,7 +196,7 @@ class _Drawing:
         line = files.printable(f"{label}{what} is not drawn: {reason(error)}")
         self.bar.write(f"minsd: error: {line}", file=sys.stderr)
 
-    def _save(self, jobs: Sequence[Job], drawn: Drawn, seconds: float, unet_rows: int) -> None:
+    def _save(self, jobs: Sequence[Job], drawn: Drawn, cost: Row) -> None:
         """Saves a batch. All images are written to temporary files and synced to the disk together,
         which takes little longer than for one image. Then each image appears, followed by its row.
         """
@@ -213,7 +219,7 @@ class _Drawing:
                 except Exception as error:
                     self._report(job, error)
                     continue
-                row = {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": unet_rows}
+                row = {"file": path.name, **settings, **cost}
                 self.record(row)
                 self._made(path, row)
 
