@@ -75,6 +75,7 @@ def load(
     sd = StableDiffusion(loaded.config, loaded.unet, loaded.vae, loaded.text)
     sd.name = loaded.name
     sd.model_hash = loaded.sha256
+    sd.model_revision = loaded.revision
     sd.notes = loaded.notes
     if device.type == "cuda":
         for module in (sd.unet, sd.vae):
@@ -96,6 +97,7 @@ class StableDiffusion:
         self.schedule = Schedule(config.schedule)
         self.name = config.name
         self.model_hash: str | None = None  # of a model in a single file
+        self.model_revision: str | None = None  # of a model of the hub: the commit
         self.notes: list[str] = []  # for the user, on how the model was loaded
         self.graphs: Graphs | None = None
 

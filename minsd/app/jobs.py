@@ -37,6 +37,7 @@ class ModelSettings:
 
     model: str
     model_hash: str | None
+    model_revision: str | None
     vae: Path | None
     tokenizer: Path | None
     prediction_type: str | None
@@ -54,6 +55,7 @@ class ModelSettings:
         return {
             "model": self.model,
             "model_hash": self.model_hash,
+            "model_revision": self.model_revision,
             "vae": self.vae and str(self.vae),
             "tokenizer": self.tokenizer and str(self.tokenizer),
             "prediction_type": self.prediction_type,
@@ -239,14 +241,18 @@ class Jobs:
 # --- from requests to jobs --------------------------------------------------------------------------------
 
 
-def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> tuple[Jobs, list[str]]:
-    """One job per image, in the order of the prompts and their seeds, and notes for the user.
+def plan(
+    sd: StableDiffusion, command: Command, requests: Sequence[Request], device: str | None = None
+) -> tuple[Jobs, list[str]]:
+    """Returns one job per image, in the order of the prompts and their seeds, and notes for the
+    user. `device` is the kind of device that will draw; None means that of `sd`.
 
-    ValueError, with the request's place, for what the model does not accept.
+    Raises ValueError, with the request's place, for settings that the model does not accept.
     """
     model = ModelSettings(
         command.model,
         sd.model_hash,
+        sd.model_revision,
         command.vae,
         command.tokenizer,
         command.prediction_type,
@@ -255,7 +261,7 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
         command.embedding,
         command.lora,
         command.attention,
-        sd.device.type,
+        device or sd.device.type,
         str(sd.dtype).removeprefix("torch."),
     )
     pieces: list[Piece] = []

@@ -412,6 +412,8 @@ _ROWS = (
            harmless="says which images to draw"),
     Option("wait", RUN, bool, None, "with --resume, wait for another run that works on --out", default=False,
            harmless="delays the start"),
+    Option("engine", RUN, str, None, "draw on a Ray cluster (RAY_ADDRESS, or else this machine)",
+           choices=("ray",), harmless="changes rounding alone"),
     Option("out", RUN, Path, "DIR", "where images go (default: outputs)", default=Path("outputs"),
            harmless="says where files go"),
     Option("save_noise", RUN, bool, None, "save the initial noise of each image, in DIR/extra", default=False,
