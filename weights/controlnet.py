@@ -36,6 +36,11 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
             " .safetensors file"
         )
     file = Tensors(path, "diffusion_pytorch_model", dtype)
+    if "lora_controlnet" in file:
+        raise ValueError(
+            f"{path} is a control-lora, which holds only differences from a model: minsd takes whole"
+            " ControlNets"
+        )
     tensors = RenamedTensors(file, "the ControlNet", pairs(file, "", _rename))
     if "controlnet_mid_block.weight" not in tensors:
         reason = guess(file) or "has none of its tensors (controlnet_mid_block, middle_block_out)"
