@@ -201,3 +201,13 @@ MODELS: dict[str, ModelConfig] = {
         ),
     )
 }
+# The embedded model, distilled by an adapter (weights/shapes/distil.py) to draw in one to four steps
+# without guidance.
+MODELS["shapes-turbo"] = replace(
+    MODELS["shapes"],
+    name="shapes-turbo",
+    schedule=replace(MODELS["shapes"].schedule, timestep_spacing="trailing"),
+    steps=4,
+    sampler="euler",
+    guidance_scale=1.0,
+)

@@ -183,6 +183,11 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
 def jobs_of(sd: StableDiffusion, request: Request, model: ModelSettings, notes: list[str]) -> list[Job]:
     """The jobs of one request, one per seed. What its author may not expect is added to `notes`."""
     sampling = _sampling(sd, request)
+    if sd.config.guidance_scale == 1 != sampling.guidance_scale:
+        notes.append(
+            f"{request.where}{sd.name} was distilled to draw without guidance: --guidance-scale"
+            f" {sampling.guidance_scale:g} takes twice as long and may spoil the image"
+        )
     subjects = _subjects(sd, request, notes) if request.wants_subjects else None
     layout = None
     if request.layout is not None:
