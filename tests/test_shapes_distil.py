@@ -1,15 +1,26 @@
 """The distillation of the embedded model, and shapes-turbo, the model that it made."""
 
+import json
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import minsd
+from minsd.generate import main
 from minsd.samplers import euler
 from minsd.weights import load, lora
 from minsd.weights.shapes import data, detector, distil
 from minsd.weights.shapes import train as training
+
+path = list(sys.path)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benches are not installed
+from bench.shapes import cases, sentence  # noqa: E402
+
+sys.path[:] = path  # the root would hide PyPI's `kernels`
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +37,6 @@ def turbo():
 
 
 def test_no_prompt_of_the_bench_is_trained_on():
-    from bench.shapes import cases, sentence
-
     without = distil.benched()
     asked = [sentence(subjects) for group in ("two", "three") for subjects in cases(group, 200)]
     assert {tuple(text.replace(",", " ,").split()) for text in asked} == without
@@ -129,3 +138,14 @@ def test_an_adapter_of_the_users_can_be_added(tmp_path):
     assert torch.allclose(sd.unet.conv_in.weight, before + 0.5, atol=1e-3)
     lora.unmerge(kept)
     assert torch.equal(sd.unet.conv_in.weight, before)
+
+
+def test_the_command_draws_in_few_steps_and_warns_of_guidance(tmp_path, capfd):
+    command = ["a red circle", "--model", "shapes-turbo", "--seed", "0", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert "guidance" not in capfd.readouterr().err
+    (row,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert (row["model"], row["steps"], row["sampler"]) == ("shapes-turbo", 4, "euler")
+    assert row["guidance_scale"] == 1 and row["unet_rows"] == 4
+    assert main([*command, "--guidance-scale", "3", "--steps", "1"]) == 0
+    assert "distilled to draw without guidance: --guidance-scale 3" in capfd.readouterr().err
