@@ -44,7 +44,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def parser(doc: str | None, *tables: str) -> argparse.ArgumentParser:
-    """A bench's options: its question as the description, and --csv, which every bench has."""
+    """Returns a bench's option parser: its question as the description, and --csv, which every
+    bench has."""
     out = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     files = " or ".join(f"{table}.csv" for table in tables)
     out.add_argument("--csv", action="store_true", help=f"append the rows to {files} in bench/results")
@@ -55,7 +56,8 @@ def parser(doc: str | None, *tables: str) -> argparse.ArgumentParser:
 
 
 def shown(text: str) -> str:
-    """A value or argument as rows record it: an absolute path, also behind --flag=, by its last part."""
+    """Returns a value or argument as rows record it. An absolute path, also behind --flag=, is cut
+    to its last part."""
     flag, equals, path = text.partition("=") if text.startswith("-") else ("", "", text)
     return flag + equals + Path(path).name if Path(path).is_absolute() else text
 
@@ -65,7 +67,7 @@ def on_gpu(device: Device) -> bool:
 
 
 def _processor() -> str:
-    """The CPU's name, as Linux knows it or else as Python does."""
+    """Returns the CPU's name, as Linux states it or else as Python does."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
@@ -74,7 +76,7 @@ def _processor() -> str:
 
 
 def environment(device: Device = "cpu") -> dict[str, str]:
-    """The conditions of a measurement: the columns that end every CSV row."""
+    """Returns the conditions of a measurement, which are the columns that end every CSV row."""
     import torch
 
     if on_gpu(device):
@@ -92,7 +94,7 @@ def environment(device: Device = "cpu") -> dict[str, str]:
 
 
 def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
-    """Append rows with the same columns, and the environment's, to bench/results/NAME.csv."""
+    """Appends rows with the same columns, and the environment's, to bench/results/NAME.csv."""
     path = RESULTS / f"{name}.csv"
     conditions = environment(device)
     complete = []
@@ -110,7 +112,7 @@ def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows with the same columns as an aligned table."""
+    """Prints rows with the same columns as an aligned table."""
     cells = [list(rows[0])]
     for row in rows:
         cells.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()])
@@ -120,14 +122,15 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def report(name: str, rows: Sequence[Row], keep: bool, device: Device = "cpu") -> None:
-    """Print the table; with `keep`, a bench's --csv, also append it to bench/results/NAME.csv."""
+    """Prints the table. With `keep`, which is a bench's --csv, also appends it to
+    bench/results/NAME.csv."""
     print_table(rows)
     if keep:
         print("written to", write_csv(name, rows, device))
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a rate (Wilson 1927)."""
+    """Returns the 95 % interval of a rate (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
     p = successes / n
@@ -138,13 +141,14 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def rate(name: str, successes: int, n: int) -> Row:
-    """A rate and its interval as columns NAME and NAME_95."""
+    """Returns a rate and its interval as columns NAME and NAME_95."""
     low, high = wilson(successes, n)
     return {name: round(successes / n, 3), f"{name}_95": f"{low:.3f}-{high:.3f}"}
 
 
 def without_missing(providers: Sequence[str], package: str = "diffusers") -> list[str]:
-    """The providers, less those that need a package that is not installed; these are named."""
+    """Returns the providers, without those that need a package that is not installed. Prints which
+    those are."""
     if find_spec(package) is not None:
         return list(providers)
     left_out = [name for name in providers if name.startswith(package)]
@@ -156,7 +160,7 @@ def without_missing(providers: Sequence[str], package: str = "diffusers") -> lis
 
 
 def wait(device: Device) -> None:
-    """Wait for a GPU to finish its queued work."""
+    """Waits for a GPU to finish its queued work."""
     if on_gpu(device):
         import torch
 
@@ -164,7 +168,7 @@ def wait(device: Device) -> None:
 
 
 def clocked(device: Device, run: Callable[..., R], *args: Any) -> tuple[R, float, float]:
-    """-> the result of run(*args), its seconds, and its processor seconds.
+    """Returns the result of run(*args), its seconds, and its processor seconds.
 
     Processor seconds are the sum over all threads; time spent waiting for a core does not count.
     """
@@ -177,7 +181,8 @@ def clocked(device: Device, run: Callable[..., R], *args: Any) -> tuple[R, float
 
 
 def forget_peak(device: Device) -> None:
-    """Reset the peak that `peak_mb` reports. If the system refuses, it stays that of the process."""
+    """Resets the peak that `peak_mb` reports. If the system refuses, the peak of the whole process
+    remains."""
     if on_gpu(device):
         import torch
 
@@ -188,9 +193,9 @@ def forget_peak(device: Device) -> None:
 
 
 def peak_mb(device: Device = "cpu") -> float:
-    """Peak memory in MB since the process began, or since `forget_peak`.
+    """Returns the peak memory in MB since the process began, or since `forget_peak`.
 
-    On a GPU: memory allocated by PyTorch. On a CPU: resident memory.
+    On a GPU it is the memory allocated by PyTorch, on a CPU the resident memory.
     """
     if on_gpu(device):
         import torch
@@ -205,14 +210,14 @@ def peak_mb(device: Device = "cpu") -> float:
 
 
 def bench_name() -> str:
-    """The running bench, as `python -m` takes it."""
+    """Returns the running bench's name, as `python -m` takes it."""
     return f"bench.{Path(sys.argv[0]).stem}"
 
 
 def in_own_process(*options: str) -> dict[str, Any]:
-    """Run this bench again in a new process, with its arguments and `options`.
+    """Runs this bench again in a new process, with its arguments and `options`.
 
-    -> the JSON on its last line of output. SystemExit with its stderr if it fails.
+    Returns the JSON on its last line of output. SystemExit with its stderr if it fails.
     """
     command = ["-m", bench_name(), *sys.argv[1:], *options]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
@@ -223,16 +228,17 @@ def in_own_process(*options: str) -> dict[str, Any]:
 
 @functools.cache
 def loaded(model: str) -> StableDiffusion:
-    """The model on the CPU, loaded once per process. A pool's jobs get their model here, by name."""
+    """Returns the model on the CPU, loaded once per process. The jobs of a pool get their model
+    from this function, by name."""
     from minsd.pipeline import load
 
     return load(model, device="cpu")
 
 
 def pool(workers: int, model: str) -> multiprocessing.pool.Pool:
-    """A pool of single-threaded processes with the model loaded.
+    """Returns a pool of single-threaded processes with the model loaded.
 
-    If this process has loaded it already, they share its memory.
+    If this process has loaded the model already, they share its memory.
     """
     return multiprocessing.get_context("fork").Pool(workers, _begin, (model,))
 

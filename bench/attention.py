@@ -21,6 +21,8 @@ eager and, on a GPU, in a CUDA graph. On a CPU the bench is reduced: float32, on
     reference       minsd's plain PyTorch, in bounded memory
     fused           minsd's Triton kernels
     decoupled       PyTorch's attention for the output, minsd's map kernels from q and k
+    small, fused_heads_apart, fused_small_blocks, decoupled_one_lse
+                    auto, fused or decoupled with another value of a switch (kernels/switches.py)
 
 Every provider is checked against float64 before it is timed. Providers take turns, so that a drift
 of the machine affects all of them; times are medians in microseconds. `extra_mb` is the peak
@@ -42,7 +44,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import Row, on_gpu, parser, print_table, write_csv
-from minsd.kernels import attention, reference
+from minsd.kernels import attention, reference, switches
 
 HEADS = 8
 HEAD_DIM = {64: 40, 32: 80, 16: 160}  # cells per side -> head dim
@@ -123,7 +125,8 @@ def with_flex() -> Attention:
 
 
 def with_lse_sum() -> Attention:
-    """exp(q k / sqrt(d) - lse) is the probability; each head's is added to the mean in turn."""
+    """Computes the map head after head: exp(q k / sqrt(d) - lse) is the probability, and each
+    head's is added to the mean."""
 
     def mean(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         total = torch.zeros(q.shape[0], q.shape[2], k.shape[2], device=q.device)
@@ -152,8 +155,17 @@ def with_backend(backend: str, probs: str | None = "mean") -> Attention:
     return lambda q, k, v: attention(q, k, v, probs=probs, backend=backend)
 
 
+# Provider -> the switches that differ for it.
+SWITCHED: dict[str, dict[str, int | bool]] = {
+    "small": {"materialise_below": 1 << 62},
+    "fused_heads_apart": {"heads_fastest": False},
+    "fused_small_blocks": {"map_blocks_64": 1 << 62, "map_blocks_128": 1 << 62},
+    "decoupled_one_lse": {"shared_lse": True},
+}
+
+
 def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[str, Attention]:
-    """Those that the device has; or those of `names` among them."""
+    """Returns the providers that the device has, or those of `names` among them."""
     every: dict[str, Attention] = {name: with_sdpa(kind) for name, kind in SDPA.items()}
     every["materialised"] = materialised
     every["reference"] = with_backend("reference")
@@ -162,6 +174,9 @@ def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[
         every["flex"] = with_flex()
         every["lse_sum"] = with_lse_sum()
         every["fused"] = with_backend("triton")
+        every["small"] = with_backend("auto")
+        every["fused_heads_apart"] = every["fused_small_blocks"] = every["fused"]
+        every["decoupled_one_lse"] = every["decoupled"]
     else:
         del every["sdpa_efficient"]  # these two are not on a CPU
         del every["sdpa_cudnn"]
@@ -189,7 +204,8 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """-> out, maps and, with `backward`, the gradients of q, k, v (of q alone if k and v are text)."""
+    """Returns out, maps and, with `backward`, the gradients of q, k, v (of q alone if k and v are
+    text)."""
     out, maps = run(inputs.q, inputs.k, inputs.v)
     if not inputs.backward:
         return out, maps
@@ -199,7 +215,8 @@ def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
 
 
 def error(run: Attention, inputs: Inputs) -> float:
-    """The largest relative error of a result of `step` against float64, on the first image."""
+    """Returns the largest relative error of a result of `step` against float64, on the first
+    image."""
 
     def first(exact: bool) -> Inputs:
         def copy(y: Tensor) -> Tensor:
@@ -223,7 +240,7 @@ def error(run: Attention, inputs: Inputs) -> float:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph."""
+    """Returns the step as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -237,7 +254,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def launches(run: Callable[[], Any]) -> int:
-    """Kernels launched by a step."""
+    """Returns the number of kernels that a step launches."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -247,7 +264,8 @@ def launches(run: Callable[[], Any]) -> int:
 
 
 def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
-    """Peak memory of a step beyond what was allocated before it and what it returns."""
+    """Returns the peak memory of a step, in MB, beyond what was allocated before it and what it
+    returns."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -258,7 +276,7 @@ def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Processor seconds on a CPU, elapsed ones on a GPU."""
+    """Returns processor seconds on a CPU, elapsed ones on a GPU."""
     if not on_gpu(device):
         start = time.process_time()
         run()
@@ -272,7 +290,8 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def least_seconds(case: Case, itemsize: int) -> float:
-    """Roofline: every product, and one pass over every tensor, at the rates of an H100.
+    """Returns the seconds of the roofline: every product, and one pass over every tensor, at the
+    rates of an H100.
 
     Products: S and the output forward; backward S again, dP, and one per gradient (dQ, dK, dV).
     """
@@ -292,14 +311,19 @@ def least_seconds(case: Case, itemsize: int) -> float:
 
 
 def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[Row, Callable[[], Any]]:
-    """Check a provider on a case and warm it up -> its row without times, and the step to time."""
+    """Checks a provider on a case and warms it up. Returns its row without times, and the step to
+    time."""
     dtype = inputs.q.dtype
     device = inputs.q.device
 
-    def run() -> tuple[Tensor | None, ...]:
-        return step(attend, inputs)
+    changes = SWITCHED.get(name, {})
 
-    wrong = error(attend, inputs)
+    def run() -> tuple[Tensor | None, ...]:
+        with switches.use(**changes):
+            return step(attend, inputs)
+
+    with switches.use(**changes):
+        wrong = error(attend, inputs)
     if not wrong < (5e-6 if dtype == torch.float32 else 2e-2):
         raise ArithmeticError(f"wrong by {wrong:.1e}")
     for _ in range(3):
@@ -314,7 +338,7 @@ def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[R
 def measure(
     case: Case, device: torch.device, dtype: torch.dtype, runs: int, names: Sequence[str] | None
 ) -> list[Row]:
-    """Rows of a case: one per provider (of `names`) that offers it."""
+    """Returns the rows of a case: one per provider (of `names`) that offers it."""
     torch._dynamo.reset()  # its limit of recompilations counts over cases
     inputs = inputs_of(case, device, dtype)
     rows: dict[str, Row] = {}
@@ -326,7 +350,8 @@ def measure(
             rows[name], ready[name] = prepare(name, attend, case, inputs)
         except Exception as reason:  # a provider may not offer this shape; libraries say so in many ways
             where = " ".join(str(value) for value in list(case.row(dtype).values())[:5])
-            print(f"left out: {where} {name}:", str(reason).splitlines()[0][:120], flush=True)
+            told = next(iter(str(reason).splitlines()), type(reason).__name__)
+            print(f"left out: {where} {name}:", told[:120], flush=True)
     times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(runs):
         for name, run in ready.items():

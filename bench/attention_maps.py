@@ -40,7 +40,8 @@ WORDS = {"shape": slice(1, 2), "colour": slice(0, 1), "both": slice(0, 2)}
 
 
 def cross_maps(sd: StableDiffusion, prompts: list[str], x: Tensor, t: int | float) -> AttentionRecorder:
-    """The recorded attention of the conditional branch at latents x (B,4,16,16) and timestep t."""
+    """Returns the recorded attention of the conditional branch at latents x (B,4,16,16) and
+    timestep t."""
     record = AttentionRecorder(only=True)
     with torch.no_grad():
         sd.unet(x, t, sd.encode_prompt(prompts), record=record)
@@ -70,7 +71,8 @@ def words_of(example: data.Example, masks: np.ndarray) -> list[Word]:
 
 
 def on_rendered_images(sd: StableDiffusion, n: int) -> list[Row]:
-    """Hits and fractions by timestep and kind of word, over n images outside the training set."""
+    """Returns hits and fractions by timestep and kind of word, over n images outside the training
+    set."""
     examples = [data.example(91_000, i) for i in range(n)]
     images = []
     words = []
@@ -95,7 +97,7 @@ def on_rendered_images(sd: StableDiffusion, n: int) -> list[Row]:
 
 
 def overlap(maps: Tensor, words: list[list[Word]], kind: str) -> Row:
-    """How the maps (images,16,16,77) of one kind of word lie on their objects."""
+    """Returns how the maps (images,16,16,77) of one kind of word lie on their objects."""
     hits, inside, area = [], [], []
     for image, mine in zip(maps, words):
         for word in mine:
@@ -112,7 +114,7 @@ def overlap(maps: Tensor, words: list[list[Word]], kind: str) -> Row:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Spearman's rank correlation (ties share their mean rank), and its two-sided p.
+    """Returns Spearman's rank correlation (ties share their mean rank), and its two-sided p.
 
     p is the normal approximation.
     """
@@ -137,7 +139,8 @@ class Outcome(NamedTuple):
 def losses_on(
     sd: StableDiffusion, prompts: list[str], subjects: list[Subjects], words: slice, record: AttentionRecorder
 ) -> list[tuple[float, float]]:
-    """InitNO's response and conflict losses of each image, on some of the subjects' words."""
+    """Returns InitNO's response and conflict losses of each image, on some of the subjects'
+    words."""
     places = [
         [sd.text.positions(prompt, word) for subject in these for word in subject[words]]
         for prompt, these in zip(prompts, subjects)
@@ -178,7 +181,7 @@ def losses_against_verdicts(processes: Pool, model: str, n: int, steps: int) -> 
 
 
 def against(values: list[float], verdicts: list[detector.Verdict]) -> Row:
-    """The spread of a loss, and its rank correlation with each kind of success."""
+    """Returns the spread of a loss, and its rank correlation with each kind of success."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
     row: dict[str, Any] = {"median": round(middle, 3), "iqr": round(high - low, 3)}
     row |= {"min": round(min(values), 3), "max": round(max(values), 3)}

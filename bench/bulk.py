@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -30,9 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from bench import Row, loaded, parser, report
 from bench.shapes import cases, sentence
+from minsd import image
 from minsd.app import Tally, options, requests
 from minsd.app import run as running
 from minsd.app.jobs import plan
@@ -47,7 +48,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
-    """Start the command line, under torchrun if there are several processes."""
+    """Starts the command line, under torchrun if there are several processes."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
@@ -59,14 +60,14 @@ def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
 
 
 def finish(processes: int, *args: str) -> None:
-    """Run the command line to its end. SystemExit if it fails."""
+    """Runs the command line to its end. SystemExit if it fails."""
     code = launch(processes, *args).wait()
     if code:
         sys.exit(f"minsd.generate {' '.join(args)} failed with exit code {code}")
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and its children."""
+    """Kills a process and its children."""
     command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
     children = subprocess.run(command, capture_output=True, text=True).stdout.split()
     for pid in (process.pid, *map(int, children)):
@@ -79,7 +80,7 @@ def images(folder: Path) -> list[Path]:
 
 
 def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
-    """(prompt, seed) -> pixels."""
+    """Returns {(prompt, seed): pixels}."""
     rows = running.recorded([folder / "runs.jsonl"])
     out = {}
     for row in rows:
@@ -88,7 +89,8 @@ def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
 
 
 def images_per_second(folder: Path) -> float:
-    """From the beginning of the first batch (its end less its duration) to the last image."""
+    """Returns the rate from the beginning of the first batch (its end less its duration) to the
+    last image."""
     rows = list(running.recorded([folder / "runs.jsonl"]))
     times = {row["file"]: (folder / row["file"]).stat().st_mtime for row in rows}
     first = min(rows, key=lambda row: times[row["file"]])
@@ -140,8 +142,8 @@ def overhead(args: argparse.Namespace, folder: Path) -> Row:
         start = time.perf_counter()
         for first in range(0, OVERHEAD_IMAGES, BATCH):
             made = sd("a red circle", seeds=range(first, first + BATCH), steps=args.steps)
-            for k, image in enumerate(made):
-                image.save(folder / f"plain-{k}.png")
+            for k, picture in enumerate(made):
+                picture.save(folder / f"plain-{k}.png")
         plain = time.perf_counter() - start
         out = ["--out", str(folder / f"machinery{turn}"), "--quiet"]
         seeds = ["--seeds", f"0-{OVERHEAD_IMAGES - 1}", "--steps", str(args.steps)]
@@ -161,10 +163,14 @@ def resume(folder: Path) -> Row:
     if generate([*command, "--seed", "0", "--quiet"]):
         sys.exit("minsd.generate failed")
     row = json.loads((out / "runs.jsonl").read_text())
+    settings = image.read_settings(out / "00000-0.png")
+    picture = Image.open(out / "00000-0.png")
     with (out / "runs.jsonl").open("a") as file:
         for seed in range(1, ROWS):
             name = f"{seed:05d}-{seed}.png"
-            shutil.copy(out / "00000-0.png", out / name)
+            info = PngInfo()  # an image is known by its own settings
+            info.add_itxt(image.CHUNK, json.dumps(settings | {"seed": seed}))
+            picture.save(out / name, pnginfo=info)
             file.write(json.dumps(row | {"seed": seed, "file": name}) + "\n")
     start = time.perf_counter()
     finish(1, *command, "--seeds", f"0-{ROWS - 1}", "--resume")

@@ -43,7 +43,7 @@ Objects = tuple[data.Object, ...]
 
 
 def cases(count: int, objects: int) -> list[Objects]:
-    """`count` prompts of some objects, each in a place of its own; none held out."""
+    """Returns `count` prompts of some objects, each in a place of its own; none held out."""
     rng = np.random.default_rng((SEED, objects))
     out = []
     for _ in range(count):
@@ -63,7 +63,8 @@ def subjects_of(objects: Objects) -> Subjects:
 
 
 def filled(image: np.ndarray) -> tuple[np.ndarray, list[bool]]:
-    """The image with every hole filled in its body's colour, and per body whether it had one."""
+    """Returns the image with every hole filled in its body's colour, and per body whether it had
+    one."""
     pixels = image.astype(np.float32)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     ground = np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), 0)
@@ -90,7 +91,7 @@ def is_strict(image: np.ndarray, objects: Objects) -> bool:
 
 
 def is_placed(image: np.ndarray, objects: Objects) -> bool:
-    """Strictly right, and every subject on its outline."""
+    """Returns whether the image is strictly right, and every subject is on its outline."""
     if not is_strict(image, objects):
         return False
     pixels = image.astype(np.float32)
@@ -110,7 +111,8 @@ def outlines(objects: Objects) -> np.ndarray:
 def draw(
     sd: StableDiffusion, chosen: list[Objects], net: ControlNet | None = None, scale: float = 1.0
 ) -> list[np.ndarray]:
-    """Images of the cases, as `sd(...)` draws them; with a ControlNet, each on its outlines."""
+    """Returns images of the cases, as `sd(...)` draws them; with a ControlNet, each on its
+    outlines."""
     drawn = []
     for start in range(0, len(chosen), BATCH):
         part = chosen[start : start + BATCH]
@@ -161,7 +163,7 @@ def count_holes(sd: StableDiffusion, adapter: lora.LoRA, n: int) -> list[Row]:
 
 
 def cost(sd: StableDiffusion, net: ControlNet, adapter: lora.LoRA) -> list[Row]:
-    """Milliseconds of a guided step of BATCH images: medians over turns."""
+    """Returns the milliseconds of a guided step of BATCH images: medians over turns."""
     x = noise(range(BATCH), (4, 16, 16)).to(sd.device, sd.dtype)
     uncond = sd.encode_prompt("").expand(BATCH, -1, -1)
     cond = sd.encode_prompt(["a red circle"] * BATCH)

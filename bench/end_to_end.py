@@ -50,14 +50,15 @@ Run = Callable[[Tensor, int, str], Any]  # (noise, steps, sampler) -> images
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: the best of 20, by a CPU's two libraries in turn."""
+    """Returns the FLOP/s of a large matrix product: the best of 20, by a CPU's two libraries in
+    turn."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / min(clocked(device, (torch.matmul, linear)[i % 2], a, a)[1] for i in range(20))
 
 
 def step_flops(model: str, size: int) -> int:
-    """FLOPs of one guided step of one image, counted on tensors without memory."""
+    """Returns the FLOPs of one guided step of one image, counted on tensors without memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = MODELS[model].unet
@@ -109,7 +110,7 @@ def theirs(folder: str, device: torch.device, dtype: torch.dtype, variant: str) 
 
 
 def providers(folder: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> dict[str, Run]:
-    """Name -> function, loaded from a folder of weights."""
+    """Returns {name: function}, loaded from a folder of weights."""
     variants = ["compiled"] if compiled else []
     runs = {"minsd": ours(folder, device, dtype, "")}
     for variant in ["eager"] * on_gpu(device) + variants:
@@ -122,7 +123,8 @@ def providers(folder: str, device: torch.device, dtype: torch.dtype, compiled: b
 def measure(
     args: argparse.Namespace, runs: dict[str, Run], sampler: str, batch: int, flops: int, peak: float
 ) -> list[Row]:
-    """A row per provider. `flops`: of a guided step of one image; `peak`: this machine's FLOP/s."""
+    """Returns a row per provider. `flops`: of a guided step of one image; `peak`: this machine's
+    FLOP/s."""
     start = noise(range(batch), (4, args.size // 8, args.size // 8))
     first: dict[str, float] = {}
     memory: dict[str, int | str] = {}

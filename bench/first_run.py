@@ -49,6 +49,7 @@ COMPILED = f"--compile --batches 1 16 --runs 2 {HALF}"
 SIDES = f"--sides 16 32 {HALF}"
 LAYOUT = f"--model sd15 --runs 9 {HALF}"
 TINY = f"--steps 2 --batches 1 --runs 1 {SMALL}"
+TRY = f"--runs 1 --variants default cudnn_first {SMALL}"
 CPU_LIMIT = 90  # seconds, for each step with --cpu
 NO_GPU = "needs a CUDA device"
 
@@ -69,9 +70,10 @@ STEPS = (
     Step("gpu_tests", 60, f"{PYTEST} {GPU_TESTS} -k gpu"),
     Step("unet", 60, "bench.unet", f"--runs 7 --warmup 3 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
     Step("end_to_end", 110, "bench.end_to_end", FULL, TINY, "seconds minsd"),
-    Step("maps", 60, "bench.maps", f"--runs 7 {HALF}", f"--runs 2 {SMALL}", "times_faster minsd"),
+    Step("maps", 60, "bench.maps", f"--runs 7 {HALF}", f"--runs 2 {SMALL}", "times_faster graphs/minsd"),
     Step("profile", 40, "bench.profile", HALF, SMALL, "share attention"),
     Step("initno", 60, "bench.initno", f"--runs 5 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
+    Step("switches", 120, "bench.switches", "--batches 1 8 --csv", TRY, "look_ms default"),
     Step("attention", 90, "bench.attention", SIDES, "--runs 1 --csv", "us fused/reference"),
     Step("layout", 40, "bench.layout --cost --boxes 2", LAYOUT, SMALL, "time_ratio together"),
     Step("control", 40, "bench.control --cost", HALF, "--csv", "of_alone ControlNet"),
@@ -81,7 +83,7 @@ STEPS = (
 
 
 def arguments(step: Step, cpu: bool, out: Path) -> list[str]:
-    """The step's command, as `python -m` takes it."""
+    """Returns the step's command, as `python -m` takes it."""
     options = (step.cpu if cpu else step.gpu) or ""
     if find_spec("xdist") is None:
         options = options.replace("-n 8", "")
@@ -91,7 +93,7 @@ def arguments(step: Step, cpu: bool, out: Path) -> list[str]:
 def run(
     command: Sequence[str], limit: float, log: Path, cpu: bool, meanwhile: Callable[[], None]
 ) -> int | None:
-    """Run a command for at most `limit` seconds -> its exit code, or None if it was killed.
+    """Runs a command for at most `limit` seconds. Returns its exit code, or None if it was killed.
 
     Its output is appended to the log. `meanwhile` is called every few seconds. No process of the
     command's group outlives this function.
@@ -119,7 +121,8 @@ def run(
 
 
 def written(log: Path, start: int) -> str:
-    """The log from byte `start` on. The middle of a very long part is cut out, of the file too."""
+    """Returns the log from byte `start` on. The middle of a very long part is cut out, of the file
+    too."""
     part = log.read_bytes()[start:]
     if len(part) > LOG_BYTES:
         part = part[: LOG_BYTES // 2] + b"\n[... cut ...]\n" + part[-LOG_BYTES // 2 :]
@@ -130,7 +133,7 @@ def written(log: Path, start: int) -> str:
 
 
 def figure_of(step: Step, rows: Path) -> str:
-    """The step's figure from its CSV, or nothing."""
+    """Returns the step's figure from its CSV, or an empty string."""
     column, _, labels = step.figure.partition(" ")
     files = [path.read_text().splitlines() for path in rows.glob("*.csv")]
     table = [row for lines in files for row in csv.DictReader(lines)]
@@ -142,7 +145,7 @@ def figure_of(step: Step, rows: Path) -> str:
 
 
 def pack(work: Path, out: Path) -> None:
-    """Write results.tar anew: a folder per step, with its CSV as it is now."""
+    """Writes results.tar anew, with a folder per step that holds its CSV as it is now."""
     part = out / "results.tar.part"
     with tarfile.open(part, "w") as tar:
         for path in sorted(work.glob("*/*.csv")):
@@ -151,7 +154,8 @@ def pack(work: Path, out: Path) -> None:
 
 
 def take(step: Step, work: Path, out: Path, cpu: bool, left: float) -> tuple[str, str]:
-    """Run a step, `left` seconds before the end of all -> its state, and its figure or the reason."""
+    """Runs a step, `left` seconds before the end of the whole run. Returns its state, and its
+    figure or the reason."""
     if cpu and step.cpu is None:
         return "skipped", NO_GPU
     if step.command.startswith("pytest") and find_spec("pytest") is None:
@@ -185,7 +189,7 @@ def take(step: Step, work: Path, out: Path, cpu: bool, left: float) -> tuple[str
 
 
 def take_all(steps: Sequence[Step], out: Path, cpu: bool, limit: float) -> int:
-    """Run steps one after the other, for at most `limit` seconds -> the exit code."""
+    """Runs steps one after the other, for at most `limit` seconds. Returns the exit code."""
     end = time.monotonic() + limit
     out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []

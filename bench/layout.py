@@ -57,23 +57,19 @@ from bench import (
     wilson,
     write_csv,
 )
-from bench.alignment import ANIMALS, OBJECTS, Similarity, named
-from bench.shapes import sentence
 from bench.unet import random_model
+from minsd import judges
+from minsd.app.prompt_sets import ANIMALS, LAYOUT_SEED, OBJECTS, SIDES, boxes, named, sentence
 from minsd.config import MODELS
 from minsd.guidance import counted
+from minsd.judges import pixels
 from minsd.noise import arrange, collage, layout
 from minsd.noise.initial import noise
 from minsd.noise.layout import SizedLayout
 from minsd.pipeline import StableDiffusion, load
 from minsd.weights.shapes import data, detector
 
-SEED = 11  # of the layouts; layout k of a group begins from noise seed k
-SIDES = {
-    2: (0.40, 0.55),
-    3: (0.36, 0.46),
-    4: (0.34, 0.42),
-}  # number of boxes -> fractions of the image's side
+SEED = LAYOUT_SEED  # layout k of a group begins from noise seed k
 METHODS: dict[str, dict[str, Any] | None] = {  # name -> options of the collage
     "plain": None,
     "collage": {},
@@ -103,7 +99,7 @@ DEFAULT_METHODS = [
 
 
 class Settings(NamedTuple):
-    """What all methods have in common."""
+    """The settings that all methods have in common."""
 
     sampler: str
     steps: int
@@ -112,7 +108,7 @@ class Settings(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What the boxes of an image hold."""
+    """The contents of the boxes of an image."""
 
     right: list[bool]  # per box
     somewhere: list[bool]  # per subject, wherever it is
@@ -138,19 +134,6 @@ class Judged(NamedTuple):
     layout: SizedLayout
 
 
-def boxes(rng: np.random.Generator, n: int, gap: float = 0.02) -> list[list[float]]:
-    """n boxes [x0, y0, x1, y1] in fractions, apart from one another and inside the image."""
-    while True:
-        placed = []
-        for _ in range(100):
-            w, h = rng.uniform(*SIDES[n], 2)
-            x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
-            if all(x > c + gap or x + w < a - gap or y > d + gap or y + h < b - gap for a, b, c, d in placed):
-                placed.append((x, y, x + w, y + h))
-                if len(placed) == n:
-                    return [[round(float(v), 3) for v in box] for box in placed]
-
-
 def with_boxes(rng: np.random.Generator, captions: Sequence[str], whole: str) -> dict[str, Any]:
     places = boxes(rng, len(captions))
     regions = [{"prompt": caption, "box": box} for caption, box in zip(captions, places)]
@@ -158,7 +141,7 @@ def with_boxes(rng: np.random.Generator, captions: Sequence[str], whole: str) ->
 
 
 def cases(n: int, count: int) -> list[tuple[list[tuple[str, str]], dict[str, Any]]]:
-    """(subjects, layout) of `count` images with n boxes of coloured shapes."""
+    """Returns (subjects, layout) of `count` images with n boxes of coloured shapes."""
     rng = np.random.default_rng((SEED, n))
     out = []
     for _ in range(count):
@@ -169,7 +152,7 @@ def cases(n: int, count: int) -> list[tuple[list[tuple[str, str]], dict[str, Any
 
 
 def real_cases(n: int, count: int) -> list[dict[str, Any]]:
-    """`count` layouts with n boxes of animals and things."""
+    """Returns `count` layouts with n boxes of animals and things."""
     rng = np.random.default_rng((SEED, n))
     out = []
     for _ in range(count):
@@ -273,7 +256,7 @@ def row_of(method: str, n: int, results: Sequence[Judged], settings: Settings) -
 
 
 def on_embedded_model(args: argparse.Namespace, settings: Settings) -> None:
-    """Draw and judge every layout with every method, reporting each as it is done."""
+    """Draws and judges every layout with every method, and reports each when it is done."""
     hidden = ("method", "boxes", "sampler", "steps", "guidance_scale", "layouts", "rows_before")
     kept = {}
     with pool(args.workers, args.model) as processes:
@@ -291,7 +274,8 @@ def on_embedded_model(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def framed(result: Judged) -> Image.Image:
-    """An image with its boxes drawn on it, green if they hold what they should, and captions below."""
+    """Returns an image with its boxes drawn on it, green if they hold what they should, and
+    captions below."""
     lay = result.layout
     out = Image.new("RGB", (lay.width + 4, lay.height + 11 * len(result.subjects) + 6), "white")
     out.paste(Image.fromarray(result.pixels), (2, 2))
@@ -306,7 +290,8 @@ def framed(result: Judged) -> Image.Image:
 
 
 def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 12) -> None:
-    """A row per method and number of boxes: the same layouts and noise below one another."""
+    """Returns a sheet with a row per method and number of boxes, and the same layouts and noise
+    below one another."""
     lines = {key: [framed(result) for result in results[:columns]] for key, results in kept.items()}
     width = max(sum(image.width for image in line) for line in lines.values())
     out = Image.new("RGB", (110 + width, sum(line[0].height for line in lines.values())), "white")
@@ -325,8 +310,9 @@ def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 1
 
 
 def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> list[Row]:
-    """The table of a real checkpoint: each box's contents, on white, against the captions, by CLIP."""
-    clip = Similarity(args.clip, sd.device)
+    """Returns the table of a real checkpoint, in which CLIP compares each box's contents, on white,
+    with the captions."""
+    clip = judges.load("clip", {"clip-b16": str(args.clip)}, sd.device).clip
     rows = []
     for n in args.boxes:
         for method in args.methods:
@@ -340,7 +326,8 @@ def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> 
                 for i, region in enumerate(lay.regions):
                     alone = np.where(region.pixels[..., None], np.asarray(drawn[-1].image), 255)
                     crop = Image.fromarray(alone.astype(np.uint8)).crop(region.bounds)
-                    cosines = clip([crop] * n, captions)
+                    vector = clip.images(pixels.pil([crop], clip.size))[0]
+                    cosines = (clip.texts(captions).to(vector) @ vector).tolist()
                     own.append(cosines[i])
                     first.append(cosines[i] == max(cosines))
             row: Row = {"model": args.model, "method": method, "boxes": n, **settings._asdict()}
@@ -360,7 +347,7 @@ def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> 
 
 
 def filling(n: int, negative_prompt: str) -> list[dict[str, Any]]:
-    """n regions, an even number, in two rows that fill the image."""
+    """Returns n regions, an even number, in two rows that fill the image."""
     columns = n // 2
     places = [(k % columns / columns, k // columns / 2) for k in range(n)]
     return [
@@ -370,12 +357,13 @@ def filling(n: int, negative_prompt: str) -> list[dict[str, Any]]:
 
 
 def cost_worker(args: argparse.Namespace) -> None:
-    """Time steps of a collage in this process, on random weights, and print the result as JSON."""
+    """Times steps of a collage in this process, on random weights, and prints the result as
+    JSON."""
     torch.set_num_threads(args.threads)
     dim = MODELS[args.model].unet.context_dim
 
     def encode(texts: Sequence[str]) -> Tensor:
-        """Random states, the same for texts of the same length without spaces around."""
+        """Returns random states, the same for texts of the same length without spaces around."""
         generators = [torch.Generator().manual_seed(len(text.strip())) for text in texts]
         states = [torch.randn(77, dim, generator=generator) for generator in generators]
         return torch.stack(states).to(args.device)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import Row, on_gpu, parser, print_table, wait, write_csv
-from bench.unet import build
+from bench.unet import build, context_rows
 from minsd.config import MODELS
 from minsd.kernels import onednn
 from minsd.unet import Downsample, ResnetBlock, Transformer, Upsample
@@ -48,14 +48,14 @@ def kind_of(name: str) -> str:
 
 
 def within(event: Any, name: str) -> bool:
-    """Whether a profiler's event is, or runs inside, one of this name."""
+    """Returns whether a profiler's event is, or runs inside, one of this name."""
     while event is not None and event.name != name:
         event = event.cpu_parent
     return event is not None
 
 
 def marked(f: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """f, as an event of this name in the profile."""
+    """Returns f, wrapped so that the profile shows it as an event of this name."""
 
     def run(*args: Any, **more: Any) -> Any:
         with record_function(name):
@@ -65,7 +65,7 @@ def marked(f: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
-    """-> the profile of one evaluation, and the layers marked in it, by name."""
+    """Returns the profile of one evaluation, and the layers marked in it, by name."""
     gpu = on_gpu(args.device)
     dtype = getattr(torch, args.dtype)
     unet = build(args.model, dtype, args.device)
@@ -77,7 +77,9 @@ def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
     for name, layer in layers.items():
         layer.forward = marked(layer.forward, name)
     x = torch.randn(args.batch, 4, args.size // 8, args.size // 8, device=args.device, dtype=dtype)
-    context = torch.randn(args.batch, 77, unet.config.context_dim, device=args.device, dtype=dtype)
+    context = torch.randn(
+        args.batch, context_rows(unet.config), unet.config.context_dim, device=args.device, dtype=dtype
+    )
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its "USDT: ..." lines on stderr
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with torch.no_grad():
@@ -91,7 +93,8 @@ def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
 
 
 def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
-    """Microseconds by kind, with the gaps between kernels, and the number of kernels by kind."""
+    """Returns microseconds by kind, with the gaps between kernels, and the number of kernels by
+    kind."""
     cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
     events = [e for e in trace.events() or () if e.device_type == cuda]
     kernels = [e for e in events if e.name not in layers]  # the layers' marks appear there, too
@@ -107,7 +110,7 @@ def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
 
 
 def times_on_cpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
-    """Microseconds and the number of operations by kind."""
+    """Returns microseconds and the number of operations by kind."""
     times: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for event in trace.events() or ():
@@ -122,7 +125,7 @@ def times_on_cpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
 def tables(
     args: argparse.Namespace, trace: profile, layers: dict[str, nn.Module]
 ) -> tuple[list[Row], list[Row]]:
-    """The tables by kind and by layer."""
+    """Returns the tables by kind and by layer."""
     gpu = on_gpu(args.device)
     times, counts = (times_on_gpu if gpu else times_on_cpu)(trace, layers)
     total = sum(times.values())

@@ -23,15 +23,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from bench import Row, loaded, parser, pool, rate, report, wilson, write_csv
+from minsd.app.prompt_sets import GROUPS, SEED, Subjects
+from minsd.app.prompt_sets import cases as cases
+from minsd.app.prompt_sets import sentence as sentence
 from minsd.pipeline import StableDiffusion
 from minsd.samplers import SAMPLERS
 from minsd.weights.shapes import data, detector
 
-SEED = 7  # of the prompts; image k of a group starts from noise seed k
-GROUPS = ("one", "two", "three", "held-out", "held-out-pair")
+# Image k of a group starts from noise seed k.
 BATCH = 10  # images per job of the pool
-
-Subjects = list[tuple[str, str]]  # (colour, shape) of each object
 
 
 class Judged(NamedTuple):
@@ -43,36 +43,10 @@ class Judged(NamedTuple):
     verdict: detector.Verdict
 
 
-def sentence(subjects: Sequence[tuple[str, str]]) -> str:
-    """[(colour, shape), ...] -> "a red circle, a blue square and a green star"."""
-    phrases = [f"{'an' if c == 'orange' else 'a'} {c} {s}" for c, s in subjects]
-    return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
-
-
-def cases(group: str, n: int) -> list[Subjects]:
-    """The subjects of n prompts of a group. Single objects cycle through all combinations."""
-    rng = np.random.default_rng((SEED, GROUPS.index(group)))
-    if group == "one":
-        return [[data.COMBINATIONS[i % len(data.COMBINATIONS)]] for i in range(n)]
-    if group == "held-out":
-        return [[sorted(data.HELD_OUT)[i % len(data.HELD_OUT)]] for i in range(n)]
-    if group == "held-out-pair":  # two shapes never seen together, in colours that each was seen in
-        pairs = sorted(sorted(pair) for pair in data.HELD_OUT_PAIRS)
-        out: list[Subjects] = []
-        while len(out) < n:
-            shapes = pairs[len(out) % len(pairs)]
-            colours = rng.choice(list(data.COLOURS), 2, replace=False)
-            subjects = [(str(colour), shape) for colour, shape in zip(colours, shapes)]
-            if not data.HELD_OUT & set(subjects):
-                out.append(subjects)
-        return out
-    return [data.draw_subjects(rng, {"two": 2, "three": 3}[group]) for _ in range(n)]
-
-
 def draw(
     sd: StableDiffusion, group: str, n: int, part: slice, **settings: Any
 ) -> list[tuple[str, Subjects, int, Image.Image]]:
-    """(group, subjects, seed, image) for a part of a group's cases."""
+    """Yields (group, subjects, seed, image) for a part of a group's cases."""
     mine = list(enumerate(cases(group, n)))[part]
     images = sd([sentence(s) for _, s in mine], seeds=[k for k, _ in mine], **settings)
     return [(group, subjects, k, image) for (k, subjects), image in zip(mine, images)]
@@ -85,7 +59,7 @@ def _job(job: tuple[str, str, int, int, dict[str, Any]]) -> list[Judged]:
 
 
 def sheet(results: Sequence[Judged], path: Path, columns: int = 8, count: int = 64) -> None:
-    """The first images of a table row, with subjects and verdict below each."""
+    """Returns a sheet of the first images of a table row, with subjects and verdict below each."""
     results = results[:count]
     lines = max(len(result.subjects) for result in results) + 1
     height = data.SIZE + 11 * lines + 4
@@ -105,7 +79,8 @@ def sheet(results: Sequence[Judged], path: Path, columns: int = 8, count: int = 
 
 
 def summary(verdicts: Sequence[detector.Verdict]) -> Row:
-    """Rates, images by kind of failure, and the fraction of failed subjects that were neglected."""
+    """Returns rates, images by kind of failure, and the fraction of failed subjects that were
+    neglected."""
     n = len(verdicts)
     kinds = collections.Counter(verdict.kind for verdict in verdicts)
     failed = [kind for verdict in verdicts for kind in verdict.failures[: verdict.subjects_failed]]
@@ -123,7 +98,8 @@ def summary(verdicts: Sequence[detector.Verdict]) -> Row:
 
 
 def with_one_word_changed(subjects: Subjects, rng: np.random.Generator) -> Subjects:
-    """Subjects of which one has another colour or shape: never true of the image of `subjects`."""
+    """Returns subjects of which one has another colour or shape, so that they are never true of the
+    image of `subjects`."""
     changed = list(subjects)
     i = int(rng.integers(len(subjects)))
     colour, shape = subjects[i]
@@ -137,7 +113,8 @@ def with_one_word_changed(subjects: Subjects, rng: np.random.Generator) -> Subje
 
 
 def codec(sd: StableDiffusion, n: int) -> list[Row]:
-    """The detector's verdicts on renders and their VAE round trips, with true and wrong captions."""
+    """Returns the detector's verdicts on renders and their VAE round trips, with true and wrong
+    captions."""
     examples = [data.example(90_000, i) for i in range(n)]
     renders = [Image.fromarray(example.render()[0]) for example in examples]
     coded = [image for i in range(0, n, 20) for image in sd.decode(sd.encode(renders[i : i + 20]))]
@@ -173,7 +150,7 @@ def codec(sd: StableDiffusion, n: int) -> list[Row]:
 
 
 def in_words(row: Row) -> str:
-    """A table row as a line of progress."""
+    """Returns a table row as a line of progress."""
     found = [(kind, row[kind.replace(" ", "_")]) for kind in detector.KINDS]
     failures = ", ".join(f"{kind} {count}" for kind, count in found if count)
     return (
@@ -185,7 +162,7 @@ def in_words(row: Row) -> str:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Draw and judge every group with every combination of settings."""
+    """Draws and judges every group with every combination of settings."""
     combinations = itertools.product(args.samplers, args.steps, args.guidance, args.groups)
     with pool(args.workers, args.model) as processes:
         for sampler, steps, scale, group in combinations:

@@ -54,7 +54,7 @@ class Smoke:
         self.check(error < CLOSE, told)
 
     def draw(self, sd: StableDiffusion, caption: str) -> tuple[np.ndarray, float]:
-        """-> two images (2,H,W,3) of levels 0..255, and their seconds."""
+        """Returns two images (2,H,W,3) of levels 0..255, and the seconds that they took."""
         begin = time.perf_counter()
         images = sd(PROMPT, seeds=[0, 1], steps=STEPS)
         seconds = time.perf_counter() - begin
@@ -122,7 +122,7 @@ class Smoke:
         self.near(drawn["collage"], drawn["exact collage"], "a collage")
 
     def run(self, out: Path) -> int:
-        """Take every part -> the exit code."""
+        """Takes every part, and returns the exit code."""
         for part in (self.versions, self.precision, self.graphs, self.optimised, self.collage):
             try:
                 part()

@@ -54,7 +54,7 @@ from bench import (
 )
 from bench.attention_maps import rank_correlation
 from bench.shapes import BATCH, Subjects, cases, sentence
-from bench.unet import random_model
+from bench.unet import context_rows, random_model
 from minsd.config import MODELS
 from minsd.noise import initno, stability
 from minsd.noise.initial import noise
@@ -83,7 +83,8 @@ Trip = dict[str, Any]  # arguments of stability.score and optimize: steps, guida
 
 
 def setting(text: str) -> tuple[Trip, float]:
-    """T:DOWN/UP[:N] -> the arguments of `score`, and the number of noises per prompt to score."""
+    """Returns, for T:DOWN/UP[:N], the arguments of `score`, and the number of noises per prompt to
+    score."""
     steps, guidance, *limit = text.split(":")
     down, up = map(float, guidance.split("/"))
     trip = {"steps": int(steps), "guidance_scale": down, "guidance_invert": up}
@@ -95,7 +96,7 @@ def name(trip: Trip) -> str:
 
 
 def seed_of(group: str, prompt: int, k: int) -> int:
-    """The seed of a prompt's k-th noise. No two prompts share a noise."""
+    """Returns the seed of a prompt's k-th noise. No two prompts share a noise."""
     return 1_000_000 * (1 + GROUPS.index(group)) + 1000 * prompt + k
 
 
@@ -103,7 +104,7 @@ def seed_of(group: str, prompt: int, k: int) -> int:
 
 
 def attention_scores(sd: StableDiffusion, prompt: str, subjects: Subjects, x: Tensor) -> list[float]:
-    """InitNO's losses, negated: as with stability, higher is better."""
+    """Returns InitNO's losses, negated, so that, as with stability, higher is better."""
     words: list[str | int] = [shape for _, shape in subjects]
     return [-score for score in initno.attention_scores(sd, prompt, words, x, steps=PICTURE["steps"])]
 
@@ -111,14 +112,14 @@ def attention_scores(sd: StableDiffusion, prompt: str, subjects: Subjects, x: Te
 def judge(
     sd: StableDiffusion, prompts: list[str], x: Tensor, subjects: Sequence[Subjects]
 ) -> list[dict[str, float]]:
-    """Verdicts on the images of noises x (B,4,16,16): 0 or 1 each."""
+    """Returns the verdicts on the images of noises x (B,4,16,16): 0 or 1 each."""
     images = sd.decode(sd.sample(prompts, x, seeds=range(len(x)), **PICTURE))
     verdicts = [detector.judge(image, these) for image, these in zip(images, subjects)]
     return [{name: float(getattr(verdict, name)) for name in VERDICTS} for verdict in verdicts]
 
 
 def run(model: str, job: tuple[Any, ...]) -> tuple[str, list[Row]]:
-    """A part of the work -> its name, and its results."""
+    """Does a part of the work, and returns its name and its results."""
     kind, *rest = job
     part = score_part if kind == "score" else optimise_part
     return json.dumps(job), part(loaded(model), *rest)
@@ -127,7 +128,7 @@ def run(model: str, job: tuple[Any, ...]) -> tuple[str, list[Row]]:
 def score_part(
     sd: StableDiffusion, group: str, prompts: int, number: int, which: list[int], trips: list[Trip]
 ) -> list[Row]:
-    """Some noises of one prompt: verdicts and scores."""
+    """Returns the verdicts and scores of some noises of one prompt."""
     subjects = cases(group, prompts)[number]
     prompt = sentence(subjects)
     x = noise([seed_of(group, number, k) for k in which], (4, 16, 16))
@@ -147,7 +148,8 @@ def score_part(
 def optimise_part(
     sd: StableDiffusion, group: str, prompts: int, numbers: list[int], ways: list[tuple[str, Trip]]
 ) -> list[Row]:
-    """The first noise of some prompts, plain and optimised: verdicts, scores, norms, UNet rows."""
+    """Returns verdicts, scores, norms and UNet rows of the first noise of some prompts, plain and
+    optimised."""
     subjects = [cases(group, prompts)[k] for k in numbers]
     texts = [sentence(these) for these in subjects]
     x = noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
@@ -167,8 +169,8 @@ def optimise_part(
 
 
 def jobs_of(args: argparse.Namespace) -> list[tuple[Any, ...]]:
-    """All parts, in an order that keeps prompts balanced wherever it is cut off: some noises of
-    every prompt, and some optimised ones, then the next."""
+    """Returns all parts, in an order that keeps prompts balanced wherever it is cut off: some
+    noises of every prompt and some optimised ones, then the next of both."""
     own = 100 * (4 * 16 * 16) / stability.PAPER_NUMBERS  # the default of `optimize`
     trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
     ways = [
@@ -192,7 +194,7 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[Any, ...]]:
 
 
 def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each prompt."""
+    """Returns the rows of each prompt."""
 
     def key(row: Row) -> tuple[str, int]:
         return row["group"], row["prompt"]
@@ -201,7 +203,8 @@ def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def within(rows: Sequence[Row], key: str, verdict: str) -> tuple[float, float]:
-    """Rank correlation, and its p, of a score with a verdict among the noises of each prompt."""
+    """Returns the rank correlation, and its p, of a score with a verdict among the noises of each
+    prompt."""
     ranks: list[float] = []
     right: list[float] = []
     for these in by_prompt(rows):
@@ -213,7 +216,7 @@ def within(rows: Sequence[Row], key: str, verdict: str) -> tuple[float, float]:
 
 
 def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
-    """The mean verdict of the best of k noises drawn without replacement from these."""
+    """Returns the mean verdict of the best of k noises drawn without replacement from these."""
     n = len(values)
     order = np.argsort(-np.asarray(values), kind="stable")
     chances = [math.comb(n - r, k - 1) / math.comb(n, k) for r in range(1, n + 1)]
@@ -221,7 +224,7 @@ def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
 
 
 def interval(per_prompt: Sequence[float]) -> str:
-    """95 % interval of a mean over prompts, by bootstrap."""
+    """Returns the 95 % interval of a mean over prompts, by bootstrap."""
     draws = np.random.default_rng(0).choice(per_prompt, (4000, len(per_prompt))).mean(1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return f"{low:+.3f}..{high:+.3f}"
@@ -232,12 +235,12 @@ def mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def rates_of(prompts: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
-    """Verdict -> its rate for each prompt."""
+    """Returns {verdict: its rate for each prompt}."""
     return {v: [float(np.mean([row[v] for row in these])) for these in prompts] for v in VERDICTS}
 
 
 def correlation(rows: Sequence[Row], prompts: int, key: str) -> Row:
-    """How a score is distributed, and how it correlates with the verdicts."""
+    """Returns how a score is distributed, and how it correlates with the verdicts."""
     values = np.array([row["scores"][key][0] for row in rows])
     out: Row = {"score": key, "mean": mean(values), "sd": round(float(values.std()), 3)}
     half = 1.96 / max(1, len(rows) - prompts) ** 0.5
@@ -250,7 +253,8 @@ def correlation(rows: Sequence[Row], prompts: int, key: str) -> Row:
 
 
 def choices(prompts: Sequence[Sequence[Row]], key: str) -> Iterator[Row]:
-    """Rates after choosing the best of K noises by a score; and the worst, for the largest K."""
+    """Returns the rates after choosing the best of K noises by a score, and the worst for the
+    largest K."""
     base = rates_of(prompts)  # of the noises that have this score
     cost = prompts[0][0]["scores"][key][1]
     fewest = min(map(len, prompts))
@@ -271,7 +275,7 @@ def choices(prompts: Sequence[Sequence[Row]], key: str) -> Iterator[Row]:
 
 
 def tabulate(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """-> correlations by group and score; rates by group and choice."""
+    """Returns two tables: correlations by group and score, and rates by group and choice."""
     correlations = []
     rates = []
     for group in (*dict.fromkeys(row["group"] for row in rows), "all"):
@@ -291,7 +295,7 @@ def tabulate(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def tabulate_optimised(rows: Sequence[Row]) -> list[Row]:
-    """Rates by way of optimising, against the same noises left as they are."""
+    """Returns the rates by way of optimising, against the same noises left as they are."""
     plain = {(row["group"], row["prompt"]): row for row in rows if row["way"] == "plain"}
     out = []
     for way in dict.fromkeys(row["way"] for row in rows):
@@ -351,7 +355,7 @@ def plot(correlations: Sequence[Row], rates: Sequence[Row], optimised: Sequence[
 
 
 def cost_worker(args: argparse.Namespace) -> None:
-    """Time `full` gradients in this process and print the result as JSON.
+    """Times `full` gradients in this process and prints the result as JSON.
 
     On the embedded model, or on random weights in the sizes of another.
     """
@@ -359,10 +363,10 @@ def cost_worker(args: argparse.Namespace) -> None:
     if args.model == "shapes":
         sd = load("shapes", args.device)
     else:
-        dim = MODELS[args.model].unet.context_dim
+        unet = MODELS[args.model].unet
 
         def encode(prompts: Sequence[str]) -> Tensor:
-            return torch.zeros(len(prompts), 77, dim, device=args.device)
+            return torch.zeros(len(prompts), context_rows(unet), unet.context_dim, device=args.device)
 
         text = types.SimpleNamespace(encode=encode)
         sd = random_model(args.model, getattr(torch, args.dtype), args.device, text)
@@ -463,7 +467,7 @@ def read_options() -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> dict[str, list[Row]]:
-    """Do all parts, or as many as fit into --minutes. -> the rows of each kind, in order."""
+    """Does all parts, or as many as fit into --minutes. Returns the rows of each kind, in order."""
     begin = time.time()
     torch.set_num_threads(1)
     loaded(args.model)

@@ -44,8 +44,15 @@ PROVIDERS = ("minsd", "diffusers")
 
 
 def unet_settings(config: UNetConfig) -> dict[str, Any]:
-    """A UNet's sizes in the terms of diffusers' config.json."""
+    """Returns a UNet's sizes in the terms of diffusers' config.json."""
     kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
+    xl = {}
+    if config.pooled_dim:
+        xl = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": config.size_dim,
+            "projection_class_embeddings_input_dim": config.pooled_dim + 6 * config.size_dim,
+        }
     return {
         "sample_size": config.sample_size,
         "block_out_channels": config.block_out_channels,
@@ -54,22 +61,25 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
         "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         "attention_head_dim": config.num_heads,
         "cross_attention_dim": config.context_dim,
+        "transformer_layers_per_block": config.transformer_depth,
         "use_linear_projection": config.linear_projection,
         "upcast_attention": config.upcast_attention,
         "norm_num_groups": config.norm_groups,
         "norm_eps": config.norm_eps,
+        **xl,
     }
 
 
 def diffusers_unet(config: UNetConfig) -> "UNet2DConditionModel":
-    """diffusers' network of the same shape."""
+    """Returns diffusers' network of the same shape."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**unet_settings(config))
 
 
 def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = True) -> "UNet":
-    """minsd's network with random frozen weights; `as_loaded`, in the memory layout that `load` gives it."""
+    """Returns minsd's network with random frozen weights. `as_loaded`: in the memory layout that
+    `load` gives it."""
     import torch
 
     from minsd.attention import Attention
@@ -89,7 +99,8 @@ def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = 
 def random_model(
     model: str, dtype: "torch.dtype", device: "Device", text: Any, as_loaded: bool = True
 ) -> "StableDiffusion":
-    """A model around `build`'s network. `text` stands in for the text encoder; there is no VAE.
+    """Returns a model around `build`'s network. `text` stands in for the text encoder; there is no
+    VAE.
 
     `as_loaded`: with what `load` does on a GPU, CUDA graphs included.
     """
@@ -103,7 +114,7 @@ def random_model(
 
 
 def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet2DConditionModel":
-    """diffusers' network with the same weights as `build`."""
+    """Returns diffusers' network with the same weights as `build`."""
     import torch
 
     with torch.device("meta"):
@@ -113,7 +124,7 @@ def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet
 
 
 def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
-    """Give a network made on the meta device memory, and random frozen weights.
+    """Gives a network made on the meta device memory, and random frozen weights.
 
     Networks with the same parameter names get the same weights.
     """
@@ -128,25 +139,37 @@ def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
             p.fill_(float(name.endswith("weight")))  # norms: 1; biases: 0
 
 
+def context_rows(config: UNetConfig) -> int:
+    """The number of rows of a context: text states, and for SDXL one row for the whole."""
+    return 78 if config.pooled_dim else 77
+
+
 def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module") -> tuple[Any, ...]:
-    """The arguments of one evaluation, equal for both providers."""
+    """Returns the arguments of one evaluation, equal for both providers."""
     import torch
 
     from minsd.unet import UNet
 
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
-    context_dim = MODELS[args.model].unet.context_dim
+    config = MODELS[args.model].unet
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, size // 8, size // 8, generator=generator).to(device, dtype)
-    context = torch.randn(batch, 77, context_dim, generator=generator).to(device, dtype)
+    context = torch.randn(batch, context_rows(config), config.context_dim, generator=generator)
+    context = context.to(device, dtype)
+    context[:, 77:, config.pooled_dim :] = 0  # the latents' own size
     if isinstance(unet, UNet):
         return x, 481, unet.text_kv(context)
-    return x, torch.tensor(481, device=device), context
+    t = torch.tensor(481, device=device)
+    if not config.pooled_dim:
+        return x, t, context
+    numbers = torch.tensor([[size, size, 0, 0, size, size]] * batch, device=device)
+    added = {"text_embeds": context[:, 77, : config.pooled_dim], "time_ids": numbers}
+    return x, t, context[:, :77], None, None, None, None, added
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Build a network; for every line "size batch" on standard input, evaluate it once.
+    """Builds a network and, for every line "size batch" on standard input, evaluates it once.
 
     Prints the time, peak memory and mean |eps| of each evaluation as JSON.
     """
@@ -198,7 +221,8 @@ class Provider:
 
 
 def measure(args: argparse.Namespace, providers: list[Provider], size: int, batch: int) -> list[Row]:
-    """A row per provider, without `slope`. SystemExit if the two do not compute the same."""
+    """Returns a row per provider, without `slope`. SystemExit if the two do not compute the
+    same."""
     results: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in providers}
     for run in range(-args.warmup, args.runs):
         for provider in providers:
@@ -236,7 +260,8 @@ def measure(args: argparse.Namespace, providers: list[Provider], size: int, batc
 
 
 def slopes(rows: list[Row], device: str) -> list[Row]:
-    """The rows with `slope` as their last column: empty for the first size of a batch."""
+    """Returns the rows with `slope` as their last column, which is empty for the first size of a
+    batch."""
     cost = "seconds" if on_gpu(device) else "cpu_seconds"
     last: dict[tuple[str, int], Row] = {}
     out = []

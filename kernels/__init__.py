@@ -1,22 +1,27 @@
-"""Attention that can also return where it attended, GroupNorm + SiLU, and Linear: the one door.
+"""Attention that can also return its probabilities, GroupNorm with SiLU, and Linear.
 
-Networks import `attention`, `group_norm`, `Linear` and `linear` from here only.
+Networks import `attention`, `group_norm`, `Linear` and `linear` from this module only.
 
-`attention` returns the output and, with probs="mean", the map: the softmax averaged over heads,
-differentiably and without storing every head's. Who computes it is the backend's choice:
+`attention` returns the output and, with probs="mean", the map, which is the softmax averaged over
+heads. The map is differentiable, and the probabilities of the single heads are not stored. The
+argument `backend` chooses what computes them:
 
-    sdpa        PyTorch's fused attention, or on a CPU without gradients oneDNN's blocks (sdpa.py,
-                onednn.py). A map is computed apart, from q and k, by triton or reference; the
-                gradients of the two add up, since both are functions of the same q and k
-    triton      kernels that return output and map together (flash.py); nothing of heads x N x M
+    sdpa        PyTorch's fused attention, or, on a CPU without gradients, oneDNN's products block
+                by block (sdpa.py, onednn.py). Triton or reference then computes the map from q and
+                k, separately; autograd adds the gradients of output and map
+    triton      kernels that compute output and map (flash.py) and store nothing of size
+                heads x N x M, for N queries and M keys
     reference   plain PyTorch in bounded memory, on any device (reference.py)
-    auto        one of these, by the table below
+    auto        one of these three, or 16-bit products with all probabilities in memory
+                (materialised.py), by the following table
 
     map  device, dtype                              auto takes    evidence
     no   CPU, no gradient, bias or region,          sdpa: oneDNN  measured: 18 ms, PyTorch's 27 ms
          N*M*d >= 2^22
     no   otherwise on a CPU                         sdpa          measured
     no   CUDA                                       sdpa          expected, not measured on a GPU
+    yes  CUDA, float16 or bfloat16, fewer           materialised  expected: as fast in eager mode,
+         probabilities than a switch (off: 0)                     slower in a CUDA graph
     yes  CUDA from capability 8.0, float16 or       triton        expected, not measured on a GPU
          bfloat16, head dim in TRITON_HEAD_DIMS,
          shared memory enough (shared.py)
@@ -24,16 +29,18 @@ differentiably and without storing every head's. Who computes it is the backend'
     yes  CPU                                        reference     measured: up to 20 % slower than
                                                                   with all heads' maps in memory
 
-Measured means in float32, in bench/results/attention.csv (the times are for self-attention at 32x32
-cells). On a GPU `python -m bench.attention` will decide; switches.py holds what a bench may turn
-there. autograd.py gives triton and reference their gradients. Where Triton cannot launch a kernel
-(no C compiler, for one), `auto` and `group_norm` use PyTorch after one warning (devices.py).
+"Measured" refers to float32 and bench/results/attention.csv; the times are for self-attention at
+32x32 cells. On a GPU `python -m bench.attention` will decide, and switches.py holds the settings
+that benches compare. autograd.py makes triton and reference differentiable. Where Triton cannot
+launch a kernel, for example because there is no C compiler, `auto` and `group_norm` use PyTorch
+after one warning (devices.py).
 
-`group_norm` uses the kernels of groupnorm.py on CUDA where the weights are frozen, and PyTorch
-elsewhere. `Linear` is an nn.Linear for frozen weights, faster on some CPUs (onednn.py).
+`group_norm` uses the kernels of groupnorm.py on CUDA if the weights are frozen, and PyTorch
+otherwise. `Linear` is an nn.Linear for frozen weights that is faster on some CPUs (onednn.py).
 """
 
 import importlib
+import math
 from types import ModuleType
 
 import torch
@@ -53,7 +60,7 @@ TRITON_HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`minsd.kernels.flash` and `.groupnorm` on first use: they import Triton."""
+    """Imports `minsd.kernels.flash` or `.groupnorm` on first use, because they import Triton."""
     if name in ("flash", "groupnorm"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -70,23 +77,23 @@ def attention(
     probs: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T scale + bias) v per head and, on request, the softmax averaged over heads.
+    """Computes softmax(q k^T scale + bias) v per head and, on request, the softmax averaged over
+    heads.
 
-    q is (B,N,H,d), k and v are (B,M,H,d), as projections return them; views and any strides are
-    accepted. `scale` defaults to d**-0.5. `bias` is added to the scores: floats that broadcast to
-    (B,H,N,M), -inf hiding a key. It takes no gradient. A query with every key hidden gets 0 in
-    output and map.
+    q is (B,N,H,d), k and v are (B,M,H,d), with any strides. `scale` defaults to d**-0.5. `bias` is
+    added to the scores. It holds floats that broadcast to (B,H,N,M), -inf where a key is hidden,
+    and takes no gradient. A query whose keys are all hidden gets 0 in output and map.
 
     Returns (out (B,N,H,d), None), or with probs="mean" (out, map (B,N,M)). The map is float32, or
     float64 for float64 inputs. Both are differentiable once. In float16, map gradients smaller than
-    about 1e-7 underflow; multiply the loss first.
+    about 1e-7 underflow to 0, so the caller should multiply the loss by a large factor.
 
-    Region attention: k and v (B,R,M,H,d) hold the keys and values of R texts, and `region` (B,N)
-    integers gives each query its text. A query attends only to that text; if the number is outside
-    0..R-1 it attends to nothing and gets 0. The map stays (B,N,M), over the keys of each query's
-    own text. `bias` then broadcasts to (B,H,N,R*M).
+    In region attention, k and v (B,R,M,H,d) hold the keys and values of R texts, and `region` (B,N)
+    holds for each query the index of its text. The query attends only to that text. If the index
+    is outside 0..R-1 it attends to nothing and gets 0. The map stays (B,N,M), over the keys of each
+    query's own text, and `bias` broadcasts to (B,H,N,R*M).
 
-    Raises ValueError for inputs that do not fit, and if `backend` cannot take them.
+    Raises ValueError if the inputs do not fit one another, or if `backend` cannot take them.
     """
     if backend not in BACKENDS:
         raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -102,10 +109,13 @@ def attention(
 
     if probs is None and backend in ("auto", "sdpa"):
         return sdpa.forward(q, k, v, factor, bias, region, length), None
-    kernel = _map_kernel(q, backend)
+    kernel = _map_kernel(q, k, backend)
     if backend == "sdpa":
-        out = sdpa.forward(q, k, v, factor, bias, region, length)
-        _, maps = autograd.apply(q, k, None, factor, bias, region, length, True, kernel)
+        plain = bias is None and region is None
+        out, lse = _with_lse(q, k, v, factor, kernel) if plain else (None, None)
+        if out is None:
+            out = sdpa.forward(q, k, v, factor, bias, region, length)
+        _, maps = autograd.apply(q, k, None, factor, bias, region, length, True, kernel, lse)
     else:
         out, maps = autograd.apply(q, k, v, factor, bias, region, length, probs is not None, kernel)
     if probs is None:
@@ -115,30 +125,46 @@ def attention(
     return out, maps
 
 
-def _map_kernel(q: Tensor, backend: str) -> str:
-    """Which of "triton" and "reference" computes the map (see the table above).
+def _with_lse(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: str
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Returns PyTorch's output and the base-2 log-sum-exp (B,H,N) of the scores for `kernel`, if
+    switches.py asks for it and both can, or (None, None)."""
+    if not switches.current.shared_lse or kernel != "triton" or torch.compiler.is_compiling():
+        return None, None
+    found = sdpa.with_lse(q, k, v, scale)
+    return (None, None) if found is None else (found[0], found[1] / math.log(2))
 
-    `auto` never takes the kernels for float32: exact products are preferred to TF32's.
+
+def _map_kernel(q: Tensor, k: Tensor, backend: str) -> str:
+    """Returns which of "triton", "materialised" and "reference" computes the map of q (B,N,H,d) and
+    k (B,M,H,d) (see the module's table).
+
+    `auto` never chooses Triton for float32, because its products would be TF32's there.
     """
     if backend in ("triton", "reference"):
         return backend
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return "reference"
+    b, n, h, _ = q.shape
+    if b * h * n * k.shape[1] < switches.current.materialise_below:
+        return "materialised"
     fast = (
         HAS_TRITON
-        and q.is_cuda
         and torch.version.hip is None
-        and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in TRITON_HEAD_DIMS
-        and devices.failure(q.device) is None  # late: it may launch a kernel
+        and devices.failure(q.device) is None  # after the cheap questions: it may launch a kernel
         and devices.short_of_memory(q.device, q.shape[-1], q.dtype) is None
     )
     return "triton" if fast else "reference"
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu: bool = False) -> Tensor:
-    """norm(x + add), followed by SiLU if `silu`: x (B,C,h,w) -> (B,C,h,w).
+    """Computes norm(x + add), followed by SiLU if `silu`: x (B,C,h,w) -> (B,C,h,w).
 
-    `add` (B,C), if given, is one number per image and channel. Differentiable: by the kernels once,
-    and by x alone; where another gradient is needed PyTorch computes it (`norm_is_fused`).
+    `add` (B,C), if given, is one number per image and channel. The kernels can be differentiated
+    once, and in x alone. Where any other gradient is needed, PyTorch computes the norm instead
+    (`norm_is_fused`).
     """
     if norm_is_fused(x, norm, add):
         from . import groupnorm  # imports Triton
@@ -149,11 +175,11 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu
 
 
 def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
-    """Whether `group_norm` takes its kernels: on CUDA, unless any but x needs a gradient.
+    """Returns whether `group_norm` uses its kernels: on CUDA, if no tensor but x needs a gradient.
 
-    Not under torch.compile, which fuses the three operations itself, nor if `norm` has hooks or a
-    replaced forward, nor for an image of 2**31 numbers or more. That the kernels are faster is
-    expected, not measured on a GPU.
+    They are not used under torch.compile, which fuses the three operations itself, nor if `norm`
+    has hooks or a replaced forward, nor for an image of 2**31 numbers or more, nor for the gradient
+    of a small x (switches.py). That the kernels are faster is expected, not measured on a GPU.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -168,13 +194,13 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
         and _gradient_is_ours(x, tensors)
         and x.shape[1:].numel() < 2**31  # the kernels count within an image in 32 bits
         and not _is_watched(norm)
-        and devices.failure(x.device) is None  # last: it may launch a kernel
+        and devices.failure(x.device) is None  # after the cheap questions: it may launch a kernel
     )
 
 
 def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
-    """Whether the kernels can give every gradient that is needed, and no other transform is
-    active.
+    """Returns whether the kernels can compute every gradient that is needed. They cannot under
+    forward-mode differentiation or torch.func.
     """
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
@@ -182,10 +208,11 @@ def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
         return True
     if any(y.requires_grad for y in tensors if y is not x):
         return False
-    return switches.current.norm_gradient or not x.requires_grad
+    least = switches.current.norm_gradient_from
+    return not x.requires_grad or (least is not None and x.numel() >= least)
 
 
 def _is_watched(norm: nn.GroupNorm) -> bool:
-    """Whether calling `norm` would run someone's hook or replacement, which the kernels would not."""
+    """Returns whether `norm` has a hook or a replaced forward, which the kernels would skip."""
     hooks = norm._forward_pre_hooks, norm._forward_hooks, norm._backward_pre_hooks, norm._backward_hooks
     return any(hooks) or "forward" in norm.__dict__ or bool(nn.modules.module._has_any_global_hook())

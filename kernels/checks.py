@@ -1,4 +1,5 @@
-"""The checks of `attention`'s inputs: each raises ValueError in one line for a caller's mistake."""
+"""Checks the inputs of `attention`. Each function raises ValueError, in one line, for what a caller
+got wrong."""
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, region: Tensor | None) -> tuple[int, int]:
-    """Check shapes, dtypes and devices of `attention`'s inputs; return (texts, keys per text)."""
+    """Checks shapes, dtypes and devices of `attention`'s inputs, and returns (the number of texts,
+    keys per text)."""
     form = "(B,M,H,d)" if region is None else "(B,R,M,H,d)"
     if q.ndim != 4 or k.ndim != form.count(",") + 1 or k.shape != v.shape:
         shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -50,7 +52,7 @@ def _check_bias(bias: Tensor, shape: tuple[int, int, int, int]) -> None:
 
 
 def check_triton(q: Tensor, installed: bool, head_dims: tuple[int, ...]) -> None:
-    """Raise ValueError if the triton backend cannot take q (B,N,H,d)."""
+    """Raises ValueError if the triton backend cannot take q (B,N,H,d)."""
     if not installed:
         remedy = "pip install triton, or use backend='sdpa'"
         raise ValueError(f"the triton backend needs the triton package (Linux): {remedy}")

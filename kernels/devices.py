@@ -1,7 +1,8 @@
-"""Whether the Triton kernels can run on a CUDA device: asked once per process and device.
+"""Finds out whether the Triton kernels can run on a CUDA device, once per process and device.
 
-PyTorch computes the same where they cannot, so a machine on which Triton fails makes its pictures
-after one warning. Nothing here reads a device's name: only what the device says it has.
+Where they cannot, PyTorch computes the same, so a machine on which Triton fails still makes images,
+after one warning. The decision depends on the device's reported capability and shared memory, never
+on its name.
 """
 
 import importlib.util
@@ -21,10 +22,10 @@ _failures: dict[int, str | None] = {}
 
 
 def failure(device: torch.device) -> str | None:
-    """Why no kernel runs on this CUDA device, in one line; None if they run.
+    """Returns why no kernel runs on this CUDA device, in one line, or None if they run.
 
-    The first question launches a tiny kernel, and warns if that fails. A device that is too old for
-    the kernels gives no warning: nothing is wrong with it.
+    The first call for a device launches a tiny kernel, and warns if the launch fails. For a device
+    that is too old there is no warning, because nothing is wrong with it.
     """
     index = device.index
     if index is None:
@@ -40,9 +41,10 @@ def failure(device: torch.device) -> str | None:
 
 
 def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the attention kernels do not fit into this device's shared memory; None if they do."""
+    """Returns why the attention kernels do not fit into this device's shared memory, or None if
+    they do."""
     limit, hopper = shared_memory(device)
-    if limit is None:  # ROCm, or a PyTorch that cannot tell: Triton will
+    if limit is None:  # ROCm, or an old PyTorch: Triton raises where it matters
         return None
     most, name = most_needed(head_dim, dtype, hopper)
     if most <= limit:
@@ -51,8 +53,8 @@ def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def shared_memory(device: torch.device) -> tuple[int | None, bool]:
-    """Bytes of shared memory a block of threads may ask for, and whether `most_needed` is
-    Hopper's.
+    """Returns the bytes of shared memory that a block of threads may use, or None if unknown, and
+    whether the device's needs are those that shared.py lists for Hopper.
     """
     if torch.version.hip is not None:
         return None, False
@@ -60,14 +62,16 @@ def shared_memory(device: torch.device) -> tuple[int | None, bool]:
     return getattr(have, "shared_memory_per_block_optin", None), have.major in HOPPER
 
 
-# torch.compile asks once and keeps the answer: neither a launch nor a warning can be traced. This
-# is all that torch.compiler.assume_constant_result does, which would import Triton here.
+# torch.compile calls these functions once and keeps the answer, because neither a launch nor a
+# warning can be traced. torch.compiler.assume_constant_result does only this, but imports Triton.
 failure.__dict__["_dynamo_marked_constant"] = True
 shared_memory.__dict__["_dynamo_marked_constant"] = True
 
 
 def _too_old(device: torch.device) -> str | None:
-    """On a T4 (7.5) half the variants pass its shared memory and the others spill kilobytes."""
+    """Returns why a device is too old for the kernels, or None. On a T4 (capability 7.5) half of
+    the variants need more shared memory than there is, and the others spill kilobytes of registers.
+    """
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     have = torch.cuda.get_device_capability(device)
@@ -79,7 +83,7 @@ def _too_old(device: torch.device) -> str | None:
 def _try(device: torch.device) -> str | None:
     try:
         _launch(device)
-    except Exception as error:  # whatever it is: PyTorch can do the work
+    except Exception as error:  # of any kind, because PyTorch can do the work
         first = (str(error).strip().splitlines() or [""])[0]
         if isinstance(error, subprocess.CalledProcessError):
             first = f"its command {error.cmd[0]} failed"  # the rest is a long list of arguments

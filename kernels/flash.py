@@ -1,23 +1,25 @@
 """FlashAttention that also returns its probabilities averaged over heads, with a gradient.
 
 FlashAttention (Dao et al. 2022; Dao 2023) keeps the softmax of one block of queries in registers
-while it walks over the keys: nothing of size heads x N x M is ever written. It therefore discards
-where each image cell attends. The four Triton kernels below also return that map, averaged over
-heads, and still write nothing of size heads x N x M.
+while it loops over the keys, and never writes anything of size heads x N x M. It therefore discards
+the probabilities, which say where each image cell attends. The four Triton kernels of this file
+also return these probabilities averaged over heads (the map), and still write nothing of size
+heads x N x M.
 
 With S = scale Q K^T + bias (per head) and P = softmax(S) by rows,
 
-    out = P V            FlashAttention's output
-    map = 1/H sum_h P    added here: (B, N, M), one H-th of all heads' probabilities
+    out = P V            FlashAttention's output, (B, N, H, d)
+    map = 1/H sum_h P    the addition, (B, N, M): one H-th of the size of all heads' probabilities
 
-The forward walk cannot produce the map: no row knows its normaliser before the walk ends, and a
-sum over heads would need the registers of other blocks. But the forward kernel stores one number
-per row and head, the log-sum-exp lse = log sum_m exp(S_m), and with it any block of P can be
-recomputed, normalised, in any order: P = exp(S - lse). So a second kernel takes one (queries x
-keys) block of the map, recomputes S head by head, sums the P in registers and writes the mean
-once. There are no atomics and the order of summation is fixed: repeated runs are bit-identical.
+The loop that computes `out` cannot also compute the map, because a row's normaliser is known only
+after the loop, and because the sum over heads would need the registers of other blocks. But the
+forward kernel stores one number per row and head, the log-sum-exp lse = log sum_m exp(S_m), and
+with it any block of P can be recomputed, normalised, in any order: P = exp(S - lse). So a second
+kernel takes one (queries x keys) block of the map, recomputes S head by head, sums the P in
+registers and writes the mean once. Repeated runs are bit-identical, because there are no atomics
+and the order of summation is fixed.
 
-The gradient. Let dO be the gradient of out and G that of the map. P feeds both, so
+The gradient. Let dO be the gradient of out and G that of the map. Both depend on P, so
 
     dP = dO V^T + G / H
 
@@ -26,29 +28,29 @@ with D = sum_m P dP, that is
 
     D = sum_m P (dO V^T)  +  1/H sum_m P G  =  sum_d dO out  +  1/H sum_m P G
 
-The first sum is FlashAttention's shortcut: P V is the stored `out`, so it is a dot product of two
-rows of d numbers. The second has no shortcut: it takes a walk over the keys before dS can be
-formed. (Folding both into one walk, subtracting sum(P dP) K at the end, would take the difference
-of two large, nearly equal sums and lose most digits in 16 bits. Hence two walks.) As in any
-attention,
+The first sum is FlashAttention's shortcut. Since P V is the stored `out`, the sum is a dot product
+of two rows of d numbers. The second sum has no shortcut. It takes a loop over the keys, before a
+second loop can form dS. (One loop for both, which subtracted sum(P dP) K at the end, would take the
+difference of two large, nearly equal sums and lose most digits in 16 bits.) As in any attention,
 
     dQ = scale dS K      dK = scale dS^T Q      dV = P^T dO
 
-    1 _forward   a block of queries walks over the keys:         out, lse
-    2 _mean_map  a block of the map walks over the heads:        map
-    3 _grad_q    a block of queries walks over the keys, twice:  D, then dQ
-    4 _grad_kv   a block of keys walks over the queries:         dK, dV (skipped if not needed)
+    kernel       a program takes      loops over    and computes
+    1 _forward   a block of queries   keys          out, lse
+    2 _mean_map  a block of the map   heads         map
+    3 _grad_q    a block of queries   keys, twice   D, then dQ
+    4 _grad_kv   a block of keys      queries       dK, dV (skipped if not needed)
 
-Details that matter. Exponentials are base 2 (one instruction): S is scaled by log2(e) and lse is
-a base-2 logarithm. A row whose keys are all hidden has S = -inf everywhere; its lse is set to
-+inf, so that every later P is 2^(-inf) = 0. Triton's blocks are powers of two, so a head dim that
-is not one is split into two pieces (40 = 32 + 16 with 8 columns of zeros, 80 = 64 + 16, 160 = 128
-+ 32): padding 80 to 128 would waste 37 % of every product. With `region`, row n attends to key m
-only if m // length == region[n] (several texts concatenated).
+Details that matter. Exponentials are base 2, which is one instruction, so S is scaled by log2(e)
+and lse is a base-2 logarithm. A row whose keys are all hidden has S = -inf everywhere; its lse is
+set to +inf, so that every later P is 2^(-inf) = 0. Triton's blocks are powers of two, so a head dim
+that is not one is split into two pieces (40 = 32 + 16 with 8 columns of zeros, 80 = 64 + 16,
+160 = 128 + 32), because padding 80 to 128 would waste 37 % of every product. With `region`, row n
+attends to key m only if m // length == region[n] (several texts concatenated).
 
-Evidence. Outputs and gradients agree with float64 in Triton's interpreter, and the 16-bit variants
-that the tests compile for several architectures keep their work in registers, but for 64 bytes a
-thread. The speed on a GPU is expected, not measured.
+Evidence. Outputs and gradients agree with float64 in Triton's interpreter. The 16-bit variants that
+the tests compile for several architectures spill at most 64 bytes of a thread's registers. The
+speed on a GPU is expected, not measured.
 """
 
 # Triton's compiler gives kernels their types. Pyright takes a call from one kernel to another for a
@@ -70,10 +72,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # least tl.dot takes.
 PIECES = {8: (16, 0), 16: (16, 0), 32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (64, 16), 160: (128, 32)}
 
-# (queries per block, keys per block, warps, stages). A fixed table: the interpreter has no
-# autotuning. Every entry is expected to be good, not measured on a GPU; what is shown, by
-# compiling for sm_80, 86, 90 and 120, is that no 16-bit kernel spills more than 64 bytes of a
-# thread's registers.
+# (queries per block, keys per block, warps, stages). The table is fixed, because the interpreter has
+# no autotuning. Every entry is expected to be good, not measured on a GPU. Compiling for sm_80, 86,
+# 90 and 120 showed that no 16-bit kernel spills more than 64 bytes of a thread's registers.
 Blocks = tuple[int, int, int, int]
 BLOCKS: dict[str, Blocks] = {
     "forward": (64, 64, 4, 2),
@@ -81,7 +82,7 @@ BLOCKS: dict[str, Blocks] = {
     "grad_q": (64, 32, 4, 2),
     "grad_kv": (32, 64, 8, 2),
 }
-# Where those spill: a thread holds more of a wide head.
+# Entries for head dims at which those of BLOCKS spill, because a thread holds more of a wide head.
 BLOCKS_OF: dict[tuple[str, int], Blocks] = {
     ("forward", 160): (64, 32, 8, 2),
     ("grad_q", 80): (64, 32, 8, 2),
@@ -90,17 +91,17 @@ BLOCKS_OF: dict[tuple[str, int], Blocks] = {
     ("grad_kv", 80): (32, 32, 4, 2),
     ("grad_kv", 160): (64, 16, 4, 1),
 }
-MASKED_FORWARD: Blocks = (64, 32, 4, 2)  # with a bias or a region 64 x 64 spills
-WIDE_160: Blocks = (16, 32, 4, 1)  # float32: larger ones pass the shared memory of most cards
+MASKED_FORWARD: Blocks = (64, 32, 4, 2)  # because with a bias or a region 64 x 64 spills
+WIDE_160: Blocks = (16, 32, 4, 1)  # float32, where larger blocks exceed most cards' shared memory
 MAP_64: Blocks = (64, 64, 4, 2)
 MAP_128: Blocks = (128, 64, 8, 2)
 
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
-    """a @ b summed in float32.
+    """Returns a @ b, summed in float32.
 
-    "upcast" is for the interpreter, which multiplies bfloat16 wrongly (triton #11584).
+    PRECISION "upcast" is for the interpreter, which multiplies bfloat16 wrongly (triton #11584).
     """
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -110,9 +111,10 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Load rows of a (count, D) matrix as two pieces, (rows, D0) and (rows, D1); zeros outside it.
+    """Loads rows of a (count, D) matrix as two pieces, (rows, D0) and (rows, D1), with zeros
+    outside the matrix.
 
-    If D1 is 0 there is no second piece: the first is returned again in its place.
+    If D1 is 0 there is no second piece, and the first is returned twice.
     """
     inside = rows[:, None] < count
     c0 = tl.arange(0, D0)[None, :]
@@ -126,7 +128,7 @@ def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.co
 
 @triton.jit
 def _store(ptr, rows, count, stride, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Store two pieces (rows, D0) and (rows, D1) as rows of a (count, D) matrix: the inverse of
+    """Stores two pieces (rows, D0) and (rows, D1) as rows of a (count, D) matrix: the inverse of
     `_rows`."""
     inside = rows[:, None] < count
     c0 = tl.arange(0, D0)[None, :]
@@ -138,7 +140,7 @@ def _store(ptr, rows, count, stride, x0, x1, D: tl.constexpr, D0: tl.constexpr, 
 
 @triton.jit
 def _product(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T over both pieces: (rows of a, rows of b)."""
+    """Returns a b^T (rows of a, rows of b), where a and b come in two pieces each."""
     s = _dot(a0, tl.trans(b0), PRECISION)
     if D1 > 0:
         s += _dot(a1, tl.trans(b1), PRECISION)
@@ -155,7 +157,8 @@ def _scores(
     region, length,  # at this image: pointer to N text numbers; keys per text
     D1: tl.constexpr, BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores log2(e) (scale q k^T + bias) of a block (rows, cols), -inf at hidden keys."""
+    """Returns the base-2 scores log2(e) (scale q k^T + bias) of a block (rows, cols), -inf at
+    hidden keys."""
     s = _product(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)  # (rows, cols)
     visible = cols[None, :] < M
     if BIAS:
@@ -184,7 +187,7 @@ def _forward(
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: out and lse; without OUT only lse."""
+    """Computes out and lse of one block of queries of one head; without OUT only lse."""
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
     V += b * sv_b + h * sv_h
@@ -239,7 +242,7 @@ def _mean_map(
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
     BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of the map: heads are added in order, in registers."""
+    """Computes one block of the map. Heads are added in order, in registers."""
     cols, rows = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     b = tl.program_id(2).to(tl.int64)
     Q += b * sq_b
@@ -260,14 +263,14 @@ def _mean_map(
 
 @triton.jit
 def _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H):
-    """G / H of a block (rows, cols): the part of dP that every head shares."""
+    """Returns G / H of a block (rows, cols), the part of dP that is the same for every head."""
     inside = (rows[:, None] < N) & (cols[None, :] < M)
     return tl.load(G + rows[:, None] * sg_n + cols[None, :] * sg_m, mask=inside, other=0.0) / H
 
 
 @triton.jit
 def _place(HEADS_FASTEST: tl.constexpr):
-    """(block, head, image) of this program."""
+    """Returns (block, head, image) of this program of a gradient kernel."""
     if HEADS_FASTEST:
         return tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     else:
@@ -297,8 +300,8 @@ def _grad_q(
     HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: D, then dQ. OUT: out has a gradient; MAP: the map has
-    one."""
+    """Computes D, then dQ, of one block of queries of one head. OUT: out has a gradient. MAP: the
+    map has one."""
     block, h, b = _place(HEADS_FASTEST)
     rows = block * BN + tl.arange(0, BN)
     K += b * sk_b + h * sk_h
@@ -369,7 +372,7 @@ def _grad_kv(
     HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one head: dK, and with OUT dV."""
+    """Computes dK, and with OUT dV, of one block of keys of one head."""
     block, h, b = _place(HEADS_FASTEST)
     cols = block * BM + tl.arange(0, BM)
     Q += b * sq_b + h * sq_h
@@ -389,7 +392,7 @@ def _grad_kv(
     for start in range(0, N, BN):
         rows = start + tl.arange(0, BN)
         q0, q1 = _rows(Q, rows, N, sq_n, D, D0, D1)
-        # +inf for rows past the end, so that their P is 0
+        # Rows past the end get lse = +inf, so that their P is 0.
         lse = tl.load(Lse + rows, mask=rows < N, other=float("inf"))[:, None]
         dsum = tl.load(Dsum + rows, mask=rows < N, other=0.0)[:, None]
         s = _scores(q0, q1, k0, k1, rows, cols, N, M, scale, bias, sb_n, sb_m, region, length,
@@ -427,9 +430,8 @@ Strides = tuple[int, ...]
 
 
 def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Blocks:
-    """A kernel's entry in the tables: `wide` is float32, `masked` with a bias or region.
-
-    `pairs` is queries x keys.
+    """Returns a kernel's entry in the tables. `wide`: its inputs are float32. `masked`: it has a
+    bias or a region. `pairs`: queries x keys.
     """
     if wide and head_dim == 160 and name != "mean_map":
         return WIDE_160
@@ -446,9 +448,9 @@ def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Bl
 def configuration(
     name: str, head_dim: int, *, wide: bool = False, masked: bool = False, pairs: int = 0
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """A kernel's constants (block sizes, pieces of the head dim) and its compiler options.
+    """Returns a kernel's constants (block sizes, pieces of the head dim) and its compiler options.
 
-    The other arguments are those of `blocks`.
+    Arguments are those of `blocks`.
     """
     d0, d1 = PIECES[head_dim]
     bn, bm, warps, stages = blocks(name, head_dim, wide, masked, pairs)
@@ -459,7 +461,7 @@ def configuration(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """The PRECISION of `_dot`. Float32 uses TF32 where PyTorch's own matrix products may."""
+    """Returns the PRECISION of `_dot`. Float32 uses TF32 if PyTorch's own matrix products may."""
     if INTERPRETED:
         return "upcast" if dtype == torch.bfloat16 else "ieee"
     return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
@@ -467,13 +469,14 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _tf32_is_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
-    # The name since PyTorch 2.9. Once it is set, reading the old one raises RuntimeError.
+    # PyTorch 2.9 renamed the setting. Once the new name is set, reading the old raises RuntimeError.
     chosen = getattr(matmul, "fp32_precision", "none")
     return bool(chosen == "tf32" if chosen in ("tf32", "ieee") else matmul.allow_tf32)
 
 
 def _launch(name: str, grid: Grid, q: Tensor, m: int, *args: Tensor | int | float, **flags: bool) -> None:
-    """Run a kernel on `grid` programs, compiled for the device, dtype and head dim of `q`; m keys."""
+    """Runs a kernel on `grid` programs, compiled for the device, dtype and head dim of `q`, with m
+    keys."""
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the triton backend needs CUDA tensors, not {q.device.type}; use backend='auto'")
     masked = flags["BIAS"] or flags["REGION"]
@@ -486,32 +489,35 @@ def _launch(name: str, grid: Grid, q: Tensor, m: int, *args: Tensor | int | floa
 
 
 def _blocks(count: int, size: int) -> int:
-    """Blocks of `size` that cover `count`."""
+    """Returns how many blocks of `size` cover `count`."""
     return -(-count // size)
 
 
 def _grid(blocks: int, heads: int, images: int) -> tuple[int, int, int]:
-    """Programs along each axis of a gradient kernel, as `_place` reads them."""
+    """Returns the number of programs along each axis of a gradient kernel, in the order that
+    `_place` assumes."""
     return (heads, blocks, images) if switches.current.heads_fastest else (blocks, heads, images)
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
-    """`x` with a last stride of 1; the kernels take any other strides as they are."""
+    """Returns `x`, copied if its last stride is not 1. The kernels accept any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _pointer(x: Tensor | None, otherwise: Tensor) -> Tensor:
-    """`x`, or `otherwise`: a kernel needs a pointer for every argument, even one it will not read."""
+    """Returns `x`, or `otherwise` in place of None, because a kernel needs a pointer for every
+    argument, even for one that it will not read."""
     return otherwise if x is None else x
 
 
 def _region_pointer(region: Tensor | None, otherwise: Tensor) -> Tensor:
-    """`_pointer` to region (B,N) in the form the kernels read."""
+    """Returns region (B,N) as the contiguous int32 that the kernels read, or `otherwise` in place
+    of None."""
     return otherwise if region is None else region.to(torch.int32).contiguous()
 
 
 def _bias_strides(bias: Tensor | None, q: Tensor, k: Tensor) -> Strides:
-    """Four strides, 0 along broadcast dimensions."""
+    """Returns the four strides of the bias, 0 along dimensions that are broadcast."""
     if bias is None:
         return (0, 0, 0, 0)
     return bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
@@ -526,12 +532,16 @@ def forward(
     region: Tensor | None,
     length: int,
     probs: bool,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention on inputs already checked: shapes as in `minsd.kernels.attention`.
+    """Computes attention on inputs already checked.
 
-    The keys of several texts are concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M)
-    float32 and lse (B,H,N) float32, which `backward` needs. `out` is empty if `v` is None, the map
-    is empty without `probs`. Raises ValueError for tensors that are not on a CUDA device.
+    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
+    concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M) float32 and lse (B,H,N)
+    float32, which `backward` needs. `out` is empty if `v` is None; the map is empty without
+    `probs`. An `lse` that another kernel has computed, contiguous, saves that pass if `v` is None,
+    and an empty tensor is returned in its place. Raises ValueError for tensors that are not on a
+    CUDA device.
     """
     q = _contiguous_rows(q)
     k = _contiguous_rows(k)
@@ -539,7 +549,7 @@ def forward(
     (b, n, h, d), m = q.shape, k.shape[1]
     out = torch.empty((b, n, h, d) if v is not None else 0, device=q.device, dtype=q.dtype)
     maps = torch.empty((b, n, m) if probs else 0, device=q.device, dtype=torch.float32)
-    lse = torch.empty(b, h, n, device=q.device, dtype=torch.float32)
+    found = torch.empty((b, h, n) if lse is None else 0, device=q.device, dtype=torch.float32)
 
     flags = {"BIAS": bias is not None, "REGION": region is not None}
     hidden = _pointer(bias, q), _region_pointer(region, q)
@@ -554,11 +564,13 @@ def forward(
     def map_blocks(bn: int, bm: int) -> tuple[int, int, int]:
         return _blocks(m, bm), _blocks(n, bn), b
 
-    pointers = q, k, values, out, lse, *hidden
-    _launch("forward", query_blocks, q, m, *pointers, *sq, *sk, *sv, *sb, *sizes, **flags, OUT=v is not None)
+    if lse is None:
+        arguments = q, k, values, out, found, *hidden, *sq, *sk, *sv, *sb, *sizes
+        _launch("forward", query_blocks, q, m, *arguments, **flags, OUT=v is not None)
     if probs:
-        _launch("mean_map", map_blocks, q, m, q, k, maps, lse, *hidden, *sq, *sk, *sb, *sizes, **flags)
-    return out, maps, lse
+        arguments = q, k, maps, _pointer(lse, found), *hidden, *sq, *sk, *sb, *sizes
+        _launch("mean_map", map_blocks, q, m, *arguments, **flags)
+    return out, maps, found
 
 
 def backward(
@@ -575,7 +587,7 @@ def backward(
     length: int,
     need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each in the shape of its input.
+    """Computes the gradients of q, k and v, each in the shape of its input.
 
     `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of out and map; None means zero.
     `out` and `lse` are what `forward` returned. The gradients of k and v are empty without

@@ -1,11 +1,11 @@
-"""Linear layers and attention on a CPU by oneDNN, where PyTorch would use a slower library.
+"""Computes linear layers and attention on a CPU by oneDNN, where PyTorch would use a slower library.
 
-PyTorch brings two libraries: oneDNN for convolutions, and on x86 MKL for float32 matrix products.
-MKL uses AVX-512 only on Intel's own processors. Measured on one core of an AMD EPYC (Zen 5), a
-product of 8192 x 1280 and 1280 x 320: 105 GFLOP/s by MKL, 240 by oneDNN; on Intel no gain is
-claimed. The operator called here is the one that torch.compile substitutes for a linear layer.
-PyTorch's own product is used where the operator is missing or not supported: on other devices,
-under torch.compile, in forward-mode differentiation and in torch.func's transforms.
+PyTorch contains two libraries: oneDNN for convolutions and, on x86, MKL for float32 matrix
+products. MKL uses AVX-512 only on Intel's own processors. On one core of an AMD EPYC (Zen 5) the
+product of 8192 x 1280 and 1280 x 320 ran at 105 GFLOP/s by MKL and at 240 by oneDNN (measured); on
+Intel no gain is claimed. This module calls the operator that torch.compile substitutes for a linear
+layer. It uses PyTorch's own product where the operator is missing or not supported: on other
+devices, under torch.compile, in forward-mode differentiation and in torch.func's transforms.
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-ROWS = 16  # with fewer rows oneDNN gains nothing
-# Scores held at once per thread: 2 MB, which caches hold. Twice as many took twice as long on four
-# threads.
+ROWS = 16  # the fewest rows for which oneDNN is faster
+# Scores held at once per thread: 2 MB of float32, which fits into the caches. Twice as many scores
+# took twice as long on four threads.
 BLOCK = 1 << 19
 LEAST = 1 << 22  # the smallest N*M*d at which the blocked loop is faster than PyTorch's attention
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Whether oneDNN's operator can take these tensors, whatever their dtype."""
+    """Returns whether oneDNN's operator can take these tensors, apart from their dtype."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -40,7 +40,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """oneDNN's x weight^T + bias, without a gradient.
+    """Computes x weight^T + bias by oneDNN, without a gradient.
 
     x (...,i), weight (o,i), bias (o,) -> (...,o), all of one dtype and on a CPU.
     """
@@ -61,10 +61,10 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear for frozen weights: x (...,i), weight (o,i), bias (o,) -> (...,o).
+    """Computes x weight^T + bias for frozen weights: x (...,i), weight (o,i), bias (o,) -> (...,o).
 
-    Only float32 goes to oneDNN from here: PyTorch sends 16 bits there itself. If a weight needs a
-    gradient, PyTorch's own product is used.
+    Only float32 is passed to oneDNN directly, because PyTorch itself uses oneDNN for 16 bits. If a
+    weight needs a gradient, PyTorch's own product is used.
     """
     if not (
         x.dtype == weight.dtype == torch.float32
@@ -79,23 +79,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear through `linear`: faster on some CPUs when its weights are frozen."""
+    """An nn.Linear that calls `linear`, which is faster on some CPUs if the weights are frozen."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend` accepts q (B,N,H,d), k and v (B,M,H,d), and is expected to be the faster."""
+    """Returns whether `attend` accepts q (B,N,H,d), k and v (B,M,H,d), and is expected to be faster
+    than PyTorch's attention."""
     size = q.shape[1] * k.shape[1] * q.shape[3]
     return size >= LEAST and q.dtype != torch.float64 and available(q) and not _needs_grad(q, k, v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale) v, without a gradient: q (B,N,H,d), k and v (B,M,H,d) -> (B,N,H,d).
+    """Computes softmax(q k^T scale) v without a gradient: q (B,N,H,d), k, v (B,M,H,d) -> (B,N,H,d).
 
-    Computed one block of one head's rows at a time, so that its scores stay in the caches, and in
-    float32 for 16-bit inputs too.
+    It takes one block of one head's rows at a time, so that the block's scores stay in the caches.
+    Products and sums are in float32 for 16-bit inputs too.
     """
     (b, n, h, d), m = q.shape, k.shape[1]
     out = q.new_empty(b, n, h, d)

@@ -1,7 +1,7 @@
-"""The smallest Triton kernel: launching it tells whether this machine can run any.
+"""Launches the smallest Triton kernel, to find out whether this machine can run any.
 
-Triton builds a helper with the machine's C compiler at its first launch, and needs Python's headers
-for it. PyTorch's wheels bring Triton but neither, so an installed Triton may still fail here.
+At its first launch Triton builds a helper, for which it needs a C compiler and Python's headers.
+PyTorch's wheels bring Triton without these, so an installed Triton may still fail.
 """
 
 # Triton's compiler gives kernels their types.
@@ -18,6 +18,7 @@ def _one(X):  # written: one float32
 
 
 def launch(device: torch.device) -> None:
-    """Compile and launch it on `device`; raises whatever Triton or the driver raise."""
+    """Compiles and launches the kernel on `device`. Errors of Triton and the driver pass
+    through."""
     with torch.cuda.device(device):
         _one[(1,)](torch.zeros(1, device=device))

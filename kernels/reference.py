@@ -1,11 +1,11 @@
-"""Attention in plain PyTorch: the definition, and a form of it in bounded memory.
+"""Attention in plain PyTorch: its definition, and a form in bounded memory.
 
 `whole` is the definition, differentiated by autograd; the other backends are tested against it.
-`forward` and `backward` compute the same a few rows at a time and hold at most `LIMIT`
-probabilities. Softmax rows are independent, so nothing is approximated. The formulas are derived in
-flash.py; they are written out here because checkpointing each chunk instead leaves the allocator
-holding gigabytes. If all probabilities fit the limit they are kept for the backward pass, otherwise
-it recomputes them chunk by chunk.
+`forward` and `backward` compute the same, a few rows at a time, and hold at most `LIMIT`
+probabilities. Rows of a softmax are independent, so nothing is approximated. flash.py derives the
+formulas of `backward`. It does not leave them to autograd with a checkpoint per chunk, because that
+made the allocator hold gigabytes. `forward` keeps the probabilities if all of them fit the limit;
+otherwise `backward` recomputes them chunk by chunk.
 """
 
 from collections.abc import Iterator
@@ -13,28 +13,36 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Probabilities held at once: 16 MB of float32. Those of the layers usually recorded all fit.
+# The most probabilities held at once. It is 16 MB of float32, which the self-attention of 8 images
+# with 8 heads at 16x16 cells fills.
 LIMIT = 1 << 22
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, probabilities and sums for inputs of `dtype`."""
+    """Returns the dtype of scores, probabilities and sums for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _softmax(
     q: Tensor, k: Tensor, scale: float, bias: Tensor | None, region: Tensor | None, length: int
 ) -> Tensor:
-    """q (B,H,n,d), k (B,H,M,d) -> probabilities (B,H,n,M); a row whose keys are all hidden is 0."""
-    s = (q * scale) @ k.transpose(-1, -2)  # (B, H, n, M)
+    """Returns the probabilities (B,H,n,M) for q (B,H,n,d) and k (B,H,M,d). A row whose keys are all
+    hidden is 0."""
+    return probabilities((q * scale) @ k.transpose(-1, -2), bias, region, length)
+
+
+def probabilities(s: Tensor, bias: Tensor | None, region: Tensor | None, length: int) -> Tensor:
+    """Returns the softmax of scores s (B,H,n,M) after adding the bias and hiding keys of other
+    texts. A row whose keys are all hidden is 0."""
     if bias is not None:
         s = s + bias.to(s.dtype)
     if region is not None:
-        text = torch.arange(k.shape[2], device=k.device) // length  # (M,): the text of each key
+        text = torch.arange(s.shape[3], device=s.device) // length  # (M,): the text of each key
         s = s.masked_fill((text != region[:, :, None])[:, None], -torch.inf)
     if bias is None and region is None:
         return s.softmax(dim=-1)
-    # Masked before the softmax too: a row of -inf would give NaN values and gradients.
+    # Such rows are filled before the softmax as well, since -inf throughout would give NaN values
+    # and gradients.
     dead = (s == -torch.inf).all(dim=-1, keepdim=True)
     return s.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
 
@@ -48,10 +56,11 @@ def whole(
     region: Tensor | None = None,
     length: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with every probability in memory, for any dtype and any order of derivative.
+    """Computes attention with every probability in memory, for any dtype and any order of
+    derivative.
 
-    Shapes and meaning as in `minsd.kernels.attention`, except that the texts of a region attention
-    are concatenated in k and v (B,R*length,H,d). Returns out (B,N,H,d) and map (B,N,M).
+    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
+    concatenated: M = R * length. Returns out (B,N,H,d) and map (B,N,M).
     """
     dtype = compute_dtype(q.dtype)
     p = _softmax(q.transpose(1, 2).to(dtype), k.transpose(1, 2).to(dtype), scale, bias, region, length)
@@ -59,7 +68,7 @@ def whole(
 
 
 def _heads_first(y: Tensor) -> Tensor:
-    """(B,N,H,d) -> (B,H,N,d) in the compute dtype."""
+    """Returns y (B,N,H,d) as (B,H,N,d) in the compute dtype."""
     return y.transpose(1, 2).to(compute_dtype(y.dtype)).contiguous()
 
 
@@ -78,7 +87,7 @@ def _chunks(
 
 
 def keeps(b: int, h: int, n: int, m: int) -> bool:
-    """Whether `forward` keeps its probabilities (b,h,n,m) for `backward`."""
+    """Returns whether `forward` keeps its probabilities (b,h,n,m) for `backward`."""
     return b * h * n * m <= LIMIT
 
 
@@ -92,11 +101,12 @@ def forward(
     length: int,
     probs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention on inputs already checked: shapes as in `minsd.kernels.attention`.
+    """Computes attention on inputs already checked.
 
-    The keys of several texts are concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M)
-    in the compute dtype and `kept`, which `backward` needs: the probabilities (B,H,N,M) if `keeps`
-    says so, else empty. `out` is empty if `v` is None, the map is empty without `probs`.
+    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
+    concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M) in the compute dtype, and
+    `kept` for `backward`: the probabilities (B,H,N,M) if `keeps` is true of their shape, otherwise
+    an empty tensor. `out` is empty if `v` is None; the map is empty without `probs`.
     """
     dtype = q.dtype
     (b, n, h, d), m = q.shape, k.shape[1]
@@ -129,11 +139,12 @@ def backward(
     length: int,
     need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each in the shape of its input.
+    """Computes the gradients of q, k and v, each in the shape of its input.
 
     `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of out and map; None means zero.
-    `kept` is what `forward` returned; `out`, which the kernels need, is not read. The gradients of
-    k and v are empty without `need_kv`, that of v also if `v` is None.
+    `kept` is what `forward` returned. `out` is not read; the argument exists because flash.py's
+    `backward` has it. The gradients of k and v are empty without `need_kv`, that of v also if `v`
+    is None.
     """
     dtype, heads = q.dtype, q.shape[2]
     q = _heads_first(q)

@@ -1,18 +1,37 @@
-"""Attention without probabilities: PyTorch's scaled_dot_product_attention, or oneDNN's blocks."""
+"""Computes attention without probabilities, by PyTorch's scaled_dot_product_attention or, on a CPU,
+by oneDNN (onednn.py)."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import onednn
+from . import onednn, switches
+
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def _order(q: Tensor) -> AbstractContextManager[object]:
+    """Within the block, PyTorch tries its kernels for q in the order that switches.py asks for."""
+    if q.is_cuda and switches.current.cudnn_first:
+        return sdpa_kernel(CUDNN_FIRST, set_priority=True)
+    return nullcontext()
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, region: Tensor | None, length: int
 ) -> Tensor:
-    """Attention on inputs already checked: shapes as in `minsd.kernels.attention` -> out (B,N,H,d).
+    """Computes attention on inputs already checked, and returns out (B,N,H,d), differentiable.
 
-    The keys of several texts are concatenated: M = R * length. Differentiable by autograd.
+    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
+    concatenated: M = R * length.
     """
     if bias is None and region is None and onednn.attends(q, k, v):
         return onednn.attend(q, k, v, scale)
@@ -25,11 +44,35 @@ def forward(
         bias = bias.to(q.dtype)
         # PyTorch gives NaN, and NaN gradients, for a row whose keys are all hidden.
         dead = (bias == -torch.inf).all(dim=-1, keepdim=True)
-        # Over rows and keys, as the mask must be read; not over heads and images, which PyTorch
-        # can do without memory, but not once a row was padded for its kernels (231 keys to 232).
+        # The mask is expanded over rows and keys only. PyTorch expands it over images and heads
+        # itself; if that were done here, padding its rows for PyTorch's kernels (231 keys to 232)
+        # would write a copy for every head.
         bias = bias.masked_fill(dead, 0.0).expand(-1, -1, q.shape[1], k.shape[1])
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    with _order(q):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     if dead is not None:
         out = out.masked_fill(dead, 0.0)
     return out.transpose(1, 2)
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Computes attention without bias or region, and the log-sum-exp of each row of scores.
+
+    Calls the operator that scaled_dot_product_attention would choose. Returns (out (B,N,H,d),
+    differentiable, log-sum-exp (B,H,N) float32, base e), or None if that operator returns none.
+    """
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    aten = torch.ops.aten
+    with _order(q):
+        choice = SDPBackend(aten._fused_sdp_choice(q, k, v, scale=scale))
+    if choice == SDPBackend.FLASH_ATTENTION and q.is_cuda:
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    elif choice == SDPBackend.FLASH_ATTENTION:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    elif choice == SDPBackend.CUDNN_ATTENTION:
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+    else:
+        return None
+    lse = lse.detach().float().reshape(q.shape[:3])  # cuDNN's is (B, H, N, 1)
+    return out.transpose(1, 2), lse.contiguous()

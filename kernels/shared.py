@@ -1,19 +1,19 @@
-"""How much of a GPU's shared memory each attention kernel needs, so that what cannot run is
-refused.
+"""States how much of a GPU's shared memory each attention kernel needs, so that kernels that cannot
+run are refused before they are launched.
 
-Measured by compiling ahead of time with Triton 3.7.1 for sm_80 and 90 (120 is as 80): the most
-that any of a kernel's flags, block sizes (flash.py) and, in float32, precisions need.
-tests/test_kernels_compile.py compiles some entries afresh. For comparison: 99 KB (101376 bytes) on
-compute capability 8.6, 8.9 and 12, 163 KB (166912) on 8.0 and 227 KB (232448) on 9.0 and 10; the
-device is asked, not this list.
+Each entry is the most that the kernel needs with any of its flags, block sizes (flash.py) and, in
+float32, precisions. It was found by compiling ahead of time with Triton 3.7.1 for sm_80 and sm_90
+(sm_120 needs what sm_80 needs); tests/test_kernels_compile.py compiles some entries again. Compute
+capabilities 8.6, 8.9 and 12.0 have 99 KB (101376 bytes), 8.0 has 163 KB (166912), and 9.0 and 10.0
+have 227 KB (232448). The program reads the limit from the device (devices.py).
 """
 
 import torch
 
-# Major compute capabilities whose tensor cores read shared memory themselves: more of it is needed.
+# Major compute capabilities whose tensor cores read operands from shared memory, which takes more.
 HOPPER = (9, 10, 11)
 
-# (kernel, head dim) -> bytes in 16 bits and in float32, then the same on HOPPER.
+# (kernel, head dim) -> bytes for 16-bit and for float32 inputs, then the same two on HOPPER.
 NEEDED: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("forward", 8): (12288, 28672, 14624, 28672),
     ("mean_map", 8): (32768, 8192, 32768, 8192),
@@ -47,7 +47,8 @@ NEEDED: dict[tuple[str, int], tuple[int, int, int, int]] = {
 
 
 def most_needed(head_dim: int, dtype: torch.dtype, hopper: bool) -> tuple[int, str]:
-    """Bytes of shared memory, and the name of the kernel that needs them: gradients count too."""
+    """Returns the most bytes of shared memory that a kernel needs, gradients included, and the
+    kernel's name."""
     column = 2 * hopper + (dtype == torch.float32)
     most, kernel = 0, ""
     for (name, d), row in NEEDED.items():  # a loop that torch.compile can trace

@@ -1,7 +1,7 @@
-"""What a bench may turn: choices on a GPU that are reasoned, not measured.
+"""Switches for choices on a GPU that are reasoned but not measured, for benches to compare.
 
-Each default says what is expected. None of them touches a result on a CPU, and none changes what is
-computed, only how fast and with which rounding. A bench tries another with
+The comment on each default says what is expected of it. No switch affects results on a CPU. On a
+GPU they change the speed and the rounding, never the formula. A bench tries another value with
 
     with minsd.kernels.switches.use(heads_fastest=False): ...
 """
@@ -13,24 +13,44 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Switches:
-    # Grid of the gradient kernels: all heads of a block of rows run side by side, and share its
-    # rows of the map's gradient in the L2 cache. False: one head after another. Expected to save
-    # most of the reads at 64x64 cells, and to make no difference at 16x16.
+    # Order of the gradient kernels' programs. True: the heads of one block of rows follow one
+    # another, and find that block of the map's gradient in the L2 cache. False: the blocks of one
+    # head follow one another. True is expected to save most of the reads of the map's gradient at
+    # 64x64 cells, and to make no difference at 16x16.
     heads_fastest: bool = True
-    # Queries x keys from which the map is made in larger blocks, which read q and k less often, and
-    # from which in the largest. Expected; below the first, small blocks fill more processors.
+    # Queries x keys from which the map is computed in blocks of 64 x 64, and from which in blocks
+    # of 128 x 64. Larger blocks read q and k less often, but a small map has too few of them to
+    # occupy every multiprocessor. Expected to be good.
     map_blocks_64: int = 1 << 18
     map_blocks_128: int = 1 << 22
-    # GroupNorm's gradient by kernels. Expected to save two transposes of x and an elementwise pass.
-    norm_gradient: bool = True
+    # The fewest elements of x for which Triton kernels compute a GroupNorm whose gradient is needed.
+    # They are expected to save two transposes of x and an elementwise pass, but Python launches them
+    # more slowly than PyTorch's (by an estimated 50 us per norm), so small norms are left to
+    # PyTorch unless a CUDA graph replays them. None: PyTorch computes all of them.
+    norm_gradient_from: int | None = 1 << 21
+    # In channels_last a program of GroupNorm's kernels takes several groups at once, so that it reads
+    # rows in pieces of 16 bytes. Expected to halve the time of norms with 10 channels per group.
+    wide_norm: bool = True
+    # Maps of fewer probabilities than this (images x heads x queries x keys) are computed with all
+    # of them in memory (materialised.py). 1 << 21 covers 16x16 cells of 8 heads for 3 images. 0 means
+    # never, because equal speed is expected in eager mode and a loss in a CUDA graph, which launches
+    # the Triton kernels at no cost.
+    materialise_below: int = 0
+    # Backend "sdpa" with maps takes the log-sum-exp of each row from PyTorch's attention instead of
+    # computing the scores once more. Expected to save one of three products of q and k. Off until a
+    # GPU has shown that the results agree, because PyTorch's operators for it are private.
+    shared_lse: bool = False
+    # PyTorch's attention tries cuDNN before its other kernels. Expected to be faster on capability
+    # 9.0. Off until measured: some versions of PyTorch prefer cuDNN there by themselves.
+    cudnn_first: bool = False
 
 
 current = Switches()
 
 
 @contextmanager
-def use(**changes: bool | int) -> Iterator[Switches]:
-    """Within the block, some switches differ; not for several threads at once."""
+def use(**changes: bool | int | None) -> Iterator[Switches]:
+    """Changes some switches within the block. Threads share them, so only one may use this."""
     global current
     before = current
     current = replace(before, **changes)
@@ -38,3 +58,11 @@ def use(**changes: bool | int) -> Iterator[Switches]:
         yield current
     finally:
         current = before
+
+
+@contextmanager
+def in_a_graph() -> Iterator[None]:
+    """Within the block, kernels are chosen for a CUDA graph, in which launching them costs nothing."""
+    least = None if current.norm_gradient_from is None else 0
+    with use(norm_gradient_from=least):
+        yield

@@ -1,4 +1,4 @@
-"""minsd: Stable Diffusion 1.x/2.x in plain PyTorch, built around the initial noise.
+"""minsd: Stable Diffusion 1.x, 2.x and XL in plain PyTorch, built around the initial noise.
 
     import minsd
     sd = minsd.load("shapes")
@@ -18,10 +18,14 @@ if TYPE_CHECKING:  # what __getattr__ below imports on first use
     import minsd.attention as attention
     import minsd.config as config
     import minsd.controlnet as controlnet
+    import minsd.emphasis as emphasis
+    import minsd.files as files
     import minsd.generate as generate
     import minsd.graphs as graphs
     import minsd.guidance as guidance
     import minsd.image as image
+    import minsd.judge as judge
+    import minsd.judges as judges
     import minsd.kernels as kernels
     import minsd.noise as noise
     import minsd.pipeline as pipeline
@@ -49,10 +53,14 @@ _SUBMODULES = (
     "attention",
     "config",
     "controlnet",
+    "emphasis",
+    "files",
     "generate",
     "graphs",
     "guidance",
     "image",
+    "judge",
+    "judges",
     "kernels",
     "noise",
     "pipeline",

@@ -17,6 +17,7 @@ A LoRA with its scale is written FILE:SCALE on the command line, in layouts and 
 Everywhere else it is a (Path, scale) pair; `split_scale` and `join_scale` convert between the two.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,9 +82,10 @@ def split_scale(text: str) -> LoRAReference:
         raise ValueError(f"the scale of {text} has a decimal comma: write {comma[1]}.{comma[2]}")
     m = re.fullmatch(r"(.+?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?", text)
     try:
-        if m is None:
+        scale = 1.0 if m is None or m[2] is None else float(m[2])
+        if m is None or not math.isfinite(scale):
             raise ValueError
-        return Path(m[1]), 1.0 if m[2] is None else float(m[2])
+        return Path(m[1]), scale
     except ValueError:
         raise ValueError(
             f"a LoRA is given as FILE or FILE:SCALE, such as style.safetensors:0.8, not {text!r}"
@@ -93,3 +95,10 @@ def split_scale(text: str) -> LoRAReference:
 def join_scale(path: Path, scale: float) -> str:
     """Returns FILE:SCALE for a file and a scale, the inverse of `split_scale`."""
     return f"{path}:{scale}"
+
+
+def split_name(text: str) -> tuple[Path, str | None]:
+    """Parses "style.pt:my-style" into the file of an embedding and the word that stands for it in
+    prompts. The word is None if there is none."""
+    m = re.fullmatch(r"(.+\.(?:safetensors|pt|pth|bin|ckpt)):([^:]+)", text)
+    return (Path(text), None) if m is None else (Path(m[1]), m[2])

@@ -6,8 +6,6 @@ an exit code. Heavy imports wait until the options are known to be good, so that
 errors answer at once.
 """
 
-import errno
-import json
 import os
 import signal
 import sys
@@ -16,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minsd.app import Tally, options, requests
+from minsd.app import Tally, mistake, options, ranks, reason, requests
+from minsd.app.hold import Hold
 from minsd.app.prompts import located
 from minsd.app.requests import Command, Request
+from minsd.files import printable, read_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,9 +35,10 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = _warn
             command, lines = requests.read(options.parse(argv))
             go(command, lines, tally)
-        return 0
+        return _end(tally)
     except KeyboardInterrupt:
-        print(f"minsd: stopped: {tally.made} of {tally.wanted} images are done", file=sys.stderr)
+        done = f"{tally.made} of {tally.wanted} images are done"
+        print(f"minsd: {ranks.label()}stopped: {done}", file=sys.stderr)
         return 130
     except Exception as error:
         if "--debug" in argv:
@@ -46,16 +47,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
-    """Loads the model, plans the jobs, and draws them."""
-    quiet = command.quiet or bool(int(os.environ.get("RANK", 0)))
+    """Draws the images, or previews of layouts."""
+    quiet = command.quiet or ranks.Share.from_environment().rank > 0
 
     def say(*words: object) -> None:
         if not quiet:
-            print("minsd:", *words, file=sys.stderr)
+            print("minsd:", *map(printable, words), file=sys.stderr)
 
+    for note in command.notes:
+        say(note)
     if command.layout_preview:
         preview_layouts(command, lines, say)
         return
+    hold = Hold(command.out, command.resume, command.wait, say)
+    try:
+        draw(command, lines, tally, hold, quiet, say)
+    finally:
+        hold.release()
+
+
+def draw(
+    command: Command,
+    lines: Sequence[Request],
+    tally: Tally,
+    hold: Hold,
+    quiet: bool,
+    say: Callable[..., None],
+) -> None:
+    """Loads the model, plans the jobs, and runs them; or lists a prompt's tokens."""
+    if command.out.is_dir() and not command.list_tokens:
+        hold.take()  # before the minutes of loading; `run` locks a folder that does not exist yet
     from minsd.app.jobs import plan
     from minsd.app.run import run
     from minsd.app.session import open_session
@@ -68,14 +89,14 @@ def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
             list_tokens(session.sd.text, line.prompt)
         return
     jobs, notes = plan(session.sd, command, lines)
-    for note in notes:  # only now: an error stands alone
+    for note in notes:  # after `plan`, so that an error is the only line
         say(note)
     if len(jobs) == 1:
         say(f"seed {jobs[0].seed}")
     else:
         of_prompts = f" of {len(lines)} prompts" if len(lines) > 1 else ""
         say(f"seeds {jobs[0].seed} to {jobs[-1].seed}, {len(jobs)} images{of_prompts}")
-    run(session, jobs, tally)
+    run(session, jobs, tally, hold)
 
 
 def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..., None]) -> None:
@@ -101,52 +122,70 @@ def model_size(model: str) -> int:
     """Returns the default side of a model's images (pixels) without loading the model. For a
     single file 512 is assumed, because the size is known only once the file is read.
     """
-    from minsd.config import MODELS
+    from minsd.config import CELL, LARGEST, MODELS
 
     if model in MODELS:
         return MODELS[model].size
     try:
-        return 8 * int(
-            json.loads((Path(model) / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        side = 8 * int(read_json(Path(model) / "unet" / "config.json")["sample_size"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 512
+    return side if CELL <= side <= LARGEST else 512
 
 
 def list_tokens(text: Any, prompt: str) -> None:
     """Prints a prompt's tokens with their positions."""
-    tokens = text.tokens(prompt)
-    last = text.max_length - 1
-    for position, token in enumerate(tokens):
-        cut = "  (cut off)" if last <= position < len(tokens) - 1 else ""
-        print(f"{position:3d}  {token}{cut}")
+    for position, token in enumerate(text.tokens(prompt)):
+        line = f"{position:3d}  {printable(token)}"
+        encoding = sys.stdout.encoding or "utf-8"  # may lack characters of the prompt
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _end(tally: Tally) -> int:
+    """Returns the exit code of a run that came to its end, and prints how many images failed."""
+    if not tally.failed:
+        return 0
+    if tally.single:  # its error was printed, and needs no count
+        return 2 if tally.mistaken else 1
+    print(
+        f"minsd: error: {ranks.label()}{tally.failed} of {tally.wanted} images are not drawn, for the "
+        "reasons above; the same command with --resume tries them again",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _report(error: Exception, tally: Tally) -> int:
-    """Prints an error as one line and returns the exit code."""
-    code = 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
-    message = str(error) if code == 2 else f"{type(error).__name__}: {error} (--debug shows where)"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = "the disk is full: free some space, and give the same command with --resume"
+    """Prints an error as one line and returns the exit code. Every process reports its own errors."""
+    message = reason(error)
     if tally.wanted:
         message = f"{tally.made} of {tally.wanted} images are done; {message}"
-    elif code == 2 and int(os.environ.get("RANK", 0)):
-        return code  # every process finds the same mistake: rank 0 reports it
-    print("minsd: error: " + " ".join(message.split()), file=sys.stderr)
-    return code
+    print(f"minsd: error: {ranks.label()}{printable(message)}", file=sys.stderr)
+    return 2 if mistake(error) else 1
 
 
 def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"minsd: warning: {message}", file=sys.stderr)  # above a progress bar, not into it
+    tqdm.write(f"minsd: warning: {printable(message)}", file=sys.stderr)  # above a progress bar, not into it
 
 
 def script() -> int:
     """Runs `main` as a program of its own. torchrun, Slurm and timeout end a run by SIGTERM; here
     it stops the run as Ctrl-C does.
+
+    `judge` and `compare` with further arguments are programs of their own (minsd/judge.py,
+    minsd/app/study.py); alone, they are prompts.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if len(sys.argv) > 2 and sys.argv[1] == "judge":
+        from minsd import judge
+
+        return judge.main(sys.argv[2:])
+    if len(sys.argv) > 2 and sys.argv[1] == "compare":
+        from minsd.app import study
+
+        return study.main(sys.argv[1:], "minsd")
     return main()
 
 

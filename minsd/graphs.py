@@ -2,18 +2,18 @@
 
 At batch 1 a GPU finishes a kernel of the UNet before Python has launched the next (expected, not
 measured on a GPU). A CUDA graph records the launches of one evaluation and repeats them in a single
-call. It is bound to memory addresses: a replay reads its inputs where they were at the capture and
-writes its output where it was then. So each graph has inputs of its own. A call's tensors are
-copied into them, except those that are unchanged since the last call, such as a prompt's keys and
-values, and the output is copied out.
+call. A graph is bound to memory addresses, because a replay reads its inputs and writes its output
+where they were when it was captured. So each graph has input tensors of its own. A call's tensors
+are copied into these, except for tensors that are unchanged since the last call, such as a prompt's
+keys and values. The output is copied out.
 
-The caller notices nothing: evaluations that record attention, need gradients or run hooks bypass
-the graphs. One kind that does both has graphs of its own: within `differentiating`, an evaluation
-to its attention maps, and the maps' gradient in the latents (noise/losses.py).
+Results do not depend on the graphs. Evaluations that record attention, need gradients or run hooks
+run without them, with one exception. Within `differentiating`, an evaluation that ends after its
+attention maps, and the gradient of these maps in the latents, have graphs too (noise/losses.py).
 
-A capture that fails may leave PyTorch's allocator in the middle of it (to torch 2.11 at least): to
-capture again or to give memory back then ends in an internal error. So after one failure, and one
-warning, there are no graphs for the rest of the process.
+PyTorch's allocator may not recover from a capture that fails (up to torch 2.11 at least), so that
+the next capture or the next release of memory ends in an internal error. So after one failure, and
+one warning, there are no graphs for the rest of the process.
 """
 
 import contextlib
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
-LIMIT = 8  # most graphs of a network; capturing one more releases all of them
+from minsd.kernels import switches
+
+LIMIT = 8  # the most graphs of one network; capturing one more releases all of them
 
 broken = False  # whether a capture has failed in this process
 
@@ -37,7 +39,7 @@ Pool = Any  # the handle that torch.cuda.graph_pool_handle returns
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """The tensors in nested dicts, lists and tuples, in order."""
+    """Returns the tensors in nested dicts, lists and tuples, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -48,7 +50,8 @@ def tensors_of(value: object) -> list[Tensor]:
 
 
 def signature_of(value: Any) -> Hashable:
-    """Equal for values that one graph can serve: structure, shapes, dtypes, devices, constants."""
+    """Returns a key that is equal for values that one graph can serve. It holds their structure,
+    and the shapes, dtypes and devices of tensors or the values of constants."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
@@ -59,7 +62,8 @@ def signature_of(value: Any) -> Hashable:
 
 
 def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """A copy of nested dicts, lists and tuples that holds the next of `tensors` for each tensor."""
+    """Returns a copy of nested dicts, lists and tuples in which the next of `tensors` replaces each
+    tensor."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, dict):
@@ -70,10 +74,10 @@ def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def own_copy(y: Tensor) -> Tensor:
-    """A detached copy of y, of any shape, in memory of its own.
+    """Returns a detached copy of y, of any shape, in memory of its own.
 
-    It has the strides of y, since torch.compile generates code for these, unless y is expanded
-    (a stride of 0): then several elements share memory, and the copy is dense.
+    The copy has the strides of y, since torch.compile generates code for these. If y is expanded
+    (several elements share memory by a stride of 0), the copy is dense instead.
     """
     if any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())):
         return y.detach().clone()
@@ -81,21 +85,22 @@ def own_copy(y: Tensor) -> Tensor:
 
 
 def cloned(value: Any) -> Any:
-    """A copy of nested lists and tuples of tensors, in memory of its own."""
+    """Returns a copy of nested lists and tuples of tensors, in memory of its own."""
     return replaced(value, iter([y.clone() for y in tensors_of(value)]))
 
 
 def capture(
     run: Callable[[], Any], pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], Any]:
-    """Capture `run` as a CUDA graph; return `replay` and the output that replays write to.
+    """Captures `run` as a CUDA graph. Returns the replay function and the output that replays write
+    to.
 
     Graphs of one pool share the memory of their intermediate results, so they must run one after
-    the other. They are captured on one `stream`, of the network's own device.
+    the other. All are captured on one `stream`, of the network's own device.
     """
     assert stream is not None
     graph = torch.cuda.CUDAGraph()
-    # The outer two restore device and stream even if the end of a failed capture raises.
+    # The first two restore device and stream even if the end of a failed capture raises.
     with torch.cuda.device(stream.device), torch.cuda.stream(torch.cuda.current_stream(stream.device)):
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             out = run()
@@ -103,10 +108,11 @@ def capture(
 
 
 def warm_up(run: Callable[[], list[Tensor]], x: Tensor) -> None:
-    """Compute the gradient of `run` in the leaf x through every output, once.
+    """Computes the gradient of `run` in the leaf x through every output, once.
 
-    A capture must not compile kernels, nor set up cuBLAS in autograd's thread. Earlier evaluations
-    may have had no gradient, where the losses were within their limits, or one through some outputs.
+    A capture must not compile kernels, nor set up cuBLAS in autograd's thread, so both must have
+    happened before. The evaluations before it may have taken no gradient, because the losses were
+    within their limits, or a gradient through some of the outputs only.
     """
     with torch.enable_grad():
         outputs = run()
@@ -116,11 +122,12 @@ def warm_up(run: Callable[[], list[Tensor]], x: Tensor) -> None:
 def capture_gradient(
     run: Callable[[], list[Tensor]], x: Tensor, pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], list[Tensor], Callable[[], None], list[Tensor], Tensor]:
-    """Capture `run`, a function of the leaf x, and its vector-Jacobian product in x.
+    """Captures `run`, a function of the leaf x, and its vector-Jacobian product in x.
 
-    Returns a replay and the outputs that it writes to, and a replay back, the gradients of the
-    outputs that it reads, and the gradient of x that it writes to. The second must directly follow
-    the first: other graphs of the pool may use the memory of its activations.
+    Returns (replay, outputs, replay_back, given, gradient). `replay` writes to `outputs`.
+    `replay_back` reads the gradients of the outputs from `given`, and writes the gradient of x to
+    `gradient`. It must directly follow `replay`, because other graphs of the pool may use the
+    memory of the activations.
     """
     with torch.enable_grad():
         replay, outputs = capture(run, pool, stream)
@@ -131,19 +138,21 @@ def capture_gradient(
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures on a device. cuBLAS keeps up to 32 MB for each stream that it was
-    captured on, for good: a new stream for each set of graphs would add up."""
+    """Returns the stream of all captures on a device, always the same. cuBLAS keeps up to 32 MB for
+    every stream that it was captured on, and never frees them."""
     return torch.cuda.Stream(device)
 
 
 def empty_cache() -> None:
-    """Give memory that PyTorch does not use back to the device, unless a failed capture forbids it."""
+    """Returns memory that PyTorch does not use to the device. Does nothing after a failed capture,
+    when this would end in an internal error."""
     if torch.cuda.is_available() and not broken:
         torch.cuda.empty_cache()
 
 
 def give_up(error: Exception) -> None:
-    """After a failed capture: drop all graphs of the process, and capture none again."""
+    """Drops all graphs of the process after a failed capture, warns, and prevents further
+    captures."""
     global broken
     broken = True
     for graphs in list(_living):
@@ -154,10 +163,10 @@ def give_up(error: Exception) -> None:
 
 @dataclass
 class Graph:
-    """One captured evaluation. Calling it with a call's tensors returns a new output."""
+    """One captured evaluation. Calling it with the tensors of a call returns a new output."""
 
     inputs: list[Tensor]  # read by every replay
-    sources: list[tuple[Tensor, int]]  # the tensor last copied into each, and its version then
+    sources: list[tuple[Tensor, int]]  # the tensor last copied into each input, and its version
     replay: Callable[[], None]
     output: Any  # a tensor, or lists and tuples of them; written by every replay
 
@@ -208,11 +217,12 @@ class Graphs:
     """A network's `forward`, replayed from CUDA graphs.
 
     There is one graph per input signature (structure, shapes, dtypes), captured at the signature's
-    second occurrence: the first evaluation compiles kernels and chooses algorithms, which a capture
-    must not do, and a signature that does not recur is not worth a graph. If memory runs out in
-    `forward` itself, all graphs are released and the network runs without.
+    second occurrence. The first evaluation runs without a graph, because it compiles kernels and
+    chooses algorithms, which a capture must not do, and because a signature that does not recur is
+    not worth a graph. If memory runs out in `forward` itself, all graphs are released and the
+    network runs without them.
 
-    `gradients`: whether there are graphs for `differentiating` too.
+    `gradients`: whether evaluations within `differentiating` have graphs too.
     """
 
     def __init__(self, module: nn.Module, gradients: bool = True):
@@ -221,14 +231,14 @@ class Graphs:
         self.differentiating = False
         self.turn = 0  # replays so far
         self.run: Callable[..., Any] = module.forward
-        # Without the module itself, whose hooks (`guidance.counted` has one there in every run) do
-        # no harm: nn.Module calls them around `forward`, replayed or not.
+        # The module itself is left out. Its hooks, such as that of `guidance.counted`, do no harm,
+        # because nn.Module calls them around `forward`, replayed or not.
         self.parts = dict.fromkeys(part for part in module.modules() if part is not module)
         self.graphs: dict[Hashable, Graph] = {}
         self.seen: set[Hashable] = set()
         self.refused: set[Hashable] = set()
         self.pool: Pool = None
-        self.own = 0  # bytes of memory that these graphs withhold from the rest of the program
+        self.own = 0  # bytes reserved for these graphs, which the rest of the program cannot use
         _living.add(self)
 
     @property
@@ -237,26 +247,28 @@ class Graphs:
 
     @property
     def held(self) -> int:
-        """Bytes that the graphs of all networks on this device withhold from the rest."""
+        """Returns the bytes reserved for the graphs of all networks on this device, which the rest
+        of the program cannot use."""
         return sum(graphs.own for graphs in self._beside())
 
     def _beside(self) -> list["Graphs"]:
-        """These graphs, and those of other networks on the same device, such as a ControlNet."""
+        """Returns these graphs, and those of other networks on the same device, such as a
+        ControlNet's."""
         return [graphs for graphs in _living if graphs.device == self.device]
 
     def release(self) -> None:
-        """Release every graph on the device, if other work needs the memory, or after a network has
-        changed."""
+        """Releases every graph on the device. To be called if other work needs the memory, or if a
+        network has changed."""
         for graphs in self._beside():
             graphs.let_go()
         empty_cache()
 
     def let_go(self) -> None:
-        """Drop this network's graphs, without giving their memory back to the device."""
+        """Drops this network's graphs, without returning their memory to the device."""
         if self.graphs and torch.cuda.is_available():
-            # A replay may still run. Memory in expandable segments waits for the stream of the
-            # capture only, and would be taken away under a replay on another. After a failed
-            # capture waiting itself may be refused.
+            # A replay may still be running. Before PyTorch unmaps an expandable segment, it waits for
+            # the capture's stream only, and the replay may run on another. After a failed capture
+            # `synchronize` itself may raise.
             with contextlib.suppress(RuntimeError) if broken else contextlib.nullcontext():
                 torch.cuda.synchronize(self.device)
         self.graphs.clear()
@@ -267,20 +279,20 @@ class Graphs:
     def __call__(
         self, x: Tensor, t: int | float | Tensor, context: Any, *rest: Any, record: Any = None, **more: Any
     ) -> Any:
-        """As `UNet.forward` or `ControlNet.forward`."""
+        """Returns what `UNet.forward` or `ControlNet.forward` returns."""
         if not torch.is_tensor(t):  # a graph would keep a number as a constant
             t = torch.full((), t, device=x.device, dtype=torch.float32)
-        if isinstance(context, dict):  # beside a ControlNet it has the keys and values of both networks
+        if isinstance(context, dict):  # with a ControlNet it holds the keys and values of both networks
             context = {layer: kv for layer, kv in context.items() if layer in self.parts}
         positional = x, t, context, *rest
         arguments = positional, more
         tensors = tensors_of(arguments)
-        # A recorder of another resolution, or of a whole evaluation, is for maps to look at.
+        # Graphs exist for recorders of the default resolution that end the evaluation, no others.
         look = record is not None and self.differentiating and record.only and record.wanted is None
         options = more if record is None else {**more, "record": record}
         if (record is not None and not look) or not self._can(tensors, look):
             return self._plainly(*positional, **options)
-        address = next(self.module.parameters()).data_ptr()  # differs if the weights were moved
+        address = next(self.module.parameters()).data_ptr()  # changes when the weights are moved
         key = look, signature_of(arguments), address, torch.is_grad_enabled()
         if key not in self.graphs:
             due = key in self.seen and key not in self.refused
@@ -294,25 +306,26 @@ class Graphs:
         assert record is not None  # only such calls have these graphs
         cross, own = _Replayed.apply(x, self, graph, tensors)
         record.begin(self.module.grids((x.shape[-2], x.shape[-1])), self.module.attention_blocks)
-        record.cross_layers = [cross.flatten(1, 2)]  # the mean of all layers: the mean of one is itself
+        record.cross_layers = [cross.flatten(1, 2)]  # already the mean over all layers
         record.self_layers = [own.flatten(1, 2)]
         return None
 
     def _can(self, tensors: list[Tensor], look: bool) -> bool:
-        """Whether these inputs, x first, may be answered from a graph: without a gradient, or in a
-        `look` with one in x alone."""
+        """Returns whether a graph may serve these inputs, of which x is the first. `look`: the call
+        records maps to be differentiated, so x needs a gradient; otherwise nothing may need one."""
         if broken or self._hooked(look):
             return False
         differentiated = [y for y in tensors if y.requires_grad] if torch.is_grad_enabled() else []
         if bool(differentiated) != look or any(y is not tensors[0] for y in differentiated):
             return False
-        # Inference tensors have no version, by which a change would be noticed.
+        # Inference tensors have no version, so a change of their contents would go unnoticed.
         if torch.is_inference_mode_enabled() or any(y.is_inference() for y in tensors):
             return False
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
     def _hooked(self, look: bool) -> bool:
-        """Whether an adapter's or an observer's hooks watch a part: Python that a replay would skip."""
+        """Returns whether a part of the network has hooks (an adapter's, for one). They are Python,
+        which a replay would skip."""
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return True
         if look and (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks):
@@ -327,7 +340,7 @@ class Graphs:
     def _captured(
         self, key: Hashable, arguments: tuple[Any, ...], tensors: list[Tensor], record: Any
     ) -> bool:
-        """Capture a graph for `key`; whether there now is one."""
+        """Captures a graph for `key`, and returns whether that succeeded."""
         if len(self.graphs) >= LIMIT:
             self.let_go()
         device = tensors[0].device
@@ -341,7 +354,8 @@ class Graphs:
 
         def maps() -> list[Tensor]:
             fresh = type(record)(only=True)
-            self.run(*positional, record=fresh, **more)
+            with switches.in_a_graph():
+                self.run(*positional, record=fresh, **more)
             return [fresh.cross, fresh.self]
 
         try:
@@ -349,7 +363,7 @@ class Graphs:
             positional, more = replaced(arguments, iter(inputs))
             if record is not None:
                 warm_up(maps, inputs[0].requires_grad_())
-        except torch.cuda.OutOfMemoryError:  # no capture has begun that this could break
+        except torch.cuda.OutOfMemoryError:  # no capture has begun, so none is broken
             self.release()
             self.refused.add(key)
             return False
@@ -362,14 +376,14 @@ class Graphs:
             else:
                 parts = capture_gradient(maps, inputs[0], self.pool, stream)
                 self.graphs[key] = GradientGraph(inputs, sources, *parts)
-        except Exception as error:  # Triton's are no RuntimeErrors; the network's own will come again
+        except Exception as error:  # Triton's are no RuntimeErrors; the network's own will recur
             give_up(error)
             return False
         self.own += (torch.cuda.memory_reserved(device) if cuda else 0) - before
         return True
 
     def _plainly(self, *arguments: Any, **more: Any) -> Any:
-        """Run the network itself; out of memory, release the graphs and try once more."""
+        """Runs the network itself. If memory runs out, releases the graphs and tries once more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:
@@ -383,7 +397,8 @@ _living: WeakSet[Graphs] = WeakSet()
 
 
 def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> Graphs | None:
-    """Replay a network's evaluations from CUDA graphs, or stop doing so. Returns its graphs."""
+    """Makes a network replay its evaluations from CUDA graphs, or stops that. Returns its
+    graphs."""
     graphs = graphs_of(network)
     if graphs is not None:
         graphs.release()
@@ -396,16 +411,16 @@ def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> G
 
 
 def graphs_of(network: Any) -> Graphs | None:
-    """The graphs of a network, if it has any."""
+    """Returns the graphs of a network, or None."""
     forward = getattr(network, "forward", None)
     return forward if isinstance(forward, Graphs) else None
 
 
 @contextlib.contextmanager
 def differentiating(network: Any) -> Iterator[None]:
-    """Within the block, evaluations to attention maps that are differentiated in the latents are
-    replayed as well, where the network has graphs. Each one's gradient must be taken, once, before
-    the network runs again."""
+    """Within the block, evaluations that end after their attention maps, and the gradients of these
+    maps in the latents, are replayed too, if the network has graphs. The gradient of an evaluation
+    must be taken before the network runs again, and only once."""
     graphs = graphs_of(network)
     if graphs is None or not graphs.gradients:
         yield

@@ -43,7 +43,7 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype: ...
     def __call__(self, *args: Any, **how: Any) -> list[Image.Image]: ...
     def batch_size(self, height: int, width: int) -> int: ...
-    def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor: ...
+    def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor: ...
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> Predictor: ...
     def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor: ...
     def decode(self, latents: Tensor) -> list[Image.Image]: ...
@@ -80,7 +80,7 @@ def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV
     images, one context after the other, in a form that the network takes.
 
     The keys and values of the text states are computed once for all steps, and for contexts
-    (1,77,D) once for all images. Text states that require a gradient are passed without computing
+    (1,77n,D) once for all images. Text states that require a gradient are passed without computing
     keys and values, because every step needs a graph of its own.
     """
     known: dict[int, TextKV] = {}
@@ -106,7 +106,7 @@ def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV
 
 
 def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
-    """Makes a predictor from the network and one text. context is (B,77,D), or (1,77,D) for every
+    """Makes a predictor from the network and one text. context is (B,77n,D), or (1,77n,D) for every
     image of the batch."""
     texts = _texts(unet, [context])
 
@@ -123,7 +123,7 @@ def classifier_free(
     is the prediction for `uncond`, c that for `cond`, and g is `guidance_scale`. Both are computed
     in one batch. At g = 1 only c is computed.
 
-    cond and uncond are (B,77,D), or (1,77,D) for every image of the batch.
+    cond and uncond are (B,77n,D), or (1,77n,D) for every image of the batch.
     """
     if guidance_scale == 1:
         return conditional(unet, cond, schedule)

@@ -1,38 +1,36 @@
 """Images in and out: PIL <-> tensors, PNG files with settings as metadata, contact sheets."""
 
 import contextlib
+import io
 import json
 import os
 import re
-import tempfile
+import stat
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from minsd import files
 from minsd.adapters import split_scale
 from minsd.config import SAMPLER_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
 SCALED = "minsd: values 0..255"  # in the info of an "F" image that `levels` made; resizing keeps it
-# What Pillow may try: image formats that people have, none that runs a program (EPS) or holds
-# other data.
+# The formats that Pillow may try. Pillow decides by content, not by suffix, and some of its other
+# formats run a program (EPS starts Ghostscript).
 FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
 
 
 def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
-    """Read an image file of any common kind: upright, the first frame, without transparency.
+    """Reads an image file of any common kind: upright, the first frame, without transparency.
 
     The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than
     8 bits, as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None
@@ -42,10 +40,11 @@ def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.
     """
     Image.init()
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise ValueError("it is a pipe or a device")  # reading could block for ever
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
-            frames = (
-                getattr(picture, "n_frames", 1) if picture.format != "MPO" else 1
-            )  # a phone's second image
+            # The second image of a phone's MPO is no frame.
+            frames = getattr(picture, "n_frames", 1) if picture.format != "MPO" else 1
             if frames > 1:
                 warnings.warn(f"{path} has {frames} frames or pages: the first is used", stacklevel=2)
             upright = ImageOps.exif_transpose(picture)
@@ -132,6 +131,7 @@ def parameters(settings: dict[str, Any]) -> str:
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        "Clip skip": settings.get("clip_skip"),
         "Denoising strength": settings.get("strength"),
         "ControlNet 0": control,
         "Model hash": settings.get("model_hash"),
@@ -154,42 +154,12 @@ def _lora_tag(reference: str) -> str:
     return f"<lora:{path.stem}:{scale:g}>"
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[TextIO]:
-    """Hold an exclusive lock on the folder among minsd processes; a no-op where the system cannot
-    lock.
-
-    Yields the lock's file, open for reading and writing. It holds the name of the last image saved.
-    """
-    with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a network file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield file  # closing it ends the lock
-
-
-@contextlib.contextmanager
-def _temporary(
-    picture: Image.Image, folder: Path, info: PngImagePlugin.PngInfo | None = None
-) -> Iterator[str]:
-    """Write a PNG to a temporary file. The block renames it; an error in the block deletes it."""
-    handle, path = tempfile.mkstemp(suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format="PNG", pnginfo=info)
-        os.chmod(path, 0o644)  # mkstemp gives access to its owner alone
-        yield path
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        raise
-
-
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all. Its folder is made where it is missing."""
+    """Writes a PNG, whole or not at all. Its folder is created where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(picture, path.parent) as temporary:
-        os.replace(temporary, path)
+    with files.temporary(path.parent) as file:
+        picture.save(file, format="PNG")
+        files.put(file, path)
 
 
 def save_numbered(
@@ -198,58 +168,185 @@ def save_numbered(
     settings: dict[str, Any],
     before: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Write `NNNNN-SEED.png` with its settings, NNNNN one above the highest there. Whole or not at
-    all.
+    """Writes `NNNNN-SEED.png` with its settings, whole or not at all. NNNNN is one above the highest
+    number in the folder. SEED is the seed asked for, which a selection may not have chosen.
 
-    SEED is the seed asked for, which a selection may not have chosen. `before(path)` is called
-    just before the image appears: files that belong to it are then never missing.
-
-    The folder may be very full. It is listed only where the lock's file names no image that still
-    exists.
+    `before(path)` is called just before the image appears, and saves the files that belong to it,
+    so that no image lacks them.
     """
+    with written(picture, folder, settings) as file:
+        return place(file, folder, settings, before)
+
+
+@contextlib.contextmanager
+def written(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Iterator[BinaryIO]:
+    """Writes an image with its settings to a temporary file in the folder, for `place`."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("minsd", json.dumps(settings, ensure_ascii=False))
-    info.add_itxt("parameters", parameters(settings))
-    with _temporary(picture, folder, info) as temporary, locked(folder) as last:
-        name = last.read()
-        if not NUMBERED.match(name) or not (folder / name).exists():
-            name = max(filter(NUMBERED.match, os.listdir(folder)), key=number, default="-1-")
+    info.add_itxt(CHUNK, files.dumps(settings))
+    info.add_itxt("parameters", files.encodable(parameters(settings)))
+    with files.temporary(folder) as file:
+        picture.save(file, format="PNG", pnginfo=info)
+        yield file
+
+
+def place(
+    file: BinaryIO,
+    folder: Path,
+    settings: dict[str, Any],
+    before: Callable[[Path], None] = lambda path: None,
+    synced: bool = False,
+) -> Path:
+    """Gives a temporary file its number and name, as `save_numbered` describes. `synced`: the file
+    has been synced to the disk already.
+
+    The folder may hold millions of images. It is only listed where the lock file does not name an
+    image that exists.
+    """
+    with files.locked(folder) as last:
+        name = "" if last is None else last.read(300).decode("ascii", "replace")
+        if not COUNTED.fullmatch(name) or not (folder / name).exists():
+            name = max(filter(COUNTED.fullmatch, os.listdir(folder)), key=number, default="-1-")
         seed = settings.get("asked_seed", settings["seed"])
-        path = folder / f"{number(name) + 1:05d}-{seed}.png"
-        while path.exists():  # where two processes could not lock
-            path = folder / f"{number(path.name) + 1:05d}-{seed}.png"
-        # A kill after this leaves a lock file that names a missing image: the next run lists the
-        # folder.
-        last.seek(0)
-        last.write(path.name)
-        last.truncate()
-        last.flush()
-        before(path)
-        os.replace(temporary, path)
-    return path
+        free = number(name)
+        while True:
+            free += 1
+            path = folder / f"{free:05d}-{seed}.png"
+            if os.path.lexists(path):  # two processes save at once where they cannot lock
+                continue
+            if last is not None:
+                # After a kill here the lock file names a missing image, and the next run lists
+                # the folder.
+                last.seek(0)
+                last.write(path.name.encode())
+                last.truncate()
+                last.flush()
+            before(path)
+            with contextlib.suppress(FileExistsError):
+                files.put(file, path, replace=False, synced=synced)
+                return path
 
 
-NUMBERED = re.compile(r"\d+-\d+\.png$")
+CHUNK = "minsd"  # the keyword of the PNG text chunk that holds an image's settings
+# A name with more digits is not one of minsd's.
+NUMBERED = re.compile(r"\d{1,15}-\d{1,19}\.png", re.ASCII)
+# Numbering goes on from these names, so that names stay within NUMBERED.
+COUNTED = re.compile(r"\d{1,12}-\d{1,19}\.png", re.ASCII)
 
 
 def number(name: str) -> int:
-    """The NNNNN of an image's file name."""
+    """Returns the NNNNN of an image's file name."""
     return int(name.rpartition("-")[0])
 
 
+# --- settings inside images -------------------------------------------------------------------------------
+
+
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of an image that minsd wrote, from its metadata. ValueError where there are
-    none.
+    """Reads the settings that minsd wrote into an image's metadata, and decodes the whole image.
+    Raises ValueError for an image that cannot be read or has no settings.
     """
     read(path)
     try:
         with Image.open(path, formats=["PNG"]) as picture:
-            settings = json.loads(getattr(picture, "text", {})["minsd"])
-    except (UnidentifiedImageError, KeyError, ValueError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote")
+            text = getattr(picture, "text", {})[CHUNK]
+    except (OSError, KeyError, ValueError):
+        raise ValueError(
+            f"{path} carries no minsd settings: --like takes a PNG that minsd.generate wrote"
+        ) from None
+    return _parsed(text, path)
+
+
+def verified(path: Path, whole: bool = False) -> dict[str, Any]:
+    """Returns the settings of a complete image of minsd's. Raises ValueError or OSError for any
+    other file.
+
+    Checks the PNG's signature, its chunks up to IEND, their checksums, and that the image has the
+    size that its settings state. In files above SMALL bytes only the first and the last chunk of
+    image data are read, because a write that was cut off damages the end. With `whole` the pixels
+    are decoded too, as they are where the settings are compressed, which minsd never writes.
+    """
+    size, text = _scan(path)
+    settings = read_settings(path) if whole or text is None else _parsed(text, path)
+    if (settings.get("width"), settings.get("height")) != size:
+        raise ValueError(f"{path} is an image of {size[0]}x{size[1]}, and its settings state another size")
     return settings
+
+
+def _parsed(text: str | bytes, path: Path) -> dict[str, Any]:
+    """Parses the settings of the image at `path`. Raises ValueError for anything but an object."""
+    try:
+        settings = files.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} carries no minsd settings that can be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} carries no minsd settings: they are not a JSON object")
+    return settings
+
+
+SMALL = 2**18  # bytes; smaller PNGs are checked whole
+LONGEST_TEXT = 2**26  # bytes of a chunk
+MOST_CHUNKS = 100_000  # Pillow writes about 64 kB of image data per chunk
+
+
+def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
+    """Returns the (width, height) of a complete PNG, and the text of its settings (None where they
+    are compressed or missing). Raises ValueError for any other file.
+    """
+    with open(path, "rb", opener=files.without_blocking) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        small = status.st_size <= SMALL
+        try:
+            return _walk(io.BytesIO(file.read()) if small else file, status.st_size)
+        except (struct.error, ValueError) as error:
+            raise ValueError(f"{path} is not a complete PNG: {error}") from None
+
+
+def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
+    """Does the work of `_scan` on an open file of `size` bytes."""
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("it lacks a PNG's signature")
+    dimensions = None
+    text = None
+    data = []  # offsets of the chunks of image data
+    for _ in range(MOST_CHUNKS):
+        place = file.tell()
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if place + 12 + length > size:
+            raise ValueError("it is cut off")
+        if kind == b"IDAT":
+            data.append(place)
+        if kind == b"IDAT" and size > SMALL:
+            file.seek(length + 4, os.SEEK_CUR)
+            continue
+        content = _content(file, place)
+        if place == 8:
+            dimensions = struct.unpack(">II", content[:8]) if kind == b"IHDR" else None
+        if kind == b"iTXt" and content.startswith(CHUNK.encode() + b"\0\0\0"):  # not compressed
+            text = content[len(CHUNK) + 3 :].split(b"\0", 2)[-1]
+        if kind == b"IEND":
+            break
+    if dimensions is None or not data or kind != b"IEND":
+        raise ValueError("it has no header, no image data or no end")
+    if size > SMALL:
+        for place in {data[0], data[-1]}:
+            _content(file, place)
+    return dimensions, text
+
+
+def _content(file: BinaryIO, place: int) -> bytes:
+    """Returns the content of the chunk at an offset of a PNG. Raises ValueError where its checksum
+    is wrong.
+    """
+    file.seek(place)
+    length, kind = struct.unpack(">I4s", file.read(8))
+    if length > LONGEST_TEXT:
+        raise ValueError("a chunk is too long")
+    content = file.read(length)
+    if struct.unpack(">I", file.read(4))[0] != zlib.crc32(content, zlib.crc32(kind)):
+        raise ValueError("a checksum is wrong")
+    return content
 
 
 def contact_sheet(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minsd import guidance, image, samplers
 from minsd.attention import Attention
-from minsd.config import STRENGTH, ModelConfig, check_size
+from minsd.config import STRENGTH, ModelConfig, check_size, overflow_advice
+from minsd.controlnet import Controlled
 from minsd.graphs import Graphs, graphs_of, use_graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as unit_noise
@@ -27,6 +28,11 @@ from minsd.samplers.random import generators
 from minsd.samplers.schedule import Schedule
 from minsd.text import TextEncoder
 from minsd.vae import VAE, decode_in_bands, encode_in_bands, memory_needed
+
+# The most images in one batch. Larger batches of the smallest images would be little faster
+# (8x8 pixels, embedded model, on a CPU: 15 % less time per image with 1024), but a kill loses the
+# whole batch, and text states take memory whatever an image's size.
+BATCH_MOST = 256
 
 
 def load(
@@ -101,6 +107,11 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Returns float32 for SDXL's VAE in a float16 model, and otherwise the model's dtype."""
+        return self.vae.decoder.conv_in.weight.dtype
+
     def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
         """Sets the attention backend (of `minsd.kernels.attention`) of the UNet and of `others`,
         such as a ControlNet."""
@@ -113,13 +124,18 @@ class StableDiffusion:
             graphs.release()
 
     def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
-        """Replays the UNet's evaluations from CUDA graphs (minsd/graphs.py), or with `on` False
-        stops doing so. `load` turns graphs on for CUDA.
+        """Replays evaluations of the UNet, and of ControlNets in use, from CUDA graphs
+        (minsd/graphs.py), or with `on` False stops doing so. `load` turns graphs on for CUDA.
 
         With `gradients`, graphs are also used for evaluations whose attention maps are
         differentiated (expected to matter most at batch 1, not measured on a GPU).
         """
-        self.graphs = use_graphs(self.unet, on, gradients)
+        unet = self.unet
+        if isinstance(unet, Controlled):
+            for control in unet.controls:
+                use_graphs(control.net, on, gradients)
+            unet = unet.unet
+        self.graphs = use_graphs(unet, on, gradients)
 
     def compile(self, **options) -> None:
         """Compiles the UNet with torch.compile. The first step of each image size then takes
@@ -210,7 +226,7 @@ class StableDiffusion:
     ) -> guidance.Predictor:
         """Returns the guided predictor for prompts: one string for all images, or a list with one
         string per image."""
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = self.config.guidance(guidance_scale)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -263,12 +279,22 @@ class StableDiffusion:
 
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> guidance.Predictor:
         """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
-        the text states `context` and away from `uncond`, each (B,77,D) or (1,77,D)."""
+        the text states `context` and away from `uncond`, each (B,77n,D) or (1,77n,D). If their
+        lengths differ, the shorter one is filled up with empty chunks."""
+        if guidance_scale != 1:
+            context, uncond = (
+                self.text.filled(one, other.shape[1]) for one, other in ((context, uncond), (uncond, context))
+            )
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
-    def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor:
-        """Encodes prompts into text states (B,77,D), in the model's dtype."""
-        return self.text.encode([prompts] if isinstance(prompts, str) else list(prompts)).to(self.dtype)
+    def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor:
+        """Encodes prompts into text states (B,77n,D), in the model's dtype. n is 1 for up to 75
+        tokens; all prompts are filled up to the n of the longest. For SDXL the result is
+        (B,77n+1,D), whose last row is for the whole text (`text.TwoTextEncoders`). `size` (height,
+        width), in pixels, is for SDXL: the latents will be a part of an image that large."""
+        part = {} if size is None else {"size": size}  # other encoders may take prompts alone
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.text.encode(prompts, **part).to(self.dtype)
 
     @torch.no_grad()
     def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
@@ -278,7 +304,7 @@ class StableDiffusion:
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
             raise ValueError(f"an image to encode must have sides that are multiples of 8, not {size}")
-        x = x.to(self.device, self.dtype)
+        x = x.to(self.device, self.vae_dtype)
         at_once = self._vae_batch(*x.shape[-2:])
         parts = []
         for part in x.split(at_once or 1):
@@ -293,25 +319,25 @@ class StableDiffusion:
         if not latents.isfinite().all():
             raise FloatingPointError(
                 f"the latents are not finite: sampling in {latents.dtype} overflowed; "
-                "try --dtype float32 or bfloat16"
+                f"{overflow_advice(latents.dtype)}"
             )
-        z = latents.to(self.dtype) / self.config.vae.scaling_factor
+        z = latents.to(self.vae_dtype) / self.config.vae.scaling_factor
         at_once = self._vae_batch(8 * z.shape[-2], 8 * z.shape[-1])
         pixels = []
         for part in z.split(at_once or 1):
             # (b, 3, 8h, 8w)
             x = self.vae.decode(part) if at_once else decode_in_bands(self.vae, part)
-            if not x.isfinite().all() and self.dtype != torch.float32:  # float16's maximum is 65504
+            if not x.isfinite().all() and self.vae_dtype != torch.float32:  # float16's maximum is 65504
                 warnings.warn(
-                    f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2
+                    f"VAE decoding overflowed in {self.vae_dtype}; decoded again in float32", stacklevel=2
                 )
                 vae = copy.deepcopy(self.vae).float()
                 # float32 needs twice the memory, so it decodes in bands.
                 x = torch.cat([decode_in_bands(vae, one) for one in part.float().split(1)])
             if not x.isfinite().all():
                 raise FloatingPointError(
-                    "the decoded image is not finite even in float32: the VAE's file is damaged; "
-                    "--vae takes another"
+                    "the decoded image is not finite even in float32: "
+                    f"{_decoding_advice(float(part.abs().max()))}"
                 )
             pixels.append(x)
         return image.from_tensor(torch.cat(pixels))
@@ -320,7 +346,7 @@ class StableDiffusion:
         """Returns how many images the VAE processes at once. Returns 0, with a warning, where
         memory is too short for one image, which must then be processed in bands (strips of rows,
         one after another)."""
-        need = memory_needed(self.config.vae, height, width, self.dtype)
+        need = memory_needed(self.config.vae, height, width, self.vae_dtype)
         free = 0.9 * free_memory(self.device)
         # `free_memory` counts the memory in the graphs' pool as free, but only graphs can use it.
         if self.graphs is not None and need > free - self.graphs.held:
@@ -342,12 +368,13 @@ class StableDiffusion:
         because larger batches are no faster. On a GPU, the number is limited by the free memory,
         and the images have at most sixteen times as many cells as on a CPU. A guided step needs
         about 100 kB per latent cell and guidance half in 16 bits (expected, not measured on a GPU).
+        The number never exceeds BATCH_MOST.
         """
         cells = (height // 8) * (width // 8)
         limit = 64 * 64
         if self.device.type == "cuda":
             limit = min(16 * limit, 0.8 * free_memory(self.device) / (2 * 50e3 * self.dtype.itemsize))
-        return max(1, int(limit // cells))
+        return max(1, min(BATCH_MOST, int(limit // cells)))
 
 
 def _per_image(
@@ -374,6 +401,15 @@ def _per_image(
             f"and {len(noise)} noises"
         )
     return prompts, seeds, noise
+
+
+def _decoding_advice(largest: float) -> str:
+    """Returns the end of an error message about finite latents that decode to values that are not
+    finite. `largest` is the largest absolute value of the latents.
+    """
+    if largest < 1000:  # latents of images are below about 30
+        return "the VAE's file is damaged; --vae takes another"
+    return f"its latents reach {largest:.3g}; {overflow_advice(torch.float32)}"
 
 
 def first_step(steps: int, strength: float) -> int:

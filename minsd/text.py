@@ -3,90 +3,241 @@ attention maps belong.
 
 CLIP's text encoder (Radford et al. 2021) and its byte-pair tokenizer run through transformers.
 Padding is done in this module, because the model families differ in it (SD1 pads with the end
-token, SD2 with id 0), and a tokenizer may come from another model.
+token, SD2 with id 0), and a tokenizer may come from another model. So is the division of long
+prompts into chunks, each of which CLIP reads alone (minsd/emphasis.py).
 """
 
 import re
-import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from minsd.words import occurrences, token_bytes, token_spans
+from minsd import emphasis
+from minsd.emphasis import Fragment
+from minsd.words import Span, occurrences, token_bytes, token_spans
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
+Item = TypeVar("Item")
+
 
 class TextEncoder:
-    """A CLIPTextModel with its CLIPTokenizer. Token position 0 is the start token, as in attention
-    maps."""
+    """A CLIPTextModel with its CLIPTokenizer. Token positions are rows of the text states, as in
+    attention maps: position 0 is the start token of the first chunk, 77 that of the second."""
 
     def __init__(self, model: "CLIPTextModel", tokenizer: "CLIPTokenizer", pad_token_id: int):
         self.model = model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
         self.max_length: int = model.config.max_position_embeddings  # 77
+        # Whether prompts are read with weights and BREAK; None: where the syntax is unmistakable.
+        self.prompt_weights: bool | None = None
+        # The last layer that runs, counted from the model's own last layer, which is number 1.
+        self.clip_skip = 1
+        self.added: dict[str, list[int]] = {}  # the embeddings' names in lower case -> token ids
 
     def ids(self, prompt: str) -> list[int]:
-        """Returns the prompt's token ids with the start and end tokens, neither padded nor cut."""
-        return self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+        """Returns the prompt's token ids, with the start and end tokens of every chunk and the
+        padding of all chunks but the last."""
+        return [token for chunk in self._rows(prompt) for token, _ in chunk]
 
-    def encode(self, prompts: list[str]) -> torch.Tensor:
-        """Encodes prompts into text states (B,77,D) on the model's device.
+    def _rows(self, prompt: str) -> list[list[tuple[int, float]]]:
+        """Returns the (token id, weight) pairs of every chunk, from the start to the end token; all
+        chunks but the last are padded."""
+        start, end = ((token, 1.0) for token in self._tokenized(""))
+        rows = [
+            [start, *((token, fragment.weight) for token, fragment in chunk), end]
+            for chunk in self._chunks(prompt, self._units)
+        ]
+        return [self._padded(row) for row in rows[:-1]] + rows[-1:]
 
-        A prompt that is too long is cut, with a warning that quotes the part cut off.
-        """
-        rows = []
-        for prompt in prompts:
-            ids = self.ids(prompt)
-            if len(ids) > self.max_length:
-                cut = str(self.tokenizer.decode(ids[self.max_length - 1 : -1])).strip()
-                warnings.warn(
-                    f"the prompt has more than {self.max_length - 2} tokens; cut off: {cut!r}", stacklevel=2
-                )
-                ids = ids[: self.max_length - 1] + ids[-1:]
-            rows.append(ids + [self.pad_token_id] * (self.max_length - len(ids)))
+    def _padded(self, row: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        return row + [(self.pad_token_id, 1.0)] * (self.max_length - len(row))
+
+    def _tokenized(self, text: str) -> list[int]:
+        return self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+
+    def _chunks(
+        self, prompt: str, units: Callable[[str], list[list[Item]]]
+    ) -> list[list[tuple[Item, Fragment]]]:
+        """Divides a prompt into chunks. `units` turns a fragment's text into units (see
+        `emphasis.chunked`), whose items are returned with their fragments."""
+        found: list[list[tuple[Item, Fragment]] | None] = []
+        for fragment in emphasis.fragments(prompt, self.prompt_weights):
+            if fragment is None:
+                found.append(None)
+            else:
+                found += [[(item, fragment) for item in unit] for unit in units(fragment.text)]
+        return emphasis.chunked(found, self.max_length - 2)
+
+    def _units(self, text: str) -> list[list[int]]:
+        """Tokenizes a text. An embedding's vectors are one unit, which no chunk divides."""
+        units: list[list[int]] = []
+        for piece, _, vectors in self._pieces(text):
+            units += [[token] for token in self._tokenized(piece)[1:-1]] if vectors is None else [vectors]
+        return units
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, int, list[int] | None]]:
+        """Divides a text at the names of embeddings (textual inversion). Yields (piece, place of
+        the piece, token ids if the piece is such a name)."""
+        start = 0
+        if self.added:
+            names = "|".join(re.escape(name) for name in sorted(self.added, key=len, reverse=True))
+            for name in re.finditer(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE):
+                yield text[start : name.start()], start, None
+                yield name[0], name.start(), self.added[name[0].lower()]
+                start = name.end()
+        yield text[start:], start, None
+
+    def chunk_count(self, prompt: str) -> int:
+        """Returns the number of chunks that a prompt is encoded in; 1 for up to 75 tokens."""
+        return len(self._rows(prompt))
+
+    def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
+        """Encodes prompts into text states (B,77n,D) on the model's device, where n is the number of
+        chunks of the longest prompt. Shorter prompts are filled up with empty chunks. Only SDXL
+        uses `size`."""
         with torch.no_grad():
-            # (B, 77, D)
-            return self.model(torch.tensor(rows, device=self.model.device)).last_hidden_state
+            chunks = self.inputs(prompts)
+            return torch.cat([weighted(self.states(ids), weights) for ids, weights in chunks], dim=1)
+
+    def inputs(self, prompts: list[str]) -> list[tuple[Tensor, Tensor | None]]:
+        """Returns the token ids (B,77) of each chunk, and their weights (B,77), or None if all
+        weights are 1."""
+        prompt_rows = [[self._padded(row) for row in self._rows(prompt)] for prompt in prompts]
+        empty = [self._padded(row) for row in self._rows("")]
+        count = max(map(len, prompt_rows), default=1)
+        found = []
+        for chunk in zip(*(rows + empty * (count - len(rows)) for rows in prompt_rows)):
+            ids, weights = ([[pair[k] for pair in row] for row in chunk] for k in (0, 1))
+            plain = all(weight == 1 for row in weights for weight in row)
+            device = self.model.device
+            found.append(
+                (torch.tensor(ids, device=device), None if plain else torch.tensor(weights, device=device))
+            )
+        return found
+
+    def states(self, ids: Tensor) -> Tensor:
+        """Runs the network on token ids (B,77). Returns its text states (B,77,D)."""
+        if self.clip_skip == 1:
+            return self.model(ids).last_hidden_state
+        hidden = self.model(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
+        return getattr(self.model, "text_model", self.model).final_layer_norm(hidden)
+
+    def skip(self, clip_skip: int) -> None:
+        """Sets which layer's output becomes the text states: 1 is the last layer that the model
+        itself uses, 2 the one before it. Raises ValueError for a layer that the model lacks."""
+        layers = self.model.config.num_hidden_layers
+        if not 1 <= clip_skip <= layers:
+            raise ValueError(f"clip skip must be from 1 (nothing is skipped) to {layers}, not {clip_skip}")
+        self.clip_skip = clip_skip
+
+    @property
+    def width(self) -> int:
+        """The length of a token's embedding."""
+        return self._embeddings.token_embedding.weight.shape[1]
+
+    @property
+    def _embeddings(self) -> Any:
+        return getattr(self.model, "text_model", self.model).embeddings
+
+    def add(self, name: str, vectors: Tensor) -> None:
+        """Makes `name` a word of prompts that stands for the token embeddings `vectors` (k,D). Raises
+        ValueError if there is such a word already."""
+        if name.lower() in self.added:
+            raise ValueError(f"two embeddings are called {name}: give one as FILE:NAME with another name")
+        table = self._embeddings.token_embedding.weight
+        weight = torch.cat([table, vectors.to(table)])
+        self._embeddings.token_embedding = nn.Embedding.from_pretrained(weight)
+        self.added[name.lower()] = list(range(len(table), len(weight)))
+        # Some configs have 2 there, by which transformers means the token with the greatest number.
+        base = getattr(self.model, "text_model", self.model)
+        base.eos_token_id = self._tokenized("")[-1]
+
+    def filled(self, context: Tensor, rows: int) -> Tensor:
+        """Returns text states (B,77m,D) with empty chunks appended, `rows` rows in all."""
+        missing = (rows - context.shape[1]) // self.max_length
+        if missing <= 0:
+            return context
+        empty = self.encode([""] * len(context)).to(context)
+        return torch.cat([context, *[empty] * missing], dim=1)
 
     def tokens(self, prompt: str) -> list[str]:
-        """Returns the prompt's tokens, start and end included; `</w>` marks the end of a word."""
-        return list(self.tokenizer.convert_ids_to_tokens(self.ids(prompt)))
+        """Returns the tokens of `ids`; `</w>` marks the end of a word. An embedding's vectors are
+        called by its name."""
+        names = {token: name for name, vectors in self.added.items() for token in vectors}
+        return [names.get(token) or self._name(token) for token in self.ids(prompt)]
 
-    def spans(self, prompt: str) -> list[tuple[int, int]]:
+    def _name(self, token: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(token))
+
+    def spans(self, prompt: str) -> list[Span]:
         """Returns the characters [start, end) of the prompt that each token stands for, without the
-        start and end tokens. The span is (0, 0) for a token of unknown origin.
+        first start token and the last end token. The span is (0, 0) for the start, end and padding
+        tokens in between, and for a token of unknown origin. Raises ValueError as `_text_spans`
+        does."""
+        spans: list[Span] = []
+        for c, chunk in enumerate(self._chunks(prompt, self._unit_spans)):
+            spans += [(0, 0)] * (self.max_length * c - len(spans))
+            spans += [
+                (fragment.where[start], fragment.where[end - 1] + 1) if end > start else (0, 0)
+                for (start, end), fragment in chunk
+            ]
+        return spans
 
-        The bytes of the tokens must be those of the prompt (`words.token_spans`). If they differ,
+    def places(self, prompt: str) -> list[int]:
+        """Returns the positions of the prompt's own tokens, without start, end and padding tokens."""
+        chunks = self._chunks(prompt, self._units)
+        return [self.max_length * c + i for c, chunk in enumerate(chunks) for i in range(1, len(chunk) + 1)]
+
+    def _unit_spans(self, text: str) -> list[list[Span]]:
+        """Returns the characters of a fragment's text that each token stands for, by units."""
+        units: list[list[Span]] = []
+        for piece, at, vectors in self._pieces(text):
+            if vectors is not None:
+                units.append([(at, at + len(piece))] * len(vectors))
+            else:
+                units += [[(at + start, at + end)] for start, end in self._text_spans(piece)]
+        return units
+
+    def _text_spans(self, text: str) -> list[Span]:
+        """Returns the characters [start, end) of a text that each of its tokens stands for. The
+        span is (0, 0) for a token of unknown origin.
+
+        The bytes of the tokens must be those of the text (`words.token_spans`). If they differ,
         the offsets that the tokenizer gives are used. If the tokenizer gives none, each part
         between spaces is tokenized alone. Raises ValueError if the tokens of these parts together
-        differ from the tokens of the prompt.
+        differ from the tokens of the text.
         """
-        tokens = self.tokens(prompt)[1:-1]
-        spans = self._spans_of(tokens, prompt)
+        tokens = self._text_tokens(text)
+        spans = self._spans_of(tokens, text)
         if spans is not None:
             return spans
         if self.tokenizer.is_fast:
-            own = self.tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
+            own = self.tokenizer(text, truncation=False, verbose=False, return_offsets_mapping=True)
             return [(start, end) for start, end in own["offset_mapping"][1:-1]]
         spans = []
         again: list[str] = []
-        for stretch in re.finditer(r"\S+", prompt):
-            part = self.tokens(stretch[0])[1:-1]
+        for stretch in re.finditer(r"\S+", text):
+            part = self._text_tokens(stretch[0])
             again += part
             for start, end in self._spans_of(part, stretch[0]) or [(0, 0)] * len(part):
                 spans.append((stretch.start() + start, stretch.start() + end) if end else (0, 0))
         if again != tokens:
             raise ValueError(
-                f"the tokenizer rewrites the prompt {prompt!r}: name its subjects by --token-indices"
+                f"the tokenizer rewrites the prompt {text!r}: name its subjects by --token-indices"
                 " (--list-tokens)"
             )
         return spans
 
-    def _spans_of(self, tokens: list[str], text: str) -> list[tuple[int, int]] | None:
+    def _text_tokens(self, text: str) -> list[str]:
+        return [self._name(token) for token in self._tokenized(text)[1:-1]]
+
+    def _spans_of(self, tokens: list[str], text: str) -> list[Span] | None:
         """Returns the characters [start, end) of `text` that each token stands for; None if the
         tokens' bytes are not those of the text."""
         fix: Callable[[str], str] | None = getattr(self.tokenizer, "fix_text", None)  # ftfy's
@@ -99,8 +250,7 @@ class TextEncoder:
         Words are found by their characters, whatever tokens they are cut into. Whole words are
         tried first, so that "ball" is not found in "baseball" nor "bird" in "bird-cage". If no
         whole word is found, parts of compound words are tried ("cage"). Raises ValueError if the
-        word is missing, occurs several times and no number is given, or lies beyond the 77 tokens
-        that the model reads.
+        word is missing, or occurs several times and no number is given.
         """
         word, _, number = subject.partition("#")
         word = word.strip()
@@ -121,21 +271,7 @@ class TextEncoder:
             )
         if number and int(number) > len(found):
             raise ValueError(f"subject {subject!r}: {word!r} occurs only {len(found)} times in the prompt")
-        places = self._tokens_of(prompt, found[int(number or 1) - 1])
-        if places[-1] > self.max_length - 2:
-            raise ValueError(
-                f"subject {word!r} lies beyond the {self.max_length} tokens the model reads: shorten the"
-                " prompt"
-            )
-        return places
-
-    def read_characters(self, prompt: str) -> int:
-        """Returns how many of the prompt's characters come before the first token that is cut off
-        because the prompt is too long. Returns the length of the prompt if nothing is cut off."""
-        if len(self.ids(prompt)) <= self.max_length:
-            return len(prompt)
-        cut = self.spans(prompt)[self.max_length - 2 :]
-        return min((start for start, end in cut if end > start), default=len(prompt))
+        return self._tokens_of(prompt, found[int(number or 1) - 1])
 
     def _tokens_of(self, prompt: str, characters: tuple[int, int]) -> list[int]:
         """Returns the positions of the tokens that stand for the `characters` [start, end). Raises
@@ -151,3 +287,71 @@ class TextEncoder:
                 " by --token-indices (--list-tokens)"
             )
         return places
+
+
+class TwoTextEncoders(TextEncoder):
+    """SDXL's text encoders. Each encoder's states come from before its last layer. The second
+    encoder also makes a pooled state, one vector for the whole text. Tokens and positions are those
+    of the first encoder's tokenizer; the second tokenizer cuts text alike and differs in padding.
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder, zero_empty: bool):
+        """Joins two encoders. With `zero_empty` the states of the prompt "" are zeros."""
+        super().__init__(first.model, first.tokenizer, first.pad_token_id)
+        self.second = second
+        self.zero_empty = zero_empty
+
+    def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
+        """Encodes prompts into contexts (B,77n+1,D): 77n rows of text states, those of both encoders
+        side by side, and one row for the whole, [pooled state | six numbers | zeros]. The pooled
+        state is that of the first chunk.
+
+        The six numbers are pixels: height and width of the original image, the rows and columns cut
+        off at its top and left, height and width now. With `size` (height, width), which states
+        that the latents will be a part of an image that large, they are those of that image, uncut.
+        Without `size` they are zeros, which the network reads as its latents' own size.
+        """
+        self.second.prompt_weights = self.prompt_weights
+        layer = -1 - self.clip_skip
+        chunks = []
+        pooled = torch.empty(0)
+        for (ids, weights), (ids_2, _) in zip(self.inputs(prompts), self.second.inputs(prompts)):
+            with torch.no_grad():
+                outputs = [
+                    self.model(ids, output_hidden_states=True),
+                    self.second.model(ids_2, output_hidden_states=True),
+                ]
+            both = [weighted(output.hidden_states[layer], weights) for output in outputs]
+            pooled = pooled if chunks else outputs[1].text_embeds  # (B, P)
+            chunks.append(torch.cat(both, dim=-1))
+        states = torch.cat(chunks, dim=1)  # (B, 77n, D)
+        if self.zero_empty:
+            empty = torch.tensor([not prompt for prompt in prompts], device=states.device)
+            states = states.masked_fill(empty[:, None, None], 0)
+            pooled = pooled.masked_fill(empty[:, None], 0)
+        height, width = size or (0, 0)
+        numbers = pooled.new_tensor([height, width, 0, 0, height, width]).expand(len(prompts), 6)
+        row = torch.cat([pooled, numbers], dim=1)
+        row = F.pad(row, (0, states.shape[-1] - row.shape[1]))
+        return torch.cat([states, row[:, None]], dim=1)
+
+    def filled(self, context: Tensor, rows: int) -> Tensor:
+        """Returns a context (B,77m+1,D) with empty chunks put before its last row, `rows` rows in
+        all. The states of an empty prompt that are zeros are filled with zeros."""
+        missing = (rows - context.shape[1]) // self.max_length
+        if missing <= 0:
+            return context
+        states, row = context[:, :-1], context[:, -1:]
+        chunk = self.encode([" "])[:, :-1].to(context) * states.any(dim=(1, 2))[:, None, None]
+        return torch.cat([states, *[chunk] * missing, row], dim=1)
+
+
+def weighted(states: Tensor, weights: Tensor | None) -> Tensor:
+    """Multiplies the text states (B,77,D) of one chunk by its tokens' weights (B,77), then by the
+    number that restores the mean of all states of the chunk, as AUTOMATIC1111's web UI does.
+    Without weights the states are returned unchanged."""
+    if weights is None:
+        return states
+    scaled = states * weights[..., None].to(states)
+    before, after = (each.float().mean(dim=(1, 2), keepdim=True) for each in (states, scaled))
+    return scaled * (before / after).to(states)

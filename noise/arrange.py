@@ -40,7 +40,7 @@ def caption_subjects(sd: Model, layout: Layout) -> list[list[list[int]]]:
     found = []
     for k, region in enumerate(layout.regions, 1):
         try:
-            subjects = losses.readable_subjects(sd.text, region.prompt)
+            subjects = losses.automatic_subjects(region.prompt)
             found.append([sd.text.positions(region.prompt, subject) for subject in subjects])
         except ValueError as error:
             raise ValueError(f"region {k}: {error}") from None

@@ -93,7 +93,8 @@ class _Updates:
     cross_limits: dict[int, float]  # of the steps with a refinement
     conflict_limit: float
     progress: Callable[[int, str], None] | None
-    means: dict[int, Tensor] = field(default_factory=dict)  # image -> running mean of its maps (S, h, w)
+    means: Tensor | None = None  # (B, S, h, w): running means of the maps in this run
+    begun: Tensor | None = None  # (B,): whether an image has such a mean yet
 
     def __call__(self, i: int, t: Timestep, x: Tensor) -> Tensor:
         if i >= UPDATED:
@@ -102,7 +103,7 @@ class _Updates:
             sizes = f"{len(self.select)} images, not {len(x)}"
             raise ValueError(f"these updates are for a batch of {sizes}: make new ones for each batch")
         if i == 0:
-            self.means.clear()
+            self.means = self.begun = None
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32), copy=True)
         every = torch.arange(len(x), device=x.device)
@@ -153,15 +154,23 @@ class _Updates:
         conflict = losses.self_conflict(look.claims, some)
         loss = cross
         if self.official:
-            for b, maps in zip(rows.tolist(), look.maps.detach()):
-                previous = self.means[b] if b in self.means else maps
-                self.means[b] = 0.9 * previous + 0.1 * maps
+            means = self.averaged(rows, look.maps.detach())
         if whole:
-            means = torch.stack([self.means[b] for b in rows.tolist()])
             background: Tensor = losses.clean_background(look.maps, some)
             drift: Tensor = losses.alignment(look.maps, means, some)
             loss = cross + 0.1 * background + 0.1 * drift + conflict
         return loss, torch.stack([cross, conflict], dim=1)
+
+    def averaged(self, rows: Tensor, maps: Tensor) -> Tensor:
+        """Adds maps (b,S,h,w) of images `rows` to their running means, and returns these."""
+        if self.means is None or self.begun is None:
+            self.means = maps.new_zeros(len(self.select), *maps.shape[1:])
+            self.begun = torch.zeros_like(self.select[:, 0, 0], dtype=torch.bool)
+        previous = torch.where(self.begun[rows, None, None, None], self.means[rows], maps)
+        means = 0.9 * previous + 0.1 * maps
+        self.means[rows] = means
+        self.begun[rows] = True
+        return means
 
     def over(self, values: Tensor, i: int) -> Tensor:
         """Returns, per image (b,), whether its losses exceed a limit of step i's refinement."""
@@ -219,7 +228,7 @@ def watch(
             with torch.no_grad():
                 sd.unet(x, t, context, record=record)
                 # The probabilities themselves: sharpened, a map shows little but its peak.
-                cross = torch.einsum("bhwk,bsk->bshw", record.cross, select.to(record.cross))
+                cross = losses.mean_maps(record.cross, select)
                 peaks = losses.peaks(losses.subject_maps(record.cross, select))
                 claims = losses.claims(record.self, peaks)
             frames.steps.append(i)

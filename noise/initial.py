@@ -4,15 +4,15 @@ Noise is always drawn on the CPU in float32 with one generator per image. It dep
 device, nor on the precision, nor on the other images of a batch.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from minsd import files
 from minsd.samplers.random import generators
 
 SUFFIXES = (".safetensors", ".npy", ".pt", ".pth")
@@ -36,10 +36,10 @@ def noise_files(path: Path) -> list[Path]:
         if not path.is_file():
             raise FileNotFoundError(f"there is no noise file {path}")
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    if not files:
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if not found:
         raise FileNotFoundError(f"the folder {path} holds no noise files ({', '.join(SUFFIXES)})")
-    return files
+    return found
 
 
 def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
@@ -68,9 +68,10 @@ def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = N
     The file appears whole or not at all; its folder is made where it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({"noise": noise.float().contiguous()}, temporary, dict(metadata) if metadata else None)
-    os.replace(temporary, path)
+    content = save({"noise": noise.float().contiguous()}, dict(metadata) if metadata else None)
+    with files.temporary(path.parent) as file:
+        file.write(content)
+        files.put(file, path)
 
 
 def _read(path: Path) -> Tensor:

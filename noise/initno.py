@@ -236,6 +236,10 @@ class Evaluator:
     def loss(self, look: losses.Look, select: Tensor) -> tuple[Tensor | None, Tensor]:
         """Returns the loss to descend (b,), or None if all images meet their limits, and its parts
         (b,5).
+
+        On a GPU the loss is always returned. Asking whether the limits are met would wait for the
+        evaluation before the backward pass is launched, in every step; the gradient saved is one
+        per image.
         """
         some = select.any(dim=-1)  # (b, S)
         cross = losses.cross_response(look.maps, some)
@@ -246,7 +250,8 @@ class Evaluator:
             loss = loss + losses.clean_background(look.maps, some)
         met = (cross < self.cross_limit) & (conflict < self.conflict_limit)
         values = torch.stack([cross, conflict, used, met.to(cross), loss], dim=1)
-        return None if met.all() else loss, values
+        needless = not met.is_cuda and bool(met.all())
+        return None if needless else loss, values
 
 
 class Gaussians:

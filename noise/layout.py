@@ -23,9 +23,13 @@ from PIL import Image, ImageDraw
 
 from minsd import image
 from minsd.adapters import LoRAReference, join_scale, split_scale
-from minsd.config import CELL, check_size
+from minsd.config import CELL, CONTROL_SCALE_MOST, check_size
+from minsd.files import encodable, read_json
 
 CROP_MARGIN_MOST = 1000.0  # the largest crop margin (noise/collage.py), in sides of a region's box
+WEIGHT_MOST = 1e6
+MOST_REGIONS = 256  # of a layout: each region is another UNet evaluation in every step
+MOST_PIXELS = 2**29  # of all regions together, and of all masks together: half a gigabyte
 TOP_KEYS = ("prompt", "negative_prompt", "width", "height", "regions")
 REGION_KEYS = ("prompt", "box", "mask", "negative_prompt", "weight", "lora", "control_image", "control_scale")
 CAPTIONS = ("self_caption.json", "blip_caption.json")
@@ -95,6 +99,12 @@ class Layout:
             check_size(height, width)
         except ValueError as error:
             raise ValueError(f"{self.source}the layout's {error}") from None
+        if len(self.regions) * width * height > MOST_PIXELS:
+            most = MOST_PIXELS // (width * height)
+            raise ValueError(
+                f"{self.source}an image of {width}x{height} pixels can have at most {most} regions, "
+                f"not {len(self.regions)}"
+            )
         regions = []
         notes = []
         for k, region in enumerate(self.regions, 1):
@@ -217,12 +227,13 @@ def _printable(text: str) -> str:
 
 
 def _shading(layout: SizedLayout, colours: list[str], scale: int) -> Image.Image:
-    shade = np.full((scale * layout.height, scale * layout.width, 3), 255.0)
+    shade = np.full((layout.height // CELL, layout.width // CELL, 3), 255.0)  # per latent cell
     for region, colour in zip(layout.regions, colours):
-        filled = coverage(region.pixels, CELL).repeat(scale * CELL, 0).repeat(scale * CELL, 1)  # (H, W)
+        filled = coverage(region.pixels, CELL)
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         shade += 0.3 * filled[..., None] * (rgb - shade)
-    return Image.fromarray(shade.round().astype(np.uint8))
+    cells = shade.round().astype(np.uint8)
+    return Image.fromarray(cells.repeat(scale * CELL, 0).repeat(scale * CELL, 1))
 
 
 def _outline(region: SizedRegion, scale: int) -> Image.Image:
@@ -238,7 +249,7 @@ def _outline(region: SizedRegion, scale: int) -> Image.Image:
 def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
     """Returns (colour, text) of each line below a preview."""
     lines = [("black", f"0  {layout.prompt!r}, the whole picture, {layout.width}x{layout.height}")]
-    times = np.zeros((layout.height, layout.width), int)  # in how many regions each pixel lies
+    times = np.zeros((layout.height, layout.width), np.uint16)  # in how many regions each pixel lies
     for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
         times += region.pixels
         x0, y0, x1, y1 = region.bounds
@@ -328,6 +339,21 @@ def _check_filled(pixels: np.ndarray, box: Box | None, where: str) -> None:
         )
 
 
+class _Masks:
+    """Reads the masks of one layout, each file once, and limits their pixels."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, np.ndarray] = {}
+
+    def read(self, path: Path, where: str) -> np.ndarray:
+        """Returns a mask as booleans (H,W). Raises FileNotFoundError or ValueError, in one line."""
+        if path not in self.known:
+            self.known[path] = _read_mask(path, where)
+            if sum(mask.size for mask in self.known.values()) > MOST_PIXELS:
+                raise ValueError(f"{where}the masks have more than {MOST_PIXELS:,} pixels in all")
+        return self.known[path]
+
+
 def _read_mask(path: Path, where: str) -> np.ndarray:
     try:
         picture = image.read(path, on="black", what="mask file")
@@ -359,25 +385,10 @@ def _region_json(region: Region) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{path}: the key {key!r} is there twice in one object")
-        return dict(pairs)
-
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+        return read_json(path, unique=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no layout {path}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8") from None
-    except RecursionError:
-        raise ValueError(f"{path} nests its brackets too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
 
 
 def _from_dict(given: Any, folder: Path, where: str) -> Layout:
@@ -387,9 +398,12 @@ def _from_dict(given: Any, folder: Path, where: str) -> Layout:
         raise ValueError(f"{where}give width and height, or neither")
     negative = _value(given, "negative_prompt", str, "", where)
     regions = _value(given, "regions", list, [], where)
+    if len(regions) > MOST_REGIONS:
+        raise ValueError(f"{where}a layout has at most {MOST_REGIONS} regions, not {len(regions)}")
+    masks = _Masks()
     layout = Layout(
         _required(given, "prompt", where),
-        tuple(_region(r, negative, folder, f"{where}region {k}: ") for k, r in enumerate(regions, 1)),
+        tuple(_region(r, negative, folder, masks, f"{where}region {k}: ") for k, r in enumerate(regions, 1)),
         negative,
         source=where,
     )
@@ -402,7 +416,7 @@ def _of_size(layout: Layout, width: int, height: int) -> Layout:
     return replace(layout, width=width, height=height)
 
 
-def _region(given: Any, negative: str, folder: Path, where: str) -> Region:
+def _region(given: Any, negative: str, folder: Path, masks: "_Masks", where: str) -> Region:
     _check_keys(given, REGION_KEYS, where)
     if ("box" in given) == ("mask" in given):
         raise ValueError(f"{where}give a box [x0, y0, x1, y1] or a mask file, one of the two")
@@ -413,9 +427,12 @@ def _region(given: Any, negative: str, folder: Path, where: str) -> Region:
             raise ValueError(f"{where}a box is four numbers [x0, y0, x1, y1], not {json.dumps(box)}")
         _check_box(box, None, None, where)
     weight = float(_value(given, "weight", float, 1.0, where))
-    if weight <= 0:
-        raise ValueError(f"{where}the weight must be more than 0, not {weight:g}")
+    if not 0 < weight <= WEIGHT_MOST:
+        raise ValueError(f"{where}the weight must be more than 0 and at most {WEIGHT_MOST:g}, not {weight:g}")
     scale = _value(given, "control_scale", float, None, where)
+    if scale is not None and abs(scale) > CONTROL_SCALE_MOST:
+        most = f"{CONTROL_SCALE_MOST:g}"
+        raise ValueError(f"{where}control_scale must be from -{most} to {most}, not {scale:g}")
     lora = _value(given, "lora", list, [], where)
     if not all(isinstance(name, str) and name for name in lora):
         raise ValueError(f"{where}lora is a list of files, each FILE or FILE:SCALE, not {json.dumps(lora)}")
@@ -428,15 +445,18 @@ def _region(given: Any, negative: str, folder: Path, where: str) -> Region:
         mask,
         _value(given, "negative_prompt", str, negative, where),
         weight,
-        _references(lora, folder),
+        _references(lora, folder, where),
         control,
         None if scale is None else float(scale),
-        None if mask is None else _read_mask(mask, where),
+        None if mask is None else masks.read(mask, where),
     )
 
 
-def _references(names: Iterable[str], folder: Path) -> tuple[LoRAReference, ...]:
-    references = (split_scale(name) for name in names)
+def _references(names: Iterable[str], folder: Path, where: str) -> tuple[LoRAReference, ...]:
+    try:
+        references = [split_scale(name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
     return tuple((folder / path, scale) for path, scale in references)
 
 
@@ -462,10 +482,13 @@ def _value(given: dict[str, Any], key: str, kind: type, default: Any, where: str
     """Returns a key's value, checked to be of a type; `default` where the key is missing."""
     if key not in given:
         return default
-    if not _is(given[key], kind):
+    value = given[key]
+    if not _is(value, kind):
         wanted = {int: "a whole number", float: "a number", str: "text", list: "a list"}[kind]
-        raise ValueError(f"{where}{key!r} must be {wanted}, not {json.dumps(given[key])[:40]}")
-    return given[key]
+        raise ValueError(f"{where}{key!r} must be {wanted}, not {json.dumps(value)[:40]}")
+    if kind is str and "prompt" in key and encodable(value) != value:
+        raise ValueError(f"{where}{key!r} is not text in UTF-8")
+    return value
 
 
 def _file(given: dict[str, Any], key: str, folder: Path, where: str) -> Path | None:
@@ -492,14 +515,17 @@ def _from_folder(folder: Path) -> Layout:
             f"{folder} has no folder PALL for the whole image: "
             "give a layout.json, or a folder with PALL, P000 ..."
         )
-    parts = [part for part in folder.iterdir() if part.is_dir() and re.fullmatch(r"P\d+", part.name)]
+    parts = [part for part in folder.iterdir() if part.is_dir() and re.fullmatch(r"P[0-9]{1,9}", part.name)]
+    if len(parts) > MOST_REGIONS:
+        raise ValueError(f"{folder}: a layout has at most {MOST_REGIONS} regions, not {len(parts)}")
     regions = []
     masks = []
+    reader = _Masks()
     for part in sorted(parts, key=lambda part: int(part.name[1:])):
         mask = _first(part, MASKS)
         if mask is None:
             raise FileNotFoundError(f"there is no mask file {part / MASKS[0]} (nor {MASKS[1]})")
-        masks.append(_read_mask(mask, ""))
+        masks.append(reader.read(mask, ""))
         control = _first(part, CONTROLS)
         regions.append(Region(_caption(part), mask=mask, control_image=control, mask_pixels=masks[-1]))
     layout = Layout(
@@ -520,6 +546,6 @@ def _caption(folder: Path) -> str:
     if path is None:
         raise FileNotFoundError(f"there is no caption file {folder / CAPTIONS[0]} (nor {CAPTIONS[1]})")
     caption = _read_json(path)
-    if not isinstance(caption, str):
+    if not isinstance(caption, str) or encodable(caption) != caption:
         raise ValueError(f"{path} must hold one JSON string, the caption, not {json.dumps(caption)[:40]}")
     return caption

@@ -4,7 +4,7 @@ Initial noise optimisation (InitNO: Guo et al., CVPR 2024, arXiv 2404.04650) and
 (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826) predict from one UNet evaluation which subjects of
 the prompt the image will show, and where:
 
-- cross-attention C (h,w,77) without the start token and the last position, sharpened over tokens to
+- cross-attention C (h,w,77n) without the start token and the last position, sharpened over tokens to
   softmax(100 C) and smoothed, is each subject's map M (h,w). The subject would appear at its peak;
 - self-attention at that peak, smoothed, is the region A (h,w) that the subject claims.
 
@@ -30,13 +30,14 @@ from minsd.samplers.schedule import Timestep
 from minsd.text import TextEncoder
 from minsd.words import Finder, Word, split, words
 
+CHUNK = 77  # tokens that the text encoder reads at once
 Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 
 # --- subjects: words -> token positions ----------------------------------------------------------
 
 
 def automatic_subjects(prompt: str) -> list[str]:
-    """Returns the last word of each part of the prompt, split at "and", "with" and commas.
+    """Returns the last word of each part of the prompt, split at "and", "with", BREAK and commas.
 
     A word that occurs more than once is numbered: `cat#1` is its first occurrence, `cat#2` its
     second. ValueError for a prompt without any word.
@@ -44,21 +45,12 @@ def automatic_subjects(prompt: str) -> list[str]:
     return [name for name, _ in _chosen(prompt)]
 
 
-def readable_subjects(text: TextEncoder, prompt: str) -> list[str]:
-    """`automatic_subjects`, without those beyond the tokens that the text encoder reads, unless all
-    of them are."""
-    chosen = _chosen(prompt)
-    limit = text.read_characters(prompt)
-    read = [name for name, word in chosen if word.end <= limit]
-    return read or [name for name, _ in chosen]
-
-
 def _chosen(prompt: str) -> list[tuple[str, Word]]:
     """The names of the automatic subjects, and where they stand."""
     chosen: list[Word] = []
     last = None
     for word in [*words(prompt), Word(",", 0, 0)]:
-        if word.text not in (",", "and", "with"):
+        if word.text not in (",", "and", "with") and prompt[word.start : word.end] != "BREAK":
             last = word
         elif last is not None:
             chosen.append(last)
@@ -81,12 +73,12 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
     """Finds the token positions of each subject. No network runs.
 
     `subjects`: words of the prompt (a list, or one string with commas), token indices (0 is the
-    start token), or None for `readable_subjects`. ValueError if there is none, and for a subject
-    that is not in the prompt, given twice, or beyond the tokens that the text encoder reads. Warns
-    about a single subject, which has nothing to conflict with.
+    start token), or None for `automatic_subjects`. ValueError if there is none, and for a subject
+    that is not in the prompt or given twice. Warns about a single subject, which has nothing to
+    conflict with.
     """
     if subjects is None:
-        subjects = readable_subjects(text, prompt)
+        subjects = automatic_subjects(prompt)
     if isinstance(subjects, str):
         subjects = split(subjects)
     if not subjects:
@@ -113,24 +105,25 @@ def _index(text: TextEncoder, prompt: str, index: int) -> int:
     """Returns a token index that belongs to a word of the prompt; ValueError for any other."""
     if not isinstance(index, int) or isinstance(index, bool):
         raise ValueError(f"a subject is a word of the prompt or a token index, not {index!r}")
-    last = len(text.ids(prompt)) - 2  # the end token comes after it
-    if not 1 <= index <= last:
+    places = text.places(prompt)
+    if index not in places:
+        last = places[-1] if places else 0
         raise ValueError(
             f"token index {index} is outside the prompt, whose words are tokens 1 to {last} (--list-tokens)"
-        )
-    if index > text.max_length - 2:
-        raise ValueError(
-            f"token index {index} is beyond the {text.max_length} tokens the model reads: shorten the prompt"
         )
     return index
 
 
-def selector(places: Sequence[Sequence[Sequence[int]]], length: int = 77) -> Tensor:
+def selector(places: Sequence[Sequence[Sequence[int]]], length: int | None = None) -> Tensor:
     """Token positions of each subject of each image -> weights (B,S,length).
 
     Their product with the maps of all tokens is the mean of each subject's maps. An image with
-    fewer than S subjects has rows of zeros for the rest.
+    fewer than S subjects has rows of zeros for the rest. `length` defaults to that of the chunks of
+    77 tokens up to the last position.
     """
+    if length is None:
+        last = max(token for subjects in places for tokens in subjects for token in tokens)
+        length = CHUNK * (last // CHUNK + 1)
     select = torch.zeros(len(places), max(map(len, places)), length)
     for b, subjects in enumerate(places):
         for s, tokens in enumerate(subjects):
@@ -151,7 +144,8 @@ class Look(NamedTuple):
 
 
 def smooth(maps: Tensor) -> Tensor:
-    """Maps (...,h,w) smoothed by a 3x3 kernel with reflected edges.
+    """Maps (...,h,w) smoothed by a 3x3 kernel with reflected edges. An axis of a single cell has that
+    cell as its own neighbour on both sides.
 
     Its weights along each axis are exp(-(d / (2 * 0.5))^2), normalised to sum 1. This is InitNO's
     kernel, not the usual Gaussian exp(-d^2 / 2s^2).
@@ -161,17 +155,29 @@ def smooth(maps: Tensor) -> Tensor:
     side = math.exp(-1) / total
     for axis in (-2, -1):  # shifted sums: a convolution may round to TF32 on a GPU
         n = maps.shape[axis]
-        index = torch.arange(n, device=maps.device)  # a list of Python's would wait for the GPU
-        before = maps.index_select(axis, (index - 1).abs())  # 1, 0, 1, ..., n-2
-        after = maps.index_select(axis, n - 1 - (n - 2 - index).abs())  # 1, ..., n-1, n-2
+        index = torch.arange(n, device=maps.device)  # indices in a list would wait for the GPU
+        before = maps.index_select(axis, (index - 1).abs().clamp(max=n - 1))  # 1, 0, 1, ..., n-2
+        after = maps.index_select(axis, (n - 1 - (n - 2 - index).abs()).clamp(min=0))  # 1, ..., n-1, n-2
         maps = middle * maps + side * (before + after)
     return maps
 
 
+def mean_maps(maps: Tensor, select: Tensor) -> Tensor:
+    """Maps of all tokens (B,h,w,K), a `selector` (B,S,k), k <= K -> each subject's mean (B,S,h,w)."""
+    return torch.einsum("bhwk,bsk->bshw", maps[..., : select.shape[-1]], select.to(maps))
+
+
 def subject_maps(cross: Tensor, select: Tensor) -> Tensor:
-    """Cross-attention (B,h,w,77), a `selector` (B,S,77) -> smoothed maps M (B,S,h,w) of subjects."""
-    sharp = (100 * cross[..., 1:-1]).softmax(dim=-1)  # (B, h, w, 75)
-    return smooth(torch.einsum("bhwk,bsk->bshw", sharp, select[..., 1:-1].to(sharp)))
+    """Cross-attention (B,h,w,77n), a `selector` (B,S,77m), m <= n -> smoothed maps M (B,S,h,w) of
+    subjects. In each of the n chunks the start token and the last position are left out."""
+    sharp = (100 * _inner(cross)).softmax(dim=-1)  # (B, h, w, 75n)
+    return smooth(mean_maps(sharp, _inner(select)))
+
+
+def _inner(tokens: Tensor) -> Tensor:
+    """Leaves out the first and the last position of every chunk of 77 (one chunk, if shorter)."""
+    chunks = max(1, tokens.shape[-1] // CHUNK)
+    return tokens.unflatten(-1, (chunks, -1))[..., 1:-1].flatten(-2)
 
 
 def peaks(maps: Tensor) -> Tensor:
@@ -190,7 +196,7 @@ def look(unet: Callable[..., object], x: Tensor, t: Timestep, context: Tensor, s
     """Returns the subjects' maps from one UNet evaluation under the prompt, at latents x (B,4,h,w)
     and timestep t.
 
-    context (B,77,D); select (B,S,77) from `selector`. The UNet stops as soon as it has its maps. It
+    context (B,77n,D); select from `selector`. The UNet stops as soon as it has its maps. It
     runs in its own precision; the maps are float32 or float64.
     """
     record = AttentionRecorder(only=True)

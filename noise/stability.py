@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minsd import image
-from minsd.config import check_size
+from minsd.config import check_size, overflow_advice
 from minsd.guidance import Model, counted
 from minsd.noise.initial import noise as draw_noise
 from minsd.samplers import SAMPLERS, check, ddim
@@ -77,7 +77,7 @@ class Trip:
                 "stability needs a sampler that can be inverted, but "
                 f"{culprit} has noise or memory: use ddim at eta 0"
             )
-        guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = sd.config.guidance(guidance_scale)
         if not math.isfinite(guidance_scale) or not math.isfinite(guidance_invert):
             scales = f"{guidance_scale} and {guidance_invert}"
             raise ValueError(f"guidance_scale and guidance_invert must be numbers, not {scales}")
@@ -273,7 +273,7 @@ def select(
     seed = chosen()
     if seed is None:
         raise FloatingPointError(
-            f"no candidate has a score: sampling in {sd.dtype} overflowed; try --dtype float32 or bfloat16"
+            f"no candidate has a score: sampling in {sd.dtype} overflowed; {overflow_advice(sd.dtype)}"
         )
     noise = _noises(sd, prompt, [seed], height, width)
     return Selection(seed, noise, scores[seed], {s: scores[s] for s in wanted}, rows)

@@ -123,7 +123,9 @@ def test_every_kind_of_picture_can_be_made_again(made, tmp_path, how):
     first = lines(tmp_path)[0]
     picture = str(tmp_path / first["file"])
     maps = how if how == ["--attention-maps"] else []  # asked for, not a setting of the picture
-    assert main(["--like", picture, *maps, "--out", str(tmp_path), "--quiet"]) == 0
+    # An inverted image lies in another folder: only by --trust, as elsewhere below.
+    trust = ["--trust"] if how == ["--invert"] else []
+    assert main(["--like", picture, *maps, *trust, "--out", str(tmp_path), "--quiet"]) == 0
     assert lines(tmp_path)[1] | {"file": 0, "seconds": 0} == first | {"file": 0, "seconds": 0}
     assert np.array_equal(pixels(tmp_path / lines(tmp_path)[1]["file"]), pixels(picture))
     if how != ["--invert"]:  # a method of its own: of the picture only its seed, not how that was found
@@ -201,9 +203,20 @@ def test_list_tokens(capfd, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_cut_prompt_is_said(tmp_path, capfd):
-    assert main(["a red circle and " * 20, "--steps", "1", "--out", str(tmp_path)]) == 0
-    assert "cut off" in capfd.readouterr().err
+def test_weights_and_chunks_are_said_and_recorded(tmp_path, capfd):
+    run = ["--seed", "0", "--steps", "1", "--out", str(tmp_path)]
+    assert main(["a (red:1.3) circle and " * 20, *run]) == 0
+    said = capfd.readouterr().err
+    assert "read in 2 chunks" in said and "--no-prompt-weights: as plain text" in said
+    assert main(["a (red) circle", "--prompt-weights", "--clip-skip", "2", *run]) == 0
+    assert "prompt weights" not in capfd.readouterr().err
+    first, second = lines(tmp_path)
+    assert (first["prompt_weights"], first["clip_skip"]) == (None, None)
+    assert (second["prompt_weights"], second["clip_skip"]) == (True, 2)
+    with Image.open(tmp_path / second["file"]) as picture:
+        assert "Clip skip: 2" in picture.text["parameters"]
+    assert main(["a circle", "--clip-skip", "9", *run]) == 2
+    assert "clip skip must be from 1 (nothing is skipped) to 2, not 9" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -395,7 +408,8 @@ def test_image_to_image_and_like(tmp_path, made):
         True,
         4,
     )
-    assert main(["--like", str(tmp_path / row["file"]), "--out", str(tmp_path), "--quiet"]) == 0
+    again = ["--like", str(tmp_path / row["file"]), "--out", str(tmp_path), "--quiet"]
+    assert main([*again, "--trust"]) == 0
     assert np.array_equal(pixels(tmp_path / "00001-1.png"), pixels(tmp_path / "00000-1.png"))
 
 
@@ -729,9 +743,8 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
     assert region["lora"] == [f"{tmp_path / 'style.safetensors'}:0.5"] and region["control_image"] == str(
         tmp_path / "edges.png"
     )
-    assert (
-        main(["--like", str(tmp_path / "o" / rows[3]["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
-    )
+    again = ["--like", str(tmp_path / "o" / rows[3]["file"]), "--out", str(tmp_path / "o"), "--quiet"]
+    assert main([*again, "--trust"]) == 0
     assert np.array_equal(pixels(tmp_path / "o" / lines(tmp_path / "o")[4]["file"]), others[2])
     monkeypatch.chdir(tmp_path)  # a relative path; and other runs of the network between the collage's
     assert (
@@ -824,7 +837,7 @@ def test_pictures_of_layouts_that_ask_for_no_controlnet_can_be_made_again(tmp_pa
         main(["--layout", str(tmp_path), "--seed", "1", *out]) == 0
         and "are not used" in capfd.readouterr().err
     )
-    assert main(["--like", str(tmp_path / "o" / "00000-1.png"), *out]) == 0
+    assert main(["--like", str(tmp_path / "o" / "00000-1.png"), "--trust", *out]) == 0
     first, again = lines(tmp_path / "o")
     assert again["layout"] == first["layout"] and first["layout"]["regions"][0]["control_scale"] == 1.0
     assert np.array_equal(pixels(tmp_path / "o" / first["file"]), pixels(tmp_path / "o" / again["file"]))

@@ -14,11 +14,13 @@ import torch
 
 import minsd
 from minsd import graphs, guidance
+from minsd import unet as unet_file
 from minsd.app import run as running
 from minsd.attention import AttentionRecorder
 from minsd.config import UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
 from minsd.graphs import Graphs
+from minsd.kernels import switches
 from minsd.noise import initno, losses
 from minsd.noise.initial import noise
 from minsd.unet import UNet
@@ -377,6 +379,27 @@ def test_initno_optimises_the_same_noise_with_graphs(shapes, split):
     assert split.captures == 1 and split.backs == result.steps - 1 > 3
 
 
+def test_kernels_of_a_captured_look_are_chosen_for_a_graph(graphed, split, monkeypatch):
+    """From the warm-up on, which must compile what the capture will launch."""
+    least = []
+    norm = unet_file.group_norm
+
+    def noted(*arguments, **more):
+        least.append(switches.current.norm_gradient_from)
+        return norm(*arguments, **more)
+
+    monkeypatch.setattr(unet_file, "group_norm", noted)
+    looks(graphed, 0, 981)
+    default = switches.Switches().norm_gradient_from
+    assert set(least) == {default} and default > 0
+    eager = len(least)
+    looks(graphed, 1, 981)
+    assert least[eager:] == [0] * (3 * eager)  # warmed up, captured, replayed by the stand-in
+    assert switches.current.norm_gradient_from == default
+    with switches.use(norm_gradient_from=None), switches.in_a_graph():
+        assert switches.current.norm_gradient_from is None
+
+
 @pytest.mark.parametrize("found", ["nothing to do", "the response alone"])
 def test_before_a_capture_every_gradient_has_been_computed(graphed, split, monkeypatch, found):
     """A capture must not compile kernels, and the losses so far may have needed none of the gradient,
@@ -535,6 +558,21 @@ def test_a_controlnet_has_graphs_of_its_own(small, fake, tmp_path, monkeypatch):
         small.set_attention("auto", nets[1])
         assert not own.graphs and not small.graphs.graphs
     finally:
+        small.use_graphs(False)
+
+
+def test_graphs_are_turned_off_and_on_beside_a_controlnet_too(small):
+    net, unet = ControlNet(small.config.unet, (4, 4, 8, 8)), small.unet
+    networks = unet, net
+    small.unet = Controlled(unet, [Control(net, torch.rand(1, 3, 128, 128))])
+    try:
+        small.use_graphs(gradients=False)
+        assert [graphs.graphs_of(network).gradients for network in networks] == [False, False]
+        assert small.graphs is graphs.graphs_of(unet)
+        small.use_graphs(False)
+        assert all(graphs.graphs_of(network) is None for network in networks) and small.graphs is None
+    finally:
+        small.unet = unet
         small.use_graphs(False)
 
 

@@ -20,15 +20,16 @@ OUTSIDE = ("bench", "tests")  # top-level packages that are not installed
 FLOORS = {
     "doors": ("generate __main__", "app"),
     "training": ("weights.shapes.train weights.shapes.extras", "pipeline"),  # run with python -m
-    "app": ("app", "pipeline"),
+    "app": ("app judge", "pipeline"),
     "pipeline": ("pipeline", "noise"),
-    "noise": ("noise", "weights guidance"),
+    "noise": ("noise", "judges guidance"),
+    "judges": ("judges", "weights"),
     "weights": ("weights", "networks"),
     "networks": ("unet vae text controlnet", "attention"),
     "attention": ("attention", "kernels services"),
     "guidance": ("guidance", "samplers services"),
     "samplers": ("samplers", "config"),
-    "services": ("image graphs adapters words", "config"),  # for all above the kernels
+    "services": ("image graphs adapters files words emphasis", "kernels"),  # for all above the kernels
     "kernels": ("kernels", "config"),
     "config": ("config", ""),
 }

@@ -316,3 +316,28 @@ def test_the_tokenizer_out_of_a_cached_model(server, repo, offline, shapes_folde
     assert (hub.tokenizer() / "vocab.json").read_bytes() == (
         shapes_folder / "tokenizer" / "vocab.json"
     ).read_bytes()
+
+
+def test_sdxl_has_two_text_encoders(server, sdxl_folder, sdxl, offline, tmp_path):
+    """Both encoders and both tokenizers are fetched, and the parts that are not read are left."""
+    files = {path.relative_to(sdxl_folder).as_posix(): path for path in sdxl_folder.rglob("*")}
+    files = {name: path for name, path in files.items() if path.is_file()}
+    junk = tmp_path / "junk"
+    junk.write_text("junk")
+    for name in ("sd_xl_base_1.0.safetensors", "text_encoder_2/openvino_model.bin", "vae_1_0/config.json"):
+        files[name] = junk
+    server.repos["someone/tiny-xl"] = files
+    sd = minsd.load("someone/tiny-xl", "cpu")
+    assert weights(server) == [
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert not {"vae_1_0/config.json"} & set(server.sent)
+    assert torch.equal(sd.encode_prompt("a star"), sdxl.encode_prompt("a star"))
+    offline()
+    minsd.load("someone/tiny-xl", "cpu")
+    server.repos["someone/half"] = {n: p for n, p in files.items() if n != "text_encoder_2/model.safetensors"}
+    offline(False)
+    assert "text_encoder_2" in refused("someone/half")

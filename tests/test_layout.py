@@ -235,11 +235,11 @@ def test_files_that_are_missing_or_broken(tmp_path):
         (tmp_path / "l.json").write_text(text, encoding="latin-1")
         return tmp_path / "l.json"
 
-    with pytest.raises(ValueError, match="l.json is not JSON: .* at line 3, column 2"):
+    with pytest.raises(ValueError, match="l.json: not JSON: .* at line 3, column 2"):
         layout.load(write('{"prompt": "a",\n "width": 64,\n x}'))
-    with pytest.raises(ValueError, match="'width' is there twice"):
+    with pytest.raises(ValueError, match="the key 'width' is given twice"):
         layout.load(write('{"prompt": "a", "width": 64, "width": 32}'))
-    with pytest.raises(ValueError, match="not a text file in UTF-8"):
+    with pytest.raises(ValueError, match="not text in UTF-8"):
         layout.load(write('{"prompt": "\xe9"}'))
     with pytest.raises(ValueError, match="l.json: this must be an object"):
         layout.load(write("[1]"))
@@ -357,7 +357,7 @@ def test_mistakes_in_a_folder(folder):
     with pytest.raises(ValueError, match="P003.self_caption.json must hold one JSON string"):
         layout.load(folder)
     caption.write_text("a tree")
-    with pytest.raises(ValueError, match="self_caption.json is not JSON: .* line 1, column 1"):
+    with pytest.raises(ValueError, match="self_caption.json: not JSON: .* column 1"):
         layout.load(folder)
     caption.unlink()
     with pytest.raises(FileNotFoundError, match="no caption file .*P003.self_caption.json"):

@@ -270,10 +270,6 @@ FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
             lambda t: [t.clear(), t.update({"emb_params": torch.zeros(2, 768)})],
             "is a textual-inversion embedding",
         ),
-        (
-            lambda t: t.update({"bundle_emb.x.string_to_param.*": torch.zeros(1)}),
-            "textual-inversion embedding",
-        ),
         (lambda t: t.update({"lora_unet_x.diff": torch.zeros(2, 2)}), "full differences"),
         (lambda t: t.update({"lora_unet_x.on_input": torch.zeros(2)}), "is an IA3"),
         (
@@ -297,7 +293,6 @@ FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         "sdxl",
         "loha",
         "embedding",
-        "bundle",
         "full",
         "ia3",
         "original",

@@ -17,7 +17,7 @@ import minsd
 from minsd import graphs, guidance
 from minsd.config import ScheduleConfig, UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
-from minsd.noise import collage, collage_control, layout, losses
+from minsd.noise import collage, collage_control, excite, initno, layout, losses
 from minsd.noise.initial import noise
 from minsd.samplers.schedule import Schedule
 from minsd.unet import UNet
@@ -46,7 +46,7 @@ class Copies(TorchDispatchMode):
 def meta_model(batch=4):
     """What a collage needs of a model, on the meta device."""
 
-    def encode_prompt(prompts):
+    def encode_prompt(prompts, size=None):
         return torch.empty(1 if isinstance(prompts, str) else len(prompts), 77, 8, device="meta")
 
     with torch.device("meta"):
@@ -170,6 +170,26 @@ def test_on_a_gpu_no_step_of_a_collage_waits(options, controlled):
         predict(x, 921)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_loss_of_an_optimisation_step_is_read_before_its_gradient(monkeypatch):
+    """On the meta device every question for a value raises."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda y: True))
+    sd = meta_model()
+    sd.text = None
+    monkeypatch.setattr(losses, "resolve", lambda text, prompt, subjects: [[2], [5]])
+    monkeypatch.setattr(losses, "listed_timesteps", lambda *_: [401])
+    monkeypatch.setattr(losses, "component", lambda mask, at: mask)  # asks every eighth ring
+    sd.config.conflict_limit, sd.config.update_scale = 0.3, 20.0
+    maps = torch.rand(2, 2, 16, 16, device="meta")
+    look = losses.Look(maps, maps)
+    rows = torch.arange(2, device="meta")
+    evaluate = initno.Evaluator(sd, ["a", "b"], [None, None], initno.Settings())
+    loss, values = evaluate.loss(look, evaluate.select)
+    assert loss is not None and values.shape == (2, 5)
+    refine = excite.updates(sd, ["a", "b"], [None, None])
+    for whole in (False, True):
+        assert refine.loss(look, rows, whole)[0].shape == (2,)
 
 
 @pytest.mark.parametrize("asking", [1, 3, 8])

@@ -21,11 +21,9 @@ from minsd.weights.load import check_heads, checked, empty, fill, heads_per_leve
 from minsd.weights.safetensors_file import RenamedTensors, Tensors, guess, read_json, refuse_pickle
 from minsd.weights.single_file import count, pairs, sizes, unet_of
 
-_SDXL_WIDTHS = (320, 640, 1280)
-
 
 def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> ControlNet:
-    """Loads a ControlNet of Stable Diffusion 1.x or 2.x, frozen, on `device` in `dtype`.
+    """Loads a ControlNet of Stable Diffusion 1.x, 2.x or XL, frozen, on `device` in `dtype`.
 
     Raises ValueError or FileNotFoundError, in one line, where the file is missing or holds
     something else.
@@ -43,10 +41,6 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
         reason = guess(file) or "has none of its tensors (controlnet_mid_block, middle_block_out)"
         raise ValueError(f"{path} is not a ControlNet: it {reason}")
     config = unet_of(tensors)
-    if "add_embedding.linear_1.weight" in tensors or config.block_out_channels == _SDXL_WIDTHS:
-        raise ValueError(
-            f"{path} is a ControlNet for SDXL; minsd takes those of Stable Diffusion 1.x and 2.x"
-        )
     hidden = hidden_of(tensors)
     bgr = False
     if path.is_dir() and (path / "config.json").is_file():
@@ -87,8 +81,9 @@ def with_config_json(config: UNetConfig, path: Path) -> tuple[UNetConfig, bool]:
     c = read_json(path)
     if c.get("_class_name", "ControlNetModel") != "ControlNetModel":
         raise ValueError(f"{path} describes a {c['_class_name']}; minsd takes ControlNets (ControlNetModel)")
+    kinds = {"addition_embed_type": "text_time"}  # SDXL
     for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "global_pool_conditions"):
-        if c.get(key):
+        if c.get(key) and c[key] != kinds.get(key):
             raise ValueError(f"{path}: {key} = {c[key]!r} is a kind of ControlNet that minsd does not know")
     if c.get("conditioning_channels", 3) != 3:
         raise ValueError(

@@ -8,21 +8,23 @@ asking the network. huggingface_hub's settings (HF_HOME, HF_HUB_OFFLINE, HF_ENDP
 apply as usual.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from minsd import files
 from minsd.weights.safetensors_file import variants
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+XL_PARTS = PARTS | {"text_encoder_2": "model"}
 # The small files that minsd reads: configurations, indices of shards, the tokenizer.
 SMALL = re.compile(
-    r"model_index\.json|(unet|vae|text_encoder)/config\.json"
-    r"|(unet|vae|text_encoder)/[\w.-]+\.safetensors\.index[\w.]*\.json|scheduler/scheduler_config\.json"
-    r"|tokenizer/(vocab|tokenizer_config|special_tokens_map|tokenizer|added_tokens)\.json|tokenizer/merges\.txt"
+    r"model_index\.json|(unet|vae|text_encoder(_2)?)/config\.json"
+    r"|(unet|vae|text_encoder(_2)?)/[\w.-]+\.safetensors\.index[\w.]*\.json|scheduler/scheduler_config\.json"
+    r"|tokenizer(_2)?/(vocab|tokenizer_config|special_tokens_map|tokenizer|added_tokens)\.json"
+    r"|tokenizer(_2)?/merges\.txt"
 )
 # Retired hub ids that many scripts still use -> the ids that have their files now.
 MOVED = {
@@ -70,8 +72,8 @@ def fetch(repo: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> 
         weights = weights_of(folder, names, order)
         if weights is None:
             raise ValueError(
-                f"{repo} on the hub has no safetensors for all of {', '.join(PARTS)} (pickles can run code):"
-                " choose another copy"
+                f"{repo} on the hub has no safetensors for all of {', '.join(parts_of(names))}: choose"
+                " another copy (pickles can run code)"
             )
         return Path(hf.snapshot_download(repo, allow_patterns=weights))
     except Exception as error:
@@ -129,8 +131,14 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def parts_of(names: set[str]) -> dict[str, str]:
+    """Returns the networks of a model whose files are `names`, with the stem of their weight files:
+    `XL_PARTS` if there is a second text encoder (SDXL), otherwise `PARTS`."""
+    return XL_PARTS if any(name.startswith("text_encoder_2/") for name in names) else PARTS
+
+
 def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[str] | None:
-    """Chooses the weight files of the UNet, the VAE and the text encoder among `names`, the paths
+    """Chooses the weight files of the UNet, the VAE and the text encoders among `names`, the paths
     of a model's files relative to its folder.
 
     `order` lists file name variants ("" or ".fp16"), the preferred one first. For each network the
@@ -138,20 +146,23 @@ def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[st
     them is read from `folder`. Returns None if a network has no weights in any variant, or if a
     small file (a config, the scheduler's settings, the tokenizer) is missing.
     """
-    configs = {f"{part}/config.json" for part in PARTS}
-    small = {"model_index.json", "scheduler/scheduler_config.json", *configs}
-    pair = {"tokenizer/vocab.json", "tokenizer/merges.txt"}
-    if not names >= small or not (names >= pair or "tokenizer/tokenizer.json" in names):
+    parts = parts_of(names)
+    configs = {f"{part}/config.json" for part in parts}
+    if not names >= {"model_index.json", "scheduler/scheduler_config.json", *configs}:
         return None
+    for tokens in ("tokenizer", "tokenizer_2") if parts is XL_PARTS else ("tokenizer",):
+        pair = {f"{tokens}/vocab.json", f"{tokens}/merges.txt"}
+        if not (names >= pair or f"{tokens}/tokenizer.json" in names):
+            return None
     chosen = []
-    for part, stem in PARTS.items():
+    for part, stem in parts.items():
         for variant in order:
-            files = [f"{part}/{stem}{variant}.safetensors"]
-            if files[0] not in names:
+            parts = [f"{part}/{stem}{variant}.safetensors"]
+            if parts[0] not in names:
                 index = f"{part}/{stem}.safetensors.index{variant}.json"
-                files = shards(folder / index) if index in names else []
-            if files and names >= set(files):
-                chosen += files
+                parts = shards(folder / index) if index in names else []
+            if parts and names >= set(parts):
+                chosen += parts
                 break
         else:
             return None
@@ -162,8 +173,8 @@ def shards(index: Path) -> list[str]:
     """Returns the files that a shard index lists, as paths relative to the model's folder; an empty
     list if the index cannot be read."""
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({f"{index.parent.name}/{Path(name).name}" for name in files})
+        names = files.read_json(index)["weight_map"].values()
+        return sorted({f"{index.parent.name}/{Path(name).name}" for name in names})
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return []
 

@@ -2,10 +2,11 @@
 
     W' = W + scale * (alpha / rank) * up @ down
 
-Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas) and those of diffusers and PEFT
-(`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
-adapter_config.json). They may adapt linear layers and convolutions of the UNet and of the text
-encoder. `read` checks every tensor against the model. Then use either
+Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas; for SDXL also with the layer
+names of the original code) and those of diffusers and PEFT (`unet.*.lora_A.weight`,
+`*.to_q_lora.down.weight`, ...; a PEFT folder with its adapter_config.json). They may adapt linear
+layers and convolutions of the UNet and of the text encoders. `read` checks every tensor against the
+model. Then use either
 
     merge(...)    adds the change to the weights: no cost while sampling, the same scale
                   for every image, can be undone exactly
@@ -19,10 +20,9 @@ For example:
     unmerge(kept)
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +30,13 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from minsd.adapters import Adapters, settings_of_rows
 from minsd.attention import Attention
-from minsd.weights.safetensors_file import PICKLES, read_header
+from minsd.files import parse_json, read_json
+from minsd.weights.ldm_keys import unet_layer
+from minsd.weights.safetensors_file import PICKLES, Tensors, read_metadata
 
 Layer = nn.Linear | nn.Conv2d
 MERGED = "has_merged"  # set on a layer while an adapter is merged into it
@@ -54,16 +55,18 @@ _OTHER_KINDS = {  # a pattern of tensor names -> the kind of adapter with such n
     r"lora_mid": "a LoCon in Tucker form",
     r"\.on_input$": "an IA3 adapter",
     r"\.(diff|diff_b|w_norm|b_norm)$": "a LyCORIS adapter of full differences",
-    r"^emb_params$|string_to_param|^clip_[lg]$": "a textual-inversion embedding",
-    r"^bundle_emb\.": "a LoRA bundled with textual-inversion embeddings",
+    r"^emb_params$|^string_to_param|^clip_[lg]$": "a textual-inversion embedding, for --embedding",
 }
 
 
 class HasNetworks(Protocol):
-    """A `StableDiffusion`, of which this module uses only the networks."""
+    """A `StableDiffusion`, or a model as loaded, of which this module uses only the networks."""
 
-    unet: Any
-    text: Any
+    @property
+    def unet(self) -> Any: ...
+
+    @property
+    def text(self) -> Any: ...
 
 
 class HasLoRA(Protocol):
@@ -116,36 +119,36 @@ class LoRA:
 
 def read(path: str | Path, sd: HasNetworks) -> LoRA:
     """Reads the adapter in a file (or folder) for the networks of `sd` (`sd.unet`,
-    `sd.text.model`).
+    `sd.text.model`, and for SDXL `sd.text.second.model`).
 
     Raises FileNotFoundError or ValueError, in one line, for a file that is missing, is not a LoRA,
     lacks one of a layer's two matrices, is empty, or was made for another model.
     """
-    path = _file(Path(path))
-    halves, alphas = _tensor_names(path, read_header(path))
+    path = file_of(Path(path))
+    tensors = Tensors(path, "", torch.float32)
+    halves, alphas = _tensor_names(path, tensors)
     modules = _modules(sd)
     fused = fused_layers(sd.unet)
     parts = []
-    with safe_open(path, framework="pt", device="cpu") as file:
-        default_alpha = _alphas(path, file.metadata() or {})
-        for key, names in halves.items():
-            if len(names) < 2:
-                missing = ({"down", "up"} - names.keys()).pop()
-                raise ValueError(f"{path} is a partial adapter: {key!r} has no {missing!r} half")
-            target = _target(key, modules)
-            if target is None:
-                _refuse_layer(path, key)
-            name, module = target
-            down, up = (file.get_tensor(names[half]) for half in ("down", "up"))
-            _check(path, key, module, down, up)
-            rank = len(down)
-            alpha = float(file.get_tensor(alphas[key])) if key in alphas else default_alpha(name, rank)
-            # Files may hold `down` and `up` of a 1x1 convolution as matrices, and those of a linear
-            # layer as convolutions.
-            shape = module.weight.shape
-            down = down.reshape(rank, *shape[1:])
-            up = up.reshape(len(up), rank, *[1] * (len(shape) - 2))
-            parts.append(LowRank(name, module, fused.get(module), down, up, alpha / rank))
+    default_alpha = _alphas(path, read_metadata(path))
+    for key, names in halves.items():
+        if len(names) < 2:
+            missing = ({"down", "up"} - names.keys()).pop()
+            raise ValueError(f"{path} is a partial adapter: {key!r} has no {missing!r} half")
+        target = _target(key, modules, sd.unet.config.layers_per_block)
+        if target is None:
+            _refuse_layer(path, key)
+        name, module = target
+        down, up = (tensors[names[half]] for half in ("down", "up"))
+        _check(path, key, module, down, up)
+        rank = len(down)
+        alpha = _alpha(path, tensors, alphas[key]) if key in alphas else default_alpha(name, rank)
+        # Files may hold `down` and `up` of a 1x1 convolution as matrices, and those of a linear
+        # layer as convolutions.
+        shape = module.weight.shape
+        down = down.reshape(rank, *shape[1:])
+        up = up.reshape(len(up), rank, *[1] * (len(shape) - 2))
+        parts.append(LowRank(name, module, fused.get(module), down, up, alpha / rank))
     if lost := alphas.keys() - halves.keys():
         raise ValueError(f"{path} is a partial adapter: {min(lost)!r} has an alpha and no weights")
     if len({part.name for part in parts}) < len(parts):
@@ -165,9 +168,10 @@ def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
     }
 
 
-def _tensor_names(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def _tensor_names(path: Path, header: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Sorts the tensor names of a file. Returns (halves, alphas): the names of the two matrices of
     each layer, by layer and by "down" or "up", and the names of the alphas by layer."""
+    header = [name for name in header if not name.startswith("bundle_emb.")]
     if not header:
         raise ValueError(f"{path} is an empty adapter: it holds no tensors")
     for pattern, kind in _OTHER_KINDS.items():
@@ -197,14 +201,14 @@ def _refuse_layer(path: Path, key: str) -> NoReturn:
     """Raises ValueError for a layer that the model does not have, with the probable reason."""
     if re.search(r"diffusion_model|(input|middle|output)_blocks?[_.]", key):
         raise ValueError(
-            f"{path} names the model's layers as the original Stable Diffusion code does ({key!r});"
-            " minsd's LoRA reader knows diffusers' and kohya's names"
+            f"{path} names the model's layers as the original Stable Diffusion code does ({key!r}), as"
+            " adapters of SDXL do: for other models minsd reads diffusers' and kohya's names"
         )
     kind = "an SDXL model" if re.search(r"lora_te2|text_encoder_2", key) else "another kind of model"
     raise ValueError(f"{path} was made for {kind}: this one has no layer {key!r}")
 
 
-def _file(path: Path) -> Path:
+def file_of(path: Path) -> Path:
     """Returns the adapter's file: `path`, or the file in the folder `path`."""
     if path.suffix in PICKLES:
         raise ValueError(
@@ -223,11 +227,14 @@ def _file(path: Path) -> Path:
 
 
 def _modules(sd: HasNetworks) -> dict[str, dict[str, tuple[str, Layer]]]:
-    """Lists the layers that can be adapted: network ("unet" or "text_encoder") -> layer name as in
-    files -> (our name, layer). File names have dots, or underscores as kohya writes them; both are
-    listed."""
+    """Lists the layers that can be adapted: network ("unet", "text_encoder" or "text_encoder_2") ->
+    layer name as in files -> (our name, layer). File names have dots, or underscores as kohya writes
+    them; both are listed."""
     layers: dict[str, dict[str, tuple[str, Layer]]] = {}
-    for network, module in (("unet", sd.unet), ("text_encoder", sd.text.model)):
+    networks = {"unet": sd.unet, "text_encoder": sd.text.model}
+    if hasattr(sd.text, "second"):  # SDXL
+        networks["text_encoder_2"] = sd.text.second.model
+    for network, module in networks.items():
         layers[network] = {}
         for full_name, layer in module.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -241,15 +248,19 @@ _PREFIXES = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
     "unet.": "unet",
     "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
     "text_model.": "text_encoder",
 }
 
 
-def _target(key: str, modules: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[str, Layer] | None:
+def _target(
+    key: str, modules: dict[str, dict[str, tuple[str, Layer]]], layers: int
+) -> tuple[str, Layer] | None:
     """Returns (our name, layer) for a layer name as in files; None where the model has no such
-    layer."""
+    layer. `layers` is the number of residual blocks per level in the UNet's encoder half."""
     key = key.removeprefix("base_model.model.")  # PEFT's own files
     network = "unet"
     for prefix, whose in _PREFIXES.items():
@@ -259,15 +270,20 @@ def _target(key: str, modules: dict[str, dict[str, tuple[str, Layer]]]) -> tuple
             break
     key = re.sub(r"^text_model[._]", "", key).replace(".processor.", ".")
     key = re.sub(r"\.to_out$", ".to_out.0", key)
-    if network == "text_encoder":  # early diffusers used the names of its own attention class
+    if network != "unet":  # early diffusers used the names of its own attention class
         key = re.sub(r"\.to_([qkv])$", r".\1_proj", key).replace(".to_out.0", ".out_proj")
-    return modules[network].get(key)
+    found = modules.get(network, {})
+    if "text_encoder_2" in modules and key not in found:  # adapters of SDXL often have the original names
+        key = unet_layer(key, layers)
+    return found.get(key)
 
 
 def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> None:
     """Raises ValueError where the matrices `down` and `up` do not fit the layer."""
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{path}: {key!r} is of {down.dtype}, not of floating point numbers")
+    if down.ndim < 2 or up.ndim < 2:
+        raise ValueError(f"{path}: {key!r} has matrices of shapes {tuple(down.shape)} and {tuple(up.shape)}")
     rank = len(down)
     weight = module.weight.shape  # (out, in) or (out, in, k, k)
     inputs = down[0].numel() if rank else 0
@@ -275,7 +291,7 @@ def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> Non
         return
     theirs = f"{inputs} -> {len(up)}, rank {rank} and {up.flatten(1).shape[1]}"
     ours = f"{math.prod(weight[1:])} -> {weight[0]}"
-    why = " (the text states of SD1.x have width 768, of SD2.x 1024)" if "attn2" in key else ""
+    why = " (the text states of SD1.x have width 768, of SD2.x 1024, of SDXL 2048)" if "attn2" in key else ""
     raise ValueError(
         f"{path} was made for another model: {key!r} adapts {theirs}, this model's layer is {ours}{why}"
     )
@@ -289,24 +305,66 @@ def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]
     beside = path.parent / "adapter_config.json"
     try:
         if "lora_adapter_metadata" in metadata:
-            config = json.loads(metadata["lora_adapter_metadata"])
+            config = parse_json(metadata["lora_adapter_metadata"])
         elif path.stem == "adapter_model" and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = read_json(beside)
         if not isinstance(config, dict):
             raise ValueError("not an object")
-    except (ValueError, UnicodeDecodeError) as error:
+        names = ("unet", "text_encoder", "text_encoder_2")
+        networks = {network: _alpha_config(config, network) for network in names}
+    except ValueError as error:
         raise ValueError(f"{path}: its adapter configuration cannot be read: {error}") from None
 
     def alpha(name: str, rank: int) -> float:
         network, _, layer = name.partition(".")
-        own = {key.removeprefix(f"{network}."): value for key, value in config.items()}
-        value = own.get("lora_alpha", rank)
-        for pattern, special in (own.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern.removeprefix('text_model.')})", layer):
+        default, by_layer, root = networks[network]
+        value = rank if default is None else default
+        for ending, special in by_layer.items():  # of several endings that fit, PEFT takes the first
+            if f"^.{layer}".endswith(ending):
                 value = special
-        return value * rank**0.5 if own.get("use_rslora") else value
+                break
+        return value * rank**0.5 if root else value
 
     return alpha
+
+
+def _alpha_config(config: dict[str, Any], network: str) -> tuple[float | None, dict[str, float], bool]:
+    """Reads a PEFT configuration's settings for one network. Returns (alpha or None, alphas by the
+    ending of a layer's name, whether alpha counts times sqrt(rank)).
+
+    PEFT takes the keys of alpha_pattern as regular expressions. Files have layer names there, and
+    an expression of unknown origin may run for ever, so only names are accepted (with PEFT's ^ for
+    a whole name). Raises ValueError for anything else.
+    """
+    own = {key.removeprefix(f"{network}."): value for key, value in config.items()}
+    patterns = own.get("alpha_pattern")
+    root = own.get("use_rslora")
+    if not isinstance(patterns, dict | None) or not isinstance(root, bool | None):
+        raise ValueError("alpha_pattern must be an object, and use_rslora true or false")
+    by_layer = {}
+    for pattern, value in (patterns or {}).items():
+        whole = "^" if pattern.startswith("^") else ""
+        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".").removeprefix("text_model.")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"alpha_pattern has {pattern[:80]!r}, which is not the name of a layer")
+        by_layer[f"{whole}.{name}"] = _number(value)
+    default = own.get("lora_alpha")
+    return None if default is None else _number(default), by_layer, bool(root)
+
+
+def _number(value: object) -> float:
+    """Returns an alpha of a configuration. Raises ValueError for anything but a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise ValueError(f"an alpha must be a number, not {ascii(value)[:80]}")
+    return value
+
+
+def _alpha(path: Path, tensors: Tensors, name: str) -> float:
+    """Returns the alpha in a tensor. Raises ValueError for anything but one finite number."""
+    tensor = tensors[name]
+    if tensor.numel() != 1 or tensor.is_complex() or not tensor.isfinite().all():
+        raise ValueError(f"{path}: {name!r} must hold one number")
+    return float(tensor)
 
 
 # --- use ------------------------------------------------------------------------------------------

@@ -7,20 +7,19 @@ names and dtypes are checked to the byte with bounded work, and a malformed file
 error of one line. Pickles can run code and are never opened.
 """
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from safetensors import safe_open
 
+from minsd import files
+
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# Bytes. The format allows 100 MB, but real headers have less than 1 MB, and parsed JSON takes
-# twenty times as much memory as its text.
-MAX_HEADER = 32 * 2**20
+MAX_HEADER = files.LARGEST_JSON  # bytes; the format allows 100 MB, but real headers have less than 1 MB
 ITEM_SIZE = {
     "F64": 8,
     "F32": 4,
@@ -57,19 +56,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object. Raises FileNotFoundError or ValueError, in one line,
     where the file is missing or holds anything else."""
     try:
-        if path.stat().st_size > MAX_HEADER:
-            raise ValueError(f"it has more than {MAX_HEADER >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} is missing: is {path.parent} a folder in the diffusers layout?"
         ) from None
-    except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content
@@ -129,9 +120,9 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        header = json.loads(content.decode("utf-8"))  # json.loads(bytes) would also accept UTF-16
-    except (ValueError, RecursionError):
-        _refuse(path, "its header is not JSON")
+        header = files.parse_json(content)
+    except ValueError as error:
+        _refuse(path, f"its header is {error}")
     if not isinstance(header, dict):
         _refuse(path, "its header is not a JSON object")
     return header, size - 8 - length
@@ -238,11 +229,15 @@ def _shards(index: Path) -> list[Path]:
     return paths
 
 
+Source = tuple[str, int | Literal["T"] | None]
+
+
 class RenamedTensors(Mapping[str, torch.Tensor]):
     """Some of a file's tensors under other names. `names` maps each new name to a pair: the name in
-    the file, and which third of the tensor's rows is meant (0, 1, 2, or None for all rows)."""
+    the file, and which third of the tensor's rows is meant (0, 1, 2, or None for all rows), or "T"
+    for the transposed tensor."""
 
-    def __init__(self, tensors: Tensors, what: str, names: dict[str, tuple[str, int | None]]):
+    def __init__(self, tensors: Tensors, what: str, names: dict[str, Source]):
         """Renames some of `tensors` by the table `names` (see the class). `what` ("the UNet of",
         ...) precedes the file's path in errors."""
         self.tensors = tensors
@@ -252,6 +247,8 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         source, third = self.names[name]
         tensor = self.tensors[source]
+        if third == "T":
+            return tensor.T.contiguous()
         return tensor if third is None else tensor.chunk(3)[third]
 
     def __iter__(self) -> Iterator[str]:
@@ -263,6 +260,8 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         source, third = self.names[name]
         shape = self.tensors.shape(source)
+        if third == "T":
+            return shape[::-1]
         if third is None or not shape:
             return shape
         size = -(-shape[0] // 3)  # as torch.chunk divides: the last chunk takes the rest
@@ -286,9 +285,6 @@ def is_aligned(tensor: torch.Tensor) -> bool:
 
 ORIGINAL = "is a single-file checkpoint in the original layout"
 _SIGNS = {  # part of a tensor's name -> what it says of the file; the first that occurs decides
-    "conditioner.embedders": "looks like an SDXL checkpoint",
-    "add_embedding.": "looks like an SDXL network",
-    "label_emb.": "looks like an SDXL network",
     "double_blocks.": "looks like a Flux checkpoint",
     "joint_blocks.": "looks like an SD3 checkpoint",
     "lora": "looks like a LoRA, which adapts a model and is not one",
@@ -296,6 +292,9 @@ _SIGNS = {  # part of a tensor's name -> what it says of the file; the first tha
     "controlnet_": "looks like a ControlNet",
     "emb_params": "looks like a textual-inversion embedding",
     "model.diffusion_model.": ORIGINAL,
+    "conditioner.embedders": "looks like an SDXL checkpoint without its UNet",
+    "add_embedding.": "looks like an SDXL network alone",
+    "label_emb.": "looks like an SDXL network alone",
     "first_stage_model.": "looks like a VAE alone",
     "decoder.conv_in": "looks like a VAE alone",
     "down_blocks.": "looks like a UNet alone, in the diffusers layout",

@@ -2,12 +2,30 @@
 minsd/pipeline.py.
 """
 
+import errno
 from dataclasses import dataclass
 
 
 @dataclass
 class Tally:
-    """How many images of a run are saved so far, for the message that ends it early."""
+    """How many images of a run are saved so far, for the messages that end it."""
 
     made: int = 0
     wanted: int = 0
+    failed: int = 0  # images that could not be drawn or saved
+    mistaken: bool = False  # the last failure was the user's mistake, not the machine's
+    single: bool = False  # only one image was asked for
+
+
+def mistake(error: Exception) -> bool:
+    """Returns whether an error is the user's mistake (exit code 2) and not the machine's (1)."""
+    return isinstance(error, (ValueError, FileNotFoundError))
+
+
+def reason(error: Exception) -> str:
+    """Returns an error's message for the user, in one line."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full: free some space, and give the same command with --resume"
+    if mistake(error):
+        return " ".join(str(error).split())
+    return " ".join(f"{type(error).__name__}: {error} (--debug shows where)".split())

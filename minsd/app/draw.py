@@ -40,7 +40,7 @@ class Drawn:
 
 
 def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """Draw one batch. `progress(i, t)` is called after every sampling step, `say(message)` while
+    """Draws one batch. `progress(i, t)` is called after every sampling step, `say(message)` while
     noise is sought.
     """
     with controlled(session, jobs[0]):

@@ -1,12 +1,17 @@
 """Jobs: one image each, every setting resolved to its last default.
 
-`plan` makes the jobs of all requests. `Job.settings()` is the only maker of the keys in an image's
-metadata and in runs.jsonl; `Job.identity()` tells whether an image is done already.
+`plan` makes the jobs of all requests, as `Jobs`: a list that holds one job per prompt and range of
+seeds, so that millions of images take little memory. `Job.settings()` is the only maker of the
+keys in an image's metadata and in runs.jsonl; `Job.identity()` tells whether an image is done
+already.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,9 @@ import torch
 from minsd import __version__
 from minsd.app.options import IDENTITY
 from minsd.app.prompts import located
-from minsd.app.requests import Command, ControlRequest, InitImage, NoiseMethod, Request
+from minsd.app.requests import Command, ControlRequest, InitImage, NoiseMethod, Request, check_count
+from minsd.app.seeds import Seeds, Taken, consecutive
+from minsd.emphasis import is_weighted
 from minsd.noise import arrange, collage, losses
 from minsd.noise.initial import noise_files, read_metadata, read_noise
 from minsd.noise.layout import SizedLayout
@@ -33,6 +40,9 @@ class ModelSettings:
     vae: Path | None
     tokenizer: Path | None
     prediction_type: str | None
+    prompt_weights: bool | None
+    clip_skip: int | None
+    embedding: tuple[str, ...]
     lora: tuple[str, ...]
     attention: str
     device: str
@@ -47,6 +57,9 @@ class ModelSettings:
             "vae": self.vae and str(self.vae),
             "tokenizer": self.tokenizer and str(self.tokenizer),
             "prediction_type": self.prediction_type,
+            "prompt_weights": self.prompt_weights,
+            "clip_skip": self.clip_skip,
+            "embedding": list(self.embedding) or None,
             "lora": list(self.lora),
             "attention": self.attention,
             "device": self.device,
@@ -69,7 +82,7 @@ class Sampling:
     width: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """One image."""
 
@@ -88,6 +101,9 @@ class Job:
     invert: Path | None = None
     noise_file: Path | None = None
     noise_index: int = 0  # of this image's noise in the file
+    chunks: int = 1  # of the prompt: a batch would fill up its shorter prompts
+    # The beginning of an error message about this job: "prompts.jsonl, line 2: ".
+    where: str = field(default="", compare=False)
 
     def candidates(self) -> list[int]:
         """The seeds that a selection chooses among, the asked one first."""
@@ -137,7 +153,8 @@ class Job:
 
 
 def identity(settings: Mapping[str, Any]) -> str:
-    """Key under which an image counts as done, of a job or of a finished image's row.
+    """Returns the text that identifies an image: a job is done if an image with the same identity
+    exists. Takes a job's settings, a row, or the settings inside an image.
 
     A selection is keyed by the seed asked for and the number of candidates, not by the seed it
     chose.
@@ -147,13 +164,82 @@ def identity(settings: Mapping[str, Any]) -> str:
     if isinstance(candidates, list):  # of a finished image: each seed with its score, the asked one first
         seed = candidates[0]["seed"]
         candidates = len(candidates)
-    return json.dumps([candidates, seed, *(settings.get(key) for key in IDENTITY if key != "seed")])
+    rest = [settings.get(key) for key in IDENTITY if key != "seed"]
+    return _identity(seed, json.dumps([candidates, *rest]))
+
+
+def _identity(seed: object, rest: str) -> str:
+    return f"{seed} {rest}"
+
+
+def key(identity: str) -> bytes:
+    """Returns an identity's hash in 16 bytes. A set of millions of them fits into memory."""
+    return hashlib.blake2b(identity.encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Jobs that differ only in the seed and, where they begin from a noise file, in the index of the
+    noise in that file.
+    """
+
+    template: Job
+    seeds: range
+    noise_index: int  # of the first job
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def job(self, k: int) -> Job:
+        """Returns the job number `k` of this piece."""
+        index = self.noise_index + k if self.template.noise_file is not None else 0
+        return replace(self.template, seed=self.seeds[k], noise_index=index)
+
+    def keys(self, wanted: Iterable[int]) -> Iterator[bytes]:
+        """Yields the keys of the jobs with the numbers `wanted`."""
+        if self.template.noise_file is not None:
+            yield from (key(self.job(k).identity()) for k in wanted)
+            return
+        _, _, rest = self.template.identity().partition(" ")  # `rest` does not depend on the seed
+        yield from (key(_identity(self.seeds[k], rest)) for k in wanted)
+
+
+class Jobs:
+    """All jobs of a run, in order. Each job is made when it is asked for."""
+
+    def __init__(self, pieces: Iterable[Piece]):
+        self.pieces = list(pieces)
+        self.ends = list(accumulate(map(len, self.pieces)))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: int) -> Job:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        number = bisect_right(self.ends, index)
+        piece = self.pieces[number]
+        return piece.job(index - self.ends[number] + len(piece))
+
+    def __iter__(self) -> Iterator[Job]:
+        return (piece.job(k) for piece in self.pieces for k in range(len(piece)))
+
+    def share(self, first: int, step: int) -> Iterator[tuple[Piece, range]]:
+        """Yields every `step`-th job from number `first` on, as pieces with the numbers of the jobs
+        within the piece.
+        """
+        for piece, end in zip(self.pieces, self.ends):
+            begin = end - len(piece)
+            skip = (first - begin) % step if begin > first else first - begin
+            if skip < len(piece):
+                yield piece, range(skip, len(piece), step)
 
 
 # --- from requests to jobs --------------------------------------------------------------------------------
 
 
-def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> tuple[list[Job], list[str]]:
+def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> tuple[Jobs, list[str]]:
     """One job per image, in the order of the prompts and their seeds, and notes for the user.
 
     ValueError, with the request's place, for what the model does not accept.
@@ -164,30 +250,64 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
         command.vae,
         command.tokenizer,
         command.prediction_type,
+        command.prompt_weights,
+        command.clip_skip,
+        command.embedding,
         command.lora,
         command.attention,
         sd.device.type,
         str(sd.dtype).removeprefix("torch."),
     )
-    jobs: list[Job] = []
+    pieces: list[Piece] = []
     notes: list[str] = []
+    asked = 0
     for request in requests:
         with located(request.where):
-            jobs += jobs_of(sd, request, model, notes)
-    unique = list({job.identity(): job for job in jobs}.values())
-    if len(unique) < len(jobs):
-        notes.append(f"{len(jobs) - len(unique)} images were asked for more than once: each is made once")
-    return unique, notes
+            template, seeds = _template(sd, request, model, notes)
+            index = 0
+            for part in seeds.ranges:
+                pieces.append(Piece(template, part, index))
+                index += len(part)
+            asked += seeds.count
+            check_count(asked)
+    jobs = Jobs(_unique(pieces))
+    if len(jobs) < asked:
+        notes.append(f"{asked - len(jobs)} images were asked for more than once: each is made once")
+    return jobs, notes
 
 
-def jobs_of(sd: StableDiffusion, request: Request, model: ModelSettings, notes: list[str]) -> list[Job]:
-    """The jobs of one request, one per seed. What its author may not expect is added to `notes`."""
+def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yields the pieces, without jobs that an earlier piece has."""
+    taken: dict[tuple[bytes, int], Taken] = {}
+    last = None
+    same = b""
+    for piece in pieces:
+        if piece.template is not last:
+            last = piece.template
+            same = key(replace(last, seed=0, noise_index=0).identity())
+        # Two jobs of one noise file are equal if they have the same seed and the same noise index.
+        offset = piece.noise_index - piece.seeds.start if piece.template.noise_file is not None else 0
+        for part in taken.setdefault((same, offset), Taken()).take(piece.seeds):
+            yield Piece(piece.template, part, piece.noise_index + part.start - piece.seeds.start)
+
+
+def _template(
+    sd: StableDiffusion, request: Request, model: ModelSettings, notes: list[str]
+) -> tuple[Job, Seeds]:
+    """Returns the first job of a request, and the seeds of all its jobs. Adds notes on facts that
+    the user may not expect to `notes`.
+    """
     sampling = _sampling(sd, request)
+<<<<<<< HEAD
     if sd.config.guidance_scale == 1 != sampling.guidance_scale:
         notes.append(
             f"{request.where}{sd.name} was distilled to draw without guidance: --guidance-scale"
             f" {sampling.guidance_scale:g} takes twice as long and may spoil the image"
         )
+=======
+    if request.guidance_scale == 0 and sampling.guidance_scale:
+        notes.append("guidance scale 0 means no guidance for this model: the prompt alone is used (scale 1)")
+>>>>>>> main
     subjects = _subjects(sd, request, notes) if request.wants_subjects else None
     layout = None
     if request.layout is not None:
@@ -198,7 +318,7 @@ def jobs_of(sd: StableDiffusion, request: Request, model: ModelSettings, notes: 
     job = Job(
         request.prompt,
         request.negative_prompt,
-        request.seeds[0],
+        request.seeds.first,
         model,
         sampling,
         request.method,
@@ -210,7 +330,10 @@ def jobs_of(sd: StableDiffusion, request: Request, model: ModelSettings, notes: 
         init=request.init,
         invert=request.invert,
         noise_file=request.noise,
+        chunks=sd.text.chunk_count(request.prompt),
+        where=request.where,
     )
+    notes += _text_notes(sd, request)
     visited = timesteps(
         sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras
     )
@@ -220,18 +343,40 @@ def jobs_of(sd: StableDiffusion, request: Request, model: ModelSettings, notes: 
                 f"{request.where}crop_margin changes nothing here: it is for a layout's regions, "
                 f"and for timesteps from {collage.CROP_UNTIL}"
             )
-    if request.noise is None:
-        return [replace(job, seed=seed) for seed in request.seeds]
-    shape = (4, sampling.height // 8, sampling.width // 8)
-    count = len(read_noise(request.noise, shape))
-    notes += [f"{request.where}{note}" for note in _noise_notes(request.noise)]
-    first = request.seeds[0]
-    seeds = list(range(first, first + count)) if len(request.seeds) == 1 else request.seeds
-    if count != len(seeds):
+    return job, request.seeds if request.noise is None else _noise_seeds(request, request.noise, job, notes)
+
+
+def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Seeds:
+    """Returns one seed per noise of a file: the seeds given or, where a single one is given,
+    consecutive seeds from it. Raises ValueError where the numbers of noises and seeds differ.
+    """
+    shape = (4, job.sampling.height // 8, job.sampling.width // 8)
+    count = len(read_noise(path, shape))
+    notes += [f"{request.where}{note}" for note in _noise_notes(path)]
+    seeds = consecutive(request.seeds.first, count) if request.seeds.count == 1 else request.seeds
+    if count != seeds.count:
         raise ValueError(
-            f"{request.noise} holds {count} noises and {len(seeds)} seeds were given: give one per image"
+            f"{path} holds {count} noises and {seeds.count} seeds were given: give one per image"
         )
-    return [replace(job, seed=seed, noise_index=k) for k, seed in enumerate(seeds)]
+    return seeds
+
+
+def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
+    """Returns notes on a request's texts: whether weights are read in them, and whether they are so
+    long that they are read in chunks."""
+    texts = [request.prompt, request.negative_prompt]
+    for region in () if request.layout is None else request.layout.regions:
+        texts += [region.prompt, region.negative_prompt]
+    notes = []
+    if sd.text.prompt_weights is None and any(map(is_weighted, texts)):
+        notes.append(
+            f"{request.where}prompt weights and BREAK are read as in AUTOMATIC1111's web UI"
+            " (--no-prompt-weights: as plain text)"
+        )
+    chunks = max(map(sd.text.chunk_count, texts))
+    if chunks > 1:
+        notes.append(f"{request.where}the text is read in {chunks} chunks of up to 75 tokens")
+    return notes
 
 
 def _noise_notes(path: Path) -> list[str]:
@@ -251,11 +396,9 @@ def _noise_notes(path: Path) -> list[str]:
 
 
 def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
-    guidance_scale = request.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = (
-            sd.config.guidance_scale if request.invert is None else 1.0
-        )  # guided inversion is inexact
+    guidance_scale = sd.config.guidance(request.guidance_scale)
+    if request.guidance_scale is None and request.invert is not None:
+        guidance_scale = 1.0  # guided inversion is inexact
     return Sampling(
         request.sampler or sd.config.sampler,
         request.karras,
@@ -272,7 +415,7 @@ def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[s
     """
     subjects: list[str | int] = []
     if request.subjects is None:
-        subjects += losses.readable_subjects(sd.text, request.prompt)
+        subjects += losses.automatic_subjects(request.prompt)
     else:
         subjects += request.subjects
     losses.resolve(sd.text, request.prompt, subjects)

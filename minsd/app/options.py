@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from minsd import __version__
-from minsd.config import SAMPLER_NAMES, STRENGTH, check_size
+from minsd.config import CONTROL_SCALE_MOST, SAMPLER_NAMES, STRENGTH, check_size
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 METHODS = ("random", "initno", "select", "optimize")  # noise.methods.METHODS, without its imports
@@ -50,10 +50,14 @@ class Option:
     default: Any = None
     repeated: bool = False
     negatable: bool = False
+    listed: bool = False  # a list, separated by commas; in JSON it may be a JSON list
     # --like takes it from an image: always, only where the image's noise method is taken over too,
     # or never.
     like: bool = False
     like_method: bool = False
+    # The largest value that --like takes from an image without --trust. Larger values mean long
+    # work, which the sender of an image should not be able to start.
+    unasked: float = math.inf
     # The settings that carry it in an image's identity, separated by spaces; or, without any, why
     # it changes no pixel.
     identity: str = ""
@@ -69,7 +73,7 @@ class Option:
         return self.group in (IMAGE, NOISE)
 
     def add_to(self, group: Any) -> None:
-        """Add this option to an argparse group."""
+        """Adds this option to an argparse group."""
         if self.name == "prompt":
             group.add_argument("prompt", nargs="?", metavar=self.metavar, help=self.help)
             group.add_argument("--prompt", dest="prompt_option", help=argparse.SUPPRESS)
@@ -102,11 +106,18 @@ class Option:
         return choice
 
     def check(self, value: Any) -> None:
-        """ValueError where a value is outside the option's range."""
+        """Raises ValueError for a value outside the option's range, and for a height or width that
+        no image can have.
+        """
         if self.kind in (int, float) and value is not None and not self.least <= value <= self.most:
             raise ValueError(
                 f"{self.flag} must be from {_text(self.least)} to {_text(self.most)}, not {value}"
             )
+        if self.name in ("height", "width") and value is not None:
+            try:
+                check_size(**{"height": 8, "width": 8, self.name: value})
+            except ValueError as error:
+                raise ValueError(f"--{error}") from None
 
     def takes(self, value: object) -> bool:
         """Whether a JSON value is of this option's type."""
@@ -114,19 +125,26 @@ class Option:
         return isinstance(value, taken) and (not isinstance(value, bool) or self.kind is bool)
 
     def from_json(self, value: Any) -> Any:
-        """A prompts file's value as the command line would have it. ValueError for another type."""
-        if isinstance(value, list) and self.kind is str and not self.choices:
-            return ",".join(map(str, value))
+        """Converts a value of a prompts file or of an image's settings to the value that the command
+        line would give. Raises ValueError for another type.
+        """
+        if self.listed and isinstance(value, list):
+            parts: list[object] = list(value)
+            if not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts):
+                raise ValueError(
+                    f"{self.name!r} must be a list of words or whole numbers, not {_short(value)}"
+                )
+            return ",".join(map(str, parts))
         value = cast(Any, value)  # no list from here on, which type checkers would remember
         if not self.takes(value):
             kinds = {bool: "true or false", float: "a number", int: "a whole number"}
-            raise ValueError(f"{self.name!r} must be {kinds.get(self.kind, 'text')}, not {json.dumps(value)}")
+            raise ValueError(f"{self.name!r} must be {kinds.get(self.kind, 'text')}, not {_short(value)}")
         if self.choices:
             try:
                 return self.choose(value)
             except argparse.ArgumentTypeError:
                 raise ValueError(
-                    f"{self.name!r} must be one of {', '.join(self.choices)}, not {value!r}"
+                    f"{self.name!r} must be one of {', '.join(self.choices)}, not {_short(value)}"
                 ) from None
         if self.kind is float:
             with suppress(OverflowError):  # a huge whole number stays one: the range check refuses it
@@ -139,6 +157,12 @@ def plain(text: str) -> str:
     the same.
     """
     return re.sub(r"[^a-z0-9+]", "", text.lower())
+
+
+def _short(value: object) -> str:
+    """Returns a value as JSON of at most 80 characters, for error messages."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:80] + " ..."
 
 
 def _text(bound: float) -> str:
@@ -246,12 +270,6 @@ def check_ranges(given: Given) -> None:
     """Raises ValueError for the first per-line option outside its range."""
     for name in PER_LINE:
         OPTIONS[name].check(given[name])
-    for name in ("height", "width"):
-        if given[name] is not None:
-            try:
-                check_size(**{"height": 8, "width": 8, name: given[name]})
-            except ValueError as error:
-                raise ValueError(f"--{error}") from None
 
 
 # What other tools call samplers and dtypes, as `plain` has it.
@@ -287,13 +305,13 @@ _ROWS = (
            "what to steer away from", like=True, identity="negative_prompt"),
     Option("seed", IMAGE, int, "N", "seed of the first image (default: a random one, printed)",
            least=0, most=2**63 - 1, like=True, identity="seed"),
-    Option("seeds", IMAGE, str, "LIST", "one image per seed, such as 0-9,12", identity="seed"),
+    Option("seeds", IMAGE, str, "LIST", "one image per seed, such as 0-9,12", listed=True, identity="seed"),
     Option("num_images", IMAGE, int, "N", "how many images, from consecutive seeds (default: 1)",
            aliases=("num_images_per_prompt", "n_samples", "batch_size", "batch_count"),
            least=1, most=1_000_000, identity="seed"),
     Option("steps", IMAGE, int, "N", "sampling steps (default: the model's, mostly 50)",
            aliases=("num_inference_steps", "num_steps", "sampling_steps", "ddim_steps"),
-           least=1, most=1000, like=True, identity="steps"),
+           least=1, most=1000, like=True, unasked=500, identity="steps"),
     Option("guidance_scale", IMAGE, float, "G", "how strongly the prompt steers (default: the model's)",
            aliases=("cfg_scale", "cfg", "guidance", "scale"),
            least=-1000, most=1000, like=True, identity="guidance_scale"),
@@ -326,27 +344,27 @@ _ROWS = (
            "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
            like=True, identity="control_image"),
     Option("control_scale", IMAGE, float, "S", "weight of the ControlNet (default: 1)",
-           least=-100, most=100, like=True, identity="control_scale"),
+           least=-CONTROL_SCALE_MOST, most=CONTROL_SCALE_MOST, like=True, identity="control_scale"),
     # --- the initial noise
     Option("init_noise", NOISE, str, None,
            "optimise it by attention maps (initno), or select or optimise it by inversion stability",
            choices=METHODS, like_method=True, identity="init_noise"),
     Option("candidates", NOISE, int, "K",
            "select: keep the best of K noises, the seed's own among them (default: 100)",
-           least=1, most=100_000, identity="candidates"),
+           least=1, most=100_000, unasked=1000, identity="candidates"),
     Option("score", NOISE, str, None, "select: what the candidates are ranked by (default: stability)",
            choices=("stability", "attention"), like_method=True, identity="score"),
     Option("optimize_steps", NOISE, int, "N", "optimize: gradient steps (default: 100)",
-           least=0, most=100_000, like_method=True, identity="optimize_steps"),
+           least=0, most=100_000, like_method=True, unasked=1000, identity="optimize_steps"),
     Option("optimize_mode", NOISE, str, None,
            "optimize: differentiate the inversion too, or not (default: full)",
            choices=("full", "detach"), like_method=True, identity="optimize_mode"),
     Option("subjects", NOISE, str, "WORDS",
            'what must not be neglected, such as "cat, rabbit" (default: found in the prompt)',
-           identity="subjects"),
+           listed=True, identity="subjects"),
     Option("token_indices", NOISE, str, "LIST",
            "the same by token position, such as 2,5 (see --list-tokens)",
-           identity="subjects"),
+           listed=True, identity="subjects"),
     Option("excite", NOISE, bool, None,
            "move the latents towards the subjects while denoising (on for initno; --no-excite turns it off)",
            negatable=True, identity="excite"),
@@ -363,6 +381,16 @@ _ROWS = (
     Option("controlnet", MODEL, Path, "DIR|FILE",
            "a ControlNet for --control-image, or for the control images of --layout",
            like=True, identity="controlnet"),
+    Option("prompt_weights", MODEL, bool, None,
+           "read (words:1.3), (words), [words] and BREAK as AUTOMATIC1111's web UI does, or never"
+           " (default: where a weight such as :1.3 or BREAK makes it unmistakable)",
+           negatable=True, like=True, identity="prompt_weights"),
+    Option("clip_skip", MODEL, int, "N",
+           "take the text states N-1 layers before the model's own last one (default: 1, nothing skipped)",
+           like=True, identity="clip_skip"),
+    Option("embedding", MODEL, str, "FILE[:NAME]",
+           "a textual-inversion embedding: write its name in the prompt; may be given several times",
+           repeated=True, like=True, identity="embedding"),
     Option("lora", MODEL, str, "FILE[:SCALE]",
            "an adapter, merged into the weights; may be given several times",
            repeated=True, like=True, identity="lora"),
@@ -383,6 +411,8 @@ _ROWS = (
            harmless="its lines are recorded one by one"),
     Option("resume", RUN, bool, None, "skip the images that --out holds already", default=False,
            harmless="says which images to draw"),
+    Option("wait", RUN, bool, None, "with --resume, wait for another run that works on --out", default=False,
+           harmless="delays the start"),
     Option("out", RUN, Path, "DIR", "where images go (default: outputs)", default=Path("outputs"),
            harmless="says where files go"),
     Option("save_noise", RUN, bool, None, "save the initial noise of each image, in DIR/extra", default=False,
@@ -397,6 +427,9 @@ _ROWS = (
            harmless="writes one more file"),
     Option("like", RUN, Path, "PNG", "make this image again; other options override its settings",
            harmless="the settings it supplies are recorded one by one"),
+    Option("trust", RUN, bool, None,
+           "let the image of --like name hub models and files outside its folder, and ask for long work",
+           default=False, harmless="the settings that it permits are recorded one by one"),
     Option("list_tokens", RUN, bool, None,
            "print the prompt's tokens and their positions, and stop", default=False,
            harmless="draws no image"),
@@ -405,7 +438,7 @@ _ROWS = (
     Option("json", RUN, bool, None, "print one JSON object per image on standard output", default=False,
            harmless="concerns messages alone"),
     Option("debug", RUN, bool, None,
-           "tracebacks for errors", default=False, harmless="concerns messages alone"),
+           "stop at the first error, with its traceback", default=False, harmless="concerns messages alone"),
 )
 # fmt: on
 

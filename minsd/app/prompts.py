@@ -10,13 +10,13 @@ Errors name the file and the line. This module checks each value alone; minsd/ap
 checks how a line's options go together, and minsd/app/jobs.py what the model accepts.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minsd.app.options import OPTIONS, PER_LINE, Given, named, normalised
+from minsd.files import parse_json
 
 
 def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
@@ -44,7 +44,7 @@ def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Prefix errors raised in the block with the line's file and number."""
+    """Prefixes errors raised in the block with the line's file and number."""
     try:
         yield
     except FileNotFoundError as error:
@@ -71,12 +71,7 @@ def _text(path: Path) -> str:
 
 def _options(content: str) -> Given:
     """Parses the options of one line of a .jsonl file."""
-    try:
-        line = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("the JSON is nested too deeply: too many brackets") from None
+    line = parse_json(content, unique=True)
     if not isinstance(line, dict):
         raise ValueError('a line must be an object, such as {"prompt": "a red circle", "seeds": "0-3"}')
     if "prompt" not in line and "layout" not in line:

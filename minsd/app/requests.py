@@ -7,25 +7,29 @@ prompt. Nothing heavy is imported until a file needs it.
 """
 
 import difflib
-import os
 import random
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minsd.adapters import split_scale
+from minsd.adapters import split_name, split_scale
+from minsd.app.like import CANDIDATE_SEEDS, take_from_image
 from minsd.app.options import EXAMPLE, OPTIONS, Given, check_ranges
 from minsd.app.prompts import located, read_prompts
+from minsd.app.ranks import Share
+from minsd.app.seeds import Seeds, consecutive, parse
 from minsd.config import MODELS, STRENGTH
+from minsd.files import exists
 from minsd.words import split
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
 
 
-CANDIDATE_SEEDS = "candidate_seeds"  # no option: what --like takes from an image that was selected
+MOST_IMAGES = 10_000_000  # of one run; they would take 11 days on 100 GPUs at 10 s per image
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Command:
     tokenizer: Path | None
     prediction_type: str | None
     controlnet: Path | None
+    prompt_weights: bool | None
+    clip_skip: int | None
+    embedding: tuple[str, ...]  # FILE or FILE:NAME, as given
     lora: tuple[str, ...]  # FILE or FILE:SCALE, as given
     device: str | None
     dtype: str | None
@@ -44,12 +51,15 @@ class Command:
     compile: bool
     out: Path
     resume: bool
+    wait: bool
     save_noise: bool
     layout_preview: bool
     attention_maps: bool
     list_tokens: bool
     quiet: bool
     json: bool
+    debug: bool
+    notes: tuple[str, ...] = ()  # lines to print before anything is loaded
 
 
 @dataclass(frozen=True)
@@ -81,14 +91,14 @@ class ControlRequest:
     scale: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """What one prompt is drawn with, checked. None: the model's own default."""
 
     where: str  # how an error in it begins: "prompts.jsonl, line 2: "
     prompt: str
     negative_prompt: str
-    seeds: list[int]
+    seeds: Seeds
     steps: int | None
     guidance_scale: float | None
     sampler: str | None
@@ -111,114 +121,68 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     """Returns the run's settings and one request per prompt. ValueError or FileNotFoundError for
     every mistake that can be found before a model is loaded.
     """
+    notes: list[str] = []
     if given["like"] is not None:
         if given["prompts"] is not None:
             raise ValueError("--like is for one image: leave out --prompts")
-        given = take_from_image(given)
-    lines = _lines(given)
+        given = take_from_image(given, notes)
     if given["layout_preview"] and given["layout"] is None:
         raise ValueError("--layout-preview is for --layout FILE")
-    unseeded = any(line["seed"] is None and line["seeds"] is None for _, line in lines)
-    if given["resume"] and unseeded:
-        raise ValueError(
-            "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if unseeded:
-            raise ValueError(
-                "several processes need --seed or --seeds: without, each would draw random seeds of its own"
-            )
-    chance = random.SystemRandom().randrange(
-        2**32
-    )  # one for all prompts, so that their images can be compared
-    requests = []
-    for where, line in lines:
+    if given["wait"] and not given["resume"]:
+        raise ValueError("--wait is for --resume")
+    several = Share.from_environment().world > 1
+    # The same random seed for all prompts, so that their images can be compared.
+    chance = random.SystemRandom().randrange(2**32)
+    requests: list[Request] = []
+    images = 0
+    for where, line in _lines(given):
+        if line["seed"] is None and line["seeds"] is None:
+            _check_seeded(given, several)
         with located(where):
             requests.append(request(line, where, chance))
+            images += requests[-1].seeds.count
+            check_count(images)
     _check_files(given)
     if not given["list_tokens"]:
         _check_writable(given["out"])
-    return _command(given), requests
+    return _command(given, notes), requests
 
 
-def _command(given: Given) -> Command:
-    taken = {name: given[name] for name in Command.__dataclass_fields__}
-    attention = given["attention"] or "auto"
-    return Command(
-        **taken | {"model": given["model"] or "shapes", "attention": attention, "lora": tuple(_lora(given))}
-    )
+def _check_seeded(given: Given, several: bool) -> None:
+    """Raises ValueError for a prompt without seeds where random seeds are useless."""
+    if given["resume"]:
+        raise ValueError(
+            "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
+        )
+    if several:
+        raise ValueError(
+            "several processes need --seed or --seeds: without, each would draw random seeds of its own"
+        )
 
 
-def _lines(given: Given) -> list[tuple[str, Given]]:
-    """Returns, for each prompt, how an error message about it begins, and its options."""
+def check_count(images: int) -> None:
+    """Raises ValueError for more images than MOST_IMAGES."""
+    if images > MOST_IMAGES:
+        raise ValueError(f"a run draws at most {MOST_IMAGES:,} images: split the list into several runs")
+
+
+def _command(given: Given, notes: list[str]) -> Command:
+    taken: Given = {name: given[name] for name in Command.__dataclass_fields__ if name != "notes"}
+    taken |= {"model": given["model"] or "shapes", "attention": given["attention"] or "auto"}
+    taken |= {name: tuple(given[name] or ()) for name in ("lora", "embedding")}
+    return Command(**taken, notes=tuple(notes))
+
+
+def _lines(given: Given) -> Iterator[tuple[str, Given]]:
+    """Yields (where, options) of each prompt. An error message about it begins with `where`."""
     if given["prompts"] is not None:
         if given["prompt"] is not None:
             raise ValueError("give a prompt or --prompts FILE, not both")
-        return list(read_prompts(given["prompts"], given))
+        yield from read_prompts(given["prompts"], given)
+        return
     if given["prompt"] is None and given["layout"] is None and given["invert"] is None:
         raise ValueError(f"a prompt is needed, for example: {EXAMPLE}")
-    return [("", given)]
-
-
-# --- --like -----------------------------------------------------------------------------------------------
-
-
-def take_from_image(given: Given) -> Given:
-    """--like: options left out are taken from an image's settings."""
-    from minsd.image import read_settings
-
-    given = dict(given)
-    settings = read_settings(given["like"])
-    if settings.get("noise_file") and given["noise"] is None:
-        raise ValueError(
-            f"{given['like']} began from the noise file {settings['noise_file']}: give it with --noise"
-        )
-    same_method = given["init_noise"] is None and settings.get("init_noise") not in (None, "invert")
-    if same_method:
-        settings = _take_method(given, settings)
-    _take_subjects(given, settings, settings if same_method else given)
-    for name, option in OPTIONS.items():
-        value = settings.get(name)
-        if (
-            given[name] is not None
-            or value is None
-            or not (option.like or (same_method and option.like_method))
-        ):
-            continue
-        if name == "seed" and given["seeds"] is not None:
-            continue
-        given[name] = Path(value) if option.kind is Path and isinstance(value, str) else value
-    return given
-
-
-def _take_method(given: Given, settings: Given) -> Given:
-    """Takes over how the image's noise was found. Returns the image's settings with the seed that
-    was asked for, before any selection.
-
-    A selection is repeated, from the same candidates unless another seed or number is given.
-    """
-    ranked = settings.get("candidates")
-    if ranked:
-        settings = settings | {"seed": ranked[0]["seed"]}
-        if given["candidates"] in (None, len(ranked)) and given["seed"] is None and given["seeds"] is None:
-            given[CANDIDATE_SEEDS] = tuple(candidate["seed"] for candidate in ranked)
-        given["candidates"] = given["candidates"] or len(ranked)
-    if given["excite"] is None:
-        given["excite"] = settings.get("excite") is not None
-    return settings
-
-
-def _take_subjects(given: Given, settings: Given, method: Given) -> None:
-    """Takes over the image's subjects if the run asks for subjects and the command line names
-    none. `method`: the settings that state the run's noise method.
-    """
-    asks = method.get("init_noise") == "initno" or method.get("score") == "attention"
-    asks = asks or given["excite"] or given["attention_maps"]
-    named = given["token_indices"] is not None or given["subjects"] is not None
-    subjects = settings.get("subjects")
-    if asks and subjects and not named:
-        words = all(isinstance(subject, str) for subject in subjects)
-        given["subjects" if words else "token_indices"] = ",".join(map(str, subjects))
+    yield "", given
 
 
 # --- one prompt -------------------------------------------------------------------------------------------
@@ -228,9 +192,8 @@ def request(given: Given, where: str, chance: int) -> Request:
     """Checks and completes one prompt's options. `chance`: the seed to use where none is given."""
     method = _method(given)
     asked = _subjects(given)
-    excite = (
-        None if given["excite"] is False and method.name != "initno" else given["excite"]
-    )  # nothing to turn off
+    # Without InitNO there is nothing to turn off.
+    excite = None if given["excite"] is False and method.name != "initno" else given["excite"]
     wants = bool(method.name == "initno" or excite or given["attention_maps"] or method.score == "attention")
     if asked is not None and not wants:
         raise ValueError(
@@ -324,8 +287,8 @@ def _subjects(given: Given) -> list[str | int] | None:
         return [*split(words)]
     if indices is None:
         return None
-    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", indices):
-        raise ValueError(f"--token-indices takes positions such as 2,5, not {indices!r}")
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*", indices):
+        raise ValueError(f"--token-indices takes positions such as 2,5, not {indices[:60]!r}")
     return [int(part) for part in indices.split(",")]
 
 
@@ -347,7 +310,7 @@ def _layout(given: Given) -> "Layout | None":
     if given["compile"] and any(region.lora for region in layout.regions):
         raise ValueError("--compile cannot take in adapters by region (the layout's lora): leave it out")
     for path in (path for region in layout.regions for path, _ in region.lora):
-        if not path.exists():
+        if not exists(path):
             raise FileNotFoundError(f"there is no LoRA {path}")
     for name in ("width", "height"):
         own = getattr(layout, name)
@@ -386,7 +349,7 @@ def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
 
 
 def _check_region_control(layout: "Layout", published: bool, net: Path | None, image: Path | None) -> None:
-    """Reject per-region control settings that would otherwise be ignored silently.
+    """Rejects per-region control settings that would otherwise be ignored silently.
 
     `published`: a NoiseCollage folder, which always contains control images, used or not.
     """
@@ -430,7 +393,7 @@ def _check_values(given: Given) -> None:
         raise ValueError("--karras is for --sampler dpmpp_2m")
     if given["strength"] is not None and given["init_image"] is None:
         raise ValueError("--strength is for --init-image")
-    if given["noise"] is not None and not given["noise"].exists():
+    if given["noise"] is not None and not exists(given["noise"]):
         raise FileNotFoundError(f"there is no noise file {given['noise']}")
 
 
@@ -441,37 +404,15 @@ def _init_image(given: Given) -> InitImage | None:
     return InitImage(given["init_image"], STRENGTH if given["strength"] is None else given["strength"])
 
 
-def _seeds(given: Given, default: int) -> list[int]:
+def _seeds(given: Given, default: int) -> Seeds:
     """One seed per image."""
     if given["seeds"] is not None:
         if given["seed"] is not None or given["num_images"] is not None:
             raise ValueError(
                 "--seeds already says how many images and from which seeds: leave out --seed and --num-images"
             )
-        seeds = parse_seeds(given["seeds"])
-    else:
-        first = default if given["seed"] is None else given["seed"]
-        seeds = list(range(first, first + (given["num_images"] or 1)))
-    if max(seeds) >= 2**63:
-        raise ValueError(f"seeds go up to 2^63 - 1, not to {max(seeds)}")
-    return seeds
-
-
-def parse_seeds(text: str) -> list[int]:
-    """ "0-9,12" -> [0, ..., 9, 12]."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None:
-            raise ValueError(f"--seeds takes numbers and ranges such as 0-9,12, not {text!r}")
-        first = int(match[1])
-        last = int(match[2] or match[1])
-        if last < first or last - first >= 1_000_000:
-            raise ValueError(
-                f"--seeds: {part.strip()} is not a range of at most a million seeds, lowest first"
-            )
-        seeds += range(first, last + 1)
-    return seeds
+        return parse(given["seeds"])
+    return consecutive(default if given["seed"] is None else given["seed"], given["num_images"] or 1)
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -484,7 +425,7 @@ def _check_files(given: Given) -> None:
     from minsd.weights import hub
 
     model = given["model"] or "shapes"
-    if model not in MODELS and not Path(model).exists():
+    if model not in MODELS and not exists(Path(model)):
         if Path(model).suffix in (".safetensors", ".ckpt") or not hub.is_id(model):
             near = difflib.get_close_matches(model, MODELS, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -493,20 +434,18 @@ def _check_files(given: Given) -> None:
                 f"or one of {', '.join(MODELS)}{hint}"
             )
     for name, what in (("vae", "VAE"), ("tokenizer", "folder"), ("controlnet", "ControlNet")):
-        if given[name] is not None and not given[name].exists():
+        if given[name] is not None and not exists(given[name]):
             raise FileNotFoundError(
                 f"there is no {what} {given[name]}: {OPTIONS[name].flag} takes {OPTIONS[name].metavar}"
             )
-    for path, _ in (split_scale(text) for text in _lora(given)):
-        if not path.exists():
+    for path, _ in map(split_name, given["embedding"] or ()):
+        if not exists(path):
+            raise FileNotFoundError(
+                f"there is no embedding {path}: give a .safetensors, .pt or .bin file, or FILE:NAME"
+            )
+    for path, _ in (split_scale(text) for text in given["lora"] or ()):
+        if not exists(path):
             raise FileNotFoundError(f"there is no LoRA {path}: give a .safetensors file or its folder")
-
-
-def _lora(given: Given) -> list[str]:
-    """Returns the adapters as FILE:SCALE. The metadata of images saved by earlier versions has
-    [file, scale] pairs instead.
-    """
-    return [part if isinstance(part, str) else ":".join(map(str, part)) for part in given["lora"] or []]
 
 
 def check_image(path: Path) -> None:

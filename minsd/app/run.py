@@ -1,244 +1,299 @@
-"""Run jobs: batches, files, resuming, several processes.
+"""Runs jobs: forms batches, saves images and rows, resumes, and divides the work of processes.
 
-A row is appended to runs.jsonl once its image is in place, so that a row means an image. Under
-torchrun every process knows the full list of jobs and takes its share of it: processes never
-communicate or wait. Each writes rows to a file of its own and merges it into runs.jsonl at its
-end. minsd/app/draw.py draws a batch; this module decides which, and saves.
+A row is appended to runs.jsonl after its image is in place, so that every row has an image. Under
+torchrun every process knows the whole list of jobs and takes a fixed part of it: processes do not
+communicate, and do not wait for work. Each process writes rows to its own file and merges that file
+into runs.jsonl at its end. minsd/app/draw.py draws one batch; this module chooses the batches and
+saves the images. An image that cannot be drawn is reported, and the others are still drawn.
 """
 
 import json
-import os
 import sys
-import tempfile
 import time
+import warnings
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
 
-from minsd import image
-from minsd.app import Tally
+from minsd import files, image
+from minsd.app import Tally, mistake, reason
 from minsd.app.draw import Drawn, Extras, draw, steps_of
-from minsd.app.jobs import Job, identity
+from minsd.app.folder import Row, Say, append, done, merge, silent
+from minsd.app.folder import recorded as recorded
+from minsd.app.hold import Hold
+from minsd.app.jobs import Job, Jobs, Piece
+from minsd.app.ranks import Share
 from minsd.app.session import Session
 from minsd.graphs import empty_cache
 from minsd.guidance import counted
 from minsd.noise.initial import save_noise
 from minsd.pipeline import StableDiffusion
 
-Row = dict[str, Any]  # an image's settings, its file and how its run went
+Wanted = Sequence[tuple[Piece, Sequence[int]]]  # the numbers of the jobs to draw, per piece
 
 
-# --- what is done -----------------------------------------------------------------------------------------
-
-
-def recorded(paths: Iterable[Path]) -> Iterator[Row]:
-    """Yield every complete row of the files that exist; skip rows truncated by a killed process."""
-    for path in sorted(paths):
-        text = ""
-        with suppress(FileNotFoundError):  # or another process has merged it by now
-            text = path.read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
-            with suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("file"), str):
-                    yield row
-
-
-def by_file(rows: Iterable[Row]) -> dict[str, Row]:
-    """One row per image; the original row, which has its timing, wins over one reconstructed from
-    the PNG.
-    """
-    best: dict[str, Row] = {}
-    for row in rows:
-        if best.get(row["file"], {}).get("seconds") is None:
-            best[row["file"]] = row
-    return best
-
-
-def done(folder: Path, write: Callable[[Row], None]) -> set[str]:
-    """Returns the identities of the images in a folder. For an image without a row, `write` is
-    called with a row read from its PNG.
-    """
-    rows = by_file(recorded(folder.glob("runs*.jsonl")))
-    present = set(filter(image.NUMBERED.match, os.listdir(folder)))
-    for name in sorted(present - rows.keys()):
-        with suppress(ValueError):  # not an image that minsd wrote
-            rows[name] = {
-                "file": name,
-                **image.read_settings(folder / name),
-                "seconds": None,
-                "unet_rows": None,
-            }
-            write(rows[name])
-    known = set()
-    for name in present & rows.keys():
-        with suppress(TypeError, KeyError, IndexError):  # a row that minsd did not write
-            known.add(identity(rows[name]))
-    return known
-
-
-def append(path: Path, row: Row) -> None:
-    """Append one complete row to a file of JSON lines. The file and its folder are made where they
-    are missing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with image.locked(path.parent), path.open("ab+") as file:  # another process may be merging it
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")  # a kill cut the last line
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-
-
-def merge(folder: Path, paths: list[Path]) -> None:
-    """Merges the files `paths` into runs.jsonl, one row per image, and deletes them. Safe to
-    repeat.
-    """
-    with image.locked(folder):
-        rows = by_file(recorded([folder / "runs.jsonl", *paths]))
-        handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                by_number = sorted(
-                    rows, key=lambda name: (len(name.partition("-")[0]), name)
-                )  # 99999- before 100000-
-                file.writelines(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in by_number)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, folder / "runs.jsonl")
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        for path in paths:
-            path.unlink(missing_ok=True)
-
-
-# --- the run ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process among all (torchrun's)."""
-
-    rank: int
-    world: int
-
-    @classmethod
-    def from_environment(cls) -> "Share":
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-    @property
-    def rows_file(self) -> str:
-        return f"runs-{self.rank}.jsonl" if self.world > 1 else "runs.jsonl"
-
-
-def run(session: Session, jobs: Sequence[Job], tally: Tally) -> None:
-    """Draw and save all jobs that fall to this process. `tally` counts the images as they are
-    saved.
+def run(session: Session, jobs: Jobs, tally: Tally, hold: Hold | None = None) -> None:
+    """Draws and saves the jobs of this process. `tally` counts the images that are saved and those
+    that failed. `hold` is the lock on the folder; None creates one.
     """
     command = session.command
     share = Share.from_environment()
-    record = partial(append, command.out / share.rows_file)
-    mine = list(
-        jobs[share.rank :: share.world]
-    )  # the same split in every process, whatever fits each one's memory
-    if command.resume and command.out.is_dir():
-        have = done(command.out, record if share.rank == 0 else lambda row: None)
-        mine = [job for job in mine if job.identity() not in have]
-    tally.wanted = len(mine)
-    if command.resume and not session.quiet:
-        by_whom = " by this process" if share.world > 1 else ""
-        print(f"minsd: {len(mine)} of {len(jobs)} images are still to be made{by_whom}", file=sys.stderr)
-    _draw_all(session, mine, record, tally)
-    _merge_rows(command.out, share)
+
+    def say(message: str) -> None:
+        if not session.quiet:
+            print(f"minsd: {files.printable(message)}", file=sys.stderr)
+
+    hold = hold or Hold(command.out, command.resume, command.wait, say)
+    hold.take()
+    try:
+        for folder in (command.out, command.out / "extra"):
+            removed = files.remove_stale(folder)
+            if removed:
+                say(f"removed {len(removed)} temporary files that a killed run left in {folder}")
+        record = partial(_record, command.out / share.rows_file)
+        # The division is the same in every process, and does not depend on free memory.
+        mine: Wanted = list(jobs.share(share.rank, share.world))
+        if command.resume and command.out.is_dir():
+            mine = _missing(command.out, mine, share, record, say)
+        tally.wanted = sum(len(numbers) for _, numbers in mine)
+        tally.single = len(jobs) == 1
+        if command.resume:
+            by_whom = " by this process" if share.world > 1 else ""
+            say(f"{tally.wanted} of {len(jobs)} images are still to be made{by_whom}")
+        _Drawing(session, record, tally).all(mine)
+        _merge_rows(command.out, share, say if share.rank == 0 else silent)
+        if tally.failed:
+            hold.wait_for_others()
+    finally:
+        hold.release()
 
 
-def _draw_all(session: Session, jobs: list[Job], record: Callable[[Row], None], tally: Tally) -> None:
-    """Draw jobs batch by batch, halving a batch that does not fit the GPU."""
-    sd = session.sd
-    parts = batches(jobs, sd)
-    steps = sum(steps_of(sd, job) for job in jobs)
-    bar = tqdm(total=steps, unit="step", disable=session.quiet or not steps, file=sys.stderr)
-    with counted(sd.unet) as rows, bar:
-        while parts:
-            part = parts.pop(0)
-            first = tally.made + 1
-            last = tally.made + len(part)
-            numbers = f"image {first}" if len(part) == 1 else f"images {first}-{last}"
-            bar.set_description(f"{numbers}/{len(jobs)}")
-            rows.clear()
-            begin = time.perf_counter()
-            drawn_before = bar.n
-            advance = partial(bar.update, len(part))
-            try:
-                drawn = draw(session, part, lambda i, t, advance=advance: advance(), bar.set_postfix_str)
-            except torch.cuda.OutOfMemoryError:
-                parts[:0] = _smaller(sd, part)
-                bar.n = drawn_before
-                continue
-            seconds = (time.perf_counter() - begin) / len(part)
-            bar.set_postfix_str("")
-            if session.command.save_noise:
-                for b, extras in enumerate(drawn.extras):
-                    extras["noise"] = drawn.noise[b : b + 1].cpu()
-            for row in _save(session.command.out, part, drawn, seconds, sum(rows) // len(part)):
-                record(row)
-                tally.made += 1
-                if session.command.json:
-                    print(json.dumps(row, ensure_ascii=False), flush=True)
-                elif not session.quiet:
-                    bar.write(f"minsd: {session.command.out / row['file']}", file=sys.stderr)
+def _missing(out: Path, mine: Wanted, share: Share, record: Callable[[Row], None], say: Say) -> Wanted:
+    """Returns those of this process's jobs whose images are not in the folder."""
+    keys = None
+    if share.world > 1:
+        keys = {key for piece, numbers in mine for key in piece.keys(numbers)}
+    first = share.rank == 0
+    have = done(out, record if first else lambda row: None, say if first else silent, keys)
+    missing = []
+    for piece, numbers in mine:
+        left = array("q", (k for k, key in zip(numbers, piece.keys(numbers)) if key not in have))
+        if left:
+            missing.append((piece, left))
+    return missing
 
 
-def batches(jobs: Sequence[Job], sd: StableDiffusion) -> list[list[Job]]:
-    """Group consecutive jobs that differ only in prompt, seed or subjects into batches of at most
-    sd.batch_size.
+def _record(path: Path, row: Row) -> None:
+    """Appends an image's row. Only warns where the file cannot be written, because the image itself
+    also contains its settings.
     """
-    parts: list[list[Job]] = []
+    try:
+        append(path, row)
+    except (IsADirectoryError, PermissionError) as error:
+        warnings.warn(f"{path} cannot be written to: {error.strerror}", stacklevel=2)
+
+
+def _merge_rows(out: Path, share: Share, say: Say) -> None:
+    """Merges this process's rows into runs.jsonl, and also the rows that a killed run of more
+    processes left behind.
+    """
+    paths = [out / share.rows_file] if share.world > 1 else []
+    if share.rank == 0:
+        left = [path for path in out.glob("runs-*.jsonl") if path.stem[5:].isdecimal()]
+        paths += [path for path in left if int(path.stem[5:]) >= share.world or share.world == 1]
+    if paths and out.is_dir():
+        try:
+            merge(out, paths, say)
+        except (IsADirectoryError, PermissionError) as error:
+            warnings.warn(f"{out / 'runs.jsonl'} cannot be written to: {error.strerror}", stacklevel=2)
+
+
+# --- drawing ----------------------------------------------------------------------------------------------
+
+
+class _Drawing:
+    """Draws jobs batch by batch. A batch that does not fit the GPU or that fails is drawn again in
+    halves, so that in the end only the images fail that cannot be drawn.
+    """
+
+    def __init__(self, session: Session, record: Callable[[Row], None], tally: Tally):
+        self.session = session
+        self.command = session.command
+        self.record = record
+        self.tally = tally
+
+    def all(self, wanted: Wanted) -> None:
+        sd = self.session.sd
+        steps = sum(len(numbers) * steps_of(sd, piece.template) for piece, numbers in wanted)
+        hidden = self.session.quiet or not steps
+        self.bar = tqdm(total=steps, unit="step", disable=hidden, file=sys.stderr)
+        again: deque[list[Job]] = deque()  # parts of batches that failed
+        coming = batches(wanted, sd)
+        with counted(sd.unet) as self.rows, self.bar:
+            while (part := again.popleft() if again else next(coming, None)) is not None:
+                again.extendleft(reversed(self._draw(part)))
+
+    def _draw(self, part: list[Job]) -> list[list[Job]]:
+        """Draws and saves a batch. Returns the smaller batches to draw after an error, if any."""
+        first = self.tally.made + self.tally.failed + 1
+        last = first + len(part) - 1
+        numbers = f"image {first}" if len(part) == 1 else f"images {first}-{last}"
+        self.bar.set_description(f"{numbers}/{self.tally.wanted}")
+        self.rows.clear()
+        begin = time.perf_counter()
+        drawn_before = self.bar.n
+        device = self.session.sd.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            drawn = draw(
+                self.session, part, lambda i, t: self.bar.update(len(part)), self.bar.set_postfix_str
+            )
+        except Exception as error:
+            self.bar.n = drawn_before
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                smaller = _smaller(self.session.sd, part)
+                if smaller:
+                    return smaller
+                size = f"{part[0].sampling.width}x{part[0].sampling.height}"
+                error = ValueError(f"not even one image of {size} fits the GPU's memory: make it smaller")
+            return self._failed(part, error)
+        seconds = (time.perf_counter() - begin) / len(part)
+        self.bar.set_postfix_str("")
+        if self.command.save_noise:
+            for b, extras in enumerate(drawn.extras):
+                extras["noise"] = drawn.noise[b : b + 1].cpu()
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+        cost = {"seconds": round(seconds, 3), "unet_rows": sum(self.rows) // len(part)}
+        cost |= {"batch": len(part), "peak_mb": peak and round(peak)}
+        self._save(part, drawn, cost)
+        return []
+
+    def _failed(self, part: list[Job], error: Exception) -> list[list[Job]]:
+        """Returns the halves of a batch that failed. Reports the error if the batch is one image."""
+        if self.command.debug or _ends_the_run(error):
+            raise error
+        if len(part) > 1:
+            return _halves(part)
+        self._report(part[0], error)
+        return []
+
+    def _report(self, job: Job, error: Exception) -> None:
+        """Prints one line about an image that failed, and counts it."""
+        if self.command.debug or _ends_the_run(error):
+            raise error
+        self.tally.failed += 1
+        self.tally.mistaken = mistake(error)
+        what = f"{job.where}seed {job.seed} of {files.printable(job.prompt, 100)!r}"
+        label = Share.from_environment().label
+        line = files.printable(f"{label}{what} is not drawn: {reason(error)}")
+        self.bar.write(f"minsd: error: {line}", file=sys.stderr)
+
+    def _save(self, jobs: Sequence[Job], drawn: Drawn, cost: Row) -> None:
+        """Saves a batch. All images are written to temporary files and synced to the disk together,
+        which takes little longer than for one image. Then each image appears, followed by its row.
+        """
+        out = self.command.out
+        out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            saved: list[tuple[Job, Row, Extras, BinaryIO]] = []
+            for job, picture, note, extras in zip(jobs, drawn.images, drawn.notes, drawn.extras):
+                settings = {**job.settings(), **note}
+                try:
+                    file = stack.enter_context(image.written(picture, out, settings))
+                    saved.append((job, settings, extras, file))
+                except Exception as error:
+                    self._report(job, error)
+            files.sync([file for *_, file in saved])
+            for job, settings, extras, file in saved:
+                before = partial(_save_extras, extras, settings)
+                try:
+                    path = image.place(file, out, settings, before, synced=True)
+                except Exception as error:
+                    self._report(job, error)
+                    continue
+                row = {"file": path.name, **settings, **cost}
+                self.record(row)
+                self._made(path, row)
+
+    def _made(self, path: Path, row: Row) -> None:
+        """Counts and announces an image that was saved."""
+        self.tally.made += 1
+        if self.command.json:
+            print(json.dumps(row), flush=True)  # ASCII, which every encoding of stdout has
+        elif not self.session.quiet:
+            self.bar.write(f"minsd: {files.printable(path)}", file=sys.stderr)
+
+
+def _ends_the_run(error: Exception) -> bool:
+    """Returns whether an error would also occur in all later images: a full disk, or a GPU in a
+    broken state.
+    """
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+
+
+def batches(wanted: Wanted, sd: StableDiffusion) -> Iterator[list[Job]]:
+    """Groups consecutive jobs that differ only in prompt, seed or subjects into batches of at most
+    sd.batch_size images.
+    """
+    sizes = _batch_sizes((piece.template for piece, _ in wanted), sd)
+    part: list[Job] = []
     last = None
-    for job in jobs:
-        key = job.batch_key()
-        if key == last and len(parts[-1]) < sd.batch_size(job.sampling.height, job.sampling.width):
-            parts[-1].append(job)
-        else:
-            parts.append([job])
+    for piece, numbers in wanted:
+        key = piece.template.batch_key()
+        most = sizes[piece.template.sampling.height, piece.template.sampling.width]
+        if part and key != last:
+            yield part
+            part = []
         last = key
-    return parts
+        for k in numbers:
+            part.append(piece.job(k))
+            if len(part) >= most:
+                yield part
+                part = []
+    if part:
+        yield part
+
+
+def _batch_sizes(jobs: Iterable[Job], sd: StableDiffusion) -> dict[tuple[int, int], int]:
+    """Returns the number of images per batch for each size (height, width). Called before drawing,
+    because later some of the memory is in use.
+    """
+    sizes = {(job.sampling.height, job.sampling.width) for job in jobs}
+    return {size: sd.batch_size(*size) for size in sizes}
 
 
 def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
     """Returns what to try after a batch did not fit the GPU: first the same batch without the
-    memory of CUDA graphs, then its two halves.
-
-    ValueError where a single image does not fit.
+    memory of CUDA graphs, then its halves. Returns an empty list if a single image does not fit.
     """
     held = sd.graphs is not None and bool(sd.graphs.held)
     if len(part) == 1 and not held:
-        size = f"{part[0].sampling.width}x{part[0].sampling.height}"
-        raise ValueError(f"not even one image of {size} fits the GPU's memory: make it smaller")
+        return []
     if sd.graphs is not None and held:
         sd.graphs.release()
     empty_cache()
+    return [part] if held else _halves(part)
+
+
+def _halves(part: list[Job]) -> list[list[Job]]:
     half = len(part) // 2
-    return [part] if held else [part[:half], part[half:]]
-
-
-def _save(out: Path, jobs: Sequence[Job], drawn: Drawn, seconds: float, unet_rows: int) -> Iterator[Row]:
-    """Save a batch, and yield each image's row once it is in place."""
-    out.mkdir(parents=True, exist_ok=True)
-    for job, picture, note, extras in zip(jobs, drawn.images, drawn.notes, drawn.extras):
-        settings = {**job.settings(), **note}
-        path = image.save_numbered(picture, out, settings, partial(_save_extras, extras, settings))
-        yield {"file": path.name, **settings, "seconds": round(seconds, 3), "unet_rows": unet_rows}
+    return [part[:half], part[half:]]
 
 
 def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
-    """Save what belongs to an image about to appear at `path`, in the folder extra/ beside it."""
+    """Saves the further files of an image that is about to appear at `path`, in the folder extra/
+    beside it.
+    """
     for name, extra in extras.items():
         stem = f"{path.stem}-{name}"
         if isinstance(extra, torch.Tensor):
@@ -252,17 +307,7 @@ def noise_metadata(settings: Row) -> dict[str, str]:
     latents while denoising, or is "none".
     """
     named = ("prompt", "negative_prompt", "seed", "init_noise", "model", "model_hash")
-    said = {name: str(settings[name]) for name in named if settings.get(name) is not None}
-    return {**said, "updates": settings.get("excite") or "none"}
-
-
-def _merge_rows(out: Path, share: Share) -> None:
-    """Merge this process's rows, and those that a killed run of more processes left behind, into
-    runs.jsonl.
-    """
-    paths = [out / share.rows_file] if share.world > 1 else []
-    if share.rank == 0:
-        left = [path for path in out.glob("runs-*.jsonl") if path.stem[5:].isdigit()]
-        paths += [path for path in left if int(path.stem[5:]) >= share.world or share.world == 1]
-    if paths and out.is_dir():
-        merge(out, paths)
+    texts = {name: str(settings[name]) for name in named if settings.get(name) is not None}
+    return {name: files.encodable(text) for name, text in texts.items()} | {
+        "updates": settings.get("excite") or "none"
+    }

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from minsd.adapters import split_scale
+from minsd.adapters import split_name, split_scale
+from minsd.app.ranks import local_rank
 from minsd.app.requests import Command, Request
 from minsd.controlnet import ControlNet
 from minsd.pipeline import StableDiffusion, load
-from minsd.weights import lora
+from minsd.weights import embedding, lora
 from minsd.weights.controlnet import load_controlnet
 
 
@@ -28,14 +29,15 @@ class Session:
 
 
 def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> Session:
-    """Load the model and everything that stands beside it. ValueError or FileNotFoundError for
+    """Loads the model and everything that stands beside it. ValueError or FileNotFoundError for
     what cannot be loaded.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    number = local_rank()
+    if device == "cuda" and number is not None:  # torchrun: one GPU per process
+        device = f"cuda:{number}"
     if command.attention == "triton" and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("--attention triton is for a GPU: leave it out")
     sd = load(
@@ -48,13 +50,20 @@ def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> 
     )
     if sd.device.type == "cuda":
         torch.cuda.set_device(sd.device)  # otherwise every process would also create a CUDA context on GPU 0
+    sd.text.prompt_weights = command.prompt_weights
+    if command.clip_skip is not None:
+        sd.text.skip(command.clip_skip)
     session = Session(sd, command, quiet)
     layouts = [request.layout for request in requests if request.layout is not None]
     paths = {path for layout in layouts for region in layout.regions for path, _ in region.lora}
     session.adapters = {path: lora.read(path, sd) for path in paths}
-    if command.lora:
-        named = [split_scale(text) for text in command.lora]
+    named = [split_scale(text) for text in command.lora]
+    if named:
         lora.merge([(lora.read(path, sd), scale) for path, scale in named])
+    words = [embedding.read(*split_name(text), sd) for text in command.embedding]
+    for path in sorted({*paths, *(path for path, _ in named)}):
+        words += embedding.bundled(path, sd)
+    sd.notes += [embedding.add(word, sd) for word in words]
     if command.controlnet is not None:
         session.controlnet = load_controlnet(command.controlnet, device=sd.device, dtype=sd.dtype)
     sd.set_attention(command.attention, *([] if session.controlnet is None else [session.controlnet]))

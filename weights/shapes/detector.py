@@ -45,6 +45,7 @@ class Found:
     iou: float
     area: int  # pixels
     centre: tuple[float, float]  # x, y, pixels
+    box: tuple[float, float, float, float] = (0, 0, 0, 0)  # x0, y0, x1, y1, pixels, end exclusive
 
     @property
     def whole(self) -> bool:
@@ -177,7 +178,9 @@ def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None
         distance = np.linalg.norm(np.median(pixels[_inner(mask)], 0) - PALETTE, axis=-1)
         colours = (NAMES[int(distance.argmin())],) if distance.min() <= FAR else ()
     rows, columns = np.nonzero(mask)
-    return Found(colours, *shape_of(mask), int(mask.sum()), (float(columns.mean()), float(rows.mean())))
+    centre = (float(columns.mean()), float(rows.mean()))
+    x0, y0, x1, y1 = map(float, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    return Found(colours, *shape_of(mask), int(mask.sum()), centre, (x0, y0, x1, y1))
 
 
 def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Verdict:

@@ -1,0 +1,187 @@
+"""Finds the images in an output folder, and keeps their rows in runs.jsonl.
+
+The images decide, not the rows: only a complete image counts as done, and the settings embedded in
+it identify the image. A row is ignored if its image is missing, or if the file of that name is a
+different image now. An image without a row gets one. Files and rows that cannot be read are listed
+in a note and ignored.
+"""
+
+import os
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from minsd import files, image
+from minsd.app.jobs import identity, key
+
+Row = dict[str, Any]  # an image's settings, its file name, and its cost
+Say = Callable[[str], None]
+
+# Keys of a row that are no settings of the image: its name, and what it cost. `batch` is the number
+# of images drawn together, `peak_mb` the peak of the GPU memory meanwhile (None on a CPU).
+NOT_SETTINGS = ("file", "seconds", "unet_rows", "batch", "peak_mb")
+
+
+def silent(message: str) -> None:
+    """Ignores a message."""
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def recorded(paths: Iterable[Path], say: Say = silent) -> Iterator[Row]:
+    """Yields every complete row of the files that exist, those of runs.jsonl first. `say` gets a
+    note on lines that are no rows, such as a line cut off by a kill.
+    """
+    # The processes' own files hold the rows since the last merge into runs.jsonl.
+    for path in sorted(paths, key=lambda path: (path.name != "runs.jsonl", path.name)):
+        broken: list[str] = []
+        try:
+            yield from _rows(path, broken)
+        except FileNotFoundError:  # another process has merged this file
+            pass
+        except OSError:
+            broken.append(path.name)
+        if broken:
+            note_ignored(broken, "is no row", "are no rows", say)
+
+
+def _rows(path: Path, broken: list[str]) -> Iterator[Row]:
+    if path.exists() and not path.is_file():
+        broken.append(path.name)
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):  # lines of bytes end at "\n" only
+            line = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if not line:
+                continue
+            try:
+                row = files.parse_json(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("file"), str):
+                yield row
+            else:
+                broken.append(f"line {number} of {path.name}")
+
+
+def note_ignored(names: list[str], one: str, several: str, say: Say) -> None:
+    """Notes that files or lines are ignored, with the first three names. `one` and `several` are
+    the reason in singular and plural ("is no row", "are no rows").
+    """
+    listed = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+    say(f"{listed} {one if len(names) == 1 else several}: ignored")
+
+
+def key_of(settings: Row) -> bytes | None:
+    """Returns the key (`jobs.key`) of an image's settings or row; None where minsd cannot have
+    written them.
+    """
+    try:
+        return key(identity(settings))
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
+    """Returns one row per file name.
+
+    A name has rows of several images if an image was deleted and its name used again. Then the
+    rows of the image in the folder are kept or, if there is none, those of the last row's image.
+    Of several rows of one image the original, which has the timing, is preferred to one
+    reconstructed from the PNG.
+    """
+    best: dict[str, Row] = {}
+    rivals: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row["file"]
+        if name in best:
+            rivals.setdefault(name, [best[name]]).append(row)
+        best[name] = row
+    for name, several in rivals.items():
+        of = key_of(several[-1])
+        if any(key_of(row) != of for row in several):
+            there = _key_in(folder, name)
+            of = there if any(key_of(row) == there for row in several) else of
+        same = [row for row in several if key_of(row) == of]
+        best[name] = next((row for row in same if row.get("seconds") is not None), same[-1])
+    return best
+
+
+def _key_in(folder: Path, name: str) -> bytes | None:
+    """Returns the key of the image of that name in the folder; None if there is no such image."""
+    if image.NUMBERED.fullmatch(name):
+        with suppress(ValueError, OSError):
+            return key_of(image.verified(folder / name))
+    return None
+
+
+def append(path: Path, row: Row) -> None:
+    """Appends one complete row to a file of JSON lines. The file and its folder are created where
+    they are missing.
+
+    The row is not synced to the disk: a row lost in a power cut is restored from its PNG.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.locked(path.parent), files.own(path, append=True) as file:  # another process may be merging it
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")  # the last line was cut off by a kill
+        file.write((files.dumps(row) + "\n").encode())
+
+
+def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
+    """Merges the files `paths` into runs.jsonl, one row per image, and deletes them. Safe to
+    repeat.
+    """
+    with files.locked(folder):
+        rows = by_file(recorded([folder / "runs.jsonl", *paths], say), folder)
+        with files.temporary(folder) as file:
+            # 99999- sorts before 100000-
+            by_number = sorted(rows, key=lambda name: (len(name.partition("-")[0]), name))
+            file.writelines((files.dumps(rows[name]) + "\n").encode() for name in by_number)
+            files.put(file, folder / "runs.jsonl")
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+# --- what is done -----------------------------------------------------------------------------------------
+
+
+def done(
+    folder: Path, write: Callable[[Row], None], say: Say = silent, mine: Container[bytes] | None = None
+) -> set[bytes]:
+    """Returns the keys of the complete images in a folder. For each image without a row, `write`
+    is called with a row read from the PNG.
+
+    Every image is checked by `image.verified`; an image without a row is also decoded. `mine`: the
+    keys of the jobs of one process among several. An image whose row has another key is then left
+    to the process that has this key.
+    """
+    rows: dict[str, set[bytes | None]] = {}
+    for row in recorded(folder.glob("runs*.jsonl"), say):
+        rows.setdefault(row["file"], set()).add(key_of(row))
+    known: set[bytes] = set()
+    broken: list[str] = []
+    for name in sorted(filter(image.NUMBERED.fullmatch, os.listdir(folder))):
+        keys = rows.get(name, set())
+        if mine is not None and len(keys) == 1 and not any(k is None or k in mine for k in keys):
+            continue  # another process checks this image
+        try:
+            settings = image.verified(folder / name, whole=not keys)
+        except (ValueError, OSError):
+            broken.append(name)
+            continue
+        own = key_of(settings)
+        if own is None:
+            broken.append(name)
+            continue
+        known.add(own)
+        if own not in keys:
+            rest = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+            write({"file": name, **rest, "seconds": None, "unet_rows": None})
+    if broken:
+        note_ignored(broken, "is no complete image of minsd's", "are no complete images of minsd's", say)
+    return known

@@ -1,0 +1,96 @@
+"""Reads from the environment which of a run's processes this is (torchrun's RANK, WORLD_SIZE)."""
+
+import os
+import re
+from dataclasses import dataclass
+
+LARGEST_WORLD = 1_000_000  # the most processes of one run
+
+
+@dataclass(frozen=True)
+class Share:
+    """The number of this process (rank) and the number of processes in the run (world)."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Share":
+        """Reads RANK and WORLD_SIZE. Raises ValueError, in one line, where the two contradict each
+        other, because images would be left out silently or drawn by every process.
+        """
+        rank = _number("RANK")
+        world = _number("WORLD_SIZE")
+        if rank is not None and world is None:
+            raise ValueError(
+                f"RANK is {rank} in the environment without WORLD_SIZE: set both, as torchrun does, "
+                "or unset RANK"
+            )
+        if rank is None and world is not None and world > 1:
+            raise ValueError(
+                f"WORLD_SIZE is {world} in the environment without RANK: set both, as torchrun does, "
+                "or unset WORLD_SIZE"
+            )
+        rank = rank or 0
+        world = 1 if world is None else world
+        if not rank < world <= LARGEST_WORLD:
+            raise ValueError(
+                f"RANK is {rank} and WORLD_SIZE {world} in the environment: "
+                "ranks count from 0 to WORLD_SIZE - 1"
+            )
+        return cls(rank, world)
+
+    @property
+    def rows_file(self) -> str:
+        return f"runs-{self.rank}.jsonl" if self.world > 1 else "runs.jsonl"
+
+    @property
+    def label(self) -> str:
+        """The beginning of this process's messages: "rank 1 of 2: ", empty for a single process."""
+        return f"rank {self.rank} of {self.world}: " if self.world > 1 else ""
+
+
+def label() -> str:
+    """Returns `Share.label`; an empty string where RANK and WORLD_SIZE are invalid, so that errors
+    about them can be printed.
+    """
+    try:
+        return Share.from_environment().label
+    except ValueError:
+        return ""
+
+
+def run_name() -> str:
+    """Returns a name that is the same in all processes of a run and differs between runs: torchrun's
+    run id and address, or Slurm's job and step.
+    """
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    if "MASTER_ADDR" not in os.environ:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    return " ".join(os.environ.get(name, "-") for name in (*names, "WORLD_SIZE"))
+
+
+def restarted() -> bool:
+    """Returns whether torchrun has restarted this process. Processes of the attempt before may
+    still be ending.
+    """
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def local_rank() -> int | None:
+    """Returns the number of this process on its machine, which is also the number of its GPU; None
+    where LOCAL_RANK is not set.
+    """
+    return _number("LOCAL_RANK")
+
+
+def _number(name: str) -> int | None:
+    """Reads a whole number from the environment; None where the variable is not set or empty.
+    Raises ValueError for anything else.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"{name} is {text!r} in the environment: it must be a whole number")
+    return int(text)

@@ -1,0 +1,267 @@
+"""Reads a judged study and computes its table: means, paired differences, winning rates, costs.
+
+A study is a folder with one folder per method, each with rows (runs.jsonl) and scores
+(scores.jsonl). Only (prompt, seed) pairs that every method has are compared.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minsd import files, judge
+from minsd.app import statistics
+from minsd.app.prompt_sets import slug
+from minsd.app.statistics import Estimate, Resample
+
+# --- reading what was drawn and judged ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """All methods' values over the pairs that every method has. NaN: no value."""
+
+    methods: list[str]
+    pairs: list[tuple[str, Any]]  # (prompt, seed)
+    tags: list[str]  # per pair
+    files: dict[str, list[Path]]  # method -> the images, per pair
+    values: dict[str, dict[str, np.ndarray]]  # column -> method -> (pairs,)
+    costs: dict[str, dict[str, np.ndarray]]  # unet_rows, seconds, peak_mb alike
+    found: dict[str, list[list[dict[str, Any]]]]  # method -> detections per pair
+    identities: dict[str, dict[str, Any]]  # judge -> what it was
+    notes: list[str]
+
+    @property
+    def prompts(self) -> list[int]:
+        """Returns the number of each pair's prompt."""
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(prompt, len(numbers)) for prompt, _ in self.pairs]
+
+
+def read(folder: Path, unjudged: bool = False) -> Results:
+    """Reads a study, or a folder with one judged folder per method. `unjudged` also takes images
+    without scores. Raises ValueError where there is nothing to compare."""
+    path = folder / "study.json"
+    study = files.read_json(path) if path.is_file() else None
+    if study is not None:
+        places = {name: folder / slug(name) for name in study["methods"]}
+    elif folder.is_dir():
+        places = {sub.name: sub for sub in sorted(folder.iterdir()) if sub.is_dir()}
+    else:
+        raise FileNotFoundError(f"there is no folder {folder}")
+    pattern = "runs*.jsonl" if unjudged else "scores*.jsonl"
+    places = {name: place for name, place in places.items() if any(place.rglob(pattern))}
+    if not places:
+        raise ValueError(f"{folder} holds no scores: python -m minsd.judge {folder}")
+    tags = {item["prompt"]: item.get("tag", "") for item in study["prompts"]} if study else {}
+    notes: list[str] = []
+    held = {name: _of_method(place, notes, unjudged) for name, place in places.items()}
+    common = set.intersection(*(set(rows) for rows in held.values()))
+    pairs = [pair for pair in next(iter(held.values())) if pair in common]
+    most = max(len(rows) for rows in held.values())
+    if len(pairs) < most:
+        notes.append(
+            f"{most - len(pairs)} of {most} (prompt, seed) pairs are left out: not all methods have them"
+        )
+    if not pairs:
+        raise ValueError(f"the methods in {folder} share no (prompt, seed) pair with scores")
+    columns = dict.fromkeys(key for rows in held.values() for pair in pairs for key in rows[pair]["values"])
+
+    def table(part: str, key: str) -> dict[str, np.ndarray]:
+        """Returns one number of each pair by method; None becomes NaN."""
+        return {
+            name: np.array([rows[pair][part].get(key) for pair in pairs], float)
+            for name, rows in held.items()
+        }
+
+    identities = {}
+    for rows in held.values():
+        for pair in pairs:
+            identities |= rows[pair]["identities"]
+    return Results(
+        list(held),
+        pairs,
+        [tags.get(prompt, "") for prompt, _ in pairs],
+        {name: [rows[pair]["path"] for pair in pairs] for name, rows in held.items()},
+        {key: table("values", key) for key in columns},
+        {key: table("row", key) for key in ("unet_rows", "seconds", "peak_mb")},
+        {name: [rows[pair]["found"] for pair in pairs] for name, rows in held.items()},
+        identities,
+        list(dict.fromkeys(notes)),
+    )
+
+
+def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str, Any], dict[str, Any]]:
+    """Returns one method's images: (prompt, seed it began at) -> row, values and more. Images
+    without a seed are numbered among those of their prompt."""
+    from minsd.app.folder import recorded
+
+    out: dict[tuple[str, Any], dict[str, Any]] = {}
+    count: dict[str, int] = {}
+    scored: dict[Path, dict[str, list[dict[str, Any]]]] = {}
+    for one in judge.pictures(place):
+        if one.folder not in scored:
+            rows = {row["file"]: row for row in recorded(one.folder.glob("runs*.jsonl"))}
+            by_file: dict[str, list[dict[str, Any]]] = {}
+            for (file, _), line in judge.scores(one.folder).items():
+                by_file.setdefault(file, []).append(line)
+            scored[one.folder] = by_file
+            scored[one.folder][""] = [rows]
+        row = scored[one.folder][""][0].get(one.file, {})
+        lines = scored[one.folder].get(one.file, [])
+        if not lines and not unjudged:
+            continue
+        seed = row.get("asked_seed", row.get("seed"))
+        if seed is None:
+            seed = f"#{count.setdefault(one.prompt, 0)}"
+            count[one.prompt] += 1
+            notes.append("images without a seed are paired by their place among those of their prompt")
+        out[one.prompt, seed] = {
+            "path": one.path,
+            "row": row,
+            "values": {key: value for line in lines for key, value in line["values"].items()},
+            "found": [found for line in lines for found in line.get("found", ())],
+            "identities": {line["judge"]: line["identity"] for line in lines},
+        }
+    return out
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table with its interval, as table.csv and table.md show it."""
+
+    part: str  # values, differences, wins, costs or by tag
+    method: str
+    column: str
+    estimate: Estimate
+    n: int
+    digits: int
+    tag: str = ""
+    more: str = ""  # repaired/broken and p, for right or wrong values
+
+    @property
+    def text(self) -> str:
+        value, low, high = (self._number(number) for number in self.estimate)
+        if math.isnan(self.estimate.value):
+            return "-"
+        return value if math.isnan(self.estimate.low) else f"{value} [{low}, {high}]"
+
+    def _number(self, number: float) -> str:
+        return "" if math.isnan(number) else f"{number:.{self.digits}f}"
+
+    def row(self, prompts: int) -> dict[str, Any]:
+        value, low, high = (self._number(number) for number in self.estimate)
+        names = ("part", "method", "column", "tag")
+        said = {name: getattr(self, name) for name in names}
+        return said | {
+            "value": value,
+            "low": low,
+            "high": high,
+            "n": self.n,
+            "prompts": prompts,
+            "more": self.more,
+        }
+
+
+def binary(results: Results, column: str) -> bool:
+    """Returns whether a column holds right or wrong values (0 or 1) alone."""
+    held = np.concatenate(list(results.values[column].values()))
+    return bool(np.isin(held[np.isfinite(held)], (0, 1)).all())
+
+
+def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
+    """Returns every number of the table. Rates are in per cent. Raises ValueError where the
+    baseline is not among the methods."""
+    if baseline not in results.methods:
+        raise ValueError(f"--baseline {baseline} is not among the methods: {', '.join(results.methods)}")
+    resample = Resample(results.prompts)
+    cells: list[Cell] = []
+    tags = sorted(set(results.tags)) if by_tag else []
+    for column, by_method in results.values.items():
+        rate = binary(results, column)
+        scale = 100.0 if rate else 1.0
+        digits = 1 if rate else _digits(by_method)
+        for method, values in by_method.items():
+            n = int(np.isfinite(values).sum())
+            mean = resample.estimate(values)
+            if rate:
+                mean = statistics.wilson(float(np.nansum(values)), n)
+            cells.append(Cell("values", method, column, _scaled(mean, scale), n, digits))
+            for tag in tags if len(tags) > 1 else ():
+                inside = values[[one == tag for one in results.tags]]
+                m = int(np.isfinite(inside).sum())
+                part = (
+                    statistics.wilson(float(np.nansum(inside)), m)
+                    if rate
+                    else Estimate(float(np.nanmean(inside)) if m else math.nan, math.nan, math.nan)
+                )
+                cells.append(Cell("by tag", method, column, _scaled(part, scale), m, digits, tag))
+            if method != baseline:
+                cells += _against(method, column, values, by_method[baseline], resample, rate, digits)
+    return cells + _costs(results, baseline)
+
+
+def _against(
+    method: str,
+    column: str,
+    values: np.ndarray,
+    base: np.ndarray,
+    resample: Resample,
+    rate: bool,
+    digits: int,
+) -> list[Cell]:
+    """Returns a method's paired difference to the baseline and its winning rate in one column."""
+    difference = values - base
+    n = int(np.isfinite(difference).sum())
+    more = ""
+    if rate:
+        repaired, broken = int((difference > 0).sum()), int((difference < 0).sum())
+        more = f"{repaired} repaired, {broken} broken, p = {statistics.mcnemar(repaired, broken):.2g}"
+    gain = _scaled(resample.estimate(difference), 100.0 if rate else 1.0)
+    won = _scaled(resample.estimate(statistics.wins(values, base)), 100.0)
+    out = [
+        Cell("differences", method, column, gain, n, digits, more=more),
+        Cell("wins", method, column, won, n, 1),
+    ]
+    if column == "pickscore":
+        preferred = _scaled(resample.estimate(statistics.preference(values, base)), 100.0)
+        out.append(Cell("preferred", method, column, preferred, n, 1))
+    return out
+
+
+def _costs(results: Results, baseline: str) -> list[Cell]:
+    """Returns the mean UNet rows, median seconds, seconds as a multiple of the baseline's, and the
+    greatest peak memory of each method."""
+    cells = []
+    seconds = {
+        name: float(np.nanmedian(s)) for name, s in results.costs["seconds"].items() if np.isfinite(s).any()
+    }
+    for method in results.methods:
+        rows, memory = (results.costs[key][method] for key in ("unet_rows", "peak_mb"))
+        found = {
+            "UNet rows": (float(np.nanmean(rows)) if np.isfinite(rows).any() else math.nan, 0),
+            "seconds": (seconds.get(method, math.nan), 2),
+            "times the baseline": (seconds.get(method, math.nan) / seconds.get(baseline, math.nan), 2),
+            "peak MB": (float(np.nanmax(memory)) if np.isfinite(memory).any() else math.nan, 0),
+        }
+        for column, (value, digits) in found.items():
+            lone = Estimate(value, math.nan, math.nan)
+            cells.append(Cell("costs", method, column, lone, len(results.pairs), digits))
+    return cells
+
+
+def _scaled(estimate: Estimate, factor: float) -> Estimate:
+    return Estimate(*(factor * value for value in estimate))
+
+
+def _digits(by_method: Mapping[str, np.ndarray]) -> int:
+    largest = max(
+        (float(np.nanmax(np.abs(v))) for v in by_method.values() if np.isfinite(v).any()), default=0
+    )
+    return 4 if largest < 1.5 else 3

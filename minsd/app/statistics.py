@@ -1,0 +1,84 @@
+"""Statistics of paired studies: every method sees the same (prompt, seed) pairs.
+
+Images of one prompt resemble one another, so intervals come from a bootstrap over prompts, each
+drawn with all its seeds (Davison and Hinkley 1997, section 3.8), and methods are drawn together.
+Rates have Wilson's interval (Wilson 1927), right or wrong values McNemar's exact test (1947).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+DRAWS = 10_000
+FEW = 10  # prompts, below which the bootstrap draws pairs instead
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Resample:
+    """Bootstrap of means over groups. `groups[i]` is the prompt of pair i."""
+
+    def __init__(self, groups: Sequence[int], draws: int = DRAWS, seed: int = 0):
+        names, where = np.unique(np.asarray(groups), return_inverse=True)
+        self.by_prompt = len(names) >= FEW
+        self.where = where if self.by_prompt else np.arange(len(where))
+        n = len(names) if self.by_prompt else len(where)
+        rng = np.random.default_rng(seed)
+        self.times = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)  # (draws, groups)
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Returns the mean of each draw; NaN values are left out."""
+        there = np.isfinite(values)
+        n = self.times.shape[1]
+        sums = np.bincount(self.where, np.where(there, values, 0.0), n)
+        counts = np.bincount(self.where, there, n)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (self.times @ sums) / (self.times @ counts)
+
+    def estimate(self, values: np.ndarray) -> Estimate:
+        """Returns the mean of the values with the interval of its bootstrap."""
+        values = np.asarray(values, float)
+        if not np.isfinite(values).any():
+            return Estimate(math.nan, math.nan, math.nan)
+        low, high = np.nanpercentile(self.means(values), [2.5, 97.5])
+        return Estimate(float(np.nanmean(values)), float(low), float(high))
+
+
+def wins(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Returns per pair 1 where the value is better (greater), 0.5 where it is equal, 0 where it is
+    worse, NaN where either is missing."""
+    out = np.where(values > baseline, 1.0, np.where(values == baseline, 0.5, 0.0))
+    return np.where(np.isfinite(values) & np.isfinite(baseline), out, np.nan)
+
+
+def preference(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Returns per pair the probability that the image is preferred, by PickScore's model: the
+    logistic function of the difference of the two scores."""
+    return 1 / (1 + np.exp(-(values - baseline)))
+
+
+def wilson(successes: float, n: int, z: float = 1.959964) -> Estimate:
+    """Returns a rate with Wilson's 95 % interval."""
+    if n == 0:
+        return Estimate(math.nan, 0.0, 1.0)
+    p = successes / n
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Estimate(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
+
+
+def mcnemar(repaired: int, broken: int) -> float:
+    """Returns McNemar's exact two-sided p: how likely so uneven a split of the changed pairs is if
+    both ways are equally likely."""
+    n = repaired + broken
+    tail = sum(math.comb(n, i) for i in range(min(repaired, broken) + 1))
+    return min(1.0, 2 * tail / 2**n)

@@ -1,0 +1,133 @@
+r"""Reads weights of words and chunk breaks in a prompt, in the syntax of AUTOMATIC1111's web UI, and
+divides long prompts into chunks that the text encoder can read.
+
+    (words:1.3)   weight 1.3                  \( \) \[ \] \\   the character after the backslash
+    (words)       weight 1.1                  BREAK            the words after it begin a new chunk
+    [words]       weight 1 / 1.1
+
+Brackets nest, and their weights multiply. A bracket that is not closed acts up to the end of the
+prompt; a closing bracket without an opening one is text. CLIP reads 77 tokens at once, the start
+and end tokens among them, so a chunk has 75 tokens of the prompt. As in the web UI, chunks are
+encoded one by one and their text states stand one after the other. Unlike the web UI, a full chunk
+ends after its 75th token even if a comma is near.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+ROUND = 1.1  # the weight of a pair of round brackets
+DEEPEST = 100  # brackets open at a time
+_LEXEME = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|:", re.ASCII)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_LONE_BREAK = re.compile(r"(?<!\S)BREAK(?![^\s,])")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A part of a prompt whose words have one weight."""
+
+    text: str  # without brackets, weights and the backslashes of escapes
+    weight: float
+    where: Sequence[int]  # the place in the prompt of each character of `text`
+
+
+def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]:
+    """Divides a prompt into fragments, at least one; None stands for a BREAK between two of them.
+
+    With `weights` False the whole prompt is one fragment of weight 1, as it stands. With None the
+    same holds unless the prompt has the syntax unmistakably (`is_weighted`). Raises ValueError for
+    more than 100 open brackets.
+    """
+    if weights is False or (weights is None and not is_weighted(prompt)):
+        return [Fragment(prompt, 1.0, range(len(prompt)))]
+    lexemes = list(_LEXEME.finditer(prompt))
+    factors, closes = _brackets(lexemes)
+    active: dict[int, float] = {}  # the factors of the brackets that are open
+    found: list[Fragment | None] = []
+    for k, lexeme in enumerate(lexemes):
+        if k in factors:
+            active[k] = factors[k]
+            if len(active) > DEEPEST:
+                raise ValueError(f"the prompt has more than {DEEPEST} open brackets: write \\( for a bracket")
+        elif k in closes:
+            del active[closes[k]]
+        else:
+            weight = math.prod(reversed(active.values()))
+            for text, start, end in _parts(lexeme):
+                if text is None:
+                    found.append(None)
+                    continue
+                last = found[-1] if found else None
+                where = range(start, end)
+                if last is not None and last.weight == weight:
+                    found[-1] = Fragment(last.text + text, weight, [*last.where, *where])
+                else:
+                    found.append(Fragment(text, weight, where))
+    return found or [Fragment("", 1.0, [])]
+
+
+def is_weighted(prompt: str) -> bool:
+    """Returns whether a prompt has the syntax unmistakably: a weight in brackets, such as
+    (cat:1.3), or BREAK between spaces. Brackets alone occur in plain text too, as do times and
+    proportions, such as (10:30) and (16:9)."""
+    lexemes = list(_LEXEME.finditer(prompt))
+    _, closes = _brackets(lexemes)
+    for k in closes:
+        number = lexemes[k][1]
+        after_digit = prompt[: lexemes[k].start()][-1:].isdigit()
+        if number is not None and ("." in number or not after_digit):
+            return True
+    return _LONE_BREAK.search(prompt) is not None
+
+
+def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
+    """Returns (factors, closes): the factor by which each opening bracket multiplies the weights
+    inside, and the opening bracket that each closing one ends. Brackets are given by the numbers of
+    their lexemes. Round and square brackets are matched apart, so they may cross."""
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    factors: dict[int, float] = {}
+    closes: dict[int, int] = {}
+    for k, lexeme in enumerate(lexemes):
+        text = lexeme[0]
+        if text in opened:
+            opened[text].append(k)
+            factors[k] = ROUND if text == "(" else 1 / ROUND
+        elif text[-1] in ")]" and text[0] != "\\":
+            pair = opened["(" if text[-1] == ")" else "["]
+            if pair:
+                closes[k] = pair.pop()
+                if lexeme[1] is not None:
+                    factors[closes[k]] = float(lexeme[1])
+    return factors, closes
+
+
+def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
+    """Yields the texts in a lexeme, with their places [start, end) in the prompt; None instead of a
+    text for a BREAK."""
+    start, end = lexeme.span()
+    if lexeme[0][0] == "\\":
+        yield lexeme[0][1:], start + 1, end
+        return
+    for found in _BREAK.finditer(lexeme.string, start, end):
+        if found.start() > start:
+            yield lexeme.string[start : found.start()], start, found.start()
+        yield None, *found.span()
+        start = found.end()
+    if end > start:
+        yield lexeme.string[start:end], start, end
+
+
+def chunked(units: Iterable[Sequence[Item] | None], size: int) -> list[list[Item]]:
+    """Fills chunks of up to `size` items, in order, and returns at least one. A unit is a sequence
+    of items that stay in one chunk; None begins a new chunk."""
+    chunks: list[list[Item]] = [[]]
+    for unit in units:
+        if unit is None or len(chunks[-1]) + len(unit) > size:
+            chunks.append([])
+        chunks[-1] += unit or ()
+    return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]

@@ -1,0 +1,355 @@
+"""Writes files whole or not at all, locks folders, and reads JSON and text of unknown origin.
+
+Folders of images are shared by processes and machines, and may come from other people. So no file
+is opened for writing through a symbolic link, JSON is parsed with limits, and text from files
+reaches a terminal with its control characters escaped.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import socket
+import stat
+import time
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+HOST = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64] or "host"
+TEMPORARY = re.compile(r"minsd-(?P<host>[\w.]+)-(?P<pid>\d{1,10})-[0-9a-f]{8}\.tmp", re.ASCII)
+STALE = 3600  # seconds; an unlocked temporary file of this age was left behind by a killed process
+PATIENCE = 10  # seconds to wait for a lock before a warning is printed
+DEEPEST = 64  # levels of nesting in JSON; settings have at most six
+LARGEST_JSON = 32 * 2**20  # bytes; parsed JSON takes up to twenty times as much memory as its text
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories that a terminal obeys or cannot show
+JOINERS = "\u200c\u200d"  # zero-width characters that are part of words and of emoji
+
+
+# --- text and JSON --------------------------------------------------------------------------------
+
+
+def printable(text: object, most: int = 2000) -> str:
+    """Returns the text as one line for a terminal: control characters, line breaks and other
+    invisible characters are escaped, and the middle of a text longer than `most` characters is left
+    out.
+    """
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... ({len(text) - most} characters more) ... {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in HIDDEN and c not in JOINERS else c
+        for c in text
+    )
+
+
+def dumps(value: Any) -> str:
+    """Returns JSON in one line, with characters outside ASCII kept as they are. In a value that
+    UTF-8 cannot encode (a file name that is not UTF-8 has lone surrogates in Python) they are all
+    escaped; parsing restores them.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
+def encodable(text: str) -> str:
+    """Returns the text with the characters that UTF-8 cannot encode escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def parse_json(text: str | bytes, unique: bool = False) -> Any:
+    """Parses JSON of unknown origin.
+
+    Raises ValueError, in one line, for anything but JSON in UTF-8, for more than DEEPEST levels of
+    nesting, for integers of more than 400 digits and, with `unique`, for an object with a repeated
+    key. The message is a reason: "not JSON: ...".
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+    except UnicodeDecodeError:
+        raise ValueError("not text in UTF-8") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_unique if unique else None, parse_int=_whole)
+        # Recursive functions would fail on deep values later. Counting brackets first is cheap.
+        if text.count("[") + text.count("{") > DEEPEST and _deeper(value, DEEPEST):
+            raise RecursionError
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON: {error.msg} at {line}column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply: too many brackets") from None
+    return value
+
+
+def read_json(path: Path, unique: bool = False) -> Any:
+    """Reads a JSON file of unknown origin (`parse_json`).
+
+    Raises FileNotFoundError where the file is missing, and ValueError, in one line with the path,
+    for a pipe or a device, for more than LARGEST_JSON bytes, and for anything that `parse_json`
+    refuses.
+    """
+    try:
+        with open(path, "rb", opener=without_blocking) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is not a regular file")
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise ValueError(f"{path} has more than {LARGEST_JSON >> 20} MiB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return parse_json(content.removeprefix(b"\xef\xbb\xbf"), unique)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def without_blocking(path: str, flags: int) -> int:
+    """Opens a file, for `open`'s parameter `opener`. Unlike the default it does not wait for the
+    other end of a named pipe.
+    """
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 400:  # beyond any float
+        raise ValueError(f"a number of {len(digits)} digits is too large")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Returns whether a JSON value is nested deeper than `levels`."""
+    layer = [value]
+    for _ in range(levels):
+        inner: list[Any] = []
+        for one in layer:
+            if isinstance(one, dict):
+                inner += [v for v in one.values() if isinstance(v, (dict, list))]
+            elif isinstance(one, list):
+                inner += [v for v in one if isinstance(v, (dict, list))]
+        if not inner:
+            return False
+        layer = inner
+    return True
+
+
+def exists(path: Path) -> bool:
+    """Returns whether a path exists. False also for text that cannot be a path, because it is too
+    long or has a NUL character.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+# --- files that appear whole ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def temporary(folder: Path) -> Iterator[BinaryIO]:
+    """Creates a temporary file in the folder, open for writing, with the permissions of the umask.
+    `put` moves the file to its final name. A file that was not moved is deleted at the end of the
+    block.
+
+    The file's name contains the host and the process number, and the file is locked while it is
+    open. From these `remove_stale` knows whether the process still runs.
+    """
+    path = folder / f"minsd-{HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with open(path, "xb") as file:  # "x" does not follow a symbolic link
+            if fcntl is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def sync(files: Sequence[BinaryIO]) -> None:
+    """Writes the contents of open files to the disk (fsync). Several files are synced at the same
+    time, because file systems join such requests: a batch takes little longer than one file.
+    """
+    if len(files) == 1:
+        _sync(files[0])
+    elif files:
+        with ThreadPoolExecutor(min(8, len(files))) as pool:
+            list(pool.map(_sync, files))
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # no fsync on this file system
+            raise
+
+
+def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) -> None:
+    """Moves a temporary file to `path` after its contents are on the disk, so that after a power
+    cut `path` is either the whole file or missing. `synced`: the caller has called `sync` already.
+
+    Without `replace`, raises FileExistsError if `path` exists.
+    """
+    if not synced:
+        _sync(file)
+    if fcntl is None:
+        file.close()  # Windows cannot rename an open file
+    if not replace:
+        try:
+            os.link(file.name, path)  # unlike a rename, a link never replaces a file
+            return  # `temporary` removes the other name
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if os.path.lexists(path):
+                raise FileExistsError(path) from None
+    os.replace(file.name, path)
+
+
+def remove_stale(folder: Path) -> list[str]:
+    """Removes the temporary files that killed processes left in a folder, and returns their names.
+
+    A file that a process holds locked is never removed. An unlocked one is removed if its process
+    ran on this machine and has ended, or if the file is an hour old. The age is needed because
+    process numbers are used again, and because locks of other machines may not be visible.
+    """
+    removed: list[str] = []
+    if fcntl is None:
+        return removed
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = TEMPORARY.fullmatch(entry.name)
+            if match is None:
+                continue
+            with contextlib.suppress(OSError):
+                if _stale(entry, match):
+                    os.unlink(entry.path)
+                    removed.append(entry.name)
+    return removed
+
+
+def _stale(entry: os.DirEntry[str], match: re.Match[str]) -> bool:
+    assert fcntl is not None
+    if not entry.is_file(follow_symlinks=False):
+        return False
+    old = time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE
+    if not old and (match["host"] != HOST or _alive(int(match["pid"]))):
+        return False
+    with open(entry.path, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # no locks here: the name decides
+            return match["host"] == HOST and not _alive(int(match["pid"]))
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+# --- locks, and files that several processes write ------------------------------------------------
+
+
+def own(path: Path, append: bool = False) -> BinaryIO:
+    """Opens a file of minsd's for reading and writing, and creates it where it is missing. With
+    `append` every write goes to the end of the file, even if other processes write to it too.
+
+    A symbolic link at `path` is replaced by a file, with a warning, because in a folder from
+    somebody else the link could point to any file of the user. Raises OSError for a folder, a pipe,
+    or a file without write permission.
+    """
+    flags = os.O_RDWR | os.O_CREAT | (os.O_APPEND if append else 0)
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no system has all of them
+        flags |= getattr(os, name, 0)
+    for _ in range(3):
+        try:
+            handle = os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EMLINK) or not path.is_symlink():
+                raise
+            warnings.warn(f"{path} was a symbolic link: replaced by a file", stacklevel=2)
+            path.unlink(missing_ok=True)
+            continue
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return os.fdopen(handle, "r+b")
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    raise OSError(errno.ELOOP, "a symbolic link", str(path))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[BinaryIO | None]:
+    """Holds an exclusive lock on the folder among minsd processes; does nothing where the system
+    cannot lock.
+
+    Yields the lock file, open for reading and writing. Its content is the name of the last image
+    saved. Yields None, with a warning, where the lock file cannot be used, for example because it
+    is a folder.
+    """
+    path = folder / ".lock"
+    try:
+        file = own(path)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENXIO):
+            raise
+        warnings.warn(f"{path} cannot be used as a lock ({error.strerror}): remove it", stacklevel=3)
+        yield None
+        return
+    with file:
+        _wait(file, path)
+        yield file  # closing it ends the lock
+
+
+def _wait(file: BinaryIO, path: Path) -> None:
+    """Locks a file. Warns after PATIENCE seconds, because a process that is suspended keeps its
+    locks.
+    """
+    if fcntl is None:
+        return
+    end = time.monotonic() + PATIENCE
+    with contextlib.suppress(OSError):  # a network file system without locks
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.002)
+        warnings.warn(f"another process has kept {path} locked for {PATIENCE} s: waiting", stacklevel=4)
+        fcntl.flock(file, fcntl.LOCK_EX)

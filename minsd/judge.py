@@ -1,0 +1,445 @@
+"""Judges folders of images: python -m minsd.judge FOLDER --judges clip pickscore
+
+Every image is judged once per judge. The scores are lines of scores.jsonl in the images' folder,
+beside runs.jsonl, so that a second call does nothing and a stopped one goes on. A line stands while
+the image's file and size, the judge's identity (weights, dtype, options) and what was asked for
+agree; otherwise the image is judged again. Under torchrun each process judges its part.
+
+The judges are in minsd/judges/; `--list` shows them with their weights. Judges that need weights
+use those of the hub's cache or of `--weights`; those that the command names are fetched.
+"""
+
+import argparse
+import csv
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minsd import files, judges
+from minsd.app.ranks import Share, label, local_rank
+from minsd.judges import JUDGES, WEIGHTS
+
+SCORES = "scores.jsonl"
+DEFAULT = ("clip", "least")
+FORMS = (
+    "runs.jsonl of minsd, prompts.jsonl or prompts.csv with columns file and prompt, GenEval's "
+    "NNNNN/metadata.jsonl, PNGs that hold their prompt, or with --folders one folder per prompt"
+)
+LINE = {"file", "judge", "identity", "asked", "size", "values"}  # keys of a line of scores
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image with its prompt."""
+
+    folder: Path  # where its scores go
+    file: str  # relative to the folder
+    prompt: str
+    asked: Mapping[str, Any] | None = None  # what a detector must look for (`judges.objects.Asked`)
+    model: str | None = None  # that drew it, where that is known
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.file
+
+    @property
+    def question(self) -> str:
+        """Returns a hash of the prompt and of what is asked for."""
+        return judges.short({"prompt": self.prompt, "asked": self.asked})
+
+
+# --- which images ---------------------------------------------------------------------------------
+
+
+def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
+    """Returns the images below a folder with their prompts. `by_folder`: a subfolder's name is its
+    images' prompt. Raises FileNotFoundError or ValueError where nothing says the prompts."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    asked = _asked(folder)
+    found = [] if by_folder else list(_from_rows(folder, asked))
+    if not found and by_folder:
+        found = [
+            Picture(folder, f"{sub.name}/{name}", sub.name.replace("_", " "))
+            for sub in sorted(path for path in folder.iterdir() if path.is_dir())
+            for name in _images(sub)
+        ]
+    for form in (_from_list, _from_geneval, _from_text):
+        if not found and not by_folder:
+            found = list(form(folder, asked))
+    if not found:
+        raise ValueError(f"{folder} holds no images with prompts: give {FORMS}")
+    return found
+
+
+def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Returns what is asked for by prompt, as the study.json of a study says."""
+    for place in (folder, folder.parent):
+        if (place / "study.json").is_file():
+            items = files.read_json(place / "study.json")["prompts"]
+            return {item["prompt"]: item for item in items}
+    from minsd.app.prompt_sets import geneval
+
+    return {item["prompt"]: item for item in geneval()}
+
+
+def _images(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+
+
+def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
+    from minsd.app.folder import recorded
+
+    for sub in sorted({path.parent for path in folder.rglob("runs*.jsonl")}):
+        rows = {row["file"]: row for row in recorded(sub.glob("runs*.jsonl"))}
+        for name, row in sorted(rows.items()):
+            prompt = str(row.get("prompt", ""))
+            yield Picture(sub, name, prompt, asked.get(prompt), row.get("model"))
+
+
+def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
+    rows: list[Mapping[str, Any]] = []
+    if (folder / "prompts.jsonl").is_file():
+        text = (folder / "prompts.jsonl").read_text(encoding="utf-8")
+        rows = [files.parse_json(line) for line in text.splitlines() if line.strip()]
+    elif (folder / "prompts.csv").is_file():
+        with (folder / "prompts.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    for row in rows:
+        if "file" not in row or "prompt" not in row:
+            raise ValueError(f"{folder}: every row of prompts.jsonl or prompts.csv needs file and prompt")
+        own = row if "include" in row else asked.get(row["prompt"])
+        yield Picture(folder, row["file"], row["prompt"], own)
+
+
+def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
+    for path in sorted(folder.glob("*/metadata.jsonl")):
+        item = files.read_json(path)
+        for name in _images(path.parent / "samples"):
+            yield Picture(folder, f"{path.parent.name}/samples/{name}", item["prompt"], item)
+
+
+def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
+    from PIL import Image
+
+    for path in sorted(path for path in folder.rglob("*.png") if "extra" not in path.parts):
+        with suppress(OSError, ValueError), Image.open(path) as image:
+            text: Mapping[str, str] = getattr(image, "text", {})
+            prompt = files.parse_json(text["minsd"])["prompt"] if "minsd" in text else None
+            if prompt is None and "parameters" in text:
+                prompt = text["parameters"].split("\nNegative prompt:")[0].split("\nSteps:")[0].strip()
+            if prompt is not None:
+                file = path.relative_to(folder).as_posix()
+                yield Picture(folder, file, prompt, asked.get(prompt))
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Returns the scores of a folder's images: (file, judge) -> its line. Of several lines for one,
+    the last counts; lines cut by a kill are passed over."""
+    from minsd.app.folder import recorded
+
+    # The processes' own files hold the lines since the last merge.
+    rows = [*recorded([folder / SCORES]), *recorded(folder.glob("scores-*.jsonl"))]
+    return {(row["file"], row["judge"]): row for row in rows if LINE <= row.keys()}
+
+
+def merge(folder: Path, parts: Sequence[Path]) -> None:
+    """Merges processes' own files into scores.jsonl, one line per image and judge, and deletes
+    them. Safe to repeat."""
+    if not parts:
+        return
+    with files.locked(folder):
+        lines = scores(folder)
+        with files.temporary(folder) as file:
+            file.writelines((files.dumps(lines[key]) + "\n").encode() for key in sorted(lines))
+            files.put(file, folder / SCORES)
+        for path in parts:
+            path.unlink(missing_ok=True)
+
+
+def stands(line: Mapping[str, Any] | None, picture: Picture, identity: str) -> bool:
+    """Returns whether a line of scores still holds for an image and a judge of this identity."""
+    if line is None or line["asked"] != picture.question or judges.short(line["identity"]) != identity:
+        return False
+    return picture.path.is_file() and picture.path.stat().st_size == line["size"]
+
+
+@dataclass
+class Run:
+    """One run of judges over images: which part of them is this process's, and what failed."""
+
+    rank: int
+    world: int
+    quiet: bool
+    batch: int
+    again: bool
+    judged: int = 0
+    failed: int = 0
+
+    def error(self, message: str) -> None:
+        self.failed += 1
+        print(f"minsd: error: {label()}{files.printable(message)}", file=sys.stderr)
+
+    def judge(self, name: str, found: Sequence[Picture], ready: "Ready") -> None:
+        """Judges the images that this process has no standing line for."""
+        known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
+        wanted = [
+            picture
+            for picture in found[self.rank :: self.world]
+            if self.again
+            or not stands(known[picture.folder].get((picture.file, name)), picture, ready.identity)
+        ]
+        if not wanted:
+            return
+        judge = ready.load()
+        size = self.batch
+        parts = [wanted[at : at + size] for at in range(0, len(wanted), size)]
+        with ThreadPoolExecutor(4) as pool:  # images are opened while the network works
+            coming = [(part, pool.map(opened, part)) for part in parts[:2]]
+            for number in range(len(parts)):
+                part, images = coming.pop(0)
+                if number + 2 < len(parts):
+                    coming.append((parts[number + 2], pool.map(opened, parts[number + 2])))
+                self._part(name, judge, part, list(images))
+                if not self.quiet:
+                    done = min((number + 1) * size, len(wanted))
+                    end = "\n" if done == len(wanted) else "\r"
+                    print(f"minsd: {name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
+
+    def _part(self, name: str, judge: Any, part: Sequence[Picture], images: Sequence[Any]) -> None:
+        """Judges one batch and writes its lines."""
+        from minsd.app.folder import append
+
+        pairs = []
+        for picture, image in zip(part, images):
+            if isinstance(image, Exception):
+                self.error(str(image))
+            else:
+                pairs.append((picture, image))
+        for (picture, _), result in zip(pairs, halving(judge, pairs)):
+            broken = [key for key, value in result.values.items() if not math.isfinite(value)]
+            if broken:
+                self.error(f"{picture.path}: {name} gives {broken[0]} = {result.values[broken[0]]}")
+                continue
+            held = picture.path.read_bytes()
+            line = {
+                "file": picture.file,
+                "judge": name,
+                "identity": judge.identity,
+                "asked": picture.question,
+                "size": len(held),
+                "sha256": hashlib.sha256(held).hexdigest()[:10],
+                "values": {key: round(value, 6) for key, value in result.values.items()},
+            }
+            if result.found is not None:
+                line["found"] = [one.row() for one in result.found if one.score > 0.05]
+            if result.reason:
+                line["reason"] = result.reason
+            append(picture.folder / f"scores-{self.rank}.jsonl", line)
+            self.judged += 1
+
+    def merge(self, folders: Iterable[Path]) -> None:
+        """Merges this process's lines, and those that killed runs of more processes left."""
+        for folder in folders:
+            parts = [folder / f"scores-{self.rank}.jsonl"]
+            if self.rank == 0:
+                numbered = [path for path in folder.glob("scores-*.jsonl") if path.stem[7:].isdecimal()]
+                parts += [path for path in numbered if int(path.stem[7:]) >= self.world]
+            merge(folder, [path for path in parts if path.exists()])
+
+
+def opened(picture: Picture) -> Any:
+    """Returns an image in RGB, upright and on white; or the error that says why it cannot be
+    read."""
+    from minsd import image
+
+    try:
+        return image.read(picture.path, on="white").convert("RGB")
+    except (OSError, ValueError) as error:
+        return error
+
+
+def halving(judge: Any, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
+    """Returns a batch's results. Where memory runs out the batch is judged in two halves."""
+    import torch
+
+    if not pairs:
+        return []
+    try:
+        return judge.pictures(
+            [image for _, image in pairs],
+            [picture.prompt for picture, _ in pairs],
+            [picture.asked for picture, _ in pairs],
+        )
+    except torch.cuda.OutOfMemoryError:
+        if len(pairs) == 1:
+            raise
+        half = len(pairs) // 2
+        return halving(judge, pairs[:half]) + halving(judge, pairs[half:])
+
+
+class Ready:
+    """A judge whose weights are found, and which is loaded only when there is work for it."""
+
+    def __init__(self, name: str, args: argparse.Namespace, fetch: bool):
+        entry = judges.check(name)
+        self.name = name
+        self.weights = dict(text.partition("=")[::2] for text in args.weights)
+        unknown = sorted(set(self.weights) - set(WEIGHTS))
+        if unknown:
+            raise ValueError(f"--weights {unknown[0]}=...: the names are {', '.join(WEIGHTS)}")
+        self.options = {"nms": args.nms} if args.nms is not None and entry.module == "mask2former" else {}
+        files = {key: judges.find(key, name, self.weights, fetch) for key in entry.weights}
+        self.dtype = args.dtype
+        said = judges.identity(name, files, args.dtype, self.options)
+        self.identity = judges.short(said)
+        self.device = args.device
+
+    def load(self) -> Any:
+        import torch
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and local_rank() is not None:
+            device = f"cuda:{local_rank()}"
+        return judges.load(self.name, self.weights, device, getattr(torch, self.dtype), **self.options)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def options() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    p = argparse.ArgumentParser(
+        prog="python -m minsd.judge", description="Judge images by how well they show their prompts."
+    )
+    p.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="images, also in folders below it")
+    p.add_argument(
+        "--judges",
+        nargs="+",
+        metavar="NAME",
+        help="default: shapes for the embedded model's images, else clip least; `all` takes those "
+        "whose weights are there",
+    )
+    p.add_argument(
+        "--weights", nargs="+", default=[], metavar="NAME=PLACE", help="a folder, a file or a hub id"
+    )
+    p.add_argument("--list", action="store_true", help="print the judges and their weights, and stop")
+    p.add_argument("--folders", action="store_true", help="a folder per prompt, named by it")
+    p.add_argument("--again", action="store_true", help="judge again what is judged already")
+    p.add_argument("--batch", type=int, default=16, metavar="N", help="images per batch (default: 16)")
+    p.add_argument("--device", metavar="NAME", help="default: cuda where there is one")
+    p.add_argument(
+        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="default: float32"
+    )
+    p.add_argument(
+        "--nms", type=float, metavar="IOU", help="geneval-style: drop boxes that overlap this much"
+    )
+    p.add_argument("--export", type=Path, metavar="FILE.csv", help="also write all scores as a table")
+    p.add_argument("--quiet", action="store_true", help="errors only")
+    return p
+
+
+def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> list[tuple[str, bool]]:
+    """Returns the judges to run, each with whether its weights may be fetched."""
+    if args.judges is None:
+        own = all(picture.model == "shapes" for picture in found)
+        return [(name, False) for name in (("shapes",) if own else DEFAULT)]
+    if args.judges != ["all"]:
+        return [(name, True) for name in args.judges]
+    there = []
+    for name in JUDGES:
+        with suppress(FileNotFoundError):
+            Ready(name, args, False)
+            there.append((name, False))
+    return there
+
+
+def listing(args: argparse.Namespace) -> None:
+    """Prints the judges, their weights with size and licence, and whether these are there."""
+    for name, entry in JUDGES.items():
+        print(f"{name:14} {entry.about}")
+        for key in entry.weights:
+            row = WEIGHTS[key]
+            state = "there"
+            try:
+                judges.find(key, name, dict(text.partition("=")[::2] for text in args.weights))
+            except FileNotFoundError:
+                state = "not there"
+            print(f"{'':14}   {key}: {row.repo or row.file}, {row.size}, licence {row.licence}, {state}")
+
+
+def export(path: Path, found: Sequence[Picture]) -> None:
+    """Writes one row per image with its prompt and all values as CSV."""
+    known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
+    rows: list[dict[str, Any]] = []
+    for picture in found:
+        values: dict[str, Any] = {"file": str(picture.path), "prompt": picture.prompt}
+        for (file, _), line in known[picture.folder].items():
+            values |= line["values"] if file == picture.file else {}
+        rows.append(values)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judges a folder as the command's options say. Returns the exit code."""
+    if args.list:
+        listing(args)
+        return 0
+    if args.folder is None:
+        raise ValueError("a folder of images is needed, for example: python -m minsd.judge outputs")
+    if args.batch < 1:
+        raise ValueError("--batch must be at least 1")
+    found = pictures(args.folder, args.folders)
+    folders = sorted({picture.folder for picture in found})
+    for folder in folders:
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"scores cannot be written into {folder}: it is read-only")
+    share = Share.from_environment()
+    quiet = args.quiet or share.rank > 0
+    work = Run(share.rank, share.world, quiet, args.batch, args.again)
+    names = chosen(args, found)
+    ready = [Ready(name, args, fetch) for name, fetch in names]  # all weights before the first image
+    try:
+        for one in ready:
+            work.judge(one.name, found, one)
+    finally:
+        work.merge(folders)
+    if args.export:
+        export(args.export, found)
+    if not quiet:
+        what = ", ".join(name for name, _ in names)
+        print(f"minsd: {len(found)} images, {what}: {work.judged} new scores", file=sys.stderr)
+    return 1 if work.failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns 0 where all images were judged, 1 where some could not be, 2
+    for the user's mistakes."""
+    args = options().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"minsd: error: {label()}{files.printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minsd: stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""Judges: how well an image shows what its prompt asks for, as numbers.
+
+`load(name)` gives a judge: frozen networks with the published weights, in float32. Its method
+`pictures` returns the reported numbers of PIL images. Where `score` exists, it takes pixels
+(B,3,H,W) in 0..1 and is differentiable in them, so that it can serve as a reward.
+
+`JUDGES` lists all judges, `WEIGHTS` the files that they need. Nothing heavy is imported here, and
+nothing is downloaded unless the caller says so.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from minsd.judges.objects import Detection
+
+
+class Judged(NamedTuple):
+    """What a judge says of one image. `values` is empty where the judge has nothing to say of it,
+    and `reason` then says why."""
+
+    values: dict[str, float]
+    found: "Sequence[Detection] | None" = None  # of a detector: everything it found
+    reason: str = ""
+
+
+class Judge(Protocol):
+    """A judge that `load` returned."""
+
+    identity: dict[str, Any]  # name, weights, dtype and options: stands in every line of scores
+
+    def pictures(
+        self,
+        images: "Sequence[Image.Image]",
+        prompts: Sequence[str],
+        asked: Sequence[Mapping[str, Any] | None],
+    ) -> list[Judged]:
+        """Judges RGB images. `asked` holds what a detector must look for (`objects.Asked`)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Published files: where they are on the hub, and what the user should know before a fetch."""
+
+    repo: str
+    file: str  # the weights; a second name after | is taken where the first is missing
+    size: str
+    licence: str
+    more: tuple[str, ...] = ()  # small files that must be beside it, such as config.json
+
+
+CONFIG = ("config.json",)
+WEIGHTS: dict[str, Weights] = {
+    "clip-b16": Weights(
+        "openai/clip-vit-base-patch16", "model.safetensors|pytorch_model.bin", "0.6 GB", "MIT", CONFIG
+    ),
+    "clip-b32": Weights(
+        "openai/clip-vit-base-patch32", "model.safetensors|pytorch_model.bin", "0.6 GB", "MIT", CONFIG
+    ),
+    "clip-l14": Weights(
+        "openai/clip-vit-large-patch14", "model.safetensors|pytorch_model.bin", "1.7 GB", "MIT", CONFIG
+    ),
+    "clip-h14": Weights(
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "model.safetensors|pytorch_model.bin",
+        "3.9 GB",
+        "MIT",
+        CONFIG,
+    ),
+    "pickscore": Weights("yuvalkirstain/PickScore_v1", "model.safetensors", "3.9 GB", "not stated", CONFIG),
+    "hpsv2": Weights("xswu/HPSv2", "HPS_v2_compressed.pt", "2.0 GB", "Apache-2.0"),
+    "hpsv2.1": Weights("xswu/HPSv2", "HPS_v2.1_compressed.pt", "2.0 GB", "Apache-2.0"),
+    "aesthetic": Weights("", "sac+logos+ava1-l14-linearMSE.pth", "4 MB", "Apache-2.0"),
+    "imagereward": Weights("zai-org/ImageReward", "ImageReward.pt", "1.8 GB", "Apache-2.0"),
+    "bert": Weights("google-bert/bert-base-uncased", "vocab.txt", "0.2 MB", "Apache-2.0"),
+    "mask2former": Weights(
+        "facebook/mask2former-swin-small-coco-instance", "model.safetensors", "0.3 GB", "other", CONFIG
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A judge by name: the module of minsd.judges that builds it, and the weights it needs."""
+
+    module: str
+    columns: tuple[str, ...]
+    weights: tuple[str, ...]
+    about: str
+
+
+JUDGES: dict[str, Entry] = {
+    "shapes": Entry(
+        "shapes", ("right", "no_neglect", "strict"), (), "the embedded model's own pixel detector"
+    ),
+    "clip": Entry("clip", ("clip",), ("clip-b16",), "cosine of image and prompt, ViT-B/16"),
+    "clip-b32": Entry("clip", ("clip-b32",), ("clip-b32",), "the same, ViT-B/32"),
+    "clip-l14": Entry("clip", ("clip-l14",), ("clip-l14",), "the same, ViT-L/14"),
+    "clip-h14": Entry("clip", ("clip-h14",), ("clip-h14",), "the same, OpenCLIP's ViT-H/14"),
+    "least": Entry("clip", ("least",), ("clip-b16",), "the part of the prompt that the image neglects most"),
+    "pickscore": Entry("clip", ("pickscore",), ("pickscore",), "PickScore, human preference"),
+    "hpsv2": Entry("clip", ("hpsv2",), ("hpsv2",), "Human Preference Score v2, times 100"),
+    "hpsv2.1": Entry("clip", ("hpsv2.1",), ("hpsv2.1",), "Human Preference Score v2.1, times 100"),
+    "hpsv2.1@plain": Entry("clip", ("hpsv2.1@plain",), ("hpsv2.1",), "the same, resized without antialias"),
+    "aesthetic": Entry("clip", ("aesthetic",), ("clip-l14", "aesthetic"), "LAION's aesthetic predictor v2"),
+    "imagereward": Entry("blip", ("imagereward",), ("imagereward", "bert"), "ImageReward, human preference"),
+    "geneval-style": Entry(
+        "mask2former",
+        ("geneval-style",),
+        ("mask2former", "clip-l14"),
+        "GenEval's rules on Mask2Former's detections",
+    ),
+    "tiam-like": Entry("mask2former", ("tiam-like",), ("mask2former",), "TIAM's rule: every object is there"),
+    "region_clip": Entry(
+        "regions", ("region_clip", "nearest_own"), ("clip-b32",), "cosine of each box with its caption"
+    ),
+}
+
+
+def check(name: str) -> Entry:
+    """Returns a judge's row. Raises ValueError for a name that is not in JUDGES."""
+    if name not in JUDGES:
+        raise ValueError(f"there is no judge {name!r}: known are {', '.join(JUDGES)}")
+    return JUDGES[name]
+
+
+def load(
+    name: str,
+    weights: Mapping[str, str] | None = None,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    fetch: bool = False,
+    **options: Any,
+) -> Any:
+    """Loads a judge by its name in JUDGES.
+
+    `weights` maps names of WEIGHTS to a folder, a file or a hub id that replaces the published
+    ones. Without it the hub's cache is looked at; `fetch` allows a download. Raises ValueError or
+    FileNotFoundError, in one line, for an unknown name and for weights that are not there.
+    """
+    import torch
+
+    entry = check(name)
+    files = {key: find(key, name, weights or {}, fetch) for key in entry.weights}
+    module = importlib.import_module(f"minsd.judges.{entry.module}")
+    dtype = dtype or torch.float32
+    return module.build(
+        identity(name, files, str(dtype), options), files=files, device=device, dtype=dtype, **options
+    )
+
+
+def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what makes two scores of one judge comparable: its name, weights, dtype and options.
+
+    Files of the hub are named by their revision, others by the first ten digits of their SHA-256.
+    """
+    from minsd.weights.single_file import FileHash
+
+    said: dict[str, Any] = {"judge": name, "dtype": dtype.removeprefix("torch.")} | dict(options)
+    for key, path in files.items():
+        parts = path.parts
+        if "snapshots" in parts[:-1]:
+            said[key] = f"{WEIGHTS[key].repo}@{parts[parts.index('snapshots') + 1][:10]}"
+        else:
+            hashing = FileHash(path)
+            hashing.run()
+            said[key] = f"sha256:{hashing.digest}"
+    return said
+
+
+def short(identity: Mapping[str, Any]) -> str:
+    """Returns an identity as eight hex digits, for comparisons."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) -> Path:
+    """Returns the weight file of `WEIGHTS[key]`: a given folder's or file, the hub cache's, or with
+    `fetch` the hub's. Raises FileNotFoundError, in one line, where there is none."""
+    row = WEIGHTS[key]
+    place = given.get(key)
+    if place is not None and Path(place).exists():
+        return _in_folder(Path(place), row, key)
+    repo = place or row.repo
+    if place is not None and repo.count("/") != 1:
+        raise FileNotFoundError(f"--weights {key}={place}: there is no such folder or file")
+    path = _cached(repo, row) if repo else None
+    if path is None and fetch and repo:
+        path = _fetched(repo, row, key)
+    if path is None:
+        needed = " and ".join((*row.more, row.file.split("|")[0]))
+        where = f"{repo} ({row.size}), not in the hub cache" if repo else f"{row.file} ({row.size})"
+        raise FileNotFoundError(f"judge {judge} needs {where}: --weights {key}=FOLDER with {needed}")
+    return path
+
+
+def _in_folder(place: Path, row: Weights, key: str) -> Path:
+    if place.is_file():
+        return place
+    names = [name for name in row.file.split("|") if (place / name).is_file()]
+    if not names:  # the same tensors under another name
+        names = sorted(path.name for path in place.glob("*.safetensors"))
+    missing = [name for name in row.more if not (place / name).is_file()]
+    if not names or missing:
+        raise FileNotFoundError(
+            f"--weights {key}={place}: the folder holds no {(missing or [row.file.split('|')[0]])[0]}"
+        )
+    return place / names[0]
+
+
+def _cached(repo: str, row: Weights) -> Path | None:
+    import huggingface_hub as hf
+
+    if any(not isinstance(hf.try_to_load_from_cache(repo, name), str) for name in row.more):
+        return None
+    for name in row.file.split("|"):
+        path = hf.try_to_load_from_cache(repo, name)
+        if isinstance(path, str):
+            return Path(path)
+    return None
+
+
+def _fetched(repo: str, row: Weights, key: str) -> Path:
+    import sys
+
+    import huggingface_hub as hf
+
+    from minsd.weights import hub
+
+    print(f"minsd: fetching {repo} ({row.size}, licence: {row.licence}) for {key}", file=sys.stderr)
+    try:
+        there = hub.listed(repo)
+        for name in (*row.more, "vocab.json", "merges.txt", "med_config.json"):
+            if name in there:
+                hf.hf_hub_download(repo, name)
+        name = next((name for name in row.file.split("|") if name in there), row.file.split("|")[0])
+        return Path(hf.hf_hub_download(repo, name))
+    except Exception as error:
+        raise hub.explained(error, repo) from None
+
+
+def tensors(path: Path) -> "dict[str, torch.Tensor]":
+    """Returns the tensors of a .safetensors file, or of a pickle that holds nothing but tensors and
+    containers. Raises ValueError, in one line, for anything else; nothing in the file is run."""
+    import pickle
+
+    import torch
+
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors, which can run code when opened: refused; "
+            "convert its tensors to .safetensors"
+        ) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    held = held.get("state_dict", held) if isinstance(held, dict) else held
+    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+        raise ValueError(f"{path} holds no plain list of tensors")
+    return held
+
+
+def fill(
+    network: "torch.nn.Module", held: "Mapping[str, torch.Tensor]", spare: Sequence[str], path: Path
+) -> None:
+    """Fills a network made on the meta device with tensors under its own names, in float32.
+
+    Every parameter must be there with its shape. `spare` lists beginnings or endings of names that
+    may be left over. Raises ValueError, in one line, otherwise.
+    """
+    import torch
+
+    wanted = network.state_dict()
+    missing = [name for name in wanted if name not in held]
+    left = [name for name in held if name not in wanted and not name.startswith(tuple(spare))]
+    left = [name for name in left if not name.endswith("position_ids")]
+    wrong = [name for name in wanted if name in held and held[name].shape != wanted[name].shape]
+    for names, what in (
+        (missing, "lacks"),
+        (left, "has beyond its network"),
+        (wrong, "has in another shape"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{path} {what} the tensor {names[0]}{more}: another model's file?")
+    network.load_state_dict({name: held[name].float() for name in wanted}, strict=True, assign=True)
+    for module in network.modules():  # buffers that no file holds
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta and name == "position_ids":
+                setattr(module, name, torch.arange(buffer.shape[-1])[None])
+    assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
+    network.requires_grad_(False).eval()

@@ -1,0 +1,226 @@
+"""Right or wrong by what a detector found: the rules of GenEval, of TIAM, and of layouts.
+
+GenEval (Ghosh et al. 2023, arXiv 2310.11513) asks for objects with a number, a colour and a
+relative position; TIAM (Grimal et al. 2024, arXiv 2307.05134) asks that every named object is
+there. All functions here are pure functions of detections and of what was asked for, so every
+detector shares them. Images are never opened here, and no network is used.
+
+An `Asked` is one line of GenEval's evaluation_metadata.jsonl: `include` and `exclude` list clauses
+{"class", "count", "color"?, "position"?: [relation, number of an earlier clause]}. Two keys are
+this program's own: `bodies` is the exact number of things in the image whatever they are, `layout`
+holds a layout.json whose regions the image was to fill.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Asked = Mapping[str, Any]
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, end exclusive
+
+COCO = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,"
+    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,"
+    "skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
+    "sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,"
+    "dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+)  # the 80 classes of COCO in order, under GenEval's names
+COLOURS = tuple("red orange yellow green blue purple pink brown black white".split())
+RELATIONS = ("left of", "right of", "above", "below")
+
+SURE = 0.3  # GenEval: a detection counts above this score
+SURE_TO_COUNT = 0.9  # the same for the tag `counting`
+TIAM_SURE = 0.25
+MOST = 16  # detections per class that GenEval looks at
+MARGIN = 0.1  # fraction of the two objects' sizes that their centres may differ without a relation
+
+
+class Detection(NamedTuple):
+    """One object that a detector found."""
+
+    name: str
+    score: float
+    box: Box
+    mask: np.ndarray | None = None  # (H,W) bool
+    colour: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Returns the detection as it stands in scores.jsonl, without its mask."""
+        values = {"name": self.name, "score": round(self.score, 4), "box": [round(v, 1) for v in self.box]}
+        return values | ({} if self.colour is None else {"colour": self.colour})
+
+
+def from_row(row: Mapping[str, Any]) -> Detection:
+    """Returns the detection that a line of scores.jsonl holds."""
+    x0, y0, x1, y1 = row["box"]
+    return Detection(row["name"], row["score"], (x0, y0, x1, y1), colour=row.get("colour"))
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+
+
+def iou(a: Box, b: Box, more: float = 0.0) -> float:
+    """Returns the intersection over union of two boxes. `more` is added to every width and height:
+    1 is GenEval's convention, 0 that of boxes with exclusive ends."""
+
+    def area(x0: float, y0: float, x1: float, y1: float) -> float:
+        return max(x1 - x0 + more, 0.0) * max(y1 - y0 + more, 0.0)
+
+    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    union = area(*a) + area(*b) - both
+    return both / union if union > 0 else 0.0
+
+
+def relations(a: Box, b: Box) -> set[str]:
+    """Returns how box `a` lies relative to box `b`: none, one or two of `RELATIONS`.
+
+    GenEval: the distance between the centres is shortened by MARGIN times the sum of both sizes,
+    for each axis, and compared with half the length of the whole distance.
+    """
+    boxes = np.array([a, b], float).reshape(2, 2, 2)  # (box, corner, axis)
+    centres = boxes.mean(1)
+    distance = centres[0] - centres[1]
+    sizes = np.abs(boxes[:, 1] - boxes[:, 0]).sum(0)
+    left = np.maximum(np.abs(distance) - MARGIN * sizes, 0) * np.sign(distance)
+    if (np.abs(left) < 1e-3).all():
+        return set()
+    x, y = left / np.linalg.norm(distance)
+    holds = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)
+    return {name for name, true in zip(RELATIONS, holds) if true}
+
+
+def kept(found: Iterable[Detection], sure: float, nms: float = 1.0) -> dict[str, list[Detection]]:
+    """Returns GenEval's choice of detections per class, from the best score to the worst.
+
+    `nms`: a detection is dropped where its IoU with a better one of its class reaches this limit;
+    1.0 turns that off, which is the published program's default.
+    """
+    out: dict[str, list[Detection]] = {}
+    best_first = sorted(found, key=lambda detection: -detection.score)
+    for name in dict.fromkeys(detection.name for detection in best_first):
+        left = [one for one in best_first if one.name == name and one.score > sure][:MOST]
+        out[name] = []
+        for one in left:
+            if nms == 1.0 or all(iou(one.box, other.box, 1.0) < nms for other in out[name]):
+                out[name].append(one)
+    return out
+
+
+# --- right or wrong -------------------------------------------------------------------------------
+
+Colour = Callable[[Detection], str | None]
+
+
+def geneval(
+    found: Sequence[Detection],
+    asked: Asked,
+    *,
+    sure: tuple[float, float] = (SURE, SURE_TO_COUNT),
+    nms: float = 1.0,
+    colour: Colour = lambda detection: detection.colour,
+) -> list[str]:
+    """Returns why an image is wrong by GenEval's rules; an empty list where it is right.
+
+    `sure`: the scores above which a detection counts, in general and for the tag `counting`.
+    `colour` names a detection's colour; it is called only for detections whose colour matters.
+    """
+    objects = kept(found, sure[asked.get("tag") == "counting"], nms)
+    wrong = []
+    taken: list[list[Detection]] = []  # per clause; empty where the clause failed
+    for clause in asked.get("include", ()):
+        name = clause["class"]
+        count = clause["count"]
+        these = objects.get(name, [])[:count]
+        problem = f"expected {name}>={count}, found {len(these)}" if len(these) < count else ""
+        if not problem and "color" in clause:
+            colours = [colour(one) for one in these]
+            if colours.count(clause["color"]) < count:
+                seen = ", ".join(one or "none" for one in colours)
+                problem = f"expected {clause['color']} {name}>={count}, found {seen}"
+        if not problem and "position" in clause:
+            relation, other = clause["position"]
+            if not taken[other]:
+                problem = f"no target for {name} to be {relation}"
+            elif not all(relation in relations(a.box, b.box) for a in these for b in taken[other]):
+                problem = f"expected {name} {relation} target"
+        if problem:
+            wrong.append(problem)
+        taken.append([] if problem else these)
+    for clause in asked.get("exclude", ()):
+        if len(objects.get(clause["class"], ())) >= clause["count"]:
+            wrong.append(f"expected {clause['class']}<{clause['count']}")
+    if "bodies" in asked and len(found) != asked["bodies"]:
+        wrong.append(f"expected {asked['bodies']} bodies, found {len(found)}")
+    return wrong
+
+
+def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
+    """Returns whether each of the named objects is there, by TIAM's rule without colours. An image
+    succeeds where all are."""
+    there = {one.name for one in found if one.score >= TIAM_SURE}
+    return [name in there for name in names]
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def class_of(caption: str, names: Iterable[str]) -> str | None:
+    """Returns the detector's class whose name ends last in a caption, the longest of such names;
+    None where the caption names none."""
+    text = f" {caption.lower()} "
+    places = {name: text.rfind(f" {name} ") + len(name) for name in names if f" {name} " in text}
+    return max(places, key=lambda name: (places[name], len(name)), default=None)
+
+
+def boxes_of(layout: Mapping[str, Any], width: int, height: int) -> list[Box]:
+    """Returns the regions' boxes of a layout.json in pixels. Boxes in fractions are scaled."""
+    out = []
+    for region in layout["regions"]:
+        x0, y0, x1, y1 = region["box"]
+        if max(region["box"]) <= 1:
+            x0, y0, x1, y1 = x0 * width, y0 * height, x1 * width, y1 * height
+        out.append((x0, y0, x1, y1))
+    return out
+
+
+def layout(
+    found: Iterable[Detection], asked: Mapping[str, Any], size: tuple[int, int], names: Sequence[str]
+) -> dict[str, float]:
+    """Returns how well detections fill the boxes of a layout (`asked`) in an image of `size`
+    (width, height).
+
+    Regions and detections of the region's class are matched one to one for the greatest sum of
+    IoU; a region that is not matched counts 0. `box_iou` is the mean, `box_half` the fraction of
+    regions with an IoU of at least 0.5, `box_any` the fraction whose class is anywhere, `strays`
+    the number of detections of the classes asked for that match no region.
+    """
+    boxes = boxes_of(asked, *size)
+    classes = [class_of(region["prompt"], names) for region in asked["regions"]]
+    objects = [one for several in kept(found, SURE).values() for one in several if one.name in classes]
+    objects = sorted(objects, key=lambda one: -one.score)[:MOST]
+
+    @cache
+    def best(region: int, used: int) -> tuple[float, ...]:
+        """Returns the IoU of each region from this one on, of the best matching. `used` is a set of
+        detections as bits."""
+        if region == len(boxes):
+            return ()
+        options = [(0.0, *best(region + 1, used))]
+        for k, one in enumerate(objects):
+            overlap = iou(boxes[region], one.box)
+            if one.name == classes[region] and overlap and not used >> k & 1:
+                options.append((overlap, *best(region + 1, used | 1 << k)))
+        return max(options, key=sum)
+
+    values = best(0, 0)
+    n = len(boxes)
+    return {
+        "box_iou": sum(values) / n,
+        "box_half": sum(value >= 0.5 for value in values) / n,
+        "box_any": sum(name in {one.name for one in objects} for name in classes) / n,
+        "strays": float(len(objects) - sum(value > 0 for value in values)),
+    }

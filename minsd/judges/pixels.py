@@ -1,0 +1,78 @@
+"""From images to the pixels that judges see, twice: from PIL for reported numbers, and from tensors,
+differentiably.
+
+`pil` is what CLIP's own preprocessing does (Radford et al. 2021), bit for bit that of transformers'
+processor without torchvision. `tensor` approximates it in torch: antialiased bicubic, clamped and
+rounded to 8 bits with the gradient passed through. `letterbox` is HPSv2's (Wu et al. 2023), which
+keeps the whole image on black; there both ways are the same.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per channel of pixels in 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_pixels(images: Sequence[Image.Image]) -> list[Tensor]:
+    """Returns images as tensors (3,H,W) float32 in 0..1."""
+    arrays = [np.array(image.convert("RGB")) for image in images]
+    return [torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays]
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Returns pixels (B,3,H,W) in 0..1 with CLIP's mean and standard deviation removed."""
+    mean, std = (
+        torch.tensor(v, dtype=pixels.dtype, device=pixels.device)[:, None, None] for v in (MEAN, STD)
+    )
+    return (pixels - mean) / std
+
+
+def sides(width: int, height: int, size: int) -> tuple[int, int]:
+    """Returns width and height with the shorter side at `size` pixels and the other rounded down."""
+    short, long = sorted((width, height))
+    other = int(size * long / short)
+    return (size, other) if width <= height else (other, size)
+
+
+def pil(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Returns images as CLIP sees them, (B,3,size,size) float32: the shorter side resized by Pillow
+    in 8 bits, the middle square, normalised."""
+    out = []
+    for image in images:
+        small = image.convert("RGB").resize(sides(*image.size, size), Image.Resampling.BICUBIC)
+        left, top = ((side - size) // 2 for side in small.size)
+        square = np.array(small.crop((left, top, left + size, top + size)))
+        scaled = (square.astype(np.float64) * (1 / 255)).astype(np.float32)
+        values = (scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+        out.append(torch.from_numpy(values).permute(2, 0, 1))
+    return torch.stack(out)
+
+
+def tensor(pixels: Tensor, size: int, rounding: bool = True) -> Tensor:
+    """Returns pixels (B,3,H,W) in 0..1 as CLIP sees them, differentiably. Without antialiasing the
+    values would be off by twelve steps of 255 in the mean; with it, by a seventh of a step."""
+    width, height = sides(pixels.shape[-1], pixels.shape[-2], size)
+    small = interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    small = small.clamp(0, 1)
+    if rounding:
+        small = small + ((small * 255).round() / 255 - small).detach()
+    left, top = (width - size) // 2, (height - size) // 2
+    return normalise(small[..., top : top + size, left : left + size])
+
+
+def letterbox(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
+    """Returns pixels (B,3,H,W) in 0..1 as HPSv2 sees them: the longer side resized to `size`, black
+    bands around, normalised."""
+    height, width = pixels.shape[-2:]
+    long = max(height, width)
+    new = round(height * size / long), round(width * size / long)
+    small = interpolate(pixels, new, mode="bicubic", antialias=antialias, align_corners=False)
+    top, left = (size - new[0]) // 2, (size - new[1]) // 2
+    bands = (left, size - new[1] - left, top, size - new[0] - top)
+    return normalise(pad(small, bands))

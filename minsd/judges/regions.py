@@ -1,0 +1,62 @@
+"""Layouts judged by CLIP, as NoiseCollage's evaluation does (Shirakawa and Uchida 2024, arXiv
+2403.03485): each region's box, centred on a white square, against its own caption.
+
+`region_clip` is the mean cosine over regions, `nearest_own` the fraction of regions whose own
+caption is the nearest of all captions.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from minsd.judges import Judged, pixels
+from minsd.judges.clip import Clip, h14, network, tokenizer
+from minsd.judges.objects import Asked, Box, boxes_of
+
+SIDE = 512  # pixels of the square that a region is shown on
+
+
+def on_white(image: Image.Image, box: Box) -> Image.Image:
+    """Returns a box of an image, centred on a white square and resized to SIDE x SIDE pixels."""
+    part = image.convert("RGB").crop([round(v) for v in box])  # type: ignore[arg-type]
+    side = max(part.size)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
+    return square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+class Regions:
+    """Judges the regions of a layout."""
+
+    def __init__(self, identity: dict[str, Any], clip: Clip):
+        self.identity = identity
+        self.clip = clip
+
+    @torch.no_grad()
+    def pictures(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
+    ) -> list[Judged]:
+        """Judges RGB images; `asked` holds their layouts."""
+        return [self._judge(image, (item or {}).get("layout")) for image, item in zip(images, asked)]
+
+    def _judge(self, image: Image.Image, layout: Mapping[str, Any] | None) -> Judged:
+        if not layout or any("box" not in region for region in layout["regions"]):
+            return Judged({}, reason="the prompt has no layout of boxes")
+        parts = [on_white(image, box) for box in boxes_of(layout, *image.size)]
+        vectors = self.clip.images(pixels.pil(parts, self.clip.size))
+        texts = self.clip.texts([region["prompt"] for region in layout["regions"]]).to(vectors)
+        cosines = vectors @ texts.T  # (regions, captions)
+        own = cosines.diag()
+        nearest = (cosines.argmax(1).cpu() == torch.arange(len(parts))).float().mean()
+        return Judged({"region_clip": float(own.mean()), "nearest_own": float(nearest)})
+
+
+def build(
+    identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
+) -> Regions:
+    """Returns the judge with its weights."""
+    path = files["clip-b32"]
+    return Regions(identity, Clip(network(path, h14()), tokenizer(path.parent), device, dtype))
