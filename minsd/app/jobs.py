@@ -315,6 +315,11 @@ def _template(
     the user may not expect to `notes`.
     """
     sampling = _sampling(sd, request)
+    if sd.config.guidance_scale == 1 != sampling.guidance_scale:
+        notes.append(
+            f"{request.where}{sd.name} was distilled to draw without guidance: --guidance-scale"
+            f" {sampling.guidance_scale:g} takes twice as long and may spoil the image"
+        )
     if request.guidance_scale == 0 and sampling.guidance_scale:
         notes.append("guidance scale 0 means no guidance for this model: the prompt alone is used (scale 1)")
     subjects = _subjects(sd, request, notes) if request.wants_subjects else None

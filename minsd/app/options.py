@@ -383,7 +383,8 @@ _ROWS = (
            negatable=True, identity="excite"),
     # --- model and hardware
     Option("model", MODEL, str, "NAME|DIR|FILE|ID",
-           "shapes (the embedded model, default), a diffusers folder, a .safetensors file, or a hub id",
+           "shapes (the embedded model, default), shapes-turbo (it in 1 to 4 steps), a diffusers folder, "
+           "a .safetensors file, or a hub id",
            like=True, identity="model"),
     Option("vae", MODEL, Path, "DIR|FILE", "another VAE than the model's own", like=True, identity="vae"),
     Option("tokenizer", MODEL, Path, "DIR", "for single files: a folder with vocab.json and merges.txt",
