@@ -270,6 +270,16 @@ MODELS: dict[str, ModelConfig] = {
         ),
     )
 }
+# The embedded model, distilled by an adapter (weights/shapes/distil.py) to draw in one to four steps
+# without guidance.
+MODELS["shapes-turbo"] = replace(
+    MODELS["shapes"],
+    name="shapes-turbo",
+    schedule=replace(MODELS["shapes"].schedule, timestep_spacing="trailing"),
+    steps=4,
+    sampler="euler",
+    guidance_scale=1.0,
+)
 
 
 def overflow_advice(dtype: object) -> str:

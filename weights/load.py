@@ -25,7 +25,7 @@ from minsd.config import CELL, LARGEST, MODELS, ModelConfig, ScheduleConfig, Tex
 from minsd.text import TextEncoder, TwoTextEncoders
 from minsd.unet import UNet
 from minsd.vae import VAE
-from minsd.weights import hub, stated
+from minsd.weights import hub, lora, stated
 from minsd.weights.ldm_keys import clip_name, newer_vae_name
 from minsd.weights.safetensors_file import (
     ORIGINAL,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SHAPES_FOLDER = Path(__file__).parent / "shapes"
+TURBO_FILE = SHAPES_FOLDER / "extras" / "turbo.safetensors"  # the adapter that makes shapes-turbo
 Config = TypeVar("Config", ScheduleConfig, TextConfig, UNetConfig, VAEConfig)
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -58,6 +59,7 @@ class Loaded:
     text: TextEncoder
     notes: list[str] = field(default_factory=list)
     sha256: str | None = None  # of a single file: the first ten hex digits of its SHA-256
+    revision: str | None = None  # of a hub id: the hash of the commit that its files are from
 
 
 @dataclass(frozen=True)
@@ -100,19 +102,21 @@ def load_model(
     """
     if prediction_type not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
-    path = SHAPES_FOLDER if model == "shapes" else Path(model)
+    path = SHAPES_FOLDER if model in ("shapes", "shapes-turbo") else Path(model)
     wanted = Wanted(
         device, dtype, Path(vae) if vae else None, Path(tokenizer) if tokenizer else None, prediction_type
     )
     if path.is_dir():
-        return load_folder(path, wanted)
+        loaded = load_folder(path, wanted)
+        return as_turbo(loaded) if model == "shapes-turbo" else loaded
     refuse_pickle(path, "model")
     if path.is_file():
         return load_file(path, wanted)
     repo = (MODELS[model].hub_id if model in MODELS else None) or str(model)
     if path.suffix != ".safetensors" and hub.is_id(repo):
         folder = hub.fetch(repo, dtype=dtype, check=check_folder)
-        return load_folder(folder, wanted, name=repo.rpartition("/")[2])
+        name = repo.rpartition("@")[0] or repo
+        return replace(load_folder(folder, wanted, name=name.rpartition("/")[2]), revision=folder.name)
     known = ", ".join(MODELS)
     raise FileNotFoundError(
         f"there is no model {model!r}: give a diffusers folder, a .safetensors file, a hub id, or"
@@ -159,6 +163,17 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
         # The pad_token_id in SDXL's text_encoder_2/config.json is not the one used in training.
         texts.append(TextFiles(text, tokenizer, _token_id(tokenizer.pad_token_id, 0)))
     return replace(assemble(config, unet, vae, texts, wanted), notes=notes)
+
+
+def as_turbo(shapes: Loaded) -> Loaded:
+    """Turns the embedded model into shapes-turbo: adds the adapter that weights/shapes/distil.py
+    trained to the weights, and takes the settings of that row of `MODELS`."""
+    row = MODELS["shapes-turbo"]
+    schedule = replace(shapes.config.schedule, timestep_spacing=row.schedule.timestep_spacing)
+    config = replace(row, schedule=schedule, vae=shapes.config.vae)
+    for layer in lora.merge([(lora.read(TURBO_FILE, shapes), 1.0)]):
+        setattr(layer, lora.MERGED, False)  # so that the user can add adapters of their own
+    return replace(shapes, name=config.name, config=config)
 
 
 def _scheduler_note(folder: Path, config: ModelConfig) -> list[str]:
@@ -330,7 +345,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is a pipe or a device")  # reading could block for ever
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615: no download
     except Exception as error:  # transformers raises errors of many types, some with several lines
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
@@ -453,7 +468,8 @@ def unet_config(path: Path) -> UNetConfig:
     for key, known in _UNET_VALUES.items():
         if c.get(key) not in known:
             raise ValueError(
-                f"{path}: {key} = {c[key]!r} is not an architecture of Stable Diffusion 1.x, 2.x or XL"
+                f"{path}: {key} = {ascii(c[key])[:80]} is not an architecture of Stable Diffusion 1.x, 2.x"
+                " or XL"
             )
     try:
         widths = tuple(c["block_out_channels"])
