@@ -21,6 +21,8 @@ eager and, on a GPU, in a CUDA graph. On a CPU the bench is reduced: float32, on
     reference       minsd's plain PyTorch, in bounded memory
     fused           minsd's Triton kernels
     decoupled       PyTorch's attention for the output, minsd's map kernels from q and k
+    small, fused_heads_apart, fused_small_blocks, decoupled_one_lse
+                    auto, fused or decoupled with another value of a switch (kernels/switches.py)
 
 Every provider is checked against float64 before it is timed. Providers take turns, so that a drift
 of the machine affects all of them; times are medians in microseconds. `extra_mb` is the peak
@@ -42,7 +44,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import Row, on_gpu, parser, print_table, write_csv
-from minsd.kernels import attention, reference
+from minsd.kernels import attention, reference, switches
 
 HEADS = 8
 HEAD_DIM = {64: 40, 32: 80, 16: 160}  # cells per side -> head dim
@@ -153,6 +155,15 @@ def with_backend(backend: str, probs: str | None = "mean") -> Attention:
     return lambda q, k, v: attention(q, k, v, probs=probs, backend=backend)
 
 
+# Provider -> the switches that differ for it.
+SWITCHED: dict[str, dict[str, int | bool]] = {
+    "small": {"materialise_below": 1 << 62},
+    "fused_heads_apart": {"heads_fastest": False},
+    "fused_small_blocks": {"map_blocks_64": 1 << 62, "map_blocks_128": 1 << 62},
+    "decoupled_one_lse": {"shared_lse": True},
+}
+
+
 def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[str, Attention]:
     """Returns the providers that the device has, or those of `names` among them."""
     every: dict[str, Attention] = {name: with_sdpa(kind) for name, kind in SDPA.items()}
@@ -163,6 +174,9 @@ def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[
         every["flex"] = with_flex()
         every["lse_sum"] = with_lse_sum()
         every["fused"] = with_backend("triton")
+        every["small"] = with_backend("auto")
+        every["fused_heads_apart"] = every["fused_small_blocks"] = every["fused"]
+        every["decoupled_one_lse"] = every["decoupled"]
     else:
         del every["sdpa_efficient"]  # these two are not on a CPU
         del every["sdpa_cudnn"]
@@ -302,10 +316,14 @@ def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[R
     dtype = inputs.q.dtype
     device = inputs.q.device
 
-    def run() -> tuple[Tensor | None, ...]:
-        return step(attend, inputs)
+    changes = SWITCHED.get(name, {})
 
-    wrong = error(attend, inputs)
+    def run() -> tuple[Tensor | None, ...]:
+        with switches.use(**changes):
+            return step(attend, inputs)
+
+    with switches.use(**changes):
+        wrong = error(attend, inputs)
     if not wrong < (5e-6 if dtype == torch.float32 else 2e-2):
         raise ArithmeticError(f"wrong by {wrong:.1e}")
     for _ in range(3):
@@ -332,7 +350,8 @@ def measure(
             rows[name], ready[name] = prepare(name, attend, case, inputs)
         except Exception as reason:  # a provider may not offer this shape; libraries say so in many ways
             where = " ".join(str(value) for value in list(case.row(dtype).values())[:5])
-            print(f"left out: {where} {name}:", str(reason).splitlines()[0][:120], flush=True)
+            told = next(iter(str(reason).splitlines()), type(reason).__name__)
+            print(f"left out: {where} {name}:", told[:120], flush=True)
     times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(runs):
         for name, run in ready.items():

@@ -3,12 +3,13 @@
     python -m bench.initno [--model sd15] [--size 512] [--runs 2] [--csv]
     python -m bench.initno --device cuda --dtype float16 --csv
 
-Both providers use the same random weights, one thread on a CPU, and a process each, so that a peak
+The providers use the same random weights, one thread on a CPU, and a process each, so that a peak
 of memory (weights included) is the provider's own. `minsd` is `initno.optimize`, `excite.updates`
-and `sd.predictor` as they are. `research`, below, works as the published programs do: every layer
+and `sd.predictor` as they are; `eager_maps`, on a GPU, is the same without CUDA graphs of the
+evaluations whose maps are differentiated. `research`, below, works as the published programs do: every layer
 materialises its probabilities, and those of up to 32x32 cells are stored; weights take gradients;
 the UNet runs to its end; torch.optim.Adam optimises; the graph of an update is kept through the
-guided step that follows. Both must arrive at the same noises, latents and predictions.
+guided step that follows. All must arrive at the same noises, latents and predictions.
 
     optimise    a step of noise optimisation: losses of the maps, their gradient, Adam, and the projection
                 to the limit of the KL divergence
@@ -17,12 +18,13 @@ guided step that follows. Both must arrive at the same noises, latents and predi
     picture     a whole image, computed from 10 of the first (one round), 25 of the second and 50 of the
                 third; refinements and further rounds repeat them. Text encoder and VAE are left out.
 
-Times are medians, after one step to warm up. On a busy machine trust `cpu_seconds`, which leaves
-out waiting for a core. On a CPU peaks only grow while a process lives: each includes those of the
-rows below it.
+Times are medians, after one step to warm up, or two on a GPU. On a busy machine trust
+`cpu_seconds`, which leaves out waiting for a core. On a CPU peaks only grow while a process lives,
+so each includes those of the rows below it.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bench import Row, forget_peak, in_own_process, on_gpu, parser, peak_mb, report, wait
-from bench.unet import random_model
+from bench.unet import context_rows, random_model
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import MODELS
 from minsd.kernels import onednn
@@ -46,6 +48,7 @@ PROMPT = "a red circle and a blue square"
 SUBJECTS = ["circle", "square"]
 GUIDANCE = 7.5
 T = 981
+PROVIDERS = ("research", "minsd", "eager_maps")
 PICTURE = {"optimise": 10, "update": 25, "denoise": 50}  # steps per image
 
 Tick = Callable[[], None]  # called after every step
@@ -174,15 +177,19 @@ def worker(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
     generator = torch.Generator().manual_seed(1)
-    dim = MODELS[args.model].unet.context_dim
-    context, uncond = torch.randn(2, 1, 77, dim, generator=generator).to(device, dtype)
+    config = MODELS[args.model].unet
+    shape = 2, 1, context_rows(config), config.context_dim
+    context, uncond = torch.randn(shape, generator=generator).to(device, dtype)
     text: Any = load("shapes", "cpu").text  # its tokenizer finds the subjects
     text.encode = lambda prompts: context
-    sd = random_model(args.model, dtype, device, text, as_loaded=args.worker == "minsd")
+    sd = random_model(args.model, dtype, device, text, as_loaded=args.worker != "research")
+    if args.worker == "eager_maps":
+        sd.use_graphs(gradients=False)
     cells = args.size // 8
-    provider = (Ours if args.worker == "minsd" else Research)(sd, context, uncond, cells)
+    provider = (Research if args.worker == "research" else Ours)(sd, context, uncond, cells)
     start = noise([0], (4, cells, cells)).to(device)
     result = {}
+    warm = 2 if on_gpu(device) else 1  # on a GPU the second evaluation captures its graph
     stamps: list[tuple[float, float]] = []
 
     def tick() -> None:
@@ -196,15 +203,15 @@ def worker(args: argparse.Namespace) -> None:
         tick()
         x = start
         if name == "optimise":
-            x = provider.optimise(start, args.runs + 1, tick)
+            x = provider.optimise(start, args.runs + warm, tick)
         else:
-            for _ in range(args.runs + 1):
+            for _ in range(args.runs + warm):
                 x = provider.update(start) if name == "update" else provider.denoise(start.to(dtype))
                 tick()
         peak = peak_mb(device)
         seconds, cpu_seconds = (
-            statistics.median(b - a for a, b in zip(times[1:], times[2:]))
-            for times in zip(*stamps[: args.runs + 2])
+            statistics.median(b - a for a, b in zip(times[warm:], times[warm + 1 :]))
+            for times in zip(*stamps[: args.runs + warm + 1])
         )
         result[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak}
         result[name]["result"] = (x - start).float().flatten().tolist()
@@ -213,18 +220,19 @@ def worker(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace, results: dict[str, dict[str, Row]]) -> list[Row]:
     """Returns a row per kind of step and provider, the whole image last. `differ` is the relative
-    difference of their results.
+    difference of a provider's result from research's.
 
-    SystemExit if the two do not compute the same in float32. In 16 bits rounding decides which of
+    SystemExit if two do not compute the same in float32. In 16 bits rounding decides which of
     two nearly equal peaks is the higher, so optimised noises may differ much, and the difference is
     only reported.
     """
-    differ: dict[str, float | str] = {"picture": ""}
-    for what in PICTURE:
-        ours, theirs = (torch.tensor(results[name][what]["result"]) for name in ("minsd", "research"))
-        differ[what] = error = ((ours - theirs).norm() / theirs.norm()).item()
+    differ: dict[tuple[str, str], str] = {}
+    for name, what in itertools.product(set(results) - {"research"}, PICTURE):
+        ours, theirs = (torch.tensor(results[each][what]["result"]) for each in (name, "research"))
+        error = ((ours - theirs).norm() / theirs.norm()).item()
         if args.dtype == "float32" and not error < 1e-3:
-            sys.exit(f"{what}: the two do not compute the same: relative error {error:.1e}")
+            sys.exit(f"{what}: {name} does not compute the same as research: relative error {error:.1e}")
+        differ[name, what] = f"{error:.0e}"
     for steps in results.values():
         whole: Row = {"peak_mb": max(steps[what]["peak_mb"] for what in PICTURE)}
         for key in ("seconds", "cpu_seconds"):
@@ -241,8 +249,7 @@ def compare(args: argparse.Namespace, results: dict[str, dict[str, Row]]) -> lis
             row |= {"peak_mb": round(spent["peak_mb"])}
             for key in ("seconds", "cpu_seconds", "peak_mb"):
                 row[f"{key}_ratio"] = round(spent[key] / base[key], 3)
-            error = differ[what]
-            row["differ"] = error if isinstance(error, str) else f"{error:.0e}"
+            row["differ"] = differ.get((name, what), "")
             rows.append(row)
     return rows
 
@@ -252,18 +259,18 @@ def main() -> None:
     options.add_argument("--model", default="sd15", choices=MODELS, help="its sizes (default: sd15)")
     options.add_argument("--size", type=int, default=512, help="pixels per side (default: 512)")
     options.add_argument(
-        "--runs", type=int, default=2, help="steps of each kind, after one to warm up (default: 2)"
+        "--runs", type=int, default=2, help="steps of each kind, after the first (default: 2)"
     )
     options.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     options.add_argument("--dtype", default="float32", help="float32 (the default), float16, ...")
-    options.add_argument("--worker", choices=("minsd", "research"), help=argparse.SUPPRESS)
+    options.add_argument("--worker", choices=PROVIDERS, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.worker:
         worker(args)
         return
     torch.set_num_threads(1)  # as in the workers, for the CSV's device column
     results = {}
-    for name in ("research", "minsd"):
+    for name in PROVIDERS if on_gpu(args.device) else PROVIDERS[:-1]:
         results[name] = in_own_process("--worker", name)
         times = ", ".join(f"{what} {step['seconds']:.2f} s" for what, step in results[name].items())
         print(f"{name}: {times}", file=sys.stderr, flush=True)

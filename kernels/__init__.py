@@ -12,13 +12,16 @@ argument `backend` chooses what computes them:
     triton      kernels that compute output and map (flash.py) and store nothing of size
                 heads x N x M, for N queries and M keys
     reference   plain PyTorch in bounded memory, on any device (reference.py)
-    auto        one of these three, by the following table
+    auto        one of these three, or 16-bit products with all probabilities in memory
+                (materialised.py), by the following table
 
     map  device, dtype                              auto takes    evidence
     no   CPU, no gradient, bias or region,          sdpa: oneDNN  measured: 18 ms, PyTorch's 27 ms
          N*M*d >= 2^22
     no   otherwise on a CPU                         sdpa          measured
     no   CUDA                                       sdpa          expected, not measured on a GPU
+    yes  CUDA, float16 or bfloat16, fewer           materialised  expected: as fast in eager mode,
+         probabilities than a switch (off: 0)                     slower in a CUDA graph
     yes  CUDA from capability 8.0, float16 or       triton        expected, not measured on a GPU
          bfloat16, head dim in TRITON_HEAD_DIMS,
          shared memory enough (shared.py)
@@ -37,6 +40,7 @@ otherwise. `Linear` is an nn.Linear for frozen weights that is faster on some CP
 """
 
 import importlib
+import math
 from types import ModuleType
 
 import torch
@@ -105,10 +109,13 @@ def attention(
 
     if probs is None and backend in ("auto", "sdpa"):
         return sdpa.forward(q, k, v, factor, bias, region, length), None
-    kernel = _map_kernel(q, backend)
+    kernel = _map_kernel(q, k, backend)
     if backend == "sdpa":
-        out = sdpa.forward(q, k, v, factor, bias, region, length)
-        _, maps = autograd.apply(q, k, None, factor, bias, region, length, True, kernel)
+        plain = bias is None and region is None
+        out, lse = _with_lse(q, k, v, factor, kernel) if plain else (None, None)
+        if out is None:
+            out = sdpa.forward(q, k, v, factor, bias, region, length)
+        _, maps = autograd.apply(q, k, None, factor, bias, region, length, True, kernel, lse)
     else:
         out, maps = autograd.apply(q, k, v, factor, bias, region, length, probs is not None, kernel)
     if probs is None:
@@ -118,18 +125,33 @@ def attention(
     return out, maps
 
 
-def _map_kernel(q: Tensor, backend: str) -> str:
-    """Returns which of "triton" and "reference" computes the map (see the module's table).
+def _with_lse(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: str
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Returns PyTorch's output and the base-2 log-sum-exp (B,H,N) of the scores for `kernel`, if
+    switches.py asks for it and both can, or (None, None)."""
+    if not switches.current.shared_lse or kernel != "triton" or torch.compiler.is_compiling():
+        return None, None
+    found = sdpa.with_lse(q, k, v, scale)
+    return (None, None) if found is None else (found[0], found[1] / math.log(2))
+
+
+def _map_kernel(q: Tensor, k: Tensor, backend: str) -> str:
+    """Returns which of "triton", "materialised" and "reference" computes the map of q (B,N,H,d) and
+    k (B,M,H,d) (see the module's table).
 
     `auto` never chooses Triton for float32, because its products would be TF32's there.
     """
     if backend in ("triton", "reference"):
         return backend
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return "reference"
+    b, n, h, _ = q.shape
+    if b * h * n * k.shape[1] < switches.current.materialise_below:
+        return "materialised"
     fast = (
         HAS_TRITON
-        and q.is_cuda
         and torch.version.hip is None
-        and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in TRITON_HEAD_DIMS
         and devices.failure(q.device) is None  # after the cheap questions: it may launch a kernel
         and devices.short_of_memory(q.device, q.shape[-1], q.dtype) is None
@@ -156,8 +178,8 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
     """Returns whether `group_norm` uses its kernels: on CUDA, if no tensor but x needs a gradient.
 
     They are not used under torch.compile, which fuses the three operations itself, nor if `norm`
-    has hooks or a replaced forward, nor for an image of 2**31 numbers or more. That the kernels are
-    faster is expected, not measured on a GPU.
+    has hooks or a replaced forward, nor for an image of 2**31 numbers or more, nor for the gradient
+    of a small x (switches.py). That the kernels are faster is expected, not measured on a GPU.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -186,7 +208,8 @@ def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
         return True
     if any(y.requires_grad for y in tensors if y is not x):
         return False
-    return switches.current.norm_gradient or not x.requires_grad
+    least = switches.current.norm_gradient_from
+    return not x.requires_grad or (least is not None and x.numel() >= least)
 
 
 def _is_watched(norm: nn.GroupNorm) -> bool:

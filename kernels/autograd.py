@@ -1,6 +1,6 @@
-"""Makes the backends that return maps, reference.py and flash.py, differentiable.
+"""Makes the backends that return maps (reference.py, materialised.py and flash.py) differentiable.
 
-Both have functions `forward` and `backward` with the same arguments. Autograd reaches them in two
+All have functions `forward` and `backward` with the same arguments. Autograd reaches them in two
 ways. In eager mode it is an autograd.Function, because custom operators would add about 0.1 ms to
 each forward and backward (measured on a CPU). Under torch.compile it is a pair of custom operators,
 which the compiler treats as single nodes of known output shapes. There is no second derivative.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import materialised, reference
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -28,22 +28,29 @@ def apply(
     length: int,
     probs: bool,
     kernel: str,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention by `kernel`, "reference" or "triton", on inputs already checked.
+    """Computes attention by `kernel`, "reference", "materialised" or "triton", on inputs already
+    checked.
 
     Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
     concatenated: M = R * length. Returns out (B,N,H,d) and map (B,N,M), both differentiable. `out`
-    is empty if `v` is None; the map is empty without `probs`.
+    is empty if `v` is None; the map is empty without `probs`. `lse` (B,H,N), the base-2 log-sum-exp
+    of each row of scores, saves "triton" a pass without `v`. It is not used under torch.compile.
     """
     arguments = q, k, v, scale, bias, region, length, probs, kernel
-    run = forward_op if torch.compiler.is_compiling() else _Attention.apply
-    out, maps, _ = run(*arguments)
+    if torch.compiler.is_compiling():
+        out, maps, _ = forward_op(*arguments)
+    else:
+        out, maps, _ = _Attention.apply(*arguments, lse)
     return out, maps
 
 
 def _module(kernel: str) -> ModuleType:
     if kernel == "reference":
         return reference
+    if kernel == "materialised":
+        return materialised
     from . import flash  # imports Triton
 
     return flash
@@ -78,15 +85,17 @@ def _gradients(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Three:
-        output = _module(inputs[-1]).forward(*inputs[:-1])
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2])
-        return output
+        *arguments, kernel, lse = inputs
+        more = () if lse is None else (lse,)
+        out, maps, kept = _module(kernel).forward(*arguments, *more)
+        _save(ctx, inputs[:-1], (out, maps, kept if lse is None else lse))
+        ctx.mark_non_differentiable(kept)
+        return out, maps, kept
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grads[0], grads[1], _backward)
+        return *_gradients(ctx, grads[0], grads[1], _backward), None
 
 
 def _backward(*args: Any) -> Three:
@@ -136,7 +145,7 @@ def _(
     kept = (0,)
     if kernel == "triton":
         kept = (b, h, n)
-    elif reference.keeps(b, h, n, m):
+    elif kernel == "materialised" or reference.keeps(b, h, n, m):
         kept = (b, h, n, m)
     return (
         q.new_empty(q.shape if v is not None else (0,)),

@@ -74,7 +74,8 @@ PIECES = {8: (16, 0), 16: (16, 0), 32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (
 
 # (queries per block, keys per block, warps, stages). The table is fixed, because the interpreter has
 # no autotuning. Every entry is expected to be good, not measured on a GPU. Compiling for sm_80, 86,
-# 90 and 120 showed that no 16-bit kernel spills more than 64 bytes of a thread's registers.
+# 89, 90 and 120 with Triton 3.6.0 and 3.7.1 showed that no 16-bit kernel spills more than 64 bytes
+# of a thread's registers.
 Blocks = tuple[int, int, int, int]
 BLOCKS: dict[str, Blocks] = {
     "forward": (64, 64, 4, 2),
@@ -532,13 +533,16 @@ def forward(
     region: Tensor | None,
     length: int,
     probs: bool,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes attention on inputs already checked.
 
     Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
     concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M) float32 and lse (B,H,N)
     float32, which `backward` needs. `out` is empty if `v` is None; the map is empty without
-    `probs`. Raises ValueError for tensors that are not on a CUDA device.
+    `probs`. An `lse` that another kernel has computed, contiguous, saves that pass if `v` is None,
+    and an empty tensor is returned in its place. Raises ValueError for tensors that are not on a
+    CUDA device.
     """
     q = _contiguous_rows(q)
     k = _contiguous_rows(k)
@@ -546,7 +550,7 @@ def forward(
     (b, n, h, d), m = q.shape, k.shape[1]
     out = torch.empty((b, n, h, d) if v is not None else 0, device=q.device, dtype=q.dtype)
     maps = torch.empty((b, n, m) if probs else 0, device=q.device, dtype=torch.float32)
-    lse = torch.empty(b, h, n, device=q.device, dtype=torch.float32)
+    found = torch.empty((b, h, n) if lse is None else 0, device=q.device, dtype=torch.float32)
 
     flags = {"BIAS": bias is not None, "REGION": region is not None}
     hidden = _pointer(bias, q), _region_pointer(region, q)
@@ -561,11 +565,13 @@ def forward(
     def map_blocks(bn: int, bm: int) -> tuple[int, int, int]:
         return _blocks(m, bm), _blocks(n, bn), b
 
-    pointers = q, k, values, out, lse, *hidden
-    _launch("forward", query_blocks, q, m, *pointers, *sq, *sk, *sv, *sb, *sizes, **flags, OUT=v is not None)
+    if lse is None:
+        arguments = q, k, values, out, found, *hidden, *sq, *sk, *sv, *sb, *sizes
+        _launch("forward", query_blocks, q, m, *arguments, **flags, OUT=v is not None)
     if probs:
-        _launch("mean_map", map_blocks, q, m, q, k, maps, lse, *hidden, *sq, *sk, *sb, *sizes, **flags)
-    return out, maps, lse
+        arguments = q, k, maps, _pointer(lse, found), *hidden, *sq, *sk, *sb, *sizes
+        _launch("mean_map", map_blocks, q, m, *arguments, **flags)
+    return out, maps, found
 
 
 def backward(

@@ -8,7 +8,7 @@ It also adds the block's time embedding (one number per image and channel) befor
     y = SiLU((x + add - mean) / sqrt(var + eps) * weight + bias)
 
 where mean and var are taken over the channels and cells of a group. A program of each kernel takes
-a chunk of a group's cells, or a smaller block of them:
+a chunk of the cells of one or several groups, or a smaller block of them:
 
     1 _statistics   a chunk   computes the chunk's mean, and M2 = sum (x - mean)^2
     2 _normalise    a block   computes y
@@ -34,7 +34,9 @@ would lose most digits. So the mean and M2 of each part are merged instead (Chan
 
 The order of merging is fixed, so repeated runs are bit-identical. The kernels accept x stored
 channel by channel (NCHW) or cell by cell (channels_last, the layout that tensor-core convolutions
-expect; PyTorch's own GroupNorm copies such an x to NCHW). y has the layout of x.
+expect; PyTorch's own GroupNorm copies such an x to NCHW). y has the layout of x. In channels_last
+the 10 channels of a group are 20 bytes of a cell's row, too few for a wide load, so one program may
+take several neighbouring groups (`wide_norm` in switches.py).
 
 Evidence. Results agree with float64 in Triton's interpreter, and the 16-bit variants that the tests
 compile keep their work in registers. The speed on a GPU is expected, not measured.
@@ -51,27 +53,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import switches
+
 # Channels per block -> cells per block. Every entry is expected to be good, not measured on a GPU.
 CELLS = {1: 2048, 2: 1024, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 32, 256: 16}
 CHUNKS = 16  # per group, at most; expected, not measured on a GPU
 WARPS = 4  # expected, not measured on a GPU
+WIDE = 32  # channels that a block of several groups has at least; expected, not measured on a GPU
 
 
 @triton.jit
 def _block(
-    X, Add,  # at the group's first channel: pointers to x and `add` (read with ADD) of one image
-    cells,  # indices of a block of cells
-    P, C, sx_c, sx_p,  # cells, channels; strides of x per channel and cell
-    CG: tl.constexpr, BC: tl.constexpr,  # channels of the group, and the next power of two
-    ADD: tl.constexpr, SUM: tl.constexpr,  # SUM: the dtype to compute in
+    X, Add,  # at the block's first channel: pointers to x and `add` (read with ADD) of one image
+    c, cells,  # indices of the block's channels and cells
+    P, sx_c, sx_p,  # cells; strides of x per channel and cell
+    CB: tl.constexpr, ADD: tl.constexpr, SUM: tl.constexpr,  # channels of the block; dtype to compute in
 ):  # fmt: skip
-    """Returns x + add of one group in dtype SUM (BC channels, cells), and the mask of entries that
+    """Returns x + add of a block (channels, cells) in dtype SUM, and the mask of entries that
     exist."""
-    c = tl.arange(0, BC)[:, None]
-    inside = (c < CG) & (cells[None, :] < P)
-    x = tl.load(X + c * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
+    inside = (c[:, None] < CB) & (cells[None, :] < P)
+    x = tl.load(X + c[:, None] * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
     if ADD:
-        x += tl.load(Add + c, mask=c < CG, other=0.0).to(SUM)
+        x += tl.load(Add + c, mask=c < CB, other=0.0).to(SUM)[:, None]
     return x, inside
 
 
@@ -82,46 +85,63 @@ def _statistics(
     Mean, M2,  # written: (B, GROUPS, CHUNKS) float32, contiguous
     P, C, GROUPS, chunk,  # cells, channels, groups, cells per chunk
     sx_b, sx_c, sx_p,  # strides of X in elements: per image, channel, cell
-    CG: tl.constexpr, BC: tl.constexpr,  # channels per group, and the next power of two
-    BP: tl.constexpr,  # cells per block
+    CG: tl.constexpr, GB: tl.constexpr,  # channels per group, groups per block
+    BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the mean and M2 of one chunk of one group, merged block by block."""
-    s, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Computes the mean and M2 of one chunk of GB groups. The blocks are merged channel by channel,
+    then the channels of each group."""
+    s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
+    SUM: tl.constexpr = Mean.dtype.element_ty
+    c = tl.arange(0, BC)
     X += b * sx_b + g * CG * sx_c
     Add += b * C + g * CG
-    mean, m2, n = 0.0, 0.0, 0.0
+    mean = tl.zeros((BC,), SUM)
+    m2 = tl.zeros((BC,), SUM)
+    n = 0.0  # cells so far
     for start in range(s * chunk, tl.minimum((s + 1) * chunk, P), BP):
         cells = start + tl.arange(0, BP)
-        x, inside = _block(X, Add, cells, P, C, sx_c, sx_p, CG, BC, ADD, Mean.dtype.element_ty)
-        count = (tl.minimum(P - start, BP) * CG).to(tl.float32)
-        here = tl.sum(x * inside) / count
-        off = tl.where(inside, x - here, 0.0)
+        x, inside = _block(X, Add, c, cells, P, sx_c, sx_p, CG * GB, ADD, SUM)
+        count = tl.minimum(P - start, BP).to(tl.float32)
+        here = tl.sum(tl.where(inside, x, 0.0), axis=1) / count
+        off = tl.where(inside, x - here[:, None], 0.0)
         delta, total = here - mean, n + count
-        m2 += tl.sum(off * off) + delta * delta * n * count / total
+        m2 += tl.sum(off * off, axis=1) + delta * delta * n * count / total
         mean += delta * count / total
         n = total
-    at = (b * GROUPS + g) * CHUNKS + s
-    tl.store(Mean + at, mean)
-    tl.store(M2 + at, m2)
+    for j in tl.static_range(GB):
+        own = c // CG == j
+        group = tl.sum(tl.where(own, mean, 0.0)) / CG
+        off = mean - group
+        at = (b * GROUPS + g + j) * CHUNKS + s
+        tl.store(Mean + at, group)
+        tl.store(M2 + at, tl.sum(tl.where(own, m2 + off * off * n, 0.0)))
 
 
 @triton.jit
 def _moments(
-    Mean, M2,  # read: (B, GROUPS, CHUNKS), from `_statistics`
-    at,  # index of this group's first chunk
+    Mean, M2,  # read: (GB, CHUNKS), from `_statistics`, at the block's first group
+    c,  # indices of the block's channels
     P, chunk, eps,  # cells, cells per chunk, added to the variance
-    CG: tl.constexpr, CHUNKS: tl.constexpr,  # channels per group, chunks
+    CG: tl.constexpr, GB: tl.constexpr, CHUNKS: tl.constexpr,  # channels per group, groups, chunks
 ):  # fmt: skip
-    """Returns the mean and 1 / sqrt(var + eps) of a group, merged from all its chunks."""
+    """Returns the mean and 1 / sqrt(var + eps) of each channel's group, (channels, 1) each, merged
+    from all the group's chunks."""
     s = tl.arange(0, CHUNKS)
     count = tl.maximum(tl.minimum(P - s * chunk, chunk), 0).to(tl.float32)  # cells in each chunk
     part = count / P
-    means = tl.load(Mean + at + s, mask=count > 0, other=0.0)
-    mean = tl.sum(means * part)
-    off = means - mean
-    var = tl.sum(tl.load(M2 + at + s, mask=count > 0, other=0.0)) / (1.0 * P * CG) + tl.sum(off * off * part)
-    return mean, tl.rsqrt(var + eps)
+    mean = tl.zeros_like(c).to(Mean.dtype.element_ty)
+    inverse = mean
+    for j in tl.static_range(GB):
+        means = tl.load(Mean + j * CHUNKS + s, mask=count > 0, other=0.0)
+        group = tl.sum(means * part)
+        off = means - group
+        m2 = tl.sum(tl.load(M2 + j * CHUNKS + s, mask=count > 0, other=0.0))
+        var = m2 / (1.0 * P * CG) + tl.sum(off * off * part)
+        own = c // CG == j
+        mean = tl.where(own, group, mean)
+        inverse = tl.where(own, tl.rsqrt(var + eps), inverse)
+    return mean[:, None], inverse[:, None]
 
 
 @triton.jit
@@ -133,44 +153,45 @@ def _normalise(
     Mean, M2,  # read: (B, GROUPS, CHUNKS) float32, from `_statistics`
     P, C, GROUPS, chunk, eps,  # cells, channels, groups, cells per chunk, added to the variance
     sx_b, sx_c, sx_p,  # strides of X in elements: per image, channel, cell
-    CG: tl.constexpr, BC: tl.constexpr,  # channels per group, and the next power of two
-    BP: tl.constexpr,  # cells per block
+    CG: tl.constexpr, GB: tl.constexpr,  # channels per group, groups per block
+    BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes y of one block of cells of one group. Each block merges the statistics of all chunks
+    """Computes y of one block of cells of GB groups. Each block merges the statistics of all chunks
     itself."""
-    cells, g, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    mean, inverse = _moments(Mean, M2, (b * GROUPS + g) * CHUNKS, P, chunk, eps, CG, CHUNKS)
+    cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
+    g = tl.program_id(1) * GB
+    c = tl.arange(0, BC)
+    at = (b * GROUPS + g) * CHUNKS
+    mean, inverse = _moments(Mean + at, M2 + at, c, P, chunk, eps, CG, GB, CHUNKS)
     X += b * sx_b + g * CG * sx_c
-    x, inside = _block(X, Add + b * C + g * CG, cells, P, C, sx_c, sx_p, CG, BC, ADD, Mean.dtype.element_ty)
-    c = tl.arange(0, BC)[:, None]
-    weight = tl.load(Weight + g * CG + c, mask=c < CG, other=0.0).to(tl.float32)
-    bias = tl.load(Bias + g * CG + c, mask=c < CG, other=0.0).to(tl.float32)
+    x, inside = _block(X, Add + b * C + g * CG, c, cells, P, sx_c, sx_p, CG * GB, ADD, Mean.dtype.element_ty)
+    weight = tl.load(Weight + g * CG + c, mask=c < CG * GB, other=0.0).to(tl.float32)[:, None]
+    bias = tl.load(Bias + g * CG + c, mask=c < CG * GB, other=0.0).to(tl.float32)[:, None]
     y = (x - mean) * (inverse * weight) + bias
     if SILU:
         y = y / (1.0 + tl.exp(-y))
-    to = Y + b * sx_b + g * CG * sx_c + c * sx_c + cells[None, :] * sx_p
+    to = Y + b * sx_b + g * CG * sx_c + c[:, None] * sx_c + cells[None, :] * sx_p
     tl.store(to, y.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _upstream(
-    X, Add, Weight, Bias, dY,  # at the group's first channel: pointers, those with images at one image
-    mean, inverse,  # of the group, from `_moments`
-    cells,  # indices of a block of cells
-    P, C, sx_c, sx_p,  # cells, channels; strides of x and dy per channel and cell
-    CG: tl.constexpr, BC: tl.constexpr,  # channels of the group, and the next power of two
+    X, Add, Weight, Bias, dY,  # at the block's first channel: pointers, those with images at one image
+    mean, inverse,  # of each channel's group, from `_moments`
+    c, cells,  # indices of the block's channels and cells
+    P, sx_c, sx_p,  # cells; strides of x and dy per channel and cell
+    CB: tl.constexpr,  # channels of the block
     ADD: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr,  # SUM: the dtype to compute in
 ):  # fmt: skip
-    """Returns the gradient e of xhat, and xhat (BC channels, cells each, 0 where no entry exists),
-    and the mask of entries that exist."""
-    x, inside = _block(X, Add, cells, P, C, sx_c, sx_p, CG, BC, ADD, SUM)
-    c = tl.arange(0, BC)[:, None]
-    weight = tl.load(Weight + c, mask=c < CG, other=0.0).to(SUM)
+    """Returns the gradient e of xhat, and xhat (channels, cells each, 0 where no entry exists), and
+    the mask of entries that exist."""
+    x, inside = _block(X, Add, c, cells, P, sx_c, sx_p, CB, ADD, SUM)
+    weight = tl.load(Weight + c, mask=c < CB, other=0.0).to(SUM)[:, None]
     xhat = tl.where(inside, (x - mean) * inverse, 0.0)
-    e = tl.load(dY + c * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
+    e = tl.load(dY + c[:, None] * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
     if SILU:
-        z = xhat * weight + tl.load(Bias + c, mask=c < CG, other=0.0).to(SUM)
+        z = xhat * weight + tl.load(Bias + c, mask=c < CB, other=0.0).to(SUM)[:, None]
         s = 1.0 / (1.0 + tl.exp(-z))
         e *= s * (1.0 + z * (1.0 - s))
     return e * weight, xhat, inside
@@ -186,28 +207,35 @@ def _gradient_sums(
     SumE, SumEX,  # written: (B, GROUPS, CHUNKS) float32
     P, C, GROUPS, chunk, eps,  # cells, channels, groups, cells per chunk, added to the variance
     sx_b, sx_c, sx_p,  # strides of X and dY in elements: per image, channel, cell
-    CG: tl.constexpr, BC: tl.constexpr,  # channels per group, and the next power of two
-    BP: tl.constexpr,  # cells per block
+    CG: tl.constexpr, GB: tl.constexpr,  # channels per group, groups per block
+    BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the sums of e and of e xhat over one chunk of one group, block by block."""
-    s, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    mean, inverse = _moments(Mean, M2, (b * GROUPS + g) * CHUNKS, P, chunk, eps, CG, CHUNKS)
+    """Computes the sums of e and of e xhat over one chunk of GB groups. The blocks are added channel
+    by channel, then the channels of each group."""
+    s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
+    SUM: tl.constexpr = Mean.dtype.element_ty
+    c = tl.arange(0, BC)
+    at = (b * GROUPS + g) * CHUNKS
+    mean, inverse = _moments(Mean + at, M2 + at, c, P, chunk, eps, CG, GB, CHUNKS)
     X += b * sx_b + g * CG * sx_c
     dY += b * sx_b + g * CG * sx_c
     Add += b * C + g * CG
     Weight += g * CG
     Bias += g * CG
-    sum_e, sum_ex = 0.0, 0.0
+    sum_e = tl.zeros((BC,), SUM)
+    sum_ex = tl.zeros((BC,), SUM)
     for start in range(s * chunk, tl.minimum((s + 1) * chunk, P), BP):
         cells = start + tl.arange(0, BP)
-        e, xhat, _ = _upstream(X, Add, Weight, Bias, dY, mean, inverse, cells,
-                               P, C, sx_c, sx_p, CG, BC, ADD, SILU, Mean.dtype.element_ty)  # fmt: skip
-        sum_e += tl.sum(e)
-        sum_ex += tl.sum(e * xhat)
-    to = (b * GROUPS + g) * CHUNKS + s
-    tl.store(SumE + to, sum_e)
-    tl.store(SumEX + to, sum_ex)
+        e, xhat, _ = _upstream(X, Add, Weight, Bias, dY, mean, inverse, c, cells,
+                               P, sx_c, sx_p, CG * GB, ADD, SILU, SUM)  # fmt: skip
+        sum_e += tl.sum(e, axis=1)
+        sum_ex += tl.sum(e * xhat, axis=1)
+    for j in tl.static_range(GB):
+        own = c // CG == j
+        to = at + j * CHUNKS + s
+        tl.store(SumE + to, tl.sum(tl.where(own, sum_e, 0.0)))
+        tl.store(SumEX + to, tl.sum(tl.where(own, sum_ex, 0.0)))
 
 
 @triton.jit
@@ -221,29 +249,36 @@ def _gradient(
     SumE, SumEX,  # read: (B, GROUPS, CHUNKS) float32, from `_gradient_sums`
     P, C, GROUPS, chunk, eps,  # cells, channels, groups, cells per chunk, added to the variance
     sx_b, sx_c, sx_p,  # strides of X, dY and dX in elements: per image, channel, cell
-    CG: tl.constexpr, BC: tl.constexpr,  # channels per group, and the next power of two
-    BP: tl.constexpr,  # cells per block
+    CG: tl.constexpr, GB: tl.constexpr,  # channels per group, groups per block
+    BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes dx of one block of cells of one group. Each block adds up the sums of all chunks
+    """Computes dx of one block of cells of GB groups. Each block adds up the sums of all chunks
     itself."""
-    cells, g, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    of = (b * GROUPS + g) * CHUNKS
-    mean, inverse = _moments(Mean, M2, of, P, chunk, eps, CG, CHUNKS)
+    cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
+    g = tl.program_id(1) * GB
+    SUM: tl.constexpr = Mean.dtype.element_ty
+    c = tl.arange(0, BC)
+    at = (b * GROUPS + g) * CHUNKS
+    mean, inverse = _moments(Mean + at, M2 + at, c, P, chunk, eps, CG, GB, CHUNKS)
     s = tl.arange(0, CHUNKS)
     inside_chunks, size = s * chunk < P, 1.0 * P * CG
-    mean_e = tl.sum(tl.load(SumE + of + s, mask=inside_chunks, other=0.0)) / size
-    mean_ex = tl.sum(tl.load(SumEX + of + s, mask=inside_chunks, other=0.0)) / size
+    mean_e = tl.zeros((BC,), SUM)
+    mean_ex = tl.zeros((BC,), SUM)
+    for j in tl.static_range(GB):
+        of = at + j * CHUNKS + s
+        own = c // CG == j
+        mean_e = tl.where(own, tl.sum(tl.load(SumE + of, mask=inside_chunks, other=0.0)) / size, mean_e)
+        mean_ex = tl.where(own, tl.sum(tl.load(SumEX + of, mask=inside_chunks, other=0.0)) / size, mean_ex)
     X += b * sx_b + g * CG * sx_c
     dY += b * sx_b + g * CG * sx_c
     Add += b * C + g * CG
     Weight += g * CG
     Bias += g * CG
-    e, xhat, inside = _upstream(X, Add, Weight, Bias, dY, mean, inverse, cells,
-                                P, C, sx_c, sx_p, CG, BC, ADD, SILU, Mean.dtype.element_ty)  # fmt: skip
-    dx = (e - mean_e - xhat * mean_ex) * inverse
-    c = tl.arange(0, BC)[:, None]
-    to = dX + b * sx_b + g * CG * sx_c + c * sx_c + cells[None, :] * sx_p
+    e, xhat, inside = _upstream(X, Add, Weight, Bias, dY, mean, inverse, c, cells,
+                                P, sx_c, sx_p, CG * GB, ADD, SILU, SUM)  # fmt: skip
+    dx = (e - mean_e[:, None] - xhat * mean_ex[:, None]) * inverse
+    to = dX + b * sx_b + g * CG * sx_c + c[:, None] * sx_c + cells[None, :] * sx_p
     tl.store(to, dx.to(dX.dtype.element_ty), mask=inside)
 
 
@@ -256,12 +291,24 @@ KERNELS = {
 Grids = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
-def configuration(channels: int, groups: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns the kernels' constants for channels/groups channels per group, and their compiler
-    options."""
+def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: int) -> int:
+    """Returns how many groups a block covers: one, or in channels_last as few as make the rows of a
+    block at least WIDE channels and a multiple of 16 bytes (up to 128 channels)."""
     cg = channels // groups
-    bc = 1 << (cg - 1).bit_length()  # the next power of two
-    return {"CG": cg, "BC": bc, "BP": CELLS[bc], "CHUNKS": CHUNKS}, {"num_warps": WARPS}
+    if channels_last and switches.current.wide_norm:
+        for gb in (1, 2, 4, 8, 16, 32):
+            if WIDE <= gb * cg <= 128 and gb * cg * itemsize % 16 == 0 and groups % gb == 0:
+                return gb
+    return 1
+
+
+def configuration(channels: int, groups: int, gb: int = 1) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the kernels' constants for channels/groups channels per group and `gb` groups per
+    block, and their compiler options."""
+    cg = channels // groups
+    bc = 1 << (gb * cg - 1).bit_length()  # the next power of two
+    constants = {"CG": cg, "GB": gb, "BC": bc, "BP": CELLS[bc], "CHUNKS": CHUNKS}
+    return constants, {"num_warps": WARPS}
 
 
 def _launch(
@@ -271,11 +318,13 @@ def _launch(
     and constants."""
     b, c, h, w = x.shape
     p = h * w
-    constants, options = configuration(c, groups)
+    nchw = x.is_contiguous()
+    gb = groups_per_block(c, groups, not nchw, x.element_size())
+    constants, options = configuration(c, groups, gb)
     block = constants["BP"]
     chunk = _blocks(_blocks(p, CHUNKS), block) * block  # whole blocks of cells
-    grids = (_blocks(p, chunk), groups, b), (_blocks(p, block), groups, b)
-    strides = x.stride(0), x.stride(1), 1 if x.is_contiguous() else c
+    grids = (_blocks(p, chunk), groups // gb, b), (_blocks(p, block), groups // gb, b)
+    strides = x.stride(0), x.stride(1), 1 if nchw else c
     return grids, (p, c, groups, chunk), strides, {**constants, **options, "ADD": add is not None}
 
 

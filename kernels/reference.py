@@ -28,11 +28,16 @@ def _softmax(
 ) -> Tensor:
     """Returns the probabilities (B,H,n,M) for q (B,H,n,d) and k (B,H,M,d). A row whose keys are all
     hidden is 0."""
-    s = (q * scale) @ k.transpose(-1, -2)  # (B, H, n, M)
+    return probabilities((q * scale) @ k.transpose(-1, -2), bias, region, length)
+
+
+def probabilities(s: Tensor, bias: Tensor | None, region: Tensor | None, length: int) -> Tensor:
+    """Returns the softmax of scores s (B,H,n,M) after adding the bias and hiding keys of other
+    texts. A row whose keys are all hidden is 0."""
     if bias is not None:
         s = s + bias.to(s.dtype)
     if region is not None:
-        text = torch.arange(k.shape[2], device=k.device) // length  # (M,): the text of each key
+        text = torch.arange(s.shape[3], device=s.device) // length  # (M,): the text of each key
         s = s.masked_fill((text != region[:, :, None])[:, None], -torch.inf)
     if bias is None and region is None:
         return s.softmax(dim=-1)

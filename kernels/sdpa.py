@@ -1,11 +1,28 @@
 """Computes attention without probabilities, by PyTorch's scaled_dot_product_attention or, on a CPU,
 by oneDNN (onednn.py)."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import onednn
+from . import onednn, switches
+
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def _order(q: Tensor) -> AbstractContextManager[object]:
+    """Within the block, PyTorch tries its kernels for q in the order that switches.py asks for."""
+    if q.is_cuda and switches.current.cudnn_first:
+        return sdpa_kernel(CUDNN_FIRST, set_priority=True)
+    return nullcontext()
 
 
 def forward(
@@ -32,7 +49,30 @@ def forward(
         # would write a copy for every head.
         bias = bias.masked_fill(dead, 0.0).expand(-1, -1, q.shape[1], k.shape[1])
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    with _order(q):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     if dead is not None:
         out = out.masked_fill(dead, 0.0)
     return out.transpose(1, 2)
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Computes attention without bias or region, and the log-sum-exp of each row of scores.
+
+    Calls the operator that scaled_dot_product_attention would choose. Returns (out (B,N,H,d),
+    differentiable, log-sum-exp (B,H,N) float32, base e), or None if that operator returns none.
+    """
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    aten = torch.ops.aten
+    with _order(q):
+        choice = SDPBackend(aten._fused_sdp_choice(q, k, v, scale=scale))
+    if choice == SDPBackend.FLASH_ATTENTION and q.is_cuda:
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    elif choice == SDPBackend.FLASH_ATTENTION:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    elif choice == SDPBackend.CUDNN_ATTENTION:
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+    else:
+        return None
+    lse = lse.detach().float().reshape(q.shape[:3])  # cuDNN's is (B, H, N, 1)
+    return out.transpose(1, 2), lse.contiguous()

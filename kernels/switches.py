@@ -23,16 +23,34 @@ class Switches:
     # occupy every multiprocessor. Expected to be good.
     map_blocks_64: int = 1 << 18
     map_blocks_128: int = 1 << 22
-    # True: Triton kernels compute GroupNorm's gradient. Expected to save two transposes of x and
-    # an elementwise pass. False: where a gradient is needed, PyTorch computes norm and gradient.
-    norm_gradient: bool = True
+    # The fewest elements of x for which Triton kernels compute a GroupNorm whose gradient is needed.
+    # They are expected to save two transposes of x and an elementwise pass, but Python launches them
+    # more slowly than PyTorch's (by an estimated 50 us per norm), so small norms are left to
+    # PyTorch unless a CUDA graph replays them. None: PyTorch computes all of them.
+    norm_gradient_from: int | None = 1 << 21
+    # In channels_last a program of GroupNorm's kernels takes several groups at once. With 10 channels
+    # per group it then reads and writes 16 bytes at a time instead of 4 (as compiled for sm_90),
+    # which is expected to halve the time of such norms.
+    wide_norm: bool = True
+    # Maps of fewer probabilities than this (images x heads x queries x keys) are computed with all
+    # of them in memory (materialised.py). 1 << 21 covers 16x16 cells of 8 heads for 3 images. 0 means
+    # never, because equal speed is expected in eager mode and a loss in a CUDA graph, which launches
+    # the Triton kernels at no cost.
+    materialise_below: int = 0
+    # Backend "sdpa" with maps takes the log-sum-exp of each row from PyTorch's attention instead of
+    # computing the scores once more. Expected to save one of three products of q and k. Off until a
+    # GPU has shown that the results agree, because PyTorch's operators for it are private.
+    shared_lse: bool = False
+    # PyTorch's attention tries cuDNN before its other kernels. Expected to be faster on capability
+    # 9.0. Off until measured: some versions of PyTorch prefer cuDNN there by themselves.
+    cudnn_first: bool = False
 
 
 current = Switches()
 
 
 @contextmanager
-def use(**changes: bool | int) -> Iterator[Switches]:
+def use(**changes: bool | int | None) -> Iterator[Switches]:
     """Changes some switches within the block. Threads share them, so only one may use this."""
     global current
     before = current
@@ -41,3 +59,11 @@ def use(**changes: bool | int) -> Iterator[Switches]:
         yield current
     finally:
         current = before
+
+
+@contextmanager
+def in_a_graph() -> Iterator[None]:
+    """Within the block, kernels are chosen for a CUDA graph, in which launching them costs nothing."""
+    least = None if current.norm_gradient_from is None else 0
+    with use(norm_gradient_from=least):
+        yield

@@ -95,3 +95,10 @@ def split_scale(text: str) -> LoRAReference:
 def join_scale(path: Path, scale: float) -> str:
     """Returns FILE:SCALE for a file and a scale, the inverse of `split_scale`."""
     return f"{path}:{scale}"
+
+
+def split_name(text: str) -> tuple[Path, str | None]:
+    """Parses "style.pt:my-style" into the file of an embedding and the word that stands for it in
+    prompts. The word is None if there is none."""
+    m = re.fullmatch(r"(.+\.(?:safetensors|pt|pth|bin|ckpt)):([^:]+)", text)
+    return (Path(text), None) if m is None else (Path(m[1]), m[2])

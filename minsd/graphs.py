@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
+from minsd.kernels import switches
+
 LIMIT = 8  # the most graphs of one network; capturing one more releases all of them
 
 broken = False  # whether a capture has failed in this process
@@ -352,7 +354,8 @@ class Graphs:
 
         def maps() -> list[Tensor]:
             fresh = type(record)(only=True)
-            self.run(*positional, record=fresh, **more)
+            with switches.in_a_graph():
+                self.run(*positional, record=fresh, **more)
             return [fresh.cross, fresh.self]
 
         try:

@@ -9,7 +9,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from torch import Tensor
 from minsd import guidance, image, samplers
 from minsd.attention import Attention
 from minsd.config import STRENGTH, ModelConfig, check_size, overflow_advice
+from minsd.controlnet import Controlled
 from minsd.graphs import Graphs, graphs_of, use_graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as unit_noise
+from minsd.noise.steer import asked
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Schedule
 from minsd.text import TextEncoder
@@ -74,6 +76,7 @@ def load(
     sd = StableDiffusion(loaded.config, loaded.unet, loaded.vae, loaded.text)
     sd.name = loaded.name
     sd.model_hash = loaded.sha256
+    sd.model_revision = loaded.revision
     sd.notes = loaded.notes
     if device.type == "cuda":
         for module in (sd.unet, sd.vae):
@@ -95,6 +98,7 @@ class StableDiffusion:
         self.schedule = Schedule(config.schedule)
         self.name = config.name
         self.model_hash: str | None = None  # of a model in a single file
+        self.model_revision: str | None = None  # of a model of the hub: the commit
         self.notes: list[str] = []  # for the user, on how the model was loaded
         self.graphs: Graphs | None = None
 
@@ -105,6 +109,11 @@ class StableDiffusion:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Returns float32 for SDXL's VAE in a float16 model, and otherwise the model's dtype."""
+        return self.vae.decoder.conv_in.weight.dtype
 
     def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
         """Sets the attention backend (of `minsd.kernels.attention`) of the UNet and of `others`,
@@ -118,13 +127,18 @@ class StableDiffusion:
             graphs.release()
 
     def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
-        """Replays the UNet's evaluations from CUDA graphs (minsd/graphs.py), or with `on` False
-        stops doing so. `load` turns graphs on for CUDA.
+        """Replays evaluations of the UNet, and of ControlNets in use, from CUDA graphs
+        (minsd/graphs.py), or with `on` False stops doing so. `load` turns graphs on for CUDA.
 
         With `gradients`, graphs are also used for evaluations whose attention maps are
         differentiated (expected to matter most at batch 1, not measured on a GPU).
         """
-        self.graphs = use_graphs(self.unet, on, gradients)
+        unet = self.unet
+        if isinstance(unet, Controlled):
+            for control in unet.controls:
+                use_graphs(control.net, on, gradients)
+            unet = unet.unet
+        self.graphs = use_graphs(unet, on, gradients)
 
     def compile(self, **options) -> None:
         """Compiles the UNet with torch.compile. The first step of each image size then takes
@@ -163,6 +177,11 @@ class StableDiffusion:
         strength: float = STRENGTH,
         karras: bool = False,
         refine: Callable | None = None,
+        objective: Callable | str | None = None,
+        driver: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        subjects: str | Sequence[str | int] | None = None,
+        pairs: str | None = None,
     ) -> list[Image.Image]:
         """Generates images, one per seed (default: seed 0) or per unit noise
         (B,4,height/8,width/8).
@@ -173,7 +192,12 @@ class StableDiffusion:
         `strength` (0 to 1) is the fraction of the steps that run. `karras` uses Karras noise
         levels, for dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each step's
         prediction. Raises ValueError for sizes, shapes and counts that do not fit.
+
+        With an `objective` (a function of a Look, a name, or FILE.py:NAME) and its `driver`,
+        `settings`, `subjects` and `pairs`, noise/steer.py finds the noise or the updates.
         """
+        taken = noise is not None or refine is not None
+        begin = asked(objective, driver, settings, subjects, pairs, taken)
         height = self.config.size if height is None else height
         width = self.config.size if width is None else width
         check_size(height, width)
@@ -181,10 +205,15 @@ class StableDiffusion:
         init = None if init_image is None else self.encode(image.fit(init_image, width, height))
         pictures = []
         for part in torch.arange(len(noise)).split(self.batch_size(height, width)):
+            these = [prompts[k] for k in part]
+            own = [seeds[k] for k in part]
+            start = noise[part]
+            if begin is not None:
+                start, refine = begin(self, these, own, start, steps, sampler, karras, negative_prompt)
             latents = self.sample(
-                [prompts[k] for k in part],
-                noise[part],
-                seeds=[seeds[k] for k in part],
+                these,
+                start,
+                seeds=own,
                 negative_prompt=negative_prompt,
                 steps=steps,
                 sampler=sampler,
@@ -215,7 +244,7 @@ class StableDiffusion:
     ) -> guidance.Predictor:
         """Returns the guided predictor for prompts: one string for all images, or a list with one
         string per image."""
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = self.config.guidance(guidance_scale)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -276,10 +305,14 @@ class StableDiffusion:
             )
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
-    def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor:
+    def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor:
         """Encodes prompts into text states (B,77n,D), in the model's dtype. n is 1 for up to 75
-        tokens; all prompts are filled up to the n of the longest."""
-        return self.text.encode([prompts] if isinstance(prompts, str) else list(prompts)).to(self.dtype)
+        tokens; all prompts are filled up to the n of the longest. For SDXL the result is
+        (B,77n+1,D), whose last row is for the whole text (`text.TwoTextEncoders`). `size` (height,
+        width), in pixels, is for SDXL: the latents will be a part of an image that large."""
+        part = {} if size is None else {"size": size}  # other encoders may take prompts alone
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.text.encode(prompts, **part).to(self.dtype)
 
     @torch.no_grad()
     def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
@@ -289,7 +322,7 @@ class StableDiffusion:
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
             raise ValueError(f"an image to encode must have sides that are multiples of 8, not {size}")
-        x = x.to(self.device, self.dtype)
+        x = x.to(self.device, self.vae_dtype)
         at_once = self._vae_batch(*x.shape[-2:])
         parts = []
         for part in x.split(at_once or 1):
@@ -306,15 +339,15 @@ class StableDiffusion:
                 f"the latents are not finite: sampling in {latents.dtype} overflowed; "
                 f"{overflow_advice(latents.dtype)}"
             )
-        z = latents.to(self.dtype) / self.config.vae.scaling_factor
+        z = latents.to(self.vae_dtype) / self.config.vae.scaling_factor
         at_once = self._vae_batch(8 * z.shape[-2], 8 * z.shape[-1])
         pixels = []
         for part in z.split(at_once or 1):
             # (b, 3, 8h, 8w)
             x = self.vae.decode(part) if at_once else decode_in_bands(self.vae, part)
-            if not x.isfinite().all() and self.dtype != torch.float32:  # float16's maximum is 65504
+            if not x.isfinite().all() and self.vae_dtype != torch.float32:  # float16's maximum is 65504
                 warnings.warn(
-                    f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2
+                    f"VAE decoding overflowed in {self.vae_dtype}; decoded again in float32", stacklevel=2
                 )
                 vae = copy.deepcopy(self.vae).float()
                 # float32 needs twice the memory, so it decodes in bands.
@@ -331,7 +364,7 @@ class StableDiffusion:
         """Returns how many images the VAE processes at once. Returns 0, with a warning, where
         memory is too short for one image, which must then be processed in bands (strips of rows,
         one after another)."""
-        need = memory_needed(self.config.vae, height, width, self.dtype)
+        need = memory_needed(self.config.vae, height, width, self.vae_dtype)
         free = 0.9 * free_memory(self.device)
         # `free_memory` counts the memory in the graphs' pool as free, but only graphs can use it.
         if self.graphs is not None and need > free - self.graphs.held:

@@ -5,6 +5,7 @@ themselves and leaves its output where the capture's was. Inputs that are not co
 output that is not copied out, give wrong numbers.
 """
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +15,16 @@ import torch
 
 import minsd
 from minsd import graphs, guidance
+from minsd import unet as unet_file
 from minsd.app import run as running
 from minsd.attention import AttentionRecorder
 from minsd.config import UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
 from minsd.graphs import Graphs
+from minsd.kernels import switches
 from minsd.noise import initno, losses
 from minsd.noise.initial import noise
+from minsd.noise.look import Lift, ask
 from minsd.unet import UNet
 from minsd.weights import controlnet
 
@@ -328,19 +332,18 @@ PROMPT = "a red circle and a blue square"
 
 def looks(sd, seed, t, whole=True, rows=1):
     """The values and the gradient of InitNO's losses, or of the response alone."""
-    select = losses.selector([losses.resolve(sd.text, PROMPT, None)] * rows)
 
-    def objective(look, part):
-        cross = losses.cross_response(look.maps)
-        if not whole:
-            return cross, cross[:, None]
+    def objective(look):
         conflict = losses.self_conflict(look.claims)
-        loss = cross + conflict + losses.clean_background(look.maps)
-        return loss, torch.stack([cross, conflict, loss], dim=1)
+        if not whole:
+            return losses.cross_response(look.maps)
+        cross = losses.cross_response(look.maps)
+        return cross + conflict + losses.clean_background(look.maps), {"cross": cross, "self": conflict}
 
     x = noise(range(seed, seed + rows), (4, 16, 16))
-    context = sd.encode_prompt([PROMPT] * rows)
-    return losses.differentiate(sd, x, t, context, select, objective)
+    lift = Lift(sd, ask(sd, [PROMPT] * rows, range(rows)), objective)
+    told, gradient = lift.slope(x, torch.arange(rows), t)
+    return torch.stack(list(told.values()), dim=1), gradient
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["both maps", "cross-attention alone"])
@@ -377,11 +380,31 @@ def test_initno_optimises_the_same_noise_with_graphs(shapes, split):
     assert split.captures == 1 and split.backs == result.steps - 1 > 3
 
 
+def test_kernels_of_a_captured_look_are_chosen_for_a_graph(graphed, split, monkeypatch):
+    """From the warm-up on, which must compile what the capture will launch."""
+    least = []
+    norm = unet_file.group_norm
+
+    def noted(*arguments, **more):
+        least.append(switches.current.norm_gradient_from)
+        return norm(*arguments, **more)
+
+    monkeypatch.setattr(unet_file, "group_norm", noted)
+    looks(graphed, 0, 981)
+    default = switches.Switches().norm_gradient_from
+    assert set(least) == {default} and default > 0
+    eager = len(least)
+    looks(graphed, 1, 981)
+    assert least[eager:] == [0] * (3 * eager)  # warmed up, captured, replayed by the stand-in
+    assert switches.current.norm_gradient_from == default
+    with switches.use(norm_gradient_from=None), switches.in_a_graph():
+        assert switches.current.norm_gradient_from is None
+
+
 @pytest.mark.parametrize("found", ["nothing to do", "the response alone"])
 def test_before_a_capture_every_gradient_has_been_computed(graphed, split, monkeypatch, found):
     """A capture must not compile kernels, and the losses so far may have needed none of the gradient,
     or that of one kind of map."""
-    select = losses.selector([losses.resolve(graphed.text, PROMPT, None)])
     computed, grad = [], torch.autograd.grad
 
     def noted(outputs, *rest, **more):
@@ -395,13 +418,10 @@ def test_before_a_capture_every_gradient_has_been_computed(graphed, split, monke
     monkeypatch.setattr(torch.autograd, "grad", noted)
     monkeypatch.setattr(graphs, "capture_gradient", captured)
 
-    def objective(look, part):
-        cross = losses.cross_response(look.maps)
-        return None if found == "nothing to do" else cross, cross[:, None]
-
+    limits = {"loss": math.inf} if found == "nothing to do" else None
+    lift = Lift(graphed, ask(graphed, [PROMPT], [0]), lambda look: losses.cross_response(look.maps))
     for seed in range(3):
-        x = noise([seed], (4, 16, 16))
-        losses.differentiate(graphed, x, 981, graphed.encode_prompt(PROMPT), select, objective)
+        lift.slope(noise([seed], (4, 16, 16)), torch.arange(1), 981, limits=limits)
     assert split.captures == 1 and split.replays == 2 and not graphs.broken
 
 
@@ -538,6 +558,21 @@ def test_a_controlnet_has_graphs_of_its_own(small, fake, tmp_path, monkeypatch):
         small.use_graphs(False)
 
 
+def test_graphs_are_turned_off_and_on_beside_a_controlnet_too(small):
+    net, unet = ControlNet(small.config.unet, (4, 4, 8, 8)), small.unet
+    networks = unet, net
+    small.unet = Controlled(unet, [Control(net, torch.rand(1, 3, 128, 128))])
+    try:
+        small.use_graphs(gradients=False)
+        assert [graphs.graphs_of(network).gradients for network in networks] == [False, False]
+        assert small.graphs is graphs.graphs_of(unet)
+        small.use_graphs(False)
+        assert all(graphs.graphs_of(network) is None for network in networks) and small.graphs is None
+    finally:
+        small.unet = unet
+        small.use_graphs(False)
+
+
 def test_the_same_images_with_graphs(small, fake):
     expected = small("a red circle", seeds=[1, 2], steps=4)
     small.use_graphs()
@@ -589,16 +624,16 @@ def test_on_a_gpu_the_same_image_and_no_waiting_in_the_loop():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_same_looks_and_gradients():
     sd = minsd.load("shapes", "cuda", torch.float32)
-    select = losses.selector([losses.resolve(sd.text, PROMPT, None)]).to("cuda")
-    context = sd.encode_prompt(PROMPT)
 
-    def objective(look, part):
-        loss = losses.cross_response(look.maps) + losses.self_conflict(look.claims)
-        return loss, loss[:, None]
+    def objective(look):
+        return losses.self_conflict(look.claims) + losses.cross_response(look.maps)
+
+    lift = Lift(sd, ask(sd, [PROMPT], [0]), objective)
 
     def step(seed, t):
         x = noise([seed], (4, 16, 16)).to("cuda")
-        return losses.differentiate(sd, x, t, context, select, objective)
+        told, gradient = lift.slope(x, torch.zeros(1, dtype=torch.long, device="cuda"), t)
+        return told["loss"][:, None], gradient
 
     steps = [(0, 981), (1, 961), (2, 500), (3, 20)]
     by_graphs = [step(*each) for each in steps]

@@ -19,7 +19,8 @@ OUTSIDE = ("bench", "tests")  # top-level packages that are not installed
 # A file may import from its own floor and from every floor below, directly or not.
 FLOORS = {
     "doors": ("generate __main__", "app"),
-    "training": ("weights.shapes.train weights.shapes.extras", "pipeline"),  # run with python -m
+    # run with python -m
+    "training": ("weights.shapes.train weights.shapes.distil weights.shapes.extras", "pipeline"),
     "app": ("app judge", "pipeline"),
     "pipeline": ("pipeline", "noise"),
     "noise": ("noise", "judges guidance"),
@@ -29,7 +30,7 @@ FLOORS = {
     "attention": ("attention", "kernels services"),
     "guidance": ("guidance", "samplers services"),
     "samplers": ("samplers", "config"),
-    "services": ("image graphs adapters files words emphasis", "config"),  # for all above the kernels
+    "services": ("image graphs adapters files words emphasis", "kernels"),  # for all above the kernels
     "kernels": ("kernels", "config"),
     "config": ("config", ""),
 }

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,21 @@ def test_outputs_maps_and_gradients(backend, shape, masked, chunked, request):
     assert all(relative(a, b) < 2e-6 for a, b in zip(ours, truth))
     plain, none = attention(q, k, v, bias=bias, backend=backend)
     assert none is None and relative(plain, truth[0]) < 2e-6
+
+
+def test_cudnn_comes_first_where_asked_for():
+    from torch.nn.attention import SDPBackend
+
+    on_gpu = SimpleNamespace(is_cuda=True)
+    usual = torch._C._get_sdp_priority_order()
+    with kernels.switches.use(cudnn_first=True):
+        with kernels.sdpa._order(SimpleNamespace(is_cuda=False)):
+            assert torch._C._get_sdp_priority_order() == usual
+        with kernels.sdpa._order(on_gpu):
+            order = torch._C._get_sdp_priority_order()
+            assert [SDPBackend(k) for k in order[:4]] == kernels.sdpa.CUDNN_FIRST
+    with kernels.sdpa._order(on_gpu):
+        assert torch._C._get_sdp_priority_order() == usual
 
 
 def test_the_oracle_itself_differentiates_through_dead_rows():

@@ -27,7 +27,7 @@ ARCHITECTURES = (80, 86, 90)  # in turn; besides, 120 (RTX 5090) spills first an
 SPILL = 64  # bytes of stack a thread: a few registers, kept in the L1 cache
 LIMITS = {80: 166912, 86: 101376, 90: 232448, 120: 101376}  # bytes of shared memory
 # Channels per GroupNorm group at SD's levels, with and without skips; NCHW and channels_last.
-NORMS = [(10, "sx_p"), (30, "sx_c"), (80, "sx_p"), (40, "sx_c")]
+NORMS = [(10, "sx_p"), (30, "sx_c"), (80, "sx_p"), (40, "sx_c"), (10, "sx_c")]
 LOW = ("Q", "K", "V", "Out", "dO", "dQ", "dK", "dV", "bias", "X", "Add", "Weight", "Bias", "Y", "dY", "dX")
 POINTERS = {
     **dict.fromkeys(("Lse", "Dsum", "Map", "G", "Mean", "M2", "SumE", "SumEX"), "*fp32"),
@@ -57,7 +57,8 @@ def compile_kernel(name, dtype, size, flags, architecture, pairs):
         constants = {**sizes, **flags, "PRECISION": "ieee"}
     else:
         kernel = groupnorm.KERNELS[name]
-        sizes, options = groupnorm.configuration(size, 1)
+        gb = groupnorm.groups_per_block(size * 32, 32, "sx_c" in flags, 4 if dtype == "fp32" else 2)
+        sizes, options = groupnorm.configuration(size, 1, gb)
         constants = {**sizes, **flags}
     kinds = {**POINTERS, **dict.fromkeys(LOW, f"*{dtype}")}
     signature, attributes = {}, {}

@@ -72,7 +72,7 @@ def test_without_a_c_compiler_pytorch_does_the_work_after_one_warning(launches, 
 def test_a_launch_that_works_is_asked_for_once_per_device(launches):
     x, norm = on_cuda(1, 4, 3, 3), torch.nn.GroupNorm(2, 4).half().requires_grad_(False)
     assert norm_is_fused(x, norm, None) and norm_is_fused(x, norm, None)
-    assert kernels._map_kernel(on_cuda(1, 4, 2, 8), "auto") == "triton"
+    assert kernels._map_kernel(on_cuda(1, 4, 2, 8), on_cuda(1, 4, 2, 8), "auto") == "triton"
     assert len(launches) == 1
     assert devices.failure(torch.device("cuda", 0)) is devices.failure(torch.device("cuda", 1)) is None
     assert len(launches) == 3
@@ -160,7 +160,9 @@ def test_an_old_device_uses_pytorch_without_a_warning(launches, monkeypatch):
             warnings.simplefilter("error")
             assert (devices.failure(torch.device("cuda", 0)) is not None) == old
         assert len(launches) == (not old)
-        assert kernels._map_kernel(on_cuda(1, 4, 2, 8), "auto") == ("reference" if old else "triton")
+        assert kernels._map_kernel(on_cuda(1, 4, 2, 8), on_cuda(1, 4, 2, 8), "auto") == (
+            "reference" if old else "triton"
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert devices._too_old(torch.device("cuda", 0)) == (
         "the kernels need compute capability 8.0, the device has 7.5"
@@ -171,7 +173,7 @@ def test_what_does_not_fit_is_refused_or_left_to_pytorch(launches, monkeypatch):
     q = on_cuda(1, 4, 2, 160)
     for limit, fits in ((101376, True), (49152, False), (None, True)):
         monkeypatch.setattr(devices, "shared_memory", lambda device, limit=limit: (limit, False))
-        assert kernels._map_kernel(q, "auto") == ("triton" if fits else "reference")
+        assert kernels._map_kernel(q, q, "auto") == ("triton" if fits else "reference")
         if not fits:
             with pytest.raises(ValueError, match="needs .* bytes of shared memory, the device has") as raised:
                 attention(q, q, q, backend="triton")

@@ -170,6 +170,60 @@ def test_switches_change_no_result(changes):
 
 
 @here
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", ["nothing", "bias", "regions"])
+def test_small_maps_materialised_in_16_bits(dtype, hidden, monkeypatch):
+    """As close to float64 as the kernels, since only operands are rounded, and not the scores."""
+    from minsd import kernels
+
+    if INTERPRETING:  # no map is computed so on a CPU otherwise
+        monkeypatch.setattr(kernels, "_map_kernel", lambda q, k, backend: "materialised")
+    qkv, weights, bias = inputs((2, 33, 78, 3), 40, dtype, hidden == "bias")
+    more = {} if bias is None else {"bias": bias}
+    if hidden == "regions":
+        qkv = qkv[0], *(y.unflatten(1, (2, 39)) for y in qkv[1:])
+        weights = weights[0], weights[1][..., :39]
+        more["region"] = torch.arange(66, device=DEVICE).view(2, 33) % 3  # 2: no text
+
+    def by(backend):
+        return lambda *a, **more: kernels.attention(*a, probs="mean", backend=backend, **more)
+
+    truth = run(by("reference"), [y.double() for y in qkv], weights, **more)
+    with kernels.switches.use(materialise_below=1 << 30):
+        result = run(by("auto"), qkv, weights, **more)
+        decoupled = run(by("sdpa"), qkv, weights, **more)
+    assert_close(result, truth, DTYPES[dtype])
+    assert_close(decoupled, truth, DTYPES[dtype])
+    assert torch.equal(result[1], decoupled[1]) and result[1].dtype == torch.float32
+
+
+@here
+@pytest.mark.parametrize("shape", [(2, 33, 77, 3), (1, 65, 64, 2)], ids=str)
+def test_maps_from_the_log_sum_exp_of_pytorch(shape, monkeypatch):
+    from minsd import kernels
+    from minsd.kernels import flash
+
+    monkeypatch.setattr(kernels, "_map_kernel", lambda q, k, backend: "triton")
+    qkv, weights, _ = inputs(shape, 40, torch.float16)
+    launched, launch = [], flash._launch
+    monkeypatch.setattr(
+        flash, "_launch", lambda name, *a, **kw: launched.append(name) or launch(name, *a, **kw)
+    )
+
+    def decoupled(*a):
+        return kernels.attention(*a, probs="mean", backend="sdpa")
+
+    twice = run(decoupled, qkv, weights)
+    assert launched == ["forward", "mean_map", "grad_q", "grad_kv"]
+    launched.clear()
+    with kernels.switches.use(shared_lse=True):
+        once = run(decoupled, qkv, weights)
+    assert launched == ["mean_map", "grad_q", "grad_kv"]
+    assert_close(once, twice, 1e-4)
+    assert_close(once, run(exact, [y.double() for y in qkv], weights), DTYPES[torch.float16])
+
+
+@here
 def test_nan_rows_stay_in_their_rows_and_large_logits_stay_finite():
     (q, k, v), weights, _ = inputs((1, 40, 77, 2), 32, torch.float32)
     clean_out, clean_map = ours(q, k, v)

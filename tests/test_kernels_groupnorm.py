@@ -25,7 +25,7 @@ here = pytest.mark.skipif(
 )
 # B, C, h, w, groups: odd sizes; SD's finest level (10 channels per group) with a ragged last block;
 # one cell; one channel per group
-SHAPES = [(2, 12, 7, 9, 4), (1, 40, 33, 50, 4), (2, 32, 1, 1, 8), (1, 4, 40, 60, 4)]
+SHAPES = [(2, 12, 7, 9, 4), (1, 40, 23, 25, 4), (2, 32, 1, 1, 8), (1, 4, 40, 60, 4)]
 
 
 def exact(x, norm, add, silu=True):
@@ -103,8 +103,11 @@ def test_gradient_against_float64(shape, layout, dtype, tolerance, fused):
 @pytest.mark.skipif(not INTERPRETING, reason="needs no kernel but the interpreter's, in float64")
 @pytest.mark.parametrize("silu", [True, False])
 def test_gradcheck(silu, fused, monkeypatch):
-    """In float64: two blocks in a chunk, a ragged chunk, and any strides of x and dy."""
-    monkeypatch.setitem(kernels.groupnorm.CELLS, 2, 2)
+    """In float64: two blocks in a chunk, a ragged chunk, and any strides of x and dy; in
+    channels_last two groups in a block."""
+    for channels in (2, 4):
+        monkeypatch.setitem(kernels.groupnorm.CELLS, channels, 2)
+    monkeypatch.setattr(kernels.groupnorm, "WIDE", 4)
     monkeypatch.setattr(kernels.groupnorm, "CHUNKS", 2)
     x, norm, add = case((1, 4, 1, 5, 2), torch.float64, DEVICE)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -119,6 +122,26 @@ def test_gradcheck(silu, fused, monkeypatch):
     (dx,) = torch.autograd.grad(group_norm(leaf, norm, add).square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.sum().backward()
+
+
+@here
+@pytest.mark.parametrize("shape, gb", [((1, 40, 5, 9, 4), 4), ((1, 48, 5, 9, 8), 8)])
+def test_groups_side_by_side_give_what_each_gives_alone(shape, gb, fused):
+    """Of 10 channels a group, and of 6, which fill 32 channels and 16 bytes with eight groups."""
+    x, norm, add = case(shape, torch.float16, DEVICE)
+    assert kernels.groupnorm.groups_per_block(shape[1], shape[-1], True, 2) == gb
+    assert kernels.groupnorm.groups_per_block(shape[1], shape[-1], False, 2) == 1
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, x.dtype)
+
+    def both():
+        leaf = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = group_norm(leaf, norm, add, silu=True)
+        return y.detach(), torch.autograd.grad(y, leaf, dy)[0]
+
+    wide = both()
+    with kernels.switches.use(wide_norm=False):
+        narrow = both()
+    assert all(relative(a, b) < 1e-3 for a, b in zip(wide, narrow))
 
 
 @here
@@ -196,15 +219,20 @@ def test_where_the_kernels_are_taken(monkeypatch):
     on = x.as_subclass(OnCuda)
     assert kernels.norm_is_fused(on, norm, add) and kernels.norm_is_fused(on, norm, None)
     leaf = on.clone().as_subclass(OnCuda).requires_grad_()
-    assert kernels.norm_is_fused(leaf, norm, add)
-    with kernels.switches.use(norm_gradient=False):
-        assert not kernels.norm_is_fused(leaf, norm, add)
-        assert kernels.norm_is_fused(on, norm, add)
+    assert not kernels.norm_is_fused(leaf, norm, add)  # small and eager
+    with kernels.switches.in_a_graph():
+        assert kernels.norm_is_fused(leaf, norm, add)
+    for least, taken in ((leaf.numel(), True), (leaf.numel() + 1, False), (None, False)):
+        with kernels.switches.use(norm_gradient_from=least):
+            assert kernels.norm_is_fused(leaf, norm, add) == taken
+            assert kernels.norm_is_fused(on, norm, add)
     with torch.no_grad():
         assert kernels.norm_is_fused(on.clone().as_subclass(OnCuda).requires_grad_(), norm, add)
-    assert not kernels.norm_is_fused(on, norm, add.requires_grad_())
+    with kernels.switches.in_a_graph():
+        assert not kernels.norm_is_fused(on, norm, add.requires_grad_())
     add.requires_grad_(False)
-    assert not kernels.norm_is_fused(leaf, norm.requires_grad_(), add)
+    with kernels.switches.in_a_graph():
+        assert not kernels.norm_is_fused(leaf, norm.requires_grad_(), add)
     norm.requires_grad_(False)
     with torch.autograd.forward_ad.dual_level():
         assert not kernels.norm_is_fused(on, norm, add)

@@ -8,7 +8,17 @@ nothing heavy.
 import importlib
 from types import ModuleType
 
-_SUBMODULES = ("controlnet", "hub", "ldm_keys", "load", "lora", "safetensors_file", "shapes", "single_file")
+_SUBMODULES = (
+    "controlnet",
+    "embedding",
+    "hub",
+    "ldm_keys",
+    "load",
+    "lora",
+    "safetensors_file",
+    "shapes",
+    "single_file",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from minsd.adapters import split_scale
+from minsd.adapters import split_name, split_scale
 from minsd.app.ranks import local_rank
 from minsd.app.requests import Command, Request
 from minsd.controlnet import ControlNet
 from minsd.pipeline import StableDiffusion, load
-from minsd.weights import lora
+from minsd.weights import embedding, lora
 from minsd.weights.controlnet import load_controlnet
 
 
@@ -57,9 +57,13 @@ def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> 
     layouts = [request.layout for request in requests if request.layout is not None]
     paths = {path for layout in layouts for region in layout.regions for path, _ in region.lora}
     session.adapters = {path: lora.read(path, sd) for path in paths}
-    if command.lora:
-        named = [split_scale(text) for text in command.lora]
+    named = [split_scale(text) for text in command.lora]
+    if named:
         lora.merge([(lora.read(path, sd), scale) for path, scale in named])
+    words = [embedding.read(*split_name(text), sd) for text in command.embedding]
+    for path in sorted({*paths, *(path for path, _ in named)}):
+        words += embedding.bundled(path, sd)
+    sd.notes += [embedding.add(word, sd) for word in words]
     if command.controlnet is not None:
         session.controlnet = load_controlnet(command.controlnet, device=sd.device, dtype=sd.dtype)
     sd.set_attention(command.attention, *([] if session.controlnet is None else [session.controlnet]))

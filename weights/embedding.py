@@ -1,0 +1,146 @@
+"""Reads embeddings of textual inversion (Gal et al. 2022): vectors that stand for a word of the
+prompt, in the place of the text encoder's own token embeddings.
+
+Readable files are safetensors, and pickles with torch.load's restriction to tensors and plain data:
+those of AUTOMATIC1111's web UI (`emb_params`, `string_to_param`), of diffusers (the word itself is
+the name of its tensor), with one tensor per text encoder for SDXL (`clip_l`, `clip_g`), and LoRA
+files with embeddings in them (`bundle_emb.NAME.*`). For example:
+
+    add(read("easynegative.safetensors", None, sd), sd)
+    images = sd("a red circle", negative_prompt="easynegative")
+"""
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minsd.text import TextEncoder
+from minsd.weights.safetensors_file import PICKLES, Tensors, guess
+
+LARGEST = 32 * 2**20  # bytes of a pickle; 75 vectors of SDXL take 0.6 MB in float32
+MOST = 75  # vectors, the tokens of a chunk
+_BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(.+)")
+_FAMILIES = {(768,): "Stable Diffusion 1.x", (1024,): "Stable Diffusion 2.x", (768, 1280): "SDXL"}
+# Names that say nothing about the word: the file's name is the word.
+_NAMELESS = ("emb_params", "string_to_param", "*", "clip_l", "clip_g", "text_encoders_0", "text_encoders_1")
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A word for prompts, and its vectors (k,D) for each text encoder."""
+
+    name: str
+    vectors: tuple[Tensor, ...]
+
+
+def read(path: str | Path, name: str | None, sd: Any) -> Embedding:
+    """Reads the embedding in a file for the text encoders of `sd`. `name` is the word for prompts;
+    None means the word that the file states, or else the file's name without its suffix.
+
+    Raises FileNotFoundError or ValueError, in one line, for a file that is missing, holds no
+    embedding, or was made for another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no embedding {path}: give a .safetensors, .pt or .bin file")
+    if path.suffix.lower() in PICKLES:
+        tensors = _unpickled(path)
+    elif path.suffix.lower() == ".safetensors":
+        tensors = Tensors(path, "", torch.float32)
+    else:
+        raise ValueError(
+            f"{path} is no embedding that minsd reads: .safetensors, .pt or .bin (an embedding stored in an"
+            " image must be converted)"
+        )
+    if any(_BUNDLED.fullmatch(key) for key in tensors):
+        raise ValueError(f"{path} is a LoRA with embeddings in it: give it with --lora")
+    stated = [key for key in tensors if key not in _NAMELESS]
+    return _embedding(path, name or (stated[0] if len(tensors) == 1 and stated else path.stem), tensors, sd)
+
+
+def bundled(path: str | Path, sd: Any) -> list[Embedding]:
+    """Reads the embeddings in a LoRA's file; an empty list if it holds none. Raises ValueError for
+    one that was made for another model."""
+    from minsd.weights.lora import file_of
+
+    path = file_of(Path(path))
+    tensors = Tensors(path, "", torch.float32)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in tensors:
+        if m := _BUNDLED.fullmatch(key):
+            found.setdefault(m[1], {})[m[2]] = tensors[key]
+    return [_embedding(path, name, tensors, sd) for name, tensors in found.items()]
+
+
+def add(embedding: Embedding, sd: Any) -> str:
+    """Makes an embedding's name a word of the prompts of `sd`. Returns a note for the user. Raises
+    ValueError if there is an embedding of that name already."""
+    for encoder, vectors in zip(encoders(sd), embedding.vectors):
+        encoder.add(embedding.name, vectors)
+    count = len(embedding.vectors[0])
+    return f"embedding of {count} vector{'s' * (count > 1)}: write {embedding.name} in a prompt to use it"
+
+
+def encoders(sd: Any) -> list[TextEncoder]:
+    """Returns the text encoders of a model: one, or two for SDXL."""
+    second = getattr(sd.text, "second", None)
+    return [sd.text] if second is None else [sd.text, second]
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a pickle that holds nothing but tensors and plain data. Raises
+    ValueError for any other."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(entry.file_size for entry in archive.infolist()))
+        except (OSError, zipfile.BadZipFile):
+            size = LARGEST + 1
+    if size > LARGEST:
+        raise ValueError(f"{path} is no embedding: it has more than {LARGEST >> 20} MiB, or is damaged")
+    try:
+        # Early files hold their vectors in a ParameterDict, whose unpickling sets attributes only.
+        with torch.serialization.safe_globals([nn.ParameterDict]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content = content.get("string_to_param", content)
+        return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+    except Exception as error:  # torch raises errors of many types, most with several lines
+        raise ValueError(
+            f"{path} cannot be read as an embedding of tensors and plain data ({type(error).__name__}); other"
+            " content can run code: get the .safetensors version"
+        ) from None
+
+
+def _embedding(path: Path, name: str, tensors: Mapping[str, Tensor], sd: Any) -> Embedding:
+    """Checks an embedding's tensors and orders them by text encoder."""
+    name = name.strip()
+    if not name.isprintable() or not 0 < len(name) <= 100:
+        raise ValueError(f"{path}: {ascii(name)[:120]} cannot be a word of a prompt: give FILE:NAME")
+    vectors: list[Tensor] = []
+    if 1 <= len(tensors) <= 2:  # other files may be whole models, and large
+        vectors = [tensor[None] if tensor.ndim == 1 else tensor for tensor in tensors.values()]
+        vectors.sort(key=lambda tensor: tensor.shape[-1] if tensor.ndim else 0)
+    if not vectors or any(
+        tensor.ndim != 2 or not tensor.is_floating_point() or not 1 <= len(tensor) <= MOST
+        for tensor in vectors
+    ):
+        kind = (guess(tensors) if len(tensors) > 2 else None) or f"does not hold 1 to {MOST} vectors"
+        raise ValueError(f"{path} is no embedding of textual inversion: it {kind}")
+    widths = tuple(tensor.shape[1] for tensor in vectors)
+    own = tuple(encoder.width for encoder in encoders(sd))
+    if widths != own or len({len(tensor) for tensor in vectors}) > 1:
+        made_for = _FAMILIES.get(widths, "another model")
+        raise ValueError(
+            f"{path} was made for {made_for}: its vectors have width {' and '.join(map(str, widths))}, those"
+            f" of this model {' and '.join(map(str, own))}"
+        )
+    if not all(tensor.isfinite().all() for tensor in vectors):
+        raise ValueError(f"{path} holds numbers that are not finite: the file is damaged")
+    return Embedding(name, tuple(vectors))
