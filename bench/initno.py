@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bench import Row, forget_peak, in_own_process, on_gpu, parser, peak_mb, report, wait
-from bench.unet import random_model
+from bench.unet import context_rows, random_model
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import MODELS
 from minsd.kernels import onednn
@@ -177,8 +177,9 @@ def worker(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
     generator = torch.Generator().manual_seed(1)
-    dim = MODELS[args.model].unet.context_dim
-    context, uncond = torch.randn(2, 1, 77, dim, generator=generator).to(device, dtype)
+    config = MODELS[args.model].unet
+    shape = 2, 1, context_rows(config), config.context_dim
+    context, uncond = torch.randn(shape, generator=generator).to(device, dtype)
     text: Any = load("shapes", "cpu").text  # its tokenizer finds the subjects
     text.encode = lambda prompts: context
     sd = random_model(args.model, dtype, device, text, as_loaded=args.worker != "research")

@@ -38,27 +38,39 @@ from minsd.config import MODELS, ModelConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import CLIPTextModel
 
+XL_INDEX = {  # what SDXL's model_index.json has beside that of SD1
+    "_class_name": "StableDiffusionXLPipeline",
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
 FILE = "single.safetensors"
 NEW_FILE = "minsd, new file"
 
 
-def text_encoder(row: ModelConfig) -> "CLIPTextModel":
-    """Returns transformers' text encoder of the same shape."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def text_encoders(row: ModelConfig) -> dict[str, Any]:
+    """Returns transformers' text encoders of the same shapes by folder name. SDXL has two."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
-        vocab_size=row.text.vocab_size,
-        hidden_size=row.text.hidden_size,
-        intermediate_size=row.text.intermediate_size,
-        num_hidden_layers=row.text.num_layers,
-        num_attention_heads=row.text.num_heads,
-        hidden_act=row.text.hidden_act,
-        bos_token_id=row.text.eos_token_id - 1,
-        eos_token_id=row.text.eos_token_id,
-    )
-    return CLIPTextModel(config)
+    made: dict[str, Any] = {}
+    for name, text in (("text_encoder", row.text), ("text_encoder_2", row.text_2)):
+        if text is None:
+            continue
+        kind = CLIPTextModelWithProjection if text.projection_dim else CLIPTextModel
+        config = CLIPTextConfig(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_hidden_layers=text.num_layers,
+            num_attention_heads=text.num_heads,
+            hidden_act=text.hidden_act,
+            projection_dim=text.projection_dim or 512,
+            bos_token_id=0,
+            eos_token_id=text.eos_token_id,
+            architectures=[kind.__name__],
+        )
+        made[name] = kind(config)
+    return made
 
 
 def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -78,6 +90,7 @@ def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
             "up_block_types": ("UpDecoderBlock2D",) * len(vae.block_out_channels),
             "sample_size": row.size,
             "scaling_factor": vae.scaling_factor,
+            "force_upcast": vae.force_upcast,
         },
         "scheduler/scheduler_config.json": {
             "_class_name": "DDIMScheduler",
@@ -110,29 +123,41 @@ def make_folder(folder: Path, model: str) -> None:
     # Every tensor repeats the same million numbers: their values cost loading nothing.
     numbers = (0.02 * torch.randn(2**20)).half()
     with torch.device("meta"):
-        networks = {"unet": UNet(row.unet), "vae": VAE(row.vae), "text_encoder": text_encoder(row)}
+        texts = text_encoders(row)
+        networks = {"unet": UNet(row.unet), "vae": VAE(row.vae), **texts}
     for name, network in networks.items():
         (folder / name).mkdir(parents=True)
         state = {
             key: numbers.repeat(-(-p.numel() // len(numbers)))[: p.numel()].view(p.shape).clone()
             for key, p in network.named_parameters()
         }
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        stem = "model" if name in texts else "diffusion_pytorch_model"
         save_file(state, folder / name / f"{stem}.safetensors", {"format": "pt"})
-    text_encoder(row).config.save_pretrained(folder / "text_encoder")
+        if name in texts:
+            texts[name].config.save_pretrained(folder / name)
     for name, settings in config_files(row).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(settings))
     shutil.copytree(SHAPES_FOLDER / "tokenizer", folder / "tokenizer")
-    shutil.copy(SHAPES_FOLDER / "model_index.json", folder / "model_index.json")
+    index = json.loads((SHAPES_FOLDER / "model_index.json").read_text())
+    if row.text_2 is not None:
+        shutil.copytree(SHAPES_FOLDER / "tokenizer", folder / "tokenizer_2")
+        index = {key: value for key, value in index.items() if "safety" not in key} | XL_INDEX
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def make_file(path: Path, folder: Path) -> None:
     """Writes the folder's weights in the original layout, whose names tests/ knows."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     from safetensors.torch import load_file, save_file
-    from test_single_file import as_original  # pyright: ignore[reportMissingImports]
+    from test_single_file import as_original, as_original_xl  # pyright: ignore[reportMissingImports]
 
+    if (folder / "text_encoder_2").is_dir():
+        stems = ("diffusion_pytorch_model", "diffusion_pytorch_model", "model", "model")
+        names = zip(("unet", "vae", "text_encoder", "text_encoder_2"), stems)
+        states = [load_file(folder / part / f"{stem}.safetensors") for part, stem in names]
+        save_file(as_original_xl(*states), path)
+        return
     unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     text = {
         f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": value
@@ -179,7 +204,8 @@ def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> C
     """
     import diffusers
 
-    pipeline: Any = diffusers.StableDiffusionPipeline
+    is_xl = (folder / "text_encoder_2").is_dir()
+    pipeline: Any = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
     for name in ("AutoencoderKL", "DDIMScheduler", "UNet2DConditionModel"):
         getattr(diffusers, name)  # imports it
 
@@ -190,7 +216,7 @@ def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> C
             pipe = pipeline.from_single_file(str(single), config=str(folder), **how)
         else:
             pipe = pipeline.from_pretrained(folder, **how)
-        return [pipe.unet, pipe.vae, pipe.text_encoder]
+        return [pipe.unet, pipe.vae, pipe.text_encoder] + ([pipe.text_encoder_2] if is_xl else [])
 
     return load
 
@@ -204,6 +230,7 @@ def with_minsd(
     """
     import torch
 
+    from minsd.text import TwoTextEncoders
     from minsd.weights.load import load_model
 
     # Where the cache folder's path names a file, nothing can be kept in it.
@@ -214,7 +241,8 @@ def with_minsd(
         model = load_model(
             str(single or folder), device=torch.device("cpu"), dtype=dtype, tokenizer=tokenizer
         )
-        return [model.unet, model.vae, model.text.model]
+        second = [model.text.second.model] if isinstance(model.text, TwoTextEncoders) else []
+        return [model.unet, model.vae, model.text.model, *second]
 
     return load
 
@@ -239,7 +267,7 @@ def worker(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         cpu_seconds = time.process_time() - cpu
     tensors = [p for module in modules for p in module.parameters()]
-    assert {p.dtype for p in tensors} == {dtype}
+    assert {p.dtype for p in tensors} <= {dtype, torch.float32}  # minsd keeps SDXL's VAE in float32
     check = sum(float(p.detach().abs().max()) for p in tensors)  # reads every weight
     touched = time.perf_counter() - start
     sizes = [p.numel() * p.element_size() / 2**20 for p in tensors]
@@ -298,7 +326,7 @@ def measure(args: argparse.Namespace, folder: Path, layout: str, dtype: str) -> 
 def main() -> None:
     options = parser(__doc__, "load")
     options.add_argument(
-        "--model", default="sd15", choices=["sd14", "sd15"], help="whose sizes (default: sd15)"
+        "--model", default="sd15", choices=["sd14", "sd15", "sdxl"], help="whose sizes (default: sd15)"
     )
     options.add_argument(
         "--dtype",

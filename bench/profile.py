@@ -13,6 +13,7 @@ chrome://tracing or ui.perfetto.dev.
 
 import argparse
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import Row, on_gpu, parser, print_table, wait, write_csv
-from bench.unet import build
+from bench.unet import build, context_rows
 from minsd.config import MODELS
 from minsd.kernels import onednn
 from minsd.unet import Downsample, ResnetBlock, Transformer, Upsample
@@ -77,7 +78,9 @@ def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
     for name, layer in layers.items():
         layer.forward = marked(layer.forward, name)
     x = torch.randn(args.batch, 4, args.size // 8, args.size // 8, device=args.device, dtype=dtype)
-    context = torch.randn(args.batch, 77, unet.config.context_dim, device=args.device, dtype=dtype)
+    context = torch.randn(
+        args.batch, context_rows(unet.config), unet.config.context_dim, device=args.device, dtype=dtype
+    )
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its "USDT: ..." lines on stderr
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with torch.no_grad():
@@ -96,6 +99,8 @@ def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
     cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
     events = [e for e in trace.events() or () if e.device_type == cuda]
     kernels = [e for e in events if e.name not in layers]  # the layers' marks appear there, too
+    if not kernels:
+        sys.exit("the profiler saw no kernel: CUPTI is missing, or this container may not use it")
     kernels.sort(key=lambda event: event.time_range.start)
     times: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()

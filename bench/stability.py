@@ -54,7 +54,7 @@ from bench import (
 )
 from bench.attention_maps import rank_correlation
 from bench.shapes import BATCH, Subjects, cases, sentence
-from bench.unet import random_model
+from bench.unet import context_rows, random_model
 from minsd.config import MODELS
 from minsd.noise import initno, stability
 from minsd.noise.initial import noise
@@ -363,10 +363,10 @@ def cost_worker(args: argparse.Namespace) -> None:
     if args.model == "shapes":
         sd = load("shapes", args.device)
     else:
-        dim = MODELS[args.model].unet.context_dim
+        unet = MODELS[args.model].unet
 
         def encode(prompts: Sequence[str]) -> Tensor:
-            return torch.zeros(len(prompts), 77, dim, device=args.device)
+            return torch.zeros(len(prompts), context_rows(unet), unet.context_dim, device=args.device)
 
         text = types.SimpleNamespace(encode=encode)
         sd = random_model(args.model, getattr(torch, args.dtype), args.device, text)

@@ -1,4 +1,4 @@
-"""Which choices of kernels are faster on this GPU, in a guided step and in a look?
+"""Which choices of kernels are faster on this GPU, for guided steps and gradients of attention maps?
 
     python -m bench.switches [--model sd15] [--size 512] [--batches 1 8] [--runs 10] [--csv]
     python -m bench.switches --model shapes --size 128 --runs 1 --variants default cudnn_first   # a try

@@ -46,6 +46,13 @@ PROVIDERS = ("minsd", "diffusers")
 def unet_settings(config: UNetConfig) -> dict[str, Any]:
     """Returns a UNet's sizes in the terms of diffusers' config.json."""
     kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
+    xl = {}
+    if config.pooled_dim:
+        xl = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": config.size_dim,
+            "projection_class_embeddings_input_dim": config.pooled_dim + 6 * config.size_dim,
+        }
     return {
         "sample_size": config.sample_size,
         "block_out_channels": config.block_out_channels,
@@ -54,10 +61,12 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
         "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         "attention_head_dim": config.num_heads,
         "cross_attention_dim": config.context_dim,
+        "transformer_layers_per_block": config.transformer_depth,
         "use_linear_projection": config.linear_projection,
         "upcast_attention": config.upcast_attention,
         "norm_num_groups": config.norm_groups,
         "norm_eps": config.norm_eps,
+        **xl,
     }
 
 
@@ -130,6 +139,11 @@ def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
             p.fill_(float(name.endswith("weight")))  # norms: 1; biases: 0
 
 
+def context_rows(config: UNetConfig) -> int:
+    """The number of rows of a context: text states, and for SDXL one row for the whole."""
+    return 78 if config.pooled_dim else 77
+
+
 def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module") -> tuple[Any, ...]:
     """Returns the arguments of one evaluation, equal for both providers."""
     import torch
@@ -138,13 +152,20 @@ def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module
 
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
-    context_dim = MODELS[args.model].unet.context_dim
+    config = MODELS[args.model].unet
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, size // 8, size // 8, generator=generator).to(device, dtype)
-    context = torch.randn(batch, 77, context_dim, generator=generator).to(device, dtype)
+    context = torch.randn(batch, context_rows(config), config.context_dim, generator=generator)
+    context = context.to(device, dtype)
+    context[:, 77:, config.pooled_dim :] = 0  # the latents' own size
     if isinstance(unet, UNet):
         return x, 481, unet.text_kv(context)
-    return x, torch.tensor(481, device=device), context
+    t = torch.tensor(481, device=device)
+    if not config.pooled_dim:
+        return x, t, context
+    numbers = torch.tensor([[size, size, 0, 0, size, size]] * batch, device=device)
+    added = {"text_embeds": context[:, 77, : config.pooled_dim], "time_ids": numbers}
+    return x, t, context[:, :77], None, None, None, None, added
 
 
 def worker(args: argparse.Namespace) -> None:

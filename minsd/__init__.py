@@ -1,4 +1,4 @@
-"""minsd: Stable Diffusion 1.x/2.x in plain PyTorch, built around the initial noise.
+"""minsd: Stable Diffusion 1.x, 2.x and XL in plain PyTorch, built around the initial noise.
 
     import minsd
     sd = minsd.load("shapes")

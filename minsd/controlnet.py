@@ -78,7 +78,8 @@ class ControlNet(UNet):
         """x, t, context and region as `UNet.forward` takes them, `embedded` (B,C0,h,w) from
         `embed` -> the UNet's `control`: a residual for each skip, and one for the middle."""
         region_down, region_up = region if isinstance(region, tuple) else (region, region)
-        x, skips, temb = self.encode(x, t, context, region=region_down, add=embedded)
+        context, whole = self.split(context)
+        x, skips, temb = self.encode(x, t, context, region=region_down, add=embedded, whole=whole)
         x = self.middle(x, temb, context, region=region_up)
         residuals = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return residuals, self.controlnet_mid_block(x)
@@ -220,7 +221,7 @@ def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
     if theirs.context_dim != ours.context_dim:
         raise ValueError(
             f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have "
-            f"{ours.context_dim} (SD1.x: 768, SD2.x: 1024): take the one for this model's family"
+            f"{ours.context_dim} (SD1.x: 768, SD2.x: 1024, SDXL: 2048): take the one for this model's family"
         )
     sizes = [f"{c.block_out_channels} channels in blocks of {c.layers_per_block}" for c in (theirs, ours)]
     if sizes[0] != sizes[1]:

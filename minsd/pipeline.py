@@ -76,6 +76,7 @@ def load(
     sd = StableDiffusion(loaded.config, loaded.unet, loaded.vae, loaded.text)
     sd.name = loaded.name
     sd.model_hash = loaded.sha256
+    sd.model_revision = loaded.revision
     sd.notes = loaded.notes
     if device.type == "cuda":
         for module in (sd.unet, sd.vae):
@@ -97,6 +98,7 @@ class StableDiffusion:
         self.schedule = Schedule(config.schedule)
         self.name = config.name
         self.model_hash: str | None = None  # of a model in a single file
+        self.model_revision: str | None = None  # of a model of the hub: the commit
         self.notes: list[str] = []  # for the user, on how the model was loaded
         self.graphs: Graphs | None = None
 
@@ -107,6 +109,11 @@ class StableDiffusion:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Returns float32 for SDXL's VAE in a float16 model, and otherwise the model's dtype."""
+        return self.vae.decoder.conv_in.weight.dtype
 
     def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
         """Sets the attention backend (of `minsd.kernels.attention`) of the UNet and of `others`,
@@ -238,7 +245,7 @@ class StableDiffusion:
     ) -> guidance.Predictor:
         """Returns the guided predictor for prompts: one string for all images, or a list with one
         string per image."""
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = self.config.guidance(guidance_scale)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -299,10 +306,14 @@ class StableDiffusion:
             )
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
-    def encode_prompt(self, prompts: Sequence[str] | str) -> Tensor:
+    def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor:
         """Encodes prompts into text states (B,77n,D), in the model's dtype. n is 1 for up to 75
-        tokens; all prompts are filled up to the n of the longest."""
-        return self.text.encode([prompts] if isinstance(prompts, str) else list(prompts)).to(self.dtype)
+        tokens; all prompts are filled up to the n of the longest. For SDXL the result is
+        (B,77n+1,D), whose last row is for the whole text (`text.TwoTextEncoders`). `size` (height,
+        width), in pixels, is for SDXL: the latents will be a part of an image that large."""
+        part = {} if size is None else {"size": size}  # other encoders may take prompts alone
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.text.encode(prompts, **part).to(self.dtype)
 
     @torch.no_grad()
     def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
@@ -312,7 +323,7 @@ class StableDiffusion:
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
             raise ValueError(f"an image to encode must have sides that are multiples of 8, not {size}")
-        x = x.to(self.device, self.dtype)
+        x = x.to(self.device, self.vae_dtype)
         at_once = self._vae_batch(*x.shape[-2:])
         parts = []
         for part in x.split(at_once or 1):
@@ -329,15 +340,15 @@ class StableDiffusion:
                 f"the latents are not finite: sampling in {latents.dtype} overflowed; "
                 f"{overflow_advice(latents.dtype)}"
             )
-        z = latents.to(self.dtype) / self.config.vae.scaling_factor
+        z = latents.to(self.vae_dtype) / self.config.vae.scaling_factor
         at_once = self._vae_batch(8 * z.shape[-2], 8 * z.shape[-1])
         pixels = []
         for part in z.split(at_once or 1):
             # (b, 3, 8h, 8w)
             x = self.vae.decode(part) if at_once else decode_in_bands(self.vae, part)
-            if not x.isfinite().all() and self.dtype != torch.float32:  # float16's maximum is 65504
+            if not x.isfinite().all() and self.vae_dtype != torch.float32:  # float16's maximum is 65504
                 warnings.warn(
-                    f"VAE decoding overflowed in {self.dtype}; decoded again in float32", stacklevel=2
+                    f"VAE decoding overflowed in {self.vae_dtype}; decoded again in float32", stacklevel=2
                 )
                 vae = copy.deepcopy(self.vae).float()
                 # float32 needs twice the memory, so it decodes in bands.
@@ -354,7 +365,7 @@ class StableDiffusion:
         """Returns how many images the VAE processes at once. Returns 0, with a warning, where
         memory is too short for one image, which must then be processed in bands (strips of rows,
         one after another)."""
-        need = memory_needed(self.config.vae, height, width, self.dtype)
+        need = memory_needed(self.config.vae, height, width, self.vae_dtype)
         free = 0.9 * free_memory(self.device)
         # `free_memory` counts the memory in the graphs' pool as free, but only graphs can use it.
         if self.graphs is not None and need > free - self.graphs.held:

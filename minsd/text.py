@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minsd import emphasis
@@ -96,9 +97,10 @@ class TextEncoder:
         """Returns the number of chunks that a prompt is encoded in; 1 for up to 75 tokens."""
         return len(self._rows(prompt))
 
-    def encode(self, prompts: list[str]) -> Tensor:
+    def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
         """Encodes prompts into text states (B,77n,D) on the model's device, where n is the number of
-        chunks of the longest prompt. Shorter prompts are filled up with empty chunks."""
+        chunks of the longest prompt. Shorter prompts are filled up with empty chunks. Only SDXL
+        uses `size`."""
         with torch.no_grad():
             chunks = self.inputs(prompts)
             return torch.cat([weighted(self.states(ids), weights) for ids, weights in chunks], dim=1)
@@ -285,6 +287,63 @@ class TextEncoder:
                 " by --token-indices (--list-tokens)"
             )
         return places
+
+
+class TwoTextEncoders(TextEncoder):
+    """SDXL's text encoders. Each encoder's states come from before its last layer. The second
+    encoder also makes a pooled state, one vector for the whole text. Tokens and positions are those
+    of the first encoder's tokenizer; the second tokenizer cuts text alike and differs in padding.
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder, zero_empty: bool):
+        """Joins two encoders. With `zero_empty` the states of the prompt "" are zeros."""
+        super().__init__(first.model, first.tokenizer, first.pad_token_id)
+        self.second = second
+        self.zero_empty = zero_empty
+
+    def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
+        """Encodes prompts into contexts (B,77n+1,D): 77n rows of text states, those of both encoders
+        side by side, and one row for the whole, [pooled state | six numbers | zeros]. The pooled
+        state is that of the first chunk.
+
+        The six numbers are pixels: height and width of the original image, the rows and columns cut
+        off at its top and left, height and width now. With `size` (height, width), which states
+        that the latents will be a part of an image that large, they are those of that image, uncut.
+        Without `size` they are zeros, which the network reads as its latents' own size.
+        """
+        self.second.prompt_weights = self.prompt_weights
+        layer = -1 - self.clip_skip
+        chunks = []
+        pooled = torch.empty(0)
+        for (ids, weights), (ids_2, _) in zip(self.inputs(prompts), self.second.inputs(prompts)):
+            with torch.no_grad():
+                outputs = [
+                    self.model(ids, output_hidden_states=True),
+                    self.second.model(ids_2, output_hidden_states=True),
+                ]
+            both = [weighted(output.hidden_states[layer], weights) for output in outputs]
+            pooled = pooled if chunks else outputs[1].text_embeds  # (B, P)
+            chunks.append(torch.cat(both, dim=-1))
+        states = torch.cat(chunks, dim=1)  # (B, 77n, D)
+        if self.zero_empty:
+            empty = torch.tensor([not prompt for prompt in prompts], device=states.device)
+            states = states.masked_fill(empty[:, None, None], 0)
+            pooled = pooled.masked_fill(empty[:, None], 0)
+        height, width = size or (0, 0)
+        numbers = pooled.new_tensor([height, width, 0, 0, height, width]).expand(len(prompts), 6)
+        row = torch.cat([pooled, numbers], dim=1)
+        row = F.pad(row, (0, states.shape[-1] - row.shape[1]))
+        return torch.cat([states, row[:, None]], dim=1)
+
+    def filled(self, context: Tensor, rows: int) -> Tensor:
+        """Returns a context (B,77m+1,D) with empty chunks put before its last row, `rows` rows in
+        all. The states of an empty prompt that are zeros are filled with zeros."""
+        missing = (rows - context.shape[1]) // self.max_length
+        if missing <= 0:
+            return context
+        states, row = context[:, :-1], context[:, -1:]
+        chunk = self.encode([" "])[:, :-1].to(context) * states.any(dim=(1, 2))[:, None, None]
+        return torch.cat([states, *[chunk] * missing, row], dim=1)
 
 
 def weighted(states: Tensor, weights: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
-"""The noise-predicting network of Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al.
-2020).
+"""The noise-predicting network of Stable Diffusion 1.x, 2.x and XL (Rombach et al. 2022; Ho et al.
+2020; Podell et al. 2023).
 
 The network alternates residual blocks and transformer blocks. The encoder half halves the
 resolution from level to level and keeps each layer's output (the skips). After the middle block,
@@ -10,19 +10,22 @@ UNet2DConditionModel checkpoints, so a state dict loads without translating name
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minsd.attention import Attention, AttentionRecorder
-from minsd.config import UNetConfig
+from minsd.config import CELL, UNetConfig
 from minsd.kernels import Linear, group_norm
 
 Grid = tuple[int, int]  # rows and columns of a level's cells
-# Keys and values of each cross-attention layer, (B,77n,heads,d) each.
-TextKV = dict[Attention, tuple[Tensor, Tensor]]
+# SDXL's pooled text state (B,P), and six numbers on the image's size (B,6); see `UNet.split`.
+Whole = tuple[Tensor, Tensor]
+# Keys and values of each cross-attention layer, (B,77n,heads,d) each. For SDXL also the `Whole` of
+# the context, whose key is the module `add_embedding`.
+TextKV = dict[nn.Module, tuple[Tensor, Tensor]]
 # The number of the text that each cell attends to: grid of a level -> integers (B, rows*columns).
 CellTexts = dict[Grid, Tensor]
 # The tensors that a ControlNet adds: a list with one tensor per skip, and one tensor for the output
@@ -123,15 +126,18 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Applies a transformer block to the cells of a feature map (B,C,h,w), with a projection before
-    and after it and a residual connection around all three."""
+    """Applies transformer blocks to the cells of a level's feature map (B,C,h,w), with a projection
+    before and after them and a residual connection around all."""
 
-    def __init__(self, dim: int, num_heads: int, config: UNetConfig):
+    def __init__(self, level: int, config: UNetConfig):
         super().__init__()
+        dim = config.block_out_channels[level]
+        depth = config.transformer_depth[level]
         self.norm = nn.GroupNorm(config.norm_groups, dim, eps=1e-6)
         self.linear = config.linear_projection
         self.proj_in = Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, num_heads, config.context_dim)])
+        blocks = [TransformerBlock(dim, config.num_heads[level], config.context_dim) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = Linear(dim, dim) if self.linear else nn.Conv2d(dim, dim, 1)
 
     def forward(
@@ -228,9 +234,11 @@ class UNet(nn.Module):
         def transformers(level: int, count: int) -> list[Transformer]:
             if not config.cross_attention[level]:
                 return []
-            return [Transformer(widths[level], config.num_heads[level], config) for _ in range(count)]
+            return [Transformer(level, config) for _ in range(count)]
 
         self.time_embedding = TimestepEmbedding(widths[0], dim_time)
+        dim_whole = config.pooled_dim + 6 * config.size_dim
+        self.add_embedding = TimestepEmbedding(dim_whole, dim_time) if config.pooled_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
         self.down_blocks = Blocks()
@@ -242,7 +250,7 @@ class UNet(nn.Module):
             self.down_blocks.append(Block(resnets, transformers(level, n), downsampler=down))
             c = width
 
-        self.mid_block = Block([resnet(c, c), resnet(c, c)], [Transformer(c, config.num_heads[-1], config)])
+        self.mid_block = Block([resnet(c, c), resnet(c, c)], [Transformer(last, config)])
 
         self.up_blocks = Blocks()
         for level, width in reversed(list(enumerate(widths))):
@@ -255,8 +263,9 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
         # The number of transformer blocks of each level, finest first.
-        self.attention_blocks = [(2 * n + 1) * on for on in config.cross_attention]
-        self.attention_blocks[-1] += 1  # the transformer block of the middle block
+        depths = zip(config.cross_attention, config.transformer_depth)
+        self.attention_blocks = [(2 * n + 1) * on * depth for on, depth in depths]
+        self.attention_blocks[-1] += config.transformer_depth[last]  # those of the middle block
 
     def grids(self, size: Grid) -> list[Grid]:
         """Returns the grid of cells (rows, columns) of every level, finest first, for latents of
@@ -268,8 +277,41 @@ class UNet(nn.Module):
     def text_kv(self, context: Tensor) -> TextKV:
         """Returns the keys and values of every cross-attention layer for text states (B,77n,D). They
         depend on neither x nor t, so compute them once per run and pass them to `forward` as
-        `context`."""
-        return {m: m.kv(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
+        `context`. For SDXL the result also holds the context's last row."""
+        text, whole = self.split(context)
+        known: TextKV = {m: m.kv(text) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
+        if whole is not None and self.add_embedding is not None:
+            known[self.add_embedding] = whole
+        return known
+
+    def split(self, context: Tensor | TextKV) -> tuple[Any, Whole | None]:
+        """Splits a context, or its `text_kv`, into the part for attention and the `Whole`, which is
+        None except for SDXL. Raises ValueError for a wrong number of rows."""
+        add = self.add_embedding
+        if isinstance(context, dict):
+            return context, None if add is None else context[add]
+        if context.shape[-2] % 77 != (add is not None):
+            kinds = (
+                "a context has 77 text states",
+                "SDXL's context has 77 text states and a row for the whole",
+            )
+            made = kinds[add is not None]
+            raise ValueError(f"{made} (sd.encode_prompt makes it), not {context.shape[-2]} rows")
+        if add is None:
+            return context, None
+        row = context[:, -1] if context.ndim == 3 else context[:, 0, -1]  # of R texts, that of text 0
+        p = self.config.pooled_dim
+        return context[..., :-1, :], (row[:, :p], row[:, p : p + 6])
+
+    def embed_whole(self, x: Tensor, whole: Whole) -> Tensor:
+        """Embeds SDXL's `Whole` for latents x. Returns (B,4*C0), to add to the time embedding."""
+        pooled, size = whole
+        own = torch.zeros(6, device=x.device)  # the latents' own size, for rows that state none
+        own[0::4], own[1::4] = (CELL * side for side in x.shape[-2:])
+        size = torch.where(size.any(dim=1, keepdim=True), size.float(), own)  # (B, 6)
+        size = timestep_embedding(size.flatten(), self.config.size_dim).view(len(size), -1)
+        assert self.add_embedding is not None
+        return self.add_embedding(torch.cat([pooled, size.to(x.dtype)], dim=1))
 
     def forward(
         self,
@@ -284,8 +326,8 @@ class UNet(nn.Module):
         """Predicts the noise or v (B,4,h,w) in latents x (B,4,h,w).
 
         `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states (B,77n,D)
-        or their `text_kv`. h and w may be any size, because each upsampling takes its size from the
-        skip that is concatenated next.
+        or their `text_kv`; for SDXL it has one row more (minsd/text.py). h and w may be any size,
+        because each upsampling takes its size from the skip that is concatenated next.
 
         `record` collects attention maps. With `record.only` the evaluation ends after the last
         layer that records, and returns None.
@@ -306,7 +348,8 @@ class UNet(nn.Module):
             record.begin(self.grids((x.shape[-2], x.shape[-1])), self.attention_blocks)
         region_down, region_up = region if isinstance(region, tuple) else (region, region)
 
-        x, skips, temb = self.encode(x, t, context, record, region_down)
+        context, whole = self.split(context)
+        x, skips, temb = self.encode(x, t, context, record, region_down, whole=whole)
         if record is not None and record.done:
             return None
 
@@ -336,16 +379,18 @@ class UNet(nn.Module):
         record: AttentionRecorder | None = None,
         region: CellTexts | None = None,
         add: Tensor | None = None,
+        whole: Whole | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Runs the encoder half on latents x (B,4,h,w). Returns the coarsest feature map, the list
         of skips, and the time embedding (B,4*C0), where C0 is the number of channels of the finest
         level.
 
         `add` (B,C0,h,w) is added to the first feature map. A ControlNet passes its embedded control
-        image as `add`.
+        image as `add`. `context` and `whole` are what `split` returns.
         """
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
         temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        temb = temb if whole is None else temb + self.embed_whole(x, whole)
         temb = F.silu(temb)  # computed once, since every resnet block needs it
 
         x = self.conv_in(x)  # (B, C0, h, w)

@@ -28,10 +28,12 @@ things appear, and a collage does not move them far: noise/arrange.py composes n
 are where the layout has them.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -300,7 +302,9 @@ def _crops(
     for k, place in enumerate(crop_places(layout, scheme.crop_margin)):
         _, rows, columns = place
         size = rows.stop - rows.start, columns.stop - columns.start
-        model = sd if cut is None else cut(k, place)
+        model = copy.copy(sd if cut is None else cut(k, place))
+        # SDXL's passes all take the size of the whole image: a small size would mean a blurred one.
+        model.encode_prompt = partial(model.encode_prompt, size=(layout.height, layout.width))
         captioned = layout.regions[k - 1] if k else layout
         predict = single_pass(model, captioned, size, guidance_scale, adapters, k)
         crops.append(Crop(place, merge[k][place], predict))  # M_k is 0 outside the crop

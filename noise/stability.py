@@ -78,7 +78,7 @@ class Trip:
                 "stability needs a sampler that can be inverted, but "
                 f"{culprit} has noise or memory: use ddim at eta 0"
             )
-        guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = sd.config.guidance(guidance_scale)
         if not math.isfinite(guidance_scale) or not math.isfinite(guidance_invert):
             scales = f"{guidance_scale} and {guidance_invert}"
             raise ValueError(f"guidance_scale and guidance_invert must be numbers, not {scales}")

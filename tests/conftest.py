@@ -123,6 +123,94 @@ def small_pipeline(tokenizer_folder, prediction_type="epsilon", sd2=False):
     )
 
 
+def sdxl_text_encoders(vocab_size):
+    """The two text encoders of `sdxl_pipeline`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    sizes = {
+        "vocab_size": vocab_size,
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+        "projection_dim": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # as in SDXL's files; to transformers the greatest id, which is the end token's
+    }
+    first = CLIPTextConfig(**sizes, hidden_size=64, num_attention_heads=1)
+    second = CLIPTextConfig(
+        **sizes, hidden_size=128, num_attention_heads=2, hidden_act="gelu", pad_token_id=1
+    )
+    texts = CLIPTextModel(first), CLIPTextModelWithProjection(second)
+    for p in (
+        p for text in texts for p in text.parameters()
+    ):  # CLIP starts with small weights and zero biases
+        p.data += 0.1 * torch.randn_like(p)
+    return texts
+
+
+def sdxl_pipeline(tokenizer_folder, turbo=False):
+    """diffusers' StableDiffusionXLPipeline with tiny random networks, initialised by diffusers.
+
+    As in SDXL, heads are 64 channels wide, the finest level has no attention, and the depths differ.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizers = [CLIPTokenizer.from_pretrained(tokenizer_folder) for _ in range(2)]
+    tokenizers[1].pad_token = "!"  # id 0
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 3),
+        attention_head_dim=(1, 1, 2),
+        cross_attention_dim=192,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=128 + 6 * 256,
+        use_linear_projection=True,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.13025,
+    )
+    kind = EulerAncestralDiscreteScheduler if turbo else EulerDiscreteScheduler
+    scheduler = kind(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing" if turbo else "leading",
+        steps_offset=1,
+    )
+    texts = sdxl_text_encoders(len(tokenizers[0]))
+    return StableDiffusionXLPipeline(vae, *texts, *tokenizers, unet, scheduler)
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory, shapes_folder):
+    """A folder of `sdxl_pipeline`."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    sdxl_pipeline(shapes_folder / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl(sdxl_folder):
+    return minsd.load(str(sdxl_folder), "cpu")
+
+
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory, shapes_folder):
     folder = tmp_path_factory.mktemp("models") / "small"

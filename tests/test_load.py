@@ -152,7 +152,11 @@ def test_a_misfit_names_tensors_shapes_and_the_reason(broken_folder):
     ("part", "change", "says"),
     [
         ("unet/config.json", {"in_channels": 9}, "inpainting"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "SDXL"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "pooled text"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type"),
+        ("unet/config.json", {"transformer_layers_per_block": [1, [1, 2], 1]}, "SSD-1B, Vega"),
+        ("unet/config.json", {"reverse_transformer_layers_per_block": [1, 2, 1]}, "SSD-1B, Vega"),
+        ("unet/config.json", {"transformer_layers_per_block": [1, 1]}, "must have 3 numbers"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("unet/config.json", {"down_block_types": ["Strange"] * 3}, "Strange"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
@@ -162,6 +166,7 @@ def test_a_misfit_names_tensors_shapes_and_the_reason(broken_folder):
             "StableDiffusionInpaintPipeline",
         ),
         ("vae/config.json", {"latent_channels": 16}, "4 latent channels"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDM"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         (

@@ -39,7 +39,13 @@ RESNET = [
 ]
 
 
-def original_unet_names(cross=(True, True, True, False), layers=2):
+def deep(depth):
+    """The names inside an attention layer with `depth` transformer blocks."""
+    more = [name for name in ATTENTION if name.startswith("transformer_blocks.0.")]
+    return ATTENTION + [name.replace(".0.", f".{i}.", 1) for i in range(1, depth) for name in more]
+
+
+def original_unet_names(cross=(True, True, True, False), layers=2, depths=(1, 1, 1, 1), xl=False):
     """Names in the order in which the original's constructor makes the layers."""
     blocks = {
         "input_blocks.0.0": LEAVES,
@@ -48,15 +54,17 @@ def original_unet_names(cross=(True, True, True, False), layers=2):
         "out.0": LEAVES,
         "out.2": LEAVES,
         "middle_block.0": RESNET,
-        "middle_block.1": ATTENTION,
+        "middle_block.1": deep(depths[-1]),
         "middle_block.2": RESNET,
     }
+    if xl:
+        blocks |= {"label_emb.0.0": LEAVES, "label_emb.0.2": LEAVES}
     i = 1
     for level, on in enumerate(cross):
         for _ in range(layers):
             blocks[f"input_blocks.{i}.0"] = RESNET
             if on:
-                blocks[f"input_blocks.{i}.1"] = ATTENTION
+                blocks[f"input_blocks.{i}.1"] = deep(depths[level])
             i += 1
         if level < len(cross) - 1:
             blocks[f"input_blocks.{i}.0.op"] = LEAVES
@@ -66,7 +74,7 @@ def original_unet_names(cross=(True, True, True, False), layers=2):
         for layer in range(layers + 1):
             blocks[f"output_blocks.{i}.0"] = RESNET
             if on:
-                blocks[f"output_blocks.{i}.1"] = ATTENTION
+                blocks[f"output_blocks.{i}.1"] = deep(depths[level])
             if level and layer == layers:
                 blocks[f"output_blocks.{i}.{1 + on}.conv"] = LEAVES
             i += 1
@@ -104,15 +112,20 @@ def by_diffusers(names, convert):
     }
 
 
-def as_original(parts, text):
-    """State dicts of diffusers' UNet and VAE, and of transformers' CLIP -> one original state dict."""
+def as_original(parts, text, layers=2, **unet):
+    """State dicts of diffusers' UNet and VAE, and of transformers' CLIP -> one original state dict.
+
+    `layers`: residual blocks per level, of both networks; `unet`: further arguments of
+    `original_unet_names`.
+    """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-    kinds = {"down_block_types": [0] * 4, "up_block_types": [0] * 4, "layers_per_block": 2}
+    vae_kinds = {"down_block_types": [0] * 4, "up_block_types": [0] * 4, "layers_per_block": layers}
+    kinds = vae_kinds | ({"addition_embed_type": "text_time"} if unet.get("xl") else {})
     whole = {}
     for part, names, convert in (
-        ("unet", original_unet_names(), lambda c: convert_ldm_unet_checkpoint(c, kinds)),
-        ("vae", original_vae_names(), lambda c: convert_ldm_vae_checkpoint(c, kinds)),
+        ("unet", original_unet_names(layers=layers, **unet), lambda c: convert_ldm_unet_checkpoint(c, kinds)),
+        ("vae", original_vae_names(layers=layers), lambda c: convert_ldm_vae_checkpoint(c, vae_kinds)),
     ):
         table = by_diffusers(names, convert)
         assert parts[part].keys() <= table.keys()
@@ -123,15 +136,17 @@ def as_original(parts, text):
     return {name: tensor.contiguous() for name, tensor in (whole | text).items()}
 
 
-def as_open_clip(state):
-    """transformers' names -> OpenCLIP's: q, k and v in one tensor."""
+def as_open_clip(state, prefix="cond_stage_model.model."):
+    """transformers' names -> OpenCLIP's: q, k and v in one tensor, the projection transposed."""
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     new = {
         "positional_embedding": state["embeddings.position_embedding.weight"],
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
         "ln_final.weight": state["final_layer_norm.weight"],
         "ln_final.bias": state["final_layer_norm.bias"],
-        "text_projection": torch.eye(state["final_layer_norm.bias"].shape[0]),
+        "text_projection": state["text_projection.weight"].T
+        if "text_projection.weight" in state
+        else torch.eye(state["final_layer_norm.bias"].shape[0]),
         "logit_scale": torch.tensor(4.6),
     }
     for i in range(1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers."))):
@@ -148,7 +163,19 @@ def as_open_clip(state):
                 ("mlp.fc2", "mlp.c_proj"),
             ):
                 new[f"{ours}.{b}.{leaf}"] = state[f"{theirs}.{a}.{leaf}"]
-    return {f"cond_stage_model.model.{name}": tensor for name, tensor in new.items()}
+    return {prefix + name: tensor.contiguous() for name, tensor in new.items()}
+
+
+def as_original_xl(unet, vae, text, text_2, depths=(1, 2, 10), layers=2):
+    """State dicts of diffusers' and transformers' networks -> one state dict in the original layout."""
+    clip = {
+        f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in text.items()
+    }
+    texts = clip | as_open_clip(text_2, "conditioner.embedders.1.model.")
+    cross = (False, True, True)
+    parts = {"unet": unet, "vae": vae}
+    return as_original(parts, texts, layers=layers, cross=cross, depths=depths, xl=True)
 
 
 def pipeline_classes(sd2, tokenizer, row=None):
@@ -182,6 +209,7 @@ def pipeline_classes(sd2, tokenizer, row=None):
             num_attention_heads=hidden // 64,
             num_hidden_layers=24 if sd2 else row.text.num_layers if row else 2,
             hidden_act="gelu" if sd2 else "quick_gelu",
+            eos_token_id=vocab - 1,
         )
     )
     return unet, vae, text
@@ -387,7 +415,7 @@ def test_a_file_without_a_vae_takes_another(twins, tmp_path, tokenizer):
             lambda s: s | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)},
             "inpainting",
         ),
-        (lambda s: s | {"conditioner.embedders.0.x": torch.zeros(1)}, "SDXL"),
+        (lambda s: {"conditioner.embedders.0.x": torch.zeros(1)}, "SDXL"),
         (lambda s: s | {"control_model.zero_convs.0.0.weight": torch.zeros(1)}, "ControlNet"),
         (lambda s: {k: v for k, v in s.items() if "cond_stage" not in k}, "no text encoder"),
         (lambda s: {k: v for k, v in s.items() if "input_blocks.1.0.in_layers.0" not in k}, "2 missing"),
@@ -524,14 +552,15 @@ def test_full_size_files_are_the_known_families(name, tmp_path):
         tmp_path / "full.safetensors",
         as_original({"unet": unet.state_dict(), "vae": vae.state_dict()}, text_state),
     )
-    config, *parts, _ = original(Tensors(tmp_path / "full.safetensors", "", torch.float16), None, {})
+    parts = original(Tensors(tmp_path / "full.safetensors", "", torch.float16), None, {})
+    config = parts.config
     assert (config.unet, config.vae, config.text, config.schedule) == (
         row.unet,
         row.vae,
         row.text,
         row.schedule,
     )
-    for part, module in zip(parts, (unet, vae, text)):
+    for part, module in zip((parts.unet, parts.vae, parts.text), (unet, vae, text)):
         shapes = {
             k.removeprefix("text_model."): tuple(v.shape)
             for k, v in module.state_dict().items()

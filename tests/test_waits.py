@@ -48,7 +48,7 @@ class Copies(TorchDispatchMode):
 def meta_model(batch=4):
     """What a collage needs of a model, on the meta device."""
 
-    def encode_prompt(prompts):
+    def encode_prompt(prompts, size=None):
         return torch.empty(1 if isinstance(prompts, str) else len(prompts), 77, 8, device="meta")
 
     with torch.device("meta"):

@@ -21,11 +21,9 @@ from minsd.weights.load import check_heads, checked, empty, fill, heads_per_leve
 from minsd.weights.safetensors_file import RenamedTensors, Tensors, guess, read_json, refuse_pickle
 from minsd.weights.single_file import count, pairs, sizes, unet_of
 
-_SDXL_WIDTHS = (320, 640, 1280)
-
 
 def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> ControlNet:
-    """Loads a ControlNet of Stable Diffusion 1.x or 2.x, frozen, on `device` in `dtype`.
+    """Loads a ControlNet of Stable Diffusion 1.x, 2.x or XL, frozen, on `device` in `dtype`.
 
     Raises ValueError or FileNotFoundError, in one line, where the file is missing or holds
     something else.
@@ -38,15 +36,16 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
             " .safetensors file"
         )
     file = Tensors(path, "diffusion_pytorch_model", dtype)
+    if "lora_controlnet" in file:
+        raise ValueError(
+            f"{path} is a control-lora, which holds only differences from a model: minsd takes whole"
+            " ControlNets"
+        )
     tensors = RenamedTensors(file, "the ControlNet", pairs(file, "", _rename))
     if "controlnet_mid_block.weight" not in tensors:
         reason = guess(file) or "has none of its tensors (controlnet_mid_block, middle_block_out)"
         raise ValueError(f"{path} is not a ControlNet: it {reason}")
     config = unet_of(tensors)
-    if "add_embedding.linear_1.weight" in tensors or config.block_out_channels == _SDXL_WIDTHS:
-        raise ValueError(
-            f"{path} is a ControlNet for SDXL; minsd takes those of Stable Diffusion 1.x and 2.x"
-        )
     hidden = hidden_of(tensors)
     bgr = False
     if path.is_dir() and (path / "config.json").is_file():
@@ -86,13 +85,17 @@ def with_config_json(config: UNetConfig, path: Path) -> tuple[UNetConfig, bool]:
     channel order. Raises ValueError for a config of another kind of network."""
     c = read_json(path)
     if c.get("_class_name", "ControlNetModel") != "ControlNetModel":
-        raise ValueError(f"{path} describes a {c['_class_name']}; minsd takes ControlNets (ControlNetModel)")
+        kind = ascii(c["_class_name"])[:80]
+        raise ValueError(f"{path} describes a {kind}; minsd takes ControlNets (ControlNetModel)")
+    kinds = {"addition_embed_type": "text_time"}  # SDXL
     for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "global_pool_conditions"):
-        if c.get(key):
-            raise ValueError(f"{path}: {key} = {c[key]!r} is a kind of ControlNet that minsd does not know")
+        if c.get(key) and c[key] != kinds.get(key):
+            value = ascii(c[key])[:80]
+            raise ValueError(f"{path}: {key} = {value} is a kind of ControlNet that minsd does not know")
     if c.get("conditioning_channels", 3) != 3:
         raise ValueError(
-            f"{path}: control images of {c['conditioning_channels']} channels are not supported, only of 3"
+            f"{path}: control images of {ascii(c['conditioning_channels'])[:80]} channels are not supported,"
+            " only of 3"
         )
     config = replace(
         config,

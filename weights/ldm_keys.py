@@ -3,10 +3,11 @@ modules.
 
 Before diffusers one file held everything: `model.diffusion_model.` (the UNet), `first_stage_model.`
 (the VAE) and the text encoder, which is transformers' CLIP in SD1.x
-(`cond_stage_model.transformer.`) and OpenCLIP in SD2.x (`cond_stage_model.model.`). ControlNets are
-in `control_model.`. The networks are the same as ours, but their layers are numbered differently.
-The functions of this module look at names alone. They return a name that is not of the original
-layout unchanged, and `load.fill` then reports that name as unexpected.
+(`cond_stage_model.transformer.`) and OpenCLIP in SD2.x (`cond_stage_model.model.`). SDXL has both
+(`conditioner.embedders.0.transformer.` and `.1.model.`). ControlNets are in `control_model.`. The
+networks are the same as ours, but their layers are numbered differently. The functions of this
+module look at names alone. They return a name that is not of the original layout unchanged, and
+`load.fill` then reports that name as unexpected.
 """
 
 import re
@@ -15,13 +16,15 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
 OPEN_CLIP = "cond_stage_model.model."
+XL_CLIP = "conditioner.embedders.0.transformer."
+XL_OPEN_CLIP = "conditioner.embedders.1.model."
 CONTROL = "control_model."
 
 # Tensors that training leaves in a file: averaged weights (all programs run the plain ones) and the
 # tables of the noise schedule, which minsd computes itself.
 _LEFT_BEHIND = re.compile(
     r"model_ema\.|(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights|logvar"
-    r"|scale_factor|global_step)$|cond_stage_model\.(logit_scale|text_projection)$"
+    r"|scale_factor|global_step)$|cond_stage_model\.(logit_scale|text_projection)$|denoiser\.sigmas$"
 )
 
 
@@ -57,6 +60,8 @@ def unet_name(name: str, layers: int) -> str:
     one more per level. The original layout numbers the layers of all levels in one sequence, which
     includes the downsampling layers. A name of another form is returned unchanged.
     """
+    if m := re.fullmatch(r"label_emb\.0\.(\d+)\.(.+)", name):  # SDXL: linear, activation, linear
+        return f"add_embedding.linear_{1 + int(m[1]) // 2}.{m[2]}"
     m = re.fullmatch(r"(time_embed|input_blocks|middle_block|output_blocks|out)\.(\d+)\.(.+)", name)
     if not m:
         return name
@@ -85,6 +90,20 @@ def unet_name(name: str, layers: int) -> str:
     if which == "1":
         return f"{block}.attentions.{layer}.{rest}"
     return f"{block}.resnets.{layer}.{resnet_name(rest)}"
+
+
+def unet_layer(name: str, layers: int) -> str:
+    """Translates the name of one of the UNet's layers, written with underscores for dots as
+    adapters of SDXL do, from the original (LDM) layout into ours, with underscores too. `layers` is
+    as for `unet_name`. A name of another form is returned unchanged."""
+    m = re.fullmatch(
+        r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)_(\d+)(?:_(\d+))?(?:_(.+))?", name
+    )
+    if not m:
+        return name
+    rest = re.sub(r"^((?:in|emb|out)_layers)_(\d)$", r"\1.\2", m[4] or "")
+    dotted = ".".join(part for part in (m[1], m[2], m[3], rest, "weight") if part)
+    return unet_name(dotted, layers).removesuffix(".weight").replace(".", "_")
 
 
 CONTROL_LAYERS = 2  # residual blocks per level in every ControlNet of the original layout

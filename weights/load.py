@@ -22,10 +22,10 @@ from torch import nn
 
 from minsd.attention import Attention
 from minsd.config import CELL, LARGEST, MODELS, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from minsd.text import TextEncoder
+from minsd.text import TextEncoder, TwoTextEncoders
 from minsd.unet import UNet
 from minsd.vae import VAE
-from minsd.weights import hub, stated
+from minsd.weights import hub, lora, stated
 from minsd.weights.ldm_keys import clip_name, newer_vae_name
 from minsd.weights.safetensors_file import (
     ORIGINAL,
@@ -37,12 +37,13 @@ from minsd.weights.safetensors_file import (
     read_metadata,
     refuse_pickle,
 )
-from minsd.weights.single_file import CHANNELS, FileHash, original, vae_file
+from minsd.weights.single_file import CHANNELS, FileHash, check_widths, original, vae_file
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SHAPES_FOLDER = Path(__file__).parent / "shapes"
+TURBO_FILE = SHAPES_FOLDER / "extras" / "turbo.safetensors"  # the adapter that makes shapes-turbo
 Config = TypeVar("Config", ScheduleConfig, TextConfig, UNetConfig, VAEConfig)
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -58,6 +59,7 @@ class Loaded:
     text: TextEncoder
     notes: list[str] = field(default_factory=list)
     sha256: str | None = None  # of a single file: the first ten hex digits of its SHA-256
+    revision: str | None = None  # of a hub id: the hash of the commit that its files are from
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,15 @@ class Wanted:
     vae: Path | None = None
     tokenizer: Path | None = None
     prediction_type: str | None = None
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The parts of a text encoder: its tensors, its tokenizer, and the token id that pads prompts."""
+
+    tensors: Tensors | RenamedTensors
+    tokenizer: "CLIPTokenizer"
+    pad: int
 
 
 def load_model(
@@ -91,19 +102,21 @@ def load_model(
     """
     if prediction_type not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
-    path = SHAPES_FOLDER if model == "shapes" else Path(model)
+    path = SHAPES_FOLDER if model in ("shapes", "shapes-turbo") else Path(model)
     wanted = Wanted(
         device, dtype, Path(vae) if vae else None, Path(tokenizer) if tokenizer else None, prediction_type
     )
     if path.is_dir():
-        return load_folder(path, wanted)
+        loaded = load_folder(path, wanted)
+        return as_turbo(loaded) if model == "shapes-turbo" else loaded
     refuse_pickle(path, "model")
     if path.is_file():
         return load_file(path, wanted)
     repo = (MODELS[model].hub_id if model in MODELS else None) or str(model)
     if path.suffix != ".safetensors" and hub.is_id(repo):
         folder = hub.fetch(repo, dtype=dtype, check=check_folder)
-        return load_folder(folder, wanted, name=repo.rpartition("/")[2])
+        name = repo.rpartition("@")[0] or repo
+        return replace(load_folder(folder, wanted, name=name.rpartition("/")[2]), revision=folder.name)
     known = ", ".join(MODELS)
     raise FileNotFoundError(
         f"there is no model {model!r}: give a diffusers folder, a .safetensors file, a hub id, or"
@@ -113,7 +126,8 @@ def load_model(
 
 def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded:
     """Loads a folder in the diffusers layout: model_index.json, unet/, vae/, text_encoder/,
-    tokenizer/, scheduler/. `name` is the model's name; None means the folder's name."""
+    tokenizer/, scheduler/, and for SDXL text_encoder_2/ and tokenizer_2/. `name` is the model's
+    name; None means the folder's name."""
     config = check_folder(folder)
     if name is not None:
         config = replace(config, name=name)
@@ -122,7 +136,7 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
         config = replace(config, schedule=schedule)
     unet = Tensors(folder / "unet", "diffusion_pytorch_model", wanted.dtype)
     if wanted.vae:
-        vae_config, vae = find_vae(wanted.vae, wanted.dtype)
+        vae_config, vae = find_vae(wanted.vae, wanted.dtype, config.vae)
         config = replace(config, vae=vae_config)
     else:
         vae = Tensors(folder / "vae", "diffusion_pytorch_model", wanted.dtype)
@@ -142,7 +156,24 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
         )
     tokenizer = read_tokenizer(wanted.tokenizer or own, config.text)
     pad = _token_id(tokenizer.pad_token_id, config.text.pad_token_id)
-    return replace(assemble(config, unet, vae, text, tokenizer, pad, wanted), notes=notes)
+    texts = [TextFiles(text, tokenizer, pad)]
+    if config.text_2 is not None:
+        text = Tensors(folder / "text_encoder_2", "model", wanted.dtype)
+        tokenizer = read_tokenizer(folder / "tokenizer_2", config.text_2)
+        # The pad_token_id in SDXL's text_encoder_2/config.json is not the one used in training.
+        texts.append(TextFiles(text, tokenizer, _token_id(tokenizer.pad_token_id, 0)))
+    return replace(assemble(config, unet, vae, texts, wanted), notes=notes)
+
+
+def as_turbo(shapes: Loaded) -> Loaded:
+    """Turns the embedded model into shapes-turbo: adds the adapter that weights/shapes/distil.py
+    trained to the weights, and takes the settings of that row of `MODELS`."""
+    row = MODELS["shapes-turbo"]
+    schedule = replace(shapes.config.schedule, timestep_spacing=row.schedule.timestep_spacing)
+    config = replace(row, schedule=schedule, vae=shapes.config.vae)
+    for layer in lora.merge([(lora.read(TURBO_FILE, shapes), 1.0)]):
+        setattr(layer, lora.MERGED, False)  # so that the user can add adapters of their own
+    return replace(shapes, name=config.name, config=config)
 
 
 def _scheduler_note(folder: Path, config: ModelConfig) -> list[str]:
@@ -162,10 +193,18 @@ def layers_skipped(tensors: Tensors, config: TextConfig) -> int:
 
 def check_folder(folder: Path) -> ModelConfig:
     """Reads the configuration in a folder's JSON files. Raises ValueError unless it is that of a
-    Stable Diffusion 1.x or 2.x model."""
+    Stable Diffusion 1.x, 2.x or XL model."""
     index = read_json(folder / "model_index.json")
     stated.check_pipeline(index, folder)
-    return folder_config(folder)
+    config = folder_config(folder, index)
+    kind = str(index.get("_class_name", "StableDiffusionPipeline"))
+    if (config.text_2 is not None) != ("XL" in kind):
+        network = "an SDXL UNet" if config.text_2 else "no SDXL UNet"
+        raise ValueError(
+            f"{folder} holds a {kind} with other networks ({network}): parts of different models"
+        )
+    check_widths(config, folder)
+    return config
 
 
 def load_file(path: Path, wanted: Wanted) -> Loaded:
@@ -174,60 +213,69 @@ def load_file(path: Path, wanted: Wanted) -> Loaded:
     kind = guess(tensors)
     if kind != ORIGINAL:
         raise ValueError(
-            f"{path} {kind or 'holds no model that minsd knows'}: give a Stable Diffusion 1.x or"
-            " 2.x checkpoint"
+            f"{path} {kind or 'holds no model that minsd knows'}: give a Stable Diffusion 1.x,"
+            " 2.x or XL checkpoint"
         )
-    config, unet, own_vae, text, notes = original(tensors, wanted.prediction_type, read_metadata(path))
+    parts = original(tensors, wanted.prediction_type, read_metadata(path))
+    config = parts.config
     if wanted.vae:
-        vae_config, vae = find_vae(wanted.vae, wanted.dtype)
+        vae_config, vae = find_vae(wanted.vae, wanted.dtype, config.vae)
         config = replace(config, vae=vae_config)
-    elif own_vae:
-        vae = own_vae
+    elif parts.vae:
+        vae = parts.vae
     else:
         raise ValueError(
             f"{path} holds no VAE: give one with --vae (a folder or file, such as sd-vae-ft-mse)"
         )
     tokenizer = read_tokenizer(wanted.tokenizer or hub.tokenizer(), config.text)
-    pad = 0
-    if not config.unet.linear_projection:  # SD1
+    pad = config.text.pad_token_id
+    if pad:  # SD1's encoder, and SDXL's first one; SD2 pads with 0
         pad = _token_id(tokenizer.eos_token_id, config.text.eos_token_id)
+    texts = [TextFiles(parts.text, tokenizer, pad)]
+    if parts.text_2 is not None:
+        texts.append(TextFiles(parts.text_2, tokenizer, 0))
     hashing = FileHash(path)
     hashing.start()  # in parallel with loading: hashing releases the interpreter lock
-    loaded = assemble(config, unet, vae, text, tokenizer, pad, wanted)
+    loaded = assemble(config, parts.unet, vae, texts, wanted)
     hashing.join()
-    return replace(loaded, notes=notes, sha256=hashing.digest)
+    return replace(loaded, notes=parts.notes, sha256=hashing.digest)
 
 
 def assemble(
     config: ModelConfig,
     unet: Tensors | RenamedTensors,
     vae: Tensors | RenamedTensors,
-    text: Tensors | RenamedTensors,
-    tokenizer: "CLIPTokenizer",
-    pad: int,
+    texts: list[TextFiles],
     wanted: Wanted,
 ) -> Loaded:
-    """Builds the UNet, the VAE and the text encoder, and fills each network from its tensors. `pad`
-    is the token id that pads prompts."""
+    """Builds the UNet, the VAE and the text encoder (SDXL has two), and fills each network from its
+    tensors. SDXL's VAE is loaded in float32 where it overflows in float16."""
 
     def build(
         kind: Callable[[Config], Network],
         config: Config,
         tensors: Tensors | RenamedTensors,
         rename: Callable[[str], str | None] = str,
+        dtype: torch.dtype = wanted.dtype,
     ) -> Network:
         module = empty(kind, config, tensors.where)
-        fill(module, tensors, wanted.device, wanted.dtype, rename)
+        fill(module, tensors, wanted.device, dtype, rename)
         return module
 
-    rename_text = partial(clip_name, layers=config.text.num_layers)
-    return Loaded(
-        config.name,
-        config,
+    def encoder(config: TextConfig, files: TextFiles) -> TextEncoder:
+        rename = partial(clip_name, layers=config.num_layers)
+        return TextEncoder(build(empty_clip, config, files.tensors, rename), files.tokenizer, files.pad)
+
+    # force_upcast counts for SDXL alone: newer files of SD1 and SD2 state it too, needlessly.
+    upcast = config.text_2 is not None and config.vae.force_upcast and wanted.dtype == torch.float16
+    networks = (
         build(UNet, config.unet, unet),
-        build(VAE, config.vae, vae, newer_vae_name),
-        TextEncoder(build(empty_clip, config.text, text, rename_text), tokenizer, pad),
+        build(VAE, config.vae, vae, newer_vae_name, torch.float32 if upcast else wanted.dtype),
     )
+    text = encoder(config.text, texts[0])
+    if config.text_2 is not None:
+        text = TwoTextEncoders(text, encoder(config.text_2, texts[1]), config.zero_empty)
+    return Loaded(config.name, config, *networks, text)
 
 
 def empty(kind: Callable[[Config], Network], config: Config, where: object) -> Network:
@@ -242,10 +290,12 @@ def empty(kind: Callable[[Config], Network], config: Config, where: object) -> N
 
 
 def empty_clip(config: TextConfig) -> "CLIPTextModel":
-    """Builds CLIP's text encoder (transformers' CLIPTextModel) in the sizes of `config`."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+    """Builds CLIP's text encoder in the sizes of `config`: transformers' CLIPTextModel, or
+    CLIPTextModelWithProjection where there is a pooled state."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModel(
+    kind: Any = CLIPTextModelWithProjection if config.projection_dim else CLIPTextModel
+    return kind(
         CLIPTextConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -256,14 +306,15 @@ def empty_clip(config: TextConfig) -> "CLIPTextModel":
             hidden_act=config.hidden_act,
             eos_token_id=config.eos_token_id,
             bos_token_id=None,  # only the tokenizer uses it
+            projection_dim=config.projection_dim or 512,  # CLIPTextModel does not read it
         )
     )
 
 
-def find_vae(path: Path, dtype: torch.dtype) -> tuple[VAEConfig, Tensors | RenamedTensors]:
-    """Opens a VAE that replaces the model's own: a diffusers folder (or a whole model's folder,
-    with the VAE in vae/), or a file in the original or the diffusers layout. Returns (config,
-    tensors)."""
+def find_vae(path: Path, dtype: torch.dtype, own: VAEConfig) -> tuple[VAEConfig, Tensors | RenamedTensors]:
+    """Opens a VAE that replaces the model's `own`: a diffusers folder (or a whole model's folder,
+    with the VAE in vae/), or a file in the original or the diffusers layout. Such a file does not
+    state the scale of its latents, so `own` gives it. Returns (config, tensors)."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         return vae_config(folder / "config.json"), Tensors(folder, "diffusion_pytorch_model", dtype)
@@ -272,7 +323,7 @@ def find_vae(path: Path, dtype: torch.dtype) -> tuple[VAEConfig, Tensors | Renam
         raise FileNotFoundError(
             f"there is no VAE {path}: give a diffusers folder (config.json, ...) or a .safetensors file"
         )
-    return vae_file(Tensors(path, "", dtype))
+    return vae_file(Tensors(path, "", dtype), own)
 
 
 def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
@@ -294,7 +345,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is a pipe or a device")  # reading could block for ever
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615: no download
     except Exception as error:  # transformers raises errors of many types, some with several lines
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
@@ -322,6 +373,31 @@ def heads_per_level(config: dict[str, Any], levels: int) -> tuple[int, ...]:
     return tuple(heads) if isinstance(heads, list) else (heads,) * levels
 
 
+def depth_per_level(config: dict[str, Any], levels: int, path: Path) -> tuple[int, ...]:
+    """Reads the number of transformer blocks per attention layer, for each level, from a network's
+    config.json. Raises ValueError where it differs within a level."""
+    depths = config.get("transformer_layers_per_block") or 1
+    depths = tuple(depths) if isinstance(depths, list) else (depths,) * levels
+    if config.get("reverse_transformer_layers_per_block") or any(isinstance(n, list) for n in depths):
+        raise ValueError(f"{path}: depths that differ within a level (SSD-1B, Vega) are not supported")
+    if len(depths) != levels:
+        raise ValueError(f"{path}: transformer_layers_per_block must have {levels} numbers")
+    return depths
+
+
+def pooled_dim(config: dict[str, Any], size_dim: int, path: Path) -> int:
+    """Reads the width of SDXL's pooled text state from a network's config.json; 0 for other
+    networks. Raises ValueError where it does not fit."""
+    if config.get("addition_embed_type") is None:
+        return 0
+    # The network's input beside the time is the pooled state and six embedded numbers. In the
+    # context, the pooled state and the six numbers must fit into one row.
+    pooled = (config.get("projection_class_embeddings_input_dim") or 0) - 6 * size_dim
+    if not 0 < pooled <= config["cross_attention_dim"] - 6:
+        raise ValueError(f"{path}: an SDXL network whose pooled text has {pooled} numbers is not known")
+    return pooled
+
+
 def checked(config: Config, path: Path) -> Config:
     """Returns `config` after checking that every field has the type of its default and lies within
     bounds that keep the construction of a network fast. Raises ValueError for the first field that
@@ -331,7 +407,7 @@ def checked(config: Config, path: Path) -> Config:
         values = value if isinstance(f.default, tuple) else (value,)
         example = f.default[0] if isinstance(f.default, tuple) else f.default
         types = (int, float) if type(example) is float else (type(example),)
-        most = 64 if "layers" in f.name else 10**6
+        most = 64 if "layers" in f.name or "depth" in f.name else 10**6
         fine = len(values) <= 16 and all(
             type(x) in types and (isinstance(x, str) or 0 <= x <= most)
             for x in values  # NaN fails the comparison too
@@ -367,7 +443,7 @@ _UNET_VALUES = {
     "attention_type": (None, "default"),
     "time_embedding_type": (None, "positional"),
     "mid_block_type": (None, "UNetMidBlock2DCrossAttn"),
-    "transformer_layers_per_block": (None, 1),
+    "addition_embed_type": (None, "text_time"),
     "center_input_sample": (None, False),
     "cross_attention_norm": (None,),
     "conv_in_kernel": (None, 3),
@@ -381,12 +457,8 @@ _UNET_VALUES = {
 
 def unet_config(path: Path) -> UNetConfig:
     """Reads unet/config.json into a UNetConfig. Raises ValueError for an architecture that is not
-    Stable Diffusion 1.x or 2.x."""
+    Stable Diffusion 1.x, 2.x or XL."""
     c = read_json(path)
-    if c.get("addition_embed_type"):
-        raise ValueError(
-            f"{path}: this is an SDXL network (addition_embed_type); minsd loads Stable Diffusion 1.x and 2.x"
-        )
     channels = c.get("in_channels", 4)
     if isinstance(channels, int) and channels in CHANNELS:
         raise ValueError(
@@ -396,7 +468,8 @@ def unet_config(path: Path) -> UNetConfig:
     for key, known in _UNET_VALUES.items():
         if c.get(key) not in known:
             raise ValueError(
-                f"{path}: {key} = {c[key]!r} is not an architecture of Stable Diffusion 1.x or 2.x"
+                f"{path}: {key} = {ascii(c[key])[:80]} is not an architecture of Stable Diffusion 1.x, 2.x"
+                " or XL"
             )
     try:
         widths = tuple(c["block_out_channels"])
@@ -406,14 +479,18 @@ def unet_config(path: Path) -> UNetConfig:
         if mirrored != cross or len(cross) != len(widths):
             raise ValueError(f"{path}: down_block_types and up_block_types are not each other's mirror image")
         size = c.get("sample_size") or 64
+        size_dim = c.get("addition_time_embed_dim") or 256
         config = UNetConfig(
             in_channels=c.get("in_channels", 4),
             out_channels=c.get("out_channels", 4),
             block_out_channels=widths,
             layers_per_block=c.get("layers_per_block", 2),
             cross_attention=cross,
+            transformer_depth=depth_per_level(c, len(widths), path),
             num_heads=heads_per_level(c, len(widths)),
             context_dim=c["cross_attention_dim"],
+            pooled_dim=pooled_dim(c, size_dim, path),
+            size_dim=size_dim,
             linear_projection=bool(c.get("use_linear_projection")),
             upcast_attention=bool(c.get("upcast_attention")),
             norm_groups=c.get("norm_num_groups", 32),
@@ -437,7 +514,7 @@ def vae_config(path: Path) -> VAEConfig:
     plain = isinstance(blocks, list) and all(kind == "DownEncoderBlock2D" for kind in blocks)
     if c.get("latent_channels", 4) != 4 or not plain:
         raise ValueError(
-            f"{path} does not describe the VAE of a Stable Diffusion 1.x or 2.x (4 latent channels,"
+            f"{path} does not describe the VAE of a Stable Diffusion 1.x, 2.x or XL (4 latent channels,"
             " DownEncoderBlock2D)"
         )
     if "block_out_channels" not in c:
@@ -449,6 +526,7 @@ def vae_config(path: Path) -> VAEConfig:
         layers_per_block=c.get("layers_per_block", 1),
         norm_groups=c.get("norm_num_groups", 32),
         scaling_factor=c.get("scaling_factor", 0.18215),
+        force_upcast=bool(c.get("force_upcast")),
     )
     checked(config, path)
     if not 1e-4 <= config.scaling_factor <= 1e4:
@@ -460,6 +538,9 @@ def text_config(path: Path) -> TextConfig:
     """Reads text_encoder/config.json into a TextConfig. Raises ValueError where a size is missing
     or impossible."""
     c = read_json(path)
+    projection = 0
+    if c.get("architectures") == ["CLIPTextModelWithProjection"]:  # other encoders state a width too
+        projection = c.get("projection_dim", 512)
     try:
         config = TextConfig(
             hidden_size=c["hidden_size"],
@@ -471,6 +552,7 @@ def text_config(path: Path) -> TextConfig:
             hidden_act=c.get("hidden_act", "quick_gelu"),
             pad_token_id=c.get("pad_token_id") or 0,
             eos_token_id=c.get("eos_token_id") or 0,
+            projection_dim=projection,
         )
     except KeyError as error:
         raise ValueError(f"{path} does not describe a CLIP text model: {error} is missing") from None
@@ -487,6 +569,11 @@ def schedule_config(path: Path) -> ScheduleConfig:
     if c.get("trained_betas") is not None:
         raise ValueError(
             f"{path}: trained_betas are not supported; minsd knows scaled_linear and linear betas"
+        )
+    if "EDM" in str(c.get("_class_name")):
+        raise ValueError(
+            f"{path}: {c['_class_name']} is for models of the EDM kind (Playground 2.5): minsd draws with"
+            " those that predict noise"
         )
     if c.get("rescale_betas_zero_snr"):
         raise ValueError(
@@ -507,18 +594,22 @@ def schedule_config(path: Path) -> ScheduleConfig:
     return config
 
 
-def folder_config(folder: Path) -> ModelConfig:
-    """Reads a model's configuration from its folder. The networks, the schedule and the name are
-    the folder's; so is the sampler, if the folder's scheduler names one that minsd has. The
-    remaining settings (steps, guidance scale, ...) are the defaults of the model family that the
-    networks belong to, except that latent consistency models get 4 steps and guidance scale 1."""
+def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
+    """Reads a model's configuration from its folder, with the content of model_index.json. The
+    networks, the schedule and the name are the folder's; so is the sampler, if the folder's
+    scheduler names one that minsd has. The remaining settings (steps, guidance scale, ...) are
+    the defaults of the model family that the networks belong to, except that latent consistency
+    models get 4 steps and guidance scale 1."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
+    unet = unet_config(folder / "unet" / "config.json")
     config = ModelConfig(
         folder.resolve().name,
-        unet=unet_config(folder / "unet" / "config.json"),
+        unet=unet,
         schedule=schedule_config(scheduler),
         vae=vae_config(folder / "vae" / "config.json"),
         text=text_config(folder / "text_encoder" / "config.json"),
+        text_2=text_config(folder / "text_encoder_2" / "config.json") if unet.pooled_dim else None,
+        zero_empty=unet.pooled_dim > 0 and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
     family = _family(config)
     sampler, _ = stated.sampler_of(read_json(scheduler))
@@ -530,6 +621,8 @@ def folder_config(folder: Path) -> ModelConfig:
         schedule=config.schedule,
         vae=config.vae,
         text=config.text,
+        text_2=config.text_2,
+        zero_empty=config.zero_empty,
         sampler=sampler or family.sampler,
         steps=stated.LCM_STEPS if few else family.steps,
         guidance_scale=1.0 if few else family.guidance_scale,
@@ -538,7 +631,8 @@ def folder_config(folder: Path) -> ModelConfig:
 
 def _family(config: ModelConfig) -> ModelConfig:
     """Returns the row of `MODELS` with the same UNet, prediction type and timestep spacing as
-    `config`; a plain `ModelConfig` if no row has them."""
+    `config`. If no row has them, the row "sdxl" for an SDXL network, otherwise a plain
+    `ModelConfig`."""
 
     def is_like(row: ModelConfig) -> bool:
         return (
@@ -547,7 +641,8 @@ def _family(config: ModelConfig) -> ModelConfig:
             and row.schedule.timestep_spacing == config.schedule.timestep_spacing
         )
 
-    return next((row for row in reversed(MODELS.values()) if is_like(row)), ModelConfig(config.name))
+    other = replace(MODELS["sdxl"], hub_id=None) if config.unet.pooled_dim else ModelConfig(config.name)
+    return next((row for row in reversed(MODELS.values()) if is_like(row)), other)
 
 
 # --- filling networks -----------------------------------------------------------------------------

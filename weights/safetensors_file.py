@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -229,11 +229,15 @@ def _shards(index: Path) -> list[Path]:
     return paths
 
 
+Source = tuple[str, int | Literal["T"] | None]
+
+
 class RenamedTensors(Mapping[str, torch.Tensor]):
     """Some of a file's tensors under other names. `names` maps each new name to a pair: the name in
-    the file, and which third of the tensor's rows is meant (0, 1, 2, or None for all rows)."""
+    the file, and which third of the tensor's rows is meant (0, 1, 2, or None for all rows), or "T"
+    for the transposed tensor."""
 
-    def __init__(self, tensors: Tensors, what: str, names: dict[str, tuple[str, int | None]]):
+    def __init__(self, tensors: Tensors, what: str, names: dict[str, Source]):
         """Renames some of `tensors` by the table `names` (see the class). `what` ("the UNet of",
         ...) precedes the file's path in errors."""
         self.tensors = tensors
@@ -243,6 +247,8 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         source, third = self.names[name]
         tensor = self.tensors[source]
+        if third == "T":
+            return tensor.T.contiguous()
         return tensor if third is None else tensor.chunk(3)[third]
 
     def __iter__(self) -> Iterator[str]:
@@ -254,6 +260,8 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         source, third = self.names[name]
         shape = self.tensors.shape(source)
+        if third == "T":
+            return shape[::-1]
         if third is None or not shape:
             return shape
         size = -(-shape[0] // 3)  # as torch.chunk divides: the last chunk takes the rest
@@ -277,16 +285,20 @@ def is_aligned(tensor: torch.Tensor) -> bool:
 
 ORIGINAL = "is a single-file checkpoint in the original layout"
 _SIGNS = {  # part of a tensor's name -> what it says of the file; the first that occurs decides
-    "conditioner.embedders": "looks like an SDXL checkpoint",
-    "add_embedding.": "looks like an SDXL network",
-    "label_emb.": "looks like an SDXL network",
     "double_blocks.": "looks like a Flux checkpoint",
     "joint_blocks.": "looks like an SD3 checkpoint",
+    "adapter.body.": "looks like a T2I adapter",
+    "adapter.conv_in.": "looks like a T2I adapter",
+    "body.0.in_conv.": "looks like a T2I adapter",
+    "lora_controlnet": "looks like a control-lora",
     "lora": "looks like a LoRA, which adapts a model and is not one",
     "control_model.": "looks like a ControlNet",
     "controlnet_": "looks like a ControlNet",
     "emb_params": "looks like a textual-inversion embedding",
     "model.diffusion_model.": ORIGINAL,
+    "conditioner.embedders": "looks like an SDXL checkpoint without its UNet",
+    "add_embedding.": "looks like an SDXL network alone",
+    "label_emb.": "looks like an SDXL network alone",
     "first_stage_model.": "looks like a VAE alone",
     "decoder.conv_in": "looks like a VAE alone",
     "down_blocks.": "looks like a UNet alone, in the diffusers layout",

@@ -5,7 +5,7 @@ Such files hold no config. A whole checkpoint is split into the tensors of the t
 our names (ldm_keys.py), and the shapes of the tensors give each network's sizes. The kind of text
 encoder distinguishes Stable Diffusion 1 (CLIP) from 2 (OpenCLIP). The remaining settings, such as
 the number of attention heads and the prediction type, come from the model family
-(`minsd.config.MODELS`).
+(`minsd.config.MODELS`). SDXL has both kinds, and an embedding of the pooled text state.
 """
 
 import hashlib
@@ -14,67 +14,116 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minsd.config import MODELS, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from minsd.weights import ldm_keys, stated
-from minsd.weights.safetensors_file import RenamedTensors, Tensors, guess
+from minsd.weights.safetensors_file import RenamedTensors, Source, Tensors, guess
 
 _SD1 = MODELS["sd15"]
 _SD2 = MODELS["sd21"]
+_SDXL = MODELS["sdxl"]
 CHANNELS = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}
+# Tensors that mark SDXL models which do not predict noise -> the kind of model.
+_OTHER_XL = {
+    "v_pred": "predicts v",
+    "edm_mean": "is of the EDM kind (Playground 2.5)",
+    "edm_vpred.sigma_max": "is of the EDM kind",
+}
 
 
-def original(
-    tensors: Tensors, prediction_type: str | None, metadata: Mapping[str, str]
-) -> tuple[ModelConfig, RenamedTensors, RenamedTensors | None, RenamedTensors, list[str]]:
-    """Splits a checkpoint in the original layout into networks. Returns (config, the UNet's
-    tensors, the VAE's tensors or None, the text encoder's tensors, notes for the user), all tensors
-    under our names. `prediction_type` overrides the one that the file's `metadata` states. Raises
-    ValueError, in one line, for a checkpoint that is not complete."""
+@dataclass(frozen=True)
+class Parts:
+    """A checkpoint in the original layout, split into networks. All tensors have our names."""
+
+    config: ModelConfig
+    unet: RenamedTensors
+    vae: RenamedTensors | None
+    text: RenamedTensors
+    text_2: RenamedTensors | None  # SDXL's second encoder
+    notes: list[str]  # for the user
+
+
+def original(tensors: Tensors, prediction_type: str | None, metadata: Mapping[str, str]) -> Parts:
+    """Splits a checkpoint in the original layout into networks. `prediction_type` overrides the one
+    that the file's `metadata` states. Raises ValueError, in one line, for a checkpoint that is not
+    complete."""
     path = tensors.where
     unet = _unet_tensors(tensors)
     vae = _vae_tensors(tensors)
-    text, is_sd2 = _text_tensors(tensors)
+    is_xl = "add_embedding.linear_1.weight" in unet
+    texts, prefixes = _xl_text_tensors(tensors) if is_xl else _text_tensors(tensors)
     notes = []
     said = stated.of_file(metadata)
     if said.prediction_type is not None and prediction_type not in (None, said.prediction_type):
         notes.append(f"{path.name} states {said.prediction_type}; {prediction_type} is used, as asked for")
     prediction_type = prediction_type or said.prediction_type
-    family = _SD1
-    if is_sd2:
-        family = MODELS["sd21-base" if prediction_type == "epsilon" else "sd21"]
-        if prediction_type is None:
-            notes.append(
-                f"{path.name} is a Stable Diffusion 2 file, which does not state its prediction type:"
-                " v_prediction at 768x768 is assumed; a 512 base model needs --prediction-type epsilon"
-            )
-    known = (ldm_keys.UNET, ldm_keys.VAE, ldm_keys.OPEN_CLIP if is_sd2 else ldm_keys.CLIP)
+    family, note = _family(path, prefixes, prediction_type)
+    if note:
+        notes.append(note)
+    known = (ldm_keys.UNET, ldm_keys.VAE, *prefixes)
     unused = [name for name in tensors if not name.startswith(known) and not ldm_keys.left_behind(name)]
     if unused:
         names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         notes.append(
             f"{path.name}: {len(unused)} tensors are no part of the model and were left out ({names})"
         )
+    text_2 = texts[1] if is_xl else None
     config = replace(
         family,
         name=path.stem,
         unet=unet_of(unet, family.unet),
-        vae=vae_of(vae) if vae else family.vae,
-        text=text_of(text, family.text),
+        vae=vae_of(vae, family.vae) if vae else family.vae,
+        text=text_of(texts[0], family.text),
+        text_2=text_of(text_2, family.text_2) if text_2 and family.text_2 else None,
     )
     if prediction_type is not None:
         config = replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
     if said.size is not None:
         config = replace(config, unet=replace(config.unet, sample_size=said.size // 8))
-    if config.unet.context_dim != config.text.hidden_size:
-        raise ValueError(
-            f"{path}: its UNet takes text states of width {config.unet.context_dim}, its text encoder makes"
-            f" states of width {config.text.hidden_size}: parts of different models"
+    check_widths(config, path)
+    return Parts(config, unet, vae or None, texts[0], text_2, notes)
+
+
+def _family(
+    path: Path, prefixes: tuple[str, ...], prediction_type: str | None
+) -> tuple[ModelConfig, str | None]:
+    """Returns (family, note for the user or None) of a checkpoint, by the `prefixes` of its text
+    encoders' tensors, its prediction type, and its name."""
+    if ldm_keys.XL_CLIP in prefixes:
+        is_turbo = "turbo" in path.stem.lower()
+        kind = "a Turbo model (1 step, no guidance)" if is_turbo else "the base model"
+        note = f"{path.name} is an SDXL file, taken for {kind} by its name: the file does not state it"
+        return MODELS["sdxl-turbo" if is_turbo else "sdxl"], note
+    if ldm_keys.OPEN_CLIP not in prefixes:
+        return _SD1, None
+    note = None
+    if prediction_type is None:
+        note = (
+            f"{path.name} is a Stable Diffusion 2 file, which does not state its prediction type:"
+            " v_prediction at 768x768 is assumed; a 512 base model needs --prediction-type epsilon"
         )
-    return config, unet, vae or None, text, notes
+    return MODELS["sd21-base" if prediction_type == "epsilon" else "sd21"], note
+
+
+def check_widths(config: ModelConfig, where: Path) -> None:
+    """Raises ValueError where the UNet takes text states of another width than the text encoders
+    make."""
+    second = config.text_2
+    made = config.text.hidden_size + (second.hidden_size if second else 0)
+    taken = config.unet.context_dim
+    what = "text states"
+    if second and taken == made:
+        made, taken = second.projection_dim, config.unet.pooled_dim
+        what = "a pooled text state"
+    if taken != made:
+        encoders = "text encoders make" if second else "text encoder makes"
+        raise ValueError(
+            f"{where}: its UNet takes {what} of width {taken}, its {encoders} {what} of width {made}: parts"
+            " of different models"
+        )
 
 
 def _inside(tensors: Tensors, prefix: str) -> list[str]:
@@ -98,35 +147,64 @@ def _vae_tensors(tensors: Tensors) -> RenamedTensors:
     return RenamedTensors(tensors, "the VAE of", renamed)
 
 
-def _text_tensors(tensors: Tensors) -> tuple[RenamedTensors, bool]:
-    """Returns (the text encoder's tensors, is_sd2), where is_sd2 says whether the encoder is
-    OpenCLIP, which means Stable Diffusion 2."""
-    clip = _inside(tensors, ldm_keys.CLIP)
-    open_clip = _inside(tensors, ldm_keys.OPEN_CLIP)
-    if not clip and not open_clip:
-        raise ValueError(
-            f"{tensors.where} holds no text encoder: minsd needs whole checkpoints (UNet, VAE and"
-            " text encoder)"
-        )
+def _text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ...]]:
+    """Returns the tensors of the text encoder of Stable Diffusion 1 (CLIP) or 2 (OpenCLIP), in a
+    list, and the prefix of their names in the file."""
+    if _inside(tensors, ldm_keys.OPEN_CLIP):
+        # SD2 does not use the last of the 24 layers; files made from diffusers folders hold 23.
+        text = _open_clip(tensors, ldm_keys.OPEN_CLIP, _SD2.text.num_layers)
+        return [text], (ldm_keys.OPEN_CLIP,)
+    if _inside(tensors, ldm_keys.CLIP):
+        return [_clip(tensors, ldm_keys.CLIP)], (ldm_keys.CLIP,)
+    raise ValueError(
+        f"{tensors.where} holds no text encoder: minsd needs whole checkpoints (UNet, VAE and text encoder)"
+    )
 
-    def rename_clip(name: str) -> list[str]:
+
+def _xl_text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ...]]:
+    """Returns the tensors of SDXL's two text encoders, and the prefixes of their names in the file.
+    Raises ValueError, in one line, for the relatives of SDXL that minsd does not draw with."""
+    path = tensors.where
+    for key, kind in _OTHER_XL.items():
+        if key in tensors:
+            raise ValueError(
+                f"{path} is an SDXL model that {kind} (it holds {key!r}): minsd draws with those that"
+                " predict noise"
+            )
+    both = (ldm_keys.XL_CLIP, ldm_keys.XL_OPEN_CLIP)
+    missing = [prefix for prefix in both if not _inside(tensors, prefix)]
+    # The refiner's only encoder is OpenCLIP, in the place of the base model's CLIP.
+    if missing and _inside(tensors, "conditioner.embedders.0.model."):
+        raise ValueError(
+            f"{path} is the SDXL refiner, which continues from another model's latents: give the base model"
+        )
+    if missing:
+        raise ValueError(
+            f"{path} does not hold SDXL's two text encoders ({missing[0]}*): minsd needs whole checkpoints"
+        )
+    second = _open_clip(tensors, ldm_keys.XL_OPEN_CLIP, 1000)
+    projection = ldm_keys.XL_OPEN_CLIP + "text_projection"
+    if projection in tensors:  # OpenCLIP multiplies from the other side
+        second.names["text_projection.weight"] = projection, "T"
+    return [_clip(tensors, ldm_keys.XL_CLIP), second], both
+
+
+def _clip(tensors: Tensors, prefix: str) -> RenamedTensors:
+    def rename(name: str) -> list[str]:
         new = ldm_keys.clip_name(name)
         return [new] if new else []
 
-    def rename_open_clip(name: str) -> list[str]:
-        # SD2 does not use the last of the 24 layers; files made from diffusers folders hold 23.
-        return ldm_keys.open_clip_names(name, _SD2.text.num_layers)
-
-    if open_clip:
-        renamed = pairs(open_clip, ldm_keys.OPEN_CLIP, rename_open_clip)
-    else:
-        renamed = pairs(clip, ldm_keys.CLIP, rename_clip)
-    return RenamedTensors(tensors, "the text encoder of", renamed), bool(open_clip)
+    return RenamedTensors(tensors, "the text encoder of", pairs(_inside(tensors, prefix), prefix, rename))
 
 
-def vae_file(tensors: Tensors) -> tuple[VAEConfig, RenamedTensors]:
+def _open_clip(tensors: Tensors, prefix: str, layers: int) -> RenamedTensors:
+    renamed = pairs(_inside(tensors, prefix), prefix, lambda name: ldm_keys.open_clip_names(name, layers))
+    return RenamedTensors(tensors, "the text encoder of", renamed)
+
+
+def vae_file(tensors: Tensors, family: VAEConfig) -> tuple[VAEConfig, RenamedTensors]:
     """Reads the VAE from a VAE file in the original or the diffusers layout, or from a whole
-    checkpoint. Returns (config, tensors)."""
+    checkpoint. Returns (config, tensors). `family` gives the settings that shapes do not show."""
     prefix = ldm_keys.VAE if any(name.startswith(ldm_keys.VAE) for name in tensors) else ""
     names = [
         name.removeprefix(prefix)
@@ -145,12 +223,10 @@ def vae_file(tensors: Tensors) -> tuple[VAEConfig, RenamedTensors]:
         return [ldm_keys.vae_name(name, levels) if levels else ldm_keys.newer_vae_name(name)]
 
     vae = RenamedTensors(tensors, "the VAE of", pairs(names, prefix, rename))
-    return vae_of(vae), vae
+    return vae_of(vae, family), vae
 
 
-def pairs(
-    names: Iterable[str], prefix: str, rename: Callable[[str], list[str]]
-) -> dict[str, tuple[str, int | None]]:
+def pairs(names: Iterable[str], prefix: str, rename: Callable[[str], list[str]]) -> dict[str, Source]:
     """Makes the table that `RenamedTensors` takes: new name -> (the tensor's name in the file,
     which third of its rows or None for all).
 
@@ -158,7 +234,7 @@ def pairs(
     empty list leaves the tensor out, and three names stand for the thirds of a fused projection.
     Raises ValueError where two tensors get the same name.
     """
-    found: dict[str, tuple[str, int | None]] = {}
+    found: dict[str, Source] = {}
     for name in names:
         new = rename(name)
         for i, one in enumerate(new):
@@ -220,9 +296,12 @@ def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetCo
             "block_out_channels": tuple(shape(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels),
             "layers_per_block": min(count(tensors, r"down_blocks\.0\.resnets\.(\d{1,4})\."), 16),
             "cross_attention": tuple(f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels),
+            "transformer_depth": tuple(_depth(tensors, i, len(levels)) for i in levels),
             "context_dim": shape(f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
             "linear_projection": len(shape(f"{middle}.proj_in.weight")) == 2,
         }
+        add = "add_embedding.linear_1.weight"
+        found["pooled_dim"] = shape(add)[1] - 6 * _SDXL.unet.size_dim if add in tensors else 0
         return found if family is None else found | {"out_channels": shape("conv_out.weight")[0]}
 
     found = sizes(read, tensors.where)
@@ -244,8 +323,23 @@ def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetCo
     return replace(family or UNetConfig(), **found, num_heads=heads)
 
 
-def vae_of(tensors: RenamedTensors) -> VAEConfig:
-    """Derives the config of a VAE from the shapes of its tensors."""
+def _depth(tensors: RenamedTensors, level: int, levels: int) -> int:
+    """Returns the number of transformer blocks of a level's attention layers; 1 for a level without
+    attention. Raises ValueError where the layers differ."""
+    middle = "|mid_block" if level == levels - 1 else ""
+    block = rf"((?:down_blocks\.{level}|up_blocks\.{levels - 1 - level}{middle})\.attentions\.\d+)\."
+    layers = {m[1] for m in (re.match(block, name) for name in tensors) if m}
+    depths = {count(tensors, rf"{re.escape(layer)}\.transformer_blocks\.(\d{{1,4}})\.") for layer in layers}
+    if len(depths) > 1:
+        raise ValueError(
+            f"{tensors.where}: depths that differ within a level (SSD-1B, Vega) are not supported"
+        )
+    return max(1, min(64, *depths)) if depths else 1
+
+
+def vae_of(tensors: RenamedTensors, family: VAEConfig) -> VAEConfig:
+    """Derives the config of a VAE from the shapes of its tensors. Settings that shapes do not show
+    come from `family`."""
 
     def read() -> dict[str, Any]:
         levels = range(min(count(tensors, r"encoder\.down_blocks\.(\d{1,4})\."), 16))
@@ -259,10 +353,10 @@ def vae_of(tensors: RenamedTensors) -> VAEConfig:
     found = sizes(read, tensors.where)
     if found["latent_channels"] != 4:
         raise ValueError(
-            f"{tensors.where} has {found['latent_channels']} latent channels: a VAE of Stable Diffusion 1.x"
-            " and 2.x has 4"
+            f"{tensors.where} has {found['latent_channels']} latent channels: a VAE of Stable Diffusion 1.x,"
+            " 2.x and XL has 4"
         )
-    return VAEConfig(**found)
+    return replace(family, **found)
 
 
 def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
@@ -278,6 +372,7 @@ def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
             "num_layers": min(count(tensors, r"encoder\.layers\.(\d{1,4})\."), 64),
             "num_heads": max(1, embedding[1] // 64),
             "max_length": tensors.shape("embeddings.position_embedding.weight")[0],
+            "projection_dim": tensors.shape("text_projection.weight")[0] if family.projection_dim else 0,
         }
 
     return replace(family, **sizes(read, tensors.where))

@@ -25,8 +25,10 @@ SCHEDULERS = {
 }
 LCM_STEPS = 4  # the number of steps that latent consistency models are made for
 NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+XL_NETWORKS = NETWORKS | {"text_encoder_2": "CLIPTextModelWithProjection"}
 BESIDE = (
     "tokenizer",
+    "tokenizer_2",
     "scheduler",
     "safety_checker",
     "feature_extractor",
@@ -36,7 +38,7 @@ BESIDE = (
 )
 # Pipeline classes whose networks differ even where model_index.json does not show it.
 OTHER_KINDS = re.compile(
-    "XL|StableDiffusion3|Inpaint|Upscale|Depth2Img|InstructPix2Pix|UnCLIP|GLIGEN|ImageVariation|LDM3D", re.I
+    "StableDiffusion3|Inpaint|Upscale|Depth2Img|InstructPix2Pix|UnCLIP|GLIGEN|ImageVariation|LDM3D", re.I
 )
 
 
@@ -108,7 +110,7 @@ def sampler_of(scheduler: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 def check_pipeline(index: Mapping[str, Any], folder: Path) -> list[str]:
     """Checks a folder's model_index.json and returns notes for the user. Raises ValueError where
-    the index names networks other than those of Stable Diffusion 1.x and 2.x.
+    the index names networks other than those of Stable Diffusion 1.x, 2.x and XL.
 
     Other pipeline classes (for image-to-image, ControlNet, InitNO, Attend-and-Excite, ...) are
     accepted, because they hold the same networks. This can be checked since the index names the
@@ -117,15 +119,22 @@ def check_pipeline(index: Mapping[str, Any], folder: Path) -> list[str]:
     kind = str(index.get("_class_name", "StableDiffusionPipeline"))
     listed = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     parts = {name: value for name, value in listed.items() if value is not None}
-    differs = [name for name, value in NETWORKS.items() if parts.get(name, value) != value]
-    differs += [name for name in parts if name not in NETWORKS and name not in BESIDE]
-    if kind != "StableDiffusionPipeline" and (OTHER_KINDS.search(kind) or not parts):
+    networks = XL_NETWORKS if "XL" in kind else NETWORKS
+    if networks is XL_NETWORKS and "text_encoder" in listed and "text_encoder" not in parts:
+        raise ValueError(
+            f"{folder} is the SDXL refiner, which continues from another model's latents: give the base model"
+        )
+    differs = [name for name, value in networks.items() if parts.get(name, value) != value]
+    differs += [name for name in parts if name not in networks and name not in BESIDE]
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") and (
+        OTHER_KINDS.search(kind) or not parts
+    ):
         differs.append(kind)
     if differs:
         raise ValueError(
             f"{folder} holds a {ascii(kind)[1:-1][:60]} with other networks"
-            f" ({ascii(', '.join(differs[:3]))[1:-1][:90]}); minsd loads Stable Diffusion 1.x and 2.x"
-            " (StableDiffusionPipeline)"
+            f" ({ascii(', '.join(differs[:3]))[1:-1][:90]}); minsd loads Stable Diffusion 1.x, 2.x and XL"
+            " (StableDiffusionPipeline, StableDiffusionXLPipeline)"
         )
     if "controlnet" in parts:
         return ["the folder's ControlNet is not loaded: give it with --controlnet FOLDER/controlnet"]

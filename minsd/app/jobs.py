@@ -38,6 +38,7 @@ class ModelSettings:
 
     model: str
     model_hash: str | None
+    model_revision: str | None
     vae: Path | None
     tokenizer: Path | None
     prediction_type: str | None
@@ -55,6 +56,7 @@ class ModelSettings:
         return {
             "model": self.model,
             "model_hash": self.model_hash,
+            "model_revision": self.model_revision,
             "vae": self.vae and str(self.vae),
             "tokenizer": self.tokenizer and str(self.tokenizer),
             "prediction_type": self.prediction_type,
@@ -250,14 +252,18 @@ class Jobs:
 # --- from requests to jobs --------------------------------------------------------------------------------
 
 
-def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> tuple[Jobs, list[str]]:
-    """One job per image, in the order of the prompts and their seeds, and notes for the user.
+def plan(
+    sd: StableDiffusion, command: Command, requests: Sequence[Request], device: str | None = None
+) -> tuple[Jobs, list[str]]:
+    """Returns one job per image, in the order of the prompts and their seeds, and notes for the
+    user. `device` is the kind of device that will draw; None means that of `sd`.
 
-    ValueError, with the request's place, for what the model does not accept.
+    Raises ValueError, with the request's place, for settings that the model does not accept.
     """
     model = ModelSettings(
         command.model,
         sd.model_hash,
+        sd.model_revision,
         command.vae,
         command.tokenizer,
         command.prediction_type,
@@ -266,7 +272,7 @@ def plan(sd: StableDiffusion, command: Command, requests: Sequence[Request]) -> 
         command.embedding,
         command.lora,
         command.attention,
-        sd.device.type,
+        device or sd.device.type,
         str(sd.dtype).removeprefix("torch."),
     )
     pieces: list[Piece] = []
@@ -309,6 +315,13 @@ def _template(
     the user may not expect to `notes`.
     """
     sampling = _sampling(sd, request)
+    if sd.config.guidance_scale == 1 != sampling.guidance_scale:
+        notes.append(
+            f"{request.where}{sd.name} was distilled to draw without guidance: --guidance-scale"
+            f" {sampling.guidance_scale:g} takes twice as long and may spoil the image"
+        )
+    if request.guidance_scale == 0 and sampling.guidance_scale:
+        notes.append("guidance scale 0 means no guidance for this model: the prompt alone is used (scale 1)")
     subjects = _subjects(sd, request, notes) if request.wants_subjects else None
     layout = None
     if request.layout is not None:
@@ -426,11 +439,9 @@ def _noise_notes(path: Path) -> list[str]:
 
 
 def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
-    guidance_scale = request.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = (
-            sd.config.guidance_scale if request.invert is None else 1.0
-        )  # guided inversion is inexact
+    guidance_scale = sd.config.guidance(request.guidance_scale)
+    if request.guidance_scale is None and request.invert is not None:
+        guidance_scale = 1.0  # guided inversion is inexact
     return Sampling(
         request.sampler or sd.config.sampler,
         request.karras,

@@ -8,6 +8,7 @@ needs --trust, or the option itself on the command line.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from minsd.adapters import split_name, split_scale
 from minsd.app.options import OBJECTIVES, OPTIONS, Given
 from minsd.app.prompts import located
 from minsd.app.seeds import MOST_SEED
+from minsd.config import MODELS
 from minsd.files import exists
 
 CANDIDATE_SEEDS = "candidate_seeds"  # not an option: the seeds that a selection chose among
@@ -51,6 +53,7 @@ def take_from_image(given: Given, notes: list[str]) -> Given:
         if same_method:
             settings = _take_method(given, settings, taken)
         _take_subjects(given, settings, settings if same_method else given)
+        settings = _with_revision(settings)
         for name, option in OPTIONS.items():
             wanted = option.like or (same_method and option.like_method)
             if not wanted or given[name] is not None or settings.get(name) is None:
@@ -66,6 +69,20 @@ def take_from_image(given: Given, notes: list[str]) -> Given:
     loaded = [f"{name} {place}" for name, place in _places(taken)]
     notes.append(f"{path} loads {', '.join(loaded) or 'no file of its own'}")
     return given
+
+
+def _with_revision(settings: Given) -> Given:
+    """Returns the settings with the model as owner/name@commit if it came from the hub, so that a
+    later change of the repository does not change the image.
+    """
+    model = settings.get("model")
+    revision = settings.get("model_revision")
+    if not isinstance(model, str) or not isinstance(revision, str) or "@" in model:
+        return settings
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        return settings
+    repo = MODELS[model].hub_id if model in MODELS else model
+    return settings | {"model": f"{repo}@{revision}"}
 
 
 def _value(name: str, value: Any) -> Any:

@@ -383,7 +383,8 @@ _ROWS = (
            negatable=True, identity="excite"),
     # --- model and hardware
     Option("model", MODEL, str, "NAME|DIR|FILE|ID",
-           "shapes (the embedded model, default), a diffusers folder, a .safetensors file, or a hub id",
+           "shapes (the embedded model, default), shapes-turbo (it in 1 to 4 steps), a diffusers folder, "
+           "a .safetensors file, or a hub id",
            like=True, identity="model"),
     Option("vae", MODEL, Path, "DIR|FILE", "another VAE than the model's own", like=True, identity="vae"),
     Option("tokenizer", MODEL, Path, "DIR", "for single files: a folder with vocab.json and merges.txt",
@@ -425,6 +426,8 @@ _ROWS = (
            harmless="says which images to draw"),
     Option("wait", RUN, bool, None, "with --resume, wait for another run that works on --out", default=False,
            harmless="delays the start"),
+    Option("engine", RUN, str, None, "draw on a Ray cluster (RAY_ADDRESS, or else this machine)",
+           choices=("ray",), harmless="changes rounding alone"),
     Option("out", RUN, Path, "DIR", "where images go (default: outputs)", default=Path("outputs"),
            harmless="says where files go"),
     Option("save_noise", RUN, bool, None, "save the initial noise of each image, in DIR/extra", default=False,

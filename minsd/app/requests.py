@@ -53,6 +53,7 @@ class Command:
     out: Path
     resume: bool
     wait: bool
+    engine: str | None
     save_noise: bool
     layout_preview: bool
     attention_maps: bool
@@ -134,6 +135,8 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     if given["wait"] and not given["resume"]:
         raise ValueError("--wait is for --resume")
     several = Share.from_environment().world > 1
+    if several and given["engine"] == "ray":
+        raise ValueError("--engine ray divides the work itself: start one process, without torchrun")
     # The same random seed for all prompts, so that their images can be compared.
     chance = random.SystemRandom().randrange(2**32)
     requests: list[Request] = []

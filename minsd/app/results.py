@@ -54,10 +54,11 @@ def read(folder: Path, unjudged: bool = False) -> Results:
         raise FileNotFoundError(f"there is no folder {folder}")
     pattern = "runs*.jsonl" if unjudged else "scores*.jsonl"
     places = {name: place for name, place in places.items() if any(place.rglob(pattern))}
+    left_out = sorted(set(study["methods"]) - set(places)) if study else []
     if not places:
         raise ValueError(f"{folder} holds no scores: python -m minsd.judge {folder}")
     tags = {item["prompt"]: item.get("tag", "") for item in study["prompts"]} if study else {}
-    notes: list[str] = []
+    notes = [f"method {name} is left out: it has no scores" for name in left_out]
     held = {name: _of_method(place, notes, unjudged) for name, place in places.items()}
     common = set.intersection(*(set(rows) for rows in held.values()))
     pairs = [pair for pair in next(iter(held.values())) if pair in common]
@@ -147,6 +148,7 @@ class Cell:
 
     @property
     def text(self) -> str:
+        """Returns the number with its interval as tables show them."""
         value, low, high = (self._number(number) for number in self.estimate)
         if math.isnan(self.estimate.value):
             return "-"
@@ -156,6 +158,7 @@ class Cell:
         return "" if math.isnan(number) else f"{number:.{self.digits}f}"
 
     def row(self, prompts: int) -> dict[str, Any]:
+        """Returns the row of table.csv."""
         value, low, high = (self._number(number) for number in self.estimate)
         names = ("part", "method", "column", "tag")
         said = {name: getattr(self, name) for name in names}
@@ -182,7 +185,7 @@ def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
         raise ValueError(f"--baseline {baseline} is not among the methods: {', '.join(results.methods)}")
     resample = Resample(results.prompts)
     cells: list[Cell] = []
-    tags = sorted(set(results.tags)) if by_tag else []
+    tags = list(dict.fromkeys(results.tags)) if by_tag else []
     for column, by_method in results.values.items():
         rate = binary(results, column)
         scale = 100.0 if rate else 1.0
@@ -193,18 +196,30 @@ def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
             if rate:
                 mean = statistics.wilson(float(np.nansum(values)), n)
             cells.append(Cell("values", method, column, _scaled(mean, scale), n, digits))
-            for tag in tags if len(tags) > 1 else ():
-                inside = values[[one == tag for one in results.tags]]
-                m = int(np.isfinite(inside).sum())
-                part = (
-                    statistics.wilson(float(np.nansum(inside)), m)
-                    if rate
-                    else Estimate(float(np.nanmean(inside)) if m else math.nan, math.nan, math.nan)
-                )
-                cells.append(Cell("by tag", method, column, _scaled(part, scale), m, digits, tag))
+            if len(tags) > 1:
+                cells += _by_tag(results, method, column, tags, rate, digits)
             if method != baseline:
                 cells += _against(method, column, values, by_method[baseline], resample, rate, digits)
     return cells + _costs(results, baseline)
+
+
+def _by_tag(
+    results: Results, method: str, column: str, tags: list[str], rate: bool, digits: int
+) -> list[Cell]:
+    """Returns a method's value in each group of prompts, and the plain mean over the groups, which
+    is GenEval's overall score."""
+    out = []
+    scale = 100.0 if rate else 1.0
+    values = results.values[column][method]
+    for tag in tags:
+        inside = values[[one == tag for one in results.tags]]
+        inside = inside[np.isfinite(inside)]
+        mean = Estimate(float(inside.mean()) if len(inside) else math.nan, math.nan, math.nan)
+        if rate:
+            mean = statistics.wilson(float(inside.sum()), len(inside))
+        out.append(Cell("by tag", method, column, _scaled(mean, scale), len(inside), digits, tag))
+    overall = Estimate(float(np.mean([cell.estimate.value for cell in out])), math.nan, math.nan)
+    return [*out, Cell("by tag", method, column, overall, len(values), digits, "mean of groups")]
 
 
 def _against(
@@ -261,6 +276,7 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 def _digits(by_method: Mapping[str, np.ndarray]) -> int:
+    """Returns how many decimals to show: four for cosines, three for larger values."""
     largest = max(
         (float(np.nanmax(np.abs(v))) for v in by_method.values() if np.isfinite(v).any()), default=0
     )

@@ -3,9 +3,9 @@
     draw  STUDY --prompts ae-animals --seeds 0-63 --methods plain select:attention:5 initno
     table STUDY --baseline plain --latex --page
 
-`draw` makes STUDY/METHOD/ for each method, each by a run of minsd/app/run.py that resumes, with the
-model loaded once. Between the two, `python -m minsd.judge STUDY` judges the images. STUDY/study.json
-holds the prompts with what they ask for, the seeds and the methods: methods may be added later,
+`draw` fills STUDY/METHOD/ for each method by a run of minsd/app/run.py that resumes; the model is
+loaded once. `python -m minsd.judge STUDY` then judges the images. STUDY/study.json holds the
+prompts with what they ask for, the seeds and the methods. Methods may be added later, whereas
 prompts and seeds stay. `table` also takes any folder with one judged folder per method.
 """
 
@@ -322,6 +322,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _draw_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options that `draw` and `compare` share."""
     sets = ", ".join(prompt_sets.SETS)
     p.add_argument("--prompts", metavar="SET|FILE", help=f"{sets}, or a file")
     p.add_argument("--count", type=int, metavar="N", help="the first N prompts of each tag")

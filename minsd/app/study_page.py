@@ -26,6 +26,7 @@ THUMBNAIL = 256  # pixels
 
 
 def head(results: Results, column: str) -> str:
+    """Returns a column's name in tables, with its unit where it is a rate."""
     return f"{column} %" if binary(results, column) else column
 
 
@@ -83,10 +84,12 @@ def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: 
 
 
 def _signed(cell: Cell) -> str:
+    """Returns a difference with its sign, also where it is positive."""
     return "+" + cell.text if cell.estimate.value > 0 else cell.text
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a Markdown table and an empty line."""
     lines = [names, ["---"] * len(names), *rows]
     return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
 
@@ -191,7 +194,8 @@ def differences(cells: Sequence[Cell], baseline: str) -> str:
     """Returns a plot of every paired difference to the baseline with its interval, as SVG."""
     shown = [c for c in cells if c.part == "differences" and math.isfinite(c.estimate.low)]
     columns = list(dict.fromkeys(c.column for c in shown))
-    methods = list(dict.fromkeys(c.method for c in shown))
+    # The baseline counts too, so that a method has one colour in both plots.
+    methods = list(dict.fromkeys(c.method for c in cells))
     left, width, row = 190, 420, 20
     parts: list[str] = []
     y = 30.0
@@ -297,7 +301,8 @@ def thumbnail(path: Path, found: Sequence[dict[str, Any]]) -> str:
         picture = opened.convert("RGB")
     scale = min(1.0, THUMBNAIL / max(picture.size))
     if scale < 1:
-        picture = picture.resize([max(1, round(side * scale)) for side in picture.size])  # type: ignore[arg-type]
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height))
     pen = ImageDraw.Draw(picture)
     for one in found:
         pen.rectangle([value * scale for value in one["box"]], outline="#888")
@@ -309,7 +314,7 @@ def thumbnail(path: Path, found: Sequence[dict[str, Any]]) -> str:
 STYLE = """
 body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}.wide{overflow-x:auto}
-td,th{padding:.25em .6em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+td,th{white-space:nowrap;padding:.25em .6em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 .row img{width:128px;display:block}.row{border-top:1px solid #ccc;padding:.6em 0}
 .images{display:flex;flex-wrap:wrap;gap:10px}figure{margin:0;width:128px;font-size:12px}
 figcaption{color:#555;overflow-wrap:anywhere}

@@ -23,7 +23,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,16 +129,21 @@ class Run:
         lr: float,
         out: Path,
         warmup: int = 100,
+        rates: Mapping[str, float] | None = None,
+        momentum: float = 0.9,
     ):
         """Sets up the networks `modules` for training, and resumes from the checkpoint
         `out`/`name`.pt if there is one. `samples` and `batch` are totals over all processes;
-        `warmup` is in steps."""
+        `warmup` is in steps. `rates` multiplies the learning rate of some of the networks;
+        `momentum` is Adam's beta 1."""
         self.name = name
         self.modules = modules
         self.workers = workers
         self.parameters = [p for m in modules.values() for p in m.parameters()]
         self.average = {key: copy.deepcopy(m).requires_grad_(False) for key, m in modules.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        rates = rates or {}
+        groups = [{"params": [*m.parameters()], "rate": rates.get(key, 1.0)} for key, m in modules.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.99), weight_decay=1e-2)
         self.batch = batch // workers.world
         self.steps = samples // batch
         self.step = 0
@@ -196,7 +201,8 @@ class Run:
         weights that `losses` gave."""
         for group in self.optimizer.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-            group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
+            rate = self.lr * group["rate"]
+            group["lr"] = rate * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
         # All random numbers of a step are determined by the step's index, so that a resumed run
         # draws the same ones.
         key = (SEED, self.step, self.workers.rank)
@@ -588,17 +594,34 @@ def export_checkpoint(run: Path, out: Path) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def work(rank: int, world: int, device: str, options: Options) -> None:
-    """Runs the whole training in one of `world` processes."""
+def begin(rank: int, world: int, device: str, options: Options) -> Workers:
+    """Prepares this process, number `rank` of `world` processes, and connects it with the others."""
     if device == "cpu":
         torch.set_num_threads(1)
         torch.backends.mkldnn.set_flags(True)
     if world > 1:
         rendezvous = f"file://{options.run.resolve()}/rendezvous-{options.token}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-    workers = Workers(rank, world, device)
-    start = time.time()
-    deadline = start + 60 * options.minutes if options.minutes else math.inf
+    return Workers(rank, world, device)
+
+
+def start(work: Callable[[int, int, str, Options], None], workers: int | None, options: Options) -> None:
+    """Runs work(rank, world, device, options) on the GPU if there is one, otherwise in `workers`
+    processes (None: one per core)."""
+    if torch.cuda.is_available():
+        work(0, 1, "cuda", options)
+    else:
+        world = workers or len(os.sched_getaffinity(0))
+        # Processes are forked, because a spawned process would not find minsd in a checkout that is
+        # not installed, where the root of the package is not on sys.path.
+        start_processes(work, (world, "cpu", options), nprocs=world, start_method="fork")
+
+
+def work(rank: int, world: int, device: str, options: Options) -> None:
+    """Runs the whole training in one of `world` processes."""
+    workers = begin(rank, world, device, options)
+    began = time.time()
+    deadline = began + 60 * options.minutes if options.minutes else math.inf
     kind = "quick" if options.quick else "full"
     done, vae = train_vae(workers, options.vae_samples or VAE_SAMPLES[kind], options.run, deadline)
     if not done:
@@ -618,12 +641,12 @@ def work(rank: int, world: int, device: str, options: Options) -> None:
     scale = round(float((square - mean**2) ** -0.5), 5)
     if rank == 0:
         (options.run / "scale.json").write_text(json.dumps(scale))
-    workers.log(f"latents: scaling_factor {scale}, {time.time() - start:.0f} s so far")
+    workers.log(f"latents: scaling_factor {scale}, {time.time() - began:.0f} s so far")
     samples = options.samples or UNET_SAMPLES[kind]
     done, average = train_unet(workers, samples, options.run, deadline, scale, store)
     if rank == 0 and done:
         export(vae, average["unet"], average["text"], scale, options.out)
-        workers.log(f"written to {options.out} after {time.time() - start:.0f} s")
+        workers.log(f"written to {options.out} after {time.time() - began:.0f} s")
 
 
 def main() -> None:
@@ -645,13 +668,7 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
     token = time.time_ns()
     options = Options(run, out, args.quick, args.samples, args.vae_samples, args.minutes, token)
-    if torch.cuda.is_available():
-        work(0, 1, "cuda", options)
-    else:
-        world = args.workers or len(os.sched_getaffinity(0))
-        # Processes are forked, because a spawned process would not find minsd in a checkout that is
-        # not installed, where the root of the package is not on sys.path.
-        start_processes(work, (world, "cpu", options), nprocs=world, start_method="fork")
+    start(work, args.workers, options)
 
 
 if __name__ == "__main__":
