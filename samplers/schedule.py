@@ -1,8 +1,9 @@
 """The noise levels a model was trained on, and the timesteps at which a sampler visits them.
 
 The forward process (Ho et al. 2020) mixes an image's latents with noise: x_t = sqrt(abar_t) x_0 +
-sqrt(1 - abar_t) eps, where abar is the cumulative product of 1 - beta. Everything in this module is
-stored on the CPU as Python numbers or small tensors, so that a sampling loop never waits for the GPU.
+sqrt(1 - abar_t) eps, where abar is the cumulative product of 1 - beta. All numbers of this module
+are stored on the CPU, as Python numbers or small tensors, so that a sampling loop never waits for
+the GPU.
 
 The types that all samplers share are defined here, too.
 """
