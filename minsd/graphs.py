@@ -391,8 +391,8 @@ class Graphs:
         return True
 
     def _plainly(self, *arguments: Any, **more: Any) -> Any:
-        """Runs the network without a graph. If memory runs out, releases all graphs and runs it
-        once more."""
+        """Runs the network without a graph. If memory runs out while any network on the device has
+        graphs, releases all of them and runs the network once more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:
