@@ -291,8 +291,8 @@ class Graphs:
         positional = x, t, context, *rest
         arguments = positional, more
         tensors = tensors_of(arguments)
-        # `look`: a call that only records attention maps, which are differentiated. Among calls with
-        # a recorder, only those have graphs, and only at the recorder's default resolution.
+        # `look`: the call only records attention maps, and these are differentiated. Of all calls
+        # with a recorder only such calls have graphs, and only at the default resolution.
         look = record is not None and self.differentiating and record.only and record.wanted is None
         options = more if record is None else {**more, "record": record}
         if (record is not None and not look) or not self._can(tensors, look):

@@ -3,7 +3,8 @@ predictors.
 
 v-prediction is converted to eps in this module and nowhere else. This module also applies guidance
 of whole prompts. A collage (noise/collage.py) makes one UNet evaluation per caption, a pass, and
-applies guidance to each pass itself. Samplers and noise methods depend on neither v-prediction nor guidance.
+applies guidance to each pass itself. Samplers and noise methods depend on neither v-prediction nor
+guidance.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -236,7 +236,7 @@ def place(
 CHUNK = "minsd"  # the keyword of the PNG text chunk that holds an image's settings
 # File names of images. minsd writes no name with more digits.
 NUMBERED = re.compile(r"\d{1,15}-\d{1,19}\.png", re.ASCII)
-# Names from which the numbering continues. They have fewer digits, so that new names match NUMBERED.
+# Names from which the numbering continues. They have fewer digits, so new names match NUMBERED.
 COUNTED = re.compile(r"\d{1,12}-\d{1,19}\.png", re.ASCII)
 
 

@@ -21,8 +21,8 @@ from minsd.config import CELL, UNetConfig
 from minsd.kernels import Linear, group_norm
 
 Grid = tuple[int, int]  # rows and columns of a level's cells
-# SDXL only, describes the whole image: (the pooled text state (B,P), six numbers on the image's size
-# (B,6)); see `UNet.split`.
+# For SDXL only: the pooled text state (B,P), and six numbers on the image's size (B,6); see
+# `UNet.split`.
 Whole = tuple[Tensor, Tensor]
 # Keys and values of each cross-attention layer, (B,77n,heads,d) each. For SDXL also the `Whole` of
 # the context, whose key is the module `add_embedding`.

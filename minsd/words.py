@@ -1,7 +1,8 @@
 """Finds the words of a prompt by their characters, and the characters that each token stands for.
 
-Finding words does not depend on how a tokenizer divides them: CLIP ends both "balls" and "baseballs" with the
-token `balls</w>`, and begins the quoted word in "the word 'START'" with the token `'s</w>`.
+Finding words does not depend on how a tokenizer divides them. It could not: CLIP's tokenizer ends
+both "balls" and "baseballs" with the token `balls</w>`, and begins the quoted word in "the word
+'START'" with the token `'s</w>`.
 """
 
 import re
