@@ -1,8 +1,8 @@
 """Finds out whether the Triton kernels can run on a CUDA device, once per process and device.
 
-Where they cannot run, PyTorch computes the same results, so a machine on which Triton fails still makes images,
-after one warning. The decision depends on the device's reported capability and shared memory, never
-on its name.
+Where they cannot run, PyTorch computes the same results, so a machine on which Triton fails still
+makes images, after one warning. The decision depends on the device's reported capability and shared
+memory, never on its name.
 """
 
 import importlib.util

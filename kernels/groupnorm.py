@@ -293,8 +293,8 @@ Grids = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: int) -> int:
     """Returns how many groups a block covers. It is one, except in channels_last with the switch
-    `wide_norm`: there it is the least number with which the rows of a block have at least WIDE and
-    at most 128 channels and a multiple of 16 bytes, or one if no number does."""
+    `wide_norm`: there it is the least power of two with which the rows of a block have at least
+    WIDE and at most 128 channels and a multiple of 16 bytes, or one if there is none."""
     cg = channels // groups
     if channels_last and switches.current.wide_norm:
         for gb in (1, 2, 4, 8, 16, 32):

@@ -3,8 +3,8 @@
 PyTorch contains two libraries: oneDNN for convolutions and, on x86, MKL for float32 matrix
 products. MKL uses AVX-512 only on Intel's own processors. On one core of an AMD EPYC (Zen 5) the
 product of 8192 x 1280 and 1280 x 320 ran at 105 GFLOP/s with MKL and at 240 with oneDNN (measured);
-on Intel no gain is expected. This module calls the operator that torch.compile substitutes for a linear
-layer. It uses PyTorch's own product where the operator is missing or not supported: on other
+on Intel no gain is expected. This module calls the operator that torch.compile substitutes for a
+linear layer. It uses PyTorch's own product where the operator is missing or not supported: on other
 devices, under torch.compile, in forward-mode differentiation and in torch.func's transforms.
 """
 

@@ -4,8 +4,8 @@
 `forward` and `backward` compute the same output, map and gradients, a few rows at a time, and hold
 at most `LIMIT` probabilities. Rows of a softmax are independent, so nothing is approximated.
 flash.py derives the formulas of `backward`. Autograd with a checkpoint per chunk would do without
-them, but made the allocator hold gigabytes. `forward` keeps the probabilities if all of them fit the limit;
-otherwise `backward` recomputes them chunk by chunk.
+them, but made the allocator hold gigabytes. `forward` keeps the probabilities if all of them fit
+the limit; otherwise `backward` recomputes them chunk by chunk.
 """
 
 from collections.abc import Iterator

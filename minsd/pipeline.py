@@ -194,10 +194,11 @@ class StableDiffusion:
         levels, for the sampler dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each
         step's prediction. Raises ValueError for sizes, shapes and counts that do not fit.
 
-        An `objective` is a measure of how well the attention maps fit the prompt: a function, a
-        name, or FILE.py:NAME. It makes noise/steer.py choose the initial noise, or update the
-        latents during sampling, so that the objective improves. `driver`, `settings`, `subjects`
-        and `pairs` are its options.
+        An `objective` rates latents, for example by their attention maps. It is a function of a
+        `Look` (noise/look.py), a name in noise/objectives/, or FILE.py:NAME. With an objective,
+        noise/steer.py chooses the initial noise, or updates the latents during sampling, so as to
+        improve the rating. `driver`, `settings`, `subjects` and `pairs` are options of
+        noise/steer.py.
         """
         taken = noise is not None or refine is not None
         begin = asked(objective, driver, settings, subjects, pairs, taken)
