@@ -74,7 +74,8 @@ class AttentionRecorder:
         self.self_layers = []
 
     def wants(self, grid: tuple[int, int] | None, is_cross: bool) -> bool:
-        """Returns whether a layer records, given its kind and the grid of cells of its queries."""
+        """Returns whether a layer records its map. `grid` (rows, columns) is the grid of cells that
+        are the layer's queries, and `is_cross` whether it is cross-attention."""
         return grid == self.resolution and ("cross" if is_cross else "self") in self.kinds
 
     @property

@@ -158,7 +158,7 @@ class Controlled:
         self.unet: UNet = unet.unet if isinstance(unet, Controlled) else unet
         self.controls = list(controls)
         self.adapters = adapters
-        self._embedded: dict[int, Tensor] = {}  # number of the control -> its embedded images
+        self._embedded: dict[int, Tensor] = {}  # position in `controls` -> embedded images
         self._chosen: dict[tuple, tuple[Tensor, Tensor]] = {}
         for control in self.controls:
             _check_family(control.net.config, self.unet.config)
@@ -202,10 +202,10 @@ class Controlled:
         return self.unet(x, t, context, record=record, region=region, control=residuals)
 
     def _of_rows(self, number: int, images: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (index, scale) on x's device: the index (B,) of each row's control image, and the
-        scale (B,1,1,1) of each row. `number` is the number of the control, and `images` lists the
-        indices. The tensors are made once for each combination of arguments, because copying them
-        to a GPU in every step would make the program wait for it."""
+        """Returns (index, scale), both on x's device: the index (B,) of each row's control image,
+        and the scale of each row (B,1,1,1). `number` is the position of the ControlNet in
+        `controls`, and `images` lists the indices. The tensors are made once and reused, because
+        copying them to a GPU in every step would make the program wait."""
         key = (number, x.device, x.dtype, *images)
         if key not in self._chosen:
             scales = self.controls[number].scales
@@ -214,8 +214,9 @@ class Controlled:
         return self._chosen[key]
 
     def _embedding(self, number: int, x: Tensor) -> Tensor:
-        """Returns the images of control `number`, embedded, (R,C0,h,w). They are embedded once.
-        Raises ValueError if their size is not that of the image whose latents x are."""
+        """Returns the embedded control images (R,C0,h,w) of the ControlNet at position `number` in
+        `controls`. They are embedded once. Raises ValueError if their size is not 8 times that of
+        the latents x."""
         control = self.controls[number]
         height, width = control.pictures.shape[-2:]
         if (height, width) != (CELL * x.shape[-2], CELL * x.shape[-1]):

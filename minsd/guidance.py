@@ -110,8 +110,9 @@ def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV
 
 
 def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
-    """Makes a predictor predict(x, t) -> eps from the network and one text, without guidance.
-    `context` is text states (B,77n,D), or (1,77n,D) for all images of the batch."""
+    """Makes a predictor predict(x, t) -> eps (the noise-prediction function that a sampler calls)
+    from the network and one text, without guidance. `context` is text states (B,77n,D), or
+    (1,77n,D) for all images of the batch."""
     texts = _texts(unet, [context])
 
     def predict(x: Tensor, t: int | float) -> Tensor:

@@ -247,8 +247,8 @@ class TextEncoder:
         return [self._name(token) for token in self._tokenized(text)[1:-1]]
 
     def _spans_of(self, tokens: list[str], text: str) -> list[Span] | None:
-        """Returns the characters [start, end) of `text` that each token stands for; None if the
-        tokens' bytes are not those of the text."""
+        """Returns the characters [start, end) of `text` that each token stands for, or None if the
+        bytes of the tokens are not those of the text."""
         fix: Callable[[str], str] | None = getattr(self.tokenizer, "fix_text", None)  # ftfy's
         return token_spans([token_bytes(token) for token in tokens], text, fix)
 

@@ -66,12 +66,13 @@ def sample(
 
 
 def _corrector_weights(r: float, h: float) -> tuple[float, float]:
-    """Returns (a, b), the corrector's weights: a of the difference to the earlier prediction,
-    divided by r, and b of the difference to the new prediction at the step's end. `h` is the length
-    of the step in lambda; `r` (negative) is the place of the earlier prediction, where the step
-    goes from 0 to 1.
+    """Returns (a, b), the corrector's weights of two differences to the clean latents predicted at
+    the step's beginning: a belongs to the prediction one step earlier (its difference divided by
+    r), b to the prediction at the step's end.
 
-    They solve [[1, 1], [r, 1]] (a, b) = (phi_2, 2 phi_3), scaled by h and B(h) (theorem 3.1).
+    `h` is the length of the step in lambda. `r` (negative) is the place of the earlier prediction
+    on a scale on which the step goes from 0 to 1. The weights solve [[1, 1], [r, 1]] (a, b) =
+    (phi_2, 2 phi_3), scaled by h and B(h) (theorem 3.1).
     """
     b_h = math.expm1(-h)
     phi = b_h / -h - 1
