@@ -223,7 +223,7 @@ class Look:
         """The image (b,3,H,W), 0 to 1, that x0 decodes to. Under a gradient the decoder is
         recomputed instead of stored."""
         sd = self._lift.sd
-        z = self.x0.to(sd.dtype) / sd.config.vae.scaling_factor
+        z = self.x0.to(sd.vae_dtype) / sd.config.vae.scaling_factor
         if torch.is_grad_enabled() and z.requires_grad:
             decoded = checkpoint(sd.vae.decode, z, use_reentrant=False)
         else:
@@ -259,7 +259,8 @@ class Lift:
         self.rows: Counter[str] = Counter()
         self.context = sd.encode_prompt([one.prompt for one in asks])  # (B, 77n, D)
         places = [one.subjects for one in asks]
-        self.select = losses.selector(places, self.context.shape[1]).to(sd.device)  # (B, S, 77n)
+        tokens = self.context.shape[1] // losses.CHUNK * losses.CHUNK  # without SDXL's last row
+        self.select = losses.selector(places, tokens).to(sd.device)  # (B, S, 77n)
 
     @cached_property
     def uncond(self) -> Tensor:
