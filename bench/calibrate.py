@@ -21,7 +21,8 @@ from bench import Row, parser, report
 from minsd.noise import losses
 from minsd.noise.initial import noise
 from minsd.noise.initno import CROSS_LIMIT
-from minsd.noise.look import Lift, Look, Told, ask
+from minsd.noise.look import Lift, ask
+from minsd.noise.objectives.initno import InitNO
 from minsd.pipeline import StableDiffusion, load
 
 PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
@@ -29,18 +30,14 @@ PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
 
 def losses_of(sd: StableDiffusion, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Returns each loss of every seed, (seeds,), at the model's first timestep."""
-    subjects = args.subjects or losses.automatic_subjects(args.prompt)
+    asks = ask(sd, [args.prompt], [0], [args.subjects])
+    lift = Lift(sd, asks, InitNO(sd, asks))
     t = losses.listed_timesteps(sd, None, None, False)[0]
     side = (args.size or sd.config.size) // 8
-    starts = noise(range(args.seeds), (4, side, side)).to(sd.device)
-
-    def objective(look: Look) -> tuple[torch.Tensor, Told]:
-        response = losses.cross_response(look.maps)
-        return response, {"response": response, "conflict": losses.self_conflict(look.claims)}
-
-    asks = ask(sd, [args.prompt] * args.seeds, range(args.seeds), [subjects] * args.seeds)
-    told = Lift(sd, asks, objective).score(starts, torch.arange(args.seeds, device=sd.device), t)
-    return {name: told[name].float().cpu() for name in ("response", "conflict")}
+    starts = noise(range(args.seeds), (4, side, side))
+    rows = torch.zeros(len(starts), dtype=torch.long, device=sd.device)
+    told = lift.score(starts.to(sd.device), rows, t)
+    return {"response": told["cross"].float().cpu(), "conflict": told["self"].float().cpu()}
 
 
 def main() -> None:
