@@ -209,7 +209,8 @@ class StableDiffusion:
             own = [seeds[k] for k in part]
             start = noise[part]
             if begin is not None:
-                start, refine = begin(self, these, own, start, steps, sampler, karras, negative_prompt)
+                run = (steps, sampler, karras, negative_prompt, guidance_scale)
+                start, refine = begin(self, these, own, start, *run)
             latents = self.sample(
                 these,
                 start,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minsd.guidance import Model
 from minsd.noise import drivers, losses
+from minsd.noise.best import Course, draft
 from minsd.noise.drivers import Optimizing, Refining, Result, Say, Selection
 from minsd.noise.initial import candidate_seeds
 from minsd.noise.initial import noise as draw_noise
@@ -42,16 +43,21 @@ class Selecting:
     """Settings of the driver select."""
 
     candidates: int = 16
-    search: str | None = None  # or "zero-order": 1 + rounds * count noises near the seed's own
+    # None: one look each. "zero-order": 1 + rounds * count noises near the seed's own. "halving": one
+    # look each, then drafts of the best eighth, `part` of the run's steps long.
+    search: str | None = None
     rounds: int = 4
     count: int = 4
     near: float = 0.95
+    part: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.search not in (None, "zero-order"):
-            raise ValueError(f"search must be none or zero-order, not {self.search!r}")
-        if min(self.candidates, self.rounds, self.count) < 1 or not 0 < self.near < 1:
-            raise ValueError("candidates, rounds and count must be 1 or more, and near between 0 and 1")
+        if self.search not in (None, "zero-order", "halving"):
+            raise ValueError(f"search must be none, zero-order or halving, not {self.search!r}")
+        if min(self.candidates, self.rounds, self.count) < 1:
+            raise ValueError("candidates, rounds and count must be 1 or more")
+        if not 0 < self.near < 1 or not 0 < self.part < 1:
+            raise ValueError("near and part must be between 0 and 1")
 
 
 HOW: dict[str, type] = {"select": Selecting, "optimize": Optimizing, "refine": Refining}
@@ -278,6 +284,7 @@ class Run:
     sampler: str | None = None
     karras: bool = False
     negative_prompt: str = ""
+    guidance_scale: float | None = None  # None: the model's
     records: list[dict[str, Any]] = field(default_factory=list)  # per image, for its settings
 
     def _lift(self, asks: Sequence[Ask]) -> tuple[Lift, Any]:
@@ -310,6 +317,8 @@ class Run:
             if how.search is None:
                 at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
                 found = drivers.select(score, seeds, shape, at_once=at_once, progress=say)
+            elif how.search == "halving":
+                found = self._halved(lift, score, seeds, shape, how.part, say)
             else:
                 found = drivers.search(
                     score, seeds[0], shape, rounds=how.rounds, count=how.count, near=how.near, progress=say
@@ -320,6 +329,33 @@ class Run:
             if found.path:
                 self.records[-1]["path"] = found.path
         return chosen
+
+    def _halved(
+        self,
+        lift: Lift,
+        score: Callable[[Tensor], list[float]],
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        part: float,
+        say: Callable[[str], None],
+    ) -> Selection:
+        """Chooses among `seeds` by one look each, then by drafts of the best eighth."""
+        config = self.sd.config
+        scale = config.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        steps = self.steps or config.steps
+        course = Course(steps, self.sampler or config.sampler, self.karras, scale, self.negative_prompt)
+        stop = min(max(1, round(part * steps)), len(self._timesteps()) - 1)
+
+        def drafted(left: list[int]) -> list[float]:
+            prompts = [lift.asks[0].prompt] * len(left)
+            x, t = draft(self.sd, prompts, draw_noise(left, shape), left, stop, course)
+            rows = torch.zeros(len(left), dtype=torch.long, device=self.sd.device)
+            return lift.score(x.to(lift.dtype), rows, t, stop)["loss"].tolist()
+
+        stages = [(lambda left: score(draw_noise(left, shape)), max(1, len(seeds) // 8)), (drafted, 1)]
+        found = drivers.halve(seeds, stages, progress=say)
+        first, last = found.stages
+        return Selection(found.seed, draw_noise([found.seed], shape), last[found.seed], first | last)
 
     def optimize(self, start: Tensor, say: Say) -> list[Result]:
         """Optimises each image's noise, from `start` (B,4,h,w)."""

@@ -14,11 +14,12 @@ from minsd.app import options, requests
 from minsd.app.jobs import identity
 from minsd.generate import main
 from minsd.guidance import counted
-from minsd.noise import drivers, layout, look, losses, pairs, regularizers, steer
+from minsd.noise import best, drivers, layout, look, losses, pairs, regularizers, steer
 from minsd.noise.initial import noise
 from minsd.noise.look import Ask, Lift, Look
 from minsd.noise.objectives import NAMES, boxes, contrast, divide, find, nlg, overlap, saga, syngen
 from minsd.noise.pairs import Group
+from minsd.samplers import ddim
 
 PROMPT = "a red circle and a blue square"
 NEAR = {"abs": 1e-6}
@@ -407,6 +408,76 @@ def test_a_search_can_be_replayed(shapes):
     assert sum(rows) == 7 and found.score == min(found.scores.values()) and found.path
     again = drivers.replay(7, found.path, (4, 16, 16), rounds=3, count=2, near=0.9)
     assert torch.equal(again, found.noise)
+
+
+def test_best_takes_the_first_draft_that_is_good_enough(shapes):
+    """Looks in order, drafts until one attends to all subjects, whatever the other images do."""
+    prompts = [PROMPT, "a green star and a pink heart"]
+    listed = [[1, 2, 3], [4, 5, 6]]
+    course = best.Course(10, "ddim", guidance_scale=5.0)
+    shape = (4, 16, 16)
+    tried = [best.choose(shapes, prompts, [None] * 2, listed, shape, course, drafts=3, limit=0.0)]
+    for b, one in enumerate(tried[0]):
+        order = sorted(listed[b], key=one.scores.__getitem__)
+        assert list(one.drafts) == order and not one.met and one.seed == min(one.drafts, key=one.drafts.get)
+        x = shapes.guided(prompts[b], guidance_scale=5.0)
+        first = noise(order[:1], shape)
+        step = next(ddim.sample(x, first, shapes.schedule, 10))[2]
+        judge = Lift(
+            shapes, look.ask(shapes, prompts[b : b + 1], [0]), lambda seen: losses.cross_response(seen.maps)
+        )
+        cross = judge.score(step, torch.zeros(1, dtype=torch.long), shapes.schedule.timesteps(10)[1])[
+            "loss"
+        ].item()
+        assert one.drafts[order[0]] == pytest.approx(cross, abs=1e-4)
+    limit = sorted(tried[0][0].drafts.values())[1] + 1e-3  # the first image's second draft at the latest
+    with counted(shapes.unet) as rows:
+        found = best.choose(shapes, prompts, [None] * 2, listed, shape, course, limit=limit)
+    assert sum(rows) == 6 + sum(3 * len(one.drafts) for one in found)
+    for one, all_drafts in zip(found, tried[0]):
+        values = list(all_drafts.drafts.values())
+        good = [k for k, value in enumerate(values) if value < limit]
+        assert len(one.drafts) == (good[0] + 1 if good else 3) and one.met == bool(good)
+        assert one.scores == pytest.approx(all_drafts.scores, abs=1e-6)
+    assert (
+        found[0].met
+        and len(best.choose(shapes, prompts[:1], [None], [[9]], shape, course, drafts=0)[0].drafts) == 0
+    )
+
+
+def test_best_from_the_command_line(tmp_path, shapes, capfd):
+    how = [*"--seed 3 --steps 4 --candidates 2 --init-noise best --out".split(), str(tmp_path)]
+    assert main([PROMPT, *how]) == 0 and "subjects: circle, square" in capfd.readouterr().err
+    [row] = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert (
+        row["asked_seed"] == 3 and row["drafts"] and row["score_is"] == "loss" and len(row["candidates"]) == 2
+    )
+    assert row["seed"] == min(row["drafts"], key=lambda draft: draft["cross"])["seed"]
+    assert main([PROMPT, *how, "--resume", "--quiet"]) == 0
+    assert main(["--like", str(tmp_path / row["file"]), "--quiet", "--out", str(tmp_path / "again")]) == 0
+    [again] = [json.loads(line) for line in (tmp_path / "again" / "runs.jsonl").read_text().splitlines()]
+    assert again["seed"] == row["seed"] and identity(again) == identity(row)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+    assert main(["a red circle", *how[:-1], str(tmp_path / "one")]) == 0
+    assert "with a single subject it looks only" in capfd.readouterr().err
+
+
+def test_halving_drafts_the_best_eighth(shapes):
+    run = steer.Run(
+        shapes,
+        steer.choose(left, driver="select", settings="search=halving,part=0.1"),
+        look.ask(shapes, [PROMPT], [0]),
+        steps=10,
+    )
+    with counted(shapes.unet) as rows:
+        [found] = run.select([range(16)], (4, 16, 16), lambda message: None)
+    assert sum(rows) == 16 + 2 * (2 + 1)
+    first = Lift(shapes, run.asks, left).score(
+        noise(range(16), (4, 16, 16)), torch.zeros(16, dtype=torch.long), shapes.schedule.timesteps(10)[0]
+    )["loss"]
+    assert found.seed in first.argsort()[:2].tolist() and torch.equal(
+        found.noise, noise([found.seed], (4, 16, 16))
+    )
 
 
 def test_halving_keeps_the_best_of_each_stage():

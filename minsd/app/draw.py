@@ -109,8 +109,8 @@ def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str |
     prompts = [job.prompt for job in jobs]
     asks = look.ask(sd, prompts, [job.seed for job in jobs], subjects, first.pairs, first.layout)
     sampling = first.sampling
-    run = (sampling.steps, sampling.sampler, sampling.karras, first.negative_prompt)
-    return Run(sd, first.steer, asks, *run)
+    run = (sampling.steps, sampling.sampler, sampling.karras)
+    return Run(sd, first.steer, asks, *run, first.negative_prompt, sampling.guidance_scale)
 
 
 def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run | None = None) -> Found:

@@ -25,7 +25,8 @@ MOST_EVALUATIONS = 50_000  # of the UNet at 512x512 pixels; a selection has 10,0
 MOST_SETTING = 1000  # the largest whole number among an objective's settings without --trust
 # Values of an objective's settings that are no numbers.
 WORDS = (
-    "sqrt none sgd adam keep unit norm kl white best last zero-order words groups ntxent pairs official paper"
+    "sqrt none sgd adam keep unit norm kl white best last zero-order halving words groups "
+    "ntxent pairs official paper"
 ).split()
 MOST_PIXELS = 2048**2  # the largest image that can be asked for without --trust
 

@@ -307,7 +307,7 @@ def _steered(given: Given, steer: "Steer") -> NoiseMethod:
     from minsd.noise.steer import Selecting
 
     how = Selecting(**{k: v for k, v in steer.settings.items() if k in Selecting.__dataclass_fields__})
-    count = how.candidates if how.search is None else 1
+    count = 1 if how.search == "zero-order" else how.candidates
     method = _method(given | {"init_noise": "select", "candidates": count, "score": "attention"})
     return replace(method, score=None)
 
