@@ -13,6 +13,7 @@ chrome://tracing or ui.perfetto.dev.
 
 import argparse
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,8 @@ def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
     cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
     events = [e for e in trace.events() or () if e.device_type == cuda]
     kernels = [e for e in events if e.name not in layers]  # the layers' marks appear there, too
+    if not kernels:
+        sys.exit("the profiler saw no kernel: CUPTI is missing, or this container may not use it")
     kernels.sort(key=lambda event: event.time_range.start)
     times: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()

@@ -22,6 +22,7 @@ import torch
 from PIL.Image import Image
 
 from minsd.image import contact_sheet
+from minsd.kernels import devices
 from minsd.noise import collage, initno, layout
 from minsd.noise.initial import noise
 from minsd.pipeline import StableDiffusion, load
@@ -73,6 +74,7 @@ class Smoke:
         print("C compiler:", shutil.which("gcc") or shutil.which("cc"))
         if self.device == "cuda":
             print(torch.cuda.get_device_properties(0))
+            print("Triton kernels:", devices.failure(torch.device("cuda", 0)) or "they run")
             print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
 
     def precision(self) -> None:

@@ -6,7 +6,7 @@ on its name.
 """
 
 import importlib.util
-import subprocess
+import subprocess  # nosec B404: runs fixed commands only
 import warnings
 
 import torch

@@ -28,8 +28,9 @@ class Switches:
     # more slowly than PyTorch's (by an estimated 50 us per norm), so small norms are left to
     # PyTorch unless a CUDA graph replays them. None: PyTorch computes all of them.
     norm_gradient_from: int | None = 1 << 21
-    # In channels_last a program of GroupNorm's kernels takes several groups at once, so that it reads
-    # rows in pieces of 16 bytes. Expected to halve the time of norms with 10 channels per group.
+    # In channels_last a program of GroupNorm's kernels takes several groups at once. With 10 channels
+    # per group it then reads and writes 16 bytes at a time instead of 4 (as compiled for sm_90),
+    # which is expected to halve the time of such norms.
     wide_norm: bool = True
     # Maps of fewer probabilities than this (images x heads x queries x keys) are computed with all
     # of them in memory (materialised.py). 1 << 21 covers 16x16 cells of 8 heads for 3 images. 0 means

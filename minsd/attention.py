@@ -5,7 +5,7 @@ recorder's resolution also return their attention map, averaged over heads; per-
 stored (see minsd/kernels).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ class AttentionRecorder:
     `resolution` is (rows, columns) in cells. By default it is the coarsest level with more than one
     transformer block whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512), or the
     finest level with a transformer block if there is no such level. With `only`, the UNet stops
-    after the last layer that records and returns None. A recorder can be reused, because every UNet
-    call discards the earlier maps.
+    after the last layer that records and returns None. `kinds` may leave out "cross" or "self".
+    A recorder can be reused, because every UNet call discards the earlier maps.
 
     After `unet(x, t, context, record=r)`: `r.cross` is (B,h,w,M) over the M text positions and
     `r.self` is (B,h,w,h*w), both float32 (float64 in a float64 network) and differentiable;
@@ -34,9 +34,16 @@ class AttentionRecorder:
     resolution: tuple[int, int]  # set by `begin`
     total: int  # number of transformer blocks at this resolution
 
-    def __init__(self, resolution: tuple[int, int] | None = None, *, only: bool = False):
+    def __init__(
+        self,
+        resolution: tuple[int, int] | None = None,
+        *,
+        only: bool = False,
+        kinds: Sequence[str] = ("cross", "self"),
+    ):
         self.wanted = resolution
         self.only = only
+        self.kinds = frozenset(kinds)
         self.cross_layers: list[Tensor] = []
         self.self_layers: list[Tensor] = []
 
@@ -65,15 +72,16 @@ class AttentionRecorder:
         self.cross_layers = []
         self.self_layers = []
 
-    def wants(self, grid: tuple[int, int] | None) -> bool:
-        """Returns whether a layer records whose queries are the cells of this grid."""
-        return grid == self.resolution
+    def wants(self, grid: tuple[int, int] | None, is_cross: bool) -> bool:
+        """Returns whether a layer records, given its kind and the grid of cells of its queries."""
+        return grid == self.resolution and ("cross" if is_cross else "self") in self.kinds
 
     @property
     def done(self) -> bool:
         """Returns whether the UNet may stop, because every layer that records has run and only maps
         are wanted."""
-        return self.only and len(self.cross_layers) == self.total
+        layers = self.cross_layers if "cross" in self.kinds else self.self_layers
+        return self.only and len(layers) == self.total
 
     def _mean(self, maps: list[Tensor]) -> Tensor:
         """Averages the maps (B,h*w,...) of several layers. Returns (B,h,w,...)."""
@@ -182,7 +190,7 @@ class Attention(nn.Module):
         (B,R,M,D), and cell n of row b attends to the text with the number region[b,n] only.
         """
         q, k, v = self.project(x, context)
-        if record is not None and not record.wants(grid):
+        if record is not None and not record.wants(grid, self.is_cross):
             record = None
         # `region` is passed only if there is one, because replacements of `attend` may lack it.
         options = {} if region is None else {"region": region}

@@ -81,14 +81,19 @@ def draw(
     from minsd.app.run import run
     from minsd.app.session import open_session
 
-    session = open_session(command, lines, quiet)
+    cluster = None
+    if command.engine == "ray" and not command.list_tokens:
+        from minsd.app.cluster import Cluster
+
+        cluster = Cluster(command, lines)
+    session = open_session(command, lines, quiet) if cluster is None else cluster.session(quiet)
     for note in session.sd.notes:
         say(note)
     if command.list_tokens:
         for line in lines:
             list_tokens(session.sd.text, line.prompt)
         return
-    jobs, notes = plan(session.sd, command, lines)
+    jobs, notes = plan(session.sd, command, lines, cluster and cluster.device)
     for note in notes:  # after `plan`, so that an error is the only line
         say(note)
     if len(jobs) == 1:
@@ -96,7 +101,7 @@ def draw(
     else:
         of_prompts = f" of {len(lines)} prompts" if len(lines) > 1 else ""
         say(f"seeds {jobs[0].seed} to {jobs[-1].seed}, {len(jobs)} images{of_prompts}")
-    run(session, jobs, tally, hold)
+    run(session, jobs, tally, hold, cluster and cluster.draw)
 
 
 def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..., None]) -> None:

@@ -48,6 +48,7 @@ class Picture:
 
     @property
     def path(self) -> Path:
+        """Returns where the image is."""
         return self.folder / self.file
 
     @property
@@ -92,10 +93,12 @@ def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _images(folder: Path) -> list[str]:
+    """Returns the names of the images in a folder, in order."""
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGES)
 
 
 def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
+    """Yields the images that rows of minsd name, in this folder and those below it."""
     from minsd.app.folder import recorded
 
     for sub in sorted({path.parent for path in folder.rglob("runs*.jsonl")}):
@@ -106,6 +109,7 @@ def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
+    """Yields the images that prompts.jsonl or prompts.csv lists."""
     rows: list[Mapping[str, Any]] = []
     if (folder / "prompts.jsonl").is_file():
         text = (folder / "prompts.jsonl").read_text(encoding="utf-8")
@@ -121,6 +125,7 @@ def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
+    """Yields the images of a folder as GenEval's own generator writes it."""
     for path in sorted(folder.glob("*/metadata.jsonl")):
         item = files.read_json(path)
         for name in _images(path.parent / "samples"):
@@ -128,6 +133,7 @@ def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
+    """Yields the PNGs that hold their prompt, as minsd and AUTOMATIC1111's web UI write them."""
     from PIL import Image
 
     for path in sorted(path for path in folder.rglob("*.png") if "extra" not in path.parts):
@@ -188,6 +194,7 @@ class Run:
     failed: int = 0
 
     def error(self, message: str) -> None:
+        """Prints one line about an image that cannot be judged, and counts it."""
         self.failed += 1
         print(f"minsd: error: {label()}{files.printable(message)}", file=sys.stderr)
 
@@ -307,8 +314,12 @@ class Ready:
         self.device = args.device
 
     def load(self) -> Any:
+        """Loads the judge onto the device that was asked for, or a GPU where there is one."""
         import torch
 
+        # Scores of different machines are compared, so products keep all bits of float32.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda" and local_rank() is not None:
             device = f"cuda:{local_rank()}"
@@ -413,7 +424,8 @@ def run(args: argparse.Namespace) -> int:
     quiet = args.quiet or share.rank > 0
     work = Run(share.rank, share.world, quiet, args.batch, args.again)
     names = chosen(args, found)
-    ready = [Ready(name, args, fetch) for name, fetch in names]  # all weights before the first image
+    # All weights are found before the first image is judged.
+    ready = [Ready(name, args, fetch) for name, fetch in names]
     try:
         for one in ready:
             work.judge(one.name, found, one)

@@ -9,7 +9,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from minsd.controlnet import Controlled
 from minsd.graphs import Graphs, graphs_of, use_graphs
 from minsd.kernels import BACKENDS
 from minsd.noise.initial import noise as unit_noise
+from minsd.noise.steer import asked
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Schedule
 from minsd.text import TextEncoder
@@ -75,6 +76,7 @@ def load(
     sd = StableDiffusion(loaded.config, loaded.unet, loaded.vae, loaded.text)
     sd.name = loaded.name
     sd.model_hash = loaded.sha256
+    sd.model_revision = loaded.revision
     sd.notes = loaded.notes
     if device.type == "cuda":
         for module in (sd.unet, sd.vae):
@@ -96,6 +98,7 @@ class StableDiffusion:
         self.schedule = Schedule(config.schedule)
         self.name = config.name
         self.model_hash: str | None = None  # of a model in a single file
+        self.model_revision: str | None = None  # of a model of the hub: the commit
         self.notes: list[str] = []  # for the user, on how the model was loaded
         self.graphs: Graphs | None = None
 
@@ -174,6 +177,11 @@ class StableDiffusion:
         strength: float = STRENGTH,
         karras: bool = False,
         refine: Callable | None = None,
+        objective: Callable | str | None = None,
+        driver: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        subjects: str | Sequence[str | int] | None = None,
+        pairs: str | None = None,
     ) -> list[Image.Image]:
         """Generates images, one per seed (default: seed 0) or per unit noise
         (B,4,height/8,width/8).
@@ -184,7 +192,12 @@ class StableDiffusion:
         `strength` (0 to 1) is the fraction of the steps that run. `karras` uses Karras noise
         levels, for dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each step's
         prediction. Raises ValueError for sizes, shapes and counts that do not fit.
+
+        With an `objective` (a function of a Look, a name, or FILE.py:NAME) and its `driver`,
+        `settings`, `subjects` and `pairs`, noise/steer.py finds the noise or the updates.
         """
+        taken = noise is not None or refine is not None
+        begin = asked(objective, driver, settings, subjects, pairs, taken)
         height = self.config.size if height is None else height
         width = self.config.size if width is None else width
         check_size(height, width)
@@ -192,10 +205,16 @@ class StableDiffusion:
         init = None if init_image is None else self.encode(image.fit(init_image, width, height))
         pictures = []
         for part in torch.arange(len(noise)).split(self.batch_size(height, width)):
+            these = [prompts[k] for k in part]
+            own = [seeds[k] for k in part]
+            start = noise[part]
+            if begin is not None:
+                run = (steps, sampler, karras, negative_prompt, guidance_scale)
+                start, refine = begin(self, these, own, start, *run)
             latents = self.sample(
-                [prompts[k] for k in part],
-                noise[part],
-                seeds=[seeds[k] for k in part],
+                these,
+                start,
+                seeds=own,
                 negative_prompt=negative_prompt,
                 steps=steps,
                 sampler=sampler,

@@ -107,6 +107,7 @@ class Layout:
             )
         regions = []
         notes = []
+        resized: dict[int, np.ndarray] = {}  # by the identity of the mask, which regions may share
         for k, region in enumerate(self.regions, 1):
             where = f"{self.source}region {k}"
             mask = region.mask_pixels
@@ -119,8 +120,10 @@ class Layout:
                 notes.append(
                     f"region {k}: its mask of {size} pixels was resized to the image's {width}x{height}"
                 )
-                resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-                pixels = np.array(resized)
+                if id(mask) not in resized:
+                    fitted = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+                    resized[id(mask)] = np.array(fitted)
+                pixels = resized[id(mask)]
             _check_filled(pixels, region.box, where)
             pixels.flags.writeable = False
             regions.append(SizedRegion(**_values(region, Region), pixels=pixels))

@@ -284,6 +284,12 @@ def test_one_clear_line_for_what_does_not_fit(small, small_folder, net, net_fold
     refused(FileNotFoundError, "there is no ControlNet", load(tmp_path / "none"))
     refused(ValueError, "pickle", load(tmp_path / "control.pth"))
     refused(ValueError, "is not a ControlNet", load(small_folder / "unet"))
+    save_file(
+        {"lora_controlnet": torch.zeros(0), "input_blocks.0.0.up": torch.zeros(1)}, tmp_path / "c.safetensors"
+    )
+    refused(ValueError, "is a control-lora", load(tmp_path / "c.safetensors"))
+    save_file({"adapter.body.0.in_conv.weight": torch.zeros(1)}, tmp_path / "t.safetensors")
+    refused(ValueError, "looks like a T2I adapter", load(tmp_path / "t.safetensors"))
     tensors = load_file(net_folder / "diffusion_pytorch_model.safetensors")
     del tensors["controlnet_down_blocks.0.bias"]
     save_file(tensors, tmp_path / "less.safetensors")

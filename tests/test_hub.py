@@ -19,14 +19,18 @@ REPO = "someone/small"
 
 class Hub(ThreadingHTTPServer):
     """repos: id -> {file name: path}; closed: id -> HTTP status of its files; broken: names of files that
-    cannot be fetched; sent: names of the files fetched so far."""
+    cannot be fetched; sent: names of the files fetched so far; commits: revision -> its commit."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.closed, self.broken, self.sent, self.requests = {}, {}, set(), [], 0
+        self.commits = {"main": SHA, hub.CLIP_REVISION: hub.CLIP_REVISION}
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def commit(self, revision):
+        return (self.commits | {commit: commit for commit in self.commits.values()}).get(revision)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -51,6 +55,9 @@ class Handler(BaseHTTPRequestHandler):
             repo = "/".join(parts[2:4])
             if repo not in server.repos:
                 return self.answer(401, b"{}", X_Error_Code="RepoNotFound")
+            commit = server.commit(parts[5] if len(parts) > 5 else "main")
+            if commit is None:
+                return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
             files = sorted(server.repos[repo])
             if "tree" in parts:
                 body = [
@@ -65,13 +72,13 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 body = {
                     "id": repo,
-                    "sha": SHA,
+                    "sha": commit,
                     "siblings": [{"rfilename": name} for name in files],
                     "private": False,
                 }
             return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
         repo, _, rest = path.partition("/resolve/")
-        name = rest.partition("/")[2]
+        revision, _, name = rest.partition("/")
         if repo in server.closed:
             return self.answer(
                 server.closed[repo], b"", X_Error_Code="GatedRepo" if server.closed[repo] == 403 else ""
@@ -85,7 +92,9 @@ class Handler(BaseHTTPRequestHandler):
         body = server.repos[repo][name].read_bytes()
         if self.command == "GET":
             server.sent.append(name)
-        return self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=SHA)
+        return self.answer(
+            200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=server.commit(revision)
+        )
 
     do_HEAD = do_GET
 
@@ -186,6 +195,18 @@ def test_only_what_is_needed_is_fetched_and_only_once(server, repo, small, offli
     assert server.requests == asked  # a model that is whole in the cache needs no network
     offline()
     minsd.load(REPO, "cpu", dtype)
+
+
+def test_a_revision_is_taken_and_recorded(server, repo, offline):
+    server.repos[REPO] = repo
+    server.commits["v2"] = "c" * 40
+    sd = minsd.load(f"{REPO}@v2", "cpu")
+    assert sd.model_revision == "c" * 40 and sd.name == "small"
+    assert minsd.load(REPO, "cpu").model_revision == SHA
+    assert "has no revision v3: give a branch" in refused(f"{REPO}@v3")
+    offline()
+    assert minsd.load(f"{REPO}@v2", "cpu").model_revision == "c" * 40
+    assert minsd.load(f"{REPO}@{'c' * 40}", "cpu").model_revision == "c" * 40
 
 
 def test_the_other_precision_serves_where_there_is_no_network(server, repo, offline):

@@ -303,6 +303,26 @@ def test_modest_settings_do_not_add_up_to_days(tmp_path, capfd, monkeypatch, set
     assert "UNet evaluations" in error and "--trust" in error and error.count("\n") == 1
 
 
+def test_an_image_is_drawn_again_from_the_commit_of_its_model(tmp_path, capfd, monkeypatch):
+    asked = []
+
+    def loaded(model, *args, **more):
+        asked.append(model)
+        raise FileNotFoundError("LOADING")
+
+    monkeypatch.setattr("minsd.app.session.load", loaded)
+    commit = "b" * 40
+    for model, revision, wanted in (
+        ("some/one", commit, f"some/one@{commit}"),
+        ("some/one@v2", commit, "some/one@v2"),
+        ("some/one", None, "some/one"),
+        ("some/one", "../evil", "some/one"),
+        ("sd15", commit, f"stable-diffusion-v1-5/stable-diffusion-v1-5@{commit}"),
+    ):
+        settings = {"prompt": "a", "seed": 0, "model": model, "model_revision": revision}
+        assert like(png(tmp_path / "x.png", settings), "--trust") == 2 and asked.pop() == wanted
+
+
 def test_broken_files_of_the_command_line_are_one_line(tmp_path, capfd):
     os.mkfifo(tmp_path / "l.json")
     for options in (

@@ -36,6 +36,11 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
             " .safetensors file"
         )
     file = Tensors(path, "diffusion_pytorch_model", dtype)
+    if "lora_controlnet" in file:
+        raise ValueError(
+            f"{path} is a control-lora, which holds only differences from a model: minsd takes whole"
+            " ControlNets"
+        )
     tensors = RenamedTensors(file, "the ControlNet", pairs(file, "", _rename))
     if "controlnet_mid_block.weight" not in tensors:
         reason = guess(file) or "has none of its tensors (controlnet_mid_block, middle_block_out)"
@@ -80,14 +85,17 @@ def with_config_json(config: UNetConfig, path: Path) -> tuple[UNetConfig, bool]:
     channel order. Raises ValueError for a config of another kind of network."""
     c = read_json(path)
     if c.get("_class_name", "ControlNetModel") != "ControlNetModel":
-        raise ValueError(f"{path} describes a {c['_class_name']}; minsd takes ControlNets (ControlNetModel)")
+        kind = ascii(c["_class_name"])[:80]
+        raise ValueError(f"{path} describes a {kind}; minsd takes ControlNets (ControlNetModel)")
     kinds = {"addition_embed_type": "text_time"}  # SDXL
     for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "global_pool_conditions"):
         if c.get(key) and c[key] != kinds.get(key):
-            raise ValueError(f"{path}: {key} = {c[key]!r} is a kind of ControlNet that minsd does not know")
+            value = ascii(c[key])[:80]
+            raise ValueError(f"{path}: {key} = {value} is a kind of ControlNet that minsd does not know")
     if c.get("conditioning_channels", 3) != 3:
         raise ValueError(
-            f"{path}: control images of {c['conditioning_channels']} channels are not supported, only of 3"
+            f"{path}: control images of {ascii(c['conditioning_channels'])[:80]} channels are not supported,"
+            " only of 3"
         )
     config = replace(
         config,

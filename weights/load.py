@@ -59,6 +59,7 @@ class Loaded:
     text: TextEncoder
     notes: list[str] = field(default_factory=list)
     sha256: str | None = None  # of a single file: the first ten hex digits of its SHA-256
+    revision: str | None = None  # of a hub id: the hash of the commit that its files are from
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def load_model(
     repo = (MODELS[model].hub_id if model in MODELS else None) or str(model)
     if path.suffix != ".safetensors" and hub.is_id(repo):
         folder = hub.fetch(repo, dtype=dtype, check=check_folder)
-        return load_folder(folder, wanted, name=repo.rpartition("/")[2])
+        name = repo.rpartition("@")[0] or repo
+        return replace(load_folder(folder, wanted, name=name.rpartition("/")[2]), revision=folder.name)
     known = ", ".join(MODELS)
     raise FileNotFoundError(
         f"there is no model {model!r}: give a diffusers folder, a .safetensors file, a hub id, or"
@@ -343,7 +345,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is a pipe or a device")  # reading could block for ever
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615: no download
     except Exception as error:  # transformers raises errors of many types, some with several lines
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
@@ -466,7 +468,8 @@ def unet_config(path: Path) -> UNetConfig:
     for key, known in _UNET_VALUES.items():
         if c.get(key) not in known:
             raise ValueError(
-                f"{path}: {key} = {c[key]!r} is not an architecture of Stable Diffusion 1.x, 2.x or XL"
+                f"{path}: {key} = {ascii(c[key])[:80]} is not an architecture of Stable Diffusion 1.x, 2.x"
+                " or XL"
             )
     try:
         widths = tuple(c["block_out_channels"])

@@ -2,11 +2,12 @@
 
     W' = W + scale * (alpha / rank) * up @ down
 
-Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas; for SDXL also with the layer
-names of the original code) and those of diffusers and PEFT (`unet.*.lora_A.weight`,
-`*.to_q_lora.down.weight`, ...; a PEFT folder with its adapter_config.json). They may adapt linear
-layers and convolutions of the UNet and of the text encoders. `read` checks every tensor against the
-model. Then use either
+Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas), those of diffusers and PEFT
+(`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
+adapter_config.json), and ComfyUI's (`diffusion_model.*`). UNet layers may also have the names of the
+original code. Adapters of this kind change linear layers and convolutions of the UNet and of the text
+encoders; other kinds (LoHa, DoRA, ...) are those of weights/lycoris.py. `read` checks every tensor
+against the model. Then use either
 
     merge(...)    adds the change to the weights: no cost while sampling, the same scale
                   for every image, can be undone exactly
@@ -25,6 +26,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -35,10 +37,12 @@ from torch import Tensor, nn
 from minsd.adapters import Adapters, settings_of_rows
 from minsd.attention import Attention
 from minsd.files import parse_json, read_json
+from minsd.weights import lycoris
 from minsd.weights.ldm_keys import unet_layer
+from minsd.weights.lycoris import Dense, Layer
 from minsd.weights.safetensors_file import PICKLES, Tensors, read_metadata
 
-Layer = nn.Linear | nn.Conv2d
+Kept = dict[Layer, tuple[Tensor, Tensor | None]]  # the weights and biases before a merge
 MERGED = "has_merged"  # set on a layer while an adapter is merged into it
 
 # A layer's name, then which matrix ("down" or "up"), as written by kohya, PEFT, early diffusers and
@@ -48,13 +52,9 @@ _NAMES = re.compile(
     r"|\.lora_linear_layer\.(?P<late>down|up))\.weight"
 )
 _PEFT_HALVES = {"A": "down", "B": "up"}
-_OTHER_KINDS = {  # a pattern of tensor names -> the kind of adapter with such names
-    r"lora_magnitude_vector|dora_scale": "a DoRA",
-    r"hada_": "a LoHa adapter",
-    r"lokr_": "a LoKr adapter",
-    r"lora_mid": "a LoCon in Tucker form",
-    r"\.on_input$": "an IA3 adapter",
-    r"\.(diff|diff_b|w_norm|b_norm)$": "a LyCORIS adapter of full differences",
+_OTHER_KINDS = {  # a pattern of tensor names -> the kind of file with such names
+    r"^lora_controlnet$": "a control-lora",
+    r"(^|\.)oft_(blocks|diag)": "an OFT adapter",
     r"^emb_params$|^string_to_param|^clip_[lg]$": "a textual-inversion embedding, for --embedding",
 }
 
@@ -87,6 +87,7 @@ class LowRank:
     down: Tensor
     up: Tensor
     factor: float  # alpha / rank
+    bias: None = None  # unchanged
 
     def delta(self) -> Tensor:
         """Returns the change of the weight, in the weight's shape and on its device, in float32 or
@@ -95,6 +96,10 @@ class LowRank:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         down, up = (half.to(weight.device, dtype).flatten(1) for half in (self.down, self.up))
         return self.factor * (up @ down).reshape(weight.shape)
+
+    def on(self, like: Tensor) -> "LowRank":
+        """Returns the change with its matrices in the dtype and on the device of `like`."""
+        return replace(self, down=self.down.to(like), up=self.up.to(like))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the change of the layer's output for the layer's input x. For linear layers x is
@@ -111,7 +116,7 @@ class LoRA:
     """An adapter: its name, and the change of each layer that it adapts."""
 
     name: str
-    parts: tuple[LowRank, ...]
+    parts: tuple[LowRank | Dense, ...]
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -126,19 +131,30 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
     """
     path = file_of(Path(path))
     tensors = Tensors(path, "", torch.float32)
-    halves, alphas = _tensor_names(path, tensors)
+    halves, alphas, others = _tensor_names(path, tensors)
     modules = _modules(sd)
     fused = fused_layers(sd.unet)
     parts = []
     default_alpha = _alphas(path, read_metadata(path))
-    for key, names in halves.items():
-        if len(names) < 2:
-            missing = ({"down", "up"} - names.keys()).pop()
-            raise ValueError(f"{path} is a partial adapter: {key!r} has no {missing!r} half")
+    for key, names in (halves | others).items():
         target = _target(key, modules, sd.unet.config.layers_per_block)
         if target is None:
             _refuse_layer(path, key)
         name, module = target
+        if key in others:
+            given = halves.get(key, {}) | names
+            alpha = partial(default_alpha, name)
+            if key in alphas:
+                number = _alpha(path, tensors, alphas[key])
+                alpha = lambda rank, number=number: number  # noqa: E731
+            content = {role: tensors[tensor] for role, tensor in given.items()}
+            parts.append(lycoris.read(path, name, module, fused.get(module), content, alpha))
+            continue
+        if len(names) < 2:
+            missing = ({"down", "up"} - names.keys()).pop()
+            raise ValueError(f"{path} is a partial adapter: {key!r} has no {missing!r} half")
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            _refuse_layer(path, key)
         down, up = (tensors[names[half]] for half in ("down", "up"))
         _check(path, key, module, down, up)
         rank = len(down)
@@ -149,7 +165,7 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
         down = down.reshape(rank, *shape[1:])
         up = up.reshape(len(up), rank, *[1] * (len(shape) - 2))
         parts.append(LowRank(name, module, fused.get(module), down, up, alpha / rank))
-    if lost := alphas.keys() - halves.keys():
+    if lost := alphas.keys() - halves.keys() - others.keys():
         raise ValueError(f"{path} is a partial adapter: {min(lost)!r} has an alpha and no weights")
     if len({part.name for part in parts}) < len(parts):
         raise ValueError(f"{path} adapts a layer twice")
@@ -168,19 +184,26 @@ def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
     }
 
 
-def _tensor_names(path: Path, header: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Sorts the tensor names of a file. Returns (halves, alphas): the names of the two matrices of
-    each layer, by layer and by "down" or "up", and the names of the alphas by layer."""
+def _tensor_names(
+    path: Path, header: Iterable[str]
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, str]]]:
+    """Sorts the tensor names of a file. Returns (halves, alphas, others): the names of the two
+    matrices of each layer, by layer and by "down" or "up", the names of the alphas by layer, and
+    those of other kinds of adapters (`lycoris.roles`)."""
     header = [name for name in header if not name.startswith("bundle_emb.")]
     if not header:
         raise ValueError(f"{path} is an empty adapter: it holds no tensors")
     for pattern, kind in _OTHER_KINDS.items():
         for name in header:
             if re.search(pattern, name):
-                raise ValueError(f"{path} is {kind} ({name}); minsd reads plain LoRA")
+                raise ValueError(f"{path} is {kind} ({name}); minsd's --lora does not read it")
     halves: dict[str, dict[str, str]] = {}
     alphas: dict[str, str] = {}
+    others = lycoris.roles(header)
+    sorted_already = {name for names in others.values() for name in names.values()}
     for name in header:
+        if name in sorted_already:
+            continue
         if name.endswith(".alpha"):
             alphas[re.sub(r"([._]lora|\.lora_linear_layer)?\.alpha$", "", name)] = name
             continue
@@ -192,19 +215,16 @@ def _tensor_names(path: Path, header: Iterable[str]) -> tuple[dict[str, dict[str
             )
         half = m["kohya"] or m["early"] or m["late"] or _PEFT_HALVES[m["peft"]]
         halves.setdefault(m[1], {})[half] = name
-    if not halves:
+    if not halves and not others:
         raise ValueError(f"{path} is an empty adapter: it holds no lora weights")
-    return halves, alphas
+    return halves, alphas, others
 
 
 def _refuse_layer(path: Path, key: str) -> NoReturn:
     """Raises ValueError for a layer that the model does not have, with the probable reason."""
-    if re.search(r"diffusion_model|(input|middle|output)_blocks?[_.]", key):
-        raise ValueError(
-            f"{path} names the model's layers as the original Stable Diffusion code does ({key!r}), as"
-            " adapters of SDXL do: for other models minsd reads diffusers' and kohya's names"
-        )
-    kind = "an SDXL model" if re.search(r"lora_te2|text_encoder_2", key) else "another kind of model"
+    # Models before SDXL have one transformer block after another block, never several.
+    sdxl = r"te2|text_encoder_2|clip_g|add_embedding|label_emb|transformer_blocks[._][1-9]"
+    kind = "an SDXL model" if re.search(sdxl, key) else "another kind of model"
     raise ValueError(f"{path} was made for {kind}: this one has no layer {key!r}")
 
 
@@ -237,7 +257,7 @@ def _modules(sd: HasNetworks) -> dict[str, dict[str, tuple[str, Layer]]]:
     for network, module in networks.items():
         layers[network] = {}
         for full_name, layer in module.named_modules():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
                 name = full_name.removeprefix("text_model.")
                 for form in (name, name.replace(".", "_")):
                     layers[network][form] = (f"{network}.{name}", layer)
@@ -253,6 +273,10 @@ _PREFIXES = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_model.": "text_encoder",
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
 
 
@@ -273,8 +297,8 @@ def _target(
     if network != "unet":  # early diffusers used the names of its own attention class
         key = re.sub(r"\.to_([qkv])$", r".\1_proj", key).replace(".to_out.0", ".out_proj")
     found = modules.get(network, {})
-    if "text_encoder_2" in modules and key not in found:  # adapters of SDXL often have the original names
-        key = unet_layer(key, layers)
+    if network == "unet" and key not in found:
+        key = unet_layer(key.replace(".", "_"), layers)
     return found.get(key)
 
 
@@ -348,7 +372,7 @@ def _alpha_config(config: dict[str, Any], network: str) -> tuple[float | None, d
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"alpha_pattern has {pattern[:80]!r}, which is not the name of a layer")
         by_layer[f"{whole}.{name}"] = _number(value)
-    default = own.get("lora_alpha")
+    default = own.get("lora_alpha", own.get("alpha"))  # the latter of LoHa and LoKr
     return None if default is None else _number(default), by_layer, bool(root)
 
 
@@ -371,7 +395,7 @@ def _alpha(path: Path, tensors: Tensors, name: str) -> float:
 
 
 @torch.no_grad()
-def merge(scaled: Sequence[tuple[LoRA, float]]) -> dict[Layer, Tensor]:
+def merge(scaled: Sequence[tuple[LoRA, float]]) -> Kept:
     """Adds adapters, (LoRA, scale) pairs, to the weights in place. Returns the old weights, for
     `unmerge`.
 
@@ -382,7 +406,7 @@ def merge(scaled: Sequence[tuple[LoRA, float]]) -> dict[Layer, Tensor]:
     merged already.
     """
     _check_scales([scale for _, scale in scaled])
-    changes: dict[Layer, list[tuple[LowRank, float]]] = {}
+    changes: dict[Layer, list[tuple[LowRank | Dense, float]]] = {}
     for lora, scale in scaled:
         for part in lora.parts:
             changes.setdefault(part.module, []).append((part, scale))
@@ -390,20 +414,25 @@ def merge(scaled: Sequence[tuple[LoRA, float]]) -> dict[Layer, Tensor]:
         raise ValueError(
             "an adapter is merged into this model already: unmerge it first, or merge all of them together"
         )
-    kept = {}
+    kept: Kept = {}
     for layer, parts in changes.items():
-        kept[layer] = layer.weight.clone()
+        kept[layer] = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
         setattr(layer, MERGED, True)
         # The copy is in place because the weight may be a view of a fused projection's buffer.
         layer.weight.copy_(layer.weight + sum(scale * part.delta() for part, scale in parts))
+        for part, scale in parts:
+            if part.bias is not None and layer.bias is not None:
+                layer.bias.add_(scale * part.bias.to(layer.bias))
     return kept
 
 
 @torch.no_grad()
-def unmerge(kept: dict[Layer, Tensor]) -> None:
-    """Restores the weights that `merge` returned."""
-    for layer, weight in kept.items():
+def unmerge(kept: Kept) -> None:
+    """Restores the weights and biases that `merge` returned."""
+    for layer, (weight, bias) in kept.items():
         layer.weight.copy_(weight)
+        if bias is not None and layer.bias is not None:
+            layer.bias.copy_(bias)
         setattr(layer, MERGED, False)
 
 
@@ -451,12 +480,12 @@ def per_row(
         _check_scales(scales)
     if len({len(scales) for _, scales in scaled}) > 1:
         raise ValueError("adapters by row need the same number of scales each")
-    by_layer: dict[nn.Module, list[tuple[LowRank, _RowScales]]] = {}
+    by_layer: dict[nn.Module, list[tuple[LowRank | Dense, _RowScales]]] = {}
     for lora, scales in scaled:
         row_scales = _RowScales(scales, adapters)
         for part in lora.parts:
             like = part.module.weight  # moved once, so that the GPU waits for no copy at every call
-            part = replace(part, down=part.down.to(like), up=part.up.to(like))
+            part = part.on(like)
             by_layer.setdefault(part.module, []).append((part, row_scales))
 
     def hook(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:

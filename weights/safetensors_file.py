@@ -287,6 +287,10 @@ ORIGINAL = "is a single-file checkpoint in the original layout"
 _SIGNS = {  # part of a tensor's name -> what it says of the file; the first that occurs decides
     "double_blocks.": "looks like a Flux checkpoint",
     "joint_blocks.": "looks like an SD3 checkpoint",
+    "adapter.body.": "looks like a T2I adapter",
+    "adapter.conv_in.": "looks like a T2I adapter",
+    "body.0.in_conv.": "looks like a T2I adapter",
+    "lora_controlnet": "looks like a control-lora",
     "lora": "looks like a LoRA, which adapts a model and is not one",
     "control_model.": "looks like a ControlNet",
     "controlnet_": "looks like a ControlNet",

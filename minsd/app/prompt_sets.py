@@ -197,6 +197,7 @@ def _draws(rng: np.random.Generator, count: int, n: int) -> list[Subjects]:
 
 
 def _shapes(group: str, n: int = 200) -> list[Item]:
+    """Returns n different prompts of a group of coloured shapes, or all that there are."""
     items = [
         {"tag": group, "include": [_one(shape, colour) for colour, shape in subjects], "prompt": words}
         for subjects, words in ((these, sentence(these)) for these in cases(group, 2 * n))
@@ -292,6 +293,7 @@ def _json(text: str, path: Path) -> Any:
 
 
 def _read(path: Path) -> list[Item]:
+    """Returns the items of a file, as `load` describes it."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":

@@ -16,6 +16,7 @@ from minsd import files, judge
 from minsd.app import statistics
 from minsd.app.prompt_sets import slug
 from minsd.app.statistics import Estimate, Resample
+from minsd.judges import LOWER, RATES
 
 # --- reading what was drawn and judged ------------------------------------------------------------
 
@@ -54,10 +55,11 @@ def read(folder: Path, unjudged: bool = False) -> Results:
         raise FileNotFoundError(f"there is no folder {folder}")
     pattern = "runs*.jsonl" if unjudged else "scores*.jsonl"
     places = {name: place for name, place in places.items() if any(place.rglob(pattern))}
+    left_out = sorted(set(study["methods"]) - set(places)) if study else []
     if not places:
         raise ValueError(f"{folder} holds no scores: python -m minsd.judge {folder}")
     tags = {item["prompt"]: item.get("tag", "") for item in study["prompts"]} if study else {}
-    notes: list[str] = []
+    notes = [f"method {name} is left out: it has no scores" for name in left_out]
     held = {name: _of_method(place, notes, unjudged) for name, place in places.items()}
     common = set.intersection(*(set(rows) for rows in held.values()))
     pairs = [pair for pair in next(iter(held.values())) if pair in common]
@@ -147,6 +149,7 @@ class Cell:
 
     @property
     def text(self) -> str:
+        """Returns the number with its interval as tables show them."""
         value, low, high = (self._number(number) for number in self.estimate)
         if math.isnan(self.estimate.value):
             return "-"
@@ -156,6 +159,7 @@ class Cell:
         return "" if math.isnan(number) else f"{number:.{self.digits}f}"
 
     def row(self, prompts: int) -> dict[str, Any]:
+        """Returns the row of table.csv."""
         value, low, high = (self._number(number) for number in self.estimate)
         names = ("part", "method", "column", "tag")
         said = {name: getattr(self, name) for name in names}
@@ -169,12 +173,6 @@ class Cell:
         }
 
 
-def binary(results: Results, column: str) -> bool:
-    """Returns whether a column holds right or wrong values (0 or 1) alone."""
-    held = np.concatenate(list(results.values[column].values()))
-    return bool(np.isin(held[np.isfinite(held)], (0, 1)).all())
-
-
 def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
     """Returns every number of the table. Rates are in per cent. Raises ValueError where the
     baseline is not among the methods."""
@@ -182,9 +180,9 @@ def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
         raise ValueError(f"--baseline {baseline} is not among the methods: {', '.join(results.methods)}")
     resample = Resample(results.prompts)
     cells: list[Cell] = []
-    tags = sorted(set(results.tags)) if by_tag else []
+    tags = list(dict.fromkeys(results.tags)) if by_tag else []
     for column, by_method in results.values.items():
-        rate = binary(results, column)
+        rate = column in RATES
         scale = 100.0 if rate else 1.0
         digits = 1 if rate else _digits(by_method)
         for method, values in by_method.items():
@@ -193,18 +191,30 @@ def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
             if rate:
                 mean = statistics.wilson(float(np.nansum(values)), n)
             cells.append(Cell("values", method, column, _scaled(mean, scale), n, digits))
-            for tag in tags if len(tags) > 1 else ():
-                inside = values[[one == tag for one in results.tags]]
-                m = int(np.isfinite(inside).sum())
-                part = (
-                    statistics.wilson(float(np.nansum(inside)), m)
-                    if rate
-                    else Estimate(float(np.nanmean(inside)) if m else math.nan, math.nan, math.nan)
-                )
-                cells.append(Cell("by tag", method, column, _scaled(part, scale), m, digits, tag))
+            if len(tags) > 1:
+                cells += _by_tag(results, method, column, tags, rate, digits)
             if method != baseline:
                 cells += _against(method, column, values, by_method[baseline], resample, rate, digits)
     return cells + _costs(results, baseline)
+
+
+def _by_tag(
+    results: Results, method: str, column: str, tags: list[str], rate: bool, digits: int
+) -> list[Cell]:
+    """Returns a method's value in each group of prompts, and the plain mean over the groups, which
+    is GenEval's overall score."""
+    out = []
+    scale = 100.0 if rate else 1.0
+    values = results.values[column][method]
+    for tag in tags:
+        inside = values[[one == tag for one in results.tags]]
+        inside = inside[np.isfinite(inside)]
+        mean = Estimate(float(inside.mean()) if len(inside) else math.nan, math.nan, math.nan)
+        if rate:
+            mean = statistics.wilson(float(inside.sum()), len(inside))
+        out.append(Cell("by tag", method, column, _scaled(mean, scale), len(inside), digits, tag))
+    overall = Estimate(float(np.mean([cell.estimate.value for cell in out])), math.nan, math.nan)
+    return [*out, Cell("by tag", method, column, overall, len(values), digits, "mean of groups")]
 
 
 def _against(
@@ -224,7 +234,8 @@ def _against(
         repaired, broken = int((difference > 0).sum()), int((difference < 0).sum())
         more = f"{repaired} repaired, {broken} broken, p = {statistics.mcnemar(repaired, broken):.2g}"
     gain = _scaled(resample.estimate(difference), 100.0 if rate else 1.0)
-    won = _scaled(resample.estimate(statistics.wins(values, base)), 100.0)
+    sign = -1 if column in LOWER else 1
+    won = _scaled(resample.estimate(statistics.wins(sign * values, sign * base)), 100.0)
     out = [
         Cell("differences", method, column, gain, n, digits, more=more),
         Cell("wins", method, column, won, n, 1),
@@ -261,6 +272,7 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 def _digits(by_method: Mapping[str, np.ndarray]) -> int:
+    """Returns how many decimals to show: four for cosines, three for larger values."""
     largest = max(
         (float(np.nanmax(np.abs(v))) for v in by_method.values() if np.isfinite(v).any()), default=0
     )

@@ -13,8 +13,9 @@ import time
 import warnings
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from minsd import files, image
 from minsd.app import Tally, mistake, reason
-from minsd.app.draw import Drawn, Extras, draw, steps_of
+from minsd.app.draw import Drawn, Extras, Progress, draw, steps_of
 from minsd.app.folder import Row, Say, append, done, merge, silent
 from minsd.app.folder import recorded as recorded
 from minsd.app.hold import Hold
@@ -39,9 +40,16 @@ from minsd.pipeline import StableDiffusion
 Wanted = Sequence[tuple[Piece, Sequence[int]]]  # the numbers of the jobs to draw, per piece
 
 
-def run(session: Session, jobs: Jobs, tally: Tally, hold: Hold | None = None) -> None:
+def run(
+    session: Session,
+    jobs: Jobs,
+    tally: Tally,
+    hold: Hold | None = None,
+    engine: "Callable[[Drawing, Wanted], None] | None" = None,
+) -> None:
     """Draws and saves the jobs of this process. `tally` counts the images that are saved and those
-    that failed. `hold` is the lock on the folder; None creates one.
+    that failed. `hold` is the lock on the folder; None creates one. `engine` draws the jobs; None
+    means in this process.
     """
     command = session.command
     share = Share.from_environment()
@@ -67,7 +75,10 @@ def run(session: Session, jobs: Jobs, tally: Tally, hold: Hold | None = None) ->
         if command.resume:
             by_whom = " by this process" if share.world > 1 else ""
             say(f"{tally.wanted} of {len(jobs)} images are still to be made{by_whom}")
-        _Drawing(session, record, tally).all(mine)
+        drawing = Drawing(session, record, tally)
+        drawing.begin(mine)
+        with drawing.bar:
+            (engine or Drawing.all)(drawing, mine)
         _merge_rows(command.out, share, say if share.rank == 0 else silent)
         if tally.failed:
             hold.wait_for_others()
@@ -118,7 +129,37 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
 # --- drawing ----------------------------------------------------------------------------------------------
 
 
-class _Drawing:
+@dataclass
+class Finished:
+    """A batch that was drawn, and the part of each image's row that states its cost."""
+
+    drawn: Drawn
+    cost: Row
+
+
+def attempt(
+    session: Session, part: list[Job], advance: Progress = lambda i, t: None, say: Say = silent
+) -> Finished | Exception:
+    """Draws a batch. Returns the error where that fails."""
+    device = session.sd.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = time.perf_counter()
+    try:
+        with counted(session.sd.unet) as rows:
+            drawn = draw(session, part, advance, say)
+    except Exception as error:
+        return error
+    seconds = (time.perf_counter() - begin) / len(part)
+    if session.command.save_noise:
+        for b, extras in enumerate(drawn.extras):
+            extras["noise"] = drawn.noise[b : b + 1].cpu()
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    cost = {"seconds": round(seconds, 3), "unet_rows": sum(rows) // len(part)}
+    return Finished(drawn, cost | {"batch": len(part), "peak_mb": peak and round(peak)})
+
+
+class Drawing:
     """Draws jobs batch by batch. A batch that does not fit the GPU or that fails is drawn again in
     halves, so that in the end only the images fail that cannot be drawn.
     """
@@ -128,17 +169,28 @@ class _Drawing:
         self.command = session.command
         self.record = record
         self.tally = tally
+        self.counted = False  # whether the progress bar counts steps while a batch is drawn
 
-    def all(self, wanted: Wanted) -> None:
-        sd = self.session.sd
-        steps = sum(len(numbers) * steps_of(sd, piece.template) for piece, numbers in wanted)
+    def begin(self, wanted: Wanted) -> None:
+        """Prepares the progress bar for these jobs."""
+        known: dict[tuple, int] = {}  # most jobs share their number of steps
+        steps = 0
+        for piece, numbers in wanted:
+            job = piece.template
+            key = (job.sampling, job.start, job.invert is None)
+            if key not in known:
+                known[key] = steps_of(self.session.sd, job)
+            steps += len(numbers) * known[key]
         hidden = self.session.quiet or not steps
         self.bar = tqdm(total=steps, unit="step", disable=hidden, file=sys.stderr)
+
+    def all(self, wanted: Wanted) -> None:
+        """Draws and saves these jobs in this process."""
+        self.counted = True
         again: deque[list[Job]] = deque()  # parts of batches that failed
-        coming = batches(wanted, sd)
-        with counted(sd.unet) as self.rows, self.bar:
-            while (part := again.popleft() if again else next(coming, None)) is not None:
-                again.extendleft(reversed(self._draw(part)))
+        coming = batches(wanted, self.session.sd.batch_size)
+        while (part := again.popleft() if again else next(coming, None)) is not None:
+            again.extendleft(reversed(self._draw(part)))
 
     def _draw(self, part: list[Job]) -> list[list[Job]]:
         """Draws and saves a batch. Returns the smaller batches to draw after an error, if any."""
@@ -146,38 +198,34 @@ class _Drawing:
         last = first + len(part) - 1
         numbers = f"image {first}" if len(part) == 1 else f"images {first}-{last}"
         self.bar.set_description(f"{numbers}/{self.tally.wanted}")
-        self.rows.clear()
-        begin = time.perf_counter()
         drawn_before = self.bar.n
-        device = self.session.sd.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        try:
-            drawn = draw(
-                self.session, part, lambda i, t: self.bar.update(len(part)), self.bar.set_postfix_str
-            )
-        except Exception as error:
+        outcome = attempt(
+            self.session, part, lambda i, t: self.bar.update(len(part)), self.bar.set_postfix_str
+        )
+        if isinstance(outcome, Exception):
             self.bar.n = drawn_before
-            if isinstance(error, torch.cuda.OutOfMemoryError):
+            if isinstance(outcome, torch.cuda.OutOfMemoryError):
                 smaller = _smaller(self.session.sd, part)
                 if smaller:
                     return smaller
-                size = f"{part[0].sampling.width}x{part[0].sampling.height}"
-                error = ValueError(f"not even one image of {size} fits the GPU's memory: make it smaller")
-            return self._failed(part, error)
-        seconds = (time.perf_counter() - begin) / len(part)
         self.bar.set_postfix_str("")
-        if self.command.save_noise:
-            for b, extras in enumerate(drawn.extras):
-                extras["noise"] = drawn.noise[b : b + 1].cpu()
-        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-        cost = {"seconds": round(seconds, 3), "unet_rows": sum(self.rows) // len(part)}
-        cost |= {"batch": len(part), "peak_mb": peak and round(peak)}
-        self._save(part, drawn, cost)
-        return []
+        return self.settle(part, outcome)
 
-    def _failed(self, part: list[Job], error: Exception) -> list[list[Job]]:
-        """Returns the halves of a batch that failed. Reports the error if the batch is one image."""
+    def settle(self, part: list[Job], outcome: Finished | Exception) -> list[list[Job]]:
+        """Saves a batch that was drawn. After an error returns the halves of the batch, to draw
+        again; a batch of one image is reported instead.
+        """
+        if isinstance(outcome, Finished):
+            self._save(part, outcome)
+            if not self.counted:
+                self.bar.update(len(part) * steps_of(self.session.sd, part[0]))
+            return []
+        error = outcome
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            if len(part) > 1:
+                return _halves(part)
+            size = f"{part[0].sampling.width}x{part[0].sampling.height}"
+            error = ValueError(f"not even one image of {size} fits the GPU's memory: make it smaller")
         if self.command.debug or _ends_the_run(error):
             raise error
         if len(part) > 1:
@@ -196,12 +244,13 @@ class _Drawing:
         line = files.printable(f"{label}{what} is not drawn: {reason(error)}")
         self.bar.write(f"minsd: error: {line}", file=sys.stderr)
 
-    def _save(self, jobs: Sequence[Job], drawn: Drawn, cost: Row) -> None:
+    def _save(self, jobs: Sequence[Job], finished: Finished) -> None:
         """Saves a batch. All images are written to temporary files and synced to the disk together,
         which takes little longer than for one image. Then each image appears, followed by its row.
         """
         out = self.command.out
         out.mkdir(parents=True, exist_ok=True)
+        drawn = finished.drawn
         with ExitStack() as stack:
             saved: list[tuple[Job, Row, Extras, BinaryIO]] = []
             for job, picture, note, extras in zip(jobs, drawn.images, drawn.notes, drawn.extras):
@@ -219,7 +268,7 @@ class _Drawing:
                 except Exception as error:
                     self._report(job, error)
                     continue
-                row = {"file": path.name, **settings, **cost}
+                row = {"file": path.name, **settings, **finished.cost}
                 self.record(row)
                 self._made(path, row)
 
@@ -241,11 +290,13 @@ def _ends_the_run(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
-def batches(wanted: Wanted, sd: StableDiffusion) -> Iterator[list[Job]]:
+def batches(wanted: Wanted, batch_size: Callable[[int, int], int]) -> Iterator[list[Job]]:
     """Groups consecutive jobs that differ only in prompt, seed or subjects into batches of at most
-    sd.batch_size images.
+    batch_size(height, width) images.
     """
-    sizes = _batch_sizes((piece.template for piece, _ in wanted), sd)
+    # All sizes are asked for before drawing, because later some of the memory is in use.
+    kinds = {(piece.template.sampling.height, piece.template.sampling.width) for piece, _ in wanted}
+    sizes = {kind: batch_size(*kind) for kind in kinds}
     part: list[Job] = []
     last = None
     for piece, numbers in wanted:
@@ -262,14 +313,6 @@ def batches(wanted: Wanted, sd: StableDiffusion) -> Iterator[list[Job]]:
                 part = []
     if part:
         yield part
-
-
-def _batch_sizes(jobs: Iterable[Job], sd: StableDiffusion) -> dict[tuple[int, int], int]:
-    """Returns the number of images per batch for each size (height, width). Called before drawing,
-    because later some of the memory is in use.
-    """
-    sizes = {(job.sampling.height, job.sampling.width) for job in jobs}
-    return {size: sd.batch_size(*size) for size in sizes}
 
 
 def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:

@@ -32,7 +32,8 @@ class Resample:
         self.where = where if self.by_prompt else np.arange(len(where))
         n = len(names) if self.by_prompt else len(where)
         rng = np.random.default_rng(seed)
-        self.times = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)  # (draws, groups)
+        # How often each draw holds each group, (draws, groups).
+        self.times = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
 
     def means(self, values: np.ndarray) -> np.ndarray:
         """Returns the mean of each draw; NaN values are left out."""

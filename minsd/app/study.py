@@ -3,9 +3,9 @@
     draw  STUDY --prompts ae-animals --seeds 0-63 --methods plain select:attention:5 initno
     table STUDY --baseline plain --latex --page
 
-`draw` makes STUDY/METHOD/ for each method, each by a run of minsd/app/run.py that resumes, with the
-model loaded once. Between the two, `python -m minsd.judge STUDY` judges the images. STUDY/study.json
-holds the prompts with what they ask for, the seeds and the methods: methods may be added later,
+`draw` fills STUDY/METHOD/ for each method by a run of minsd/app/run.py that resumes; the model is
+loaded once. `python -m minsd.judge STUDY` then judges the images. STUDY/study.json holds the
+prompts with what they ask for, the seeds and the methods. Methods may be added later, whereas
 prompts and seeds stay. `table` also takes any folder with one judged folder per method.
 """
 
@@ -222,11 +222,18 @@ def table(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """Draws, judges and tables in one go. Returns the exit code."""
-    failed = draw(args)
     words = [str(args.study), *(["--judges", *args.judges] if args.judges else []), "--quiet"]
-    judged = judge.main(words)
-    if args.judges and judged == 2:
-        return 2
+    asked = judge.options().parse_args(words)
+    if args.judges != ["all"]:
+        for name in args.judges or ():
+            judge.Ready(name, asked, True)  # its weights are found before anything is drawn
+    failed = draw(args)
+    try:
+        failed = judge.run(asked) or failed
+    except FileNotFoundError as error:
+        if args.judges:
+            raise
+        print(f"minsd: the images are not judged: {files.printable(error)}", file=sys.stderr)
     code = table(args)
     print(f"minsd: {args.study / 'index.html'}", file=sys.stderr)
     return failed or code
@@ -242,6 +249,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "excite", "noise", "initno"],
             "options": "--steps 50 --guidance-scale 7.5",
         },
+        "judges": ["clip", "least"],
         "published": "Attend-and-Excite and InitNO report CLIP similarities (ViT-B/16) to the prompt "
         "and to its neglected half, for SD1.4 and 64 seeds per prompt. Their texts are "
         "means over 80 templates and those here are the prompts alone, so the absolute "
@@ -254,6 +262,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "select:attention:5", "initno"],
             "options": "--steps 50 --guidance-scale 9",
         },
+        "judges": ["geneval-style"],
         "published": "Published with GenEval's own detector (other weights of the same network), in %: "
         "SD1.5 43 overall (97 single object, 38 two objects, 35 counting, 76 colors, 4 "
         "position, 6 color attribution); SD2.1 50 (98, 51, 44, 85, 7, 17); SDXL 55 (98, "
@@ -265,13 +274,15 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "select:stability:100", "optimize:100"],
             "options": "--steps 10 --guidance-scale 5.5",
         },
+        "judges": ["hpsv2.1", "pickscore", "imagereward", "aesthetic"],
         "published": "Not All Noises reports that people prefer selected noise in up to 57 % and "
         "optimised noise in up to 72.5 % of DrawBench's prompts; people's choices are not "
         "repeated here. HPSv2's authors report 26.95 (v2) and 25.35 (v2.1) for SD1.4 on "
         "their own prompts.",
     },
     "noisecollage": {
-        "draw": {"methods": ["plain", "collage"], "seeds": "0"},
+        "draw": {"prompts": "shapes-layout-2", "methods": ["plain", "collage"], "seeds": "0"},
+        "judges": ["region_clip"],
         "published": "NoiseCollage reports the similarity of each region's crop to its caption on "
         "captioned boxes of its own, by another CLIP (open_clip's ViT-B-32-quickgelu, "
         "laion400m_e32).",
@@ -322,6 +333,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _draw_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options that `draw` and `compare` share."""
     sets = ", ".join(prompt_sets.SETS)
     p.add_argument("--prompts", metavar="SET|FILE", help=f"{sets}, or a file")
     p.add_argument("--count", type=int, metavar="N", help="the first N prompts of each tag")
@@ -347,6 +359,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study")
         for name, default in defaults.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
+        if args.action == "compare" and args.judges is None and args.model != "shapes":
+            args.judges = PRESETS.get(args.preset, {}).get("judges")
         return draw(args) if args.action == "draw" else compare(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"minsd: error: {label()}{files.printable(' '.join(str(error).split()))}", file=sys.stderr)

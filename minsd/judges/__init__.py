@@ -125,6 +125,9 @@ JUDGES: dict[str, Entry] = {
     ),
 }
 
+RATES = ("right", "no_neglect", "strict", "geneval-style", "tiam-like")  # columns of 0 and 1
+LOWER = ("strays",)  # columns of which less is better
+
 
 def check(name: str) -> Entry:
     """Returns a judge's row. Raises ValueError for a name that is not in JUDGES."""
@@ -206,6 +209,7 @@ def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) ->
 
 
 def _in_folder(place: Path, row: Weights, key: str) -> Path:
+    """Returns the weight file in the folder that the user gave, or the given file itself."""
     if place.is_file():
         return place
     names = [name for name in row.file.split("|") if (place / name).is_file()]
@@ -220,6 +224,7 @@ def _in_folder(place: Path, row: Weights, key: str) -> Path:
 
 
 def _cached(repo: str, row: Weights) -> Path | None:
+    """Returns the weight file in the hub's cache; None where it or a small file is missing."""
     import huggingface_hub as hf
 
     if any(not isinstance(hf.try_to_load_from_cache(repo, name), str) for name in row.more):
@@ -232,6 +237,7 @@ def _cached(repo: str, row: Weights) -> Path | None:
 
 
 def _fetched(repo: str, row: Weights, key: str) -> Path:
+    """Downloads the weights and small files of a repository, after a line that says so."""
     import sys
 
     import huggingface_hub as hf
@@ -243,9 +249,9 @@ def _fetched(repo: str, row: Weights, key: str) -> Path:
         there = hub.listed(repo)
         for name in (*row.more, "vocab.json", "merges.txt", "med_config.json"):
             if name in there:
-                hf.hf_hub_download(repo, name)
+                hf.hf_hub_download(repo, name)  # nosec B615: the commit is recorded
         name = next((name for name in row.file.split("|") if name in there), row.file.split("|")[0])
-        return Path(hf.hf_hub_download(repo, name))
+        return Path(hf.hf_hub_download(repo, name))  # nosec B615: the commit is recorded
     except Exception as error:
         raise hub.explained(error, repo) from None
 
@@ -253,7 +259,7 @@ def _fetched(repo: str, row: Weights, key: str) -> Path:
 def tensors(path: Path) -> "dict[str, torch.Tensor]":
     """Returns the tensors of a .safetensors file, or of a pickle that holds nothing but tensors and
     containers. Raises ValueError, in one line, for anything else; nothing in the file is run."""
-    import pickle
+    import pickle  # nosec B403: for its error types
 
     import torch
 

@@ -22,7 +22,7 @@ from minsd.judges import Judged, objects, pixels
 from minsd.judges.clip import Clip, h14, network, parts, tokenizer, unit
 from minsd.judges.objects import COCO, COLOURS, Asked, Detection
 
-SHORT, LONG = 800, 1333  # pixels of the resized image's sides: the shorter one, at most the longer one
+SHORT, LONG = 800, 1333  # pixels: the shorter side of the resized image, the most of the longer
 DIVISOR = 32
 BEST = 100  # pairs of query and class that are kept
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -191,7 +191,7 @@ def load_network(path: Path) -> Any:
     from transformers import Mask2FormerForUniversalSegmentation
 
     try:
-        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(  # nosec B615: no download
             path.parent, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
