@@ -203,6 +203,11 @@ def load_file(path: Path, wanted: Wanted) -> Loaded:
             f"{path} {kind or 'holds no model that minsd knows'}: give a Stable Diffusion 1.x,"
             " 2.x or XL checkpoint"
         )
+    if any(name.endswith((".scale_weight", ".weight_scale")) for name in tensors):
+        raise ValueError(
+            f"{path} holds 8-bit weights with a scale for each layer, which minsd does not read: get the"
+            " model in fp16, or in fp8 without scales"
+        )
     parts = original(tensors, wanted.prediction_type, read_metadata(path))
     config = parts.config
     if wanted.vae:
@@ -675,7 +680,7 @@ def match(
         # The VAE's attention was once made of 1x1 convolutions.
         if shape != wanted and shape != (*wanted, 1, 1):
             misshaped.append(f"{key} {shape}, not {wanted}")
-        elif dtype not in ("F64", "F32", "F16", "BF16"):
+        elif dtype not in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"):
             misshaped.append(f"{key} has dtype {dtype}")
     kinds = {
         "missing": own.keys() - sources.keys(),
