@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minsd.config import ModelConfig
+from minsd.config import DISTILLED_SCALE, ModelConfig
 from minsd.samplers.schedule import Schedule
 
 Predictor = Callable[[Tensor, int | float], Tensor]
@@ -116,15 +116,34 @@ def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
     return predict
 
 
+def distilled(unet: Any, context: Tensor, guidance_scale: float, schedule: Schedule) -> Predictor:
+    """Makes a predictor from a network that is told the guidance scale, and one text. Other callers
+    of the network run it at its usual scale."""
+    plain = conditional(unet, context, schedule)
+    usual, asked = (unet.guidance_of(scale) for scale in (DISTILLED_SCALE, guidance_scale))
+
+    def predict(x: Tensor, t: int | float) -> Tensor:
+        unet.guide(asked)
+        try:
+            return plain(x, t)
+        finally:
+            unet.guide(usual)
+
+    return predict
+
+
 def classifier_free(
     unet: Any, cond: Tensor, uncond: Tensor, guidance_scale: float, schedule: Schedule
 ) -> Predictor:
     """Makes a predictor with classifier-free guidance, eps = u + g (c - u) (Ho & Salimans 2022). u
     is the prediction for `uncond`, c that for `cond`, and g is `guidance_scale`. Both are computed
-    in one batch. At g = 1 only c is computed.
+    in one batch. At g = 1 only c is computed. So it is for a distilled network (latent consistency
+    models with a guidance embedding), which is told g.
 
     cond and uncond are (B,77n,D), or (1,77n,D) for every image of the batch.
     """
+    if getattr(getattr(unet, "config", None), "guidance_dim", 0):
+        return distilled(unet, cond, guidance_scale, schedule)
     if guidance_scale == 1:
         return conditional(unet, cond, schedule)
     texts = _texts(unet, [uncond, cond])

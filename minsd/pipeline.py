@@ -283,7 +283,7 @@ class StableDiffusion:
         """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
         the text states `context` and away from `uncond`, each (B,77n,D) or (1,77n,D). If their
         lengths differ, the shorter one is filled up with empty chunks."""
-        if guidance_scale != 1:
+        if guidance_scale != 1 and not self.config.unet.guidance_dim:
             context, uncond = (
                 self.text.filled(one, other.shape[1]) for one, other in ((context, uncond), (uncond, context))
             )

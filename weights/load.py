@@ -21,7 +21,17 @@ import torch
 from torch import nn
 
 from minsd.attention import Attention
-from minsd.config import CELL, LARGEST, MODELS, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minsd.config import (
+    CELL,
+    DISTILLED_SCALE,
+    LARGEST,
+    MODELS,
+    ModelConfig,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from minsd.text import TextEncoder, TwoTextEncoders
 from minsd.unet import UNet
 from minsd.vae import VAE
@@ -426,7 +436,6 @@ _UNET_VALUES = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
     "encoder_hid_dim_type": (None,),
-    "time_cond_proj_dim": (None,),
     "dual_cross_attention": (None, False),
     "only_cross_attention": (None, False),
     "class_embeddings_concat": (None, False),
@@ -488,6 +497,7 @@ def unet_config(path: Path) -> UNetConfig:
             norm_groups=c.get("norm_num_groups", 32),
             norm_eps=c.get("norm_eps", 1e-5),
             sample_size=size if isinstance(size, int) else size[0],
+            guidance_dim=c.get("time_cond_proj_dim") or 0,
         )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
@@ -591,7 +601,7 @@ def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
     networks, the schedule and the name are the folder's; so is the sampler, if the folder's
     scheduler names one that minsd has. The remaining settings (steps, guidance scale, ...) are
     the defaults of the model family that the networks belong to, except that latent consistency
-    models get 4 steps and guidance scale 1."""
+    models get 4 steps and guidance scale 1 (8.5 if the network is told it)."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     unet = unet_config(folder / "unet" / "config.json")
     config = ModelConfig(
@@ -606,6 +616,9 @@ def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
     family = _family(config)
     sampler, _ = stated.sampler_of(read_json(scheduler))
     few = sampler == "lcm"  # latent consistency models need few steps and no guidance
+    guidance_scale = 1.0 if few else family.guidance_scale
+    if unet.guidance_dim:
+        guidance_scale = DISTILLED_SCALE
     return replace(
         family,
         name=family.name if folder == SHAPES_FOLDER else config.name,
@@ -617,7 +630,7 @@ def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
         zero_empty=config.zero_empty,
         sampler=sampler or family.sampler,
         steps=stated.LCM_STEPS if few else family.steps,
-        guidance_scale=1.0 if few else family.guidance_scale,
+        guidance_scale=guidance_scale,
     )
 
 
@@ -628,7 +641,7 @@ def _family(config: ModelConfig) -> ModelConfig:
 
     def is_like(row: ModelConfig) -> bool:
         return (
-            row.unet == config.unet
+            row.unet == replace(config.unet, guidance_dim=0)
             and row.schedule.prediction_type == config.schedule.prediction_type
             and row.schedule.timestep_spacing == config.schedule.timestep_spacing
         )
