@@ -223,7 +223,7 @@ class Look:
         """The image (b,3,H,W), 0 to 1, that x0 decodes to. Under a gradient the decoder is
         recomputed instead of stored."""
         sd = self._lift.sd
-        z = self.x0.to(sd.dtype) / sd.config.vae.scaling_factor
+        z = self.x0.to(sd.vae_dtype) / sd.config.vae.scaling_factor
         if torch.is_grad_enabled() and z.requires_grad:
             decoded = checkpoint(sd.vae.decode, z, use_reentrant=False)
         else:
@@ -257,9 +257,11 @@ class Lift:
         self.name = name or getattr(objective, "__name__", type(objective).__name__)
         self.asked: set[str] = set()  # the kinds that any Look has read so far
         self.rows: Counter[str] = Counter()
-        self.context = sd.encode_prompt([one.prompt for one in asks])  # (B, 77n, D)
+        # (B, 77n, D); for SDXL (B, 77n + 1, D), whose last row no map belongs to
+        self.context = sd.encode_prompt([one.prompt for one in asks])
         places = [one.subjects for one in asks]
-        self.select = losses.selector(places, self.context.shape[1]).to(sd.device)  # (B, S, 77n)
+        tokens = self.context.shape[1] // losses.CHUNK * losses.CHUNK
+        self.select = losses.selector(places, tokens).to(sd.device)  # (B, S, 77n)
 
     @cached_property
     def uncond(self) -> Tensor:
