@@ -18,9 +18,11 @@ import math
 import torch
 
 from bench import Row, parser, report
-from minsd.noise import look, losses
+from minsd.noise import losses
 from minsd.noise.initial import noise
 from minsd.noise.initno import CROSS_LIMIT
+from minsd.noise.look import Lift, ask
+from minsd.noise.objectives.initno import InitNO
 from minsd.pipeline import StableDiffusion, load
 
 PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
@@ -28,20 +30,14 @@ PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
 
 def losses_of(sd: StableDiffusion, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Returns each loss of every seed, (seeds,), at the model's first timestep."""
-    subjects = args.subjects or losses.automatic_subjects(args.prompt)
-    losses.resolve(sd.text, args.prompt, subjects)  # reports words that the prompt lacks
+    asks = ask(sd, [args.prompt], [0], [args.subjects])
+    lift = Lift(sd, asks, InitNO(sd, asks))
+    t = losses.listed_timesteps(sd, None, None, False)[0]
     side = (args.size or sd.config.size) // 8
     starts = noise(range(args.seeds), (4, side, side))
-    asks = look.ask(sd, [args.prompt], [0], [subjects])
-    lift = look.Lift(sd, asks, lambda seen: losses.cross_response(seen.maps))
-    t = losses.listed_timesteps(sd)[0]
-    found: dict[str, list[torch.Tensor]] = {"response": [], "conflict": []}
-    with torch.no_grad():
-        for x in starts.split(sd.batch_size(8 * side, 8 * side)):
-            seen = look.Look(lift, x.to(sd.device), torch.zeros(len(x), dtype=torch.long), t)
-            found["response"].append(losses.cross_response(seen.maps).float().cpu())
-            found["conflict"].append(losses.self_conflict(seen.claims).float().cpu())
-    return {name: torch.cat(values) for name, values in found.items()}
+    rows = torch.zeros(len(starts), dtype=torch.long, device=sd.device)
+    told = lift.score(starts.to(sd.device), rows, t)
+    return {"response": told["cross"].float().cpu(), "conflict": told["self"].float().cpu()}
 
 
 def main() -> None:

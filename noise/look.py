@@ -257,9 +257,10 @@ class Lift:
         self.name = name or getattr(objective, "__name__", type(objective).__name__)
         self.asked: set[str] = set()  # the kinds that any Look has read so far
         self.rows: Counter[str] = Counter()
-        self.context = sd.encode_prompt([one.prompt for one in asks])  # (B, 77n, D)
+        # (B, 77n, D); for SDXL (B, 77n + 1, D), whose last row no map belongs to
+        self.context = sd.encode_prompt([one.prompt for one in asks])
         places = [one.subjects for one in asks]
-        tokens = self.context.shape[1] // losses.CHUNK * losses.CHUNK  # without SDXL's last row
+        tokens = self.context.shape[1] // losses.CHUNK * losses.CHUNK
         self.select = losses.selector(places, tokens).to(sd.device)  # (B, S, 77n)
 
     @cached_property

@@ -341,7 +341,7 @@ class Run:
     ) -> Selection:
         """Chooses among `seeds` by one look each, then by drafts of the best eighth."""
         config = self.sd.config
-        scale = config.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        scale = config.guidance(self.guidance_scale)
         steps = self.steps or config.steps
         course = Course(steps, self.sampler or config.sampler, self.karras, scale, self.negative_prompt)
         stop = min(max(1, round(part * steps)), len(self._timesteps()) - 1)

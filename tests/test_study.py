@@ -151,6 +151,12 @@ def test_methods_by_name_and_by_hand():
         "collage:0.25": ["--crop-margin", "0.25"],
         "optimize:3": "--init-noise optimize --optimize-steps 3".split(),
     }
+    assert study.split_methods(["best", "syngen", "select:syngen:3", "f.py:my"]) == {
+        "best": ["--init-noise", "best"],
+        "syngen": ["--objective", "syngen"],
+        "select:syngen:3": "--init-noise select --objective syngen --candidates 3".split(),
+        "f.py:my": ["--objective", "f.py:my"],
+    }
     for wrong in ("select", "select:attention", "optimize:x", "collage:x"):
         with pytest.raises(ValueError, match="there is no method"):
             study.split_methods([wrong])
@@ -248,13 +254,14 @@ def test_a_study_keeps_its_prompts_and_seeds(drawn, capsys):
         (["--options", "--steps 5"], "has other options"),
         (["--methods", "plain: --excite"], "has a method plain with other options"),
         (["--methods", "collage"], "needs prompts with a layout"),
-        (["--methods", "plain", "frobnicate"], "there is no method"),
+        (["--methods", "frobnicate"], "method frobnicate: no objective is called 'frobnicate'; choose"),
     ):
         given = {"--count": "1", "--options": "--steps 4", "--methods": "plain"}
         flags = [word for pair in given.items() if pair[0] not in words for word in pair]
         assert study.main(["draw", str(drawn), *flags, *words]) == 2
         out = capsys.readouterr().err.splitlines()
         assert len(out) == 1 and message in out[0], out
+    assert not (drawn / "prompts" / "frobnicate.jsonl").exists()
 
 
 def test_any_folder_of_folders_is_a_study(drawn, tmp_path):

@@ -157,6 +157,7 @@ def _put(path: Path, text: str) -> None:
 def draw(args: argparse.Namespace) -> int:
     """Draws every method's images that are still missing. Returns the exit code."""
     study = prepare(args.study, args)
+    drawn = [name for name in study["methods"] if (args.study / slug(name)).is_dir()]
     asked = []
     for name in split_methods(args.methods):
         path = write_lines(study, args.study, name)
@@ -165,7 +166,10 @@ def draw(args: argparse.Namespace) -> int:
         try:
             asked.append((name, *requests.read(options.parse(words))))
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"method {name}: {error}") from None
+            if name not in drawn:
+                path.unlink()
+            where = re.compile(rf"{re.escape(str(path))}, (?:line 1: )?")  # of a file that `draw` wrote
+            raise ValueError(f"method {name}: {where.sub('', str(error))}") from None
     from minsd.app.jobs import plan
     from minsd.app.run import run
     from minsd.app.session import open_session
