@@ -21,6 +21,8 @@ from bench import Row, parser, report
 from minsd.noise import losses
 from minsd.noise.initial import noise
 from minsd.noise.initno import CROSS_LIMIT
+from minsd.noise.look import Lift, ask
+from minsd.noise.objectives.initno import InitNO
 from minsd.pipeline import StableDiffusion, load
 
 PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
@@ -28,20 +30,14 @@ PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
 
 def losses_of(sd: StableDiffusion, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Returns each loss of every seed, (seeds,), at the model's first timestep."""
-    subjects = args.subjects or losses.automatic_subjects(args.prompt)
-    select = losses.selector([losses.resolve(sd.text, args.prompt, subjects)]).to(sd.device)
-    context = sd.encode_prompt(args.prompt)
+    asks = ask(sd, [args.prompt], [0], [args.subjects])
+    lift = Lift(sd, asks, InitNO(sd, asks))
     t = losses.listed_timesteps(sd, None, None, False)[0]
     side = (args.size or sd.config.size) // 8
     starts = noise(range(args.seeds), (4, side, side))
-    found: dict[str, list[torch.Tensor]] = {"response": [], "conflict": []}
-    with torch.no_grad():
-        for x in starts.split(sd.batch_size(8 * side, 8 * side)):
-            texts, selects = (y.expand(len(x), -1, -1) for y in (context, select))
-            look = losses.look(sd.unet, x.to(sd.device), t, texts, selects)
-            found["response"].append(losses.cross_response(look.maps).float().cpu())
-            found["conflict"].append(losses.self_conflict(look.claims).float().cpu())
-    return {name: torch.cat(values) for name, values in found.items()}
+    rows = torch.zeros(len(starts), dtype=torch.long, device=sd.device)
+    told = lift.score(starts.to(sd.device), rows, t)
+    return {"response": told["cross"].float().cpu(), "conflict": told["self"].float().cpu()}
 
 
 def main() -> None:

@@ -5,8 +5,9 @@
     python -m bench.first_run --cpu --out DIR    # the same steps at small sizes, within four minutes
     python -m bench.first_run --steps attention attention_64 compiled --out DIR2    # a second call
 
-Steps are ordered by how much they tell. Each is a process group of its own, killed at its limit, and
-none stops the next. DIR receives four files, which are kept up to date: summary.txt (a line per
+Steps are ordered by how much they tell. Steps for which no time is left are skipped, and a second
+call can take them. Each step is a process group of its own, which is killed at its limit, and no
+step stops the next. DIR receives four files, which are kept up to date: summary.txt (a line per
 step), log.txt (all output), results.tar (the rows of each bench; bench/results is left alone) and
 smoke.png.
 
@@ -76,9 +77,9 @@ STEPS = (
     Step("unet", 60, "bench.unet", f"--runs 7 --warmup 3 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
     Step("end_to_end", 110, "bench.end_to_end", FULL, TINY, "seconds minsd"),
     Step("maps", 90, "bench.maps", f"--runs 7 {HALF}", f"--runs 2 {SMALL}", "times_faster graphs/minsd"),
+    Step("switches", 150, "bench.switches", "--batches 1 8 --csv", TRY, "look_ms default"),
     Step("profile", 40, "bench.profile", HALF, SMALL, "share attention"),
     Step("initno", 90, "bench.initno", f"--runs 5 {HALF}", f"--runs 2 {SMALL}", "seconds minsd"),
-    Step("switches", 120, "bench.switches", "--batches 1 8 --csv", TRY, "look_ms default"),
     Step("attention", 90, "bench.attention", SIDES, "--runs 1 --csv", "us fused/reference"),
     Step("layout", 40, "bench.layout --cost --boxes 2", LAYOUT, SMALL, "time_ratio together"),
     Step("control", 40, "bench.control --cost", HALF, "--csv", "of_alone ControlNet"),

@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace) -> None:
 def main() -> None:
     options = parser(__doc__, "shapes", "shapes_detector")
     options.add_argument(
-        "--model", default="shapes", help="shapes (the default), or a folder of another like it"
+        "--model", default="shapes", help="shapes (the default), shapes-turbo, or a folder like it"
     )
     options.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="default: all")
     options.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=["ddim"], help="default: ddim")

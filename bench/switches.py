@@ -1,4 +1,4 @@
-"""Which choices of kernels are faster on this GPU, in a guided step and in a look?
+"""Which choices of kernels are faster on this GPU, for guided steps and gradients of attention maps?
 
     python -m bench.switches [--model sd15] [--size 512] [--batches 1 8] [--runs 10] [--csv]
     python -m bench.switches --model shapes --size 128 --runs 1 --variants default cudnn_first   # a try
@@ -28,6 +28,7 @@ from minsd.config import MODELS
 from minsd.kernels import switches
 from minsd.noise import losses
 from minsd.noise.initial import noise
+from minsd.noise.look import Lift, Look, ask
 from minsd.pipeline import StableDiffusion, load
 
 PROMPT = "a red circle and a blue square"
@@ -54,20 +55,21 @@ def tasks(sd: StableDiffusion, size: int, batch: int) -> dict[str, Callable[[], 
     which returns a gradient."""
     x = noise(range(batch), (4, size // 8, size // 8)).to(sd.device)
     context = sd.encode_prompt(PROMPT).expand(batch, -1, -1)
-    places = losses.resolve(sd.text, PROMPT, ["circle", "square"])
-    select = losses.selector([places] * batch).to(sd.device)
     predict = sd.predictor(context, torch.zeros_like(context), 7.5)
     latents = x.to(context.dtype)
 
-    def objective(look: losses.Look, part: Tensor) -> tuple[Tensor, Tensor]:
-        loss = losses.cross_response(look.maps) + losses.self_conflict(look.claims)
-        return loss, loss[:, None]
+    def objective(look: Look) -> Tensor:
+        conflict = losses.self_conflict(look.claims)
+        return losses.cross_response(look.maps) + conflict
+
+    lift = Lift(sd, ask(sd, [PROMPT] * batch, range(batch), [["circle", "square"]] * batch), objective)
+    rows = torch.arange(batch, device=sd.device)
 
     @torch.no_grad()
     def step() -> Tensor:
         return predict(latents, T)
 
-    return {"step": step, "look": lambda: losses.differentiate(sd, x, T, context, select, objective)[1]}
+    return {"step": step, "look": lambda: lift.slope(x, rows, T)[1]}
 
 
 def relative(y: Tensor, truth: Tensor) -> float:

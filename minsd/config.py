@@ -145,10 +145,11 @@ class ModelConfig:
         return CELL * self.unet.sample_size
 
     def guidance(self, scale: float | None) -> float:
-        """Returns the guidance scale to use; None means the model's own.
+        """Returns the guidance scale to use. None means the model's own scale.
 
-        Model cards of distilled models, whose own scale is 1 (no guidance), write 0 for "none". In
-        the formula of guidance 0 would mean the unconditional half alone, so 1 is returned there.
+        Distilled models have the scale 1 (no guidance), but their model cards write 0 for "none".
+        In the formula of guidance, 0 would mean the unconditional prediction alone. So for these
+        models 0 is replaced by 1.
         """
         scale = self.guidance_scale if scale is None else scale
         return 1.0 if scale == 0 and self.guidance_scale == 1 else scale
@@ -273,12 +274,21 @@ MODELS: dict[str, ModelConfig] = {
         ),
     )
 }
+# The embedded model, distilled by an adapter (weights/shapes/distil.py) to draw in one to four steps
+# without guidance.
+MODELS["shapes-turbo"] = replace(
+    MODELS["shapes"],
+    name="shapes-turbo",
+    schedule=replace(MODELS["shapes"].schedule, timestep_spacing="trailing"),
+    steps=4,
+    sampler="euler",
+    guidance_scale=1.0,
+)
 
 
 def overflow_advice(dtype: object) -> str:
-    """Returns the end of an error message about values beyond the range of a dtype
-    ("torch.float16", ...): what the user can change.
-    """
+    """Returns advice for the user, the end of an error message about values beyond the range of
+    `dtype` (such as "torch.float16")."""
     if "float16" in str(dtype) and "bfloat16" not in str(dtype):  # float16 ends at 65504
         return "try --dtype float32 or bfloat16"
     return (

@@ -21,7 +21,8 @@ from minsd.config import CELL, DISTILLED_SCALE, UNetConfig
 from minsd.kernels import Linear, group_norm
 
 Grid = tuple[int, int]  # rows and columns of a level's cells
-# SDXL's pooled text state (B,P), and six numbers on the image's size (B,6); see `UNet.split`.
+# For SDXL only: the pooled text state (B,P), and six numbers on the image's size (B,6); see
+# `UNet.split`.
 Whole = tuple[Tensor, Tensor]
 # Keys and values of each cross-attention layer, (B,77n,heads,d) each. For SDXL also the `Whole` of
 # the context, whose key is the module `add_embedding`.
@@ -51,8 +52,8 @@ def guidance_embedding(guidance_scale: float, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with SiLU between them, applied to `timestep_embedding`. With `dim_cond` a
-    projection of a second embedding, of this width, is added before them."""
+    """Two linear layers with SiLU between them, which process the output of `timestep_embedding`.
+    With `dim_cond`, a projection of a second embedding of this width is added before them."""
 
     def __init__(self, dim: int, dim_out: int, dim_cond: int = 0):
         super().__init__()
@@ -198,8 +199,8 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """One level's layers, under the names of checkpoints. `UNet` states the order in which they
-    run."""
+    """The layers of one level, named as in checkpoints. The methods of `UNet` determine the order
+    in which they run."""
 
     def __init__(
         self,
@@ -216,7 +217,8 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
     def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-        """Returns (resnet, transformer or None) pairs, in the order in which they run."""
+        """Returns an iterator over (residual block, transformer or None) pairs, in the order in
+        which they run."""
         return zip(self.resnets, getattr(self, "attentions", None) or [None] * len(self.resnets))
 
 
@@ -302,9 +304,10 @@ class UNet(nn.Module):
         ]
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Returns the keys and values of every cross-attention layer for text states (B,77n,D). They
-        depend on neither x nor t, so compute them once per run and pass them to `forward` as
-        `context`. For SDXL the result also holds the context's last row."""
+        """Returns the keys and values of every cross-attention layer for text states (B,77n,D).
+        They depend on neither x nor t, so compute them once per run and pass them to `forward` as
+        `context`. For SDXL the result also holds the `Whole`: the pooled text state and the image's
+        size numbers, from the last row of the context."""
         text, whole = self.split(context)
         known: TextKV = {m: m.kv(text) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
         if whole is not None and self.add_embedding is not None:
@@ -312,8 +315,9 @@ class UNet(nn.Module):
         return known
 
     def split(self, context: Tensor | TextKV) -> tuple[Any, Whole | None]:
-        """Splits a context, or its `text_kv`, into the part for attention and the `Whole`, which is
-        None except for SDXL. Raises ValueError for a wrong number of rows."""
+        """Splits a context, or the `text_kv` of a context, into (text, whole). `text` is the part
+        that attention uses. `whole` is the pooled text state and the image's size numbers (`Whole`)
+        for SDXL, and None for other models. Raises ValueError for a wrong number of rows."""
         add = self.add_embedding
         if isinstance(context, dict):
             return context, None if add is None else context[add]
@@ -331,7 +335,9 @@ class UNet(nn.Module):
         return context[..., :-1, :], (row[:, :p], row[:, p : p + 6])
 
     def embed_whole(self, x: Tensor, whole: Whole) -> Tensor:
-        """Embeds SDXL's `Whole` for latents x. Returns (B,4*C0), to add to the time embedding."""
+        """Embeds SDXL's pooled text state and size numbers (`Whole`) for latents x. Returns
+        (B,4*C0), to be added to the time embedding, where C0 is the number of channels of the
+        finest level. Size numbers that are all zero are replaced by the size of the latents."""
         pooled, size = whole
         own = torch.zeros(6, device=x.device)  # the latents' own size, for rows that state none
         own[0::4], own[1::4] = (CELL * side for side in x.shape[-2:])

@@ -18,6 +18,7 @@ from minsd.noise import losses
 from minsd.noise.collage import direct_cells, stacked
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.layout import Layout, SizedLayout, SizedRegion, coverage, ensure_sized
+from minsd.noise.look import Ask, Lift, Look
 
 
 @dataclass
@@ -73,8 +74,7 @@ def arrange(
     t = losses.listed_timesteps(sd, steps, sampler)[0]
     subjects = caption_subjects(sd, layout)
     attended = [
-        _inside(sd, layout, region, losses.selector([places]), given, t)
-        for region, places in zip(layout.regions, subjects)
+        _inside(sd, layout, region, places, given, t) for region, places in zip(layout.regions, subjects)
     ]
     fractions = torch.stack(attended)  # (N, K)
     scores = fractions.prod(0)  # (K,)
@@ -108,18 +108,24 @@ def _noises(layout: SizedLayout, candidates: Sequence[int] | Tensor) -> Tensor:
 
 
 def _inside(
-    sd: Model, layout: SizedLayout, region: SizedRegion, select: Tensor, given: Tensor, t: int | float
+    sd: Model,
+    layout: SizedLayout,
+    region: SizedRegion,
+    subjects: list[list[int]],
+    given: Tensor,
+    t: int | float,
 ) -> Tensor:
     """Returns, for noises (K,4,h,w), the fraction (K,) of the attention to a region's subjects
-    that falls inside the region. `select` (1,S,77): the subjects' tokens.
+    that falls inside the region, under its caption alone.
     """
-    context = sd.encode_prompt(region.prompt)  # (1, 77, D)
-    select = select.to(sd.device)
-    fractions = []
-    for part in given.split(sd.batch_size(layout.height, layout.width)):
-        contexts, selects = (y.expand(len(part), -1, -1) for y in (context, select))
-        maps = losses.look(sd.unet, part.to(sd.device), t, contexts, selects).maps  # (b, S, rows, columns)
+
+    def fraction(look: Look) -> Tensor:
+        look.read("cross", "self")  # recording both kinds rounds as earlier versions did
+        maps = look.maps  # (b, S, rows, columns)
         level = sd.unet.grids(tuple(given.shape[2:])).index(tuple(maps.shape[-2:]))
         fill = torch.from_numpy(coverage(region.pixels, CELL << level)).to(maps)
-        fractions.append(((maps * fill).sum((-2, -1)) / maps.sum((-2, -1))).mean(1))  # (b,)
-    return torch.cat(fractions).cpu()
+        return ((maps * fill).sum((-2, -1)) / maps.sum((-2, -1))).mean(1)  # (b,)
+
+    lift = Lift(sd, [Ask(region.prompt, 0, subjects)], fraction)
+    rows = torch.zeros(len(given), dtype=torch.long, device=sd.device)
+    return lift.score(given.to(sd.device), rows, t)["loss"].cpu()

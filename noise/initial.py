@@ -4,6 +4,7 @@ Noise is always drawn on the CPU in float32 with one generator per image. It dep
 device, nor on the precision, nor on the other images of a batch.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,18 @@ def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     ValueError for a seed outside 0 to 2^63 - 1.
     """
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators(seeds)])
+
+
+def candidate_seeds(seed: int, count: int) -> list[int]:
+    """The seeds that a selection of `count` chooses among: the asked seed itself, and others
+    derived from it.
+
+    The others are hashes of the asked seed and their number, 63 bits long. So two asked seeds
+    share no candidate, and an image's candidates are the same whether it is drawn alone or in a
+    list.
+    """
+    digests = (hashlib.sha256(f"{seed} {k}".encode()).digest() for k in range(1, count))
+    return [seed, *(int.from_bytes(digest[:8], "big") >> 1 for digest in digests)]
 
 
 def noise_files(path: Path) -> list[Path]:

@@ -28,12 +28,13 @@ from torch import Tensor
 
 from minsd.guidance import Model
 from minsd.noise import losses
+from minsd.noise.drivers import values_of
 from minsd.noise.initial import noise as draw_noise
+from minsd.noise.look import Ask, Lift, finite, met
 from minsd.noise.losses import Subjects
+from minsd.noise.objectives.initno import CROSS_LIMIT, InitNO
 from minsd.samplers.random import generators
 
-CROSS_LIMIT = 0.2  # a noise is good enough if its response loss is below this
-MASK = 0.5  # official variant: ignore the conflict loss while the response loss exceeds this
 KL_TURNS = 20_000  # most steps of one projection (the original has no bound; up to 705 were needed)
 KL_UNASKED = 32  # of these, on a GPU, between two questions whether all images are done
 
@@ -204,54 +205,27 @@ class Evaluator:
         sampler: str | None = None,
         karras: bool = False,
     ):
-        places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects)]
-        self.select = losses.selector(places).to(sd.device)  # (B, S, 77)
+        asks = [Ask(prompt, 0, losses.resolve(sd.text, prompt, s)) for prompt, s in zip(prompts, subjects)]
         self.t = losses.listed_timesteps(sd, steps, sampler, karras)[0]
-        self.sd = sd
         self.official = how.official
-        self.cross_limit = how.cross_limit
-        limit = how.conflict_limit
-        self.conflict_limit = sd.config.conflict_limit if limit is None else limit
-        self.dtype = torch.promote_types(sd.dtype, torch.float32)  # of noises and their gradients
-        self.context = sd.encode_prompt(prompts)  # (B, 77, D)
+        limit = sd.config.conflict_limit if how.conflict_limit is None else how.conflict_limit
+        self.limits = {"cross": how.cross_limit, "self": limit}
+        self.lift = Lift(sd, asks, InitNO(sd, asks, how.variant))
+        self.dtype = self.lift.dtype  # of noises and their gradients
 
     def __call__(self, x: Tensor, rows: Tensor) -> tuple[list[Evaluation], Tensor]:
         """Evaluates the losses at noises x (b,4,h,w) of images `rows`. Returns one Evaluation per
         image, and the loss's gradient in x (b,4,h,w).
         """
-        select = self.select[rows]
-
-        def objective(look: losses.Look, part: Tensor) -> tuple[Tensor | None, Tensor]:
-            return self.loss(look, select[part])
-
-        values, gradient = losses.differentiate(self.sd, x, self.t, self.context[rows], select, objective)
-        finite = values.isfinite().all(dim=1) & gradient.flatten(1).isfinite().all(dim=1)
+        told, gradient = self.lift.slope(x, rows, self.t, limits=self.limits)
+        flags = {"met": met(told, self.limits), "finite": finite(told, gradient)}
         evaluations = []
-        for (cross, conflict, used, met, _), fine in zip(values.tolist(), finite.tolist()):
+        for found in values_of(told | {name: flag.to(gradient) for name, flag in flags.items()}):
             # Official: a round comes last if its response loss was too high to count the conflict.
-            score = cross + used + (self.official and used <= 1e-6)
-            evaluations.append(Evaluation(cross, conflict, score, bool(met), fine))
+            score = found["cross"] + found["used"] + (self.official and found["used"] <= 1e-6)
+            ends = bool(found["met"]), bool(found["finite"])
+            evaluations.append(Evaluation(found["cross"], found["self"], score, *ends))
         return evaluations, gradient
-
-    def loss(self, look: losses.Look, select: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Returns the loss to descend (b,), or None if all images meet their limits, and its parts
-        (b,5).
-
-        On a GPU the loss is always returned. Asking whether the limits are met would wait for the
-        evaluation before the backward pass is launched, in every step; the gradient saved is one
-        per image.
-        """
-        some = select.any(dim=-1)  # (b, S)
-        cross = losses.cross_response(look.maps, some)
-        conflict = losses.self_conflict(look.claims, some)
-        used = conflict.where(cross <= MASK, 0.0) if self.official else conflict
-        loss = cross + used
-        if self.official:
-            loss = loss + losses.clean_background(look.maps, some)
-        met = (cross < self.cross_limit) & (conflict < self.conflict_limit)
-        values = torch.stack([cross, conflict, used, met.to(cross), loss], dim=1)
-        needless = not met.is_cuda and bool(met.all())
-        return None if needless else loss, values
 
 
 class Gaussians:
@@ -480,20 +454,14 @@ def attention_scores(
     conditional branch, without a gradient; many run at once. Other arguments and ValueErrors as in
     `optimize`.
     """
-    select = losses.selector([losses.resolve(sd.text, prompt, subjects)]).to(sd.device)
+    one = Ask(prompt, 0, losses.resolve(sd.text, prompt, subjects))
     t = losses.listed_timesteps(sd, steps, sampler, karras)[0]
     noise = candidates
     if not isinstance(noise, Tensor):
         noise = draw_noise(noise, _latent_shape(sd, height, width))
-    context = sd.encode_prompt(prompt)
-    scores = []
-    with torch.no_grad():
-        size = sd.batch_size(8 * noise.shape[-2], 8 * noise.shape[-1])
-        for x in noise.split(size):
-            texts = context.expand(len(x), -1, -1)
-            look = losses.look(sd.unet, x.to(sd.device), t, texts, select.expand(len(x), -1, -1))
-            scores.append(losses.cross_response(look.maps) + losses.self_conflict(look.claims))
-    return torch.cat(scores).tolist()
+    lift = Lift(sd, [one], InitNO(sd, [one]))
+    rows = torch.zeros(len(noise), dtype=torch.long, device=sd.device)
+    return lift.score(noise.to(sd.device), rows, t)["loss"].tolist()
 
 
 def _latent_shape(sd: Model, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -8,22 +8,19 @@ the prompt the image will show, and where:
   softmax(100 C) and smoothed, is each subject's map M (h,w). The subject would appear at its peak;
 - self-attention at that peak, smoothed, is the region A (h,w) that the subject claims.
 
-`look` returns both, differentiably, from one early-stopped evaluation. Every loss takes them for a
-whole batch and returns one value per image, (B,). The images of a batch may have different numbers
-of subjects: `present` (B,S) marks which of the S subject slots are used in each image. All of it
-also works in float64, and nothing loops over pixels.
+A `Look` (noise/look.py) has both, differentiably, from one early-stopped evaluation. Every loss
+takes them for a whole batch and returns one value per image, (B,). The images of a batch may have
+different numbers of subjects: `present` (B,S) marks which of the S subject slots are used in each
+image. All of it also works in float64, and nothing loops over pixels.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from minsd.attention import AttentionRecorder
-from minsd.graphs import differentiating
 from minsd.guidance import Model
 from minsd.samplers import timesteps
 from minsd.samplers.schedule import Timestep
@@ -134,15 +131,6 @@ def selector(places: Sequence[Sequence[Sequence[int]]], length: int | None = Non
 # --- maps ----------------------------------------------------------------------------------------
 
 
-class Look(NamedTuple):
-    """For each of S subjects, its cross-attention map M (`maps`), and the self-attention map A of
-    the cell where M peaks (`claims`: the region that the subject claims). Both are (B,S,h,w).
-    """
-
-    maps: Tensor
-    claims: Tensor
-
-
 def smooth(maps: Tensor) -> Tensor:
     """Maps (...,h,w) smoothed by a 3x3 kernel with reflected edges. An axis of a single cell has that
     cell as its own neighbour on both sides.
@@ -170,11 +158,11 @@ def mean_maps(maps: Tensor, select: Tensor) -> Tensor:
 def subject_maps(cross: Tensor, select: Tensor) -> Tensor:
     """Cross-attention (B,h,w,77n), a `selector` (B,S,77m), m <= n -> smoothed maps M (B,S,h,w) of
     subjects. In each of the n chunks the start token and the last position are left out."""
-    sharp = (100 * _inner(cross)).softmax(dim=-1)  # (B, h, w, 75n)
-    return smooth(mean_maps(sharp, _inner(select)))
+    sharp = (100 * inner(cross)).softmax(dim=-1)  # (B, h, w, 75n)
+    return smooth(mean_maps(sharp, inner(select)))
 
 
-def _inner(tokens: Tensor) -> Tensor:
+def inner(tokens: Tensor) -> Tensor:
     """Leaves out the first and the last position of every chunk of 77 (one chunk, if shorter)."""
     chunks = max(1, tokens.shape[-1] // CHUNK)
     return tokens.unflatten(-1, (chunks, -1))[..., 1:-1].flatten(-2)
@@ -190,52 +178,6 @@ def claims(self_maps: Tensor, at: Tensor) -> Tensor:
     h, w, n = self_maps.shape[1:]
     rows = self_maps.flatten(1, 2).gather(1, at[:, :, None].expand(-1, -1, n))  # (B, S, h*w)
     return smooth(rows.unflatten(2, (h, w)))
-
-
-def look(unet: Callable[..., object], x: Tensor, t: Timestep, context: Tensor, select: Tensor) -> Look:
-    """Returns the subjects' maps from one UNet evaluation under the prompt, at latents x (B,4,h,w)
-    and timestep t.
-
-    context (B,77n,D); select from `selector`. The UNet stops as soon as it has its maps. It
-    runs in its own precision; the maps are float32 or float64.
-    """
-    record = AttentionRecorder(only=True)
-    unet(x.to(context.dtype), t, context, record=record)
-    maps = subject_maps(record.cross, select)
-    return Look(maps, claims(record.self, peaks(maps)))
-
-
-def differentiate(
-    sd: Model,
-    x: Tensor,
-    t: Timestep,
-    context: Tensor,
-    select: Tensor,
-    objective: Callable[[Look, Tensor], tuple[Tensor | None, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Evaluates an objective at latents x (B,4,h,w), and the gradient of its loss in x.
-
-    `objective(look, rows)` takes the Look of images `rows` and returns their losses (b,), or None
-    if no gradient is needed, and values to report (b,n). Returns these values, (B,n), and gradients
-    (B,4,h,w) in x's dtype. Evaluates as many images at a time as fit.
-    """
-    # A gradient needs more memory than a guided step.
-    size = max(1, sd.batch_size(8 * x.shape[-2], 8 * x.shape[-1]) // 2)
-    # Gradients of maps are so small that float16 would lose them.
-    scale = 256.0 if context.dtype == torch.float16 else 1.0
-    values: list[Tensor] = []
-    gradients: list[Tensor] = []
-    for rows in torch.arange(len(x), device=x.device).split(size):
-        with torch.enable_grad(), differentiating(sd.unet):
-            leaf = x[rows].detach().requires_grad_()
-            loss, part = objective(look(sd.unet, leaf, t, context[rows], select[rows]), rows)
-            if loss is None:
-                gradient = torch.zeros_like(leaf)
-            else:
-                gradient = torch.autograd.grad(scale * loss.sum(), leaf)[0] / scale
-        values.append(part.detach())
-        gradients.append(gradient)
-    return torch.cat(values), torch.cat(gradients)
 
 
 def listed_timesteps(

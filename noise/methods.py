@@ -5,7 +5,6 @@ prompt, subjects and seed alone, and returns their unit noise. To add one, write
 its own, wrap it here, and add its row to `METHODS`.
 """
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from minsd.guidance import Model
-from minsd.noise import arrange, initno, stability
+from minsd.noise import arrange, best, initno, stability
+from minsd.noise import steer as steering
 from minsd.noise.initial import noise as unit_noise
 from minsd.noise.layout import SizedLayout
 
@@ -44,6 +44,7 @@ class Batch:
     candidates: list[list[int]] | None = None  # per image: the seeds to choose among, its own first
     optimize_steps: int = 100
     optimize_mode: str = "full"
+    steer: steering.Run | None = None  # an objective that takes the place of the score
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,7 +69,18 @@ def random(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def select(sd: Model, batch: Batch, say: Say) -> Found:
-    """Chooses the best of each image's candidates, by attention or by inversion stability."""
+    """Chooses the best of each image's candidates, by attention, by inversion stability, or by an
+    objective.
+    """
+    if batch.steer is not None:
+        found = batch.steer.select(_candidates(batch), batch.shape, say)
+        notes = []
+        for seed, one, record in zip(batch.seeds, found, batch.steer.records):
+            scores = {one.seed: one.score} if one.path else one.scores
+            notes.append(
+                _selection(seed, one.seed, scores.keys(), scores.values(), "low") | {"objective": record}
+            )
+        return Found(torch.cat([one.noise for one in found]), notes, _each(batch))
     if batch.score == "attention":
         seeds, notes = _best_by_attention(sd, batch, batch.layout, say)
         return Found(unit_noise(seeds, batch.shape), notes, _each(batch))
@@ -81,13 +93,19 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
     for prompt, candidates in zip(batch.prompts, _candidates(batch)):
         chosen = stability.select(sd, prompt, candidates, progress=say, **size, **guided)
         seeds.append(chosen.seed)
-        notes.append(_selection(candidates[0], chosen.seed, chosen.scores.keys(), chosen.scores.values()))
+        scores = chosen.scores
+        notes.append(_selection(candidates[0], chosen.seed, scores.keys(), scores.values(), chosen.better))
         extras.append({"candidates": stability.sheet(sd, prompt, chosen, **size, **guided, **run)})
     return Found(unit_noise(seeds, batch.shape), notes, extras)
 
 
 def optimize(sd: Model, batch: Batch, say: Say) -> Found:
-    """Optimises each seed's noise for inversion stability."""
+    """Optimises each seed's noise for inversion stability, or for an objective."""
+    if batch.steer is not None:
+        start = unit_noise(batch.seeds, batch.shape)
+        found = batch.steer.optimize(start, lambda b, message: say(f"seed {batch.seeds[b]}: {message}"))
+        records = [{"objective": record} for record in batch.steer.records]
+        return Found(torch.cat([one.noise for one in found]), records, _each(batch))
     results = stability.optimize_batch(
         sd,
         batch.prompts,
@@ -132,11 +150,31 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
     return _optimised(results, notes, batch)
 
 
+def best_method(sd: Model, batch: Batch, say: Say) -> Found:
+    """Looks at each image's candidates, drafts the most promising, and takes the first good one."""
+    found = best.choose(
+        sd,
+        batch.prompts,
+        batch.subjects,
+        _candidates(batch),
+        batch.shape,
+        best.Course(batch.steps, batch.sampler, batch.karras, batch.guidance_scale, batch.negative_prompt),
+        progress=lambda b, message: say(f"seed {batch.seeds[b]}: {message}"),
+    )
+    notes = []
+    for asked, one in zip(batch.seeds, found):
+        note = _selection(asked, one.seed, one.scores.keys(), one.scores.values(), "low")
+        drafts = [{"seed": seed, "cross": round(cross, 5)} for seed, cross in one.drafts.items()]
+        notes.append(note | {"drafts": drafts, "met": one.met})
+    return Found(unit_noise([one.seed for one in found], batch.shape), notes, _each(batch))
+
+
 METHODS: dict[str, Method] = {
     "random": random,
     "initno": initno_method,
     "select": select,
     "optimize": optimize,
+    "best": best_method,
 }
 
 
@@ -147,31 +185,22 @@ def _each(batch: Batch) -> list[dict]:
     return [{} for _ in batch.seeds]
 
 
-def candidate_seeds(seed: int, count: int) -> list[int]:
-    """The seeds that a selection of `count` chooses among: the asked seed itself, and others
-    derived from it.
-
-    The others are hashes of the asked seed and their number, 63 bits long. So two asked seeds
-    share no candidate, and an image's candidates are the same whether it is drawn alone or in a
-    list.
-    """
-    digests = (hashlib.sha256(f"{seed} {k}".encode()).digest() for k in range(1, count))
-    return [seed, *(int.from_bytes(digest[:8], "big") >> 1 for digest in digests)]
-
-
 def _candidates(batch: Batch) -> list[list[int]]:
     assert batch.candidates is not None, "a batch of a method that ranks candidates has some"
     return batch.candidates
 
 
-def _selection(asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float]) -> dict[str, Any]:
-    """Returns the settings that record a selection: the seeds asked for and chosen, and every
-    candidate with its score.
+def _selection(
+    asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float], better: str
+) -> dict[str, Any]:
+    """Returns the settings that record a selection: the seeds asked for and chosen, every candidate
+    with its score, and whether `better` scores are "low" (a loss) or "high" (a value).
     """
     return {
         "asked_seed": asked,
         "seed": seed,
         "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)],
+        "score_is": "loss" if better == "low" else "value",
     }
 
 
@@ -189,7 +218,7 @@ def _best_by_attention(
     for prompt, subjects, candidates in zip(batch.prompts, batch.subjects, _candidates(batch)):
         if layout is not None and layout.regions:
             scores = arrange.arrange(sd, layout, candidates, steps=batch.steps, sampler=batch.sampler).scores
-            best = max(scores)
+            better = "high"
         else:
             scores = initno.attention_scores(
                 sd,
@@ -202,9 +231,10 @@ def _best_by_attention(
                 height=batch.height,
                 width=batch.width,
             )
-            best = min(scores)
+            better = "low"
+        best = max(scores) if better == "high" else min(scores)
         chosen.append(candidates[scores.index(best)])
-        notes.append(_selection(candidates[0], chosen[-1], candidates, scores))
+        notes.append(_selection(candidates[0], chosen[-1], candidates, scores, better))
         say(f"seed {chosen[-1]} has the best of {len(scores)} scores, {best:.3f}")
     return chosen, notes
 

@@ -21,7 +21,6 @@ and its default is documented there.
 """
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -36,14 +35,16 @@ from torch.utils.checkpoint import checkpoint
 from minsd import image
 from minsd.config import check_size, overflow_advice
 from minsd.guidance import Model, counted
+from minsd.noise import drivers
+from minsd.noise.drivers import Selection
 from minsd.noise.initial import noise as draw_noise
+from minsd.noise.look import Told
 from minsd.samplers import SAMPLERS, check, ddim
 from minsd.samplers.schedule import Predictor, Steps, Timestep
 
 # Each step is a function of x and t alone. The other samplers have no inverse to speak of.
 MEMORYLESS = ("ddim", "euler", "heun")
 PAPER_NUMBERS = 65_536  # numbers in the latents that the paper's learning rate of 100 is meant for
-NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) within which the network still takes it for noise
 
 
 class Trip:
@@ -207,26 +208,6 @@ def _noises(
     return noise
 
 
-@dataclass
-class Selection:
-    """The seed chosen, and the score of every candidate."""
-
-    seed: int
-    noise: Tensor  # (1, 4, h, w) float32 on the CPU
-    score: float
-    scores: dict[int, float]  # seed -> score, in the order of the candidates
-    rows: int  # UNet evaluations
-
-    @property
-    def ranked(self) -> list[int]:
-        """The seeds, the most stable first, those without a score last."""
-        return sorted(self.scores, key=lambda seed: _rank(self.scores[seed]), reverse=True)
-
-
-def _rank(score: float) -> float:
-    return -math.inf if math.isnan(score) else score
-
-
 def select(
     sd: Model,
     prompt: str,
@@ -246,37 +227,30 @@ def select(
     a seed given twice. `progress(message)` is called after every batch: "20/100 best 0.912 (seed
     7)". `trip` and ValueErrors as in `score`; FloatingPointError if no candidate has a score.
     """
-    if not len(seeds):
-        raise ValueError("there are no seeds to select from: give at least one")
     Trip(sd, prompt, **trip)  # its errors come first
-    wanted = list(dict.fromkeys(seeds))
-    scores = dict(known or {})
-    missing = [seed for seed in wanted if seed not in scores]
-    size = sd.batch_size(height or sd.config.size, width or sd.config.size)
-    rows = 0
+    height, width = height or sd.config.size, width or sd.config.size
+    check_size(height, width)
+    spent = 0
 
-    def chosen() -> int | None:
-        scored = [seed for seed in wanted if not math.isnan(scores.get(seed, math.nan))]
-        take = min if worst else max
-        return take(scored, key=lambda seed: scores[seed]) if scored else None
+    def scored(noise: Tensor) -> list[float]:
+        nonlocal spent
+        result = score(sd, prompt, noise, **trip)
+        spent += result.rows
+        return result.scores
 
-    for start in range(0, len(missing), size):
-        part = missing[start : start + size]
-        result = score(sd, prompt, part, height=height, width=width, **trip)
-        scores.update(zip(part, result.scores))
-        rows += result.rows
-        seed = chosen()
-        if progress is not None and seed is not None:
-            done = sum(s in scores for s in wanted)
-            name = "worst" if worst else "best"
-            progress(f"{done}/{len(wanted)} {name} {scores[seed]:.3f} (seed {seed})")
-    seed = chosen()
-    if seed is None:
-        raise FloatingPointError(
-            f"no candidate has a score: sampling in {sd.dtype} overflowed; {overflow_advice(sd.dtype)}"
-        )
-    noise = _noises(sd, prompt, [seed], height, width)
-    return Selection(seed, noise, scores[seed], {s: scores[s] for s in wanted}, rows)
+    chosen = drivers.select(
+        scored,
+        seeds,
+        (4, height // 8, width // 8),
+        at_once=sd.batch_size(height, width),
+        better="high",
+        known=known,
+        worst=worst,
+        advice=overflow_advice(sd.dtype),
+        progress=progress,
+    )
+    chosen.rows = spent
+    return chosen
 
 
 def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: Any) -> Image.Image:
@@ -305,7 +279,7 @@ class Descent:
     fraction of itself: that is the default.
 
     The noise may leave the sphere of radius sqrt(d) on which unit noise lies. A warning says so
-    outside 0.97 to 1.03 of it; `rescale` puts the noise back after every step.
+    outside `drivers.NORMAL` of it; `rescale` puts the noise back after every step.
     """
 
     mode: str = "full"  # or "detach": see the top of this file
@@ -404,68 +378,41 @@ def _descend(
     trip: Trip, how: Descent, start: Tensor, rows: Tensor, progress: Callable[[int, str], None] | None
 ) -> list[Result]:
     """Runs `optimize_batch` for the images `rows` at once. Their noises are `start` (b,4,h,w)."""
-    d = start[0].numel()
-    lr = 100.0 * d / PAPER_NUMBERS if how.lr is None else how.lr
-    x = start.to(trip.sd.device, trip.dtype)
-    velocity = torch.zeros_like(x)
-    results = [Result(noise[None].cpu()) for noise in start]
-    for step in range(how.optimize_steps + 1):
-        last = step == how.optimize_steps  # only scored
-        scores, gradient = gradients(trip, x, rows, "score" if last else how.mode, how.checkpointed)
-        finite = scores.isfinite() & gradient.flatten(1).isfinite().all(dim=1)
-        flat = x.flatten(1)
-        norms = flat.norm(dim=1) / d**0.5
-        values = torch.stack([scores, norms, flat.mean(dim=1), flat.std(dim=1)], dim=1)
-        for k, (result, fine, (s, norm, mean, std)) in enumerate(
-            zip(results, finite.tolist(), values.tolist())
-        ):
-            if result.note:
-                continue
-            if not fine:
-                _fail(result, start[k], f"not finite in {trip.sd.dtype} at step {step}")
-                continue
-            result.history.append({"score": s, "norm": norm, "mean": mean, "std": std})
-            if step == 0:
-                result.before = s
-            keep = last if how.keep == "last" else not s <= result.score
-            if keep:
-                # Noise that no step has changed is returned as it was given.
-                result.noise = (x if step else start)[k][None].cpu()
-                result.score = s
-            _warn_of_norm(result.history)
-            if progress is not None:
-                best = max(h["score"] for h in result.history)
-                numbers = f"score {s:.3f} best {best:.3f} norm {norm:.3f} mean {mean:.3f} std {std:.3f}"
-                progress(int(rows[k]), f"step {step}/{how.optimize_steps} {numbers}")
-        gradient[~finite] = 0
-        velocity = how.momentum * velocity + gradient
-        x = x - lr * velocity
-        if how.rescale:
-            x = x * (d**0.5 / x.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+
+    def evaluate(x: Tensor, rows: Tensor, mode: str) -> tuple[Told, Tensor]:
+        scores, gradient = gradients(trip, x, rows, mode, how.checkpointed)
+        return {"loss": -scores, "score": scores}, gradient
+
+    found = drivers.optimize(
+        lambda x, rows: evaluate(x, rows, how.mode),
+        lambda x, rows: evaluate(x, rows, "score")[0],
+        start,
+        rows,
+        drivers.Optimizing(
+            steps=how.optimize_steps,
+            lr=100.0 * start[0].numel() / PAPER_NUMBERS if how.lr is None else how.lr,
+            momentum=how.momentum,
+            norm="unit" if how.rescale else None,
+            keep=how.keep,
+        ),
+        device=trip.sd.device,
+        dtype=trip.dtype,
+        describe=_describe,
+        progress=progress,
+    )
+    results = []
+    for one in found:
+        history = [{name: v for name, v in told.items() if name != "loss"} for told in one.history]
+        before = one.before.get("score", math.nan)
+        results.append(Result(one.noise, one.after.get("score", math.nan), before, history, note=one.note))
     return results
 
 
-def _fail(result: Result, start: Tensor, reason: str) -> None:
-    """Makes the image's result the noise (4,h,w) that its optimisation began from, with a note and
-    a warning.
-    """
-    result.note = f"the noise could not be optimised: {reason}; it is left as it was"
-    result.noise = start[None].cpu()
-    result.score = result.before
-    warnings.warn(result.note, stacklevel=5)
-
-
-def _warn_of_norm(history: list[dict[str, float]]) -> None:
-    """Warns once, at the first step after which the noise's norm is outside NORMAL."""
-    low, high = NORMAL
-    norms = [h["norm"] for h in history[1:]]
-    outside = [norm for norm in norms if not low <= norm <= high]
-    if len(outside) == 1 and outside[0] == norms[-1]:
-        warnings.warn(
-            f"at step {len(norms)} the norm of the noise is {norms[-1]:.3f} of unit noise's, "
-            f"outside {low}..{high}: lower lr, or use rescale",
-            stacklevel=5,
-        )
+def _describe(step: int, steps: int, history: list[dict[str, float]]) -> str:
+    now = history[-1]
+    best = max(h["score"] for h in history)
+    numbers = " ".join(f"{name} {now[name]:.3f}" for name in ("norm", "mean", "std"))
+    return f"step {step}/{steps} score {now['score']:.3f} best {best:.3f} {numbers}"
 
 
 def gradients(

@@ -2,6 +2,7 @@
 tensors."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from test_losses import PROMPT, Whole, plain_losses
 
 import minsd
-from minsd.noise import excite, losses
+from minsd.noise import drivers, excite
 from minsd.noise.initial import noise
+from minsd.noise.look import Lift
 
 PLACES = [[3], [7]]
 
@@ -73,8 +75,12 @@ def plain_run(whole, sd, z, steps, variant, scale, repeats):
 
 @pytest.mark.parametrize("variant, steps, repeats", [("official", 12, 4), ("attend-and-excite", 11, 20)])
 def test_updates_equal_a_plain_loop_and_a_batch_its_images(double, monkeypatch, variant, steps, repeats):
-    if repeats != excite.REPEATS:
-        monkeypatch.setattr(excite, "REPEATS", repeats)
+    made = drivers.refine
+
+    def few(sd, slope, how, *rest, **more):
+        return made(sd, slope, dataclasses.replace(how, most=repeats), *rest, **more)
+
+    monkeypatch.setattr(drivers, "refine", few)
     z = noise([0, 3], (4, 16, 16)).double()
     with monkeypatch.context() as patched:
         whole = Whole(patched)
@@ -101,9 +107,8 @@ def test_updates_of_size_zero_change_nothing_and_after_25_steps_nothing_is_asked
 
 def test_the_step_sizes_are_those_of_the_sampler_in_use(shapes, monkeypatch):
     """PNDM lists 11 timesteps for 10 steps: its last update is the smallest, half the square root."""
-    monkeypatch.setattr(
-        losses, "differentiate", lambda sd, x, *_: (torch.full((len(x), 2), 0.1), torch.ones_like(x))
-    )
+    told = dict.fromkeys(("loss", "cross", "self"), torch.tensor([0.1]))
+    monkeypatch.setattr(Lift, "slope", lambda self, x, *_: (told, torch.ones_like(x)))
     refine = excite.updates(shapes, [PROMPT], [None], steps=10, sampler="pndm", scale=3.0)
     x = torch.zeros(1, 4, 16, 16)
     assert [refine(i, 1, x)[0, 0, 0, 0].item() for i in (0, 5, 10)] == pytest.approx(

@@ -110,7 +110,7 @@ def test_like_makes_the_same_picture_again(made, tmp_path):
     [
         ["--attention-maps"],
         ["--excite"],
-        ["--init-noise", "select", "--candidates", "2"],
+        ["--init-noise", "select", "--candidates", "2", "--score", "stability"],
         ["--init-noise", "select", "--candidates", "3", "--score", "attention"],
         ["--init-noise", "optimize", "--optimize-steps", "1", "--optimize-mode", "detach"],
         ["--invert"],
@@ -193,6 +193,7 @@ def test_every_option_identifies_an_image_or_says_why_it_changes_none():
         assert bool(option.identity) != bool(option.harmless), option.name
     keys = {*options.IDENTITY, "candidates"}
     per_line = {"noise": "noise_file", "seeds": "seed", "num_images": "seed", "token_indices": "subjects"}
+    per_line["objective_set"] = "objective"
     assert keys >= {per_line.get(name, name) for name in options.PER_LINE}
 
 
@@ -566,7 +567,7 @@ def test_selections_of_earlier_versions_are_resumed_and_repeated(tmp_path):
 def test_selection_by_stability_with_its_sheet(tmp_path):
     args = [
         PROMPT,
-        *"--seed 3 --steps 4 --init-noise select --candidates 3 --out".split(),
+        *"--seed 3 --steps 4 --init-noise select --score stability --candidates 3 --out".split(),
         str(tmp_path),
         "--quiet",
     ]

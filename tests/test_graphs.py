@@ -5,6 +5,7 @@ themselves and leaves its output where the capture's was. Inputs that are not co
 output that is not copied out, give wrong numbers.
 """
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from minsd.graphs import Graphs
 from minsd.kernels import switches
 from minsd.noise import initno, losses
 from minsd.noise.initial import noise
+from minsd.noise.look import Lift, ask
 from minsd.unet import UNet
 from minsd.weights import controlnet
 
@@ -330,19 +332,18 @@ PROMPT = "a red circle and a blue square"
 
 def looks(sd, seed, t, whole=True, rows=1):
     """The values and the gradient of InitNO's losses, or of the response alone."""
-    select = losses.selector([losses.resolve(sd.text, PROMPT, None)] * rows)
 
-    def objective(look, part):
-        cross = losses.cross_response(look.maps)
-        if not whole:
-            return cross, cross[:, None]
+    def objective(look):
         conflict = losses.self_conflict(look.claims)
-        loss = cross + conflict + losses.clean_background(look.maps)
-        return loss, torch.stack([cross, conflict, loss], dim=1)
+        if not whole:
+            return losses.cross_response(look.maps)
+        cross = losses.cross_response(look.maps)
+        return cross + conflict + losses.clean_background(look.maps), {"cross": cross, "self": conflict}
 
     x = noise(range(seed, seed + rows), (4, 16, 16))
-    context = sd.encode_prompt([PROMPT] * rows)
-    return losses.differentiate(sd, x, t, context, select, objective)
+    lift = Lift(sd, ask(sd, [PROMPT] * rows, range(rows)), objective)
+    told, gradient = lift.slope(x, torch.arange(rows), t)
+    return torch.stack(list(told.values()), dim=1), gradient
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["both maps", "cross-attention alone"])
@@ -404,7 +405,6 @@ def test_kernels_of_a_captured_look_are_chosen_for_a_graph(graphed, split, monke
 def test_before_a_capture_every_gradient_has_been_computed(graphed, split, monkeypatch, found):
     """A capture must not compile kernels, and the losses so far may have needed none of the gradient,
     or that of one kind of map."""
-    select = losses.selector([losses.resolve(graphed.text, PROMPT, None)])
     computed, grad = [], torch.autograd.grad
 
     def noted(outputs, *rest, **more):
@@ -418,13 +418,10 @@ def test_before_a_capture_every_gradient_has_been_computed(graphed, split, monke
     monkeypatch.setattr(torch.autograd, "grad", noted)
     monkeypatch.setattr(graphs, "capture_gradient", captured)
 
-    def objective(look, part):
-        cross = losses.cross_response(look.maps)
-        return None if found == "nothing to do" else cross, cross[:, None]
-
+    limits = {"loss": math.inf} if found == "nothing to do" else None
+    lift = Lift(graphed, ask(graphed, [PROMPT], [0]), lambda look: losses.cross_response(look.maps))
     for seed in range(3):
-        x = noise([seed], (4, 16, 16))
-        losses.differentiate(graphed, x, 981, graphed.encode_prompt(PROMPT), select, objective)
+        lift.slope(noise([seed], (4, 16, 16)), torch.arange(1), 981, limits=limits)
     assert split.captures == 1 and split.replays == 2 and not graphs.broken
 
 
@@ -627,16 +624,16 @@ def test_on_a_gpu_the_same_image_and_no_waiting_in_the_loop():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_same_looks_and_gradients():
     sd = minsd.load("shapes", "cuda", torch.float32)
-    select = losses.selector([losses.resolve(sd.text, PROMPT, None)]).to("cuda")
-    context = sd.encode_prompt(PROMPT)
 
-    def objective(look, part):
-        loss = losses.cross_response(look.maps) + losses.self_conflict(look.claims)
-        return loss, loss[:, None]
+    def objective(look):
+        return losses.self_conflict(look.claims) + losses.cross_response(look.maps)
+
+    lift = Lift(sd, ask(sd, [PROMPT], [0]), objective)
 
     def step(seed, t):
         x = noise([seed], (4, 16, 16)).to("cuda")
-        return losses.differentiate(sd, x, t, context, select, objective)
+        told, gradient = lift.slope(x, torch.zeros(1, dtype=torch.long, device="cuda"), t)
+        return told["loss"][:, None], gradient
 
     steps = [(0, 981), (1, 961), (2, 500), (3, 20)]
     by_graphs = [step(*each) for each in steps]

@@ -19,7 +19,8 @@ OUTSIDE = ("bench", "tests")  # top-level packages that are not installed
 # A file may import from its own floor and from every floor below, directly or not.
 FLOORS = {
     "doors": ("generate __main__", "app"),
-    "training": ("weights.shapes.train weights.shapes.extras", "pipeline"),  # run with python -m
+    # run with python -m
+    "training": ("weights.shapes.train weights.shapes.distil weights.shapes.extras", "pipeline"),
     "app": ("app judge", "pipeline"),
     "pipeline": ("pipeline", "noise"),
     "noise": ("noise", "judges guidance"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from minsd.attention import Attention
 from minsd.noise import losses
+from minsd.noise.look import Ask, Lift, Look
 
 PROMPT = "a red circle and a blue square"
 
@@ -107,11 +108,13 @@ def test_losses_and_gradients_equal_those_of_whole_softmax_tensors(shapes, dtype
     prompts = [PROMPT, "a green star, a red cross and a pink heart"]
     subjects = [[[3], [7]], [[2, 3], [7], [11]]]
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    unet = copy.deepcopy(shapes.unet)
-    context, select = shapes.text.encode(prompts), losses.selector(subjects)
+    sd = copy.copy(shapes)
+    sd.unet = unet = copy.deepcopy(shapes.unet).to(dtype)
+    context = shapes.text.encode(prompts)
     leaf = x.to(dtype).requires_grad_()
-    seen = losses.look(unet.to(dtype), leaf, 981, context.to(dtype), select)
-    values = ours(seen, select.any(-1))
+    lift = Lift(sd, [Ask(prompt, 0, places) for prompt, places in zip(prompts, subjects)], ours)
+    seen = Look(lift, leaf, torch.arange(2), 981)
+    values = ours(seen, seen.present)
     gradients = [torch.autograd.grad(v.sum(), leaf, retain_graph=True)[0] for v in values]
 
     whole = Whole(monkeypatch)

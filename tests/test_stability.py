@@ -310,7 +310,7 @@ def test_nothing_to_do_gives_the_plain_noise_and_picture(shapes):
     picked = stability.select(shapes, PROMPTS[0], [3], steps=2)
     pictures = [shapes(PROMPTS[0], seeds=[3], steps=2, **how)[0] for how in ({}, {"noise": picked.noise})]
     assert np.array_equal(*map(np.asarray, pictures))
-    ranking = stability.Selection(3, plain, 0.5, {3: 0.5, 4: 0.25, 5: 0.75}, 0)
+    ranking = stability.Selection(3, plain, 0.5, {3: 0.5, 4: 0.25, 5: 0.75}, 0, "high")
     board = stability.sheet(shapes, PROMPTS[0], ranking, count=1, steps=2)
     best = np.asarray(shapes(PROMPTS[0], seeds=[5, 4], steps=2)[0])
     assert np.array_equal(np.asarray(board)[2:130, 2:130], best)

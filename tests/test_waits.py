@@ -17,8 +17,10 @@ import minsd
 from minsd import graphs, guidance
 from minsd.config import ScheduleConfig, UNetConfig
 from minsd.controlnet import Control, Controlled, ControlNet
-from minsd.noise import collage, collage_control, excite, initno, layout, losses
+from minsd.noise import collage, collage_control, layout, losses
 from minsd.noise.initial import noise
+from minsd.noise.look import Ask, Lift, Look
+from minsd.noise.objectives.initno import InitNO
 from minsd.samplers.schedule import Schedule
 from minsd.unet import UNet
 
@@ -177,19 +179,18 @@ def test_no_loss_of_an_optimisation_step_is_read_before_its_gradient(monkeypatch
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda y: True))
     sd = meta_model()
     sd.text = None
-    monkeypatch.setattr(losses, "resolve", lambda text, prompt, subjects: [[2], [5]])
-    monkeypatch.setattr(losses, "listed_timesteps", lambda *_: [401])
     monkeypatch.setattr(losses, "component", lambda mask, at: mask)  # asks every eighth ring
     sd.config.conflict_limit, sd.config.update_scale = 0.3, 20.0
-    maps = torch.rand(2, 2, 16, 16, device="meta")
-    look = losses.Look(maps, maps)
-    rows = torch.arange(2, device="meta")
-    evaluate = initno.Evaluator(sd, ["a", "b"], [None, None], initno.Settings())
-    loss, values = evaluate.loss(look, evaluate.select)
-    assert loss is not None and values.shape == (2, 5)
-    refine = excite.updates(sd, ["a", "b"], [None, None])
-    for whole in (False, True):
-        assert refine.loss(look, rows, whole)[0].shape == (2,)
+    asks = [Ask(prompt, 0, [[2], [5]]) for prompt in "ab"]
+    objective = InitNO(sd, asks)
+    lift = Lift(sd, asks, objective)
+    x = torch.empty(2, 4, 16, 16, device="meta")
+    for i, phase in ((None, "update"), (3, "update"), (3, "repeat")):
+        look = Look(lift, x, torch.arange(2, device="meta"), 401, i, phase)
+        cells = torch.rand(2, 16, 16, 256, device="meta")
+        look._held = {"cross": cells[..., :77], "self": cells}
+        loss, told = objective(look)
+        assert loss.shape == told["cross"].shape == (2,)
 
 
 @pytest.mark.parametrize("asking", [1, 3, 8])

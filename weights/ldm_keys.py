@@ -175,7 +175,7 @@ _OPEN_CLIP = {
 }
 _OPEN_CLIP_ENDS = {
     "positional_embedding": "embeddings.position_embedding.weight",
-    "token_embedding.weight": "embeddings.token_embedding.weight",  # nosec B105: no password
+    "token_embedding.weight": "embeddings.token_embedding.weight",
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }

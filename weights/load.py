@@ -35,7 +35,7 @@ from minsd.config import (
 from minsd.text import TextEncoder, TwoTextEncoders
 from minsd.unet import UNet
 from minsd.vae import VAE
-from minsd.weights import hub, stated
+from minsd.weights import hub, lora, stated
 from minsd.weights.ldm_keys import clip_name, newer_vae_name
 from minsd.weights.safetensors_file import (
     ORIGINAL,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SHAPES_FOLDER = Path(__file__).parent / "shapes"
+TURBO_FILE = SHAPES_FOLDER / "extras" / "turbo.safetensors"  # the adapter that makes shapes-turbo
 Config = TypeVar("Config", ScheduleConfig, TextConfig, UNetConfig, VAEConfig)
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -111,12 +112,13 @@ def load_model(
     """
     if prediction_type not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
-    path = SHAPES_FOLDER if model == "shapes" else Path(model)
+    path = SHAPES_FOLDER if model in ("shapes", "shapes-turbo") else Path(model)
     wanted = Wanted(
         device, dtype, Path(vae) if vae else None, Path(tokenizer) if tokenizer else None, prediction_type
     )
     if path.is_dir():
-        return load_folder(path, wanted)
+        loaded = load_folder(path, wanted)
+        return as_turbo(loaded) if model == "shapes-turbo" else loaded
     refuse_pickle(path, "model")
     if path.is_file():
         return load_file(path, wanted)
@@ -171,6 +173,17 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
         # The pad_token_id in SDXL's text_encoder_2/config.json is not the one used in training.
         texts.append(TextFiles(text, tokenizer, _token_id(tokenizer.pad_token_id, 0)))
     return replace(assemble(config, unet, vae, texts, wanted), notes=notes)
+
+
+def as_turbo(shapes: Loaded) -> Loaded:
+    """Turns the embedded model into shapes-turbo: adds the adapter that weights/shapes/distil.py
+    trained to the weights, and takes the settings of that row of `MODELS`."""
+    row = MODELS["shapes-turbo"]
+    schedule = replace(shapes.config.schedule, timestep_spacing=row.schedule.timestep_spacing)
+    config = replace(row, schedule=schedule, vae=shapes.config.vae)
+    for layer in lora.merge([(lora.read(TURBO_FILE, shapes), 1.0)]):
+        setattr(layer, lora.MERGED, False)  # so that the user can add adapters of their own
+    return replace(shapes, name=config.name, config=config)
 
 
 def _scheduler_note(folder: Path, config: ModelConfig) -> list[str]:

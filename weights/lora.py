@@ -60,10 +60,13 @@ _OTHER_KINDS = {  # a pattern of tensor names -> the kind of file with such name
 
 
 class HasNetworks(Protocol):
-    """A `StableDiffusion`, of which this module uses only the networks."""
+    """A `StableDiffusion`, or a model as loaded, of which this module uses only the networks."""
 
-    unet: Any
-    text: Any
+    @property
+    def unet(self) -> Any: ...
+
+    @property
+    def text(self) -> Any: ...
 
 
 class HasLoRA(Protocol):

@@ -13,6 +13,8 @@ this process writes to --out.
 import importlib
 import os
 import re
+import signal
+import threading
 import time
 import warnings
 from collections import deque
@@ -89,13 +91,16 @@ class Cluster:
             self.ray: Any = importlib.import_module("ray")
         except ImportError:
             raise ValueError("--engine ray needs Ray: pip install 'minsd[ray]'") from None
+        ended = signal.getsignal(signal.SIGTERM)
         try:
             self.ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"the Ray cluster (RAY_ADDRESS) cannot be reached: {error}") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ended)  # Ray's own handler ends the process without a message
         nodes = self._nodes()
         gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
-        self.device = command.device or ("cuda" if gpus else "cpu")
+        self.device = (command.device or ("cuda" if gpus else "cpu")).partition(":")[0]
         largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
         threads = os.environ.get("OMP_NUM_THREADS", "")
         self.cores = int(threads) if re.fullmatch("[1-9][0-9]{0,3}", threads) else min(CORES, largest)
@@ -211,7 +216,8 @@ class Cluster:
             needs = {"num_gpus": 1, "num_cpus": 1} if self.gpus else {"num_cpus": self.cores}
             actor = _Actor(self.ray.remote(**needs)(Worker).remote())
             self.actors.append(actor)
-            self.opening[actor.handle.open.remote(self.command, self.requests)] = actor
+            command = replace(self.command, device=self.device)
+            self.opening[actor.handle.open.remote(command, self.requests)] = actor
 
     def _opened(self, ref: Any) -> None:
         """Takes a worker into use after it has loaded the model. Raises the error where it cannot."""

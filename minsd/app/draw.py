@@ -18,9 +18,10 @@ from minsd.app.session import Session
 from minsd.config import STRENGTH
 from minsd.controlnet import Control, Controlled, read_control_image
 from minsd.guidance import Predictor
-from minsd.noise import collage, collage_control, excite, stability
+from minsd.noise import collage, collage_control, excite, look, stability
 from minsd.noise.initial import read_noise
 from minsd.noise.methods import METHODS, Batch, Found, Say
+from minsd.noise.steer import Run
 from minsd.pipeline import StableDiffusion
 from minsd.samplers import timesteps
 from minsd.weights import lora
@@ -58,10 +59,14 @@ def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) 
     run = {"steps": first.sampling.steps, "sampler": first.sampling.sampler, "karras": first.sampling.karras}
     prompts = [job.prompt for job in jobs]
     subjects = [list(job.subjects) if job.subjects is not None else None for job in jobs]
-    found = initial_noise(sd, jobs, say)
+    run_of = steering(sd, jobs, subjects)
+    found = initial_noise(sd, jobs, say, run_of)
     seeds = [note.get("seed", job.seed) for job, note in zip(jobs, found.notes)]
     refine = None
-    if first.excite is not None:
+    ended: Callable[[], None] | None = None
+    if run_of is not None and run_of.steer.driver == "refine":
+        refine, ended = run_of.refine(lambda b, message: say(f"seed {seeds[b]}: {message}"))
+    elif first.excite is not None:
         refine = excite.updates(sd, prompts, subjects, variant=first.excite, **run)
     frames = None
     if session.command.attention_maps:
@@ -84,6 +89,10 @@ def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) 
             **run,
         )
     images = sd.decode(latents)
+    if run_of is not None and ended is not None:
+        ended()
+        for note, record in zip(found.notes, run_of.records):
+            note["objective"] = record
     if frames is not None:
         for b, (picture, extra) in enumerate(zip(images, found.extras)):
             extra["attention"] = excite.sheet(
@@ -92,7 +101,19 @@ def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) 
     return Drawn(images, found.noise, found.notes, found.extras)
 
 
-def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say) -> Found:
+def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str | int] | None]) -> Run | None:
+    """The run of a batch's objective, if it has one."""
+    first = jobs[0]
+    if first.steer is None:
+        return None
+    prompts = [job.prompt for job in jobs]
+    asks = look.ask(sd, prompts, [job.seed for job in jobs], subjects, first.pairs, first.layout)
+    sampling = first.sampling
+    run = (sampling.steps, sampling.sampler, sampling.karras)
+    return Run(sd, first.steer, asks, *run, first.negative_prompt, sampling.guidance_scale)
+
+
+def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run | None = None) -> Found:
     """The initial noise of a batch: from a file, or by the jobs' method."""
     first = jobs[0]
     sampling = first.sampling
@@ -116,6 +137,7 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say) -> Found:
         candidates=None if method.candidates is None else [job.candidates() for job in jobs],
         optimize_steps=method.optimize_steps or 0,
         optimize_mode=method.optimize_mode or "full",
+        steer=run,
     )
     return METHODS[method.name](sd, batch, say)
 
@@ -162,7 +184,7 @@ def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) 
     """
     sd = session.sd
     scale = job.sampling.guidance_scale
-    if job.layout is None:
+    if job.layout is None or (job.steer is not None and job.steer.replaces_layout):
         yield sd.guided(prompts, job.negative_prompt, scale)
         return
     how = {"guidance_scale": scale, "seed": seeds, "crop_margin": job.crop_margin}

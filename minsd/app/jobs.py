@@ -23,10 +23,11 @@ from minsd.app.prompts import located
 from minsd.app.requests import Command, ControlRequest, InitImage, NoiseMethod, Request, check_count
 from minsd.app.seeds import Seeds, Taken, consecutive
 from minsd.emphasis import is_weighted
-from minsd.noise import arrange, collage, losses
-from minsd.noise.initial import noise_files, read_metadata, read_noise
+from minsd.noise import arrange, collage, look, losses
+from minsd.noise.initial import candidate_seeds, noise_files, read_metadata, read_noise
 from minsd.noise.layout import SizedLayout
-from minsd.noise.methods import candidate_seeds
+from minsd.noise.pairs import named_groups
+from minsd.noise.steer import Run, Steer
 from minsd.pipeline import StableDiffusion, first_step
 from minsd.samplers import timesteps
 
@@ -96,6 +97,8 @@ class Job:
     method: NoiseMethod
     subjects: tuple[str | int, ...] | None = None  # None: no method or map asks for any
     excite: str | None = None  # a variant of noise.excite.updates
+    steer: Steer | None = None
+    pairs: str | None = None
     layout: SizedLayout | None = None
     crop_margin: float | None = None
     control: ControlRequest | None = None
@@ -130,6 +133,10 @@ class Job:
         out["init_noise"] = self.method.name
         if self.subjects is not None:
             out |= {"subjects": list(self.subjects), "excite": self.excite}
+        if self.steer is not None:
+            out["objective"] = self.steer.record()
+        if self.pairs is not None:
+            out["pairs"] = self.pairs
         for name in ("candidates", "score", "optimize_steps", "optimize_mode"):
             if getattr(self.method, name) is not None:
                 out[name] = getattr(self.method, name)
@@ -166,6 +173,10 @@ def identity(settings: Mapping[str, Any]) -> str:
     if isinstance(candidates, list):  # of a finished image: each seed with its score, the asked one first
         seed = candidates[0]["seed"]
         candidates = len(candidates)
+    objective = settings.get("objective")
+    if objective is not None:  # of a finished image it also holds how its run went
+        asked = {key: objective.get(key) for key in ("name", "driver", "settings", "sha256")}
+        settings = {**settings, "objective": asked}
     rest = [settings.get(key) for key in IDENTITY if key != "seed"]
     return _identity(seed, json.dumps([candidates, *rest]))
 
@@ -304,6 +315,11 @@ def _template(
     the user may not expect to `notes`.
     """
     sampling = _sampling(sd, request)
+    if sd.config.guidance_scale == 1 != sampling.guidance_scale:
+        notes.append(
+            f"{request.where}{sd.name} was distilled to draw without guidance: --guidance-scale"
+            f" {sampling.guidance_scale:g} takes twice as long and may spoil the image"
+        )
     if request.guidance_scale == 0 and sampling.guidance_scale:
         notes.append("guidance scale 0 means no guidance for this model: the prompt alone is used (scale 1)")
     subjects = _subjects(sd, request, notes) if request.wants_subjects else None
@@ -322,6 +338,8 @@ def _template(
         request.method,
         subjects=None if subjects is None else tuple(subjects),
         excite=_excite(request) if request.wants_subjects else None,
+        steer=request.steer,
+        pairs=request.pairs,
         layout=layout,
         crop_margin=request.crop_margin,
         control=request.control,
@@ -331,6 +349,10 @@ def _template(
         chunks=sd.text.chunk_count(request.prompt),
         where=request.where,
     )
+    if request.steer is not None:
+        _check_steer(sd, job, notes)
+    if job.method.name == "best":
+        notes += _best_notes(sd, job)
     notes += _text_notes(sd, request)
     visited = timesteps(
         sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras
@@ -357,6 +379,29 @@ def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Se
             f"{path} holds {count} noises and {seeds.count} seeds were given: give one per image"
         )
     return seeds
+
+
+def _best_notes(sd: StableDiffusion, job: Job) -> list[str]:
+    """What the user should know of --init-noise best for this model and prompt."""
+    notes = []
+    if sd.config.name != "shapes":
+        notes.append("best: its constants were measured on the embedded model alone")
+    if len(job.subjects or ()) < 2:
+        notes.append("best: with a single subject it looks only for noise that attends to that one")
+    return notes
+
+
+def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
+    """ValueError where the job's objective cannot judge its prompt. Adds the nouns and attributes
+    found in the prompt to `notes`, if the objective is one that binds them.
+    """
+    assert job.steer is not None
+    subjects = None if job.subjects is None else [list(job.subjects)]
+    asks = look.ask(sd, [job.prompt], [job.seed], subjects, job.pairs, job.layout)
+    Run(sd, job.steer, asks).check()
+    if job.pairs is None and job.steer.name in ("syngen", "contrast", "divide"):
+        named = [" ".join([*modifiers, noun]) for modifiers, noun in named_groups(job.prompt)]
+        notes.append(f"pairs: {'; '.join(named)}")
 
 
 def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
@@ -426,6 +471,8 @@ def _excite(request: Request) -> str | None:
     """Which latent updates to use: InitNO's with --init-noise initno, otherwise
     Attend-and-Excite's.
     """
+    if request.steer is not None:
+        return None
     if request.method.name == "initno":
         return None if request.excite is False else "official"
     return "attend-and-excite" if request.excite else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minsd.adapters import split_name, split_scale
-from minsd.app.options import OPTIONS, Given
+from minsd.app.options import OBJECTIVES, OPTIONS, Given
 from minsd.app.prompts import located
 from minsd.app.seeds import MOST_SEED
 from minsd.config import MODELS
@@ -22,6 +22,12 @@ from minsd.files import exists
 CANDIDATE_SEEDS = "candidate_seeds"  # not an option: the seeds that a selection chose among
 VARIANTS = ("official", "attend-and-excite")  # of noise.excite.updates
 MOST_EVALUATIONS = 50_000  # of the UNet at 512x512 pixels; a selection has 10,000 by default
+MOST_SETTING = 1000  # the largest whole number among an objective's settings without --trust
+# Values of an objective's settings that are no numbers.
+WORDS = (
+    "sqrt none sgd adam keep unit norm kl white best last zero-order halving words groups "
+    "ntxent pairs official paper"
+).split()
 MOST_PIXELS = 2048**2  # the largest image that can be asked for without --trust
 
 # The options, and the keys of a layout's regions, that name files.
@@ -116,12 +122,38 @@ def _take_method(given: Given, settings: Given, taken: Given) -> Given:
             given[CANDIDATE_SEEDS] = tuple(seeds)
     if seeds and given["candidates"] is None:
         given["candidates"] = taken["candidates"] = len(seeds) if isinstance(seeds, list) else seeds
-    if given["excite"] is None:
+    if given["objective"] is None and settings.get("objective") is not None:
+        _take_objective(given, settings["objective"])
+    elif given["excite"] is None and given["objective"] is None:
         variant = settings.get("excite")
         if variant is not None and variant not in VARIANTS:
             raise ValueError(f"'excite' must be one of {', '.join(VARIANTS)}, not {str(variant)[:80]!r}")
         given["excite"] = variant is not None
     return settings
+
+
+def _take_objective(given: Given, objective: Any) -> None:
+    """Takes over an image's objective, in `given`. Raises ValueError for one in a file, because an
+    image must not name a program to run, and for settings that take long without --trust.
+    """
+    if not isinstance(objective, dict) or not isinstance(objective.get("settings", {}), dict):
+        raise ValueError("'objective' must be an object with a name and settings")
+    name = objective.get("name")
+    if "sha256" in objective or name not in OBJECTIVES.split(", "):
+        raise ValueError(
+            f"made with {str(name)[:80]} (sha256 {str(objective.get('sha256'))[:64]}): "
+            "give --objective yourself, if you trust that file"
+        )
+    given["objective"] = name
+    settings = {str(key): value for key, value in objective.get("settings", {}).items()}
+    settings.pop("candidates", None)  # of which the image has a list
+    for key, value in settings.items():
+        if not isinstance(value, (int, float)) and value not in (None, *WORDS):
+            raise ValueError(f"'objective' sets {key[:40]!r} to neither a number nor a known word")
+        if type(value) is int and value > MOST_SETTING and not given["trust"]:
+            raise ValueError(f"its objective asks for {key[:40]} {value}, which takes long: give --trust")
+    if given["objective_set"] is None and settings:
+        given["objective_set"] = ",".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _candidates(ranked: Any) -> list[int] | int | None:
@@ -148,7 +180,7 @@ def _take_subjects(given: Given, settings: Given, method: Given) -> None:
     """Takes over the image's subjects in `given` if the new run needs subjects and the command line
     names none. `method` has the noise method of the new run ("init_noise", "score").
     """
-    asks = method.get("init_noise") == "initno" or method.get("score") == "attention"
+    asks = method.get("init_noise") in ("initno", "best") or method.get("score") == "attention"
     asks = asks or given["excite"] or given["attention_maps"]
     named = given["token_indices"] is not None or given["subjects"] is not None
     subjects = settings.get("subjects")

@@ -21,7 +21,8 @@ from minsd import __version__
 from minsd.config import CONTROL_SCALE_MOST, SAMPLER_NAMES, STRENGTH, check_size
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
-METHODS = ("random", "initno", "select", "optimize")  # noise.methods.METHODS, without its imports
+METHODS = ("random", "initno", "select", "optimize", "best")  # noise.methods.METHODS, without its imports
+OBJECTIVES = "initno, excite, syngen, boxes, divide, contrast, overlap, saga, nlg"  # noise.objectives.NAMES
 
 IMAGE = "what to draw (each also a key of a line of --prompts FILE.jsonl)"
 NOISE = "the initial noise (each also a key of such a line)"
@@ -347,13 +348,25 @@ _ROWS = (
            least=-CONTROL_SCALE_MOST, most=CONTROL_SCALE_MOST, like=True, identity="control_scale"),
     # --- the initial noise
     Option("init_noise", NOISE, str, None,
-           "optimise it by attention maps (initno), or select or optimise it by inversion stability",
+           "the best of a few candidates that are drafted (best), optimise it by attention maps (initno), "
+           "select the best of --candidates, or optimise it by inversion stability or an --objective",
            choices=METHODS, like_method=True, identity="init_noise"),
     Option("candidates", NOISE, int, "K",
-           "select: keep the best of K noises, the seed's own among them (default: 100)",
+           "select, best: choose among K noises, the seed's own one of them (default: 100; best: 8)",
            least=1, most=100_000, unasked=1000, identity="candidates"),
-    Option("score", NOISE, str, None, "select: what the candidates are ranked by (default: stability)",
+    Option("score", NOISE, str, None,
+           "select: what the candidates are ranked by (default: attention; stability costs ten times as much "
+           "and was no better than chance on the embedded model)",
            choices=("stability", "attention"), like_method=True, identity="score"),
+    Option("objective", NOISE, str, "NAME|FILE.py:NAME",
+           f"what the noise, or the latents while denoising, are judged by: {OBJECTIVES}, or a function of "
+           "your own; --init-noise select or optimize says how it is used",
+           identity="objective"),
+    Option("objective_set", NOISE, str, "SETTINGS", "settings of the objective, such as lr=5,steps=50",
+           identity="objective"),
+    Option("pairs", NOISE, str, "GROUPS",
+           'nouns with their attributes, such as "red circle; blue square" (default: found in the prompt)',
+           like_method=True, identity="pairs"),
     Option("optimize_steps", NOISE, int, "N", "optimize: gradient steps (default: 100)",
            least=0, most=100_000, like_method=True, unasked=1000, identity="optimize_steps"),
     Option("optimize_mode", NOISE, str, None,
@@ -370,7 +383,8 @@ _ROWS = (
            negatable=True, identity="excite"),
     # --- model and hardware
     Option("model", MODEL, str, "NAME|DIR|FILE|ID",
-           "shapes (the embedded model, default), a diffusers folder, a .safetensors file, or a hub id",
+           "shapes (the embedded model, default), shapes-turbo (it in 1 to 4 steps), a diffusers folder, "
+           "a .safetensors file, or a hub id",
            like=True, identity="model"),
     Option("vae", MODEL, Path, "DIR|FILE", "another VAE than the model's own", like=True, identity="vae"),
     Option("tokenizer", MODEL, Path, "DIR", "for single files: a folder with vocab.json and merges.txt",

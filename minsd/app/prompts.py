@@ -85,6 +85,10 @@ def _option(key: str, value: Any) -> tuple[str, Any]:
         raise ValueError(f"unknown key {key!r}; known are {', '.join(PER_LINE)}")
     if not OPTIONS[name].per_line:
         raise ValueError(f"{key!r} holds for the whole run: give it on the command line")
+    if name == "objective" and ".py" in str(value):
+        raise ValueError(
+            "a prompts file cannot name a file to run: give --objective FILE.py:NAME on the command line"
+        )
     try:
         return name, OPTIONS[name].from_json(value)
     except ValueError as error:

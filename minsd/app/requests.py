@@ -27,6 +27,7 @@ from minsd.words import split
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
+    from minsd.noise.steer import Steer
 
 
 MOST_IMAGES = 10_000_000  # of one run; they would take 11 days on 100 GPUs at 10 s per image
@@ -110,6 +111,8 @@ class Request:
     wants_subjects: bool
     subjects: list[str | int] | None  # words or token indices; None: found in the prompt
     excite: bool | None  # latent updates while denoising; None: as the method does
+    steer: "Steer | None"  # an objective
+    pairs: str | None  # nouns with their attributes; None: found in the prompt
     noise: Path | None
     init: InitImage | None
     layout: "Layout | None"
@@ -193,15 +196,19 @@ def _lines(given: Given) -> Iterator[tuple[str, Given]]:
 
 def request(given: Given, where: str, chance: int) -> Request:
     """Checks and completes one prompt's options. `chance`: the seed to use where none is given."""
-    method = _method(given)
+    steer = _steer(given)
+    method = _method(given) if steer is None else _steered(given, steer)
     asked = _subjects(given)
     # Without InitNO there is nothing to turn off.
     excite = None if given["excite"] is False and method.name != "initno" else given["excite"]
-    wants = bool(method.name == "initno" or excite or given["attention_maps"] or method.score == "attention")
+    wants = bool(
+        method.name in ("initno", "best") or excite or given["attention_maps"] or method.score == "attention"
+    )
+    wants = wants or (asked is not None and steer is not None)
     if asked is not None and not wants:
         raise ValueError(
-            "--subjects and --token-indices are for --init-noise initno, --excite, --score attention "
-            "or --attention-maps"
+            "--subjects and --token-indices are for --init-noise initno, --excite, --score attention, "
+            "--objective or --attention-maps"
         )
     layout = _layout(given)
     by_captions = (
@@ -239,6 +246,8 @@ def request(given: Given, where: str, chance: int) -> Request:
         wants_subjects=wants,
         subjects=asked,
         excite=excite,
+        steer=steer,
+        pairs=given["pairs"],
         noise=given["noise"],
         init=_init_image(given),
         layout=layout,
@@ -246,6 +255,61 @@ def request(given: Given, where: str, chance: int) -> Request:
         control=control,
         invert=given["invert"],
     )
+
+
+def _steer(given: Given) -> "Steer | None":
+    """Returns the objective with its driver and settings, checked. ValueError for options that do
+    not go with it.
+    """
+    if given["objective"] is None:
+        for name in ("objective_set", "pairs"):
+            if given[name] is not None:
+                raise ValueError(f"{OPTIONS[name].flag} is for --objective")
+        return None
+    if given["score"] is not None:
+        raise ValueError("--score and --objective both say what candidates are ranked by: give one")
+    if given["excite"] is not None:
+        raise ValueError("--excite is --objective excite: leave out --excite and --no-excite")
+    if given["invert"] is not None:
+        raise ValueError("--invert finds the noise of one image: leave out --objective")
+    if given["optimize_mode"] is not None:
+        raise ValueError("--optimize-mode is for optimisation by inversion stability: leave out --objective")
+    from minsd.noise.steer import choose, read_settings
+
+    settings: dict[str, object] = {**read_settings(given["objective_set"] or "")}
+    for option, setting in (("optimize_steps", "steps"), ("candidates", "candidates")):
+        if given[option] is not None:
+            if setting in settings:
+                raise ValueError(
+                    f"{OPTIONS[option].flag} and --objective-set {setting}= are the same: give one"
+                )
+            settings[setting] = given[option]
+    name = given["init_noise"] or "random"
+    steer = choose(
+        given["objective"], driver=name if name in ("select", "optimize") else None, settings=settings
+    )
+    if name in ("initno", "best") and steer.driver != "refine":
+        raise ValueError(
+            f"--init-noise {name} finds the noise, and {steer.name} by {steer.driver} would as well: give one"
+        )
+    return steer
+
+
+def _steered(given: Given, steer: "Steer") -> NoiseMethod:
+    """Returns how the initial noise is found where there is an objective."""
+    if steer.driver == "refine":
+        plain: Given = {"optimize_steps": None} | (
+            {} if given["init_noise"] == "best" else {"candidates": None}
+        )
+        return _method(given | plain)
+    if steer.driver == "optimize":
+        return NoiseMethod(_method(given | {"init_noise": "optimize", "candidates": None}).name)
+    from minsd.noise.steer import Selecting
+
+    how = Selecting(**{k: v for k, v in steer.settings.items() if k in Selecting.__dataclass_fields__})
+    count = 1 if how.search == "zero-order" else how.candidates
+    method = _method(given | {"init_noise": "select", "candidates": count, "score": "attention"})
+    return replace(method, score=None)
 
 
 def _method(given: Given) -> NoiseMethod:
@@ -260,15 +324,19 @@ def _method(given: Given) -> NoiseMethod:
                     f"--init-noise {name} finds the initial noise itself: leave out {OPTIONS[other].flag}"
                 )
     if name == "select":
-        score = score or "stability"
+        score = score or "attention"
         candidates = 100 if candidates is None else candidates
+    elif name == "best" and score is None:
+        candidates = 8 if candidates is None else candidates
     elif score is not None and (name != "initno" or score != "attention"):
         raise ValueError(
             "--score is for --init-noise select (or, as attention, for initno to begin from the best of "
             "--candidates)"
         )
     elif score is None and candidates is not None:
-        raise ValueError("--candidates is for --init-noise select, or for initno with --score attention")
+        raise ValueError(
+            "--candidates is for --init-noise select and best, or for initno with --score attention"
+        )
     elif score is not None:
         candidates = 16 if candidates is None else candidates
     OPTIONS["candidates"].check(candidates)

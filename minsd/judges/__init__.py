@@ -125,6 +125,9 @@ JUDGES: dict[str, Entry] = {
     ),
 }
 
+RATES = ("right", "no_neglect", "strict", "geneval-style", "tiam-like")  # columns of 0 and 1
+LOWER = ("strays",)  # columns of which less is better
+
 
 def check(name: str) -> Entry:
     """Returns a judge's row. Raises ValueError for a name that is not in JUDGES."""

@@ -23,7 +23,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,9 @@ class Workers:
 
 
 class Run:
-    """Networks under training with their optimiser, their moving average of weights and their
-    checkpoint. Both stages of the training, the VAE and then the UNet with the text encoder, use
-    this class."""
+    """Networks under training, together with their optimiser, the moving average of their weights,
+    and their checkpoint. The training of the VAE uses one Run, and the training of the UNet with
+    the text encoder another."""
 
     def __init__(
         self,
@@ -129,16 +129,21 @@ class Run:
         lr: float,
         out: Path,
         warmup: int = 100,
+        rates: Mapping[str, float] | None = None,
+        momentum: float = 0.9,
     ):
         """Sets up the networks `modules` for training, and resumes from the checkpoint
-        `out`/`name`.pt if there is one. `samples` and `batch` are totals over all processes;
-        `warmup` is in steps."""
+        `out`/`name`.pt if it exists. `samples` and `batch` are totals over all processes; `warmup`
+        is in steps. `rates` holds, for some of the networks, a factor of the learning rate `lr`;
+        `momentum` is Adam's beta 1."""
         self.name = name
         self.modules = modules
         self.workers = workers
         self.parameters = [p for m in modules.values() for p in m.parameters()]
         self.average = {key: copy.deepcopy(m).requires_grad_(False) for key, m in modules.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        rates = rates or {}
+        groups = [{"params": [*m.parameters()], "rate": rates.get(key, 1.0)} for key, m in modules.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.99), weight_decay=1e-2)
         self.batch = batch // workers.world
         self.steps = samples // batch
         self.step = 0
@@ -193,10 +198,11 @@ class Run:
 
     def _one_step(self, losses: Losses) -> dict[str, tuple[Tensor, float]]:
         """Performs one optimiser step and updates the moving averages. Returns the losses and
-        weights that `losses` gave."""
+        weights that `losses` returned."""
         for group in self.optimizer.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-            group["lr"] = self.lr * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
+            rate = self.lr * group["rate"]
+            group["lr"] = rate * min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
         # All random numbers of a step are determined by the step's index, so that a resumed run
         # draws the same ones.
         key = (SEED, self.step, self.workers.rank)
@@ -255,8 +261,8 @@ def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tup
 
 @torch.no_grad()
 def confused(vae: VAE, workers: Workers) -> list[str]:
-    """Returns the colours that the VAE turns into another colour of the palette. The check is
-    needed because the training can end in a state where green comes out black."""
+    """Returns the colours of the palette that the VAE turns into another colour of the palette. The
+    check is needed because the training can end in a state where green becomes black."""
     palette = torch.tensor(list(data.COLOURS.values())).float()
     lost = []
     for index, colour in enumerate(data.COLOURS):
@@ -271,13 +277,13 @@ def confused(vae: VAE, workers: Workers) -> list[str]:
 
 @torch.no_grad()
 def latents_of(vae: VAE, workers: Workers, out: Path, count: int) -> dict[str, Tensor]:
-    """Encodes this process's part of the training set and stores the result in a file, or loads
-    that file.
+    """Encodes this process's part of the training set with the VAE and stores the result in a file,
+    or loads that file if it exists.
 
-    Returns `latents` (n,4,16,16) and `ids` (n,77), and for up to three objects of each caption
-    `masks` (n,3,16,16) and `places` (n,3,2). `masks` is the coverage of each latent cell by the
-    object in 0..255, zero where the object is not drawn. `places` has the token positions of the
-    colour word and the shape word, -1 where the caption lacks the word.
+    Returns a dict of tensors: `latents` (n,4,16,16), token ids `ids` (n,77), and, for up to three
+    objects of each caption, `masks` (n,3,16,16) and `places` (n,3,2). `masks` is how much of each
+    latent cell the object covers, in 0..255, zero if the object is not in the image. `places` holds
+    the token positions of the colour word and of the shape word, -1 if the caption lacks the word.
     """
     path = out / f"latents-{workers.rank}-of-{workers.world}.pt"
     if path.exists():
@@ -340,7 +346,7 @@ def use_attention_in_full(network: nn.Module) -> None:
 
 
 def text_model() -> CLIPTextModel:
-    """Makes an untrained text encoder."""
+    """Makes the text encoder of the embedded model, without trained weights."""
     c = ROW.text
     config = CLIPTextConfig(
         vocab_size=c.vocab_size,
@@ -545,7 +551,8 @@ def index_json() -> dict[str, Any]:
 
 
 def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folder: Path) -> None:
-    """Writes the diffusers folder: fp16 safetensors, and JSON files that describe the networks."""
+    """Writes the model as a diffusers folder: fp16 safetensors, JSON files that describe the
+    networks, and, outside this folder, a copy of the tokenizer."""
     for name, content in {
         "model_index.json": index_json(),
         "unet/config.json": unet_json(),
@@ -575,7 +582,7 @@ def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folde
 
 
 def export_checkpoint(run: Path, out: Path) -> None:
-    """Writes the diffusers folder from the newest checkpoint of a run that is not complete."""
+    """Writes the diffusers folder from the newest checkpoint of an incomplete run to `out`."""
     vae, unet, text = VAE(ROW.vae), UNet(ROW.unet), text_model()
     state = torch.load(run / "unet.pt", map_location="cpu", weights_only=True)
     unet.load_state_dict(state["average"]["unet"])
@@ -588,17 +595,35 @@ def export_checkpoint(run: Path, out: Path) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def work(rank: int, world: int, device: str, options: Options) -> None:
-    """Runs the whole training in one of `world` processes."""
+def begin(rank: int, world: int, device: str, options: Options) -> Workers:
+    """Prepares this process, number `rank` of `world` processes, and connects it with the others.
+    Returns its `Workers`."""
     if device == "cpu":
         torch.set_num_threads(1)
         torch.backends.mkldnn.set_flags(True)
     if world > 1:
         rendezvous = f"file://{options.run.resolve()}/rendezvous-{options.token}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-    workers = Workers(rank, world, device)
-    start = time.time()
-    deadline = start + 60 * options.minutes if options.minutes else math.inf
+    return Workers(rank, world, device)
+
+
+def start(work: Callable[[int, int, str, Options], None], workers: int | None, options: Options) -> None:
+    """Runs work(rank, world, device, options) in one process on the GPU if there is one, otherwise
+    on the CPU in `workers` processes (None: one per core)."""
+    if torch.cuda.is_available():
+        work(0, 1, "cuda", options)
+    else:
+        world = workers or len(os.sched_getaffinity(0))
+        # Processes are forked, because a spawned process would not find minsd in a checkout that is
+        # not installed, where the root of the package is not on sys.path.
+        start_processes(work, (world, "cpu", options), nprocs=world, start_method="fork")
+
+
+def work(rank: int, world: int, device: str, options: Options) -> None:
+    """Runs the whole training in process number `rank` of `world` processes."""
+    workers = begin(rank, world, device, options)
+    began = time.time()
+    deadline = began + 60 * options.minutes if options.minutes else math.inf
     kind = "quick" if options.quick else "full"
     done, vae = train_vae(workers, options.vae_samples or VAE_SAMPLES[kind], options.run, deadline)
     if not done:
@@ -618,12 +643,12 @@ def work(rank: int, world: int, device: str, options: Options) -> None:
     scale = round(float((square - mean**2) ** -0.5), 5)
     if rank == 0:
         (options.run / "scale.json").write_text(json.dumps(scale))
-    workers.log(f"latents: scaling_factor {scale}, {time.time() - start:.0f} s so far")
+    workers.log(f"latents: scaling_factor {scale}, {time.time() - began:.0f} s so far")
     samples = options.samples or UNET_SAMPLES[kind]
     done, average = train_unet(workers, samples, options.run, deadline, scale, store)
     if rank == 0 and done:
         export(vae, average["unet"], average["text"], scale, options.out)
-        workers.log(f"written to {options.out} after {time.time() - start:.0f} s")
+        workers.log(f"written to {options.out} after {time.time() - began:.0f} s")
 
 
 def main() -> None:
@@ -645,13 +670,7 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
     token = time.time_ns()
     options = Options(run, out, args.quick, args.samples, args.vae_samples, args.minutes, token)
-    if torch.cuda.is_available():
-        work(0, 1, "cuda", options)
-    else:
-        world = args.workers or len(os.sched_getaffinity(0))
-        # Processes are forked, because a spawned process would not find minsd in a checkout that is
-        # not installed, where the root of the package is not on sys.path.
-        start_processes(work, (world, "cpu", options), nprocs=world, start_method="fork")
+    start(work, args.workers, options)
 
 
 if __name__ == "__main__":

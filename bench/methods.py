@@ -1,0 +1,347 @@
+"""Which method draws what the prompt asks for most often per second?
+
+    python -m bench.methods --csv --keep out --sheets out     # 200 prompts per group: hours
+    python -m bench.methods --quick                           # 10 per group and few methods: minutes
+    python -m bench.methods --tune 40 --methods syngen overlap    # step scales, on seeds of their own
+
+Every method of noise/objectives/ draws the same prompts with the embedded model from the same seeds:
+two objects, three objects, and two objects of which one is of a colour and shape that training never
+put together (`binding`). A detector that sees only pixels judges them: right (exactly what was asked
+for), without neglect, and with the right colours. Gains over plain sampling are paired, image by
+image. `pick-K` is the best of K seeds by attention score: at the seconds that a method takes, it is
+what the method has to beat.
+
+Each method has its published settings, and the step scale of SCALES, chosen by `--tune` on prompts
+and seeds that the table does not use. Seconds are processor seconds of one thread, per image, so
+that other work on the machine does not count. With `--keep` a stopped run goes on where it was, and
+the table may be made of what is there (`--report`).
+"""
+
+import argparse
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench import Row, forget_peak, loaded, parser, peak_mb, pool, print_table, rate, write_csv
+from bench.alignment import Cost, save_sheet
+from bench.shapes import BATCH, Subjects, cases, sentence
+from minsd.noise import best, initno, look, steer
+from minsd.noise.initial import candidate_seeds
+from minsd.noise.initial import noise as draw_noise
+from minsd.pipeline import StableDiffusion
+from minsd.weights.shapes import data, detector
+
+GROUPS = ("two", "three", "binding")
+SHOWN = 8  # rows of a sheet
+TUNED = 1_000_000  # seeds of --tune begin here
+MOVED = frozenset(("hybrid", "mixed", "wrong colour"))  # failures of colours
+# Method -> the factor of its published step scale (on the embedded model, 1/40 of it).
+SCALES: dict[str, float] = {}
+
+
+class Method(NamedTuple):
+    """How one image's noise is found, or its latents are moved."""
+
+    objective: str | None = None
+    driver: str | None = None
+    settings: dict[str, Any] = {}
+    pick: int = 0  # first, the best of so many seeds by attention score
+    best: bool = False  # or, the seed of noise/best.py
+    initno: bool = False  # then, InitNO's noise
+
+
+METHODS = {
+    "plain": Method(),
+    "pick-5": Method(pick=5),
+    "pick-16": Method(pick=16),
+    "pick-50": Method(pick=50),
+    "zero-order": Method("initno", "select", {"search": "zero-order"}),
+    "initno-noise": Method(initno=True),
+    "excite": Method("excite"),
+    "initno": Method("initno", initno=True),
+    "pick-16+initno": Method("initno", pick=16, initno=True),
+    "pick-16+initno-noise": Method(pick=16, initno=True),
+    "best": Method(best=True),
+    "best+initno": Method("initno", best=True, initno=True),
+    "syngen": Method("syngen"),
+    "divide": Method("divide"),
+    "contrast": Method("contrast"),
+    "overlap": Method("overlap"),
+    "nlg": Method("nlg"),
+    "optimize-excite": Method("excite", "optimize", {"steps": 10}),
+    "saga": Method("saga"),
+}
+QUICK = ("plain", "pick-5", "excite", "syngen")
+
+
+def group_cases(group: str, n: int, tune: bool) -> list[Subjects]:
+    """The subjects of n prompts of a group."""
+    if group != "binding" and not tune:
+        return cases(group, n)
+    rng = np.random.default_rng((31, GROUPS.index(group), tune))
+    if group != "binding":
+        return [data.draw_subjects(rng, {"two": 2, "three": 3}[group]) for _ in range(n)]
+    held = sorted(data.HELD_OUT)
+    out: list[Subjects] = []
+    while len(out) < n:
+        colour, shape = held[len(out) % len(held)]
+        (other, name), *_ = data.draw_subjects(rng, 1)
+        if other != colour and name != shape:
+            pair = [(colour, shape), (other, name)]
+            out.append(pair if rng.random() < 0.5 else pair[::-1])
+    return out
+
+
+def draw(
+    sd: StableDiffusion, method: Method, prompts: list[str], seeds: list[int]
+) -> tuple[list[Image.Image], dict[str, float]]:
+    """Draws a batch by one method. Returns the images, and the costs per image."""
+    cost = Cost(sd)
+    shape = (4, sd.config.size // 8, sd.config.size // 8)
+    rows: Counter[str] = Counter()
+    forget_peak("cpu")
+    with cost.spending():
+        asks = look.ask(sd, prompts, seeds)
+        starts = seeds
+        if method.pick:
+            starts = [picked(sd, prompt, seed, method.pick) for prompt, seed in zip(prompts, seeds)]
+        if method.best:
+            listed = [candidate_seeds(seed, best.CANDIDATES) for seed in seeds]
+            config = sd.config
+            course = best.Course(config.steps, config.sampler, guidance_scale=config.guidance_scale)
+            chosen = best.choose(sd, prompts, [None] * len(prompts), listed, shape, course)
+            starts = [one.seed for one in chosen]
+        x = draw_noise(starts, shape)
+        if method.initno:
+            results = initno.optimize_batch(sd, prompts, [None] * len(prompts), starts)
+            x = torch.cat([result.noise for result in results])
+        x, refine, run = steered(sd, method, asks, starts, x)
+        images = sd.decode(sd.sample(prompts, x, seeds=starts, refine=refine))
+    for record in [] if run is None else run.records:
+        rows.update(record["rows"])
+    costs = cost.per_image(len(prompts)) | {"peak_mb": peak_mb()}
+    costs |= {kind: rows[kind] / len(prompts) for kind in ("gradient", "stopped")}
+    return images, costs
+
+
+def steered(
+    sd: StableDiffusion, method: Method, asks: list[look.Ask], seeds: list[int], x: Tensor
+) -> tuple[Tensor, Any, steer.Run | None]:
+    """Applies a method's objective. Returns the noise, the updates of the run, and its Run."""
+    if method.objective is None:
+        return x, None, None
+    chosen = steer.choose(method.objective, driver=method.driver, settings=method.settings)
+    run = steer.Run(sd, chosen, asks)
+    if chosen.driver != "refine":
+        return run.noise(seeds, x.shape[1:]), None, run
+    refine, end = run.refine()
+    end()  # rows are counted by `Cost`
+    return x, refine, run
+
+
+def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
+    """The best of an image's candidates by attention score."""
+    candidates = candidate_seeds(seed, count)
+    return candidates[int(np.argmin(initno.attention_scores(sd, prompt, None, candidates)))]
+
+
+# --- jobs ----------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A batch of one method, for a process of the pool."""
+
+    model: str
+    group: str
+    method: str
+    scale: float  # factor of the step scale
+    n: int
+    start: int
+    tune: bool
+    keep: Path
+
+    @property
+    def file(self) -> Path:
+        end = min(self.start + BATCH, self.n)
+        kind = "tune" if self.tune else "table"
+        return self.keep / f"{kind}-{self.group}-{self.method}-{self.scale:g}-{self.start}-{end}.json"
+
+
+class Judged(NamedTuple):
+    """One image's verdict and costs."""
+
+    right: bool
+    no_neglect: bool
+    colours: bool
+    kind: str
+    costs: dict[str, float]
+
+
+def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
+    """A method with its step scale times a factor."""
+    method = METHODS[name]
+    if factor == 1 or method.objective is None:
+        return method
+    key = "lr" if method.objective == "nlg" else "scale"
+    size = 1.0 if key == "lr" else sd.config.update_scale
+    return method._replace(settings={**method.settings, key: factor * size})
+
+
+def work(job: Job) -> Job:
+    """Draws and judges a batch, unless its file is there."""
+    if not job.file.exists():
+        sd = loaded(job.model)
+        numbers = list(range(job.start, min(job.start + BATCH, job.n)))
+        these = [group_cases(job.group, job.n, job.tune)[k] for k in numbers]
+        seeds = [k + TUNED * job.tune for k in numbers]
+        images, costs = draw(sd, scaled(sd, job.method, job.scale), [sentence(s) for s in these], seeds)
+        verdicts = [detector.judge(image, s) for image, s in zip(images, these)]
+        found = [Judged(v.strict, v.no_neglect, not MOVED & set(v.failures), v.kind, costs) for v in verdicts]
+        if not job.tune and job.start < SHOWN:
+            for k, image in zip(numbers, images):
+                image.save(job.keep / f"{job.group}-{job.method}-{k}.png")
+        part = job.file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(found))
+        part.rename(job.file)
+    return job
+
+
+def read(job: Job) -> list[Judged]:
+    return [Judged(*values) for values in json.loads(job.file.read_text())]
+
+
+def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """Every method of a batch of prompts before the next batch, so that a stopped run has pairs."""
+    n = args.tune or args.n
+    for start in range(0, n, BATCH):
+        for group in ("two",) if args.tune else args.groups:
+            for method in args.methods:
+                tried = args.factors if args.tune else [SCALES.get(method, 1.0)]
+                for scale in tried if METHODS[method].objective or not args.tune else []:
+                    yield Job(args.model, group, method, scale, n, start, bool(args.tune), args.keep)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def paired(ours: Sequence[Judged], plain: Sequence[Judged], of: Callable[[Judged], bool]) -> str:
+    """The gain of a rate over plain sampling, with its 95 % interval."""
+    change = np.array([float(of(a)) - float(of(b)) for a, b in zip(ours, plain)])
+    half = 1.96 * change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan
+    return f"{change.mean():+.3f} [{change.mean() - half:+.3f}, {change.mean() + half:+.3f}]"
+
+
+def table(jobs: Sequence[Job]) -> list[Row]:
+    """A row per group, method and scale, of the prompts that all methods of the group have drawn."""
+    there = [job for job in jobs if job.file.exists()]
+    rows = []
+    for group in dict.fromkeys(job.group for job in there):
+        keys = dict.fromkeys((job.method, job.scale) for job in jobs if job.group == group)
+        found = {
+            key: {j.start: read(j) for j in there if (j.group, j.method, j.scale) == (group, *key)}
+            for key in keys
+        }
+        shared = sorted(set.intersection(*(set(parts) for parts in found.values())))
+        for (method, scale), parts in found.items():
+            judged = [one for start in shared for one in parts[start]]
+            plain = found.get(("plain", 1.0), parts)
+            row: Row = {"group": group, "method": method, "scale": scale, "n": len(judged)}
+            if not judged:
+                continue
+            row |= rate("right", sum(j.right for j in judged), len(judged))
+            row |= rate("no_neglect", sum(j.no_neglect for j in judged), len(judged))
+            row |= rate("right_colours", sum(j.colours for j in judged), len(judged))
+            base = [one for start in shared for one in plain[start]]
+            row["gain_no_neglect_95"] = paired(judged, base, lambda j: j.no_neglect)
+            for key in ("cpu_seconds", "unet_rows", "gradient", "stopped", "peak_mb"):
+                row[key] = round(float(np.mean([j.costs[key] for j in judged])), 2)
+            rows.append(row)
+    return rows
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Success against processor seconds; the front joins methods that none beats in both."""
+    import matplotlib  # pyright: ignore[reportMissingImports]  (of the extra "bench")
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4), squeeze=False)
+    for axis, group in zip(axes[0], groups):
+        points = sorted((r["cpu_seconds"], r["no_neglect"], r["method"]) for r in rows if r["group"] == group)
+        front = [p for k, p in enumerate(points) if all(p[1] > q[1] for q in points[:k])]
+        axis.plot([p[0] for p in front], [p[1] for p in front], color="0.7")
+        for seconds, value, method in points:
+            axis.plot(seconds, value, "o", color="tab:blue")
+            axis.annotate(method, (seconds, value), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(title=group, xlabel="processor seconds per image", ylabel="without neglect", xscale="log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    options = parser(__doc__, "methods")
+    options.add_argument("--model", default="shapes", help="shapes (the default), or a folder like it")
+    options.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; plain is always added")
+    options.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="default: all")
+    options.add_argument("-n", type=int, default=200, help="prompts per group (default: 200)")
+    options.add_argument("--quick", action="store_true", help="10 prompts of a group, few methods")
+    options.add_argument("--tune", type=int, default=0, metavar="N", help="try step scales on N prompts")
+    options.add_argument("--factors", type=float, nargs="+", default=[0.5, 1, 2, 4], help="of --tune")
+    options.add_argument(
+        "--keep", type=Path, default=Path("out"), help="folder of finished parts (default: out)"
+    )
+    options.add_argument("--report", action="store_true", help="draw nothing: the table of what is there")
+    options.add_argument("--sheets", type=Path, help="folder for a contact sheet per group, and the plot")
+    options.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+    )
+    args = options.parse_args()
+    if args.quick:
+        args.n, args.groups, args.methods = BATCH, ("two",), args.methods or QUICK
+    wanted = args.methods or list(METHODS)
+    args.methods = [name for name in METHODS if name in wanted or name == "plain"]
+    args.keep.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    jobs = list(all_jobs(args))
+    if not args.report:
+        loaded(args.model)
+        with pool(args.workers, args.model) as processes:
+            for done, job in enumerate(processes.imap_unordered(work, jobs), 1):
+                print(f"{done}/{len(jobs)} {job.file.name}", flush=True)
+    rows = table(jobs)
+    if not rows:
+        print("no batch is finished for every method yet")
+        return
+    print_table(
+        [{k: v for k, v in row.items() if not k.endswith("_95") or k.startswith("gain")} for row in rows]
+    )
+    if args.sheets:
+        args.sheets.mkdir(parents=True, exist_ok=True)
+        if not args.tune:
+            plot(rows, args.sheets / "methods.png")
+        for group in () if args.tune else args.groups:
+            tiles = []
+            for k in range(SHOWN):
+                for method in args.methods:
+                    path = args.keep / f"{group}-{method}-{k}.png"
+                    if path.exists():
+                        tiles.append((Image.open(path).convert("RGB"), f"{method} {k}"))
+            if tiles:
+                save_sheet(args.sheets / f"methods-{group}.png", tiles, len(args.methods))
+    if args.csv:
+        print("written to", write_csv("methods-tune" if args.tune else "methods", rows))
+
+
+if __name__ == "__main__":
+    main()

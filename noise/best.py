@@ -1,0 +1,125 @@
+"""The noise that draws every subject most often per second: look at many, draft a few, draw one.
+
+    1. look    one early-stopped evaluation of each candidate ranks them by InitNO's attention score
+    2. draft   in that order, a tenth of the run's steps from each candidate; then one more look. The
+               first whose most neglected subject gets enough attention, cross < LIMIT
+               (`losses.cross_response`), is taken; if there is none, the lowest
+    3. draw    the run itself
+
+At the first timestep the maps say less than after a few steps, when a subject that is still
+neglected hardly ever appears. So most images need a single draft, and one that would fail costs a
+tenth of a run instead of a whole one. (Drafts that are verified are an old idea; Flash-BoN, arXiv
+2607.04461, argues for them by wall clock.) The constants were measured on the embedded model alone
+(bench/results/README.md).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minsd.guidance import Model
+from minsd.noise import initno, losses
+from minsd.noise.initial import noise as draw_noise
+from minsd.noise.look import Ask, Lift
+from minsd.noise.losses import Subjects
+from minsd.noise.objectives.initno import InitNO
+from minsd.samplers import SAMPLERS
+from minsd.samplers.random import generators
+from minsd.samplers.schedule import Timestep
+
+CANDIDATES = 8  # looks per image
+DRAFTS = 6  # at most, per image
+PART = 0.1  # of the run's steps in a draft
+LIMIT = 0.3  # a draft is good enough if its response loss is below this
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the image will be drawn, and so its drafts."""
+
+    steps: int
+    sampler: str
+    karras: bool = False
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+
+
+@dataclass
+class Best:
+    """The seed chosen for one image."""
+
+    seed: int
+    scores: dict[int, float]  # seed -> attention score of its look
+    drafts: dict[int, float] = field(default_factory=dict)  # seed -> response loss of its draft
+    met: bool = False  # its draft was good enough
+
+
+def draft(
+    sd: Model, prompts: Sequence[str], noise: Tensor, seeds: Sequence[int], stop: int, course: Course
+) -> tuple[Tensor, Timestep]:
+    """Returns the latents (B,4,h,w) after the first `stop` steps of a run from noise (B,4,h,w), and
+    the timestep that comes next.
+    """
+    visited = losses.listed_timesteps(sd, course.steps, course.sampler, course.karras)
+    cond, uncond = sd.encode_prompt(list(prompts)), sd.encode_prompt([course.negative_prompt])
+    predict = sd.predictor(cond, uncond, course.guidance_scale)
+    options: dict[str, Any] = {"karras": True} if course.karras else {}
+    x = noise.to(sd.device, sd.dtype)
+    draws = generators(seeds, skip=noise.shape[1:])
+    walk = SAMPLERS[course.sampler](predict, x, sd.schedule, course.steps, generator=draws, **options)
+    for _, (_, _, x) in zip(range(stop), walk):  # noqa: B007
+        pass
+    return x, visited[stop]
+
+
+@torch.no_grad()
+def choose(
+    sd: Model,
+    prompts: Sequence[str],
+    subjects: Sequence[Subjects],
+    candidates: Sequence[Sequence[int]],
+    shape: Sequence[int],
+    course: Course,
+    *,
+    drafts: int = DRAFTS,
+    limit: float = LIMIT,
+    part: float = PART,
+    progress: Callable[[int, str], None] | None = None,
+) -> list[Best]:
+    """Chooses each image's seed among its candidates. `shape` (4,h,w) is one noise's.
+
+    Images draft in the same batches, each until a draft of its own is good enough. `progress(b,
+    message)` follows image b. ValueError, before any network runs, for subjects that cannot be
+    found.
+    """
+    places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
+    asks = [Ask(prompt, 0, tokens) for prompt, tokens in zip(prompts, places)]
+    lift = Lift(sd, asks, InitNO(sd, asks))
+    run: dict[str, Any] = {"steps": course.steps, "sampler": course.sampler, "karras": course.karras}
+    stop = min(max(1, round(part * course.steps)), course.steps - 1)
+    found = []
+    for prompt, words, seeds in zip(prompts, subjects, candidates, strict=True):
+        noise = draw_noise(list(seeds), shape)
+        found.append(
+            Best(seeds[0], dict(zip(seeds, initno.attention_scores(sd, prompt, words, noise, **run))))
+        )
+    going = list(range(len(found))) if stop else []
+    for turn in range(drafts):
+        going = [b for b in going if not found[b].met and turn < len(found[b].scores)]
+        if not going:
+            break
+        tried = [sorted(found[b].scores, key=found[b].scores.__getitem__)[turn] for b in going]
+        noise = draw_noise(tried, shape)
+        x, t = draft(sd, [prompts[b] for b in going], noise, tried, stop, course)
+        told = lift.score(x.to(lift.dtype), torch.tensor(going, device=sd.device), t, stop)
+        for b, seed, cross in zip(going, tried, told["cross"].tolist()):
+            one = found[b]
+            one.drafts[seed] = cross
+            one.met = cross < limit
+            one.seed = min(one.drafts, key=one.drafts.__getitem__)
+            if progress is not None:
+                progress(b, f"draft {turn + 1}/{drafts} cross {cross:.3g}")
+    return found

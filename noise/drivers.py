@@ -1,0 +1,605 @@
+"""Three drivers of an objective: choose a noise, optimise it, or move the latents while denoising.
+
+    select      the best of many candidates; with a search, near the best ones so far
+    optimize    gradient descent on the noise
+    refine      updates of the latents in the steps of a run, before each prediction
+
+A driver knows nothing about a method but two functions, which `look.Lift` makes from any objective
+and which a method that is no single evaluation (noise/stability.py, noise/arrange.py) gives itself:
+
+    score(x, rows) -> told                       values (b,) by name, with "loss": lower is better
+    slope(x, rows, ...) -> (told, gradient)      and the gradient (b,4,h,w) of "loss" in x
+
+Images of a batch do not influence one another.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minsd.guidance import Model
+from minsd.noise import losses
+from minsd.noise.initial import noise as draw_noise
+from minsd.noise.look import Told, finite, met
+from minsd.noise.regularizers import REGULARIZERS
+from minsd.samplers.random import generators
+from minsd.samplers.schedule import Refine, Timestep
+
+Score = Callable[[Tensor, Tensor], Told]
+Say = Callable[[int, str], None]  # (image, message)
+NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) within which the network still takes it for noise
+SHARE = 0.02  # a step of an objective whose scale is unknown, as a fraction of the latents' norm
+
+
+class Slope(Protocol):
+    """`Lift.slope`, or a function like it."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        t: Timestep,
+        i: int | None = None,
+        phase: str = "update",
+        limits: Mapping[str, float] | None = None,
+    ) -> tuple[Told, Tensor]: ...
+
+
+def values_of(told: Told) -> list[dict[str, float]]:
+    """Returns what is told of each image, as Python numbers."""
+    columns = torch.stack(list(told.values()), dim=1).tolist()
+    return [dict(zip(told, row)) for row in columns]
+
+
+def in_words(values: Mapping[str, float]) -> str:
+    """Formats what is told of an image; the loss alone if nothing else is."""
+    shown = {name: value for name, value in values.items() if name != "loss"} or values
+    return " ".join(f"{name} {value:.3g}" for name, value in shown.items())
+
+
+def shares(gradient: Tensor, x: Tensor, share: float | None) -> Tensor:
+    """Returns a gradient (B,4,h,w), with `share` scaled per image to that fraction of x's norm."""
+    if share is None:
+        return gradient
+    size = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
+    return gradient * (share * x.flatten(1).norm(dim=1) / size).view(-1, 1, 1, 1)
+
+
+# --- refine --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refining:
+    """Settings of `refine`: how the latents move in the first steps of a run.
+
+    `repeats` maps a step to limits, name -> value: an image that exceeds one of them there is moved
+    again and again, at most `most` times, until it is within all. Without limits it is moved `most`
+    times. `share`: a step's size as a fraction of the latents' norm, in place of `scale`.
+    """
+
+    until: int = 25  # steps with updates
+    scale: float | None = None  # size of a step; None: the model's `update_scale`
+    decay: str = "sqrt"  # step i is scaled by sqrt(linspace(1, 1/2)[i]); or "none"
+    repeats: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    most: int = 20
+    extra_update: bool = True  # an image within the limits moves once more, as in Attend-and-Excite
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("sqrt", "none"):
+            raise ValueError(f"decay must be sqrt or none, not {self.decay!r}")
+        if self.until < 0 or self.most < 0:
+            raise ValueError(f"until and most must be 0 or more, not {self.until} and {self.most}")
+
+
+def refine(
+    sd: Model,
+    slope: Slope,
+    how: Refining,
+    count: int,
+    *,
+    begin: Callable[[], None] | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    karras: bool = False,
+    record: "list[Result] | None" = None,
+    progress: Say | None = None,
+) -> Refine:
+    """Returns a `refine(i, t, x)`, for one run of a batch of `count` images with any sampler.
+
+    `begin` is called when a run begins. `steps`, `sampler` and `karras` are those of the run.
+    `record`, one Result per image, takes each image's first and last values. An image whose values
+    or gradient are not finite goes on without that update, with a warning. `progress(b, message)`
+    follows image b. The refine raises ValueError for a batch of another size.
+    """
+    n = len(losses.listed_timesteps(sd, steps, sampler, karras))
+    scale = sd.config.update_scale if how.scale is None else how.scale
+    sizes = scale * torch.linspace(1, 0.5, n).sqrt() if how.decay == "sqrt" else torch.full((n,), scale)
+    moves = [1.0] * n if how.share is not None else sizes.tolist()
+    return _Updates(sd.dtype, slope, how, count, moves, begin, record, progress)
+
+
+@dataclass
+class _Updates:
+    """The `refine` that `refine` returns."""
+
+    dtype: torch.dtype  # of the network
+    slope: Slope
+    how: Refining
+    count: int
+    moves: list[float]  # the size of each step's update
+    begin: Callable[[], None] | None
+    record: "list[Result] | None"
+    progress: Say | None
+
+    def __call__(self, i: int, t: Timestep, x: Tensor) -> Tensor:
+        if i >= self.how.until:
+            return x
+        if len(x) != self.count:
+            sizes = f"{self.count} images, not {len(x)}"
+            raise ValueError(f"these updates are for a batch of {sizes}: make new ones for each batch")
+        if i == 0 and self.begin is not None:
+            self.begin()
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32), copy=True)
+        every = torch.arange(self.count, device=x.device)
+        told, gradient = self.evaluate(x, every, i, t, "update")
+        if i in self.how.repeats:
+            rows = every[self.over(told, i)]
+            if len(rows):
+                self.repeat(x, rows, i, t)
+                again, gradient[rows] = self.evaluate(x, rows, i, t, "update")
+                for name, values in again.items():
+                    told[name][rows] = values
+        self.say(f"update at step {i}", every, told)
+        return (x - self.moves[i] * gradient).to(dtype)
+
+    def repeat(self, x: Tensor, rows: Tensor, i: int, t: Timestep) -> None:
+        """Moves images `rows` of x, in place, until they are within the limits of step i."""
+        for turn in range(self.how.most):
+            told, gradient = self.evaluate(x, rows, i, t, "repeat")
+            beyond = self.over(told, i)
+            resting = torch.zeros_like(beyond) if self.how.extra_update else ~beyond
+            x[rows] -= self.moves[i] * gradient.masked_fill(resting[:, None, None, None], 0.0)
+            self.say(f"refining at step {i} {turn + 1}/{self.how.most}", rows, told)
+            rows = rows[beyond]
+            if not len(rows):
+                return
+
+    def evaluate(self, x: Tensor, rows: Tensor, i: int, t: Timestep, phase: str) -> tuple[Told, Tensor]:
+        """What is told of images `rows`, and their gradients, 0 where something is not finite."""
+        told, gradient = self.slope(x[rows], rows, t, i, phase)
+        fine = finite(told, gradient)
+        if not fine.all():
+            lost = ", ".join(map(str, rows[~fine].tolist()))
+            warnings.warn(
+                f"losses are not finite in {self.dtype}: images {lost} go on without this update",
+                stacklevel=3,
+            )
+        gradient = gradient.where(fine[:, None, None, None], 0.0)
+        return told, shares(gradient, x[rows], self.how.share)
+
+    def over(self, told: Told, i: int) -> Tensor:
+        """Returns, per image (b,), whether it exceeds a limit of step i's refinement."""
+        exceeded = [told[name] > limit for name, limit in self.how.repeats[i].items()]
+        if not exceeded:
+            return torch.ones_like(told["loss"], dtype=torch.bool)
+        return torch.stack(exceeded).any(dim=0)
+
+    def say(self, where: str, rows: Tensor, told: Told) -> None:
+        if self.progress is None and self.record is None:
+            return
+        for b, values in zip(rows.tolist(), values_of(told)):
+            if self.record is not None:
+                self.record[b].note_values(values)
+            if self.progress is not None:
+                self.progress(b, f"{where} {in_words(values)}")
+
+
+# --- optimize ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Optimizing:
+    """Settings of `optimize`: gradient descent on the initial noise.
+
+    Without `lr` each step moves the noise by `share` of its norm, along its gradient. `norm` sets the
+    noise's norm after every step: "keep" to that of its beginning, "unit" to sqrt(d), that of unit
+    noise of d numbers. `clip` bounds the gradient's norm per image. `jitter` is the variance of fresh
+    noise added at every step. An image stops where all `limits`, name -> value, are met.
+    """
+
+    steps: int = 50
+    optimizer: str = "sgd"  # or "adam"
+    lr: float | None = None
+    share: float = SHARE
+    momentum: float = 0.0
+    nesterov: bool = False
+    clip: float | None = None
+    jitter: float = 0.0
+    norm: str | None = "keep"  # or "unit", or None
+    regularizer: str | None = None  # of noise/regularizers.py; the best is chosen without it
+    weight: float | None = None  # of the regularizer; None: its own
+    limits: Mapping[str, float] = field(default_factory=dict)
+    keep: str = "best"  # which iterate: the "best" or the "last"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("optimizer", self.optimizer, ("sgd", "adam")),
+            ("norm", self.norm, ("keep", "unit", None)),
+            ("keep", self.keep, ("best", "last")),
+            ("regularizer", self.regularizer, (*REGULARIZERS, None)),
+        ):
+            if value not in choices:
+                known = ", ".join(str(choice or "none") for choice in choices)
+                raise ValueError(f"{name} must be one of {known}, not {value!r}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be 0 or more, not {self.steps}")
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise ValueError(f"lr must be 0 or more, not {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be 0 or more and below 1, not {self.momentum}")
+
+
+@dataclass
+class Result:
+    """One image's noise after a driver, and how it went."""
+
+    noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
+    loss: float = math.nan  # of this noise
+    before: dict[str, float] = field(default_factory=dict)  # what was told of the noise it began from
+    after: dict[str, float] = field(default_factory=dict)  # and of this noise
+    # Per iterate: what was told, and |noise| / sqrt(d), mean and std.
+    history: list[dict[str, float]] = field(default_factory=list)
+    met: bool | None = None  # within all limits, where there are some
+    note: str | None = None  # what went wrong
+
+    def note_values(self, values: dict[str, float]) -> None:
+        """Keeps an image's values: the first of them as `before`, the last as `after`."""
+        self.before = self.before or values
+        self.after = values
+
+
+Describe = Callable[[int, int, list[dict[str, float]]], str]  # (step, steps, history) -> message
+
+
+def _describe(step: int, steps: int, history: list[dict[str, float]]) -> str:
+    """Formats an image's progress: "optimize 7/50 loss 0.312 best 0.287 cross 0.21 |x| 1.002"."""
+    now = history[-1]
+    best = min(h["loss"] for h in history)
+    told = {name: v for name, v in now.items() if name not in ("loss", "norm", "mean", "std")}
+    more = f" {in_words(told)}" if told else ""
+    return f"optimize {step}/{steps} loss {now['loss']:.3g} best {best:.3g}{more} |x| {now['norm']:.3f}"
+
+
+def optimize(
+    slope: Callable[[Tensor, Tensor], tuple[Told, Tensor]],
+    score: Score,
+    start: Tensor,
+    rows: Tensor,
+    how: Optimizing,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    draws: Sequence[torch.Generator] | None = None,
+    describe: Describe = _describe,
+    progress: Say | None = None,
+) -> list[Result]:
+    """Descends from noises `start` (b,4,h,w) of images `rows` (b,). Returns one Result per image.
+
+    `slope(x, rows)` and `score(x, rows)`: as at the top of this file; the last iterate is only
+    scored. `draws`: a generator per image, for `jitter`. An image whose values or gradient are not
+    finite keeps the noise that it began from, with a note and a warning. `progress(b, message)`
+    follows image b; `describe` makes the messages.
+    """
+    x = start.to(device, dtype)
+    first = x
+    state = _Descent(how, x)
+    results = [Result(noise[None].cpu()) for noise in start]
+    going = torch.ones(len(x), dtype=torch.bool, device=device)
+    for step in range(how.steps + 1):
+        last = step == how.steps
+        told, gradient = (score(x, rows), torch.zeros_like(x)) if last else slope(x, rows)
+        fine = finite(told, gradient)
+        done = met(told, how.limits) if how.limits else torch.zeros_like(going)
+        told = told | _moments(x)
+        for k, (values, healthy, ended, active) in enumerate(
+            zip(values_of(told), fine.tolist(), done.tolist(), going.tolist())
+        ):
+            result = results[k]
+            if result.note or not active:
+                continue
+            if not healthy:
+                _fail(result, start[k], f"not finite at step {step}")
+                continue
+            result.history.append(values)
+            kept = {name: value for name, value in values.items() if name not in ("norm", "mean", "std")}
+            result.before = result.before or kept
+            better = last if how.keep == "last" else not values["loss"] >= result.loss
+            if better or ended:
+                # Noise that no step has changed is returned as it was given.
+                result.noise = (x if step else start)[k][None].cpu()
+                result.loss = values["loss"]
+                result.after = kept
+            result.met = ended if how.limits else None
+            if how.norm is None:
+                _warn_of_norm(result.history)
+            if progress is not None:
+                progress(int(rows[k]), describe(step, how.steps, result.history))
+        going = going & fine & ~done
+        if last or not going.any():
+            break
+        gradient = gradient.where(going[:, None, None, None], 0.0)
+        x = state.step(x, first, gradient, going, draws)
+    return results
+
+
+class _Descent:
+    """The optimiser, with a state for each image."""
+
+    def __init__(self, how: Optimizing, x: Tensor):
+        self.how = how
+        self.velocity = torch.zeros_like(x)
+        self.spread = torch.zeros_like(x)  # Adam's second moment
+        self.count = 0
+
+    def step(
+        self,
+        x: Tensor,
+        start: Tensor,
+        gradient: Tensor,
+        going: Tensor,
+        draws: Sequence[torch.Generator] | None,
+    ) -> Tensor:
+        """Returns x (b,4,h,w) after one step of the images that are `going` (b,)."""
+        how = self.how
+        if how.regularizer is not None:
+            pull, own = REGULARIZERS[how.regularizer]
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                [extra] = torch.autograd.grad(pull(leaf, start).sum(), leaf)
+            gradient = gradient + (own if how.weight is None else how.weight) * extra
+        if how.clip is not None:
+            size = gradient.flatten(1).norm(dim=1)
+            gradient = gradient * (how.clip / size.clamp(min=1e-30)).clamp(max=1).view(-1, 1, 1, 1)
+        moved = x - self._direction(x, gradient)
+        if how.jitter:
+            assert draws is not None, "jitter needs a generator per image"
+            z = torch.stack([torch.randn(x.shape[1:], generator=g) for g in draws])
+            moved = moved + how.jitter**0.5 * z.to(moved)
+        if how.norm is not None:
+            d = x[0].numel()
+            wanted = start.flatten(1).norm(dim=1) if how.norm == "keep" else d**0.5
+            moved = moved * (wanted / moved.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+        return moved.where(going[:, None, None, None], x)
+
+    def _direction(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """The step that is subtracted."""
+        how = self.how
+        if how.lr is None:
+            gradient = shares(gradient, x, how.share)
+        lr = 1.0 if how.lr is None else how.lr
+        if how.optimizer == "adam":
+            self.count += 1
+            b1, b2 = 0.9, 0.999
+            self.velocity = b1 * self.velocity + (1 - b1) * gradient
+            self.spread = b2 * self.spread + (1 - b2) * gradient**2
+            mean = self.velocity / (1 - b1**self.count)
+            return lr * mean / ((self.spread / (1 - b2**self.count)).sqrt() + 1e-8)
+        self.velocity = how.momentum * self.velocity + gradient
+        return lr * (gradient + how.momentum * self.velocity if how.nesterov else self.velocity)
+
+
+def _moments(x: Tensor) -> Told:
+    flat = x.flatten(1)
+    norm = flat.norm(dim=1) / flat.shape[1] ** 0.5
+    return {"norm": norm, "mean": flat.mean(dim=1), "std": flat.std(dim=1)}
+
+
+def _fail(result: Result, start: Tensor, reason: str) -> None:
+    """Makes the image's result the noise (4,h,w) that its optimisation began from, with a note and
+    a warning.
+    """
+    result.note = f"the noise could not be optimised: {reason}; it is left as it was"
+    result.noise = start[None].cpu()
+    result.after = result.before
+    result.loss = result.before.get("loss", math.nan)
+    warnings.warn(result.note, stacklevel=4)
+
+
+def _warn_of_norm(history: list[dict[str, float]]) -> None:
+    """Warns once, at the first step after which the noise's norm is outside NORMAL."""
+    low, high = NORMAL
+    norms = [h["norm"] for h in history[1:]]
+    outside = [norm for norm in norms if not low <= norm <= high]
+    if len(outside) == 1 and outside[0] == norms[-1]:
+        warnings.warn(
+            f"at step {len(norms)} the norm of the noise is {norms[-1]:.3f} of unit noise's, "
+            f"outside {low}..{high}: lower lr, or keep its norm",
+            stacklevel=5,
+        )
+
+
+# --- select --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Selection:
+    """The noise chosen for one image, and the score of every candidate."""
+
+    seed: int
+    noise: Tensor  # (1, 4, h, w) float32 on the CPU
+    score: float
+    scores: dict[Any, float]  # seed, or path of a search -> score, in the order of the candidates
+    rows: int = 0  # UNet rows
+    better: str = "low"  # or "high"
+    path: list[list[int]] = field(default_factory=list)  # [round, k] of each step of a search
+
+    @property
+    def ranked(self) -> list[Any]:
+        """The candidates, the best first, those without a score last."""
+        sign = 1 if self.better == "low" else -1
+        return sorted(self.scores, key=lambda key: _rank(sign * self.scores[key]))
+
+
+def _rank(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss
+
+
+def select(
+    score: Callable[[Tensor], Sequence[float]],
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    *,
+    at_once: int,
+    better: str = "low",
+    known: Mapping[int, float] | None = None,
+    worst: bool = False,
+    advice: str = "try --dtype float32 or bfloat16",
+    progress: Callable[[str], None] | None = None,
+) -> Selection:
+    """Chooses the best of one image's candidates, the noise of each of `seeds`. Among equals the
+    first wins.
+
+    `score(x)` returns the scores of noises x (k,4,h,w); the `better` ones are "low" or "high".
+    `shape` (4,h,w) is one noise's; `at_once` are scored at a time. `known` scores (seed -> score) are
+    not computed again, nor is a seed given twice. `worst` chooses the worst, for experiments.
+    `advice` ends the error of a run in which no candidate has a score.
+    `progress(message)` is called after every batch: "20/100 best 0.912 (seed 7)". ValueError without
+    seeds; FloatingPointError if no candidate has a score.
+    """
+    if not len(seeds):
+        raise ValueError("there are no seeds to select from: give at least one")
+    wanted = list(dict.fromkeys(seeds))
+    scores = dict(known or {})
+    missing = [seed for seed in wanted if seed not in scores]
+    take = max if (better == "high") != worst else min
+
+    def chosen() -> int | None:
+        scored = [seed for seed in wanted if not math.isnan(scores.get(seed, math.nan))]
+        return take(scored, key=lambda seed: scores[seed]) if scored else None
+
+    for begin in range(0, len(missing), at_once):
+        part = missing[begin : begin + at_once]
+        scores.update(zip(part, score(draw_noise(part, shape)), strict=True))
+        seed = chosen()
+        if progress is not None and seed is not None:
+            done = sum(s in scores for s in wanted)
+            name = "worst" if worst else "best"
+            progress(f"{done}/{len(wanted)} {name} {scores[seed]:.3f} (seed {seed})")
+    seed = chosen()
+    if seed is None:
+        raise FloatingPointError(f"no candidate has a score: sampling overflowed; {advice}")
+    kept = {s: scores[s] for s in wanted}
+    return Selection(seed, draw_noise([seed], shape), scores[seed], kept, better=better)
+
+
+def neighbours(noise: Tensor, count: int, near: float, generator: torch.Generator) -> Tensor:
+    """Returns `count` noises (count,4,h,w) around one (1,4,h,w), at an angle of cosine `near`.
+
+    |n| (c u + sqrt(1 - c^2) w): u is the noise's direction and w a random unit vector orthogonal to
+    it (Ma et al. 2025, arXiv 2501.09732), so the norm is kept.
+    """
+    flat = noise.flatten().double()
+    directions = torch.randn(count, *noise.shape[1:], generator=generator).flatten(1).double()
+    found = [beside(flat, v, near) for v in directions]
+    return torch.stack(found).view(count, *noise.shape[1:]).to(noise.dtype)
+
+
+def beside(n: Tensor, v: Tensor, near: float) -> Tensor:
+    """Returns the neighbour of a noise n (d,) towards a direction v (d,), at cosine `near`."""
+    u = n / n.norm()
+    w = v - (v @ u) * u
+    return n.norm() * (near * u + (1 - near**2) ** 0.5 * w / w.norm())
+
+
+def search(
+    score: Callable[[Tensor], Sequence[float]],
+    seed: int,
+    shape: Sequence[int],
+    *,
+    rounds: int = 4,
+    count: int = 4,
+    near: float = 0.95,
+    better: str = "low",
+    progress: Callable[[str], None] | None = None,
+) -> Selection:
+    """Zero-order search (Ma et al. 2025, arXiv 2501.09732) from the noise of `seed`.
+
+    In each of `rounds`, `count` neighbours of the best noise so far are scored; the best of all is
+    the next one to search around. The directions are drawn on from the seed's generator, so seed and
+    path give the noise again (`replay`). Costs 1 + rounds * count scores. Other arguments and errors
+    as in `select`.
+    """
+    sign = 1 if better == "low" else -1
+    [generator] = generators([seed])
+    pivot = torch.randn(tuple(shape), generator=generator)[None]
+    path: list[list[int]] = []
+    scores: dict[Any, float] = {(): float(score(pivot)[0])}
+    best = scores[()]
+    for turn in range(rounds):
+        around = neighbours(pivot, count, near, generator)
+        values = [float(value) for value in score(around)]
+        scores |= {(turn, k): value for k, value in enumerate(values)}
+        k = min(range(count), key=lambda k: _rank(sign * values[k]))
+        if _rank(sign * values[k]) < _rank(sign * best):
+            best, pivot = values[k], around[k : k + 1]
+            path.append([turn, k])
+        if progress is not None:
+            progress(f"round {turn + 1}/{rounds} best {best:.3f}")
+    if math.isnan(best):
+        raise FloatingPointError(
+            "no candidate has a score: sampling overflowed; try --dtype float32 or bfloat16"
+        )
+    return Selection(seed, pivot, best, scores, better=better, path=path)
+
+
+def replay(
+    seed: int, path: Sequence[Sequence[int]], shape: Sequence[int], *, rounds: int, count: int, near: float
+) -> Tensor:
+    """Returns the noise (1,4,h,w) that `search` reached from a seed by a path, without any score."""
+    [generator] = generators([seed])
+    pivot = torch.randn(tuple(shape), generator=generator)[None]
+    taken = {turn: k for turn, k in path}
+    for turn in range(rounds):
+        around = neighbours(pivot, count, near, generator)
+        if turn in taken:
+            pivot = around[taken[turn]][None]
+    return pivot
+
+
+@dataclass
+class Halving:
+    """The outcome of `halve`."""
+
+    seed: int
+    stages: list[dict[int, float]]  # seed -> score of each stage, of those that reached it
+
+
+def halve(
+    seeds: Sequence[int],
+    stages: Sequence[tuple[Callable[[list[int]], Sequence[float]], int]],
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Halving:
+    """Draft, then verify: scores candidates by stages, each dearer than the last.
+
+    A stage is (score, keep): `score(seeds)` returns losses, lower is better, and the `keep` lowest
+    go on. The first of the last stage's is chosen. ValueError without seeds.
+    """
+    if not len(seeds):
+        raise ValueError("there are no seeds to select from: give at least one")
+    left = list(dict.fromkeys(seeds))
+    history = []
+    for number, (score, keep) in enumerate(stages, 1):
+        losses_of = dict(zip(left, map(float, score(left)), strict=True))
+        history.append(losses_of)
+        left = sorted(left, key=lambda seed: _rank(losses_of[seed]))[: max(1, keep)]
+        if progress is not None:
+            progress(f"stage {number}/{len(stages)} best {losses_of[left[0]]:.3f} (seed {left[0]})")
+    return Halving(left[0], history)

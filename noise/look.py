@@ -1,0 +1,384 @@
+"""One evaluation of the network, as an objective sees it.
+
+An objective judges initial noise, or the latents of any step. It is a function
+
+    objective(look) -> (b,)              lower is better, one value per image
+    objective(look) -> (b,), told        and a dict of further values (b,) to report, by name
+
+of a `Look`: attention maps, predicted noise, predicted clean latents, and the image that they
+decode to. A Look computes only what the objective reads, when it reads it. Reading maps alone costs
+an early-stopped evaluation; reading nothing costs none.
+
+`Lift` turns an objective into `score` (values) and `slope` (values and gradients). That is all that
+the drivers (noise/drivers.py) know of a method. Published methods are in noise/objectives/.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minsd.attention import AttentionRecorder
+from minsd.graphs import differentiating
+from minsd.guidance import Model, eps_from_output
+from minsd.noise import losses
+from minsd.noise.layout import SizedLayout
+from minsd.noise.losses import Subjects
+from minsd.noise.pairs import Group, find_groups, read_groups
+from minsd.samplers.schedule import Timestep
+
+Told = dict[str, Tensor]  # name -> one value per image, (b,)
+Objective = Callable[["Look"], Tensor | tuple[Tensor, Told]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one image asks of an objective. It is made and checked before any network runs."""
+
+    prompt: str
+    seed: int = 0
+    # Token positions of each subject. Empty where the prompt names none.
+    subjects: list[list[int]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)  # nouns with their modifiers
+    layout: SizedLayout | None = None
+
+
+def ask(
+    sd: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    subjects: Sequence[Subjects] | None = None,
+    pairs: str | None = None,
+    layout: SizedLayout | None = None,
+) -> list[Ask]:
+    """Returns one Ask per image. No network runs.
+
+    `subjects`: per image, words or token indices (`losses.resolve`); None: found in the prompt.
+    `pairs`: nouns with modifiers, as noise/pairs.py reads them; None: found in the prompt. A prompt
+    in which nothing is found has none. ValueError for subjects and pairs that are given and wrong.
+    """
+    asks = []
+    for b, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        given = None if subjects is None else subjects[b]
+        try:
+            places = losses.resolve(sd.text, prompt, given)
+        except ValueError:
+            if given is not None:
+                raise
+            places = []
+        if pairs is not None:
+            groups = read_groups(sd.text, prompt, pairs)
+        else:
+            groups = find_groups(sd.text, prompt)
+        asks.append(Ask(prompt, seed, places, groups, layout))
+    return asks
+
+
+class Look:
+    """Latents x (b,4,h,w) of some images of a batch at timestep t, and what the network makes of
+    them.
+
+    `i` is the step of the run, or None before the run begins. `phase` is "score" for a plain
+    evaluation, "update" for the one update of a step, and "repeat" within the repeated updates of a
+    refinement. `index` (b,) holds the images' numbers in the batch. Attributes below are computed
+    when they are first read.
+    """
+
+    def __init__(
+        self, lift: "Lift", x: Tensor, index: Tensor, t: Timestep, i: int | None = None, phase: str = "score"
+    ):
+        self._lift = lift
+        self._held: dict[str, Tensor] = {}
+        self.evaluations: list[tuple[str, int]] = []  # ("full" or "stopped", rows) of each evaluation
+        self.x = x
+        self.index = index
+        self.t = t
+        self.i = i
+        self.phase = phase
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """The images' numbers in the batch."""
+        return self.index.tolist()
+
+    @property
+    def asks(self) -> list[Ask]:
+        """What each of the images asks."""
+        return [self._lift.asks[row] for row in self.rows]
+
+    def read(self, *kinds: str) -> list[Tensor]:
+        """Returns "cross", "self", "eps" or "uncond", evaluating the network where one is missing.
+
+        Kinds read together come from one evaluation. Each evaluation also computes every kind that
+        was read in earlier Looks of the same lift, so that only the first Look may need several.
+        """
+        self._lift.asked.update(kinds)
+        missing = self._lift.asked - self._held.keys()
+        if not self._held.keys() >= set(kinds):
+            self._held |= self._evaluate(missing)
+        return [self._held[kind] for kind in kinds]
+
+    def _evaluate(self, wanted: set[str]) -> dict[str, Tensor]:
+        sd = self._lift.sd
+        b = len(self.x)
+        maps = [kind for kind in ("cross", "self") if kind in wanted]
+        passes = [kind for kind in ("eps", "uncond") if kind in wanted]
+        contexts = []
+        if maps or "eps" in wanted:
+            contexts.append(self._lift.context[self.index])
+        if "uncond" in wanted:
+            contexts.append(self._lift.uncond.expand(b, -1, -1))
+        longest = max(context.shape[1] for context in contexts)
+        contexts = [c if c.shape[1] == longest else sd.text.filled(c, longest) for c in contexts]
+        x = torch.cat([self.x] * len(contexts)).to(contexts[0].dtype)
+        options = {"record": AttentionRecorder(only=not passes, kinds=maps)} if maps else {}
+        output = sd.unet(x, self.t, torch.cat(contexts), **options)
+        self.evaluations.append(("full" if passes else "stopped", len(x)))
+        out = {kind: getattr(options["record"], kind)[:b] for kind in maps}
+        if passes:
+            latents = torch.cat([self.x] * len(contexts))
+            eps = eps_from_output(output.to(latents.dtype), latents, self.t, sd.schedule)
+            # Without "eps" in `wanted`, the first rows are those of maps alone.
+            out |= dict(zip(reversed(passes), reversed(eps.split(b))))
+        return out
+
+    @property
+    def cross(self) -> Tensor:
+        """Cross-attention (b,h,w,77n), the mean over heads and layers: probabilities."""
+        return self.read("cross")[0]
+
+    @property
+    def self(self) -> Tensor:
+        """Self-attention (b,h,w,h*w), the mean over heads and layers."""
+        return self.read("self")[0]
+
+    @cached_property
+    def maps(self) -> Tensor:
+        """Subjects' maps (b,S,h,w): cross-attention sharpened over tokens and smoothed."""
+        return losses.subject_maps(self.cross, self._subjects())
+
+    @cached_property
+    def claims(self) -> Tensor:
+        """Self-attention (b,S,h,w) of the cell where each subject's map peaks, smoothed."""
+        own = self.read("cross", "self")[1]  # one evaluation for both: `maps` reads the other
+        return losses.claims(own, losses.peaks(self.maps))
+
+    @cached_property
+    def present(self) -> Tensor:
+        """Which subjects exist, (b,S): images of a batch may have different numbers of them."""
+        return self._subjects().any(dim=-1)
+
+    def _subjects(self) -> Tensor:
+        if not self._lift.select.shape[1]:
+            raise ValueError(
+                f"{self._lift.name} reads the subjects' maps, and the prompt names none: give --subjects"
+            )
+        return self._lift.select[self.index]
+
+    def words(self, select: Tensor, *, sharp: bool = False, smooth: bool = False) -> Tensor:
+        """Maps (b,S,h,w) of any tokens: `select` (b,S,77n) from `losses.selector`.
+
+        As recorded, or sharpened to softmax(100 C) over the tokens but each chunk's first and last,
+        and smoothed by the kernel of `losses.smooth`.
+        """
+        return _word_maps(self.cross, select, sharp, smooth)
+
+    def maps_of(
+        self, k: int, words: Sequence[Sequence[int]], *, sharp: bool = True, smooth: bool = True
+    ) -> Tensor:
+        """Maps (n,h,w) of `words`, the token positions of each, in image k of these."""
+        cross = self.cross[k : k + 1]
+        return _word_maps(cross, losses.selector([words], cross.shape[-1]), sharp, smooth)[0]
+
+    @property
+    def eps(self) -> Tensor:
+        """Noise (b,4,h,w) predicted under the prompt."""
+        return self.read("eps")[0]
+
+    @property
+    def uncond(self) -> Tensor:
+        """Noise (b,4,h,w) predicted under the negative prompt."""
+        return self.read("uncond")[0]
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """Predicted clean latents (b,4,h,w), (x - sqrt(1 - abar) e) / sqrt(abar), with e the
+        prediction guided by the lift's scale."""
+        guidance = self._lift.guidance
+        if guidance == 1:
+            e = self.eps
+        else:
+            e, u = self.read("eps", "uncond")
+            e = u + guidance * (e - u)
+        a = self._lift.sd.schedule.abar(self.t)
+        return (self.x - (1 - a) ** 0.5 * e) / a**0.5
+
+    @cached_property
+    def picture(self) -> Tensor:
+        """The image (b,3,H,W), 0 to 1, that x0 decodes to. Under a gradient the decoder is
+        recomputed instead of stored."""
+        sd = self._lift.sd
+        z = self.x0.to(sd.vae_dtype) / sd.config.vae.scaling_factor
+        if torch.is_grad_enabled() and z.requires_grad:
+            decoded = checkpoint(sd.vae.decode, z, use_reentrant=False)
+        else:
+            decoded = sd.vae.decode(z)
+        return (decoded.to(self.x.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+class Lift:
+    """An objective over the images of a batch: `score` and `slope`.
+
+    `guidance` is the scale of `Look.x0` and `negative_prompt` the text of `Look.uncond`. Weights
+    take no gradient. The network is looked up at each call, so a ControlNet in use counts. `rows`
+    counts UNet rows: "full", "stopped" early, and those of a "gradient", of either length.
+    """
+
+    def __init__(
+        self,
+        sd: Model,
+        asks: Sequence[Ask],
+        objective: Objective,
+        *,
+        guidance: float = 1.0,
+        negative_prompt: str = "",
+        name: str = "",
+    ):
+        self.sd = sd
+        self.asks = list(asks)
+        self.objective = objective
+        self.guidance = guidance
+        self.negative_prompt = negative_prompt
+        self.name = name or getattr(objective, "__name__", type(objective).__name__)
+        self.asked: set[str] = set()  # the kinds that any Look has read so far
+        self.rows: Counter[str] = Counter()
+        # (B, 77n, D); for SDXL (B, 77n + 1, D), whose last row no map belongs to
+        self.context = sd.encode_prompt([one.prompt for one in asks])
+        places = [one.subjects for one in asks]
+        tokens = self.context.shape[1] // losses.CHUNK * losses.CHUNK
+        self.select = losses.selector(places, tokens).to(sd.device)  # (B, S, 77n)
+
+    @cached_property
+    def uncond(self) -> Tensor:
+        """Text states (1,77n,D) of the negative prompt."""
+        return self.sd.encode_prompt([self.negative_prompt])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of latents and gradients: float64 for a float64 network, otherwise float32."""
+        return torch.promote_types(self.sd.dtype, torch.float32)
+
+    def begin(self) -> None:
+        """Tells an objective with state, such as a running mean, that a run begins."""
+        begin = getattr(self.objective, "begin", None)
+        if begin is not None:
+            begin()
+
+    def _size(self, x: Tensor) -> int:
+        """How many images of x's size the network evaluates at a time."""
+        return self.sd.batch_size(8 * x.shape[-2], 8 * x.shape[-1])
+
+    @torch.no_grad()
+    def score(self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None) -> Told:
+        """Evaluates the objective at latents x (b,4,h,w) of images `rows` (b,), without gradients.
+
+        Returns (b,) values by name, "loss" among them. As many images at a time as fit.
+        """
+        parts = []
+        for part in torch.arange(len(x), device=x.device).split(self._size(x)):
+            look = Look(self, x[part], rows[part], t, i)
+            parts.append(self._judged(look)[1])
+            self._count(look)
+        return _joined(parts)
+
+    def slope(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        t: Timestep,
+        i: int | None = None,
+        phase: str = "update",
+        limits: Mapping[str, float] | None = None,
+    ) -> tuple[Told, Tensor]:
+        """Evaluates the objective, and the gradient of its loss in x.
+
+        Returns values as `score` does, and gradients (b,4,h,w) in x's dtype. Where all images that
+        are evaluated together are below all `limits` (name -> value), nothing is differentiated and
+        their gradients are 0, except on a GPU.
+        """
+        parts: list[Told] = []
+        gradients: list[Tensor] = []
+        # A gradient needs more memory than a guided step. Gradients of maps are so small that
+        # float16 would lose them.
+        scale = 256.0 if self.context.dtype == torch.float16 else 1.0
+        for part in torch.arange(len(x), device=x.device).split(max(1, self._size(x) // 2)):
+            with torch.enable_grad(), differentiating(self.sd.unet):
+                leaf = x[part].detach().requires_grad_()
+                look = Look(self, leaf, rows[part], t, i, phase)
+                loss, told = self._judged(look)
+                # A GPU would wait for this question before the backward pass is launched.
+                done = bool(limits) and not x.is_cuda and bool(met(told, limits).all())
+                if done:
+                    gradient = torch.zeros_like(leaf)
+                else:
+                    self._check_gradient(loss)
+                    [gradient] = torch.autograd.grad(scale * loss.sum(), leaf)
+                    gradient = gradient / scale
+            self._count(look, differentiated=not done)
+            parts.append(told)
+            gradients.append(gradient)
+        return _joined(parts), torch.cat(gradients)
+
+    def _judged(self, look: Look) -> tuple[Tensor, Told]:
+        """Returns the objective's loss (b,) and what it tells, detached. ValueError for any other
+        result.
+        """
+        result: Any = self.objective(look)
+        loss, told = result if isinstance(result, tuple) else (result, {})
+        b = len(look.x)
+        if not isinstance(loss, Tensor) or loss.shape != (b,):
+            shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ValueError(
+                f"{self.name} returned {shape} for {b} images: one value per image is wanted, shape ({b},)"
+            )
+        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in told.items()}}
+
+    def _check_gradient(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise ValueError(
+                f"{self.name} does not depend on the latents, so it has no gradient: compute it from the "
+                "look's tensors without detaching them, or use --init-noise select"
+            )
+
+    def _count(self, look: Look, differentiated: bool = False) -> None:
+        for kind, n in look.evaluations:
+            self.rows["gradient" if differentiated else kind] += n
+
+
+def met(told: Told, limits: Mapping[str, float]) -> Tensor:
+    """Returns, per image (b,), whether it is below all limits, name -> value."""
+    return torch.stack([told[name] < limit for name, limit in limits.items()]).all(dim=0)
+
+
+def finite(told: Told, *more: Tensor) -> Tensor:
+    """Returns, per image (b,), whether all that is told, and tensors (b,...) besides, are finite."""
+    checks = [value.isfinite() for value in told.values()]
+    checks += [tensor.flatten(1).isfinite().all(dim=1) for tensor in more]
+    return torch.stack(checks).all(dim=0)
+
+
+def _joined(parts: Sequence[Told]) -> Told:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _word_maps(cross: Tensor, select: Tensor, sharp: bool, smooth: bool) -> Tensor:
+    if sharp:
+        cross = (100 * losses.inner(cross)).softmax(dim=-1)
+        select = losses.inner(select)
+    maps = losses.mean_maps(cross, select)
+    return losses.smooth(maps) if smooth else maps

@@ -1,0 +1,90 @@
+"""What several objectives need of their images: subjects, groups, the regions of a layout."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minsd.config import CELL
+from minsd.guidance import Model
+from minsd.noise import losses
+from minsd.noise.layout import coverage
+from minsd.noise.look import Ask, Look
+from minsd.words import occurrences
+
+
+def need_subjects(asks: Sequence[Ask]) -> None:
+    """ValueError for a prompt without subjects."""
+    for ask in asks:
+        if not ask.subjects:
+            raise ValueError(f"the prompt {ask.prompt!r} names nothing to attend to: name the subjects")
+
+
+def need_groups(asks: Sequence[Ask]) -> None:
+    """ValueError for a prompt without nouns."""
+    for ask in asks:
+        if not ask.groups:
+            raise ValueError(f"no nouns are found in {ask.prompt!r}: give --pairs 'red circle; blue square'")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """ValueError for a setting that is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
+
+
+class Earlier:
+    """A tensor of each image, at the last evaluation of the step before."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.last: dict[int, tuple[int, Tensor]] = {}  # image -> its latest step and tensor
+        self.before: dict[int, list[Tensor]] = {}
+
+    def step(self, row: int, i: int | None, now: Tensor) -> list[Tensor]:
+        """Keeps an image's tensor of step i. Returns that of the step before, detached, if any."""
+        if i is None:  # before the run there are no steps
+            return []
+        if row in self.last and self.last[row][0] != i:
+            self.before[row] = [self.last[row][1]]
+        self.last[row] = i, now.detach()
+        return self.before.get(row, [])
+
+
+class Regions:
+    """The subjects of a layout's captions, found in the whole prompt, and their regions."""
+
+    def __init__(self, sd: Model, asks: Sequence[Ask]):
+        self.found = [regions_of(sd, ask) for ask in asks]
+
+    def __call__(self, look: Look, k: int) -> tuple[Tensor, Tensor]:
+        """Returns maps and masks (S,h,w) of image k of a look. A mask is the fraction of each cell
+        that lies in the region.
+        """
+        found = self.found[look.rows[k]]
+        maps = look.maps_of(k, [tokens for tokens, _ in found])
+        cell = CELL * look.x.shape[-2] // maps.shape[-2]  # pixels
+        masks = [torch.from_numpy(coverage(pixels, cell)).to(maps) for _, pixels in found]
+        return maps, torch.stack(masks)
+
+
+def regions_of(sd: Model, ask: Ask) -> list[tuple[list[int], np.ndarray]]:
+    """Token positions of each region's subject in the whole prompt, and the region's pixels.
+
+    The n-th region of a word that the prompt has several times is its n-th occurrence. ValueError
+    without regions, and for a caption whose subject is not in the prompt.
+    """
+    if ask.layout is None or not ask.layout.regions:
+        raise ValueError("this objective needs the regions of a layout: give --layout FILE")
+    found = []
+    times: dict[str, int] = {}
+    for region in ask.layout.regions:
+        for word in losses.automatic_subjects(region.prompt):
+            times[word] = times.get(word, 0) + 1
+            several = len(occurrences(ask.prompt, word)) > 1
+            name = f"{word}#{times[word]}" if several else word
+            found.append((sd.text.positions(ask.prompt, name), region.pixels))
+    return found

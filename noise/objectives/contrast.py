@@ -1,0 +1,61 @@
+"""CONFORM (Meral et al., CVPR 2024, arXiv 2312.06059): maps of a group alike, of two groups unlike.
+
+The smoothed maps of every word of every group, now and at the step before, are vectors; s(a, b) is
+the cosine of two. For every ordered pair (a, p) of one group, with n the vectors of other groups,
+
+    L = mean over (a, p) of - log( e^{s(a,p)/T} / (e^{s(a,p)/T} + sum over n of e^{s(a,n)/T}) )
+
+Without pairs (single words at the first step, where L has no gradient), or with `form="pairs"`:
+
+    L = mean over pairs of a group of max(0, 1 - s) + mean over pairs of two groups of s where s > 0
+
+`repeats` repeats updates 20 times at steps 0, 10 and 20.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minsd.guidance import Model
+from minsd.noise.drivers import Refining
+from minsd.noise.look import Ask, Look
+from minsd.noise.objectives.common import Earlier, check_choice, need_groups
+
+
+def contrastive(vectors: Tensor, labels: Tensor, t: float = 0.5, form: str = "ntxent") -> Tensor:
+    """L of vectors (n,d) with labels (n,), groups' numbers."""
+    unit = vectors / (vectors.norm(dim=1, keepdim=True) + 1e-12)
+    s = unit @ unit.T
+    same = labels[:, None] == labels
+    pairs = same & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    if form == "ntxent" and pairs.any():
+        others = (s / t).exp().masked_fill(same, 0.0).sum(dim=1, keepdim=True)
+        e = (s / t).exp()
+        return -(e / (e + others)).log()[pairs].mean()
+    near = (1 - s[pairs]).clamp(min=0)
+    far = s[~same & (s > 0)]
+    return sum((part.mean() for part in (near, far) if part.numel()), 0 * vectors.sum())
+
+
+class Contrast:
+    driver = "refine"
+
+    def __init__(
+        self, sd: Model, asks: Sequence[Ask], t: float = 0.5, form: str = "ntxent", repeats: bool = False
+    ):
+        check_choice("form", form, ("ntxent", "pairs"))
+        need_groups(asks)
+        self.t, self.form, self.earlier = t, form, Earlier()
+        self.begin = self.earlier.clear
+        self.how = Refining(repeats={0: {}, 10: {}, 20: {}} if repeats else {})
+
+    def __call__(self, look: Look) -> Tensor:
+        return torch.stack([self.of(look, k, row) for k, row in enumerate(look.rows)])
+
+    def of(self, look: Look, k: int, row: int) -> Tensor:
+        words = [(word, g) for g, (mods, noun) in enumerate(look.asks[k].groups) for word in (*mods, noun)]
+        now = look.maps_of(k, [word for word, _ in words], sharp=False).flatten(1)  # (n, h*w)
+        vectors = torch.cat([now, *self.earlier.step(row, look.i, now)])
+        labels = torch.tensor([g for _, g in words] * (len(vectors) // len(now)), device=now.device)
+        return contrastive(vectors, labels, self.t, self.form)

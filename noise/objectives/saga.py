@@ -1,0 +1,60 @@
+"""SAGA (Grimal et al., AAAI 2026, arXiv 2508.13866): learn the mean of the latents at one step.
+
+At step k = steps // 5 the latents become
+
+    x = sqrt(abar) mu + sqrt(1 - abar) z,   z fresh unit noise,
+
+where mu begins as each channel's mean of the predicted clean latents x0. L (overlap.py), averaged
+over 10 fresh z, is descended 50 times in sqrt(abar) mu. When used, mu is scaled down to the standard
+deviation of x0. Published, one mu serves all images of a prompt; here each image learns its own.
+"""
+
+import torch
+from torch import Tensor
+
+from minsd.guidance import Model
+from minsd.noise.drivers import Say
+from minsd.noise.look import Lift, Look
+from minsd.noise.objectives.overlap import Overlap
+from minsd.samplers.random import generators
+from minsd.samplers.schedule import Refine, Timestep
+
+
+def bounded(mu: Tensor, spread: Tensor) -> Tensor:
+    """mu (4,h,w), scaled down to a standard deviation of at most `spread`."""
+    return mu * (spread / mu.std()).clamp(max=1)
+
+
+class Saga(Overlap):
+    iterations, draws, lr, momentum = 50, 10, 20.0, 0.4  # lr for a model whose update_scale is 20
+
+    def refine(self, sd: Model, lift: Lift, steps: int, progress: Say | None) -> Refine:
+        """The updates of a run of `steps` timesteps."""
+
+        def move(i: int, t: Timestep, x: Tensor) -> Tensor:
+            if i != steps // 5:
+                return x
+            rows = torch.arange(len(x), device=x.device)
+            with torch.no_grad():
+                x0 = Look(lift, x.to(lift.dtype), rows, t, i).x0
+            draws = generators([ask.seed for ask in lift.asks], skip=x.shape[1:])
+            return torch.stack([learn(b, t, i, *pair) for b, pair in enumerate(zip(x0, draws))]).to(x.dtype)
+
+        def learn(b: int, t: Timestep, i: int, x0: Tensor, generator: torch.Generator) -> Tensor:
+            a = sd.schedule.abar(t)
+            mu = x0.mean(dim=(1, 2), keepdim=True).expand_as(x0)
+            velocity = torch.zeros_like(x0)
+            for turn in range(self.iterations + 1):
+                n = self.draws if turn < self.iterations else 1
+                z = torch.randn(n, *x0.shape, generator=generator).to(x0)
+                x = a**0.5 * bounded(mu, x0.std()) + (1 - a) ** 0.5 * z
+                if turn == self.iterations:
+                    return x[0]
+                told, gradient = lift.slope(x, torch.full((n,), b, device=x0.device), t, i)
+                velocity = self.momentum * velocity + gradient.mean(dim=0)
+                mu = mu - self.lr * sd.config.update_scale / 20 / a**0.5 * velocity
+                if progress is not None:
+                    progress(b, f"saga {turn + 1}/{self.iterations} loss {told['loss'].mean().item():.3g}")
+            return x0
+
+        return move

@@ -1,0 +1,61 @@
+"""What keeps an optimised noise x (B,4,h,w) close to unit noise; each returns (B,), lower is better.
+
+norm    r^2 / 2 - (d - 1) log r with r = |x|, least at r = sqrt(d - 1): the norm of d unit numbers
+        (ReNO, Eyring et al. 2024, arXiv 2406.04312). It sees nothing but the norm.
+kl      |x - start|^2 / 2d: KL(N(x - start, 1) || N(0, 1)) per number, InitNO's bound for a shift.
+white   -(l1 + l2), averaged with 20 random permutations of x (DNO, Tang et al. 2024, arXiv
+        2405.18881). With x's d numbers as m rows of k = 4, M1 the norm of the mean row and M2 the
+        spectral norm of Z'Z / m - I,
+            l1 = -m M1^2 / 2k,   l2 = -m max(sqrt(1 + M2) - 1 - sqrt(k / m), 0)^2 / 2,
+        each at most -log 2: within the bound that unit noise keeps, nothing is gained.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+K = 4  # numbers per row of `white`
+PERMUTATIONS = 20
+
+
+def norm(x: Tensor, start: Tensor) -> Tensor:
+    """The norm's log density, of all d numbers of each image. `start` is not used."""
+    r = x.flatten(1).norm(dim=1)
+    return r**2 / 2 - (x[0].numel() - 1) * r.log()
+
+
+def kl(x: Tensor, start: Tensor) -> Tensor:
+    """The KL divergence of a shift of unit noise by x - start, per number."""
+    return 0.5 * (x - start).flatten(1).square().mean(dim=1)
+
+
+def white(x: Tensor, start: Tensor, permutations: int = PERMUTATIONS) -> Tensor:
+    """How unlikely the means and covariances of x's rows of four are. `start` is not used."""
+    flat = x.flatten(1)
+    total = -_bounds(flat)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(flat.shape[1], generator=generator) for _ in range(permutations)]
+    shuffled = [-_bounds(flat[:, order.to(flat.device)]) for order in orders]
+    return total + torch.stack(shuffled).mean(dim=0) if shuffled else total
+
+
+def _bounds(flat: Tensor) -> Tensor:
+    """Returns l1 + l2 of numbers (B,d), as at the top of this file."""
+    rows = flat.unflatten(1, (-1, K))  # (B, m, k)
+    m = rows.shape[1]
+    mean = rows.mean(dim=1).norm(dim=1)
+    spread = rows.transpose(1, 2) @ rows / m - torch.eye(K, dtype=flat.dtype, device=flat.device)
+    spectral = torch.linalg.matrix_norm(spread, ord=2)
+    l1 = -m * mean**2 / (2 * K)
+    l2 = -m * ((1 + spectral).sqrt() - 1 - (K / m) ** 0.5).clamp(min=0) ** 2 / 2
+    return l1.clamp(max=-math.log(2)) + l2.clamp(max=-math.log(2))
+
+
+# Name -> the regularizer and its usual weight: ReNO's, the paper's of InitNO, DNO's.
+REGULARIZERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
+    "norm": (norm, 0.01),
+    "kl": (kl, 500.0),
+    "white": (white, 1.0),
+}
