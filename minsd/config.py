@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 CELL = 8  # pixels per side of a latent cell
 LARGEST = 16384  # pixels per side of the largest image
 CONTROL_SCALE_MOST = 100.0  # the largest absolute scale of a ControlNet
+DISTILLED_SCALE = 8.5  # the guidance scale of a network that is told it, unless another is asked for
 STRENGTH = 0.8  # image-to-image generation: the fraction of the steps that run, by default
 # minsd's name of each sampler -> its name in other tools. The same samplers are in
 # samplers.SAMPLERS, but importing samplers would import torch.
@@ -64,6 +65,8 @@ class UNetConfig:
     upcast_attention: bool = False
     norm_groups: int = 32
     norm_eps: float = 1e-5
+    # The width of the embedding in which a distilled network is told the guidance scale; 0: none.
+    guidance_dim: int = 0
     sample_size: int = 64  # latent cells per side in training
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minsd.config import ModelConfig
+from minsd.config import DISTILLED_SCALE, ModelConfig
 from minsd.samplers.schedule import Schedule
 
 Predictor = Callable[[Tensor, int | float], Tensor]
@@ -121,15 +121,35 @@ def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
     return predict
 
 
+def distilled(unet: Any, context: Tensor, guidance_scale: float, schedule: Schedule) -> Predictor:
+    """Makes a predictor from a network that is told the guidance scale, and one text. Other callers
+    of the network run it at its usual scale."""
+    plain = conditional(unet, context, schedule)
+    usual, asked = (unet.guidance_of(scale) for scale in (DISTILLED_SCALE, guidance_scale))
+
+    def predict(x: Tensor, t: int | float) -> Tensor:
+        unet.guide(asked)
+        try:
+            return plain(x, t)
+        finally:
+            unet.guide(usual)
+
+    return predict
+
+
 def classifier_free(
     unet: Any, cond: Tensor, uncond: Tensor, guidance_scale: float, schedule: Schedule
 ) -> Predictor:
     """Makes a predictor predict(x, t) -> eps with classifier-free guidance, eps = u + g (c - u) (Ho
     & Salimans 2022), where u is the prediction for `uncond`, c the prediction for `cond`, and g is
     `guidance_scale`. u and c are computed in one batch. At g = 1 only c is computed.
+    A distilled network (a latent consistency model with a guidance embedding) is told g instead,
+    and only c is computed.
 
     `cond` and `uncond` are text states (B,77n,D), or (1,77n,D) for all images of the batch.
     """
+    if getattr(getattr(unet, "config", None), "guidance_dim", 0):
+        return distilled(unet, cond, guidance_scale, schedule)
     if guidance_scale == 1:
         return conditional(unet, cond, schedule)
     texts = _texts(unet, [uncond, cond])

@@ -305,7 +305,8 @@ class StableDiffusion:
         """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
         the text states `context` and away from the text states `uncond`, each (B,77n,D) or
         (1,77n,D). If their lengths differ, empty chunks are appended to the shorter one."""
-        if guidance_scale != 1:
+        guided = guidance_scale != 1 and not self.config.unet.guidance_dim
+        if guided and context.shape[1] != uncond.shape[1]:
             context, uncond = (
                 self.text.filled(one, other.shape[1]) for one, other in ((context, uncond), (uncond, context))
             )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minsd.attention import Attention, AttentionRecorder
-from minsd.config import CELL, UNetConfig
+from minsd.config import CELL, DISTILLED_SCALE, UNetConfig
 from minsd.kernels import Linear, group_norm
 
 Grid = tuple[int, int]  # rows and columns of a level's cells
@@ -42,16 +42,29 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
-    """Two linear layers with SiLU between them, which process the output of
-    `timestep_embedding`."""
+def guidance_embedding(guidance_scale: float, dim: int) -> Tensor:
+    """Embeds a guidance scale for a distilled network (Luo et al. 2023, section 4.1): the sines,
+    then the cosines of 1000 (scale - 1) at `dim/2` frequencies. Returns (1,dim) float32."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half) * (-math.log(10000.0) / max(half - 1, 1)))
+    angles = (guidance_scale - 1) * 1000.0 * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    def __init__(self, dim: int, dim_out: int):
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with SiLU between them, which process the output of `timestep_embedding`.
+    With `dim_cond`, a projection of a second embedding of this width is added before them."""
+
+    def __init__(self, dim: int, dim_out: int, dim_cond: int = 0):
         super().__init__()
+        if dim_cond:
+            self.cond_proj = Linear(dim_cond, dim, bias=False)
         self.linear_1 = Linear(dim, dim_out)
         self.linear_2 = Linear(dim_out, dim_out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        if cond is not None:
+            x = x + self.cond_proj(cond)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -239,7 +252,8 @@ class UNet(nn.Module):
                 return []
             return [Transformer(level, config) for _ in range(count)]
 
-        self.time_embedding = TimestepEmbedding(widths[0], dim_time)
+        self.time_embedding = TimestepEmbedding(widths[0], dim_time, config.guidance_dim)
+        self.guidance: Tensor | None = None  # (1,guidance_dim), of a distilled network
         dim_whole = config.pooled_dim + 6 * config.size_dim
         self.add_embedding = TimestepEmbedding(dim_whole, dim_time) if config.pooled_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -269,6 +283,18 @@ class UNet(nn.Module):
         depths = zip(config.cross_attention, config.transformer_depth)
         self.attention_blocks = [(2 * n + 1) * on * depth for on, depth in depths]
         self.attention_blocks[-1] += config.transformer_depth[last]  # those of the middle block
+
+    def guidance_of(self, guidance_scale: float) -> Tensor:
+        """Returns the `guidance_embedding` of a scale, in the network's dtype and on its device."""
+        return guidance_embedding(guidance_scale, self.config.guidance_dim).to(self.conv_in.weight)
+
+    def guide(self, embedding: Tensor) -> None:
+        """Sets the `guidance_embedding` with which a distilled network runs from now on. It is copied
+        into a tensor that stays the same, because CUDA graphs read that tensor."""
+        if self.guidance is None:
+            self.guidance = embedding.clone()
+        else:
+            self.guidance.copy_(embedding)
 
     def grids(self, size: Grid) -> list[Grid]:
         """Returns the grid of cells (rows, columns) of every level, finest first, for latents of
@@ -396,7 +422,10 @@ class UNet(nn.Module):
         image as `add`. `context` and `whole` are what `split` returns.
         """
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        told = timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)
+        if self.config.guidance_dim and self.guidance is None:
+            self.guide(self.guidance_of(DISTILLED_SCALE))
+        temb = self.time_embedding(told, None if self.guidance is None else self.guidance.to(x))
         temb = temb if whole is None else temb + self.embed_whole(x, whole)
         temb = F.silu(temb)  # computed once, since every resnet block needs it
 

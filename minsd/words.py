@@ -249,6 +249,11 @@ def _unicode_to_bytes() -> dict[str, int]:
 _BYTES = _unicode_to_bytes()
 
 
+def alphabet() -> list[str]:
+    """Returns the characters of byte-level vocabularies, in the order of CLIP's token ids."""
+    return list(_BYTES)
+
+
 # --- characters ----------------------------------------------------------------------------------
 
 
