@@ -7,8 +7,8 @@ heads. The map is differentiable, and the probabilities of the single heads are 
 argument `backend` chooses what computes them:
 
     sdpa        PyTorch's fused attention, or, on a CPU without gradients, oneDNN's products block
-                by block (sdpa.py, onednn.py). Triton or reference then computes the map from q and
-                k, separately; autograd adds the gradients of output and map
+                by block (sdpa.py, onednn.py). If the map is wanted, triton or reference computes it
+                separately from q and k; autograd adds the gradients of output and map
     triton      kernels that compute output and map (flash.py) and store nothing of size
                 heads x N x M, for N queries and M keys
     reference   plain PyTorch in bounded memory, on any device (reference.py)
@@ -128,8 +128,9 @@ def attention(
 def _with_lse(
     q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Returns PyTorch's output and the base-2 log-sum-exp (B,H,N) of the scores for `kernel`, if
-    switches.py asks for it and both can, or (None, None)."""
+    """Returns (out, lse) as PyTorch computes them: the output (B,N,H,d), and the base-2 log-sum-exp
+    (B,H,N) of the scores for `kernel`. Returns (None, None) if switches.py does not ask for this,
+    or if PyTorch or `kernel` cannot do it."""
     if not switches.current.shared_lse or kernel != "triton" or torch.compiler.is_compiling():
         return None, None
     found = sdpa.with_lse(q, k, v, scale)
@@ -138,9 +139,10 @@ def _with_lse(
 
 def _map_kernel(q: Tensor, k: Tensor, backend: str) -> str:
     """Returns which of "triton", "materialised" and "reference" computes the map of q (B,N,H,d) and
-    k (B,M,H,d) (see the module's table).
+    k (B,M,H,d), as in the table at the head of this file.
 
-    `auto` never chooses Triton for float32, because its products would be TF32's there.
+    With `backend` "auto" it is never "triton" for float32, because Triton's matrix products would
+    use TF32 there.
     """
     if backend in ("triton", "reference"):
         return backend
@@ -153,7 +155,7 @@ def _map_kernel(q: Tensor, k: Tensor, backend: str) -> str:
         HAS_TRITON
         and torch.version.hip is None
         and q.shape[-1] in TRITON_HEAD_DIMS
-        and devices.failure(q.device) is None  # after the cheap questions: it may launch a kernel
+        and devices.failure(q.device) is None  # after the cheap checks: it may launch a kernel
         and devices.short_of_memory(q.device, q.shape[-1], q.dtype) is None
     )
     return "triton" if fast else "reference"
@@ -177,9 +179,10 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu
 def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
     """Returns whether `group_norm` uses its kernels: on CUDA, if no tensor but x needs a gradient.
 
-    They are not used under torch.compile, which fuses the three operations itself, nor if `norm`
-    has hooks or a replaced forward, nor for an image of 2**31 numbers or more, nor for the gradient
-    of a small x (switches.py). That the kernels are faster is expected, not measured on a GPU.
+    The kernels are not used under torch.compile, which fuses the three operations itself, nor if
+    `norm` has hooks or a replaced forward, nor for an image of 2**31 numbers or more, nor for the
+    gradient of a small x (switches.py). That the kernels are faster is expected, not measured on a
+    GPU.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -194,7 +197,7 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
         and _gradient_is_ours(x, tensors)
         and x.shape[1:].numel() < 2**31  # the kernels count within an image in 32 bits
         and not _is_watched(norm)
-        and devices.failure(x.device) is None  # after the cheap questions: it may launch a kernel
+        and devices.failure(x.device) is None  # after the cheap checks: it may launch a kernel
     )
 
 

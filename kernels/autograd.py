@@ -30,13 +30,14 @@ def apply(
     kernel: str,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention by `kernel`, "reference", "materialised" or "triton", on inputs already
+    """Computes attention with `kernel`, "reference", "materialised" or "triton", on inputs already
     checked.
 
     Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
     concatenated: M = R * length. Returns out (B,N,H,d) and map (B,N,M), both differentiable. `out`
     is empty if `v` is None; the map is empty without `probs`. `lse` (B,H,N), the base-2 log-sum-exp
-    of each row of scores, saves "triton" a pass without `v`. It is not used under torch.compile.
+    of each row of scores, may be given if `v` is None and `kernel` is "triton", which then need not
+    compute it. Under torch.compile, `lse` is not used.
     """
     arguments = q, k, v, scale, bias, region, length, probs, kernel
     if torch.compiler.is_compiling():
@@ -68,7 +69,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 def _gradients(
     ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, run: Callable[..., Three]
 ) -> tuple[Tensor | None, ...]:
-    """Returns one gradient per argument of `apply`. `run` is the `backward` of a backend."""
+    """Returns one gradient per argument of `apply` except `lse`. `run` is the function `backward`
+    of a backend."""
     q, k, v, bias, region, out, kept = ctx.saved_tensors
     scale, length, kernel = ctx.constants
     if not out.numel():

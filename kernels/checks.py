@@ -1,5 +1,5 @@
-"""Checks the inputs of `attention`. Each function raises ValueError, in one line, for what a caller
-got wrong."""
+"""Checks the inputs of `attention`. Each function raises ValueError, with a message of one
+line, for inputs that do not fit."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, region: Tensor | None) -> tuple[int, int]:
-    """Checks shapes, dtypes and devices of `attention`'s inputs, and returns (the number of texts,
-    keys per text)."""
+    """Checks the shapes, dtypes and devices of `attention`'s inputs. Returns (texts, length): the
+    number of texts, and the number of keys per text."""
     form = "(B,M,H,d)" if region is None else "(B,R,M,H,d)"
     if q.ndim != 4 or k.ndim != form.count(",") + 1 or k.shape != v.shape:
         shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"

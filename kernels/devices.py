@@ -1,8 +1,8 @@
 """Finds out whether the Triton kernels can run on a CUDA device, once per process and device.
 
-Where they cannot, PyTorch computes the same, so a machine on which Triton fails still makes images,
-after one warning. The decision depends on the device's reported capability and shared memory, never
-on its name.
+Where they cannot run, PyTorch computes the same results, so a machine on which Triton fails still
+makes images, after one warning. The decision depends on the device's reported capability and shared
+memory, never on its name.
 """
 
 import importlib.util
@@ -22,10 +22,10 @@ _failures: dict[int, str | None] = {}
 
 
 def failure(device: torch.device) -> str | None:
-    """Returns why no kernel runs on this CUDA device, in one line, or None if they run.
+    """Returns why no kernel can run on this CUDA device, in one line, or None if kernels can run.
 
     The first call for a device launches a tiny kernel, and warns if the launch fails. For a device
-    that is too old there is no warning, because nothing is wrong with it.
+    that is too old there is no warning, because nothing is wrong with the device.
     """
     index = device.index
     if index is None:
@@ -53,9 +53,9 @@ def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def shared_memory(device: torch.device) -> tuple[int | None, bool]:
-    """Returns the bytes of shared memory that a block of threads may use, or None if unknown, and
-    whether the device's needs are those that shared.py lists for Hopper.
-    """
+    """Returns (limit, hopper): the bytes of shared memory that a block of threads may use, or None
+    if unknown; and whether the kernels need as much on this device as shared.py lists for
+    Hopper."""
     if torch.version.hip is not None:
         return None, False
     have = torch.cuda.get_device_properties(device)
@@ -69,9 +69,9 @@ shared_memory.__dict__["_dynamo_marked_constant"] = True
 
 
 def _too_old(device: torch.device) -> str | None:
-    """Returns why a device is too old for the kernels, or None. On a T4 (capability 7.5) half of
-    the variants need more shared memory than there is, and the others spill kilobytes of registers.
-    """
+    """Returns why a device is too old for the kernels, or None if it is not. On a T4 (capability
+    7.5) half of the kernels' variants need more shared memory than the device has, and the others
+    spill kilobytes of registers."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     have = torch.cuda.get_device_capability(device)

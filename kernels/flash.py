@@ -112,10 +112,10 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Loads rows of a (count, D) matrix as two pieces, (rows, D0) and (rows, D1), with zeros
-    outside the matrix.
+    """Loads rows of a (count, D) matrix as two pieces, (rows, D0) and (rows, D1). Entries outside
+    the matrix are 0.
 
-    If D1 is 0 there is no second piece, and the first is returned twice.
+    If D1 is 0 there is no second piece, and the first piece is returned twice.
     """
     inside = rows[:, None] < count
     c0 = tl.arange(0, D0)[None, :]
@@ -188,7 +188,7 @@ def _forward(
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes out and lse of one block of queries of one head; without OUT only lse."""
+    """Computes out and lse of one block of queries of one head. Without OUT, computes only lse."""
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
     V += b * sv_b + h * sv_h
@@ -243,7 +243,7 @@ def _mean_map(
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
     BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes one block of the map. Heads are added in order, in registers."""
+    """Computes one block of the map. The heads are added in order, in registers."""
     cols, rows = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     b = tl.program_id(2).to(tl.int64)
     Q += b * sq_b
@@ -301,8 +301,8 @@ def _grad_q(
     HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes D, then dQ, of one block of queries of one head. OUT: out has a gradient. MAP: the
-    map has one."""
+    """Computes D, then dQ, of one block of queries of one head. OUT means that out has a gradient,
+    MAP that the map has a gradient."""
     block, h, b = _place(HEADS_FASTEST)
     rows = block * BN + tl.arange(0, BN)
     K += b * sk_b + h * sk_h
@@ -373,7 +373,8 @@ def _grad_kv(
     HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes dK, and with OUT dV, of one block of keys of one head."""
+    """Computes dK, and with OUT dV, of one block of keys of one head. OUT means that out has a
+    gradient, MAP that the map has a gradient."""
     block, h, b = _place(HEADS_FASTEST)
     cols = block * BM + tl.arange(0, BM)
     Q += b * sq_b + h * sq_h
@@ -431,9 +432,9 @@ Strides = tuple[int, ...]
 
 
 def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Blocks:
-    """Returns a kernel's entry in the tables. `wide`: its inputs are float32. `masked`: it has a
-    bias or a region. `pairs`: queries x keys.
-    """
+    """Returns a kernel's block sizes, warps and stages. `wide` means that the inputs are float32,
+    `masked` that there is a bias or a region. `pairs` is the number of queries times the number of
+    keys."""
     if wide and head_dim == 160 and name != "mean_map":
         return WIDE_160
     if name == "forward" and masked and head_dim != 160:
@@ -449,7 +450,8 @@ def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Bl
 def configuration(
     name: str, head_dim: int, *, wide: bool = False, masked: bool = False, pairs: int = 0
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns a kernel's constants (block sizes, pieces of the head dim) and its compiler options.
+    """Returns (constants, options) of a kernel: its constants (block sizes, pieces of the head
+    dim), and its compiler options.
 
     Arguments are those of `blocks`.
     """
@@ -462,7 +464,8 @@ def configuration(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Returns the PRECISION of `_dot`. Float32 uses TF32 if PyTorch's own matrix products may."""
+    """Returns the PRECISION of `_dot` for inputs of `dtype`. Float32 uses TF32 if PyTorch's own
+    matrix products may use it."""
     if INTERPRETED:
         return "upcast" if dtype == torch.bfloat16 else "ieee"
     return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
@@ -476,8 +479,9 @@ def _tf32_is_allowed() -> bool:
 
 
 def _launch(name: str, grid: Grid, q: Tensor, m: int, *args: Tensor | int | float, **flags: bool) -> None:
-    """Runs a kernel on `grid` programs, compiled for the device, dtype and head dim of `q`, with m
-    keys."""
+    """Runs a kernel on `grid` programs. The kernel is compiled for the device, dtype and head dim
+    of `q` (B,N,H,d), and m is the number of keys. Raises ValueError for tensors that are not on a
+    CUDA device."""
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the triton backend needs CUDA tensors, not {q.device.type}; use backend='auto'")
     masked = flags["BIAS"] or flags["REGION"]
@@ -501,24 +505,26 @@ def _grid(blocks: int, heads: int, images: int) -> tuple[int, int, int]:
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
-    """Returns `x`, copied if its last stride is not 1. The kernels accept any other strides."""
+    """Returns `x`, or a contiguous copy of it if its last stride is not 1. The kernels accept any
+    other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _pointer(x: Tensor | None, otherwise: Tensor) -> Tensor:
-    """Returns `x`, or `otherwise` in place of None, because a kernel needs a pointer for every
-    argument, even for one that it will not read."""
+    """Returns `x`, or `otherwise` if `x` is None. A kernel needs a pointer for every argument, even
+    for one that it will not read."""
     return otherwise if x is None else x
 
 
 def _region_pointer(region: Tensor | None, otherwise: Tensor) -> Tensor:
-    """Returns region (B,N) as the contiguous int32 that the kernels read, or `otherwise` in place
-    of None."""
+    """Returns region (B,N) as contiguous int32, which the kernels read, or `otherwise` if `region`
+    is None."""
     return otherwise if region is None else region.to(torch.int32).contiguous()
 
 
 def _bias_strides(bias: Tensor | None, q: Tensor, k: Tensor) -> Strides:
-    """Returns the four strides of the bias, 0 along dimensions that are broadcast."""
+    """Returns the four strides of the bias expanded to (B,H,N,M). They are 0 along dimensions that
+    are broadcast, and all 0 if `bias` is None."""
     if bias is None:
         return (0, 0, 0, 0)
     return bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
@@ -539,10 +545,10 @@ def forward(
 
     Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
     concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M) float32 and lse (B,H,N)
-    float32, which `backward` needs. `out` is empty if `v` is None; the map is empty without
-    `probs`. An `lse` that another kernel has computed, contiguous, saves that pass if `v` is None,
-    and an empty tensor is returned in its place. Raises ValueError for tensors that are not on a
-    CUDA device.
+    float32, the base-2 log-sum-exp that `backward` needs. `out` is empty if `v` is None; the map is
+    empty without `probs`. If `v` is None and another kernel has computed lse already, it may be
+    given as `lse`, contiguous; the first kernel is then not run, and the returned lse is empty.
+    Raises ValueError for tensors that are not on a CUDA device.
     """
     q = _contiguous_rows(q)
     k = _contiguous_rows(k)
@@ -591,8 +597,8 @@ def backward(
     """Computes the gradients of q, k and v, each in the shape of its input.
 
     `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of out and map; None means zero.
-    `out` and `lse` are what `forward` returned. The gradients of k and v are empty without
-    `need_kv`, that of v also if `v` is None.
+    `out` and `lse` are those of `forward`. The gradients of k and v are empty without `need_kv`;
+    the gradient of v is also empty if `v` is None.
     """
     q = _contiguous_rows(q)
     k = _contiguous_rows(k)

@@ -38,8 +38,9 @@ expect; PyTorch's own GroupNorm copies such an x to NCHW). y has the layout of x
 the 10 channels of a group are 20 bytes of a cell's row, too few for a wide load, so one program may
 take several neighbouring groups (`wide_norm` in switches.py).
 
-Evidence. Results agree with float64 in Triton's interpreter, and the 16-bit variants that the tests
-compile keep their work in registers. The speed on a GPU is expected, not measured.
+Evidence. Results agree with float64 in Triton's interpreter. The variants for SD's channels,
+compiled for sm_80, 86, 89, 90 and 120, spill at most 8 bytes of a thread's registers. The speed on
+a GPU is expected, not measured.
 """
 
 # Triton's compiler gives kernels their types. Pyright takes a call from one kernel to another for a
@@ -69,8 +70,8 @@ def _block(
     P, sx_c, sx_p,  # cells; strides of x per channel and cell
     CB: tl.constexpr, ADD: tl.constexpr, SUM: tl.constexpr,  # channels of the block; dtype to compute in
 ):  # fmt: skip
-    """Returns x + add of a block (channels, cells) in dtype SUM, and the mask of entries that
-    exist."""
+    """Returns x + add of a block (channels, cells) in dtype SUM, and the mask of the entries that
+    exist (block sizes are powers of two)."""
     inside = (c[:, None] < CB) & (cells[None, :] < P)
     x = tl.load(X + c[:, None] * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
     if ADD:
@@ -89,8 +90,8 @@ def _statistics(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the mean and M2 of one chunk of GB groups. The blocks are merged channel by channel,
-    then the channels of each group."""
+    """Computes the mean and M2 of one chunk of each of GB groups. The blocks are merged channel by
+    channel, and then the channels of each group."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -125,8 +126,8 @@ def _moments(
     P, chunk, eps,  # cells, cells per chunk, added to the variance
     CG: tl.constexpr, GB: tl.constexpr, CHUNKS: tl.constexpr,  # channels per group, groups, chunks
 ):  # fmt: skip
-    """Returns the mean and 1 / sqrt(var + eps) of each channel's group, (channels, 1) each, merged
-    from all the group's chunks."""
+    """Returns the mean and 1 / sqrt(var + eps) of each channel's group, (channels, 1) each. They
+    are merged from the statistics of all chunks of the group."""
     s = tl.arange(0, CHUNKS)
     count = tl.maximum(tl.minimum(P - s * chunk, chunk), 0).to(tl.float32)  # cells in each chunk
     part = count / P
@@ -157,8 +158,8 @@ def _normalise(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes y of one block of cells of GB groups. Each block merges the statistics of all chunks
-    itself."""
+    """Computes y for one block of cells of GB groups. Each block merges the statistics of all
+    chunks itself."""
     cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
     g = tl.program_id(1) * GB
     c = tl.arange(0, BC)
@@ -184,8 +185,8 @@ def _upstream(
     CB: tl.constexpr,  # channels of the block
     ADD: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr,  # SUM: the dtype to compute in
 ):  # fmt: skip
-    """Returns the gradient e of xhat, and xhat (channels, cells each, 0 where no entry exists), and
-    the mask of entries that exist."""
+    """Returns (e, xhat, inside): the gradient e of xhat, and xhat, each (channels, cells) and 0
+    outside the mask `inside` of the entries that exist."""
     x, inside = _block(X, Add, c, cells, P, sx_c, sx_p, CB, ADD, SUM)
     weight = tl.load(Weight + c, mask=c < CB, other=0.0).to(SUM)[:, None]
     xhat = tl.where(inside, (x - mean) * inverse, 0.0)
@@ -211,8 +212,8 @@ def _gradient_sums(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the sums of e and of e xhat over one chunk of GB groups. The blocks are added channel
-    by channel, then the channels of each group."""
+    """Computes the sums of e and of e xhat over one chunk of each of GB groups. The blocks are
+    added channel by channel, and then the channels of each group."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -253,7 +254,7 @@ def _gradient(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes dx of one block of cells of GB groups. Each block adds up the sums of all chunks
+    """Computes dx for one block of cells of GB groups. Each block adds up the sums of all chunks
     itself."""
     cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
     g = tl.program_id(1) * GB
@@ -292,8 +293,9 @@ Grids = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: int) -> int:
-    """Returns how many groups a block covers: one, or in channels_last as few as make the rows of a
-    block at least WIDE channels and a multiple of 16 bytes (up to 128 channels)."""
+    """Returns how many groups a block covers. It is one, except in channels_last with the switch
+    `wide_norm`: there it is the least power of two with which the rows of a block have at least
+    WIDE and at most 128 channels and a multiple of 16 bytes, or one if there is none."""
     cg = channels // groups
     if channels_last and switches.current.wide_norm:
         for gb in (1, 2, 4, 8, 16, 32):
@@ -303,8 +305,8 @@ def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: 
 
 
 def configuration(channels: int, groups: int, gb: int = 1) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns the kernels' constants for channels/groups channels per group and `gb` groups per
-    block, and their compiler options."""
+    """Returns (constants, options): the kernels' constants for channels/groups channels per group
+    and `gb` groups per block, and their compiler options."""
     cg = channels // groups
     bc = 1 << (gb * cg - 1).bit_length()  # the next power of two
     constants = {"CG": cg, "GB": gb, "BC": bc, "BP": CELLS[bc], "CHUNKS": CHUNKS}
@@ -314,8 +316,8 @@ def configuration(channels: int, groups: int, gb: int = 1) -> tuple[dict[str, in
 def _launch(
     x: Tensor, groups: int, add: Tensor | None
 ) -> tuple[Grids, tuple[int, ...], tuple[int, ...], dict]:
-    """Returns, for x (B,C,h,w), the grids by chunk and by block, and the kernels' sizes, strides
-    and constants."""
+    """Returns (grids, sizes, strides, constants) of the kernels for x (B,C,h,w). `grids` is a pair:
+    the numbers of programs for kernels that take a chunk, and for kernels that take a block."""
     b, c, h, w = x.shape
     p = h * w
     nchw = x.is_contiguous()
@@ -340,10 +342,11 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 def forward(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes GroupNorm of x + add, with SiLU on request.
+    """Computes GroupNorm of x + add, followed by SiLU if `silu`.
 
-    x (B,C,h,w), contiguous or channels_last, weight and bias (C,), add (B,C) contiguous or None.
-    Returns y (B,C,h,w) in the memory format of x, and the means and M2 that `backward` needs.
+    x is (B,C,h,w), contiguous or channels_last; weight and bias are (C,); add is (B,C), contiguous,
+    or None. Returns (y, mean, m2): y (B,C,h,w) in the memory format of x, and the mean and M2 of
+    each chunk, which `backward` needs.
     """
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     y = torch.empty_like(x)
@@ -370,7 +373,8 @@ def backward(
     mean: Tensor,
     m2: Tensor,
 ) -> Tensor:
-    """Computes the gradient of x (B,C,h,w) from that of y, in the memory format of x."""
+    """Computes the gradient of x (B,C,h,w) from `dy`, the gradient of y, in the memory format of x.
+    `mean` and `m2` are those of `forward`."""
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
@@ -406,10 +410,12 @@ class _GroupNorm(torch.autograd.Function):
 def apply(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
 ) -> Tensor:
-    """Computes GroupNorm of x + add, with SiLU on request. Differentiable once, in x alone.
+    """Computes GroupNorm of x + add, followed by SiLU if `silu`. The result can be differentiated
+    once, and in x alone.
 
-    x (B,C,h,w), weight and bias (C,), add (B,C) or None. Returns y (B,C,h,w) in the memory format
-    of x, contiguous or channels_last; an x of any other strides is made contiguous first.
+    x is (B,C,h,w), weight and bias are (C,), add is (B,C) or None. Returns y (B,C,h,w) in the
+    memory format of x, contiguous or channels_last; an x of any other strides is made contiguous
+    first.
     """
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()

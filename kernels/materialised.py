@@ -1,9 +1,9 @@
 """Attention with all probabilities in memory and 16-bit products, for small maps on a GPU.
 
 Where a map is so small that launching kernels takes longer than running them, a few matrix products
-do as well as the kernels of flash.py, and are launched sooner. Operands are 16-bit, as in flash.py.
-Scores, probabilities and every sum are float32, so no score is rounded to 16 bits. The formulas of
-the gradient are derived in flash.py.
+run as fast as the kernels of flash.py, and are launched faster. Operands are 16-bit, as in
+flash.py. Scores, probabilities and every sum are float32, so no score is rounded to 16 bits. The
+formulas of the gradient are derived in flash.py.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""Computes linear layers and attention on a CPU by oneDNN, where PyTorch would use a slower library.
+"""Computes linear layers and attention on a CPU with oneDNN if PyTorch would use a slower library.
 
 PyTorch contains two libraries: oneDNN for convolutions and, on x86, MKL for float32 matrix
 products. MKL uses AVX-512 only on Intel's own processors. On one core of an AMD EPYC (Zen 5) the
-product of 8192 x 1280 and 1280 x 320 ran at 105 GFLOP/s by MKL and at 240 by oneDNN (measured); on
-Intel no gain is claimed. This module calls the operator that torch.compile substitutes for a linear
-layer. It uses PyTorch's own product where the operator is missing or not supported: on other
+product of 8192 x 1280 and 1280 x 320 ran at 105 GFLOP/s with MKL and at 240 with oneDNN (measured);
+on Intel no gain is expected. This module calls the operator that torch.compile substitutes for a
+linear layer. It uses PyTorch's own product where the operator is missing or not supported: on other
 devices, under torch.compile, in forward-mode differentiation and in torch.func's transforms.
 """
 
@@ -23,7 +23,7 @@ LEAST = 1 << 22  # the smallest N*M*d at which the blocked loop is faster than P
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Returns whether oneDNN's operator can take these tensors, apart from their dtype."""
+    """Returns whether oneDNN's operator can take these tensors. Their dtype is not checked."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -40,9 +40,9 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes x weight^T + bias by oneDNN, without a gradient.
+    """Computes x weight^T + bias with oneDNN, without a gradient.
 
-    x (...,i), weight (o,i), bias (o,) -> (...,o), all of one dtype and on a CPU.
+    x is (...,i), weight (o,i), bias (o,) or None, all of one dtype and on a CPU. Returns (...,o).
     """
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
@@ -61,7 +61,8 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes x weight^T + bias for frozen weights: x (...,i), weight (o,i), bias (o,) -> (...,o).
+    """Computes x weight^T + bias for frozen weights. x is (...,i), weight (o,i), bias (o,) or None.
+    Returns (...,o).
 
     Only float32 is passed to oneDNN directly, because PyTorch itself uses oneDNN for 16 bits. If a
     weight needs a gradient, PyTorch's own product is used.
@@ -93,10 +94,11 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Computes softmax(q k^T scale) v without a gradient: q (B,N,H,d), k, v (B,M,H,d) -> (B,N,H,d).
+    """Computes softmax(q k^T scale) v without a gradient. q is (B,N,H,d), k and v are (B,M,H,d).
+    Returns (B,N,H,d).
 
-    It takes one block of one head's rows at a time, so that the block's scores stay in the caches.
-    Products and sums are in float32 for 16-bit inputs too.
+    The rows of each head are processed block by block, so that the scores of a block stay in the
+    caches. Products and sums are in float32 for 16-bit inputs too.
     """
     (b, n, h, d), m = q.shape, k.shape[1]
     out = q.new_empty(b, n, h, d)

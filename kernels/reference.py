@@ -1,11 +1,11 @@
 """Attention in plain PyTorch: its definition, and a form in bounded memory.
 
 `whole` is the definition, differentiated by autograd; the other backends are tested against it.
-`forward` and `backward` compute the same, a few rows at a time, and hold at most `LIMIT`
-probabilities. Rows of a softmax are independent, so nothing is approximated. flash.py derives the
-formulas of `backward`. It does not leave them to autograd with a checkpoint per chunk, because that
-made the allocator hold gigabytes. `forward` keeps the probabilities if all of them fit the limit;
-otherwise `backward` recomputes them chunk by chunk.
+`forward` and `backward` compute the same output, map and gradients, a few rows at a time, and hold
+at most `LIMIT` probabilities. Rows of a softmax are independent, so nothing is approximated.
+flash.py derives the formulas of `backward`. Autograd with a checkpoint per chunk would do without
+them, but made the allocator hold gigabytes. `forward` keeps the probabilities if all of them fit
+the limit; otherwise `backward` recomputes them chunk by chunk.
 """
 
 from collections.abc import Iterator
@@ -75,7 +75,8 @@ def _heads_first(y: Tensor) -> Tensor:
 def _chunks(
     q: Tensor, k: Tensor, bias: Tensor | None, region: Tensor | None
 ) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
-    """Yields (rows, and the matching slices of bias and region) for q (B,H,N,d) and k (B,H,M,d)."""
+    """Yields (rows, bias_rows, region_rows) for q (B,H,N,d) and k (B,H,M,d): a slice of the N rows,
+    and the parts of bias and region for these rows (None if there is no bias or region)."""
     b, h, n, _ = q.shape
     step = max(1, LIMIT // (b * h * k.shape[2]))
     for start in range(0, n, step):
@@ -142,9 +143,9 @@ def backward(
     """Computes the gradients of q, k and v, each in the shape of its input.
 
     `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of out and map; None means zero.
-    `kept` is what `forward` returned. `out` is not read; the argument exists because flash.py's
-    `backward` has it. The gradients of k and v are empty without `need_kv`, that of v also if `v`
-    is None.
+    `kept` is that of `forward`. `out` is not read; the argument exists because flash.py's
+    `backward` has it. The gradients of k and v are empty without `need_kv`; the gradient of v is
+    also empty if `v` is None.
     """
     dtype, heads = q.dtype, q.shape[2]
     q = _heads_first(q)

@@ -19,7 +19,8 @@ CUDNN_FIRST = [
 
 
 def _order(q: Tensor) -> AbstractContextManager[object]:
-    """Within the block, PyTorch tries its kernels for q in the order that switches.py asks for."""
+    """Returns a context manager in whose `with` block PyTorch tries its attention kernels for q in
+    the order that switches.py asks for."""
     if q.is_cuda and switches.current.cudnn_first:
         return sdpa_kernel(CUDNN_FIRST, set_priority=True)
     return nullcontext()
@@ -42,7 +43,7 @@ def forward(
     dead = None
     if bias is not None:
         bias = bias.to(q.dtype)
-        # PyTorch gives NaN, and NaN gradients, for a row whose keys are all hidden.
+        # For a row whose keys are all hidden, PyTorch gives NaN, and NaN gradients.
         dead = (bias == -torch.inf).all(dim=-1, keepdim=True)
         # The mask is expanded over rows and keys only. PyTorch expands it over images and heads
         # itself; if that were done here, padding its rows for PyTorch's kernels (231 keys to 232)
@@ -57,10 +58,11 @@ def forward(
 
 
 def with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Computes attention without bias or region, and the log-sum-exp of each row of scores.
+    """Computes attention without bias or region. Returns (out, lse): out (B,N,H,d), differentiable,
+    and the log-sum-exp (B,H,N) of each row of scores, float32, base e.
 
-    Calls the operator that scaled_dot_product_attention would choose. Returns (out (B,N,H,d),
-    differentiable, log-sum-exp (B,H,N) float32, base e), or None if that operator returns none.
+    Calls the operator that scaled_dot_product_attention would choose. Returns None if that operator
+    does not return the log-sum-exp.
     """
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     aten = torch.ops.aten

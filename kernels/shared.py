@@ -48,8 +48,9 @@ NEEDED: dict[tuple[str, int], tuple[int, int, int, int]] = {
 
 
 def most_needed(head_dim: int, dtype: torch.dtype, hopper: bool) -> tuple[int, str]:
-    """Returns the most bytes of shared memory that a kernel needs, gradients included, and the
-    kernel's name."""
+    """Returns (most, kernel): the most bytes of shared memory that any kernel needs for this head
+    dim and dtype, gradients included, and the name of that kernel. `hopper` means that the device
+    has a major compute capability in HOPPER."""
     column = 2 * hopper + (dtype == torch.float32)
     most, kernel = 0, ""
     for (name, d), row in NEEDED.items():  # a loop that torch.compile can trace

@@ -51,7 +51,8 @@ current = Switches()
 
 @contextmanager
 def use(**changes: bool | int | None) -> Iterator[Switches]:
-    """Changes some switches within the block. Threads share them, so only one may use this."""
+    """Changes some switches within the `with` block, and yields the `Switches` in force. All
+    threads share the switches, so only one thread at a time may use this function."""
     global current
     before = current
     current = replace(before, **changes)
@@ -63,7 +64,8 @@ def use(**changes: bool | int | None) -> Iterator[Switches]:
 
 @contextmanager
 def in_a_graph() -> Iterator[None]:
-    """Within the block, kernels are chosen for a CUDA graph, in which launching them costs nothing."""
+    """Makes kernels be chosen as suits a CUDA graph, in which launching them costs nothing, within
+    the `with` block."""
     least = None if current.norm_gradient_from is None else 0
     with use(norm_gradient_from=least):
         yield

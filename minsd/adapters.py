@@ -27,9 +27,9 @@ LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
 class Adapters:
-    """The object that a collage shares with all adapters that differ from pass to pass. Within a
-    block of `rows`, `passes` has the pass of each row of the batch; outside such a block it is
-    None."""
+    """An object that a collage shares with all adapters that differ from pass to pass (a pass is
+    one UNet evaluation with one caption). Within a block of `rows`, `passes` holds the number of
+    the pass of each row of the batch. Outside such a block, `passes` is None."""
 
     def __init__(self) -> None:
         self._passes: tuple[int, ...] | None = None
@@ -40,8 +40,8 @@ class Adapters:
 
     @contextmanager
     def rows(self, passes: Sequence[int]) -> Iterator[None]:
-        """States that, within the `with` block, row b of every batch belongs to pass `passes[b]`.
-        The end of the block restores the state before the block, also after an error."""
+        """Sets `passes` within the `with` block: row b of every batch belongs to pass `passes[b]`.
+        At the end of the block `passes` gets its earlier value back, also after an error."""
         before = self._passes
         self._passes = tuple(passes)
         try:
@@ -51,14 +51,15 @@ class Adapters:
 
 
 def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str) -> list[int] | None:
-    """Returns, for each row of a batch, the index of the setting (scale or control image) that the
-    row uses, from 0 to count - 1. Returns None if the adapter does nothing now.
+    """Returns, for each of `rows` rows of a batch, the index (0 to count - 1) of the setting that
+    the row uses, where a setting is a scale or a control image. Returns None if the adapter does
+    nothing now.
 
-    With `adapters`, row b uses the setting of its pass (modulo `count`, so that a single setting
-    serves every pass), and outside a block of `adapters.rows` the result is None. Without
-    `adapters`, the rows use the settings in turn, over and over: with R settings, rows b and R + b
-    (the two halves of guidance) use the same one. Raises ValueError, naming the settings as `what`,
-    where the batch does not fit.
+    With `adapters`, a row that belongs to pass k uses setting k modulo `count`, so that a single
+    setting serves every pass. Outside a block of `adapters.rows` the result is None. Without
+    `adapters`, row i uses setting i modulo `count`, so that both halves of guidance use the same
+    settings. Raises ValueError if the number of rows does not fit the number of settings or of
+    passes; `what` is the name of the settings in the message.
     """
     if adapters is None:
         if rows % count:
@@ -72,8 +73,8 @@ def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str
 
 
 def split_scale(text: str) -> LoRAReference:
-    """Parses "style.safetensors:0.8" into the file and 0.8. The scale is 1 if there is none. Raises
-    ValueError for other forms."""
+    """Parses "style.safetensors:0.8" into (Path("style.safetensors"), 0.8). The scale is 1 if the
+    text has none. Raises ValueError for other forms."""
     tag = re.fullmatch(r"<lora:(.+):([\d.]+)>", text)
     if tag is not None:
         raise ValueError(f"{text} is a prompt's form: give the file, such as {tag[1]}.safetensors:{tag[2]}")
@@ -98,7 +99,7 @@ def join_scale(path: Path, scale: float) -> str:
 
 
 def split_name(text: str) -> tuple[Path, str | None]:
-    """Parses "style.pt:my-style" into the file of an embedding and the word that stands for it in
-    prompts. The word is None if there is none."""
+    """Parses "style.pt:my-style" into the file of an embedding and the word that stands for the
+    embedding in prompts. The word is None if the text has none."""
     m = re.fullmatch(r"(.+\.(?:safetensors|pt|pth|bin|ckpt)):([^:]+)", text)
     return (Path(text), None) if m is None else (Path(m[1]), m[2])

@@ -18,17 +18,18 @@ KV = tuple[Tensor, Tensor]  # keys and values, each (B, M, heads, d)
 class AttentionRecorder:
     """Collects attention probabilities at one resolution, averaged over heads and layers.
 
-    `resolution` is (rows, columns) in cells. By default it is the coarsest level with more than one
-    transformer block whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512), or the
-    finest level with a transformer block if there is no such level. With `only`, the UNet stops
-    after the last layer that records and returns None. `kinds` may leave out "cross" or "self".
-    A recorder can be reused, because every UNet call discards the earlier maps.
+    `resolution` is (rows, columns) in cells. By default it is that of the coarsest level with more
+    than one transformer block whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512),
+    or of the finest level with a transformer block if there is no such level. With `only`, the UNet
+    stops after the last layer that records, and returns None. `kinds` lists the kinds of attention
+    that are recorded, "cross" or "self" or both. A recorder can be reused, because every UNet call
+    discards the earlier maps.
 
-    After `unet(x, t, context, record=r)`: `r.cross` is (B,h,w,M) over the M text positions and
-    `r.self` is (B,h,w,h*w), both float32 (float64 in a float64 network) and differentiable;
+    After `unet(x, t, context, record=r)`, `r.cross` is (B,h,w,M) over the M text positions and
+    `r.self` is (B,h,w,h*w). Both are float32 (float64 in a float64 network) and differentiable.
     `r.self[b,i,j]` is the softmax row of the query at cell (i,j). `r.cross_layers` and
-    `r.self_layers` are lists of each layer's own mean over heads, (B,h*w,M) and (B,h*w,h*w), in the
-    order in which the layers run.
+    `r.self_layers` are lists of the maps of single layers, averaged over heads, (B,h*w,M) and
+    (B,h*w,h*w), in the order in which the layers run.
     """
 
     resolution: tuple[int, int]  # set by `begin`
@@ -73,7 +74,8 @@ class AttentionRecorder:
         self.self_layers = []
 
     def wants(self, grid: tuple[int, int] | None, is_cross: bool) -> bool:
-        """Returns whether a layer records, given its kind and the grid of cells of its queries."""
+        """Returns whether a layer records its map. `grid` (rows, columns) is the grid of cells that
+        are the layer's queries, and `is_cross` whether it is cross-attention."""
         return grid == self.resolution and ("cross" if is_cross else "self") in self.kinds
 
     @property
@@ -84,7 +86,8 @@ class AttentionRecorder:
         return self.only and len(layers) == self.total
 
     def _mean(self, maps: list[Tensor]) -> Tensor:
-        """Averages the maps (B,h*w,...) of several layers. Returns (B,h,w,...)."""
+        """Averages the maps (B,h*w,...) of several layers. Returns (B,h,w,...). Raises ValueError
+        if there are no maps yet."""
         if not maps:
             raise ValueError("nothing is recorded yet: call unet(x, t, context, record=recorder) first")
         return (sum(maps[1:], maps[0]) / len(maps)).unflatten(1, self.resolution)
@@ -186,8 +189,9 @@ class Attention(nn.Module):
         """Computes attention for x (B,N,C), the cells of `grid` (rows, columns). Returns (B,N,C).
 
         `context` is text states (B,M,D) or their `kv`; None means self-attention. `record` collects
-        the attention map if it records at this grid. With `region` (B,N), the context has R texts
-        (B,R,M,D), and cell n of row b attends to the text with the number region[b,n] only.
+        the attention map if the recorder's resolution is `grid` and its kinds include this layer's.
+        With `region` (B,N), the context has R texts (B,R,M,D), and cell n of row b attends only to
+        the text with the number region[b,n].
         """
         q, k, v = self.project(x, context)
         if record is not None and not record.wants(grid, self.is_cross):

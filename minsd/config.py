@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 CELL = 8  # pixels per side of a latent cell
 LARGEST = 16384  # pixels per side of the largest image
 CONTROL_SCALE_MOST = 100.0  # the largest absolute scale of a ControlNet
+DISTILLED_SCALE = 8.5  # the guidance scale of a network that is told it, unless another is asked for
 STRENGTH = 0.8  # image-to-image generation: the fraction of the steps that run, by default
 # minsd's name of each sampler -> its name in other tools. The same samplers are in
 # samplers.SAMPLERS, but importing samplers would import torch.
@@ -64,6 +65,8 @@ class UNetConfig:
     upcast_attention: bool = False
     norm_groups: int = 32
     norm_eps: float = 1e-5
+    # The width of the embedding in which a distilled network is told the guidance scale; 0: none.
+    guidance_dim: int = 0
     sample_size: int = 64  # latent cells per side in training
 
 
@@ -142,10 +145,11 @@ class ModelConfig:
         return CELL * self.unet.sample_size
 
     def guidance(self, scale: float | None) -> float:
-        """Returns the guidance scale to use; None means the model's own.
+        """Returns the guidance scale to use. None means the model's own scale.
 
-        Model cards of distilled models, whose own scale is 1 (no guidance), write 0 for "none". In
-        the formula of guidance 0 would mean the unconditional half alone, so 1 is returned there.
+        Distilled models have the scale 1 (no guidance), but their model cards write 0 for "none".
+        In the formula of guidance, 0 would mean the unconditional prediction alone. So for these
+        models 0 is replaced by 1.
         """
         scale = self.guidance_scale if scale is None else scale
         return 1.0 if scale == 0 and self.guidance_scale == 1 else scale
@@ -283,9 +287,8 @@ MODELS["shapes-turbo"] = replace(
 
 
 def overflow_advice(dtype: object) -> str:
-    """Returns the end of an error message about values beyond the range of a dtype
-    ("torch.float16", ...): what the user can change.
-    """
+    """Returns advice for the user, the end of an error message about values beyond the range of
+    `dtype` (such as "torch.float16")."""
     if "float16" in str(dtype) and "bfloat16" not in str(dtype):  # float16 ends at 65504
         return "try --dtype float32 or bfloat16"
     return (

@@ -1,9 +1,9 @@
-"""ControlNet (Zhang, Rao & Agrawala 2023, arXiv 2302.05543): a control image says where things go.
+"""ControlNet (Zhang, Rao & Agrawala 2023, arXiv 2302.05543): a control image determines the layout.
 
 A trainable copy of the UNet's encoder half and middle takes the latents, the text and a control
-image. The output of each of its layers passes a convolution that started at zero and is added to
-the matching skip of the UNet. Attribute names are those of diffusers' ControlNetModel checkpoints;
-weights/controlnet.py fills one from files.
+image. The output of each layer of the copy goes through a convolution that was zero when its
+training began, and is added to the matching skip of the UNet. Attribute names are those of
+diffusers' ControlNetModel checkpoints; weights/controlnet.py loads the weights from files.
 
     net = load_controlnet("control_v11p_sd15_canny", device="cpu", dtype=torch.float32)
     unet = Controlled(sd.unet, [Control(net, read_control_image("edges.png", 512, 512), scale=0.8)])
@@ -28,9 +28,8 @@ from minsd.unet import CellTexts, Residuals, TextKV, UNet, skip_channels
 
 
 class ControlImageEmbedding(nn.Module):
-    """Brings a control image to the size of the latents by eight convolutions, three of which
-    halve its sides.
-    """
+    """A stack of eight convolutions, three of which halve the resolution, that brings a control
+    image to the size of the latents."""
 
     def __init__(self, channels: int, hidden: Sequence[int]):
         super().__init__()
@@ -47,23 +46,22 @@ class ControlImageEmbedding(nn.Module):
 
 
 class ControlNet(UNet):
-    """A UNet without its decoder half: returns residuals for the skips and the middle. Its weights
-    are not initialised: weights/controlnet.py fills them from files.
-    """
+    """A UNet without its decoder half. It returns residuals for the UNet's skips and middle block.
+    The constructor makes the network without trained weights; weights/controlnet.py loads weights
+    from files."""
 
     def __init__(self, config: UNetConfig, hidden: Sequence[int] = (16, 32, 96, 256), bgr: bool = False):
         super().__init__(config)
         del self.up_blocks, self.conv_norm_out, self.conv_out
-        self.bgr = bgr  # whether its control images had blue first in training
+        self.bgr = bgr  # whether control images had the channel order BGR in training
         widths = config.block_out_channels
         self.controlnet_cond_embedding = ControlImageEmbedding(widths[0], hidden)
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skip_channels(config))
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Embeds control images (B,3,8h,8w) in 0..1 as (B,C0,h,w). The result is the same at every
-        step.
-        """
+        """Embeds control images (B,3,8h,8w) in 0..1. Returns (B,C0,h,w), where C0 is the number of
+        channels of the finest level. The result is the same at every step."""
         return self.controlnet_cond_embedding(pictures.flip(1) if self.bgr else pictures)
 
     def forward(
@@ -75,8 +73,12 @@ class ControlNet(UNet):
         *,
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
     ) -> Residuals:
-        """x, t, context and region as `UNet.forward` takes them, `embedded` (B,C0,h,w) from
-        `embed` -> the UNet's `control`: a residual for each skip, and one for the middle."""
+        """Returns (residuals, middle), the `control` of `UNet.forward`: a list with one residual
+        per skip, and a residual for the output of the middle block.
+
+        `x`, `t`, `context` and `region` are as in `UNet.forward`. `embedded` (B,C0,h,w) is what
+        `embed` returns.
+        """
         region_down, region_up = region if isinstance(region, tuple) else (region, region)
         context, whole = self.split(context)
         x, skips, temb = self.encode(x, t, context, region=region_down, add=embedded, whole=whole)
@@ -89,11 +91,12 @@ class ControlNet(UNet):
 class Control:
     """A ControlNet, its control images, how strongly it acts, and when.
 
-    `pictures` (R,3,H,W) in 0..1 are control images: one for all rows of a batch (R = 1), or one
-    per row. `scale` multiplies the residuals: a number, or R of them. `start` and `end` are
-    fractions of the way from noise to image, counted in the schedule's `num_train_timesteps`: of
-    1000, start 0.2 and end 0.8 make it act at 200 <= t < 800. With evenly spaced timesteps that is
-    the same fraction of the steps. ValueError for images and numbers that do not fit.
+    `pictures` (R,3,H,W) in 0..1 are control images: one for all rows of a batch (R = 1), or one per
+    row. `scale` multiplies the residuals; it is a number, or a sequence of R numbers. `start` and
+    `end` are fractions of the way from noise to image, measured in training timesteps
+    (`num_train_timesteps`). With 1000 of them, start 0.2 and end 0.8 mean that the ControlNet acts
+    at 200 <= t < 800. With evenly spaced timesteps these are the same fractions of the steps.
+    Raises ValueError for images and numbers that do not fit.
     """
 
     net: ControlNet
@@ -125,7 +128,8 @@ class Control:
         return [float(scale) for scale in scales]
 
     def is_active(self, t: int | float | Tensor) -> bool:
-        """Whether the ControlNet is active at timestep t (a batch is judged by its first row)."""
+        """Returns whether the ControlNet acts at timestep t. If t is a tensor (B,), its first entry
+        decides."""
         t = float(t.flatten()[0]) if torch.is_tensor(t) else float(t)
         low, high = (self.num_train_timesteps * (1 - fraction) for fraction in (self.end, self.start))
         started = self.start == 0 or t < round(high, 6)
@@ -134,15 +138,18 @@ class Control:
 
 
 class Controlled:
-    """A UNet with ControlNets beside it, called in place of the UNet. The residuals of several
-    ControlNets add up.
+    """A UNet together with ControlNets, called in place of the UNet. The residuals of several
+    ControlNets are added up.
 
-    The rows of a batch take the control images in turn, over and over: of R images, rows b and R +
-    b (the two halves of guidance) take image b. With `adapters`, each row takes the control image
-    of the pass that it belongs to (a collage has one pass per caption); outside a `with
-    adapters.rows(...)` block no ControlNet is applied. Wrapping an already wrapped UNet replaces
-    its ControlNets. ValueError for a ControlNet made for another family and, at the first call,
-    for images that do not fit the latents.
+    Without `adapters`, and with R control images, row i of a batch takes control image i mod R, so
+    that both halves of guidance take the same images. With `adapters`, each row takes the control
+    image of the pass that the row belongs to (a collage has one pass, that is, one UNet evaluation,
+    per caption); outside a `with adapters.rows(...)` block no ControlNet is applied. If `unet` is a
+    `Controlled` itself, its ControlNets are replaced.
+
+    The constructor raises ValueError for a ControlNet that was made for another model family
+    (SD1.x, SD2.x or SDXL). The first call raises ValueError for control images that do not fit the
+    latents.
     """
 
     def __init__(
@@ -151,7 +158,7 @@ class Controlled:
         self.unet: UNet = unet.unet if isinstance(unet, Controlled) else unet
         self.controls = list(controls)
         self.adapters = adapters
-        self._embedded: dict[int, Tensor] = {}  # by number of the control
+        self._embedded: dict[int, Tensor] = {}  # position in `controls` -> embedded images
         self._chosen: dict[tuple, tuple[Tensor, Tensor]] = {}
         for control in self.controls:
             _check_family(control.net.config, self.unet.config)
@@ -162,7 +169,8 @@ class Controlled:
         return getattr(self.unet, name)
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Like `UNet.text_kv`, with the ControlNets' layers included."""
+        """Returns what `UNet.text_kv` returns, with the keys and values of the ControlNets' layers
+        included."""
         found = self.unet.text_kv(context)
         for control in self.controls:
             found |= control.net.text_kv(context)
@@ -177,7 +185,8 @@ class Controlled:
         record: AttentionRecorder | None = None,
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
     ) -> Tensor | None:
-        """Evaluates the UNet with the ControlNets' residuals. Arguments as for `UNet.forward`."""
+        """Evaluates the UNet with the ControlNets' residuals. Arguments and result are those of
+        `UNet.forward`."""
         total: list[Tensor] | None = None
         for number, control in enumerate(self.controls):
             if not control.is_active(t):
@@ -193,8 +202,10 @@ class Controlled:
         return self.unet(x, t, context, record=record, region=region, control=residuals)
 
     def _of_rows(self, number: int, images: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
-        """The indices (B,) of the rows' control images and their scales (B,1,1,1), on x's device.
-        They are made once for each form of batch: a copy in every step would wait for a GPU."""
+        """Returns (index, scale), both on x's device: the index (B,) of each row's control image,
+        and the scale of each row (B,1,1,1). `number` is the position of the ControlNet in
+        `controls`, and `images` lists the indices. The tensors are made once and reused, because
+        copying them to a GPU in every step would make the program wait."""
         key = (number, x.device, x.dtype, *images)
         if key not in self._chosen:
             scales = self.controls[number].scales
@@ -203,9 +214,9 @@ class Controlled:
         return self._chosen[key]
 
     def _embedding(self, number: int, x: Tensor) -> Tensor:
-        """Returns a control's images embedded at the latents' size, (R,C0,h,w). Each is embedded
-        once.
-        """
+        """Returns the embedded control images (R,C0,h,w) of the ControlNet at position `number` in
+        `controls`. They are embedded once. Raises ValueError if their size is not 8 times that of
+        the latents x."""
         control = self.controls[number]
         height, width = control.pictures.shape[-2:]
         if (height, width) != (CELL * x.shape[-2], CELL * x.shape[-1]):
@@ -217,7 +228,8 @@ class Controlled:
 
 
 def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
-    """Raises ValueError where a ControlNet does not fit the UNet."""
+    """Raises ValueError if the ControlNet's config `theirs` does not fit the UNet's config
+    `ours`."""
     if theirs.context_dim != ours.context_dim:
         raise ValueError(
             f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have "
@@ -229,11 +241,12 @@ def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
 
 
 def read_control_image(path: str | Path, width: int, height: int) -> Tensor:
-    """Reads a control image (edges, a pose, ...) as (1,3,height,width) in 0..1. It is used as it
-    is: no edges or poses are detected.
+    """Reads a control image (edges, a pose, ...) as a tensor (1,3,height,width) in 0..1. No edges
+    or poses are detected: the file must show them already.
 
-    An image of another size is scaled and cropped to width x height pixels. FileNotFoundError or
-    ValueError, in one line.
+    An image of another size is scaled and cropped to width x height pixels. Raises
+    FileNotFoundError if the file is missing and ValueError if it cannot be read, each with a
+    message of one line.
     """
     picture = image.read(path, what="control image")
     if picture.size != (width, height):

@@ -37,11 +37,12 @@ class Fragment:
 
 
 def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]:
-    """Divides a prompt into fragments, at least one; None stands for a BREAK between two of them.
+    """Divides a prompt into fragments (texts of one weight). The list has at least one fragment.
+    None in the list stands for a BREAK.
 
-    With `weights` False the whole prompt is one fragment of weight 1, as it stands. With None the
-    same holds unless the prompt has the syntax unmistakably (`is_weighted`). Raises ValueError for
-    more than 100 open brackets.
+    With `weights` False the whole prompt, unchanged, is one fragment of weight 1. With `weights`
+    None the same holds unless the prompt contains the syntax unmistakably (`is_weighted`). With
+    True the syntax is always read. Raises ValueError for more than 100 open brackets.
     """
     if weights is False or (weights is None and not is_weighted(prompt)):
         return [Fragment(prompt, 1.0, range(len(prompt)))]
@@ -72,9 +73,9 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
 
 
 def is_weighted(prompt: str) -> bool:
-    """Returns whether a prompt has the syntax unmistakably: a weight in brackets, such as
-    (cat:1.3), or BREAK between spaces. Brackets alone occur in plain text too, as do times and
-    proportions, such as (10:30) and (16:9)."""
+    """Returns whether a prompt contains the syntax unmistakably: a weight in brackets, such as
+    (cat:1.3), or BREAK between spaces. Brackets alone occur in ordinary text too, and so do times
+    and proportions, such as (10:30) and (16:9)."""
     lexemes = list(_LEXEME.finditer(prompt))
     _, closes = _brackets(lexemes)
     for k in closes:
@@ -86,9 +87,10 @@ def is_weighted(prompt: str) -> bool:
 
 
 def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
-    """Returns (factors, closes): the factor by which each opening bracket multiplies the weights
-    inside, and the opening bracket that each closing one ends. Brackets are given by the numbers of
-    their lexemes. Round and square brackets are matched apart, so they may cross."""
+    """Returns (factors, closes), dicts whose keys and brackets are indices of lexemes. `factors`
+    has, for each opening bracket, the factor by which it multiplies the weights inside. `closes`
+    has, for each closing bracket, the opening bracket that it ends. Round and square brackets are
+    matched separately, so a pair of one kind may overlap a pair of the other."""
     opened: dict[str, list[int]] = {"(": [], "[": []}
     factors: dict[int, float] = {}
     closes: dict[int, int] = {}
@@ -107,8 +109,8 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
 
 
 def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
-    """Yields the texts in a lexeme, with their places [start, end) in the prompt; None instead of a
-    text for a BREAK."""
+    """Yields (text, start, end) for each part of a lexeme, with its place [start, end) in the
+    prompt. A BREAK has None as its text."""
     start, end = lexeme.span()
     if lexeme[0][0] == "\\":
         yield lexeme[0][1:], start + 1, end
@@ -123,8 +125,9 @@ def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
 
 
 def chunked(units: Iterable[Sequence[Item] | None], size: int) -> list[list[Item]]:
-    """Fills chunks of up to `size` items, in order, and returns at least one. A unit is a sequence
-    of items that stay in one chunk; None begins a new chunk."""
+    """Divides units into chunks of up to `size` items, in order, and returns at least one chunk. A
+    unit is a sequence of items that stay in one chunk. None in place of a unit begins a new
+    chunk."""
     chunks: list[list[Item]] = [[]]
     for unit in units:
         if unit is None or len(chunks[-1]) + len(unit) > size:

@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, locks folders, and reads JSON and text of unknown origin.
+"""Writes files completely or not at all, locks folders, and reads JSON and text of unknown origin.
 
 Folders of images are shared by processes and machines, and may come from other people. So no file
 is opened for writing through a symbolic link, JSON is parsed with limits, and text from files
@@ -56,10 +56,9 @@ def printable(text: object, most: int = 2000) -> str:
 
 
 def dumps(value: Any) -> str:
-    """Returns JSON in one line, with characters outside ASCII kept as they are. In a value that
-    UTF-8 cannot encode (a file name that is not UTF-8 has lone surrogates in Python) they are all
-    escaped; parsing restores them.
-    """
+    """Returns `value` as JSON in one line, with characters outside ASCII kept as they are. If the
+    text cannot be encoded in UTF-8 (a file name that is not UTF-8 has lone surrogates in Python),
+    all characters outside ASCII are escaped; parsing restores them."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
@@ -76,9 +75,10 @@ def encodable(text: str) -> str:
 def parse_json(text: str | bytes, unique: bool = False) -> Any:
     """Parses JSON of unknown origin.
 
-    Raises ValueError, in one line, for anything but JSON in UTF-8, for more than DEEPEST levels of
-    nesting, for integers of more than 400 digits and, with `unique`, for an object with a repeated
-    key. The message is a reason: "not JSON: ...".
+    Raises ValueError, with a message of one line, if the text is not JSON or not UTF-8, for more
+    than DEEPEST levels of nesting, for integers of more than 400 digits and, with `unique`, for an
+    object with a repeated key. The message states the reason alone, such as "not JSON: ...", for a
+    caller to put the source before it.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -98,11 +98,11 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
 
 
 def read_json(path: Path, unique: bool = False) -> Any:
-    """Reads a JSON file of unknown origin (`parse_json`).
+    """Reads a JSON file of unknown origin, with the limits of `parse_json`.
 
-    Raises FileNotFoundError where the file is missing, and ValueError, in one line with the path,
-    for a pipe or a device, for more than LARGEST_JSON bytes, and for anything that `parse_json`
-    refuses.
+    Raises FileNotFoundError if the file is missing. Raises ValueError, with a message of one line
+    that contains the path, for a pipe or a device, for a file of more than LARGEST_JSON bytes or
+    one that cannot be read, and for anything that `parse_json` refuses.
     """
     try:
         with open(path, "rb", opener=without_blocking) as file:
@@ -122,9 +122,8 @@ def read_json(path: Path, unique: bool = False) -> Any:
 
 
 def without_blocking(path: str, flags: int) -> int:
-    """Opens a file, for `open`'s parameter `opener`. Unlike the default it does not wait for the
-    other end of a named pipe.
-    """
+    """Opens a file, as the `opener` argument of `open`. Unlike the default opener, it does not wait
+    for the other end of a named pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -174,12 +173,12 @@ def exists(path: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary(folder: Path) -> Iterator[BinaryIO]:
-    """Creates a temporary file in the folder, open for writing, with the permissions of the umask.
-    `put` moves the file to its final name. A file that was not moved is deleted at the end of the
-    block.
+    """Creates a temporary file in the folder, and yields it, open for writing, with the permissions
+    of the umask. `put` moves the file to its final name. If the file was not moved, it is deleted
+    at the end of the block.
 
     The file's name contains the host and the process number, and the file is locked while it is
-    open. From these `remove_stale` knows whether the process still runs.
+    open. `remove_stale` uses both to find out whether the process still runs.
     """
     path = folder / f"minsd-{HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
@@ -215,7 +214,8 @@ def _sync(file: BinaryIO) -> None:
 
 def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) -> None:
     """Moves a temporary file to `path` after its contents are on the disk, so that after a power
-    cut `path` is either the whole file or missing. `synced`: the caller has called `sync` already.
+    cut `path` is either the complete file or missing. `synced` means that the caller has called
+    `sync` already.
 
     Without `replace`, raises FileExistsError if `path` exists.
     """
@@ -288,8 +288,9 @@ def _alive(pid: int) -> bool:
 
 
 def own(path: Path, append: bool = False) -> BinaryIO:
-    """Opens a file of minsd's for reading and writing, and creates it where it is missing. With
-    `append` every write goes to the end of the file, even if other processes write to it too.
+    """Opens a file that belongs to minsd for reading and writing, and creates the file if it is
+    missing. With `append` every write goes to the end of the file, even if other processes write to
+    it too.
 
     A symbolic link at `path` is replaced by a file, with a warning, because in a folder from
     somebody else the link could point to any file of the user. Raises OSError for a folder, a pipe,
@@ -316,12 +317,12 @@ def own(path: Path, append: bool = False) -> BinaryIO:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO | None]:
-    """Holds an exclusive lock on the folder among minsd processes; does nothing where the system
-    cannot lock.
+    """Holds an exclusive lock on the folder within the `with` block, so that no other minsd process
+    holds it. Does nothing if the system cannot lock files.
 
-    Yields the lock file, open for reading and writing. Its content is the name of the last image
-    saved. Yields None, with a warning, where the lock file cannot be used, for example because it
-    is a folder.
+    Yields the lock file, open for reading and writing. It contains the name of the last image
+    saved. Yields None, with a warning, if the lock file cannot be used, for example because it is a
+    folder.
     """
     path = folder / ".lock"
     try:
@@ -338,9 +339,8 @@ def locked(folder: Path) -> Iterator[BinaryIO | None]:
 
 
 def _wait(file: BinaryIO, path: Path) -> None:
-    """Locks a file. Warns after PATIENCE seconds, because a process that is suspended keeps its
-    locks.
-    """
+    """Waits for an exclusive lock on a file. Warns after PATIENCE seconds, because a process that
+    is suspended keeps its locks."""
     if fcntl is None:
         return
     end = time.monotonic() + PATIENCE

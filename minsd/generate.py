@@ -22,11 +22,10 @@ from minsd.files import printable, read_json
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0 done, 2 for the user's mistakes, 130
-    interrupted, 1 for anything else.
-    """
-    # OpenMP's threads spin while they wait, which takes the processor from other work. Read when
-    # torch is imported.
+    """Runs the command line and returns its exit code: 0 if done, 2 for mistakes of the user, 130
+    if interrupted, and 1 for anything else."""
+    # OpenMP's threads spin while they wait, which takes the processor from other work. torch reads
+    # this variable when it is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     argv = sys.argv[1:] if argv is None else argv
     tally = Tally()
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
-    """Draws the images, or previews of layouts."""
+    """Generates the images, or draws previews of layouts."""
     quiet = command.quiet or ranks.Share.from_environment().rank > 0
 
     def say(*words: object) -> None:
@@ -74,7 +73,8 @@ def draw(
     quiet: bool,
     say: Callable[..., None],
 ) -> None:
-    """Loads the model, plans the jobs, and runs them; or lists a prompt's tokens."""
+    """Loads the model, plans the jobs (one per image), and runs them. With --list-tokens, prints
+    the tokens of the prompts instead."""
     if command.out.is_dir() and not command.list_tokens:
         hold.take()  # before the minutes of loading; `run` locks a folder that does not exist yet
     from minsd.app.jobs import plan
@@ -105,17 +105,16 @@ def draw(
 
 
 def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..., None]) -> None:
-    """Draws previews of the layouts to DIR/extra, at the size that the images would have. No model
-    is loaded.
-    """
+    """Draws previews of the layouts, at the size that the images would have, and writes them to the
+    folder extra/ of the output folder. No model is loaded."""
     from minsd.image import save
     from minsd.noise.layout import preview
 
     layouts = []
     size = model_size(command.model)
     for line in lines:
-        assert line.layout is not None  # `requests.read` sees to it
-        with located(line.where):  # all of them before the first is drawn
+        assert line.layout is not None  # `requests.read` has checked it
+        with located(line.where):  # all sizes are checked before the first preview is drawn
             layouts.append(line.layout.sized(line.width or size, line.height or size))
     for number, layout in enumerate(layouts):
         path = command.out / "extra" / f"layout-{number}.png"
@@ -124,9 +123,8 @@ def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..
 
 
 def model_size(model: str) -> int:
-    """Returns the default side of a model's images (pixels) without loading the model. For a
-    single file 512 is assumed, because the size is known only once the file is read.
-    """
+    """Returns the default side of a model's images, in pixels, without loading the model. Returns
+    512 if the size is not known before loading, as for a model in a single file."""
     from minsd.config import CELL, LARGEST, MODELS
 
     if model in MODELS:
@@ -147,7 +145,8 @@ def list_tokens(text: Any, prompt: str) -> None:
 
 
 def _end(tally: Tally) -> int:
-    """Returns the exit code of a run that came to its end, and prints how many images failed."""
+    """Returns the exit code of a run that was not interrupted. If several images were wanted, also
+    prints how many failed."""
     if not tally.failed:
         return 0
     if tally.single:  # its error was printed, and needs no count
@@ -161,7 +160,8 @@ def _end(tally: Tally) -> int:
 
 
 def _report(error: Exception, tally: Tally) -> int:
-    """Prints an error as one line and returns the exit code. Every process reports its own errors."""
+    """Prints an error as one line and returns the exit code. Each of several processes prints its
+    own errors."""
     message = reason(error)
     if tally.wanted:
         message = f"{tally.made} of {tally.wanted} images are done; {message}"
@@ -176,11 +176,11 @@ def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
 
 
 def script() -> int:
-    """Runs `main` as a program of its own. torchrun, Slurm and timeout end a run by SIGTERM; here
-    it stops the run as Ctrl-C does.
+    """Runs `main` as a program and returns its exit code. torchrun, Slurm and timeout end a run by
+    SIGTERM; here SIGTERM stops the run as Ctrl-C does.
 
-    `judge` and `compare` with further arguments are programs of their own (minsd/judge.py,
-    minsd/app/study.py); alone, they are prompts.
+    If `judge` or `compare` is the first of several arguments, another program runs (minsd/judge.py,
+    minsd/app/study.py). As the only argument, these words are prompts.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if len(sys.argv) > 2 and sys.argv[1] == "judge":

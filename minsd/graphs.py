@@ -2,10 +2,10 @@
 
 At batch 1 a GPU finishes a kernel of the UNet before Python has launched the next (expected, not
 measured on a GPU). A CUDA graph records the launches of one evaluation and repeats them in a single
-call. A graph is bound to memory addresses, because a replay reads its inputs and writes its output
-where they were when it was captured. So each graph has input tensors of its own. A call's tensors
-are copied into these, except for tensors that are unchanged since the last call, such as a prompt's
-keys and values. The output is copied out.
+call. A graph is bound to memory addresses: a replay reads the inputs and writes the output at the
+addresses that they had at the capture. So each graph has input tensors of its own. The tensors of a
+call are copied into them, except for tensors that are unchanged since the last call, such as the
+keys and values of a prompt. The output is copied to new memory.
 
 Results do not depend on the graphs. Evaluations that record attention, need gradients or run hooks
 run without them, with one exception. Within `differentiating`, an evaluation that ends after its
@@ -39,7 +39,7 @@ Pool = Any  # the handle that torch.cuda.graph_pool_handle returns
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """Returns the tensors in nested dicts, lists and tuples, in order."""
+    """Returns a list of the tensors in nested dicts, lists and tuples, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -50,8 +50,9 @@ def tensors_of(value: object) -> list[Tensor]:
 
 
 def signature_of(value: Any) -> Hashable:
-    """Returns a key that is equal for values that one graph can serve. It holds their structure,
-    and the shapes, dtypes and devices of tensors or the values of constants."""
+    """Returns a key that is equal for two values if one graph can serve both. The key holds the
+    structure of the value, the shapes, dtypes and devices of tensors, and the values of
+    constants."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
@@ -62,8 +63,8 @@ def signature_of(value: Any) -> Hashable:
 
 
 def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """Returns a copy of nested dicts, lists and tuples in which the next of `tensors` replaces each
-    tensor."""
+    """Returns a copy of nested dicts, lists and tuples in which each tensor is replaced by the next
+    one of `tensors`."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, dict):
@@ -85,18 +86,19 @@ def own_copy(y: Tensor) -> Tensor:
 
 
 def cloned(value: Any) -> Any:
-    """Returns a copy of nested lists and tuples of tensors, in memory of its own."""
+    """Returns a copy of nested lists and tuples of tensors. Every tensor in the copy has memory of
+    its own."""
     return replaced(value, iter([y.clone() for y in tensors_of(value)]))
 
 
 def capture(
     run: Callable[[], Any], pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], Any]:
-    """Captures `run` as a CUDA graph. Returns the replay function and the output that replays write
-    to.
+    """Captures `run` as a CUDA graph. Returns (replay, output): a function that replays the graph,
+    and the output of `run`, which every replay overwrites.
 
-    Graphs of one pool share the memory of their intermediate results, so they must run one after
-    the other. All are captured on one `stream`, of the network's own device.
+    Graphs with the same `pool` share the memory of their intermediate results, so they must run one
+    after the other. All are captured on one `stream`, which belongs to the network's own device.
     """
     assert stream is not None
     graph = torch.cuda.CUDAGraph()
@@ -108,11 +110,12 @@ def capture(
 
 
 def warm_up(run: Callable[[], list[Tensor]], x: Tensor) -> None:
-    """Computes the gradient of `run` in the leaf x through every output, once.
+    """Runs `run`, and computes the gradient in the leaf x through every output, once.
 
-    A capture must not compile kernels, nor set up cuBLAS in autograd's thread, so both must have
-    happened before. The evaluations before it may have taken no gradient, because the losses were
-    within their limits, or a gradient through some of the outputs only.
+    A capture must not compile kernels, and must not set up cuBLAS in autograd's thread. This
+    function makes both happen before the capture. Earlier evaluations may not have done so: they
+    may have computed no gradient, because the losses were within their limits, or a gradient
+    through some of the outputs only.
     """
     with torch.enable_grad():
         outputs = run()
@@ -126,8 +129,8 @@ def capture_gradient(
 
     Returns (replay, outputs, replay_back, given, gradient). `replay` writes to `outputs`.
     `replay_back` reads the gradients of the outputs from `given`, and writes the gradient of x to
-    `gradient`. It must directly follow `replay`, because other graphs of the pool may use the
-    memory of the activations.
+    `gradient`. `replay_back` must directly follow `replay`, because other graphs of the pool may
+    overwrite the activations.
     """
     with torch.enable_grad():
         replay, outputs = capture(run, pool, stream)
@@ -138,21 +141,21 @@ def capture_gradient(
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns the stream of all captures on a device, always the same. cuBLAS keeps up to 32 MB for
-    every stream that it was captured on, and never frees them."""
+    """Returns the stream of all captures on a device, always the same one. cuBLAS keeps up to 32 MB
+    for every stream on which it was captured, and never frees this memory."""
     return torch.cuda.Stream(device)
 
 
 def empty_cache() -> None:
     """Returns memory that PyTorch does not use to the device. Does nothing after a failed capture,
-    when this would end in an internal error."""
+    because the release would end in an internal error."""
     if torch.cuda.is_available() and not broken:
         torch.cuda.empty_cache()
 
 
 def give_up(error: Exception) -> None:
-    """Drops all graphs of the process after a failed capture, warns, and prevents further
-    captures."""
+    """Drops all graphs of the process after a failed capture, prints a warning with the reason
+    `error`, and prevents further captures."""
     global broken
     broken = True
     for graphs in list(_living):
@@ -163,7 +166,8 @@ def give_up(error: Exception) -> None:
 
 @dataclass
 class Graph:
-    """One captured evaluation. Calling it with the tensors of a call returns a new output."""
+    """One captured evaluation. Calling the object with the tensors of a call replays the evaluation
+    and returns a new output."""
 
     inputs: list[Tensor]  # read by every replay
     sources: list[tuple[Tensor, int]]  # the tensor last copied into each input, and its version
@@ -181,7 +185,7 @@ class Graph:
 
 @dataclass
 class GradientGraph(Graph):
-    """One captured evaluation of several outputs, and its vector-Jacobian product in the first
+    """One captured evaluation with several outputs, and its vector-Jacobian product in the first
     input."""
 
     replay_back: Callable[[], None]
@@ -214,15 +218,15 @@ class _Replayed(torch.autograd.Function):
 
 
 class Graphs:
-    """A network's `forward`, replayed from CUDA graphs.
+    """Replaces a network's `forward` by replays of CUDA graphs.
 
-    There is one graph per input signature (structure, shapes, dtypes), captured at the signature's
-    second occurrence. The first evaluation runs without a graph, because it compiles kernels and
-    chooses algorithms, which a capture must not do, and because a signature that does not recur is
-    not worth a graph. If memory runs out in `forward` itself, all graphs are released and the
-    network runs without them.
+    There is one graph per input signature (structure, shapes, dtypes). It is captured when the
+    signature occurs for the second time. The first evaluation runs without a graph, because it
+    compiles kernels and chooses algorithms, which a capture must not do, and because a signature
+    that does not recur is not worth a graph. If memory runs out in `forward` itself, all graphs are
+    released and the network runs without them.
 
-    `gradients`: whether evaluations within `differentiating` have graphs too.
+    `gradients`: whether evaluations within a `differentiating` block use graphs too.
     """
 
     def __init__(self, module: nn.Module, gradients: bool = True):
@@ -247,18 +251,18 @@ class Graphs:
 
     @property
     def held(self) -> int:
-        """Returns the bytes reserved for the graphs of all networks on this device, which the rest
-        of the program cannot use."""
+        """Returns the bytes reserved for the graphs of all networks on this network's device. The
+        rest of the program cannot use that memory."""
         return sum(graphs.own for graphs in self._beside())
 
     def _beside(self) -> list["Graphs"]:
-        """Returns these graphs, and those of other networks on the same device, such as a
-        ControlNet's."""
+        """Returns the `Graphs` of all networks on this network's device, itself included; a
+        ControlNet's, for example."""
         return [graphs for graphs in _living if graphs.device == self.device]
 
     def release(self) -> None:
-        """Releases every graph on the device. To be called if other work needs the memory, or if a
-        network has changed."""
+        """Releases the graphs of all networks on the device. Call this method if other work needs
+        the memory, or if a network has changed."""
         for graphs in self._beside():
             graphs.let_go()
         empty_cache()
@@ -287,7 +291,8 @@ class Graphs:
         positional = x, t, context, *rest
         arguments = positional, more
         tensors = tensors_of(arguments)
-        # Graphs exist for recorders of the default resolution that end the evaluation, no others.
+        # `look`: the call only records attention maps, and these are differentiated. Of all calls
+        # with a recorder only such calls have graphs, and only at the default resolution.
         look = record is not None and self.differentiating and record.only and record.wanted is None
         options = more if record is None else {**more, "record": record}
         if (record is not None and not look) or not self._can(tensors, look):
@@ -311,8 +316,9 @@ class Graphs:
         return None
 
     def _can(self, tensors: list[Tensor], look: bool) -> bool:
-        """Returns whether a graph may serve these inputs, of which x is the first. `look`: the call
-        records maps to be differentiated, so x needs a gradient; otherwise nothing may need one."""
+        """Returns whether a graph may serve the inputs `tensors`, of which x is the first. With
+        `look`, the call records attention maps that are differentiated, so x, and nothing else,
+        must require a gradient. Without `look`, no input may require a gradient."""
         if broken or self._hooked(look):
             return False
         differentiated = [y for y in tensors if y.requires_grad] if torch.is_grad_enabled() else []
@@ -324,8 +330,9 @@ class Graphs:
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
     def _hooked(self, look: bool) -> bool:
-        """Returns whether a part of the network has hooks (an adapter's, for one). They are Python,
-        which a replay would skip."""
+        """Returns whether a part of the network has hooks, such as those of an adapter. Hooks are
+        Python functions, which a replay would skip. Backward hooks matter only with `look`, that
+        is, if attention maps are differentiated."""
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return True
         if look and (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks):
@@ -340,7 +347,8 @@ class Graphs:
     def _captured(
         self, key: Hashable, arguments: tuple[Any, ...], tensors: list[Tensor], record: Any
     ) -> bool:
-        """Captures a graph for `key`, and returns whether that succeeded."""
+        """Captures a graph for `key`, and returns whether that succeeded. With a recorder `record`,
+        the graph computes attention maps and their gradient."""
         if len(self.graphs) >= LIMIT:
             self.let_go()
         device = tensors[0].device
@@ -383,7 +391,8 @@ class Graphs:
         return True
 
     def _plainly(self, *arguments: Any, **more: Any) -> Any:
-        """Runs the network itself. If memory runs out, releases the graphs and tries once more."""
+        """Runs the network without a graph. If memory runs out while any network on the device has
+        graphs, releases all of them and runs the network once more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:
@@ -397,8 +406,8 @@ _living: WeakSet[Graphs] = WeakSet()
 
 
 def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> Graphs | None:
-    """Makes a network replay its evaluations from CUDA graphs, or stops that. Returns its
-    graphs."""
+    """Makes a network replay its evaluations from CUDA graphs, and returns its `Graphs`. With `on`
+    False, makes it stop doing so, and returns None. `gradients` is as in `Graphs`."""
     graphs = graphs_of(network)
     if graphs is not None:
         graphs.release()
@@ -411,16 +420,17 @@ def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> G
 
 
 def graphs_of(network: Any) -> Graphs | None:
-    """Returns the graphs of a network, or None."""
+    """Returns the `Graphs` of a network, or None if it does not use graphs."""
     forward = getattr(network, "forward", None)
     return forward if isinstance(forward, Graphs) else None
 
 
 @contextlib.contextmanager
 def differentiating(network: Any) -> Iterator[None]:
-    """Within the block, evaluations that end after their attention maps, and the gradients of these
-    maps in the latents, are replayed too, if the network has graphs. The gradient of an evaluation
-    must be taken before the network runs again, and only once."""
+    """Makes a network replay evaluations of another kind too within the `with` block: those that
+    end after their attention maps, and the gradients of these maps in the latents. Does nothing if
+    the network has no graphs. The gradient of an evaluation must be computed before the network
+    runs again, and only once."""
     graphs = graphs_of(network)
     if graphs is None or not graphs.gradients:
         yield

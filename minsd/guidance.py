@@ -2,8 +2,9 @@
 predictors.
 
 v-prediction is converted to eps in this module and nowhere else. This module also applies guidance
-of whole prompts; collages (noise/collage.py) guide each of their passes (one UNet evaluation per
-caption) themselves. Samplers and noise methods depend on neither v-prediction nor guidance.
+of whole prompts. A collage (noise/collage.py) makes one UNet evaluation per caption, a pass, and
+applies guidance to each pass itself. Samplers and noise methods depend on neither v-prediction nor
+guidance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minsd.config import ModelConfig
+from minsd.config import DISTILLED_SCALE, ModelConfig
 from minsd.samplers.schedule import Schedule
 
 Predictor = Callable[[Tensor, int | float], Tensor]
@@ -24,11 +25,11 @@ TextKV = dict[
 
 
 class Model(Protocol):
-    """The part of `StableDiffusion` that noise methods use. Noise methods cannot import that class,
-    because minsd/pipeline.py, which defines it, imports from noise/.
+    """The part of `StableDiffusion` that noise methods use. Noise methods cannot import
+    `StableDiffusion`, because minsd/pipeline.py, which defines it, imports from noise/.
 
-    The networks have type `Any`, because other objects may take their place, such as a `Controlled`
-    for the UNet.
+    The networks have type `Any`, because other objects may replace them, such as a `Controlled` for
+    the UNet.
     """
 
     config: ModelConfig
@@ -54,8 +55,8 @@ class Model(Protocol):
 @contextmanager
 def counted(unet: Any) -> Iterator[list[int]]:
     """Yields a list. Within the `with` block, every UNet evaluation appends its number of rows to
-    the list. Each half of guidance counts as a row; an evaluation repeated by gradient
-    checkpointing counts again."""
+    the list. A guided evaluation has two rows per image. An evaluation that gradient checkpointing
+    repeats is counted again."""
     rows: list[int] = []
     handle = unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     try:
@@ -78,12 +79,13 @@ def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedul
 
 
 def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV]:
-    """Returns a function texts(n), which gives the text states of all `contexts`, each for n
-    images, one context after the other, in a form that the network takes.
+    """Returns a function texts(n), which returns the texts of a batch for n images: n rows for the
+    first of `contexts`, then n rows for the next, and so on. Its result is text states or their
+    `text_kv`, both of which the network accepts.
 
-    The keys and values of the text states are computed once for all steps, and for contexts
-    (1,77n,D) once for all images. Text states that require a gradient are passed without computing
-    keys and values, because every step needs a graph of its own.
+    The keys and values are computed once for all steps, and, if all contexts are (1,77n,D), once
+    for all images. If text states require a gradient, they are returned themselves, because every
+    step then needs its own autograd graph of the keys and values.
     """
     known: dict[int, TextKV] = {}
 
@@ -108,8 +110,9 @@ def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV
 
 
 def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
-    """Makes a predictor from the network and one text. context is (B,77n,D), or (1,77n,D) for every
-    image of the batch."""
+    """Makes a predictor predict(x, t) -> eps (the noise-prediction function that a sampler calls)
+    from the network and one text, without guidance. `context` is text states (B,77n,D), or
+    (1,77n,D) for all images of the batch."""
     texts = _texts(unet, [context])
 
     def predict(x: Tensor, t: int | float) -> Tensor:
@@ -118,15 +121,35 @@ def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
     return predict
 
 
+def distilled(unet: Any, context: Tensor, guidance_scale: float, schedule: Schedule) -> Predictor:
+    """Makes a predictor from a network that is told the guidance scale, and one text. Other callers
+    of the network run it at its usual scale."""
+    plain = conditional(unet, context, schedule)
+    usual, asked = (unet.guidance_of(scale) for scale in (DISTILLED_SCALE, guidance_scale))
+
+    def predict(x: Tensor, t: int | float) -> Tensor:
+        unet.guide(asked)
+        try:
+            return plain(x, t)
+        finally:
+            unet.guide(usual)
+
+    return predict
+
+
 def classifier_free(
     unet: Any, cond: Tensor, uncond: Tensor, guidance_scale: float, schedule: Schedule
 ) -> Predictor:
-    """Makes a predictor with classifier-free guidance, eps = u + g (c - u) (Ho & Salimans 2022). u
-    is the prediction for `uncond`, c that for `cond`, and g is `guidance_scale`. Both are computed
-    in one batch. At g = 1 only c is computed.
+    """Makes a predictor predict(x, t) -> eps with classifier-free guidance, eps = u + g (c - u) (Ho
+    & Salimans 2022), where u is the prediction for `uncond`, c the prediction for `cond`, and g is
+    `guidance_scale`. u and c are computed in one batch. At g = 1 only c is computed.
+    A distilled network (a latent consistency model with a guidance embedding) is told g instead,
+    and only c is computed.
 
-    cond and uncond are (B,77n,D), or (1,77n,D) for every image of the batch.
+    `cond` and `uncond` are text states (B,77n,D), or (1,77n,D) for all images of the batch.
     """
+    if getattr(getattr(unet, "config", None), "guidance_dim", 0):
+        return distilled(unet, cond, guidance_scale, schedule)
     if guidance_scale == 1:
         return conditional(unet, cond, schedule)
     texts = _texts(unet, [uncond, cond])

@@ -1,4 +1,4 @@
-"""Images in and out: PIL <-> tensors, PNG files with settings as metadata, contact sheets."""
+"""Reads and writes images: PIL <-> tensors, PNG files with settings as metadata, contact sheets."""
 
 import contextlib
 import io
@@ -23,27 +23,28 @@ from minsd.config import SAMPLER_NAMES
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCALED = "minsd: values 0..255"  # in the info of an "F" image that `levels` made; resizing keeps it
+SCALED = "minsd: values 0..255"  # key in the info of an "F" image from `levels`; resizing keeps it
 # The formats that Pillow may try. Pillow decides by content, not by suffix, and some of its other
 # formats run a program (EPS starts Ghostscript).
 FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI".split()
 
 
 def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
-    """Reads an image file of any common kind: upright, the first frame, without transparency.
+    """Reads an image file of any common kind. The result is upright, is the first frame, and has no
+    transparency.
 
-    The image is in "RGB"; or in "F" (one channel, values 0..255) where its greyscale is finer than
-    8 bits, as in depth maps. `on`: a colour, such as "white", to lay transparent images on; None
-    drops the alpha channel, as diffusers does. `what` names the file in errors. Warns where there
-    are more frames. FileNotFoundError or ValueError, in one line, for anything that cannot be
-    read.
+    The image is in mode "RGB". If the file is greyscale with more than 8 bits, as depth maps are,
+    the mode is "F" (one channel, values 0..255). Transparent images are laid on the colour `on`,
+    such as "white"; if `on` is None, the alpha channel is dropped, as diffusers does. `what` names
+    the file in error messages. Warns if the file has more than one frame. Raises FileNotFoundError
+    if the file is missing, and ValueError if it cannot be read, each with a message of one line.
     """
     Image.init()
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
             raise ValueError("it is a pipe or a device")  # reading could block for ever
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
-            # The second image of a phone's MPO is no frame.
+            # The second image of a phone's MPO file does not count as a frame.
             frames = getattr(picture, "n_frames", 1) if picture.format != "MPO" else 1
             if frames > 1:
                 warnings.warn(f"{path} has {frames} frames or pages: the first is used", stacklevel=2)
@@ -63,13 +64,14 @@ def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.
 
 
 def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
-    """A Pillow image in "RGB"; in "F", values 0..255, where its one channel is finer than 8 bits.
+    """Converts a Pillow image to mode "RGB", or to mode "F" with values 0..255 if it has one
+    channel of more than 8 bits.
 
-    White is 65535 for 16-bit images. Wider types state no white, and programs write 8- and 16-bit
-    values into them, so these take the smallest range that holds their values: 0..1 (floating
-    point alone), 0..255, 0..65535, 0..2^31 - 1 (integers alone). ValueError for values that fit
-    none. `file_format`: Pillow's name of the format that the image was read from, where the image
-    itself has lost it.
+    White is 65535 in 16-bit images. Wider types do not define white, and programs write 8-bit and
+    16-bit values into them. So white is the upper end of the smallest range that holds all values:
+    0..1 (floating point only), 0..255, 0..65535, 0..2^31 - 1 (integers only). Raises ValueError for
+    values that fit no range. `file_format` is Pillow's name of the format that the image was read
+    from; it is needed if the image itself has lost it.
     """
     if picture.info.get(SCALED):
         return picture
@@ -92,7 +94,8 @@ def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
 
 
 def to_tensor(pictures: Sequence[Image.Image]) -> "Tensor":
-    """Images of one size -> (B,3,H,W) float32 in -1..1. ValueError where sizes differ."""
+    """Converts images of one size to a tensor (B,3,H,W), float32, in -1..1. Raises ValueError if
+    their sizes differ."""
     import torch
 
     if len({p.size for p in pictures}) != 1:
@@ -107,20 +110,20 @@ def to_tensor(pictures: Sequence[Image.Image]) -> "Tensor":
 
 
 def from_tensor(x: "Tensor") -> list[Image.Image]:
-    """(B,3,H,W) in about -1..1 -> images; values outside are clipped."""
+    """Converts a tensor (B,3,H,W) in about -1..1 to B images. Values outside -1..1 are clipped."""
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """An image cropped about its centre to the proportions of width x height, and scaled to them
-    (pixels).
-    """
+    """Crops an image about its centre to the proportions of width x height, and scales it to width
+    x height pixels."""
     return ImageOps.fit(levels(picture), (width, height), Image.Resampling.LANCZOS)
 
 
 def parameters(settings: dict[str, Any]) -> str:
-    """Settings in AUTOMATIC1111's text form, which other Stable Diffusion tools read and write."""
+    """Returns the settings in AUTOMATIC1111's text form, which other Stable Diffusion tools read
+    and write."""
     control = None
     if settings.get("control_image"):
         net = Path(settings["controlnet"]).stem
@@ -143,19 +146,20 @@ def parameters(settings: dict[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """A value as it stands in `parameters`: a JSON string where it holds what separates values."""
+    """Returns a value in the form that `parameters` uses: as a JSON string if it contains a comma,
+    a colon, a quotation mark or a line break, otherwise unchanged."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 
 
 def _lora_tag(reference: str) -> str:
-    """FILE:SCALE as other tools write it in a prompt: <lora:NAME:SCALE>."""
+    """Converts FILE:SCALE to the form that other tools write in a prompt, <lora:NAME:SCALE>."""
     path, scale = split_scale(reference)
     return f"<lora:{path.stem}:{scale:g}>"
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG, whole or not at all. Its folder is created where it is missing."""
+    """Writes a PNG file completely or not at all. Creates its folder if the folder is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.temporary(path.parent) as file:
         picture.save(file, format="PNG")
@@ -168,11 +172,12 @@ def save_numbered(
     settings: dict[str, Any],
     before: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Writes `NNNNN-SEED.png` with its settings, whole or not at all. NNNNN is one above the highest
-    number in the folder. SEED is the seed asked for, which a selection may not have chosen.
+    """Writes `NNNNN-SEED.png` with its settings, completely or not at all, and returns its path.
+    NNNNN is one above the highest number in the folder. SEED is the seed that was asked for, even
+    if minsd selected another noise than that seed's.
 
-    `before(path)` is called just before the image appears, and saves the files that belong to it,
-    so that no image lacks them.
+    `before(path)` is called just before the image appears. It saves the files that belong to the
+    image, so that no image lacks them.
     """
     with written(picture, folder, settings) as file:
         return place(file, folder, settings, before)
@@ -180,7 +185,9 @@ def save_numbered(
 
 @contextlib.contextmanager
 def written(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Iterator[BinaryIO]:
-    """Writes an image with its settings to a temporary file in the folder, for `place`."""
+    """Writes an image with its settings to a temporary file in the folder, and yields the open
+    file, which `place` can name. The file is deleted at the end of the block unless it was
+    moved."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, files.dumps(settings))
     info.add_itxt("parameters", files.encodable(parameters(settings)))
@@ -196,11 +203,11 @@ def place(
     before: Callable[[Path], None] = lambda path: None,
     synced: bool = False,
 ) -> Path:
-    """Gives a temporary file its number and name, as `save_numbered` describes. `synced`: the file
-    has been synced to the disk already.
+    """Gives a temporary file its number and name, as `save_numbered` describes, and returns its
+    path. `synced` means that the file has been synced to the disk already.
 
-    The folder may hold millions of images. It is only listed where the lock file does not name an
-    image that exists.
+    The folder may hold millions of images. It is listed only if the lock file does not contain the
+    name of an image that exists.
     """
     with files.locked(folder) as last:
         name = "" if last is None else last.read(300).decode("ascii", "replace")
@@ -211,7 +218,7 @@ def place(
         while True:
             free += 1
             path = folder / f"{free:05d}-{seed}.png"
-            if os.path.lexists(path):  # two processes save at once where they cannot lock
+            if os.path.lexists(path):  # without locks, two processes may save at the same time
                 continue
             if last is not None:
                 # After a kill here the lock file names a missing image, and the next run lists
@@ -227,14 +234,14 @@ def place(
 
 
 CHUNK = "minsd"  # the keyword of the PNG text chunk that holds an image's settings
-# A name with more digits is not one of minsd's.
+# File names of images. minsd writes no name with more digits.
 NUMBERED = re.compile(r"\d{1,15}-\d{1,19}\.png", re.ASCII)
-# Numbering goes on from these names, so that names stay within NUMBERED.
+# Names from which the numbering continues. They have fewer digits, so new names match NUMBERED.
 COUNTED = re.compile(r"\d{1,12}-\d{1,19}\.png", re.ASCII)
 
 
 def number(name: str) -> int:
-    """Returns the NNNNN of an image's file name."""
+    """Returns the NNNNN of an image's file name as an integer."""
     return int(name.rpartition("-")[0])
 
 
@@ -243,8 +250,8 @@ def number(name: str) -> int:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Reads the settings that minsd wrote into an image's metadata, and decodes the whole image.
-    Raises ValueError for an image that cannot be read or has no settings.
-    """
+    Raises FileNotFoundError if there is no image, and ValueError if it cannot be read or has no
+    settings."""
     read(path)
     try:
         with Image.open(path, formats=["PNG"]) as picture:
@@ -257,13 +264,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def verified(path: Path, whole: bool = False) -> dict[str, Any]:
-    """Returns the settings of a complete image of minsd's. Raises ValueError or OSError for any
-    other file.
+    """Returns the settings of a complete image that minsd wrote. Raises ValueError or OSError for
+    any other file.
 
-    Checks the PNG's signature, its chunks up to IEND, their checksums, and that the image has the
-    size that its settings state. In files above SMALL bytes only the first and the last chunk of
-    image data are read, because a write that was cut off damages the end. With `whole` the pixels
-    are decoded too, as they are where the settings are compressed, which minsd never writes.
+    Checks the PNG's signature, its chunks up to IEND and their checksums, and that the image has
+    the size given in its settings. In files above SMALL bytes only the first and the last chunk of
+    image data are read, because a write that was cut off damages the end. The pixels are decoded
+    too with `whole`, or if the settings are compressed, which minsd never does.
     """
     size, text = _scan(path)
     settings = read_settings(path) if whole or text is None else _parsed(text, path)
@@ -273,7 +280,8 @@ def verified(path: Path, whole: bool = False) -> dict[str, Any]:
 
 
 def _parsed(text: str | bytes, path: Path) -> dict[str, Any]:
-    """Parses the settings of the image at `path`. Raises ValueError for anything but an object."""
+    """Parses the settings of the image at `path`. Raises ValueError if they are not a JSON
+    object."""
     try:
         settings = files.parse_json(text)
     except ValueError as error:
@@ -289,9 +297,8 @@ MOST_CHUNKS = 100_000  # Pillow writes about 64 kB of image data per chunk
 
 
 def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
-    """Returns the (width, height) of a complete PNG, and the text of its settings (None where they
-    are compressed or missing). Raises ValueError for any other file.
-    """
+    """Returns (size, text) of a complete PNG: its (width, height), and the text of its settings, or
+    None if they are compressed or missing. Raises ValueError for any other file."""
     with open(path, "rb", opener=files.without_blocking) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -304,7 +311,8 @@ def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
 
 
 def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
-    """Does the work of `_scan` on an open file of `size` bytes."""
+    """Does the work of `_scan` on an open file of `size` bytes. Raises struct.error or ValueError
+    if the file is not a complete PNG."""
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
         raise ValueError("it lacks a PNG's signature")
     dimensions = None
@@ -336,9 +344,8 @@ def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
 
 
 def _content(file: BinaryIO, place: int) -> bytes:
-    """Returns the content of the chunk at an offset of a PNG. Raises ValueError where its checksum
-    is wrong.
-    """
+    """Returns the content of the chunk that starts at offset `place` of a PNG. Raises ValueError if
+    its checksum is wrong or if it is too long."""
     file.seek(place)
     length, kind = struct.unpack(">I4s", file.read(8))
     if length > LONGEST_TEXT:
@@ -352,7 +359,8 @@ def _content(file: BinaryIO, place: int) -> bytes:
 def contact_sheet(
     pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Images of one size in rows, with a line of caption below each."""
+    """Arranges images of one size in rows of `columns` images, with one line of caption below each
+    image."""
     w, h = pictures[0].size
     line = 14 if captions else 0
     rows = -(-len(pictures) // columns)

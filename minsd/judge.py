@@ -317,6 +317,9 @@ class Ready:
         """Loads the judge onto the device that was asked for, or a GPU where there is one."""
         import torch
 
+        # Scores of different machines are compared, so products keep all bits of float32.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda" and local_rank() is not None:
             device = f"cuda:{local_rank()}"

@@ -45,14 +45,14 @@ def load(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> "StableDiffusion":
-    """Loads a model by name ("shapes", or a row of `minsd.config.MODELS`), folder, file or hub id.
-    Its weights are frozen.
+    """Loads a model by name ("shapes", or a name in `minsd.config.MODELS`), folder, file or hub id.
+    The weights of the model are frozen.
 
-    `device` defaults to CUDA where available, otherwise to the CPU; `dtype` defaults to float16 on
-    CUDA and float32 elsewhere. `vae`, a folder or file, replaces the model's own VAE. `tokenizer`,
-    a folder, and `prediction_type` are for single files, which contain no tokenizer and may not state
-    a prediction type. Raises ValueError or FileNotFoundError, in one line, for anything that cannot
-    be loaded.
+    `device` defaults to CUDA if available, otherwise to the CPU; `dtype` defaults to float16 on
+    CUDA and float32 elsewhere. `vae`, a folder or file, replaces the model's own VAE. `tokenizer`
+    (a folder) and `prediction_type` are for models in a single file, which contains no tokenizer
+    and may not state a prediction type. Raises FileNotFoundError for missing files, and ValueError
+    for anything else that cannot be loaded, with a message of one line.
     """
     from minsd.weights.load import load_model
 
@@ -112,12 +112,13 @@ class StableDiffusion:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """Returns float32 for SDXL's VAE in a float16 model, and otherwise the model's dtype."""
+        """Returns the dtype in which the VAE runs: float32 for SDXL's VAE in a float16 model, and
+        otherwise the model's dtype."""
         return self.vae.decoder.conv_in.weight.dtype
 
     def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
-        """Sets the attention backend (of `minsd.kernels.attention`) of the UNet and of `others`,
-        such as a ControlNet."""
+        """Sets the attention backend of the UNet and of `others`, such as a ControlNet. Raises
+        ValueError unless `backend` is one that `minsd.kernels.attention` accepts."""
         if backend not in BACKENDS:
             raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
         for module in (module for network in (self.unet, *others) for module in network.modules()):
@@ -127,8 +128,8 @@ class StableDiffusion:
             graphs.release()
 
     def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
-        """Replays evaluations of the UNet, and of ControlNets in use, from CUDA graphs
-        (minsd/graphs.py), or with `on` False stops doing so. `load` turns graphs on for CUDA.
+        """Makes the UNet, and ControlNets in use, replay their evaluations from CUDA graphs
+        (minsd/graphs.py), or stops this if `on` is False. `load` turns graphs on for CUDA.
 
         With `gradients`, graphs are also used for evaluations whose attention maps are
         differentiated (expected to matter most at batch 1, not measured on a GPU).
@@ -144,8 +145,8 @@ class StableDiffusion:
         """Compiles the UNet with torch.compile. The first step of each image size then takes
         minutes, and later steps are faster.
 
-        `options` are torch.compile's. CUDA graphs, where they are on, capture the compiled UNet,
-        unless `mode` is given, because some modes bring graphs of their own.
+        `options` are those of torch.compile. If CUDA graphs are on, they capture the compiled UNet.
+        They are turned off if `mode` is given, because some modes use graphs of their own.
         """
         graphs = self.graphs is not None and "mode" not in options
         self.use_graphs(False)
@@ -190,11 +191,14 @@ class StableDiffusion:
         one string per image. `height` and `width` are in pixels, multiples of 8. With `init_image`
         the generation is image-to-image: `init_image` is cropped and scaled to the size, and
         `strength` (0 to 1) is the fraction of the steps that run. `karras` uses Karras noise
-        levels, for dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each step's
-        prediction. Raises ValueError for sizes, shapes and counts that do not fit.
+        levels, for the sampler dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each
+        step's prediction. Raises ValueError for sizes, shapes and counts that do not fit.
 
-        With an `objective` (a function of a Look, a name, or FILE.py:NAME) and its `driver`,
-        `settings`, `subjects` and `pairs`, noise/steer.py finds the noise or the updates.
+        An `objective` rates latents, for example by their attention maps. It is a function of a
+        `Look` (noise/look.py), a name in noise/objectives/, or FILE.py:NAME. With an objective,
+        noise/steer.py chooses the initial noise, or updates the latents during sampling, so as to
+        improve the rating. `driver`, `settings`, `subjects` and `pairs` are options of
+        noise/steer.py.
         """
         taken = noise is not None or refine is not None
         begin = asked(objective, driver, settings, subjects, pairs, taken)
@@ -236,15 +240,16 @@ class StableDiffusion:
         guidance_scale: float | None = None,
         **how: Any,
     ) -> Tensor:
-        """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), as one batch. `how` has further
-        arguments of `denoise`."""
+        """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), as one batch, with classifier-free
+        guidance. `how` holds further arguments of `denoise`."""
         return self.denoise(self.guided(prompts, negative_prompt, guidance_scale), noise, **how)
 
     def guided(
         self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None
     ) -> guidance.Predictor:
-        """Returns the guided predictor for prompts: one string for all images, or a list with one
-        string per image."""
+        """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance for
+        prompts: one string for all images, or a list with one string per image. Raises ValueError
+        for a guidance scale that is not finite."""
         guidance_scale = self.config.guidance(guidance_scale)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
@@ -268,10 +273,10 @@ class StableDiffusion:
         refine: Callable | None = None,
         progress: Callable[[int, int | float], object] | None = None,
     ) -> Tensor:
-        """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), with any noise predictor. All
-        methods share this loop.
+        """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), with any noise predictor
+        `predict(x, t) -> eps`. All methods share this loop.
 
-        `seeds`, a list with one per image, are for samplers that draw noise during sampling.
+        `seeds`, a list with one seed per image, are for samplers that draw noise during sampling.
         `init`, the latents of an image, (B,4,h,w) or (1,4,h,w), makes the generation
         image-to-image: noise is added to `init`, and the last `strength` (a fraction) of the steps
         run. At strength 0 no step runs; at 1 nothing of `init` is left. `progress(i, t)` is called
@@ -298,19 +303,23 @@ class StableDiffusion:
 
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> guidance.Predictor:
         """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
-        the text states `context` and away from `uncond`, each (B,77n,D) or (1,77n,D). If their
-        lengths differ, the shorter one is filled up with empty chunks."""
-        if guidance_scale != 1:
+        the text states `context` and away from the text states `uncond`, each (B,77n,D) or
+        (1,77n,D). If their lengths differ, empty chunks are appended to the shorter one."""
+        guided = guidance_scale != 1 and not self.config.unet.guidance_dim
+        if guided and context.shape[1] != uncond.shape[1]:
             context, uncond = (
                 self.text.filled(one, other.shape[1]) for one, other in ((context, uncond), (uncond, context))
             )
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
     def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor:
-        """Encodes prompts into text states (B,77n,D), in the model's dtype. n is 1 for up to 75
-        tokens; all prompts are filled up to the n of the longest. For SDXL the result is
-        (B,77n+1,D), whose last row is for the whole text (`text.TwoTextEncoders`). `size` (height,
-        width), in pixels, is for SDXL: the latents will be a part of an image that large."""
+        """Encodes prompts into text states (B,77n,D), in the model's dtype. n is the number of
+        chunks: 1 for up to 75 tokens. Shorter prompts get empty chunks, up to the n of the longest.
+
+        For SDXL the result is (B,77n+1,D). Its last row describes the whole text and the image's
+        size (`text.TwoTextEncoders`). `size` (height, width), in pixels, is for SDXL only: it means
+        that the latents will be a part of an image that large.
+        """
         part = {} if size is None else {"size": size}  # other encoders may take prompts alone
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self.text.encode(prompts, **part).to(self.dtype)
@@ -333,8 +342,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Decodes latents (B,4,h,w) into B images. Raises FloatingPointError where latents or
-        images are not finite, instead of returning a black image."""
+        """Decodes latents (B,4,h,w) into B images. Raises FloatingPointError if latents or images
+        are not finite, instead of returning a black image."""
         if not latents.isfinite().all():
             raise FloatingPointError(
                 f"the latents are not finite: sampling in {latents.dtype} overflowed; "
@@ -362,9 +371,9 @@ class StableDiffusion:
         return image.from_tensor(torch.cat(pixels))
 
     def _vae_batch(self, height: int, width: int) -> int:
-        """Returns how many images the VAE processes at once. Returns 0, with a warning, where
-        memory is too short for one image, which must then be processed in bands (strips of rows,
-        one after another)."""
+        """Returns how many images of height x width pixels the VAE processes at once. Returns 0,
+        with a warning, if memory is too short for one image; the image must then be processed in
+        bands (strips of rows, one after another)."""
         need = memory_needed(self.config.vae, height, width, self.vae_dtype)
         free = 0.9 * free_memory(self.device)
         # `free_memory` counts the memory in the graphs' pool as free, but only graphs can use it.
@@ -380,14 +389,14 @@ class StableDiffusion:
         return int(min(self.batch_size(height, width), free // need))
 
     def batch_size(self, height: int, width: int) -> int:
-        """Returns how many images of a size (pixels) are processed by the networks at once, at
-        least 1.
+        """Returns how many images of height x width pixels the networks process at once, at least 1
+        and at most BATCH_MOST.
 
         On a CPU, these images together have at most as many latent cells as one image at 512x512,
         because larger batches are no faster. On a GPU, the number is limited by the free memory,
         and the images have at most sixteen times as many cells as on a CPU. A guided step needs
-        about 100 kB per latent cell and guidance half in 16 bits (expected, not measured on a GPU).
-        The number never exceeds BATCH_MOST.
+        about 100 kB per latent cell of an image and half of guidance in 16 bits (expected, not
+        measured on a GPU).
         """
         cells = (height // 8) * (width // 8)
         limit = 64 * 64
@@ -402,8 +411,8 @@ def _per_image(
     noise: Tensor | None,
     shape: tuple[int, int, int],
 ) -> tuple[list[str], list[int], Tensor]:
-    """Returns (prompts, seeds, noise), each with one entry per image. Raises ValueError where their
-    numbers or shapes do not fit."""
+    """Returns (prompts, seeds, noise), each with one entry per image. `shape` is that of one
+    image's noise. Raises ValueError if the numbers or shapes do not fit."""
     if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
         wanted = f"(images, {', '.join(map(str, shape))})"
         raise ValueError(f"noise of shape {wanted} is needed for this size, not {tuple(noise.shape)}")
@@ -423,18 +432,17 @@ def _per_image(
 
 
 def _decoding_advice(largest: float) -> str:
-    """Returns the end of an error message about finite latents that decode to values that are not
-    finite. `largest` is the largest absolute value of the latents.
-    """
+    """Returns advice for the user, the end of an error message about finite latents that decode to
+    values that are not finite. `largest` is the largest absolute value of the latents."""
     if largest < 1000:  # latents of images are below about 30
         return "the VAE's file is damaged; --vae takes another"
     return f"its latents reach {largest:.3g}; {overflow_advice(torch.float32)}"
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Returns how many of `steps` image-to-image generation skips at the noisy end, so that about
-    the fraction `strength` of them runs. Raises ValueError for a strength outside 0..1, and for a
-    strength above 0 with which no step would run."""
+    """Returns how many of `steps` steps an image-to-image generation skips at the noisy end, so
+    that about the fraction `strength` of them runs. Raises ValueError for a strength outside 0..1,
+    and for a strength above 0 with which no step would run."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be from 0 to 1, not {strength}")
     run = math.floor(steps * strength + 1e-9)
@@ -446,8 +454,8 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Returns the bytes of memory free on the device, including memory that PyTorch reserves but
-    does not use. Returns infinity where the number is unknown."""
+    """Returns the number of free bytes of memory on the device, including memory that PyTorch has
+    reserved but does not use. Returns infinity if the number is unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

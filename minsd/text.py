@@ -26,8 +26,9 @@ Item = TypeVar("Item")
 
 
 class TextEncoder:
-    """A CLIPTextModel with its CLIPTokenizer. Token positions are rows of the text states, as in
-    attention maps: position 0 is the start token of the first chunk, 77 that of the second."""
+    """A CLIPTextModel with its CLIPTokenizer. Token positions are the rows of text states, as in
+    attention maps: position 0 is the start token of the first chunk (part of the prompt that CLIP
+    reads at once), and position 77 that of the second chunk."""
 
     def __init__(self, model: "CLIPTextModel", tokenizer: "CLIPTokenizer", pad_token_id: int):
         self.model = model
@@ -41,13 +42,13 @@ class TextEncoder:
         self.added: dict[str, list[int]] = {}  # the embeddings' names in lower case -> token ids
 
     def ids(self, prompt: str) -> list[int]:
-        """Returns the prompt's token ids, with the start and end tokens of every chunk and the
-        padding of all chunks but the last."""
+        """Returns the token ids of a prompt, including the start and end tokens of every chunk, and
+        the padding of every chunk except the last."""
         return [token for chunk in self._rows(prompt) for token, _ in chunk]
 
     def _rows(self, prompt: str) -> list[list[tuple[int, float]]]:
-        """Returns the (token id, weight) pairs of every chunk, from the start to the end token; all
-        chunks but the last are padded."""
+        """Returns one list of (token id, weight) pairs per chunk of a prompt, from the start token
+        to the end token. All chunks but the last are padded."""
         start, end = ((token, 1.0) for token in self._tokenized(""))
         rows = [
             [start, *((token, fragment.weight) for token, fragment in chunk), end]
@@ -64,8 +65,9 @@ class TextEncoder:
     def _chunks(
         self, prompt: str, units: Callable[[str], list[list[Item]]]
     ) -> list[list[tuple[Item, Fragment]]]:
-        """Divides a prompt into chunks. `units` turns a fragment's text into units (see
-        `emphasis.chunked`), whose items are returned with their fragments."""
+        """Divides a prompt into chunks, lists of (item, fragment) pairs. `units` turns the text of
+        a fragment into units: sequences of items that stay in one chunk, such as the token ids of
+        an embedding. Each item is returned with the fragment that it comes from."""
         found: list[list[tuple[Item, Fragment]] | None] = []
         for fragment in emphasis.fragments(prompt, self.prompt_weights):
             if fragment is None:
@@ -75,15 +77,17 @@ class TextEncoder:
         return emphasis.chunked(found, self.max_length - 2)
 
     def _units(self, text: str) -> list[list[int]]:
-        """Tokenizes a text. An embedding's vectors are one unit, which no chunk divides."""
+        """Divides a text into units: lists of token ids that stay in one chunk. All vectors of an
+        embedding are one unit; every other token is a unit of its own."""
         units: list[list[int]] = []
         for piece, _, vectors in self._pieces(text):
             units += [[token] for token in self._tokenized(piece)[1:-1]] if vectors is None else [vectors]
         return units
 
     def _pieces(self, text: str) -> Iterator[tuple[str, int, list[int] | None]]:
-        """Divides a text at the names of embeddings (textual inversion). Yields (piece, place of
-        the piece, token ids if the piece is such a name)."""
+        """Divides a text at the names of embeddings (textual inversion). Yields (piece, start,
+        vectors): the piece, its place in the text, and its token ids if it is such a name,
+        otherwise None."""
         start = 0
         if self.added:
             names = "|".join(re.escape(name) for name in sorted(self.added, key=len, reverse=True))
@@ -98,16 +102,16 @@ class TextEncoder:
         return len(self._rows(prompt))
 
     def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
-        """Encodes prompts into text states (B,77n,D) on the model's device, where n is the number of
-        chunks of the longest prompt. Shorter prompts are filled up with empty chunks. Only SDXL
-        uses `size`."""
+        """Encodes prompts into text states (B,77n,D) on the model's device, where n is the number
+        of chunks of the longest prompt. Shorter prompts get empty chunks. `size` is ignored;
+        `TwoTextEncoders` (SDXL) uses it."""
         with torch.no_grad():
             chunks = self.inputs(prompts)
             return torch.cat([weighted(self.states(ids), weights) for ids, weights in chunks], dim=1)
 
     def inputs(self, prompts: list[str]) -> list[tuple[Tensor, Tensor | None]]:
-        """Returns the token ids (B,77) of each chunk, and their weights (B,77), or None if all
-        weights are 1."""
+        """Returns one pair (ids, weights) per chunk: the token ids (B,77), and the weights of these
+        tokens (B,77), or None if all weights are 1."""
         prompt_rows = [[self._padded(row) for row in self._rows(prompt)] for prompt in prompts]
         empty = [self._padded(row) for row in self._rows("")]
         count = max(map(len, prompt_rows), default=1)
@@ -122,7 +126,7 @@ class TextEncoder:
         return found
 
     def states(self, ids: Tensor) -> Tensor:
-        """Runs the network on token ids (B,77). Returns its text states (B,77,D)."""
+        """Runs the text encoder on token ids (B,77). Returns text states (B,77,D)."""
         if self.clip_skip == 1:
             return self.model(ids).last_hidden_state
         hidden = self.model(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
@@ -138,7 +142,7 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        """The length of a token's embedding."""
+        """Returns the number of elements of a token's embedding."""
         return self._embeddings.token_embedding.weight.shape[1]
 
     @property
@@ -146,8 +150,8 @@ class TextEncoder:
         return getattr(self.model, "text_model", self.model).embeddings
 
     def add(self, name: str, vectors: Tensor) -> None:
-        """Makes `name` a word of prompts that stands for the token embeddings `vectors` (k,D). Raises
-        ValueError if there is such a word already."""
+        """Makes `name` a word of prompts that stands for the token embeddings `vectors` (k,D).
+        Raises ValueError if an embedding of that name was added before."""
         if name.lower() in self.added:
             raise ValueError(f"two embeddings are called {name}: give one as FILE:NAME with another name")
         table = self._embeddings.token_embedding.weight
@@ -159,7 +163,8 @@ class TextEncoder:
         base.eos_token_id = self._tokenized("")[-1]
 
     def filled(self, context: Tensor, rows: int) -> Tensor:
-        """Returns text states (B,77m,D) with empty chunks appended, `rows` rows in all."""
+        """Returns text states (B,77m,D) with empty chunks appended, so that there are `rows`
+        rows."""
         missing = (rows - context.shape[1]) // self.max_length
         if missing <= 0:
             return context
@@ -167,8 +172,8 @@ class TextEncoder:
         return torch.cat([context, *[empty] * missing], dim=1)
 
     def tokens(self, prompt: str) -> list[str]:
-        """Returns the tokens of `ids`; `</w>` marks the end of a word. An embedding's vectors are
-        called by its name."""
+        """Returns the tokens of `ids` as text, where `</w>` marks the end of a word. Each vector of
+        an embedding appears as the name of the embedding."""
         names = {token: name for name, vectors in self.added.items() for token in vectors}
         return [names.get(token) or self._name(token) for token in self.ids(prompt)]
 
@@ -176,10 +181,13 @@ class TextEncoder:
         return str(self.tokenizer.convert_ids_to_tokens(token))
 
     def spans(self, prompt: str) -> list[Span]:
-        """Returns the characters [start, end) of the prompt that each token stands for, without the
-        first start token and the last end token. The span is (0, 0) for the start, end and padding
-        tokens in between, and for a token of unknown origin. Raises ValueError as `_text_spans`
-        does."""
+        """Returns for each token the characters [start, end) of the prompt that it stands for. The
+        first item belongs to position 1, since the first start token is left out, and the last item
+        belongs to the last token before the end token.
+
+        The span is (0, 0) for the start, end and padding tokens between chunks, and for a token of
+        unknown origin. Raises ValueError as `_text_spans` does.
+        """
         spans: list[Span] = []
         for c, chunk in enumerate(self._chunks(prompt, self._unit_spans)):
             spans += [(0, 0)] * (self.max_length * c - len(spans))
@@ -195,7 +203,8 @@ class TextEncoder:
         return [self.max_length * c + i for c, chunk in enumerate(chunks) for i in range(1, len(chunk) + 1)]
 
     def _unit_spans(self, text: str) -> list[list[Span]]:
-        """Returns the characters of a fragment's text that each token stands for, by units."""
+        """Returns for each token the characters [start, end) of a fragment's text that it stands
+        for. They are grouped by unit (tokens that stay in one chunk), as in `_units`."""
         units: list[list[Span]] = []
         for piece, at, vectors in self._pieces(text):
             if vectors is not None:
@@ -208,8 +217,8 @@ class TextEncoder:
         """Returns the characters [start, end) of a text that each of its tokens stands for. The
         span is (0, 0) for a token of unknown origin.
 
-        The bytes of the tokens must be those of the text (`words.token_spans`). If they differ,
-        the offsets that the tokenizer gives are used. If the tokenizer gives none, each part
+        The bytes of the tokens must be those of the text (`words.token_spans`). If they differ, the
+        offsets that the tokenizer reports are used. If the tokenizer reports none, each part
         between spaces is tokenized alone. Raises ValueError if the tokens of these parts together
         differ from the tokens of the text.
         """
@@ -238,8 +247,8 @@ class TextEncoder:
         return [self._name(token) for token in self._tokenized(text)[1:-1]]
 
     def _spans_of(self, tokens: list[str], text: str) -> list[Span] | None:
-        """Returns the characters [start, end) of `text` that each token stands for; None if the
-        tokens' bytes are not those of the text."""
+        """Returns the characters [start, end) of `text` that each token stands for, or None if the
+        bytes of the tokens are not those of the text."""
         fix: Callable[[str], str] | None = getattr(self.tokenizer, "fix_text", None)  # ftfy's
         return token_spans([token_bytes(token) for token in tokens], text, fix)
 
@@ -274,8 +283,8 @@ class TextEncoder:
         return self._tokens_of(prompt, found[int(number or 1) - 1])
 
     def _tokens_of(self, prompt: str, characters: tuple[int, int]) -> list[int]:
-        """Returns the positions of the tokens that stand for the `characters` [start, end). Raises
-        ValueError if a letter or digit among them belongs to no token."""
+        """Returns the positions of the tokens that stand for the given characters [start, end) of a
+        prompt. Raises ValueError if a letter or digit among them belongs to no token."""
         first, last = characters
         spans = dict(enumerate(self.spans(prompt), 1))
         places = [k for k, (start, end) in spans.items() if start < last and end > first]
@@ -290,10 +299,10 @@ class TextEncoder:
 
 
 class TwoTextEncoders(TextEncoder):
-    """SDXL's text encoders. Each encoder's states come from before its last layer. The second
-    encoder also makes a pooled state, one vector for the whole text. Tokens and positions are those
-    of the first encoder's tokenizer; the second tokenizer cuts text alike and differs in padding.
-    """
+    """The two text encoders of SDXL. The text states of each come from before its last layer. The
+    second encoder also makes a pooled state, one vector for the whole text. Tokens and positions
+    are those of the first encoder's tokenizer; the second tokenizer divides text in the same way
+    and differs only in padding."""
 
     def __init__(self, first: TextEncoder, second: TextEncoder, zero_empty: bool):
         """Joins two encoders. With `zero_empty` the states of the prompt "" are zeros."""
@@ -302,14 +311,15 @@ class TwoTextEncoders(TextEncoder):
         self.zero_empty = zero_empty
 
     def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
-        """Encodes prompts into contexts (B,77n+1,D): 77n rows of text states, those of both encoders
-        side by side, and one row for the whole, [pooled state | six numbers | zeros]. The pooled
-        state is that of the first chunk.
+        """Encodes prompts into contexts (B,77n+1,D). The first 77n rows are text states, those of
+        both encoders side by side. The last row is [pooled state | six numbers | zeros], with the
+        pooled state of the first chunk.
 
-        The six numbers are pixels: height and width of the original image, the rows and columns cut
-        off at its top and left, height and width now. With `size` (height, width), which states
-        that the latents will be a part of an image that large, they are those of that image, uncut.
-        Without `size` they are zeros, which the network reads as its latents' own size.
+        The six numbers are in pixels: height and width of the original image, the numbers of rows
+        and columns cut off at its top and left, and height and width after cutting. With `size`
+        (height, width), they describe an uncut image of that size, of which the latents will be a
+        part. Without `size` they are zeros, which `UNet.embed_whole` replaces by the size of the
+        latents.
         """
         self.second.prompt_weights = self.prompt_weights
         layer = -1 - self.clip_skip
@@ -336,8 +346,9 @@ class TwoTextEncoders(TextEncoder):
         return torch.cat([states, row[:, None]], dim=1)
 
     def filled(self, context: Tensor, rows: int) -> Tensor:
-        """Returns a context (B,77m+1,D) with empty chunks put before its last row, `rows` rows in
-        all. The states of an empty prompt that are zeros are filled with zeros."""
+        """Returns a context (B,77m+1,D) with empty chunks inserted before its last row, so that
+        there are `rows` rows. If all text states of a prompt are zeros, as those of an empty prompt
+        may be, zeros are inserted."""
         missing = (rows - context.shape[1]) // self.max_length
         if missing <= 0:
             return context
@@ -347,9 +358,9 @@ class TwoTextEncoders(TextEncoder):
 
 
 def weighted(states: Tensor, weights: Tensor | None) -> Tensor:
-    """Multiplies the text states (B,77,D) of one chunk by its tokens' weights (B,77), then by the
-    number that restores the mean of all states of the chunk, as AUTOMATIC1111's web UI does.
-    Without weights the states are returned unchanged."""
+    """Multiplies the text states (B,77,D) of one chunk by the weights (B,77) of its tokens. Then
+    multiplies all states of an image by the number that restores the mean that they had before, as
+    AUTOMATIC1111's web UI does. If `weights` is None, the states are returned unchanged."""
     if weights is None:
         return states
     scaled = states * weights[..., None].to(states)

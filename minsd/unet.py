@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minsd.attention import Attention, AttentionRecorder
-from minsd.config import CELL, UNetConfig
+from minsd.config import CELL, DISTILLED_SCALE, UNetConfig
 from minsd.kernels import Linear, group_norm
 
 Grid = tuple[int, int]  # rows and columns of a level's cells
-# SDXL's pooled text state (B,P), and six numbers on the image's size (B,6); see `UNet.split`.
+# For SDXL only: the pooled text state (B,P), and six numbers on the image's size (B,6); see
+# `UNet.split`.
 Whole = tuple[Tensor, Tensor]
 # Keys and values of each cross-attention layer, (B,77n,heads,d) each. For SDXL also the `Whole` of
 # the context, whose key is the module `add_embedding`.
@@ -41,15 +42,29 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
-    """Two linear layers with SiLU between them, applied to `timestep_embedding`."""
+def guidance_embedding(guidance_scale: float, dim: int) -> Tensor:
+    """Embeds a guidance scale for a distilled network (Luo et al. 2023, section 4.1): the sines,
+    then the cosines of 1000 (scale - 1) at `dim/2` frequencies. Returns (1,dim) float32."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half) * (-math.log(10000.0) / max(half - 1, 1)))
+    angles = (guidance_scale - 1) * 1000.0 * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    def __init__(self, dim: int, dim_out: int):
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with SiLU between them, which process the output of `timestep_embedding`.
+    With `dim_cond`, a projection of a second embedding of this width is added before them."""
+
+    def __init__(self, dim: int, dim_out: int, dim_cond: int = 0):
         super().__init__()
+        if dim_cond:
+            self.cond_proj = Linear(dim_cond, dim, bias=False)
         self.linear_1 = Linear(dim, dim_out)
         self.linear_2 = Linear(dim_out, dim_out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        if cond is not None:
+            x = x + self.cond_proj(cond)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -184,8 +199,8 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """One level's layers, under the names of checkpoints. `UNet` states the order in which they
-    run."""
+    """The layers of one level, named as in checkpoints. The methods of `UNet` determine the order
+    in which they run."""
 
     def __init__(
         self,
@@ -202,7 +217,8 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
     def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-        """Returns (resnet, transformer or None) pairs, in the order in which they run."""
+        """Returns an iterator over (residual block, transformer or None) pairs, in the order in
+        which they run."""
         return zip(self.resnets, getattr(self, "attentions", None) or [None] * len(self.resnets))
 
 
@@ -236,7 +252,8 @@ class UNet(nn.Module):
                 return []
             return [Transformer(level, config) for _ in range(count)]
 
-        self.time_embedding = TimestepEmbedding(widths[0], dim_time)
+        self.time_embedding = TimestepEmbedding(widths[0], dim_time, config.guidance_dim)
+        self.guidance: Tensor | None = None  # (1,guidance_dim), of a distilled network
         dim_whole = config.pooled_dim + 6 * config.size_dim
         self.add_embedding = TimestepEmbedding(dim_whole, dim_time) if config.pooled_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -267,6 +284,18 @@ class UNet(nn.Module):
         self.attention_blocks = [(2 * n + 1) * on * depth for on, depth in depths]
         self.attention_blocks[-1] += config.transformer_depth[last]  # those of the middle block
 
+    def guidance_of(self, guidance_scale: float) -> Tensor:
+        """Returns the `guidance_embedding` of a scale, in the network's dtype and on its device."""
+        return guidance_embedding(guidance_scale, self.config.guidance_dim).to(self.conv_in.weight)
+
+    def guide(self, embedding: Tensor) -> None:
+        """Sets the `guidance_embedding` with which a distilled network runs from now on. It is copied
+        into a tensor that stays the same, because CUDA graphs read that tensor."""
+        if self.guidance is None:
+            self.guidance = embedding.clone()
+        else:
+            self.guidance.copy_(embedding)
+
     def grids(self, size: Grid) -> list[Grid]:
         """Returns the grid of cells (rows, columns) of every level, finest first, for latents of
         `size` (rows, columns)."""
@@ -275,9 +304,10 @@ class UNet(nn.Module):
         ]
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Returns the keys and values of every cross-attention layer for text states (B,77n,D). They
-        depend on neither x nor t, so compute them once per run and pass them to `forward` as
-        `context`. For SDXL the result also holds the context's last row."""
+        """Returns the keys and values of every cross-attention layer for text states (B,77n,D).
+        They depend on neither x nor t, so compute them once per run and pass them to `forward` as
+        `context`. For SDXL the result also holds the `Whole`: the pooled text state and the image's
+        size numbers, from the last row of the context."""
         text, whole = self.split(context)
         known: TextKV = {m: m.kv(text) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
         if whole is not None and self.add_embedding is not None:
@@ -285,8 +315,9 @@ class UNet(nn.Module):
         return known
 
     def split(self, context: Tensor | TextKV) -> tuple[Any, Whole | None]:
-        """Splits a context, or its `text_kv`, into the part for attention and the `Whole`, which is
-        None except for SDXL. Raises ValueError for a wrong number of rows."""
+        """Splits a context, or the `text_kv` of a context, into (text, whole). `text` is the part
+        that attention uses. `whole` is the pooled text state and the image's size numbers (`Whole`)
+        for SDXL, and None for other models. Raises ValueError for a wrong number of rows."""
         add = self.add_embedding
         if isinstance(context, dict):
             return context, None if add is None else context[add]
@@ -304,7 +335,9 @@ class UNet(nn.Module):
         return context[..., :-1, :], (row[:, :p], row[:, p : p + 6])
 
     def embed_whole(self, x: Tensor, whole: Whole) -> Tensor:
-        """Embeds SDXL's `Whole` for latents x. Returns (B,4*C0), to add to the time embedding."""
+        """Embeds SDXL's pooled text state and size numbers (`Whole`) for latents x. Returns
+        (B,4*C0), to be added to the time embedding, where C0 is the number of channels of the
+        finest level. Size numbers that are all zero are replaced by the size of the latents."""
         pooled, size = whole
         own = torch.zeros(6, device=x.device)  # the latents' own size, for rows that state none
         own[0::4], own[1::4] = (CELL * side for side in x.shape[-2:])
@@ -389,7 +422,10 @@ class UNet(nn.Module):
         image as `add`. `context` and `whole` are what `split` returns.
         """
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        told = timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)
+        if self.config.guidance_dim and self.guidance is None:
+            self.guide(self.guidance_of(DISTILLED_SCALE))
+        temb = self.time_embedding(told, None if self.guidance is None else self.guidance.to(x))
         temb = temb if whole is None else temb + self.embed_whole(x, whole)
         temb = F.silu(temb)  # computed once, since every resnet block needs it
 

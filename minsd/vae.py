@@ -94,8 +94,8 @@ Layer = ResnetBlock | Downsample | Upsample
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then, except at the last level, the layer that changes
-    the resolution to the next level's."""
+    """The residual blocks of one resolution. Except at the last level, a layer follows that changes
+    the resolution to that of the next level."""
 
     def __init__(
         self, c_in: int, c_out: int, layers: int, groups: int, *, down: bool = False, up: bool = False
@@ -121,8 +121,8 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B,3,H,W) -> the mean and log-variance of the latents before `VAE.quant_conv`,
-    (B,8,H/8,W/8)."""
+    """A network that maps images (B,3,H,W) to (B,8,H/8,W/8), the mean and the log-variance of the
+    latents before `VAE.quant_conv`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B,4,h,w) after `VAE.post_quant_conv` -> images (B,3,8h,8w)."""
+    """A network that maps latents (B,4,h,w), after `VAE.post_quant_conv`, to images (B,3,8h,8w)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -170,8 +170,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The autoencoder, made with the sizes of the config and without trained weights. `encode` and
-    `decode` use latents in the checkpoint's own scale; the pipeline applies
+    """The autoencoder. The constructor makes it with the sizes of `config` and without trained
+    weights. `encode` and `decode` use latents in the checkpoint's own scale; the pipeline applies
     `config.scaling_factor`."""
 
     def __init__(self, config: VAEConfig):
@@ -207,8 +207,8 @@ class VAE(nn.Module):
 
 def memory_needed(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
     """Returns the approximate peak memory, in bytes, for encoding or decoding one image of height x
-    width pixels with whole feature maps. In bands (strips of rows processed one after another) the
-    peak is 60 % of the result."""
+    width pixels with whole feature maps. If the image is processed in bands (strips of rows, one
+    after another), the peak is 60 % of that number."""
     return 9 * config.block_out_channels[0] * height * width * dtype.itemsize
 
 
@@ -236,8 +236,8 @@ def _in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) ->
 
 
 def _conv_in_bands(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Computes conv(silu(norm(x))) for x (B,C,H,W) in bands. The statistics of `norm` are those of
-    the whole map."""
+    """Computes conv(silu(norm(x))) for x (B,C,H,W) in bands (strips of rows processed one after
+    another). The mean and variance of `norm` are those of the whole feature map."""
     per_group = x.shape[1] // norm.num_groups
     count = per_group * x.shape[2] * x.shape[3]
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -265,8 +265,8 @@ def _conv_in_bands(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _layer_in_bands(layer: Layer, x: Tensor) -> Tensor:
-    """Computes layer(x) in bands. For a residual block each convolution is computed in bands of its
-    own."""
+    """Computes layer(x) in bands (strips of rows processed one after another). In a residual block,
+    each convolution is divided into bands separately."""
     if not isinstance(layer, ResnetBlock):
         return _in_bands(layer, x, 0.5 if isinstance(layer, Downsample) else 2)
     h = _conv_in_bands(layer.norm1, layer.conv1, x)
@@ -276,15 +276,16 @@ def _layer_in_bands(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _layers(levels: nn.ModuleList) -> Iterator[Layer]:
-    """Yields all layers of all levels, in the order in which they run."""
+    """Yields the layers of all levels, in the order in which they run."""
     for level in levels:
         assert isinstance(level, Level)
         yield from level.layers()
 
 
 def decode_in_bands(vae: VAE, z: Tensor) -> Tensor:
-    """Decodes latents (B,4,h,w) into images (B,3,8h,8w), as `VAE.decode` does, in 60 % of the
-    memory (1.4 GB instead of 2.4 GB at 768x768 in float32)."""
+    """Decodes latents (B,4,h,w) into images (B,3,8h,8w), as `VAE.decode` does, but in bands (strips
+    of rows processed one after another). This takes 60 % of the memory (1.4 GB instead of 2.4 GB at
+    768x768 in float32)."""
     decoder = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z)))
     for layer in _layers(decoder.up_blocks):
@@ -293,8 +294,8 @@ def decode_in_bands(vae: VAE, z: Tensor) -> Tensor:
 
 
 def encode_in_bands(vae: VAE, images: Tensor) -> Tensor:
-    """Encodes images (B,3,H,W) into the mean (B,4,H/8,W/8) that `VAE.encode` returns, in less
-    memory."""
+    """Encodes images (B,3,H,W) into the mean (B,4,H/8,W/8) that `VAE.encode` returns, but in bands
+    (strips of rows processed one after another), which takes less memory."""
     encoder = vae.encoder
     x = _in_bands(encoder.conv_in, images)
     for layer in _layers(encoder.down_blocks):

@@ -1,7 +1,8 @@
-"""The words of a prompt, found by their characters, and the characters that each token stands for.
+"""Finds the words of a prompt by their characters, and the characters that each token stands for.
 
-Nothing here depends on how a tokenizer cuts words: CLIP ends both "balls" and "baseballs" with the
-token `balls</w>`, and begins the quoted word in "the word 'START'" with the token `'s</w>`.
+Finding words does not depend on how a tokenizer divides them. It could not: CLIP's tokenizer ends
+both "balls" and "baseballs" with the token `balls</w>`, and begins the quoted word in "the word
+'START'" with the token `'s</w>`.
 """
 
 import re
@@ -13,7 +14,7 @@ Span = tuple[int, int]  # characters [start, end) of a prompt
 
 # --- words ---------------------------------------------------------------------------------------
 
-# Patterns of `_kinds`, one letter per character.
+# Patterns for the result of `_kinds`, which has one letter per character.
 RUN = "[wd](?:f*[wdm])*"
 ABBREVIATION = r"(?<![wdmf.])w(?:\.w(?![wdmf]))+"  # U.S.A
 # Between the runs of a word: t-shirt, 2.5, 1,000.
@@ -33,17 +34,17 @@ COMMAS = ",，、"
 class Word:
     """A word of a prompt, or a comma."""
 
-    text: str  # folded, so that two spellings of a word are equal
+    text: str  # as `folded` returns it, so that two spellings of a word are equal
     start: int  # characters of the prompt
     end: int
 
 
 def words(prompt: str) -> list[Word]:
-    """The words of a prompt and the commas between them, in order.
+    """Returns the words of a prompt and the commas between them, in order.
 
-    Hyphens and apostrophes inside a word belong to it ("bird-cage", "dog's"), as do points and
+    Hyphens and apostrophes inside a word belong to it ("bird-cage", "dog's"), and so do points and
     commas inside numbers and points in abbreviations. Weights, as in "(a cat:1.3)", "(cat)1.3" and
-    "cat::2", numbers alone in brackets, and tags such as "<lora:name:0.8>" are no words.
+    "cat::2", numbers alone in brackets, and tags such as "<lora:name:0.8>" are left out.
     """
     ignored = _ignored(prompt)
     return [
@@ -54,27 +55,28 @@ def words(prompt: str) -> list[Word]:
 
 
 def occurrences(prompt: str, phrase: str) -> list[Span]:
-    """Where a word, or several in a row, stands in a prompt, in order. Case, the number of spaces
-    and the forms of accents, apostrophes and hyphens do not matter.
+    """Returns every place (characters [start, end)) where `phrase`, a word or several consecutive
+    words, stands in a prompt, in order. Case, the number of spaces, and the forms of accents,
+    apostrophes and hyphens do not matter.
 
-    Whole words: "bird" is not found in "bird-cage". Where there is none, parts of compound words
-    that begin and end at the edges of their letters: "cage".
+    Only whole words count: "bird" is not found in "bird-cage". If the phrase is found nowhere as
+    whole words, parts of compound words count as well, such as "cage" in "bird-cage".
     """
     return Finder(prompt).occurrences(phrase)
 
 
 class Finder:
-    """`occurrences` of many phrases in one prompt."""
+    """Searches one prompt for many phrases, as `occurrences` does for one."""
 
     def __init__(self, prompt: str):
         self.text, self.where = folded(prompt)
-        # Places where no whole word, and no part of one, begins or ends.
+        # Places inside whole words, and inside parts of words, where no such match begins or ends.
         self.in_words = _inner(_spans(WORD, prompt))
         self.in_parts = _inner(_spans(PART, prompt))
         self.ignored = _ignored(prompt)
 
     def occurrences(self, phrase: str) -> list[Span]:
-        """As the function of this name returns them."""
+        """Returns what the function `occurrences` returns for the prompt and `phrase`."""
         found = list(self._everywhere(folded(phrase.strip())[0]))
         whole = [span for span in found if span[0] not in self.ignored and self.in_words.isdisjoint(span)]
         return whole or [span for span in found if self.in_parts.isdisjoint(span)]
@@ -83,7 +85,7 @@ class Finder:
         at = self.text.find(wanted) if wanted else -1
         while at >= 0:
             end = at + len(wanted)
-            # A character that folds to several ("İ") is found as a whole only.
+            # A character that becomes several when folded ("İ") is found only as a whole.
             starts_one = at == 0 or self.where[at - 1] != self.where[at]
             ends_one = end == len(self.text) or self.where[end - 1] != self.where[end]
             if starts_one and ends_one:
@@ -92,15 +94,17 @@ class Finder:
 
 
 def split(subjects: str) -> list[str]:
-    """A list of subjects, split at its commas, but for those inside numbers such as 1,000."""
+    """Splits a list of subjects at its commas, except for commas inside numbers such as 1,000.
+    Spaces around the subjects are removed."""
     return [part.strip() for part in re.split(r",(?!(?<=\d,)(?<!\d{4},)\d{3}(?!\w))", subjects)]
 
 
 def folded(text: str) -> tuple[str, list[Span]]:
-    """Text in a form in which equal words are equal, and the characters behind each character of
-    it.
+    """Returns (folded, where): the text in a form in which equal words are equal, and for each
+    character of this form the characters [start, end) of `text` that it stands for.
 
-    Normal form C, lower case, one space for any white space, plain apostrophes and hyphens.
+    The form is Unicode's normal form C, in lower case, with one space for any white space, and with
+    plain apostrophes and hyphens.
     """
     out = ""
     where: list[Span] = []
@@ -121,7 +125,9 @@ def folded(text: str) -> tuple[str, list[Span]]:
 
 
 def _kinds(text: str) -> str:
-    """One letter per character: w letter, d digit, m mark, f format or control, j joins words."""
+    """Returns one letter per character of the text: w for a letter, d digit, m mark, f format or
+    control character, j apostrophe or hyphen. Commas, points and spaces (for anything else) stand
+    for themselves."""
     return "".join(map(_kind, text))
 
 
@@ -143,12 +149,13 @@ def _spans(pattern: re.Pattern[str], prompt: str) -> list[Span]:
 
 
 def _inner(spans: Iterable[Span]) -> set[int]:
-    """Every place between two characters of the same span."""
+    """Returns every place between two characters of the same span."""
     return {at for start, end in spans for at in range(start + 1, end)}
 
 
 def _ignored(prompt: str) -> set[int]:
-    """Characters of weights, of numbers alone in brackets, and of tags."""
+    """Returns the places of all characters that belong to weights, to numbers alone in brackets, or
+    to tags."""
     ignored = {at for tag in TAG.finditer(prompt) for at in range(*tag.span())}
     clocks = {clock.end() for clock in CLOCK.finditer(prompt)}
     depth = _depth(prompt)
@@ -166,7 +173,7 @@ def _ignored(prompt: str) -> set[int]:
 
 
 def _depth(prompt: str) -> list[int]:
-    """How many brackets are open at each character."""
+    """Returns for each character how many brackets are open after it."""
     depth: list[int] = []
     now = 0
     for c in prompt:
@@ -179,14 +186,14 @@ def _depth(prompt: str) -> list[int]:
 
 
 def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] | None) -> list[Span] | None:
-    """The characters of a prompt behind each of its tokens, whose bytes are given. None if the
-    bytes are not those of the prompt.
+    """Returns the characters [start, end) of a prompt that each of its tokens stands for. `pieces`
+    holds the bytes of each token. Returns None if these bytes are not those of the prompt.
 
-    CLIP's tokenizers write a prompt in normal form C and lower case, without white space. Some also
-    leave out control characters, or first run `fix`, which replaces ligatures and typographic
-    quotation marks. Each of these ways is tried; all bytes have to agree.
+    CLIP's tokenizers convert a prompt to normal form C and lower case, and remove white space. Some
+    also remove control characters, or first run `fix`, which replaces ligatures and typographic
+    quotation marks. Each of these ways is tried, and all bytes have to agree.
     """
-    # A sigma that ends a word has a lower case of its own, which some tokenizers ignore.
+    # At the end of a word, sigma has another lower-case form, which some tokenizers do not use.
     written = b"".join(pieces).replace("ς".encode(), "σ".encode())
     rewrites = [_lower, _printed]
     if fix is not None:
@@ -204,7 +211,8 @@ def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] 
 
 
 def _behind(pieces: Sequence[bytes], behind: Sequence[Span]) -> list[Span]:
-    """The characters behind each piece. `behind`: those of each byte; (0, 0) for an empty piece."""
+    """Returns the characters [start, end) that each piece stands for, (0, 0) for an empty piece.
+    `behind` holds the characters that each byte stands for."""
     spans: list[Span] = []
     at = 0
     for piece in pieces:
@@ -215,18 +223,19 @@ def _behind(pieces: Sequence[bytes], behind: Sequence[Span]) -> list[Span]:
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes of the prompt that a token of a byte-level vocabulary is made of."""
+    """Returns the bytes of the prompt that a token of a byte-level vocabulary stands for, without
+    white space."""
     token = token.removesuffix("</w>")
     data = b"".join(bytes([_BYTES[c]]) if c in _BYTES else c.encode() for c in token)
     return bytes(byte for byte in data if byte > 127 or not chr(byte).isspace())
 
 
 def _unicode_to_bytes() -> dict[str, int]:
-    """The inverse of the byte-level alphabet of GPT-2's and CLIP's tokenizers (Radford et al.
-    2019).
+    """Returns the inverse of the byte-level alphabet of GPT-2's and CLIP's tokenizers (Radford et
+    al. 2019): character -> byte.
 
-    Bytes that are printable characters of Latin-1 stand for themselves; the others, in order, for
-    the characters from 256 on.
+    In that alphabet, bytes that are printable characters of Latin-1 are written as these
+    characters, and the other bytes, in order, as the characters from 256 on.
     """
     printable = [
         *range(ord("!"), ord("~") + 1),
@@ -240,12 +249,17 @@ def _unicode_to_bytes() -> dict[str, int]:
 _BYTES = _unicode_to_bytes()
 
 
+def alphabet() -> list[str]:
+    """Returns the characters of byte-level vocabularies, in the order of CLIP's token ids."""
+    return list(_BYTES)
+
+
 # --- characters ----------------------------------------------------------------------------------
 
 
 def _characters(text: str) -> list[Span]:
-    """Characters as a reader counts them: a letter with its marks, a Korean syllable. Normal form C
-    joins nothing across them."""
+    """Divides a text into characters [start, end) as a reader counts them, such as a letter with
+    its marks or a Korean syllable. Normal form C never joins two of them."""
     spans: list[Span] = []
     for at, c in enumerate(text):
         if spans and not c.isascii():
@@ -260,7 +274,7 @@ def _characters(text: str) -> list[Span]:
 
 
 def _lower(text: str) -> str:
-    """Normal form C and lower case, with one form of the small sigma."""
+    """Converts a text to normal form C and lower case, with one form of the small sigma."""
     if text.isascii():
         return text.lower()
     text = unicodedata.normalize("NFC", text)
@@ -268,6 +282,7 @@ def _lower(text: str) -> str:
 
 
 def _printed(text: str) -> str:
-    """Without control characters and the like, as tokenizers derived from BERT's write text."""
+    """Removes control characters and similar ones, as tokenizers derived from BERT's do, and then
+    converts the text as `_lower` does."""
     kept = [c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd"]
     return _lower("".join(kept))

@@ -133,6 +133,8 @@ def predictor(
     only the crop latents[place]. ValueError, before any network runs, for settings that do not
     fit.
     """
+    if sd.config.unet.guidance_dim:
+        raise ValueError("a layout needs guidance by a second text, which this distilled model has not")
     scheme = Scheme(
         background_weight=background_weight,
         background_drop=background_drop,

@@ -3,45 +3,49 @@
 Each has the form `sample(predict, x, schedule, steps, *, init=None, start=0, generator=None,
 refine=None, final=None)`:
 
-- `predict(x, t) -> eps` is the noise predictor; `x` (B,4,h,w) is unit noise.
-- It yields `(i, t, x)` after every step: the step's number, its timestep, and the latents after it.
-  They are always in variance-preserving scale, x = sqrt(abar) x0 + sqrt(1 - abar) eps, whatever the
-  sampler uses internally.
+- `predict(x, t) -> eps` is the noise predictor; the argument `x` (B,4,h,w) is unit noise.
+- The sampler yields `(i, t, x)` after every step: the number of the step, its timestep, and the
+  latents after the step. The latents are always in variance-preserving scale, x = sqrt(abar) x0 +
+  sqrt(1 - abar) eps, whatever the sampler uses internally.
 - `refine(i, t, x) -> x` may change the latents before the prediction at each listed timestep.
 - `init` (image-to-image): clean latents (B,4,h,w) of an image. The first `start` steps are skipped,
-  and the run begins from `init`, mixed with the noise x at the level of the first remaining timestep.
-- `generator`: a list with one generator per image, for samplers that draw noise during the run.
-  The others ignore it.
-- `final` overrides the last level: "abar0" or "zero".
+  and the run begins from `init`, mixed with the noise x at the level of the first timestep left.
+- `generator`: a list with one random generator per image, for samplers that draw noise during the
+  run. The other samplers ignore `generator`.
+- `final` overrides the noise level at which the run ends: "abar0" (the level of timestep 0) or
+  "zero" (no noise).
 
 Each file also has `timesteps(schedule, steps, start=0)`, which lists the timestep of every `(i, t,
 x)`, most noise first, without running anything.
 
-The grad mode is the caller's. Levels and timesteps are Python numbers: nothing waits for the GPU.
+Samplers do not change the grad mode. Levels and timesteps are Python numbers, so nothing waits for
+the GPU.
 
 Most samplers solve the same equation in the same variables. Divide the latents by sqrt(abar):
 
     y = x / sqrt(abar) = x0 + sigma eps,   sigma = sqrt((1 - abar) / abar),
 
 and denoising becomes dy/dsigma = eps (Song et al. 2021; Karras et al. 2022, appendix B). As
-abar = 1 / (1 + sigma^2), y = x sqrt(1 + sigma^2): `to_y` and `to_x` are those two lines. The clean
-latents predicted at y are y - sigma eps. Each sampler is then a rule for a step in sigma.
+abar = 1 / (1 + sigma^2), y = x sqrt(1 + sigma^2); `to_y` and `to_x` convert between x and y. The
+clean latents predicted at y are y - sigma eps. Each sampler is then a rule for a step in sigma.
 
 Each sampler equals diffusers' class of that name, built from the model's betas, spacing, offset and
 final level with neither clipping nor a Runge-Kutta start, at every spacing, number of steps,
 prediction type and start (`tests/test_samplers.py`), except:
 
 - "pndm" with v-prediction: diffusers combines v of different levels (explained in `pndm.py`).
-- "pndm" from an image: diffusers' class visits the second timestep of a late start as if it had
-  been listed twice, and then misses a level. Here a late start is a run of its own over the
-  timesteps left.
-- "trailing" with 62 numbers of steps of a model's usual 1000, the lowest 61, 103 and 121: rounding
-  gives diffusers one step more, at timestep -1. Here it is left out.
-- The largest numbers of steps: "leading" with 1000 steps (999 with "dpmpp_2m" and "unipc") would
-  begin at timestep 1000, which no model was trained at, and 1000 steps of those two repeat
-  timesteps except with "trailing". diffusers runs on, fails, or returns NaN; here they are refused.
-- Karras levels: diffusers rounds the timesteps that the network is given. Here they belong to the
-  levels exactly.
+- "pndm" from an image: if a run starts late, diffusers' class treats its second timestep as if
+  that timestep had been listed twice, and then misses a level. Here a late start is a run of its
+  own over the timesteps left.
+- "trailing" spacing with 61, 103, 121 or one of 59 larger numbers of steps (for the usual 1000
+  training timesteps): rounding gives diffusers one step more, at timestep -1. Here that step is
+  left out.
+- The largest numbers of steps. "leading" spacing with 1000 steps (with 999 for "dpmpp_2m" and
+  "unipc") would begin at timestep 1000, which no model was trained at. 1000 steps of "dpmpp_2m" or
+  "unipc" repeat timesteps except with "trailing". In these cases diffusers runs on, fails, or
+  returns NaN; here a ValueError is raised.
+- Karras levels: diffusers rounds the timesteps that the network is given. Here each timestep
+  belongs to its level exactly.
 """
 
 from collections.abc import Callable
@@ -73,9 +77,8 @@ TIMESTEPS: dict[str, Callable[..., list[Timestep]]] = {
 
 
 def check(sampler: str, karras: bool = False) -> None:
-    """Raises ValueError for an unknown sampler, and for Karras levels with a sampler that has
-    none.
-    """
+    """Raises ValueError for an unknown sampler, and for `karras` with a sampler that has no Karras
+    levels."""
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
     if karras and sampler != "dpmpp_2m":
@@ -85,10 +88,10 @@ def check(sampler: str, karras: bool = False) -> None:
 def timesteps(
     sampler: str, schedule: Schedule, steps: int, *, start: int = 0, karras: bool = False
 ) -> list[Timestep]:
-    """Lists the timestep of every `(i, t, x)` that a sampler yields, without its first `start`
-    steps.
+    """Lists the timestep of every `(i, t, x)` that a sampler yields in a run without its first
+    `start` steps.
 
-    ValueError as in `check`, and for a number of steps that the sampler cannot take.
+    Raises ValueError as `check` does, and for a number of steps that the sampler cannot take.
     """
     check(sampler, karras)
     options = {"karras": True} if karras else {}

@@ -22,7 +22,8 @@ def step(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps: the model's own grid."""
+    """Lists the timesteps of a run without its first `start` steps, in the model's own spacing,
+    most noise first."""
     return schedule.timesteps(steps)[start:]
 
 
@@ -39,10 +40,10 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Unit noise x (B,4,h,w) -> latents. With `eta` above 0, fresh noise is
-    drawn from `generator`, a list with one generator per image.
+    """Denoises unit noise x (B,4,h,w), and yields as every sampler does (`samplers/__init__.py`).
+    With `eta` above 0, fresh noise is drawn from `generator`, a list with one generator per image.
 
-    ValueError for an `eta` outside 0 to 1, and for one above 0 without generators.
+    Raises ValueError for an `eta` outside 0 to 1, and for an `eta` above 0 without generators.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
@@ -72,16 +73,17 @@ def invert(
     iterations: int = 0,
     final: str | None = None,
 ) -> Steps:
-    """Latents x (B,4,h,w) -> the noise from which DDIM makes them: its steps in reverse order.
+    """Turns latents x (B,4,h,w) into the noise from which DDIM makes them, by DDIM's steps in
+    reverse order. Yields `(i, t, x)`, where x has reached timestep t.
 
-    A step needs eps at its end, which is not known yet. It is predicted at the latents where the
-    step begins, with the timestep of its end (`anchor="target"`) or of its beginning ("source").
-    Each of `iterations` then predicts it again at the end found so far. If the steps are small
-    enough for that to converge, the fixed point inverts the step exactly, provided that guidance is
-    the same both ways.
+    A reversed step needs eps at its noisy end, but the latents there are not known yet. So eps is
+    predicted at the latents where the step begins, with the timestep of the step's end
+    (`anchor="target"`) or of its beginning ("source"). Each of `iterations` then predicts eps again
+    at the end found so far. If the steps are small enough for this to converge, the fixed point
+    inverts the step exactly, provided that guidance is the same in both directions.
 
-    Guidance is part of `predict`; the reconstruction is best without any. Yields `(i, t, x)`, where
-    x has reached timestep t. ValueError for an unknown `anchor` and for negative `iterations`.
+    Guidance is part of `predict`; the reconstruction is best without guidance. Raises ValueError
+    for an unknown `anchor` and for negative `iterations`.
     """
     if anchor not in ("target", "source"):
         raise ValueError(f"anchor must be 'target' or 'source', not {anchor!r}")

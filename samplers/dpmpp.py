@@ -13,7 +13,8 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0, karras: bool = False) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps; fractional under `karras`."""
+    """Lists the timesteps of a run without its first `start` steps, most noise first. With `karras`
+    they are fractional."""
     grid = schedule.karras_timesteps(steps) if karras else schedule.solver_timesteps(steps)
     return grid[start:]
 
@@ -31,11 +32,11 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Unit noise x (B,4,h,w) -> latents.
+    """Denoises unit noise x (B,4,h,w), and yields as every sampler does (`samplers/__init__.py`).
 
-    The first step is of first order. So is the last, if it ends at sigma 0 or the run has fewer
-    than 15 steps, because extrapolation would be unstable there. `karras` places more levels where
-    there is little noise (`Schedule.karras_timesteps`).
+    The first step is of first order. The last step is of first order too if it ends at sigma 0 or
+    if the run has fewer than 15 steps, because extrapolation would be unstable there. `karras`
+    places more levels where there is little noise (`Schedule.karras_timesteps`).
     """
     visited = timesteps(schedule, steps, start, karras)
     sigmas = schedule.sigmas(visited, final)

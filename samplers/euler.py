@@ -9,20 +9,20 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps; fractional under linspace
-    spacing.
-    """
+    """Lists the timesteps of a run without its first `start` steps, most noise first. With linspace
+    spacing they are fractional."""
     return schedule.timesteps(steps, fractional=True)[start:]
 
 
 def begin(init: Tensor | None, noise: Tensor, schedule: Schedule, t: Timestep) -> Tensor:
-    """Returns the latents with which a run starts at timestep t. `init` and `noise` as for the
-    samplers.
+    """Returns the latents (B,4,h,w) with which a run starts at timestep t, from unit `noise`
+    (B,4,h,w) and the clean latents `init` of an image (or None).
 
-    With an image (`init`) they are the image's usual mixture with noise. Without one, the
-    reference classes of Euler's and Heun's rules start linspace and trailing runs from y = sigma
-    noise: pure noise at exactly that level, which in variance-preserving scale is sqrt(1 - abar)
-    noise. Leading runs start from unit noise itself, as those of all other samplers do.
+    With `init`, the result is the usual mixture of `init` and noise at level t. Without `init`, it
+    depends on the spacing, as in diffusers' classes for Euler's and Heun's rules. Linspace and
+    trailing runs start from y = sigma noise, that is, from pure noise at exactly that level, which
+    in variance-preserving scale is sqrt(1 - abar) noise. Leading runs start from unit noise itself,
+    as all other samplers do.
     """
     if init is None and schedule.config.timestep_spacing != "leading":
         return (1 - schedule.abar(t)) ** 0.5 * noise
@@ -41,7 +41,8 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Unit noise x (B,4,h,w) -> latents, along the tangent from each level to the next."""
+    """Denoises unit noise x (B,4,h,w) along the tangent from each level to the next, and yields as
+    every sampler does (`samplers/__init__.py`)."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = begin(init, x, schedule, visited[0])
@@ -65,10 +66,11 @@ def sample_ancestral(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """As `sample`, but each step overshoots its level and returns to it with fresh noise.
+    """Denoises as `sample` does, but each step goes below its next level and returns to that level
+    by adding fresh noise.
 
-    The noise is drawn from `generator`, a list with one generator per image. ValueError without
-    generators.
+    The noise is drawn from `generator`, a list with one generator per image. Raises ValueError
+    without generators.
     """
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)

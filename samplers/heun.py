@@ -20,7 +20,8 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Unit noise x (B,4,h,w) -> latents, with two predictions per step; the last step has one."""
+    """Denoises unit noise x (B,4,h,w) with two predictions per step, except one in the last step.
+    Yields as every sampler does (`samplers/__init__.py`)."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = begin(init, x, schedule, visited[0])

@@ -6,16 +6,16 @@ from torch import Tensor
 from .random import randn_like
 from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
 
-TRAINED_STEPS = 50  # of the DDIM grid that consistency models are distilled on
+TRAINED_STEPS = 50  # DDIM steps in the distillation of consistency models
 SIGMA_DATA = 0.5  # of the boundary condition, as distilled
 TIMESTEP_SCALING = 10.0  # of the boundary condition, as distilled
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps, from the grid of the
-    distillation.
+    """Lists the timesteps of a run without its first `start` steps, most noise first. They are
+    chosen from the 50 timesteps of the distillation.
 
-    ValueError for more steps than that grid has.
+    Raises ValueError for more than 50 steps, and for fewer than 1.
     """
     if not 1 <= steps <= TRAINED_STEPS:
         raise ValueError(f"the lcm sampler takes 1 to {TRAINED_STEPS} steps, not {steps}")
@@ -36,10 +36,12 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Unit noise x (B,4,h,w) -> latents, in 1 to 50 steps (made for 1 to 8).
+    """Denoises unit noise x (B,4,h,w) in 1 to 50 steps (the models are made for 1 to 8), and yields
+    as every sampler does (`samplers/__init__.py`).
 
-    Fresh noise is drawn from `generator`, a list with one generator per image. A run always ends
-    at the clean latents: ValueError for `final="abar0"`, and for several steps without generators.
+    Fresh noise is drawn from `generator`, a list with one generator per image. A run always ends at
+    the clean latents. Raises ValueError for `final="abar0"`, and for more than one step without
+    generators.
     """
     if final not in (None, "zero"):
         raise ValueError(f"the lcm sampler ends at the clean latents: final must be 'zero', not {final!r}")

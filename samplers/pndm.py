@@ -15,10 +15,9 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps; the second one is listed twice.
-
-    The list has one timestep more than there are steps, unless a single step is left.
-    """
+    """Lists the timesteps of a run without its first `start` steps, most noise first. The second
+    timestep is listed twice, so the list has one timestep more than the run has steps, unless a
+    single step is left."""
     grid = schedule.timesteps(steps)[start:]
     return grid[:1] + grid[1:2] + grid[1:]
 
@@ -35,11 +34,13 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Unit noise x (B,4,h,w) -> latents. Yields steps + 1 times.
+    """Denoises unit noise x (B,4,h,w), and yields as every sampler does (`samplers/__init__.py`),
+    but one time more than there are steps (unless a single step is left).
 
-    The second timestep is visited twice. Its first visit repeats the first step, from where that
-    step began, with the mean of the predictions at the step's two ends. What `refine` changes
-    during this visit therefore affects the prediction alone, as in the published program.
+    The second timestep is visited twice. The first of these visits repeats the run's first step
+    from the latents where that step began, with the mean of the predictions at the step's two ends.
+    A change that `refine` makes during this visit therefore affects the prediction alone, as in the
+    published program.
     """
     visited = timesteps(schedule, steps, start)
     stride = schedule.config.num_train_timesteps // steps

@@ -1,7 +1,7 @@
 """Random numbers for samplers and initial noise: one CPU generator per image.
 
-Drawing on the CPU makes an image's noise independent of the device, of the precision and of the
-batch it is drawn in.
+The noise is drawn on the CPU, so that an image's noise depends neither on the device nor on the
+precision nor on the other images of the batch.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from .schedule import Generators
 
 
 def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[torch.Generator]:
-    """One CPU generator per seed. ValueError for a seed outside 0 to 2^63 - 1.
+    """Makes one CPU generator per seed. Raises ValueError for a seed outside 0 to 2^63 - 1.
 
-    `skip`: the shape (4,h,w) of initial noise already drawn from each seed. The generators are
-    advanced past it, so that noise drawn during sampling does not repeat the initial noise.
+    `skip` is the shape (4,h,w) of the initial noise that was already drawn from each seed. Each
+    generator is advanced by as many numbers, so that noise drawn during sampling does not repeat
+    the initial noise.
     """
     out = []
     for seed in seeds:
@@ -30,9 +31,10 @@ def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[
 
 
 def randn_like(generator: Generators | None, like: Tensor) -> Tensor:
-    """Unit normal noise of the shape, device and dtype of `like` (B,...), row b from generator b.
+    """Draws unit normal noise of the shape (B,...), device and dtype of `like`. Row b comes from
+    generator b.
 
-    ValueError unless there is one generator per image.
+    Raises ValueError unless there is one generator per image.
     """
     needed = f"this sampler draws noise: give one generator per image, {len(like)} in all"
     if generator is None:

@@ -1,8 +1,9 @@
 """The noise levels a model was trained on, and the timesteps at which a sampler visits them.
 
 The forward process (Ho et al. 2020) mixes an image's latents with noise: x_t = sqrt(abar_t) x_0 +
-sqrt(1 - abar_t) eps, where abar is the running product of 1 - beta. Everything here lives on the
-CPU as Python numbers or small tensors, so that a sampling loop never waits for the GPU.
+sqrt(1 - abar_t) eps, where abar is the cumulative product of 1 - beta. All numbers of this module
+are stored on the CPU, as Python numbers or small tensors, so that a sampling loop never waits for
+the GPU.
 
 The types that all samplers share are defined here, too.
 """
@@ -25,10 +26,10 @@ Generators = Sequence[torch.Generator]  # one per image
 
 
 class Schedule:
-    """A model's noise levels. `alphas_cumprod` is (1000,) float32, computed as diffusers does;
-    `abar(t)` is one of its values as a Python float.
+    """The noise levels of a model. `alphas_cumprod` holds abar at every training timestep, (1000,)
+    float32, computed as diffusers does. `abar(t)` gives one of these values as a Python float.
 
-    ValueError for a beta schedule or prediction type that is not known.
+    The constructor raises ValueError for an unknown beta schedule or prediction type.
     """
 
     def __init__(self, config: ScheduleConfig):
@@ -50,8 +51,9 @@ class Schedule:
         self._abar: list[float] = self.alphas_cumprod.double().tolist()
 
     def abar(self, t: Timestep) -> float:
-        """abar at timestep t. Between two whole timesteps log sigma is interpolated linearly; under
-        linspace spacing, sigma itself, as Euler's and Heun's reference classes do."""
+        """Returns abar at timestep t. Between two whole timesteps log sigma is interpolated
+        linearly. With linspace spacing sigma itself is interpolated, as in diffusers' classes for
+        Euler's and Heun's rules."""
         low = min(max(int(t), 0), len(self._abar) - 1)
         if t == low:
             return self._abar[low]
@@ -64,9 +66,10 @@ class Schedule:
         return 1 / (1 + math.exp(2 * ((1 - part) * log_sigma[0] + part * log_sigma[1])))
 
     def final_abar(self, final: str | None = None) -> float:
-        """abar where a run ends. `final`: "abar0", "zero" (no noise), or None for the model's own.
+        """Returns abar at the end of a run. `final` is "abar0" (the level of timestep 0), "zero"
+        (no noise), or None for the model's own choice.
 
-        ValueError for any other value.
+        Raises ValueError for any other `final`.
         """
         if final not in (None, "abar0", "zero"):
             raise ValueError(f"final must be 'abar0' or 'zero', not {final!r}")
@@ -75,31 +78,36 @@ class Schedule:
         return 1.0 if final == "zero" else self._abar[0]
 
     def abar_below(self, t: Timestep, steps: int, final: str | None = None) -> float:
-        """abar where a step of DDIM or PNDM from t ends: 1000 // steps lower, or the final level.
+        """Returns abar where a step of DDIM or PNDM that starts at timestep t ends: at timestep t -
+        1000 // steps (for 1000 training timesteps), or at the final level if that timestep is
+        negative.
 
-        Under linspace spacing that is not exactly the next timestep visited. The published samplers
-        do the same.
+        With linspace spacing that timestep is not exactly the next one visited. The published
+        samplers do the same.
         """
         below = t - self.config.num_train_timesteps // steps
         return self.abar(below) if below >= 0 else self.final_abar(final)
 
     def sigma(self, t: Timestep) -> float:
-        """Noise-to-signal ratio at t, sqrt((1 - abar) / abar): the variable of dy/dsigma = eps."""
+        """Returns the noise-to-signal ratio sigma = sqrt((1 - abar) / abar) at timestep t, the
+        variable of dy/dsigma = eps."""
         return ((1 - self.abar(t)) / self.abar(t)) ** 0.5
 
     def sigmas(self, timesteps: Sequence[Timestep], final: str | None = None) -> list[float]:
-        """sigma at each timestep, then that of the final level: 0 unless `final` is "abar0"."""
+        """Lists sigma at each timestep, followed by sigma of the final level, which is 0 unless
+        `final` is "abar0"."""
         last = self.final_abar(final or "zero")
         return [self.sigma(t) for t in timesteps] + [((1 - last) / last) ** 0.5]
 
     def timesteps(self, steps: int, fractional: bool = False, below: int = 0) -> list[Timestep]:
-        """The training timesteps of a run of `steps` by the model's own spacing, most noise first.
+        """Lists the training timesteps of a run of `steps` steps in the model's own spacing, most
+        noise first.
 
-        `fractional` leaves linspace timesteps unrounded, as the reference classes of some samplers
-        do. `below` takes the grid of `steps + below` steps and drops the last `below` of it. The
-        numbers are spaced and rounded by NumPy, as in those classes, so that exact halves are
-        rounded the same way. ValueError
-        for a number of steps that is out of range, and for an unknown spacing.
+        With `fractional`, linspace timesteps are not rounded, as in diffusers' classes of some
+        samplers. With `below`, the timesteps are those of a run of `steps + below` steps, without
+        the last `below` of them. NumPy spaces and rounds the numbers, as in diffusers' classes, so
+        that exact halves are rounded the same way. Raises ValueError for a number of steps that is
+        out of range, and for an unknown spacing.
         """
         self._check(steps)
         n = self.config.num_train_timesteps
@@ -121,26 +129,28 @@ class Schedule:
             even = np.linspace(0, n - 1, length)[::-1][:steps]
             return (even if fractional else even.round().astype(int)).tolist()
         if spacing == "trailing":
-            # With some strides, rounding makes arange one longer.
+            # With some strides, rounding makes arange one number longer.
             even = np.arange(n, 0, -n / length)[:steps]
             return (even.round().astype(int) - 1).tolist()
         raise ValueError(f"unknown timestep_spacing {spacing!r}: use leading, linspace or trailing")
 
     def solver_timesteps(self, steps: int) -> list[Timestep]:
-        """Lists the timesteps of the multistep solvers (DPM++, UniPC): the grid of steps + 1 steps
-        without its last timestep; under trailing spacing, the usual grid."""
+        """Lists the timesteps of the multistep solvers (DPM++, UniPC), most noise first: those of a
+        run of steps + 1 steps without the last one. With trailing spacing they are the usual
+        timesteps of a run of `steps` steps."""
         return self.timesteps(steps, below=0 if self.config.timestep_spacing == "trailing" else 1)
 
     def karras_timesteps(self, steps: int) -> list[Timestep]:
-        """Timesteps at levels evenly spaced in sigma^(1/7) (Karras et al. 2022, equation 5).
+        """Lists timesteps whose levels are evenly spaced in sigma^(1/7) (Karras et al. 2022,
+        equation 5), most noise first.
 
-        Most noise first. They are fractional: `sigma` at each of them is exactly that level.
-        ValueError for a number of steps that is out of range.
+        The timesteps are fractional, so that `sigma` at each timestep is exactly the level wanted.
+        Raises ValueError for a number of steps that is out of range.
         """
         self._check(steps)
         top = self.sigma(len(self._abar) - 1) ** (1 / 7)
         bottom = self.sigma(0) ** (1 / 7)
-        # In the scale that `abar` interpolates in.
+        # The scale in which `abar` interpolates linearly.
         scale = float if self.config.timestep_spacing == "linspace" else math.log
         levels = [scale(self.sigma(t)) for t in range(len(self._abar))]
         timesteps: list[Timestep] = []
@@ -158,22 +168,25 @@ class Schedule:
             raise ValueError(f"steps must be a whole number from 1 to {n}, not {steps}")
 
     def begin(self, init: Tensor | None, noise: Tensor, t: Timestep) -> Tensor:
-        """Latents at the start of a run: unit noise, or clean latents `init` noised to level t."""
+        """Returns the latents (B,4,h,w) at the start of a run: unit `noise` if `init` is None,
+        otherwise the clean latents `init` with noise added up to the level of timestep t."""
         abar = self.abar(t)
         return noise if init is None else abar**0.5 * init + (1 - abar) ** 0.5 * noise
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """x_t of clean latents x0 and unit noise, (B,4,h,w) each, at timesteps t, an int or (B,)."""
+        """Returns clean latents x0 with unit noise, (B,4,h,w) each, added up to the level of
+        timesteps t (an int, or a tensor (B,))."""
         abar = self.alphas_cumprod.to(x0.device)[torch.as_tensor(t, device=x0.device).expand(len(x0))]
         abar = abar.to(x0.dtype).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
 def to_y(x: Tensor, sigma: float) -> Tensor:
-    """Variance-preserving latents x -> y = x0 + sigma eps (explained in `samplers/__init__.py`)."""
+    """Converts variance-preserving latents x to y = x0 + sigma eps (explained in
+    `samplers/__init__.py`)."""
     return x * (1 + sigma**2) ** 0.5
 
 
 def to_x(y: Tensor, sigma: float) -> Tensor:
-    """y = x0 + sigma eps -> variance-preserving latents x, the inverse of `to_y`."""
+    """Converts y = x0 + sigma eps to variance-preserving latents x, the inverse of `to_y`."""
     return y / (1 + sigma**2) ** 0.5

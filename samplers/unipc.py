@@ -1,8 +1,8 @@
 """UniPC of order 2, B(h) = exp(h) - 1 ("bh2"; Zhao et al. 2023): predictor and free corrector.
 
 Written in y and sigma (explained in `samplers/__init__.py`) like DPM++, a step is
-y' = (s'/s) y + (1 - s'/s) D. The prediction at its end, which the next step needs anyway, first
-corrects that end.
+y' = (s'/s) y + (1 - s'/s) D. The prediction at the end of a step, which the next step needs anyway,
+first corrects the latents there.
 """
 
 import math
@@ -29,7 +29,8 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Unit noise x (B,4,h,w) -> latents. The first and the last step are of first order."""
+    """Denoises unit noise x (B,4,h,w), and yields as every sampler does (`samplers/__init__.py`).
+    The first and the last step are of first order."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = schedule.begin(init, x, visited[0])
@@ -65,9 +66,13 @@ def sample(
 
 
 def _corrector_weights(r: float, h: float) -> tuple[float, float]:
-    """Weights of the differences at r (one step behind) and at 1 (the step's end).
+    """Returns (a, b), the corrector's weights of two differences to the clean latents predicted at
+    the step's beginning: a belongs to the prediction one step earlier (its difference divided by
+    r), b to the prediction at the step's end.
 
-    They solve [[1, 1], [r, 1]] (a, b) = (phi_2, 2 phi_3), scaled by h and B(h) (theorem 3.1).
+    `h` is the length of the step in lambda. `r` (negative) is the place of the earlier prediction
+    on a scale on which the step goes from 0 to 1. The weights solve [[1, 1], [r, 1]] (a, b) =
+    (phi_2, 2 phi_3), scaled by h and B(h) (theorem 3.1).
     """
     b_h = math.expm1(-h)
     phi = b_h / -h - 1

@@ -167,6 +167,8 @@ def test_what_a_cluster_cannot_do_is_one_line(tmp_path, ray, capfd, monkeypatch)
     monkeypatch.setitem(sys.modules, "ray", None)
     assert draw(tmp_path, "--seed", 0, "--engine", "ray") == 2
     assert "pip install 'minsd[ray]'" in capfd.readouterr().err
+    assert draw(tmp_path, "--seed", 0, "--engine", "ray", "--objective", "own.py:mine") == 2
+    assert "a function of your own" in capfd.readouterr().err
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert draw(tmp_path, "--seed", 0, "--engine", "ray") == 2

@@ -1,8 +1,10 @@
 """Models by hub id, against a hub on localhost that counts requests, and against prepared caches."""
 
+import gzip
 import hashlib
 import json
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -310,8 +312,26 @@ def test_no_network(server, monkeypatch):
     assert "cannot be reached" in message and "give a folder" in message
 
 
-def test_the_tokenizer_of_single_files(server, offline, shapes_folder):
+def test_the_tokenizer_of_an_installed_open_clip(tmp_path, monkeypatch, shapes_folder):
+    """Its file of merges, cut to CLIP's number: the tokens of the two are numbered alike."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    assert hub._open_clip_tokenizer() is None
+    merges = ["#version", *(f"{c}{d} x{k}" for k in range(100) for c in "abcdefghij" for d in "klmnopqrst")]
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(merges).encode()))
+    package = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: package)
+    folder = hub._open_clip_tokenizer()
+    vocab = json.loads((folder / "vocab.json").read_text())
+    # The first and last tokens of single bytes, and the first merge, have the numbers they have in CLIP.
+    assert (vocab["!"], vocab["a"], vocab["a</w>"], vocab["akx0"]) == (0, 64, 320, 512)
+    assert vocab["<|endoftext|>"] == len(vocab) - 1
+    assert (folder / "merges.txt").read_text().splitlines()[1:] == merges[1:]
+
+
+def test_the_tokenizer_of_single_files(server, offline, shapes_folder, monkeypatch):
     """From any model in the cache, or fetched; otherwise an error that says what to do."""
+    monkeypatch.setattr(hub, "_open_clip_tokenizer", lambda: None)
     offline()
     with pytest.raises(FileNotFoundError, match="--tokenizer DIR"):
         hub.tokenizer()

@@ -4,6 +4,7 @@ Each test stands for one reader. MINSD_FUZZ=N tries N times as many inputs (test
 an input also fails that takes more than ten seconds.
 """
 
+import io
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from minsd.app import folder as folders
 from minsd.app import options
 from minsd.generate import main
 from minsd.noise import layout
-from minsd.weights import hub, load, lora
+from minsd.weights import embedding, hub, load, lora
 from minsd.weights.controlnet import load_controlnet
 
 LAYERS = ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in", "nosuch"]
@@ -148,6 +149,27 @@ def test_adapters(place, sd, shapes, config, cuts):
     adapter = refused_or(partial(lora.read, path, sd))
     for part in () if adapter is None else adapter.parts:
         assert part.delta().shape == part.module.weight.shape and np.isfinite(part.factor)
+
+
+def embeddings():
+    vectors = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+    early = io.BytesIO()
+    torch.save({"string_to_param": {"*": vectors}, "name": "x"}, early)
+    return {"safetensors": save({"emb_params": vectors}), "pt": early.getvalue(), "bin": early.getvalue()}
+
+
+EMBEDDINGS = embeddings()
+
+
+@fuzz(60)
+@given(st.sampled_from(sorted(EMBEDDINGS)), CUTS, st.floats(0.9, 1), st.none() | TEXTS)
+def test_embeddings(place, sd, kind, cuts, keep, name):
+    path = place / f"word.{kind}"
+    path.write_bytes(damaged(EMBEDDINGS[kind], cuts, keep))
+    found = refused_or(partial(embedding.read, path, name, sd))
+    assert found is None or (found.name.isprintable() and all(v.isfinite().all() for v in found.vectors))
+    if not cuts and keep == 1 and name is None:
+        assert found is not None
 
 
 @pytest.fixture(scope="module")

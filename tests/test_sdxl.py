@@ -24,7 +24,7 @@ from minsd.attention import AttentionRecorder
 from minsd.config import MODELS
 from minsd.controlnet import Control, Controlled
 from minsd.generate import main
-from minsd.noise import collage, initno, layout, stability
+from minsd.noise import collage, initno, layout, look, objectives, stability
 from minsd.noise.initial import noise
 from minsd.samplers.random import generators
 from minsd.unet import UNet
@@ -258,6 +258,8 @@ def test_precisions_of_the_vae(sdxl_folder, small_folder, tmp_path):
     sd = minsd.load(str(sdxl_folder), "cpu", torch.float16)
     picture = sd(PROMPT, seeds=0, steps=2, height=64, width=64)[0]
     plain = sd(PROMPT, seeds=0, steps=2, height=64, width=64, init_image=picture, strength=0.5)[0]
+    lift = look.Lift(sd, look.ask(sd, [PROMPT], [0]), lambda seen: seen.picture.mean((1, 2, 3)))
+    assert lift.score(noise([0], (4, 8, 8)), torch.tensor([0]), 500)["loss"].isfinite().all()
     assert all(len(np.unique(np.asarray(image))) > 20 for image in (picture, plain))
 
 
@@ -515,6 +517,25 @@ def test_methods_on_a_batch_are_those_of_its_images(sdxl):
         assert scores[k] == pytest.approx(score, abs=1e-5)
 
 
+def test_objectives_have_gradients(sdxl):
+    """Every objective judges a Look at SDXL: maps of 77 tokens, predictions and the decoded image."""
+    halves = [
+        {"prompt": text, "box": box}
+        for text, box in (("a red circle", [0, 0, 0.5, 1]), ("a blue square", [0.5, 0, 1, 1]))
+    ]
+    made = layout.load({"prompt": PROMPT, "regions": halves}).sized(64, 64)
+    asks = look.ask(sdxl, [PROMPT], [0], layout=made)
+    x, rows = noise([0], (4, 8, 8)), torch.tensor([0])
+    kinds = {name: objectives.find(name)(sdxl, asks) for name in objectives.NAMES}
+    kinds["picture"] = lambda seen: seen.picture.mean((1, 2, 3))
+    for name, objective in kinds.items():
+        lift = look.Lift(sdxl, asks, objective, guidance=5.0, negative_prompt="a star")
+        lift.begin()
+        told, gradient = lift.slope(x, rows, 500, 1)
+        assert told["loss"].isfinite().all() and gradient.isfinite().all(), name
+    assert gradient.abs().sum() > 0
+
+
 def test_the_whole_rows_of_a_collage(sdxl, monkeypatch):
     """Every pass has its own caption's pooled state; crops have the layout's size."""
     boxes = [[0, 0, 64, 128], [64, 0, 128, 128]]
@@ -606,6 +627,7 @@ def test_every_command_line(sdxl, sdxl_folder, adapters, tmp_path, capfd, monkey
     initno_row = run(PROMPT, *"--seed 1 --init-noise initno --attention-maps".split())
     assert initno_row["initno"].keys() == {"success", "rounds", "steps", "losses"}
     run(PROMPT, "--seed", "1", "--excite")
+    assert run(PROMPT, "--seed", "1", "--objective", "syngen")["objective"]
     for score in ("stability", "attention"):
         how = f"--seed 1 --init-noise select --candidates 2 --score {score}"
         assert len(run(PROMPT, *how.split())["candidates"]) == 2

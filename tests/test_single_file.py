@@ -299,6 +299,24 @@ def test_a_file_and_a_folder_are_the_same_model(twins, tokenizer):
     assert one.name == "one" and len(one.notes) == sd2
 
 
+def test_fp8_files_are_cast_and_leftovers_of_the_projection_ignored(twins, tmp_path, tokenizer):
+    _, file, _, sd2 = twins
+
+    def fp8(tensors):
+        small = {name: p.to(torch.float8_e4m3fn) if p.ndim > 1 else p for name, p in tensors.items()}
+        left = {} if sd2 else {"cond_stage_model.transformer.text_projection.weight": torch.zeros(2, 2)}
+        return small | left
+
+    sd = minsd.load(str(rewrite(file, tmp_path / "fp8.safetensors", fp8)), "cpu", tokenizer=tokenizer)
+    exact = minsd.load(str(file), "cpu", tokenizer=tokenizer)
+    ours, theirs = (dict(each.unet.named_parameters()) for each in (sd, exact))
+    for name, p in theirs.items():
+        assert torch.equal(ours[name], p.to(torch.float8_e4m3fn).float() if p.ndim > 1 else p), name
+    scales = {"model.diffusion_model.out.2.scale_weight": torch.ones(())}
+    scaled = rewrite(file, tmp_path / "scaled.safetensors", lambda tensors: tensors | scales)
+    assert "a scale for each layer" in refused(scaled, tokenizer=tokenizer)
+
+
 def test_sd2_takes_the_penultimate_layer(twins, tokenizer):
     _, file, whole_text, sd2 = twins
     sd = minsd.load(str(file), "cpu", tokenizer=tokenizer)

@@ -151,11 +151,47 @@ def test_methods_by_name_and_by_hand():
         "collage:0.25": ["--crop-margin", "0.25"],
         "optimize:3": "--init-noise optimize --optimize-steps 3".split(),
     }
+    assert study.split_methods(["best", "syngen", "select:syngen:3", "f.py:my"]) == {
+        "best": ["--init-noise", "best"],
+        "syngen": ["--objective", "syngen"],
+        "select:syngen:3": "--init-noise select --objective syngen --candidates 3".split(),
+        "f.py:my": ["--objective", "f.py:my"],
+    }
     for wrong in ("select", "select:attention", "optimize:x", "collage:x"):
         with pytest.raises(ValueError, match="there is no method"):
             study.split_methods([wrong])
     with pytest.raises(ValueError, match="share the folder"):
         study.split_methods(["select:attention:5", "select-attention-5: --excite"])
+
+
+def made_up(columns):
+    """Results of made-up values: two methods, twelve prompts."""
+    from minsd.app.results import Results
+
+    pairs = [(f"prompt {k}", k) for k in range(12)]
+    values = {name: {m: np.array(v, float) for m, v in zip("ab", both)} for name, both in columns.items()}
+    nothing = {key: {m: np.full(12, np.nan) for m in "ab"} for key in ("unet_rows", "seconds", "peak_mb")}
+    return Results(["a", "b"], pairs, [""] * 12, {}, values, nothing, {}, {}, [])
+
+
+def test_what_is_better_and_what_is_bold():
+    from minsd.app import study_page
+
+    up = (np.arange(12), np.arange(12) + 1)  # b is greater in every pair
+    even = (np.arange(12), np.arange(12)[::-1])  # the same mean
+    results = made_up({"clip": up, "strays": up, "pickscore": even, "right": (np.zeros(12), np.ones(12))})
+    cells = compute(results, "a")
+    pick = {(c.part, c.column): c for c in cells if c.method == "b"}
+    assert pick["differences", "clip"].estimate == (1, 1, 1)
+    assert pick["wins", "clip"].estimate == (100, 100, 100)
+    assert pick["wins", "strays"].estimate == (0, 0, 0)  # less is better
+    assert pick["differences", "right"].more == "12 repaired, 0 broken, p = 0.00049"  # 2 / 2^12
+    assert pick["values", "right"].estimate[:1] == (100,)
+    assert 0.3 < pick["preferred", "pickscore"].estimate.value / 100 < 0.7
+    text = study_page.latex(results, cells)
+    (a, b) = (line.split(" & ") for line in text.splitlines() if line[:3] in ("a &", "b &"))
+    assert ["textbf" in cell for cell in a] == [False, False, True, False, False]
+    assert ["textbf" in cell for cell in b] == [False, True, False, False, True]
 
 
 # --- from end to end ------------------------------------------------------------------------------
@@ -169,7 +205,7 @@ def drawn(tmp_path_factory):
     assert study.main([*words, "plain", "select:attention:2"]) == 0
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     assert len(before) == 12
-    assert study.main([*words, "plain", "excite"]) == 0
+    assert study.main([*words, "plain", "guided: --guidance-scale 2"]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing is drawn twice
     assert judge.main([str(folder), "--quiet"]) == 0
     return folder
@@ -191,16 +227,16 @@ def test_a_study_from_end_to_end(drawn, tmp_path):
     assert page.count("<img") == 18 and 'src="data:image/jpeg' in page
     assert not re.search(r"(?:src|href)=[\"']?https?:", page)
     # The table's numbers from the scores themselves.
-    for method in ("plain", "excite"):
+    for method in ("plain", "guided"):
         lines = [json.loads(line) for line in (drawn / method / "scores.jsonl").read_text().splitlines()]
         rate = 100 * np.mean([line["values"]["right"] for line in lines])
         row = next(r for r in rows if (r["part"], r["method"], r["column"]) == ("values", method, "right"))
         assert float(row["value"]) == pytest.approx(rate, abs=0.05)
     results = read(drawn)
-    assert results.methods == ["plain", "select:attention:2", "excite"] and len(results.pairs) == 6
+    assert results.methods == ["plain", "select:attention:2", "guided"] and len(results.pairs) == 6
     assert {seed for _, seed in results.pairs} == set(range(6))  # every prompt has a seed of its own
     costs = {c.method: c.estimate.value for c in compute(results, "plain") if c.column == "UNet rows"}
-    assert costs == {"plain": 8, "select:attention:2": 10, "excite": pytest.approx(12, abs=8)}
+    assert costs == {"plain": 8, "select:attention:2": 10, "guided": 8}
 
 
 def test_a_selection_is_paired_with_the_seed_it_began_at(drawn):
@@ -218,27 +254,28 @@ def test_a_study_keeps_its_prompts_and_seeds(drawn, capsys):
         (["--options", "--steps 5"], "has other options"),
         (["--methods", "plain: --excite"], "has a method plain with other options"),
         (["--methods", "collage"], "needs prompts with a layout"),
-        (["--methods", "plain", "frobnicate"], "there is no method"),
+        (["--methods", "frobnicate"], "method frobnicate: no objective is called 'frobnicate'; choose"),
     ):
         given = {"--count": "1", "--options": "--steps 4", "--methods": "plain"}
         flags = [word for pair in given.items() if pair[0] not in words for word in pair]
         assert study.main(["draw", str(drawn), *flags, *words]) == 2
         out = capsys.readouterr().err.splitlines()
         assert len(out) == 1 and message in out[0], out
+    assert not (drawn / "prompts" / "frobnicate.jsonl").exists()
 
 
 def test_any_folder_of_folders_is_a_study(drawn, tmp_path):
     """Images without rows pair by their place among those of their prompt, which the table says."""
     import shutil
 
-    for name in ("plain", "excite"):
+    for name in ("plain", "guided"):
         (tmp_path / name).mkdir()
         for path in (drawn / name).glob("*.png"):
             shutil.copy(path, tmp_path / name)
     assert judge.main([str(tmp_path / "plain"), "--judges", "shapes", "--quiet"]) == 0
-    assert judge.main([str(tmp_path / "excite"), "--judges", "shapes", "--quiet"]) == 0
+    assert judge.main([str(tmp_path / "guided"), "--judges", "shapes", "--quiet"]) == 0
     results = read(tmp_path)
-    assert results.methods == ["excite", "plain"] and len(results.pairs) == 6
+    assert results.methods == ["guided", "plain"] and len(results.pairs) == 6
     assert any("paired by their place" in note for note in results.notes)
     own = read(drawn)
     assert np.nanmean(results.values["right"]["plain"]) == np.nanmean(own.values["right"]["plain"])
@@ -255,11 +292,16 @@ def test_tables_without_scores_or_methods_are_one_line(drawn, tmp_path, capsys):
         assert len(out) == 1 and message in out[0]
 
 
-def test_compare_draws_judges_and_tables(tmp_path, capsys):
+def test_compare_draws_judges_and_tables(tmp_path, capsys, monkeypatch):
     """One prompt, also of a model whose judges have no weights here: the page comes all the same."""
+    monkeypatch.setattr(judge.judges, "_fetched", lambda *args: None)  # as offline
     options = ["--options", "--steps 2", "--seeds", "0-1", "--quiet", "--out", str(tmp_path / "c")]
-    assert study.main(["compare", "a red circle", "--methods", "plain", "excite", *options]) == 0
+    assert study.main(["compare", "a red circle", "--methods", "plain", "x: --steps 1", *options]) == 0
     assert (tmp_path / "c" / "index.html").read_text().count("<img") == 4
+    elsewhere = [*options[:-1], str(tmp_path / "d")]
+    assert study.main(["compare", "a red circle", "--judges", "clip", *elsewhere]) == 2
+    assert "judge clip needs openai/clip" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()  # found out before drawing
     for path in (tmp_path / "c").glob("*/scores.jsonl"):
         path.unlink()
     results = read(tmp_path / "c", unjudged=True)

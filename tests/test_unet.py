@@ -1,11 +1,14 @@
 """The UNet against diffusers' on the same random weights, at full size one network at a time."""
 
 import gc
+import json
+import shutil
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+import minsd
 from minsd.attention import Attention, AttentionRecorder
 from minsd.config import MODELS, ScheduleConfig, UNetConfig
 from minsd.guidance import classifier_free
@@ -282,3 +285,32 @@ def test_fused_projections_are_views_and_give_the_same(small):
         assert {weight.untyped_storage().data_ptr() for weight in weights} == {storage}
     attention.to_k.weight.zero_()  # as an adapter does
     assert relative(fused(x, 300, context), unet(x, 300, context)) > 1e-4
+
+
+@torch.no_grad()
+def test_a_network_that_is_told_the_guidance_scale_equals_diffusers(small_folder, tmp_path):
+    """Latent consistency models: the scale goes into an embedding, and one row is predicted."""
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+
+    folder = shutil.copytree(small_folder, tmp_path / "lcm")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    torch.manual_seed(0)
+    theirs = UNet2DConditionModel.from_config(config | {"time_cond_proj_dim": 64})
+    theirs.save_pretrained(folder / "unet")
+    settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    LCMScheduler.from_config(settings).save_pretrained(folder / "scheduler")
+    sd = minsd.load(str(folder), "cpu")
+    assert (sd.config.sampler, sd.config.steps, sd.config.guidance_scale) == ("lcm", 4, 8.5)
+    x, cond, uncond = torch.randn(2, 4, 16, 16), torch.randn(1, 77, 32), torch.randn(1, 154, 32)
+    outputs = []
+    embedding = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    for scale in (8.5, 3.0):
+        told = embedding(None, torch.tensor([scale - 1.0] * 2), embedding_dim=64)
+        expected = theirs(x, 499, cond.expand(2, -1, -1), timestep_cond=told).sample
+        predict = sd.predictor(cond, uncond, scale)
+        outputs.append(predict(x, 499))
+        assert ((outputs[-1] - expected).norm() / expected.norm()).item() <= 1e-5
+        if scale == 8.5:
+            assert torch.equal(sd.unet(x, 499, cond.expand(2, -1, -1)), outputs[0])  # as it is usually
+    assert (outputs[0] - outputs[1]).norm() > 1e-3
+    assert torch.equal(sd.unet(x, 499, cond.expand(2, -1, -1)), outputs[0])  # also after another scale

@@ -8,6 +8,10 @@ asking the network. huggingface_hub's settings (HF_HOME, HF_HUB_OFFLINE, HF_ENDP
 apply as usual.
 """
 
+import gzip
+import importlib.util
+import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +19,9 @@ from pathlib import Path
 import torch
 
 from minsd import files
+from minsd.files import put, temporary
 from minsd.weights.safetensors_file import variants
+from minsd.words import alphabet
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 XL_PARTS = PARTS | {"text_encoder_2": "model"}
@@ -90,8 +96,8 @@ def fetch(model: str, *, dtype: torch.dtype, check: Callable[[Path], object]) ->
 
 def tokenizer() -> Path:
     """Returns a folder with CLIP's tokenizer (vocab.json, merges.txt). Takes the tokenizer of any
-    known model in the cache, and otherwise downloads it. Raises FileNotFoundError where neither is
-    possible."""
+    known model in the cache or of an installed open_clip_torch, and otherwise downloads it. Raises
+    FileNotFoundError where none of these is possible."""
     import huggingface_hub as hf
 
     from minsd.config import MODELS
@@ -104,6 +110,9 @@ def tokenizer() -> Path:
         paths = [path for path in found if isinstance(path, str)]
         if len(paths) == len(found):
             return Path(paths[0]).parent
+    installed = _open_clip_tokenizer()
+    if installed is not None:
+        return installed
     try:
         there = listed(CLIP, CLIP_REVISION)
         wanted = [name for name in TOKENIZER_FILES if name in there]
@@ -113,8 +122,35 @@ def tokenizer() -> Path:
         reason = explained(error, CLIP, CLIP_REVISION)
         raise FileNotFoundError(
             "a single file holds no tokenizer: give --tokenizer DIR, a folder with vocab.json and merges.txt,"
-            f" such as the tokenizer/ of any Stable Diffusion folder ({reason})"
+            " such as the tokenizer/ of any Stable Diffusion folder, or pip install open_clip_torch"
+            f" ({reason})"
         ) from None
+
+
+def _open_clip_tokenizer() -> Path | None:
+    """Returns a folder with CLIP's tokenizer made from the merges that the package open_clip_torch
+    brings; None if it is not installed. The folder is in the user's cache."""
+    spec = importlib.util.find_spec("open_clip")
+    source = Path(spec.origin or "").parent / "bpe_simple_vocab_16e6.txt.gz" if spec else Path()
+    if not source.is_file():
+        return None
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "minsd" / "clip-tokenizer"
+        lines = gzip.decompress(source.read_bytes()).decode().split("\n")
+        merges = lines[1 : 49152 - 256 - 2 + 1]  # CLIP has 49408 tokens, 512 of them single bytes
+        joined = [merge.replace(" ", "") for merge in merges]
+        vocab = [*alphabet(), *(c + "</w>" for c in alphabet()), *joined, "<|startoftext|>", "<|endoftext|>"]
+        content = {"vocab.json": json.dumps({token: i for i, token in enumerate(vocab)})}
+        content["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in content.items():
+            with temporary(folder) as file:
+                file.write(text.encode())
+                put(file, folder / name)
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return folder
 
 
 def listed(repo: str, revision: str = "main") -> set[str]:

@@ -21,7 +21,17 @@ import torch
 from torch import nn
 
 from minsd.attention import Attention
-from minsd.config import CELL, LARGEST, MODELS, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minsd.config import (
+    CELL,
+    DISTILLED_SCALE,
+    LARGEST,
+    MODELS,
+    ModelConfig,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from minsd.text import TextEncoder, TwoTextEncoders
 from minsd.unet import UNet
 from minsd.vae import VAE
@@ -215,6 +225,11 @@ def load_file(path: Path, wanted: Wanted) -> Loaded:
         raise ValueError(
             f"{path} {kind or 'holds no model that minsd knows'}: give a Stable Diffusion 1.x,"
             " 2.x or XL checkpoint"
+        )
+    if any(name.endswith((".scale_weight", ".weight_scale")) for name in tensors):
+        raise ValueError(
+            f"{path} holds 8-bit weights with a scale for each layer, which minsd does not read: get the"
+            " model in fp16, or in fp8 without scales"
         )
     parts = original(tensors, wanted.prediction_type, read_metadata(path))
     config = parts.config
@@ -434,7 +449,6 @@ _UNET_VALUES = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
     "encoder_hid_dim_type": (None,),
-    "time_cond_proj_dim": (None,),
     "dual_cross_attention": (None, False),
     "only_cross_attention": (None, False),
     "class_embeddings_concat": (None, False),
@@ -496,6 +510,7 @@ def unet_config(path: Path) -> UNetConfig:
             norm_groups=c.get("norm_num_groups", 32),
             norm_eps=c.get("norm_eps", 1e-5),
             sample_size=size if isinstance(size, int) else size[0],
+            guidance_dim=c.get("time_cond_proj_dim") or 0,
         )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
@@ -599,7 +614,7 @@ def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
     networks, the schedule and the name are the folder's; so is the sampler, if the folder's
     scheduler names one that minsd has. The remaining settings (steps, guidance scale, ...) are
     the defaults of the model family that the networks belong to, except that latent consistency
-    models get 4 steps and guidance scale 1."""
+    models get 4 steps and guidance scale 1 (8.5 if the network is told it)."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     unet = unet_config(folder / "unet" / "config.json")
     config = ModelConfig(
@@ -614,6 +629,9 @@ def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
     family = _family(config)
     sampler, _ = stated.sampler_of(read_json(scheduler))
     few = sampler == "lcm"  # latent consistency models need few steps and no guidance
+    guidance_scale = 1.0 if few else family.guidance_scale
+    if unet.guidance_dim:
+        guidance_scale = DISTILLED_SCALE
     return replace(
         family,
         name=family.name if folder == SHAPES_FOLDER else config.name,
@@ -625,7 +643,7 @@ def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
         zero_empty=config.zero_empty,
         sampler=sampler or family.sampler,
         steps=stated.LCM_STEPS if few else family.steps,
-        guidance_scale=1.0 if few else family.guidance_scale,
+        guidance_scale=guidance_scale,
     )
 
 
@@ -636,7 +654,7 @@ def _family(config: ModelConfig) -> ModelConfig:
 
     def is_like(row: ModelConfig) -> bool:
         return (
-            row.unet == config.unet
+            row.unet == replace(config.unet, guidance_dim=0)
             and row.schedule.prediction_type == config.schedule.prediction_type
             and row.schedule.timestep_spacing == config.schedule.timestep_spacing
         )
@@ -688,7 +706,7 @@ def match(
         # The VAE's attention was once made of 1x1 convolutions.
         if shape != wanted and shape != (*wanted, 1, 1):
             misshaped.append(f"{key} {shape}, not {wanted}")
-        elif dtype not in ("F64", "F32", "F16", "BF16"):
+        elif dtype not in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"):
             misshaped.append(f"{key} has dtype {dtype}")
     kinds = {
         "missing": own.keys() - sources.keys(),

@@ -192,7 +192,8 @@ def _xl_text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str,
 def _clip(tensors: Tensors, prefix: str) -> RenamedTensors:
     def rename(name: str) -> list[str]:
         new = ldm_keys.clip_name(name)
-        return [new] if new else []
+        # Some programs leave the projection into the space shared with images, which is not used.
+        return [new] if new and new not in ("text_projection.weight", "logit_scale") else []
 
     return RenamedTensors(tensors, "the text encoder of", pairs(_inside(tensors, prefix), prefix, rename))
 

@@ -225,9 +225,9 @@ def _check_product(given: Given, taken: Given) -> None:
     steps = options["steps"] or 50
     evaluations = steps
     method = options["init_noise"]
-    if method == "select":  # a stability score samples the image and inverts it again
-        each = 1 if options["score"] == "attention" else 2 * steps
-        evaluations += (options["candidates"] or 100) * each
+    if method in ("select", "best"):  # a stability score samples the image and inverts it again
+        each = 2 * steps if options["score"] == "stability" else 1
+        evaluations += (options["candidates"] or 100) * (steps if method == "best" else each)
     if method == "optimize":
         evaluations += (options["optimize_steps"] or 100) * 4 * steps
     evaluations *= (1 + regions) * pixels / 512**2

@@ -137,6 +137,8 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     several = Share.from_environment().world > 1
     if several and given["engine"] == "ray":
         raise ValueError("--engine ray divides the work itself: start one process, without torchrun")
+    if given["engine"] == "ray" and ".py:" in (given["objective"] or ""):
+        raise ValueError("--engine ray cannot send a function of your own to workers: leave out --engine")
     # The same random seed for all prompts, so that their images can be compared.
     chance = random.SystemRandom().randrange(2**32)
     requests: list[Request] = []

@@ -16,6 +16,7 @@ from minsd import files, judge
 from minsd.app import statistics
 from minsd.app.prompt_sets import slug
 from minsd.app.statistics import Estimate, Resample
+from minsd.judges import LOWER, RATES
 
 # --- reading what was drawn and judged ------------------------------------------------------------
 
@@ -172,12 +173,6 @@ class Cell:
         }
 
 
-def binary(results: Results, column: str) -> bool:
-    """Returns whether a column holds right or wrong values (0 or 1) alone."""
-    held = np.concatenate(list(results.values[column].values()))
-    return bool(np.isin(held[np.isfinite(held)], (0, 1)).all())
-
-
 def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
     """Returns every number of the table. Rates are in per cent. Raises ValueError where the
     baseline is not among the methods."""
@@ -187,7 +182,7 @@ def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
     cells: list[Cell] = []
     tags = list(dict.fromkeys(results.tags)) if by_tag else []
     for column, by_method in results.values.items():
-        rate = binary(results, column)
+        rate = column in RATES
         scale = 100.0 if rate else 1.0
         digits = 1 if rate else _digits(by_method)
         for method, values in by_method.items():
@@ -239,7 +234,8 @@ def _against(
         repaired, broken = int((difference > 0).sum()), int((difference < 0).sum())
         more = f"{repaired} repaired, {broken} broken, p = {statistics.mcnemar(repaired, broken):.2g}"
     gain = _scaled(resample.estimate(difference), 100.0 if rate else 1.0)
-    won = _scaled(resample.estimate(statistics.wins(values, base)), 100.0)
+    sign = -1 if column in LOWER else 1
+    won = _scaled(resample.estimate(statistics.wins(sign * values, sign * base)), 100.0)
     out = [
         Cell("differences", method, column, gain, n, digits, more=more),
         Cell("wins", method, column, won, n, 1),

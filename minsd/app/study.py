@@ -157,6 +157,7 @@ def _put(path: Path, text: str) -> None:
 def draw(args: argparse.Namespace) -> int:
     """Draws every method's images that are still missing. Returns the exit code."""
     study = prepare(args.study, args)
+    drawn = [name for name in study["methods"] if (args.study / slug(name)).is_dir()]
     asked = []
     for name in split_methods(args.methods):
         path = write_lines(study, args.study, name)
@@ -165,7 +166,10 @@ def draw(args: argparse.Namespace) -> int:
         try:
             asked.append((name, *requests.read(options.parse(words))))
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"method {name}: {error}") from None
+            if name not in drawn:
+                path.unlink()
+            where = re.compile(rf"{re.escape(str(path))}, (?:line 1: )?")  # of a file that `draw` wrote
+            raise ValueError(f"method {name}: {where.sub('', str(error))}") from None
     from minsd.app.jobs import plan
     from minsd.app.run import run
     from minsd.app.session import open_session
@@ -222,11 +226,18 @@ def table(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """Draws, judges and tables in one go. Returns the exit code."""
-    failed = draw(args)
     words = [str(args.study), *(["--judges", *args.judges] if args.judges else []), "--quiet"]
-    judged = judge.main(words)
-    if args.judges and judged == 2:
-        return 2
+    asked = judge.options().parse_args(words)
+    if args.judges != ["all"]:
+        for name in args.judges or ():
+            judge.Ready(name, asked, True)  # its weights are found before anything is drawn
+    failed = draw(args)
+    try:
+        failed = judge.run(asked) or failed
+    except FileNotFoundError as error:
+        if args.judges:
+            raise
+        print(f"minsd: the images are not judged: {files.printable(error)}", file=sys.stderr)
     code = table(args)
     print(f"minsd: {args.study / 'index.html'}", file=sys.stderr)
     return failed or code
@@ -242,6 +253,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "excite", "noise", "initno"],
             "options": "--steps 50 --guidance-scale 7.5",
         },
+        "judges": ["clip", "least"],
         "published": "Attend-and-Excite and InitNO report CLIP similarities (ViT-B/16) to the prompt "
         "and to its neglected half, for SD1.4 and 64 seeds per prompt. Their texts are "
         "means over 80 templates and those here are the prompts alone, so the absolute "
@@ -254,6 +266,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "select:attention:5", "initno"],
             "options": "--steps 50 --guidance-scale 9",
         },
+        "judges": ["geneval-style"],
         "published": "Published with GenEval's own detector (other weights of the same network), in %: "
         "SD1.5 43 overall (97 single object, 38 two objects, 35 counting, 76 colors, 4 "
         "position, 6 color attribution); SD2.1 50 (98, 51, 44, 85, 7, 17); SDXL 55 (98, "
@@ -265,13 +278,15 @@ PRESETS: dict[str, dict[str, Any]] = {
             "methods": ["plain", "select:stability:100", "optimize:100"],
             "options": "--steps 10 --guidance-scale 5.5",
         },
+        "judges": ["hpsv2.1", "pickscore", "imagereward", "aesthetic"],
         "published": "Not All Noises reports that people prefer selected noise in up to 57 % and "
         "optimised noise in up to 72.5 % of DrawBench's prompts; people's choices are not "
         "repeated here. HPSv2's authors report 26.95 (v2) and 25.35 (v2.1) for SD1.4 on "
         "their own prompts.",
     },
     "noisecollage": {
-        "draw": {"methods": ["plain", "collage"], "seeds": "0"},
+        "draw": {"prompts": "shapes-layout-2", "methods": ["plain", "collage"], "seeds": "0"},
+        "judges": ["region_clip"],
         "published": "NoiseCollage reports the similarity of each region's crop to its caption on "
         "captioned boxes of its own, by another CLIP (open_clip's ViT-B-32-quickgelu, "
         "laion400m_e32).",
@@ -348,6 +363,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study")
         for name, default in defaults.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
+        if args.action == "compare" and args.judges is None and args.model != "shapes":
+            args.judges = PRESETS.get(args.preset, {}).get("judges")
         return draw(args) if args.action == "draw" else compare(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"minsd: error: {label()}{files.printable(' '.join(str(error).split()))}", file=sys.stderr)

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from minsd.app.results import Cell, Results, binary
+from minsd.app.results import Cell, Results
+from minsd.judges import LOWER, RATES
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 THUMBNAIL = 256  # pixels
@@ -25,9 +26,11 @@ THUMBNAIL = 256  # pixels
 # --- text -----------------------------------------------------------------------------------------
 
 
-def head(results: Results, column: str) -> str:
+def head(column: str) -> str:
     """Returns a column's name in tables, with its unit where it is a rate."""
-    return f"{column} %" if binary(results, column) else column
+    if column in LOWER:
+        return f"{column} (less is better)"
+    return f"{column} %" if column in RATES else column
 
 
 def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: str | None) -> str:
@@ -38,7 +41,7 @@ def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: 
     prompts = len(set(results.prompts))
     out = [f"{n} pairs of {prompts} prompts and their seeds. Means and rates with 95 % intervals.\n"]
     out += _table(
-        ["method", *(head(results, column) for column in columns)],
+        ["method", *(head(column) for column in columns)],
         [[m, *(pick["values", m, c, ""].text for c in columns)] for m in results.methods],
     )
     others = [m for m in results.methods if m != baseline]
@@ -46,7 +49,7 @@ def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: 
         out.append(
             f"Paired differences to {baseline}, and the fraction of pairs won (ties count half), in %:\n"
         )
-        names = [name for c in columns for name in (head(results, c), f"won by {c} %")]
+        names = [name for c in columns for name in (head(c), f"won by {c} %")]
         rows = []
         for m in others:
             row = [m]
@@ -73,7 +76,7 @@ def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: 
     )
     tags = list(dict.fromkeys(c.tag for c in cells if c.part == "by tag"))
     for column in columns if tags else ():
-        out.append(f"{head(results, column)} by group of prompts:\n")
+        out.append(f"{head(column)} by group of prompts:\n")
         out += _table(
             ["method", *(f"{tag} (n = {pick['by tag', baseline, column, tag].n})" for tag in tags)],
             [[m, *(pick["by tag", m, column, tag].text for tag in tags)] for m in results.methods],
@@ -135,15 +138,17 @@ def latex(results: Results, cells: Sequence[Cell]) -> str:
     resample = Resample(results.prompts)
     best = {}
     for column, by_method in results.values.items():
-        order = sorted(by_method, key=lambda m: -np.nan_to_num(pick[m, column].estimate.value, nan=-math.inf))
+        sign = -1 if column in LOWER else 1
+        found = {m: sign * pick[m, column].estimate.value for m in by_method}
+        order = sorted(found, key=lambda m: math.inf if math.isnan(found[m]) else -found[m])
         if len(order) > 1:
-            gap = resample.estimate(by_method[order[0]] - by_method[order[1]])
+            gap = resample.estimate(sign * (by_method[order[0]] - by_method[order[1]]))
             best[column] = order[0] if gap.low > 0 else None
     columns = list(results.values)
     lines = [
         "\\begin{tabular}{l" + "c" * len(columns) + "}",
         "\\toprule",
-        " & ".join(["method", *(_tex(head(results, c)) for c in columns)]) + " \\\\",
+        " & ".join(["method", *(_tex(head(c)) for c in columns)]) + " \\\\",
         "\\midrule",
     ]
     for method in results.methods:
@@ -254,7 +259,7 @@ def cost(results: Results, cells: Sequence[Cell]) -> str:
         def x(value: float) -> float:
             return left + width * (math.log10(value) - x_low) / (x_high - x_low)
 
-        parts.append(_text(8, top - 12, f"{head(results, column)} against seconds per image"))
+        parts.append(_text(8, top - 12, f"{head(column)} against seconds per image"))
         for tick in ticks(low, high, 4):
             parts += [
                 _line(left, y(tick), left + width, y(tick)),
@@ -345,7 +350,7 @@ def page(results: Results, cells: Sequence[Cell], baseline: str, text: str, rows
             said = ", ".join(f"{c} {v:.3g}" for c, v in values if np.isfinite(v))
             found = results.found[method][k]
             seen = ", ".join(f"{one.get('colour', '')} {one['name']}".strip() for one in found[:6])
-            first = values[0][1] if values and binary(results, columns[0]) else math.nan
+            first = values[0][1] if values and columns[0] in RATES else math.nan
             mark = "" if math.isnan(first) else (" class=good" if first else " class=bad")
             figures.append(
                 f'<figure><img src="{thumbnail(results.files[method][k], found)}" alt="" loading="lazy">'

@@ -125,6 +125,9 @@ JUDGES: dict[str, Entry] = {
     ),
 }
 
+RATES = ("right", "no_neglect", "strict", "geneval-style", "tiam-like")  # columns of 0 and 1
+LOWER = ("strays",)  # columns of which less is better
+
 
 def check(name: str) -> Entry:
     """Returns a judge's row. Raises ValueError for a name that is not in JUDGES."""
@@ -210,7 +213,7 @@ def _in_folder(place: Path, row: Weights, key: str) -> Path:
     if place.is_file():
         return place
     names = [name for name in row.file.split("|") if (place / name).is_file()]
-    if not names:  # the same tensors under another name
+    if not names and not row.file.endswith(".txt"):  # the same tensors under another name
         names = sorted(path.name for path in place.glob("*.safetensors"))
     missing = [name for name in row.more if not (place / name).is_file()]
     if not names or missing:

@@ -1,5 +1,5 @@
-"""Captioned images of coloured shapes, the training set of the embedded model. A seed and an index
-determine one image.
+"""Makes captioned images of coloured shapes, the training set of the embedded model. A seed and an
+index determine one image.
 
 Images have 128x128 pixels, a light background, and one to three objects of 8 colours x 6 shapes
 that do not touch. Captions have the flaws of captions on the web: some omit the colours, and more
@@ -27,8 +27,8 @@ COLOURS = {  # 8-bit RGB
     "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-# Combinations never drawn or named in training. Each colour is among them once, each shape once or
-# twice.
+# Combinations that never occur in images or captions of the training set. Each colour
+# occurs in one of them, each shape in one or two.
 HELD_OUT = {
     ("red", "star"),
     ("green", "heart"),
@@ -47,8 +47,8 @@ RADII = {1: (20, 34), 2: (17, 27), 3: (16, 23)}  # pixels, by number of objects
 
 
 def outline(shape: str, turn: float = 0.0) -> np.ndarray:
-    """Returns the shape's polygon (n,2) about the centre (0, 0), about 1 in radius, with x to the
-    right and y down, turned by `turn` radians."""
+    """Returns the polygon (n,2) of a shape with its centre at (0, 0) and a radius of about 1,
+    turned by `turn` radians; x points right and y down."""
     if shape == "circle":
         a = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         points = 0.92 * np.stack([np.cos(a), np.sin(a)], 1)
@@ -77,7 +77,7 @@ def outline(shape: str, turn: float = 0.0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn shape."""
+    """One object in an image: a shape with its colour, place and size."""
 
     colour: str
     shape: str
@@ -87,7 +87,7 @@ class Object:
     turn: float  # radians
 
     def mask(self) -> np.ndarray:
-        """Returns the coverage of each pixel by the object, (SIZE,SIZE) float32 in 0..1,
+        """Returns how much of each pixel the object covers, (SIZE,SIZE) float32 in 0..1,
         anti-aliased."""
         k = 4  # supersampling
         canvas = Image.new("L", (SIZE * k, SIZE * k))
@@ -100,9 +100,9 @@ class Object:
 class Example:
     """One image with its caption.
 
-    `named` has one entry per object in the caption: the index of its colour word in `words` (None
-    if the colour is omitted), the index of its shape word, and its index in `objects` (None if it
-    is not drawn).
+    `named` has one entry (colour_place, shape_place, index) per object in the caption: the index of
+    its colour word in `words` (None if the colour is omitted), the index of its shape word in
+    `words`, and the index of the object in `objects` (None if the object is not in the image).
     """
 
     objects: tuple[Object, ...]
@@ -115,8 +115,8 @@ class Example:
         return " ".join(self.words).replace(" ,", ",")
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
-        """Draws the image. Returns it, (SIZE,SIZE,3) uint8, and the objects' masks (n,SIZE,SIZE)
-        float32 in 0..1."""
+        """Draws the image. Returns (picture, masks): the image (SIZE,SIZE,3) uint8, and the masks
+        (n,SIZE,SIZE) of the n objects, float32 in 0..1."""
         picture = np.empty((SIZE, SIZE, 3), np.float32)
         picture[:] = self.ground
         masks = np.stack([o.mask() for o in self.objects])
@@ -131,8 +131,8 @@ def _pairs_allowed(shapes: Iterable[str]) -> bool:
 
 
 def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
-    """Draws n (colour, shape) combinations without repeated colours or shapes. None is in
-    `HELD_OUT`, and no two shapes are in `HELD_OUT_PAIRS`."""
+    """Chooses n (colour, shape) combinations at random, without repeated colours or shapes. No
+    combination is in `HELD_OUT`, and no pair of the shapes is in `HELD_OUT_PAIRS`."""
     while True:
         picks = [COMBINATIONS[i] for i in rng.choice(len(COMBINATIONS), n, replace=False)]
         colours, shapes = zip(*picks)
@@ -141,8 +141,8 @@ def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
 
 
 def place(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]]:
-    """Draws positions for n objects that lie inside the image and do not touch. Returns a list of
-    (x, y, radius) in pixels."""
+    """Chooses at random the places and sizes of n objects that lie inside the image and do not
+    touch. Returns a list of (x, y, radius) in pixels."""
     while True:
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
@@ -172,8 +172,8 @@ def example(seed: int, index: int) -> Example:
 def _caption(
     rng: np.random.Generator, subjects: list[tuple[str, str]], n: int, objects: tuple[Object, ...]
 ) -> tuple[list[str], list[tuple[int | None, int, int | None]]]:
-    """Draws a caption. Returns its words, and `Example.named`. Of `subjects`, the first n are drawn
-    in the image."""
+    """Makes a caption at random that names `subjects`. Returns (words, named) as in `Example`. The
+    first n of `subjects` are `objects`, which are in the image; the others are not in it."""
     order = [int(i) for i in rng.permutation(len(subjects))]
     colours = rng.random() >= 0.1  # a tenth of the captions omit the colours
     style = rng.random()

@@ -1,11 +1,11 @@
 """Finds the coloured shapes in an image from its pixels alone, without a trained model.
 
 The pixels that differ from the background form bodies, which are connected groups of pixels. The
-colour of a body is the nearest colour of the palette. Its shape is that of the template (an outline
-of `data.outline` at one angle) with the largest overlap, after body and template are brought to the
-same centre and area. `judge` compares the bodies with the objects of a caption. The thresholds
-tolerate the VAE: with FOREGROUND = 30 and IOU = 0.70 nearly all true images still pass after
-encoding and decoding (README.md has the figures, false accepts included).
+colour of a body is the nearest colour of the palette. The shape of a body is the shape of the
+template (an outline of `data.outline` at one angle) that overlaps the body most, after both are
+brought to the same centre and area. `judge` compares the bodies with the objects of a caption. The
+thresholds tolerate the VAE: with FOREGROUND = 30 and IOU = 0.70 nearly all true images still pass
+after encoding and decoding (README.md has the figures, false accepts included).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ IOU = 0.70  # intersection over union with the best template, below which a body
 SPECK = 40  # pixels: smaller bodies are ignored
 FAR = 85  # 8-bit RGB distance from the nearest palette colour, beyond which a body has no colour
 SECOND = 0.22  # fraction of a body in a second colour that makes it a hybrid
-# Cells per side of the grid on which shapes are compared. Their mean radius is a quarter of a side.
+# Cells per side of the grid on which shapes are compared. Shapes have a mean radius of a quarter of
+# a side there.
 GRID = 40
 NEGLECT = frozenset(("missing", "hybrid", "mixed", "wrong colour"))
 # Kinds of failure, the most serious first. "hybrid" is a body of two colours, "mixed" a subject
@@ -57,10 +58,11 @@ class Found:
 class Verdict:
     """The result of comparing an image with the objects asked for.
 
-    `found` has all bodies of the image. `strict` means that the image has exactly the objects asked
-    for and nothing else. `no_neglect` means that no object is missing, merged with another or in a
-    wrong colour; badly drawn shapes and extra copies are accepted. `failures` has one of `KINDS`
-    for each of the `subjects_failed` objects that were not found, then one for each surplus body.
+    `found` holds all bodies (connected groups of pixels) of the image. `failures` holds one of
+    `KINDS` for each of the `subjects_failed` objects that were not found, then one for each surplus
+    body. `strict` means that the image has exactly the objects asked for and nothing else.
+    `no_neglect` means that no object is missing, merged with another, or in a wrong colour, while
+    badly drawn shapes and extra copies are accepted.
     """
 
     found: tuple[Found, ...]
@@ -82,8 +84,8 @@ class Verdict:
 
 
 def bodies(mask: np.ndarray) -> list[np.ndarray]:
-    """Returns the connected groups of pixels (4 neighbours) of a boolean mask (H,W) as masks,
-    largest first, without those below SPECK pixels."""
+    """Returns the connected groups of pixels (4 neighbours) of a boolean mask (H,W), each as a mask
+    (H,W). The largest comes first; groups of fewer than SPECK pixels are left out."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # every pixel takes the largest label beside it, until nothing changes
         padded = np.pad(labels, 1)
@@ -99,8 +101,8 @@ def bodies(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """Resamples a body's mask to (GRID,GRID) about its centroid, scaled to the area of a circle of
-    radius GRID/4 cells."""
+    """Resamples the mask (H,W) of a body to (GRID,GRID), with its centroid in the middle, scaled to
+    the area of a circle with a radius of GRID/4 cells."""
     rows, columns = np.nonzero(mask)
     scale = (len(rows) / np.pi) ** 0.5 / (GRID / 4)  # pixels per cell
     at = (np.arange(GRID) - (GRID - 1) / 2) * scale
@@ -111,8 +113,8 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 @cache
 def templates() -> np.ndarray:
-    """Returns the masks (shapes, turns, GRID, GRID) of every outline, at five angles that span
-    those of the training set, normalised as bodies are."""
+    """Returns the masks (shapes, turns, GRID, GRID) of the outlines of all shapes at five angles,
+    normalised as bodies are. The angles cover the range of the training set."""
     out = []
     for shape in SHAPES:
         out.append([])
@@ -124,8 +126,8 @@ def templates() -> np.ndarray:
 
 
 def shape_of(mask: np.ndarray) -> tuple[str, float]:
-    """Returns the shape whose template overlaps a body most, and the intersection over union of the
-    body and that template."""
+    """Returns (shape, iou) for the mask (H,W) of a body: the shape whose template overlaps the body
+    most, and the intersection over union of the body and that template."""
     body = _normalised(mask)
     overlap = (templates() & body).sum((2, 3)) / (templates() | body).sum((2, 3))  # (shapes, turns)
     best = overlap.max(1)
@@ -133,16 +135,17 @@ def shape_of(mask: np.ndarray) -> tuple[str, float]:
 
 
 def _inner(mask: np.ndarray) -> np.ndarray:
-    """Returns the body without its rim, where colours mix with the background. Returns the whole
-    body if too few pixels would remain."""
+    """Returns the mask of a body without its rim, where colours mix with the background. Returns
+    the whole mask if too few pixels would remain."""
     padded = np.pad(mask, 1)
     inner = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inner if inner.sum() >= SPECK // 2 else mask
 
 
 def find(picture: np.ndarray | Image.Image) -> list[Found]:
-    """Finds every body of an image (H,W,3), 8-bit RGB, on a light background. Returns bodies from
-    the largest to the smallest."""
+    """Finds every body (connected group of pixels) of an image (H,W,3), 8-bit RGB, on a light
+    background. The bodies are sorted by the size of the group, the largest first, except that two
+    well-drawn objects that touch are returned as two bodies."""
     array = np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
     pixels = array.astype(np.float32)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
@@ -172,8 +175,8 @@ def find(picture: np.ndarray | Image.Image) -> list[Found]:
 
 
 def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None) -> Found:
-    """Describes a body. `colours` None means the palette colour nearest to the body's median
-    colour, or no colour if all are far."""
+    """Describes the body with the mask `mask`. If `colours` is None, its colour is the palette
+    colour nearest to the median colour of the body, or no colour if all are far."""
     if colours is None:
         distance = np.linalg.norm(np.median(pixels[_inner(mask)], 0) - PALETTE, axis=-1)
         colours = (NAMES[int(distance.argmin())],) if distance.min() <= FAR else ()
@@ -184,8 +187,8 @@ def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None
 
 
 def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Verdict:
-    """Compares an image with the (colour, shape) pairs that its caption names. A colour of None
-    accepts any colour."""
+    """Compares an image with the (colour, shape) pairs `subjects` that its caption names. The
+    colour None accepts any colour."""
     found = find(picture)
     left = list(found)
     missed = []
@@ -214,8 +217,8 @@ def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Ver
 
 
 def _explain(subject: Subject, left: list[Found], subjects: Sequence[Subject]) -> tuple[Found | None, str]:
-    """Returns (body, kind): the body of `left` drawn in place of a subject that was not found (or
-    None), and the kind of failure."""
+    """Returns (body, kind) for a subject that was not found: the body in `left` that was drawn in
+    its place, or None if there is none, and the kind of failure."""
     colour, shape = subject
     others = [s for s in subjects if s != subject]
     for body in left:

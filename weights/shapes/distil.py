@@ -1,4 +1,4 @@
-"""Distils the embedded model into shapes-turbo, which draws in one to four steps without guidance.
+"""Distils the embedded model into shapes-turbo, which needs one to four steps and no guidance.
 
     python -m minsd.weights.shapes.distil [--quick] [--samples N] [--minutes M] [--export] [--out FILE]
 
@@ -7,16 +7,16 @@ all that this script writes. It is trained by distribution matching distillation
 arXiv 2311.18828) as simplified in DMD2 (Yin et al. 2024, arXiv 2405.14867): no images and no
 recorded sampling runs are needed. A training step does three things:
 
-1. The student draws clean latents x0 from unit noise, in one to four Euler steps on the grid that
-   it is used with. The gradient flows through the last of these steps alone.
+1. The student generates clean latents x0 from unit noise, in one to four Euler steps at the
+   timesteps that shapes-turbo uses later. The gradient flows through the last step alone.
 2. x0 is noised to a random timestep, and two networks predict the clean latents from the result:
    the embedded model under guidance, and a copy of the embedded model that is trained on the
    student's own x0 ("fake"). The difference between the two predictions is the gradient on x0. It
    moves the student's distribution towards the guided model's.
 3. The copy takes a step of ordinary denoising training on the same noised x0.
 
-Prompts are drawn at random, without those that bench/shapes.py asks for. Checkpoints go to `run/`,
-and the same command resumes, as in train.py, which says how processes share the work.
+Prompts are chosen at random, without those that bench/shapes.py uses. Checkpoints go to `run/`, and
+the same command resumes. train.py describes this, and how several processes share the work.
 """
 
 import argparse
@@ -52,7 +52,7 @@ ROW = MODELS["shapes-turbo"]
 RANK = 20  # of the adapter, which then has 2.9 MB in fp16
 BATCH = 16  # images per step, over all processes
 SAMPLES = {"full": 11_200, "quick": 1_600}
-LEARNING_RATE = 6e-4  # of the copy
+LEARNING_RATE = 6e-4  # of the copy ("fake")
 # The adapter's learning rate, relative to the copy's. The copy has to keep up with the student. If
 # it does not, the student's colours swing around those of the embedded model.
 RATE = 0.5
@@ -64,10 +64,12 @@ NOISED = (20, 980)  # timesteps at which the two predictions are compared: from,
 
 
 class LowRank(nn.Module):
-    """The low-rank change of every linear layer and convolution of a UNet, in training."""
+    """The low-rank changes of all linear layers and convolutions of a UNet, as parameters to be
+    trained."""
 
     def __init__(self, unet: UNet, rank: int = RANK):
-        """Starts with no change: the matrices `up` are zeros."""
+        """Makes the parameters. The matrices `up` are zeros, so that the UNet is not changed at
+        first."""
         super().__init__()
         layers = {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
         self.names = list(layers)
@@ -77,7 +79,8 @@ class LowRank(nn.Module):
         self.up = nn.ParameterList(torch.zeros(m, r) for r, (m, _) in zip(ranks, shapes))
 
     def weights(self, unet: UNet) -> dict[str, Tensor]:
-        """Returns the adapted weights of `unet`: parameter name -> tensor, differentiable."""
+        """Returns a dict of the adapted weights of `unet`: parameter name -> tensor,
+        differentiable."""
         named = dict(unet.named_parameters())
         return {
             f"{name}.weight": named[f"{name}.weight"] + (up @ down).view_as(named[f"{name}.weight"])
@@ -86,7 +89,8 @@ class LowRank(nn.Module):
 
 
 def plain(subjects: list[tuple[str, str]]) -> list[str]:
-    """Returns the words of a plain list: a red circle , a blue square and a green star."""
+    """Returns the words of a plain list of objects, such as "a red circle , a blue square and a
+    green star"."""
     words: list[str] = []
     for k, (colour, shape) in enumerate(subjects):
         if k:
@@ -96,8 +100,9 @@ def plain(subjects: list[tuple[str, str]]) -> list[str]:
 
 
 def benched() -> set[tuple[str, ...]]:
-    """Returns the prompts with two and three objects that bench/shapes.py asks for, which training
-    leaves out. Its prompts with one object are all there are, so that none could be left out."""
+    """Returns the prompts with two and three objects that bench/shapes.py uses, as tuples of words.
+    Training leaves them out. Prompts with one object are not left out, because bench/shapes.py uses
+    all of them."""
     prompts = set()
     for count in (2, 3):
         rng = np.random.default_rng((7, count - 1))  # SEED and the group's index there
@@ -106,8 +111,8 @@ def benched() -> set[tuple[str, ...]]:
 
 
 def draw_prompt(rng: np.random.Generator, without: set[tuple[str, ...]]) -> list[str]:
-    """Draws the words of one prompt: a caption as in the model's training, or a plain list of one to
-    three objects. `without` lists the prompts that are never drawn."""
+    """Chooses the words of one prompt at random: a caption as in the model's training, or a plain
+    list of one to three objects. Prompts in `without` are never chosen."""
     while True:
         if rng.random() < CAPTIONS:
             words = list(data.example(SEED + 2, int(rng.integers(2**40))).words)
@@ -144,27 +149,29 @@ class Distillation:
         return self.text(ids.to(self.workers.device)).last_hidden_state
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the fractions of signal and of noise, sqrt(abar) and sqrt(1 - abar), at timesteps t
-        (B,), each (B,1,1,1)."""
+        """Returns (signal, noise) at timesteps t (B,): sqrt(abar) and sqrt(1 - abar), each
+        (B,1,1,1)."""
         abar = self.schedule.alphas_cumprod[t].view(-1, 1, 1, 1).to(self.workers.device)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def clean(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Returns the clean latents that the predicted noise `eps` in latents x implies."""
+        """Returns the clean latents (x - sqrt(1 - abar) eps) / sqrt(abar) for latents x (B,4,h,w)
+        with the predicted noise `eps` at timesteps t (B,)."""
         signal, noise = self.levels(t)
         return (x - noise * eps) / signal
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, **weights: Tensor) -> Tensor:
-        """Predicts the noise in latents x (B,4,h,w) with a network, of which `weights` replaces some
-        parameters."""
+        """Predicts the noise in latents x (B,4,h,w) with a network, some of whose parameters are
+        replaced by `weights`."""
         with self.workers.autocast():
             return functional_call(network, weights, (x, t.to(x.device), context)).float()
 
     def draw(
         self, weights: dict[str, Tensor], noise: Tensor, context: Tensor, steps: int, last: int
     ) -> Tensor:
-        """Runs the student from unit noise by Euler's rule on the grid of `steps` steps, and returns
-        the clean latents that step number `last` predicts. Gradients flow through that step alone."""
+        """Runs the student from unit noise (B,4,h,w) with Euler's rule, at the timesteps of a run
+        of `steps` steps, up to step number `last`. Returns the clean latents that this step
+        predicts. Gradients flow through this step alone."""
         grid = [int(t) for t in self.schedule.timesteps(steps)]
         x = euler.begin(None, noise, self.schedule, grid[0])
         frozen = {name: weight.detach() for name, weight in weights.items()}
@@ -180,7 +187,8 @@ class Distillation:
     def losses(
         self, batch: int, rng: np.random.Generator, generator: torch.Generator
     ) -> dict[str, tuple[Tensor, float]]:
-        """Returns the losses of one training step and their weights, as `Run.train` wants them."""
+        """Returns the losses of one training step on `batch` images, with their weights: name ->
+        (loss, weight), as `Run.train` needs them."""
         device = self.workers.device
         context = self.encode([draw_prompt(rng, self.without) for _ in range(batch)])
         size = ROW.unet.sample_size
@@ -213,7 +221,7 @@ class Distillation:
 
 
 def export(adapter: LowRank, unet: UNet, path: Path) -> None:
-    """Writes the adapter as a LoRA file in fp16, with the tensor names of PEFT."""
+    """Writes the adapter as a LoRA file in fp16, with PEFT's tensor names."""
     tensors = {}
     for name, down, up in zip(adapter.names, adapter.down, adapter.up):
         shape = unet.get_submodule(name).weight.shape
@@ -228,7 +236,7 @@ def export(adapter: LowRank, unet: UNet, path: Path) -> None:
 
 
 def export_checkpoint(run: Path, out: Path) -> None:
-    """Writes the adapter from the newest checkpoint of a run that is not complete."""
+    """Writes the adapter from the newest checkpoint of an incomplete run to `out`."""
     unet = UNet(ROW.unet)
     adapter = LowRank(unet)
     state = torch.load(run / "turbo.pt", map_location="cpu", weights_only=True)
@@ -238,7 +246,7 @@ def export_checkpoint(run: Path, out: Path) -> None:
 
 
 def work(rank: int, world: int, device: str, options: Options) -> None:
-    """Runs the whole distillation in one of `world` processes."""
+    """Runs the whole distillation in process number `rank` of `world` processes."""
     workers = begin(rank, world, device, options)
     deadline = time.time() + 60 * options.minutes if options.minutes else math.inf
     distillation = Distillation(workers)

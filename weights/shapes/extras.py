@@ -53,7 +53,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, indices of the im
 
 @dataclass(frozen=True)
 class Options:
-    """How long to train, and where to write."""
+    """Options of a training: what to train, for how long, and where to write."""
 
     what: str  # "control" or "style"
     out: Path
@@ -95,8 +95,9 @@ def pierced(example: data.Example) -> np.ndarray:
 def examples(
     sd: Model, count: int, draw: Callable[[data.Example], np.ndarray]
 ) -> tuple[Tensor, Tensor, list[data.Example]]:
-    """Makes `count` examples, draws each with `draw` and encodes it. Returns latents (n,4,16,16),
-    text states (n,77,D), and the examples."""
+    """Makes `count` examples of the training data, draws each with `draw` and encodes it. Returns
+    (latents, texts, made): latents (n,4,16,16), text states (n,77,D) of the captions, and the
+    examples."""
     made = [data.example(SEED, i) for i in range(count)]
     parts = [made[i : i + 32] for i in range(0, count, 32)]
     latents = torch.cat([sd.encode([Image.fromarray(draw(e)) for e in part]) for part in parts])
@@ -108,7 +109,7 @@ def train(
     sd: Model, parameters: list[nn.Parameter], predict: Predict, latents: Tensor, options: Options, lr: float
 ) -> None:
     """Trains `parameters` to minimise the squared error of the predicted noise, weighted as in the
-    model's own training (train.py).
+    model's own training (train.py). `lr` is the highest learning rate.
 
     The state is saved every 50 steps, and the same command resumes from the saved state.
     """
@@ -149,8 +150,8 @@ def train(
 
 
 def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: int) -> Tensor:
-    """Returns the weighted error of the predicted noise on a random batch. All random numbers are
-    determined by `step`."""
+    """Returns the weighted squared error of the predicted noise on a random batch of `latents`. The
+    number `step` determines all random numbers."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     pick = torch.randint(len(latents), (batch,), generator=generator)
     t = torch.randint(1000, (batch,), generator=generator)
@@ -163,14 +164,14 @@ def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: i
 
 
 def drop(texts: Tensor, pick: Tensor, empty: Tensor) -> Tensor:
-    """Returns the text states of a batch (`pick` holds indices into `texts`). Every tenth row is
-    the empty prompt's text states, for guidance."""
+    """Returns the text states of a batch, whose images have the indices `pick` in `texts`. Every
+    tenth row is replaced by the empty prompt's text states `empty`, for guidance."""
     keep = torch.arange(len(pick)) % 10 > 0
     return torch.where(keep[:, None, None], texts[pick], empty)
 
 
 def train_control(sd: Model, options: Options) -> None:
-    """Trains the ControlNet and writes its folder."""
+    """Trains the ControlNet and writes its folder, outlines/."""
     torch.manual_seed(SEED)
     net = ControlNet(sd.config.unet, HIDDEN)
     theirs = sd.unet.state_dict()
@@ -222,7 +223,7 @@ def control_json(sd: Model) -> dict[str, Any]:
 
 
 def train_style(sd: Model, options: Options) -> None:
-    """Trains the LoRA and writes its file."""
+    """Trains the LoRA and writes its file, pierced.safetensors."""
     torch.manual_seed(SEED)
     fused = lora.fused_layers(sd.unet)
     parts = []

@@ -115,9 +115,9 @@ class Workers:
 
 
 class Run:
-    """Networks under training with their optimiser, their moving average of weights and their
-    checkpoint. Both stages of the training, the VAE and then the UNet with the text encoder, use
-    this class."""
+    """Networks under training, together with their optimiser, the moving average of their weights,
+    and their checkpoint. The training of the VAE uses one Run, and the training of the UNet with
+    the text encoder another."""
 
     def __init__(
         self,
@@ -133,8 +133,8 @@ class Run:
         momentum: float = 0.9,
     ):
         """Sets up the networks `modules` for training, and resumes from the checkpoint
-        `out`/`name`.pt if there is one. `samples` and `batch` are totals over all processes;
-        `warmup` is in steps. `rates` multiplies the learning rate of some of the networks;
+        `out`/`name`.pt if it exists. `samples` and `batch` are totals over all processes; `warmup`
+        is in steps. `rates` holds, for some of the networks, a factor of the learning rate `lr`;
         `momentum` is Adam's beta 1."""
         self.name = name
         self.modules = modules
@@ -198,7 +198,7 @@ class Run:
 
     def _one_step(self, losses: Losses) -> dict[str, tuple[Tensor, float]]:
         """Performs one optimiser step and updates the moving averages. Returns the losses and
-        weights that `losses` gave."""
+        weights that `losses` returned."""
         for group in self.optimizer.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
             rate = self.lr * group["rate"]
@@ -261,8 +261,8 @@ def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tup
 
 @torch.no_grad()
 def confused(vae: VAE, workers: Workers) -> list[str]:
-    """Returns the colours that the VAE turns into another colour of the palette. The check is
-    needed because the training can end in a state where green comes out black."""
+    """Returns the colours of the palette that the VAE turns into another colour of the palette. The
+    check is needed because the training can end in a state where green becomes black."""
     palette = torch.tensor(list(data.COLOURS.values())).float()
     lost = []
     for index, colour in enumerate(data.COLOURS):
@@ -277,13 +277,13 @@ def confused(vae: VAE, workers: Workers) -> list[str]:
 
 @torch.no_grad()
 def latents_of(vae: VAE, workers: Workers, out: Path, count: int) -> dict[str, Tensor]:
-    """Encodes this process's part of the training set and stores the result in a file, or loads
-    that file.
+    """Encodes this process's part of the training set with the VAE and stores the result in a file,
+    or loads that file if it exists.
 
-    Returns `latents` (n,4,16,16) and `ids` (n,77), and for up to three objects of each caption
-    `masks` (n,3,16,16) and `places` (n,3,2). `masks` is the coverage of each latent cell by the
-    object in 0..255, zero where the object is not drawn. `places` has the token positions of the
-    colour word and the shape word, -1 where the caption lacks the word.
+    Returns a dict of tensors: `latents` (n,4,16,16), token ids `ids` (n,77), and, for up to three
+    objects of each caption, `masks` (n,3,16,16) and `places` (n,3,2). `masks` is how much of each
+    latent cell the object covers, in 0..255, zero if the object is not in the image. `places` holds
+    the token positions of the colour word and of the shape word, -1 if the caption lacks the word.
     """
     path = out / f"latents-{workers.rank}-of-{workers.world}.pt"
     if path.exists():
@@ -346,7 +346,7 @@ def use_attention_in_full(network: nn.Module) -> None:
 
 
 def text_model() -> CLIPTextModel:
-    """Makes an untrained text encoder."""
+    """Makes the text encoder of the embedded model, without trained weights."""
     c = ROW.text
     config = CLIPTextConfig(
         vocab_size=c.vocab_size,
@@ -551,7 +551,8 @@ def index_json() -> dict[str, Any]:
 
 
 def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folder: Path) -> None:
-    """Writes the diffusers folder: fp16 safetensors, and JSON files that describe the networks."""
+    """Writes the model as a diffusers folder: fp16 safetensors, JSON files that describe the
+    networks, and, outside this folder, a copy of the tokenizer."""
     for name, content in {
         "model_index.json": index_json(),
         "unet/config.json": unet_json(),
@@ -581,7 +582,7 @@ def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folde
 
 
 def export_checkpoint(run: Path, out: Path) -> None:
-    """Writes the diffusers folder from the newest checkpoint of a run that is not complete."""
+    """Writes the diffusers folder from the newest checkpoint of an incomplete run to `out`."""
     vae, unet, text = VAE(ROW.vae), UNet(ROW.unet), text_model()
     state = torch.load(run / "unet.pt", map_location="cpu", weights_only=True)
     unet.load_state_dict(state["average"]["unet"])
@@ -595,7 +596,8 @@ def export_checkpoint(run: Path, out: Path) -> None:
 
 
 def begin(rank: int, world: int, device: str, options: Options) -> Workers:
-    """Prepares this process, number `rank` of `world` processes, and connects it with the others."""
+    """Prepares this process, number `rank` of `world` processes, and connects it with the others.
+    Returns its `Workers`."""
     if device == "cpu":
         torch.set_num_threads(1)
         torch.backends.mkldnn.set_flags(True)
@@ -606,8 +608,8 @@ def begin(rank: int, world: int, device: str, options: Options) -> Workers:
 
 
 def start(work: Callable[[int, int, str, Options], None], workers: int | None, options: Options) -> None:
-    """Runs work(rank, world, device, options) on the GPU if there is one, otherwise in `workers`
-    processes (None: one per core)."""
+    """Runs work(rank, world, device, options) in one process on the GPU if there is one, otherwise
+    on the CPU in `workers` processes (None: one per core)."""
     if torch.cuda.is_available():
         work(0, 1, "cuda", options)
     else:
@@ -618,7 +620,7 @@ def start(work: Callable[[int, int, str, Options], None], workers: int | None, o
 
 
 def work(rank: int, world: int, device: str, options: Options) -> None:
-    """Runs the whole training in one of `world` processes."""
+    """Runs the whole training in process number `rank` of `world` processes."""
     workers = begin(rank, world, device, options)
     began = time.time()
     deadline = began + 60 * options.minutes if options.minutes else math.inf
