@@ -35,6 +35,7 @@ from bench import Row, forget_peak, loaded, parser, peak_mb, pool, print_table, 
 from bench.alignment import Cost, save_sheet
 from bench.shapes import BATCH, Subjects, cases, sentence
 from minsd.noise import best, initno, look, steer
+from minsd.noise.drivers import SHARE
 from minsd.noise.initial import candidate_seeds
 from minsd.noise.initial import noise as draw_noise
 from minsd.pipeline import StableDiffusion
@@ -187,13 +188,18 @@ class Judged(NamedTuple):
 
 
 def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
-    """A method with its step scale times a factor."""
+    """A method with its step scale times a factor. Selections, and SAGA's own updates, have none."""
     method = METHODS[name]
-    if factor == 1 or method.objective is None:
+    if factor == 1 or method.objective in (None, "saga") or method.driver == "select":
         return method
-    key = "lr" if method.objective == "nlg" else "scale"
-    size = 1.0 if key == "lr" else sd.config.update_scale
-    return method._replace(settings={**method.settings, key: factor * size})
+    if method.objective == "nlg":
+        size = {"lr": 1.0}
+    elif method.driver == "optimize":
+        size = {"share": SHARE}
+    else:
+        size = {"scale": sd.config.update_scale}
+    changed = {key: factor * value for key, value in size.items()}
+    return method._replace(settings={**method.settings, **changed})
 
 
 def work(job: Job) -> Job:

@@ -2,9 +2,11 @@
 
 import ast
 import csv
+import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,3 +92,31 @@ def test_every_flag_has_a_help_text():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                 assert any(keyword.arg == "help" for keyword in node.keywords), (file.name, node.lineno)
+
+
+def test_the_methods_bench_pairs_what_all_methods_have_drawn(tmp_path):
+    """Every method's settings are valid; the table has only prompts that all methods have drawn."""
+    from bench import methods
+    from minsd.config import MODELS
+    from minsd.noise import steer
+
+    sd = SimpleNamespace(config=MODELS["shapes"])
+    for name in methods.METHODS:
+        method = methods.scaled(sd, name, 2.0)
+        if method.objective is not None:
+            steer.choose(method.objective, driver=method.driver, settings=method.settings)
+    for group in methods.GROUPS:
+        drawn = methods.group_cases(group, 30, True)
+        assert len(drawn) == 30 and all(len({shape for _, shape in s}) == len(s) for s in drawn)
+    costs = {"cpu_seconds": 2.0, "unet_rows": 100.0, "gradient": 0.0, "stopped": 0.0, "peak_mb": 9.0}
+    jobs = [
+        methods.Job("shapes", "two", method, 1.0, 30, start, False, tmp_path)
+        for start in (0, 10, 20)
+        for method in ("plain", "excite")
+    ]
+    for job, good in zip(jobs, (3, 6, 5, 9, 4)):  # the last batch lacks one of the two
+        found = [(k < good, k < good, True, "right", costs) for k in range(10)]
+        job.file.write_text(json.dumps(found))
+    plain, excite = methods.table(jobs)
+    assert (plain["n"], plain["right"], excite["right"], excite["right_colours"]) == (20, 0.4, 0.75, 1.0)
+    assert excite["gain_no_neglect_95"].startswith("+0.350 [+0.136")  # 0.35 - 1.96 * sd / sqrt(20)
