@@ -70,8 +70,8 @@ class Worker:
 
 def _portable(error: Exception) -> Exception:
     """Converts an error to one that can be sent to another process. Errors of a few plain types are
-    returned unchanged. Others become a ValueError if they are the user's mistake, otherwise a
-    RuntimeError, with the original message.
+    returned unchanged. Any other error becomes a ValueError with the same message if it is the
+    user's mistake, otherwise a RuntimeError with the error's type and message.
     """
     plain = (ValueError, FileNotFoundError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError)
     if type(error) in plain:
@@ -85,9 +85,7 @@ class _Actor:
 
     handle: Any
     open: bool = False
-    parts: deque[Any] = field(
-        default_factory=deque
-    )  # Ray references of its queued batches, the one being drawn first
+    parts: deque[Any] = field(default_factory=deque)  # Ray references of queued batches, in order
 
 
 class Cluster:

@@ -194,9 +194,9 @@ def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) 
     """Yields the noise predictor of a batch (the function that a sampler calls to predict the
     noise).
 
-    With a layout, it draws each region by its own caption, with the region's adapters and control
-    image. Without a layout, or if the job's objective replaces the layout, it uses the prompts
-    alone.
+    With a layout, the predictor follows each region's own caption, with the region's adapters and
+    control image. Without a layout, or if the job's objective replaces the layout, the predictor
+    uses the prompts alone.
     """
     sd = session.sd
     scale = job.sampling.guidance_scale

@@ -95,7 +95,9 @@ class Job:
     model: ModelSettings
     sampling: Sampling
     method: NoiseMethod
-    subjects: tuple[str | int, ...] | None = None  # None: neither the method nor a map needs any
+    subjects: tuple[str | int, ...] | None = (
+        None  # None: neither the noise method nor --attention-maps needs any
+    )
     excite: str | None = None  # a variant of noise.excite.updates
     steer: Steer | None = None
     pairs: str | None = None

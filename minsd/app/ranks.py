@@ -62,8 +62,8 @@ def label() -> str:
 
 
 def run_name() -> str:
-    """Returns a name that is the same in all processes of a run and differs between runs: torchrun's
-    run id and address, or Slurm's job and step.
+    """Returns a name that is the same in all processes of a run and differs between runs. It
+    consists of torchrun's run id and address, or of Slurm's job and step.
     """
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     if "MASTER_ADDR" not in os.environ:

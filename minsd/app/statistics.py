@@ -1,8 +1,9 @@
 """Statistics of paired studies: every method sees the same (prompt, seed) pairs.
 
-Images of one prompt resemble one another, so intervals come from a bootstrap that resamples prompts,
-each with all its seeds (Davison and Hinkley 1997, section 3.8). All methods share the resamples.
-Rates have Wilson's interval (Wilson 1927), right or wrong values McNemar's exact test (1947).
+Images of one prompt resemble one another, so intervals come from a bootstrap that resamples
+prompts, each with all its seeds (Davison and Hinkley 1997, section 3.8). All methods share the
+resamples. Rates have Wilson's interval (Wilson 1927), right or wrong values McNemar's exact test
+(1947).
 """
 
 import math

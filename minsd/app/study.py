@@ -5,8 +5,8 @@
 
 `draw` fills STUDY/METHOD/ for each method by a resuming run of minsd/app/run.py; the model is
 loaded once. `python -m minsd.judge STUDY` then judges the images. STUDY/study.json holds the
-prompts with what they ask for, the seeds and the methods. Methods may be added later;
-prompts and seeds cannot change. `table` also takes any folder with one judged folder per method.
+prompts with what they ask for, the seeds and the methods. Methods may be added later; prompts and
+seeds cannot change. `table` also takes any folder with one judged folder per method.
 """
 
 import argparse
