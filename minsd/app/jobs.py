@@ -95,9 +95,7 @@ class Job:
     model: ModelSettings
     sampling: Sampling
     method: NoiseMethod
-    subjects: tuple[str | int, ...] | None = (
-        None  # None: neither the noise method nor --attention-maps needs any
-    )
+    subjects: tuple[str | int, ...] | None = None  # None: neither method nor --attention-maps needs any
     excite: str | None = None  # a variant of noise.excite.updates
     steer: Steer | None = None
     pairs: str | None = None
