@@ -136,8 +136,8 @@ def network(path: Path, config: "CLIPConfig | None" = None) -> "CLIPModel":
 
 
 def tokenizer(folder: Path) -> "CLIPTokenizer":
-    """Returns CLIP's tokenizer from the folder or, if the folder holds none, from the hub's cache.
-    Raises FileNotFoundError if neither holds a tokenizer."""
+    """Returns CLIP's tokenizer from the folder. If the folder holds none, the tokenizer comes from
+    the hub's cache or from a download. Raises FileNotFoundError if neither is possible."""
     from transformers import CLIPTokenizer
 
     from minsd.weights import hub
