@@ -1,12 +1,14 @@
 """Judges folders of images: python -m minsd.judge FOLDER --judges clip pickscore
 
 Every image is judged once per judge. The scores are lines of scores.jsonl in the images' folder,
-beside runs.jsonl, so that a second call does nothing and a stopped one goes on. A line stands while
-the image's file and size, the judge's identity (weights, dtype, options) and what was asked for
-agree; otherwise the image is judged again. Under torchrun each process judges its part.
+beside runs.jsonl, so that a second call does nothing and a stopped one goes on. A line stays valid
+as long as the image's file and size, the judge's identity (weights, dtype, options), the prompt and
+what was asked for are unchanged; otherwise the image is judged again. Under torchrun each process
+judges its part.
 
-The judges are in minsd/judges/; `--list` shows them with their weights. Judges that need weights
-use those of the hub's cache or of `--weights`; those that the command names are fetched.
+The judges are in minsd/judges/; `--list` shows them with their weights. Weights come from
+`--weights` or the hub's cache; if they are missing, they are downloaded for judges that the command
+names.
 """
 
 import argparse
@@ -44,16 +46,16 @@ class Picture:
     file: str  # relative to the folder
     prompt: str
     asked: Mapping[str, Any] | None = None  # what a detector must look for (`judges.objects.Asked`)
-    model: str | None = None  # that drew it, where that is known
+    model: str | None = None  # the model that drew it, if known
 
     @property
     def path(self) -> Path:
-        """Returns where the image is."""
+        """Returns the path of the image."""
         return self.folder / self.file
 
     @property
     def question(self) -> str:
-        """Returns a hash of the prompt and of what is asked for."""
+        """Returns a hash of the prompt and of what a detector must look for."""
         return judges.short({"prompt": self.prompt, "asked": self.asked})
 
 
@@ -61,8 +63,9 @@ class Picture:
 
 
 def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
-    """Returns the images below a folder with their prompts. `by_folder`: a subfolder's name is its
-    images' prompt. Raises FileNotFoundError or ValueError where nothing says the prompts."""
+    """Returns the images below a folder with their prompts. With `by_folder` the name of a
+    subfolder is the prompt of the images in it. Raises FileNotFoundError if there is no such
+    folder, and ValueError if there are no images with prompts."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     asked = _asked(folder)
@@ -82,7 +85,8 @@ def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
 
 
 def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Returns what is asked for by prompt, as the study.json of a study says."""
+    """Returns prompt -> what a detector must look for: from the study.json in the folder or its
+    parent, or, if there is none, from GenEval's prompts."""
     for place in (folder, folder.parent):
         if (place / "study.json").is_file():
             items = files.read_json(place / "study.json")["prompts"]
@@ -93,12 +97,13 @@ def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _images(folder: Path) -> list[str]:
-    """Returns the names of the images in a folder, in order."""
+    """Returns the names of the images in a folder, sorted."""
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGES)
 
 
 def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images that rows of minsd name, in this folder and those below it."""
+    """Yields the images that minsd's rows (runs*.jsonl) list, in this folder and the folders below
+    it."""
     from minsd.app.folder import recorded
 
     for sub in sorted({path.parent for path in folder.rglob("runs*.jsonl")}):
@@ -109,7 +114,8 @@ def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images that prompts.jsonl or prompts.csv lists."""
+    """Yields the images that prompts.jsonl or prompts.csv lists. Raises ValueError for a row
+    without a file or prompt."""
     rows: list[Mapping[str, Any]] = []
     if (folder / "prompts.jsonl").is_file():
         text = (folder / "prompts.jsonl").read_text(encoding="utf-8")
@@ -125,7 +131,7 @@ def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images of a folder as GenEval's own generator writes it."""
+    """Yields the images of a folder in the form that GenEval's own generator writes."""
     for path in sorted(folder.glob("*/metadata.jsonl")):
         item = files.read_json(path)
         for name in _images(path.parent / "samples"):
@@ -133,7 +139,8 @@ def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the PNGs that hold their prompt, as minsd and AUTOMATIC1111's web UI write them."""
+    """Yields the PNGs whose metadata contain their prompt, as minsd and AUTOMATIC1111's web UI
+    write it."""
     from PIL import Image
 
     for path in sorted(path for path in folder.rglob("*.png") if "extra" not in path.parts):
@@ -151,8 +158,8 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Returns the scores of a folder's images: (file, judge) -> its line. Of several lines for one,
-    the last counts; lines cut by a kill are passed over."""
+    """Returns (file, judge) -> line of scores, for the images in a folder. If there are several
+    lines for one image and judge, the last counts. Lines cut off by a kill are skipped."""
     from minsd.app.folder import recorded
 
     # The processes' own files hold the lines since the last merge.
@@ -161,8 +168,9 @@ def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def merge(folder: Path, parts: Sequence[Path]) -> None:
-    """Merges processes' own files into scores.jsonl, one line per image and judge, and deletes
-    them. Safe to repeat."""
+    """Merges the files `parts`, each written by one process, into the folder's scores.jsonl, with
+    one line per image and judge, and deletes the files `parts`. Safe to repeat after an
+    interruption."""
     if not parts:
         return
     with files.locked(folder):
@@ -175,7 +183,8 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def stands(line: Mapping[str, Any] | None, picture: Picture, identity: str) -> bool:
-    """Returns whether a line of scores still holds for an image and a judge of this identity."""
+    """Returns whether a line of scores is still valid: the image's size, the prompt and what is
+    asked for, and the judge's `identity` (a hash) must be unchanged."""
     if line is None or line["asked"] != picture.question or judges.short(line["identity"]) != identity:
         return False
     return picture.path.is_file() and picture.path.stat().st_size == line["size"]
@@ -183,7 +192,8 @@ def stands(line: Mapping[str, Any] | None, picture: Picture, identity: str) -> b
 
 @dataclass
 class Run:
-    """One run of judges over images: which part of them is this process's, and what failed."""
+    """One run of judges over images: this process's part of the images, and the numbers of new
+    scores and of failures."""
 
     rank: int
     world: int
@@ -194,12 +204,13 @@ class Run:
     failed: int = 0
 
     def error(self, message: str) -> None:
-        """Prints one line about an image that cannot be judged, and counts it."""
+        """Prints one line about an image that cannot be judged, and counts the failure."""
         self.failed += 1
         print(f"minsd: error: {label()}{files.printable(message)}", file=sys.stderr)
 
     def judge(self, name: str, found: Sequence[Picture], ready: "Ready") -> None:
-        """Judges the images that this process has no standing line for."""
+        """Judges those of this process's images that have no valid line of scores by this judge, or
+        all of them with --again. The judge is loaded only if there are such images."""
         known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
         wanted = [
             picture
@@ -225,7 +236,8 @@ class Run:
                     print(f"minsd: {name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
 
     def _part(self, name: str, judge: Any, part: Sequence[Picture], images: Sequence[Any]) -> None:
-        """Judges one batch and writes its lines."""
+        """Judges one batch and appends a line of scores for each image. Reports images that could
+        not be opened and values that are not finite."""
         from minsd.app.folder import append
 
         pairs = []
@@ -257,7 +269,8 @@ class Run:
             self.judged += 1
 
     def merge(self, folders: Iterable[Path]) -> None:
-        """Merges this process's lines, and those that killed runs of more processes left."""
+        """Merges the lines of this process into each folder's scores.jsonl. The first process also
+        merges the lines that killed runs with more processes left behind."""
         for folder in folders:
             parts = [folder / f"scores-{self.rank}.jsonl"]
             if self.rank == 0:
@@ -267,8 +280,8 @@ class Run:
 
 
 def opened(picture: Picture) -> Any:
-    """Returns an image in RGB, upright and on white; or the error that says why it cannot be
-    read."""
+    """Returns an image in RGB, upright and with transparency on white, or the error if the image
+    cannot be read."""
     from minsd import image
 
     try:
@@ -278,7 +291,8 @@ def opened(picture: Picture) -> Any:
 
 
 def halving(judge: Any, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
-    """Returns a batch's results. Where memory runs out the batch is judged in two halves."""
+    """Returns a batch's results. If memory runs out, the batch is judged in two halves. Raises the
+    error if a single image does not fit."""
     import torch
 
     if not pairs:
@@ -297,7 +311,7 @@ def halving(judge: Any, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Jud
 
 
 class Ready:
-    """A judge whose weights are found, and which is loaded only when there is work for it."""
+    """A judge whose weight files are found, but which is loaded only when there is work for it."""
 
     def __init__(self, name: str, args: argparse.Namespace, fetch: bool):
         entry = judges.check(name)
@@ -314,7 +328,8 @@ class Ready:
         self.device = args.device
 
     def load(self) -> Any:
-        """Loads the judge onto the device that was asked for, or a GPU where there is one."""
+        """Returns the judge, loaded onto the device of --device, by default a GPU if there is one.
+        Turns TF32 off."""
         import torch
 
         # Scores of different machines are compared, so products keep all bits of float32.
@@ -362,7 +377,9 @@ def options() -> argparse.ArgumentParser:
 
 
 def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> list[tuple[str, bool]]:
-    """Returns the judges to run, each with whether its weights may be fetched."""
+    """Returns (judge, whether its weights may be downloaded) for each judge to run: the judges of
+    --judges; for "all" those whose weights are on this machine; and otherwise `shapes` for the
+    embedded model's images, DEFAULT for any others."""
     if args.judges is None:
         own = all(picture.model == "shapes" for picture in found)
         return [(name, False) for name in (("shapes",) if own else DEFAULT)]
@@ -377,7 +394,8 @@ def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> list[tuple[str
 
 
 def listing(args: argparse.Namespace) -> None:
-    """Prints the judges, their weights with size and licence, and whether these are there."""
+    """Prints the judges, their weights with size and licence, and whether the weights are on this
+    machine."""
     for name, entry in JUDGES.items():
         print(f"{name:14} {entry.about}")
         for key in entry.weights:
@@ -391,7 +409,7 @@ def listing(args: argparse.Namespace) -> None:
 
 
 def export(path: Path, found: Sequence[Picture]) -> None:
-    """Writes one row per image with its prompt and all values as CSV."""
+    """Writes a CSV file with one row per image: its path, its prompt, and all values."""
     known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
     rows: list[dict[str, Any]] = []
     for picture in found:
@@ -407,7 +425,8 @@ def export(path: Path, found: Sequence[Picture]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Judges a folder as the command's options say. Returns the exit code."""
+    """Judges a folder as the command's options state. Returns the exit code: 1 if some images could
+    not be judged, otherwise 0. Raises ValueError or FileNotFoundError for the user's mistakes."""
     if args.list:
         listing(args)
         return 0
@@ -440,8 +459,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns 0 where all images were judged, 1 where some could not be, 2
-    for the user's mistakes."""
+    """Runs the command line. Returns 0 if all images were judged, 1 if some could not be, 2 for the
+    user's mistakes, or 130 if the user stopped it."""
     args = options().parse_args(argv)
     try:
         return run(args)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 @dataclass
 class Tally:
-    """How many images of a run are saved so far, for the messages that end it."""
+    """The numbers of images of a run that are saved or have failed so far, for the messages at the
+    end of the run.
+    """
 
-    made: int = 0
+    made: int = 0  # images saved
     wanted: int = 0
     failed: int = 0  # images that could not be drawn or saved
     mistaken: bool = False  # the last failure was the user's mistake, not the machine's
@@ -18,7 +20,9 @@ class Tally:
 
 
 def mistake(error: Exception) -> bool:
-    """Returns whether an error is the user's mistake (exit code 2) and not the machine's (1)."""
+    """Returns whether the user caused an error (ValueError or FileNotFoundError: exit code 2).
+    Otherwise the machine did (exit code 1).
+    """
     return isinstance(error, (ValueError, FileNotFoundError))
 
 

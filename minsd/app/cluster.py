@@ -2,9 +2,9 @@
 
 A worker is a Ray actor that holds the model. The process of the command line plans the jobs, forms
 the batches, and saves the images, as it does without Ray, so files, rows and --resume are the same.
-Each worker has AHEAD batches to draw. A batch whose worker is lost (killed, or with its node) is
-given to another one. Nodes may join and leave: the number of workers follows the cluster's GPUs or
-cores.
+Up to AHEAD batches are queued at each worker. A batch whose worker is lost (killed, or with its
+node) is given to another worker. Nodes may join and leave: the number of workers follows the
+cluster's GPUs or cores.
 
 The nodes need minsd, and every file of the run (model, adapters, images) under the same path. Only
 this process writes to --out.
@@ -32,16 +32,16 @@ from minsd.app.session import Session, open_session
 from minsd.graphs import empty_cache
 
 AHEAD = 2  # batches per worker, so that no worker waits while images are saved
-CORES = 4  # of a worker without a GPU, unless OMP_NUM_THREADS says otherwise
+CORES = 4  # CPU cores of a worker without a GPU, unless OMP_NUM_THREADS is set
 LOSSES = 3  # workers that may be lost with one batch before the batch counts as failed
 FAILED_STARTS = 10  # workers that may be lost in succession before any has drawn a batch
 
 
 class Worker:
-    """Holds the model in an actor, and draws batches."""
+    """A Ray actor that holds the model and draws batches."""
 
     def open(self, command: Command, requests: Sequence[Request]) -> Exception | None:
-        """Loads the model. Returns the error where that fails."""
+        """Loads the model. Returns the error if loading fails, otherwise None."""
         try:
             self.session = open_session(command, requests, quiet=True)
         except Exception as error:
@@ -51,7 +51,12 @@ class Worker:
         return self.session.sd.batch_size(height, width)
 
     def draw(self, part: list[Job]) -> tuple[Finished | Exception, list[str]]:
-        """Draws a batch. Returns (the batch, or the error where that fails; warnings)."""
+        """Draws a batch. If GPU memory runs out while CUDA graphs are held, releases them and draws
+        the batch once more.
+
+        Returns (outcome, messages). The outcome is the drawn batch, or the error if drawing failed;
+        the messages are those of the warnings.
+        """
         with warnings.catch_warnings(record=True) as caught:
             outcome = attempt(self.session, part)
             graphs = self.session.sd.graphs
@@ -64,7 +69,10 @@ class Worker:
 
 
 def _portable(error: Exception) -> Exception:
-    """Returns an error that can be sent to another process: of a plain type, with its message."""
+    """Converts an error to one that can be sent to another process. Errors of a few plain types are
+    returned unchanged. Any other error becomes a ValueError with the same message if it is the
+    user's mistake, otherwise a RuntimeError with the error's type and message.
+    """
     plain = (ValueError, FileNotFoundError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError)
     if type(error) in plain:
         return error
@@ -73,19 +81,21 @@ def _portable(error: Exception) -> Exception:
 
 @dataclass(eq=False)
 class _Actor:
-    """A worker as this process sees it."""
+    """The handle and state of a worker, held by the process of the command line."""
 
     handle: Any
     open: bool = False
-    parts: deque[Any] = field(default_factory=deque)  # references of its batches; it draws the first
+    parts: deque[Any] = field(default_factory=deque)  # Ray references of queued batches, in order
 
 
 class Cluster:
     """A connection to a Ray cluster with its workers."""
 
     def __init__(self, command: Command, requests: Sequence[Request]):
-        """Connects to the cluster of RAY_ADDRESS, or starts one on this machine. Raises ValueError
-        where Ray is not installed, or where the cluster lacks what a worker needs.
+        """Connects to the cluster at RAY_ADDRESS, or starts one on this machine.
+
+        Raises ValueError if Ray is not installed, if the cluster cannot be reached, or if the
+        cluster has no GPU or no node with enough CPU cores for a worker.
         """
         try:
             self.ray: Any = importlib.import_module("ray")
@@ -112,11 +122,13 @@ class Cluster:
         self.requests = [request for request in requests if request.layout is not None]
         self.actors: list[_Actor] = []
         self.opening: dict[Any, _Actor] = {}
-        self.flying: dict[Any, tuple[_Actor, list[Job], int]] = {}  # with the losses of the batch so far
-        self.lost = 0  # workers lost since one has drawn a batch
+        self.flying: dict[Any, tuple[_Actor, list[Job], int]] = {}  # (worker, batch, workers lost with it)
+        self.lost = 0  # workers lost since a batch was last drawn
 
     def session(self, quiet: bool) -> Session:
-        """Returns a session with the model on the CPU, to plan the jobs; nothing is drawn with it."""
+        """Returns a session whose model is on the CPU. The session serves to plan the jobs; nothing
+        is drawn with it.
+        """
         dtype = self.command.dtype or ("float16" if self.device == "cuda" else "float32")
         plain = replace(
             self.command, device="cpu", dtype=dtype, attention="auto", controlnet=None, compile=False
@@ -124,7 +136,9 @@ class Cluster:
         return replace(open_session(plain, self.requests, quiet), command=self.command)
 
     def draw(self, drawing: Drawing, wanted: Wanted) -> None:
-        """Draws and saves these jobs."""
+        """Draws the jobs `wanted` on the workers and saves the images. Then ends the workers and
+        the connection to the cluster.
+        """
         try:
             if wanted:
                 self._draw(drawing, wanted)
@@ -133,7 +147,7 @@ class Cluster:
 
     def _draw(self, drawing: Drawing, wanted: Wanted) -> None:
         coming = batches(wanted, self._batch_size)
-        again: deque[tuple[list[Job], int]] = deque()  # batches, with their losses so far
+        again: deque[tuple[list[Job], int]] = deque()  # batches to repeat, with the workers lost so far
         while True:
             self._grow()
             everything = self._fill(coming, again)
@@ -157,8 +171,9 @@ class Cluster:
                 again.extend((smaller, 0) for smaller in drawing.settle(part, outcome))
 
     def _fill(self, coming: Iterator[list[Job]], again: deque[tuple[list[Job], int]]) -> bool:
-        """Gives every worker its batches, the first to all before the second to any. Returns whether
-        no batch is left.
+        """Queues up to AHEAD batches at every worker that has loaded the model. Every worker gets
+        its first batch before any worker gets a second. Batches to repeat (`again`) come before new
+        ones (`coming`). Returns whether no batch is left to queue.
         """
         for depth in range(AHEAD):
             for actor in self.actors:
@@ -173,7 +188,9 @@ class Cluster:
         return False
 
     def _result(self, ref: Any, actor: _Actor) -> Finished | Exception | None:
-        """Returns the outcome of a batch; None where its worker is lost."""
+        """Returns the outcome of a batch (the drawn batch, or an error), or None if the worker is
+        lost. Repeats the worker's warnings in this process.
+        """
         try:
             outcome, messages = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
@@ -185,7 +202,9 @@ class Cluster:
         return outcome
 
     def _drop(self, actor: _Actor, error: Exception) -> None:
-        """Removes a lost worker. Raises RuntimeError where too many are lost in succession."""
+        """Removes a lost worker. Raises RuntimeError if too many workers are lost without a batch
+        drawn in between: more than FAILED_STARTS plus the number of remaining workers.
+        """
         if actor in self.actors:
             self.actors.remove(actor)
             self.lost += 1
@@ -193,7 +212,7 @@ class Cluster:
             raise RuntimeError(f"{self.lost} workers of the Ray cluster ended in succession: {error}")
 
     def _ready(self, refs: list[Any]) -> list[Any]:
-        """Returns those of the references that are ready, after a second at most."""
+        """Waits for a second at most, and returns the references whose results are ready."""
         if refs:
             return self.ray.wait(refs, timeout=1)[0]
         time.sleep(1)
@@ -205,13 +224,15 @@ class Cluster:
         return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
     def _slots(self) -> int:
-        """Returns how many workers the cluster has room for now."""
+        """Returns how many workers the cluster's GPUs or CPU cores now suffice for, counting those
+        already started.
+        """
         if self.gpus:
             return sum(int(node.get("GPU", 0)) for node in self._nodes())
         return sum(int(node.get("CPU", 0) // self.cores) for node in self._nodes()) if self.cores else 0
 
     def _grow(self) -> None:
-        """Starts workers until there are as many as the cluster has room for."""
+        """Starts workers until there are as many as `_slots` allows."""
         for _ in range(self._slots() - len(self.actors)):
             needs = {"num_gpus": 1, "num_cpus": 1} if self.gpus else {"num_cpus": self.cores}
             actor = _Actor(self.ray.remote(**needs)(Worker).remote())
@@ -220,7 +241,10 @@ class Cluster:
             self.opening[actor.handle.open.remote(command, self.requests)] = actor
 
     def _opened(self, ref: Any) -> None:
-        """Takes a worker into use after it has loaded the model. Raises the error where it cannot."""
+        """Marks a worker as ready to draw after the model is loaded, or removes the worker if it is
+        lost. If the model cannot be loaded, raises the user's mistake unchanged and any other error
+        as a RuntimeError.
+        """
         actor = self.opening.pop(ref)
         try:
             error = self.ray.get(ref)
@@ -232,7 +256,9 @@ class Cluster:
         actor.open = True
 
     def _batch_size(self, height: int, width: int) -> int:
-        """Asks a worker for its batch size, once one has loaded the model."""
+        """Waits until a worker has loaded the model. Returns the batch size that this worker
+        computes for images of this height and width (pixels).
+        """
         while True:
             self._grow()
             for actor in [actor for actor in self.actors if actor.open]:

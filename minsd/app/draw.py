@@ -1,7 +1,7 @@
-"""Draw one batch of jobs: find the initial noise, build the predictor, sample, decode.
+"""Draws one batch of jobs: finds the initial noise, builds the noise predictor, samples, decodes.
 
-The jobs of a batch (minsd/app/run.py groups them) differ in prompt, seed and subjects alone. All
-else is read from the first.
+The jobs of a batch (minsd/app/run.py groups them) differ only in prompt, seed, subjects, and index
+in a noise file. All other settings are read from the first job.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,17 +32,19 @@ Progress = Callable[[int, int | float], object]
 
 @dataclass
 class Drawn:
-    """A batch: its images, the noise they began from, and what the noise method recorded of each."""
+    """A drawn batch: its images, the noise they began from, and what to record for each image."""
 
     images: list[Image.Image]
     noise: Tensor  # (B, 4, h, w)
-    notes: list[dict[str, Any]]
+    notes: list[dict[str, Any]]  # per image: settings found by the noise method, such as the seed chosen
     extras: list[Extras]  # per image
 
 
 def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """Draws one batch. `progress(i, t)` is called after every sampling step, `say(message)` while
-    noise is sought.
+    """Draws one batch, or inverts the image of a job with --invert.
+
+    `progress(i, t)` is called after every sampling step, and `say(message)` with status messages of
+    the search for noise and of the objective.
     """
     with controlled(session, jobs[0]):
         return (
@@ -53,7 +55,9 @@ def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) ->
 
 
 def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """From noise to images."""
+    """Draws a batch: finds the initial noise, denoises it, and decodes the latents. Calls
+    `progress(i, t)` after every sampling step, and `say(message)` with status messages.
+    """
     sd = session.sd
     first = jobs[0]
     run = {"steps": first.sampling.steps, "sampler": first.sampling.sampler, "karras": first.sampling.karras}
@@ -102,7 +106,9 @@ def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) 
 
 
 def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str | int] | None]) -> Run | None:
-    """The run of a batch's objective, if it has one."""
+    """Returns the object that applies the jobs' objective (--objective) to this batch, or None if
+    the jobs have no objective. `subjects` holds one list or None per job.
+    """
     first = jobs[0]
     if first.steer is None:
         return None
@@ -114,7 +120,9 @@ def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str |
 
 
 def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run | None = None) -> Found:
-    """The initial noise of a batch: from a file, or by the jobs' method."""
+    """Returns the initial noise of a batch: read from the jobs' noise file, or found by their noise
+    method. `run` applies the jobs' objective; None if they have none.
+    """
     first = jobs[0]
     sampling = first.sampling
     if first.noise_file is not None:
@@ -143,7 +151,9 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run |
 
 
 def invert(sd: StableDiffusion, job: Job) -> Drawn:
-    """The noise of an image, and the image drawn from it."""
+    """Finds the noise that draws the job's image (--invert). Returns this noise and the image drawn
+    from it, with two PSNRs to record.
+    """
     assert job.invert is not None
     found = stability.invert_picture(
         sd,
@@ -161,7 +171,9 @@ def invert(sd: StableDiffusion, job: Job) -> Drawn:
 
 @contextmanager
 def controlled(session: Session, job: Job) -> Iterator[None]:
-    """Within the block every call of the UNet passes through the job's ControlNet, if it has one."""
+    """Applies the job's ControlNet to every call of the UNet within the block. Does nothing if
+    there is no ControlNet, or no control image for the whole image.
+    """
     sd = session.sd
     if job.control is None or job.control.image is None or session.controlnet is None:
         yield
@@ -179,8 +191,12 @@ def controlled(session: Session, job: Job) -> Iterator[None]:
 
 @contextmanager
 def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) -> Iterator[Predictor]:
-    """The noise predictor of a batch: of its prompts, or of its layout with its regions' adapters
-    and control images.
+    """Yields the noise predictor of a batch (the function that a sampler calls to predict the
+    noise).
+
+    With a layout, the predictor follows each region's own caption, with the region's adapters and
+    control image. Without a layout, or if the job's objective replaces the layout, the predictor
+    uses the prompts alone.
     """
     sd = session.sd
     scale = job.sampling.guidance_scale
@@ -199,7 +215,7 @@ def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) 
 
 
 def steps_of(sd: StableDiffusion, job: Job) -> int:
-    """How often the sampler calls `progress` for an image."""
+    """Returns how many times the sampler calls `progress` for this job; 0 with --invert."""
     if job.invert is not None:
         return 0
     sampling = job.sampling

@@ -2,8 +2,8 @@
 
 The images decide, not the rows: only a complete image counts as done, and the settings embedded in
 it identify the image. A row is ignored if its image is missing, or if the file of that name is a
-different image now. An image without a row gets one. Files and rows that cannot be read are listed
-in a note and ignored.
+different image now. A row is added for an image that has none. Files and rows that cannot be read
+are listed in a note and ignored.
 """
 
 import os
@@ -31,8 +31,8 @@ def silent(message: str) -> None:
 
 
 def recorded(paths: Iterable[Path], say: Say = silent) -> Iterator[Row]:
-    """Yields every complete row of the files that exist, those of runs.jsonl first. `say` gets a
-    note on lines that are no rows, such as a line cut off by a kill.
+    """Yields every complete row of those `paths` that exist, the rows of runs.jsonl first. Lines
+    that are no rows, such as a line cut off by a kill, are skipped and reported to `say`.
     """
     # The processes' own files hold the rows since the last merge into runs.jsonl.
     for path in sorted(paths, key=lambda path: (path.name != "runs.jsonl", path.name)):
@@ -67,16 +67,16 @@ def _rows(path: Path, broken: list[str]) -> Iterator[Row]:
 
 
 def note_ignored(names: list[str], one: str, several: str, say: Say) -> None:
-    """Notes that files or lines are ignored, with the first three names. `one` and `several` are
-    the reason in singular and plural ("is no row", "are no rows").
+    """Reports to `say` that files or lines are ignored, with the first three of `names`. `one` and
+    `several` are the reason in singular and plural ("is no row", "are no rows").
     """
     listed = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
     say(f"{listed} {one if len(names) == 1 else several}: ignored")
 
 
 def key_of(settings: Row) -> bytes | None:
-    """Returns the key (`jobs.key`) of an image's settings or row; None where minsd cannot have
-    written them.
+    """Returns the key of an image (`jobs.key`: a hash of what identifies the image), given its
+    settings or row. Returns None if minsd cannot have written these settings.
     """
     try:
         return key(identity(settings))
@@ -85,12 +85,12 @@ def key_of(settings: Row) -> bytes | None:
 
 
 def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
-    """Returns one row per file name.
+    """Returns file name -> row, with one row per file name.
 
-    A name has rows of several images if an image was deleted and its name used again. Then the
-    rows of the image in the folder are kept or, if there is none, those of the last row's image.
-    Of several rows of one image the original, which has the timing, is preferred to one
-    reconstructed from the PNG.
+    If an image was deleted and its name used again, the name has rows of several images. Then the
+    row of the image that is now in the folder is kept. If no row belongs to that image, the last
+    row's image is kept. If one image has several rows, the first with a time (`seconds`) is
+    preferred to a row reconstructed from the PNG, which has none.
     """
     best: dict[str, Row] = {}
     rivals: dict[str, list[Row]] = {}
@@ -110,7 +110,7 @@ def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
 
 
 def _key_in(folder: Path, name: str) -> bytes | None:
-    """Returns the key of the image of that name in the folder; None if there is no such image."""
+    """Returns the key of the image called `name` in the folder; None if there is no such image."""
     if image.NUMBERED.fullmatch(name):
         with suppress(ValueError, OSError):
             return key_of(image.verified(folder / name))
@@ -118,8 +118,8 @@ def _key_in(folder: Path, name: str) -> bytes | None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Appends one complete row to a file of JSON lines. The file and its folder are created where
-    they are missing.
+    """Appends one complete row to a file of JSON lines. Creates the file and its folder if they are
+    missing.
 
     The row is not synced to the disk: a row lost in a power cut is restored from its PNG.
     """
@@ -133,8 +133,9 @@ def append(path: Path, row: Row) -> None:
 
 
 def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
-    """Merges the files `paths` into runs.jsonl, one row per image, and deletes them. Safe to
-    repeat.
+    """Merges the rows of the files `paths` into the folder's runs.jsonl, one row per image, and
+    deletes the files `paths`. Safe to repeat after an interruption. Lines that are no rows are
+    reported to `say`.
     """
     with files.locked(folder):
         rows = by_file(recorded([folder / "runs.jsonl", *paths], say), folder)
@@ -153,12 +154,14 @@ def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
 def done(
     folder: Path, write: Callable[[Row], None], say: Say = silent, mine: Container[bytes] | None = None
 ) -> set[bytes]:
-    """Returns the keys of the complete images in a folder. For each image without a row, `write`
-    is called with a row read from the PNG.
+    """Returns the keys of the complete images in a folder. For each image without a row, calls
+    `write` with a row read from the PNG.
 
-    Every image is checked by `image.verified`; an image without a row is also decoded. `mine`: the
-    keys of the jobs of one process among several. An image whose row has another key is then left
-    to the process that has this key.
+    Every image is checked by `image.verified`; an image without a row is also decoded. Files that
+    are not complete images of minsd are reported to `say`.
+
+    `mine` holds the keys of this process's jobs if several processes work on the folder. An image
+    whose row has a key outside `mine` is then skipped, because another process checks it.
     """
     rows: dict[str, set[bytes | None]] = {}
     for row in recorded(folder.glob("runs*.jsonl"), say):

@@ -1,4 +1,4 @@
-"""Lets one run with --resume, with all of its processes, work on a folder at a time.
+"""Ensures that only one run with --resume (with all its processes) works on a folder at a time.
 
 Two runs that resume one folder would find the same images missing and draw them twice. So every
 process of such a run locks one byte of the file .runs.lock in the folder. The operating system
@@ -47,11 +47,12 @@ class Hold:
         self.file: BinaryIO | None = None
 
     def take(self) -> None:
-        """Locks the folder, which is created where it is missing. Does nothing if this object has
-        locked it already.
+        """Locks the folder, and creates it if it is missing. Does nothing if this object has locked
+        the folder already, in a run of one process without --resume, and on systems without locks.
 
-        If another run with --resume has locked the folder, waits for its end with `wait`, and
-        otherwise raises ValueError with the other run's process and machine.
+        If another run with --resume has locked the folder, waits until that run ends if `wait` was
+        given to the constructor. Otherwise raises ValueError with the other run's process and
+        machine.
         """
         if fcntl is None or self.file is not None or not (self.resume or self.share.world > 1):
             return
@@ -69,8 +70,8 @@ class Hold:
             time.sleep(1)
 
     def wait_for_others(self) -> None:
-        """Returns when no other process of this run draws any more. Used by a process that is about
-        to fail, because torchrun then stops all others.
+        """Waits until all other processes of this run have ended or are waiting here too. A process
+        that is about to fail calls this first, because torchrun stops all processes when one fails.
         """
         if self.file is None or self.share.world == 1:
             return
@@ -90,8 +91,9 @@ class Hold:
             self.file = None
 
     def _try(self) -> str | None:
-        """Tries to lock the folder. Returns a description of the run that has locked it already, or
-        None if this process may work on it.
+        """Tries to lock the folder. Returns a description of the run that has locked the folder
+        already, or None if this process may work on it. Warns and returns None if the lock file
+        cannot be used.
         """
         with files.locked(self.folder):  # one process at a time
             try:
@@ -117,8 +119,9 @@ class Hold:
             return holder
 
     def _lock(self, first: int, count: int, on: bool = True) -> bool:
-        """Locks or unlocks `count` bytes of this run's region. Returns False if another process has
-        locked any of them.
+        """Locks or unlocks `count` bytes, from number `first`, of this run's region of the lock
+        file. Returns False if another process has locked any of them; True otherwise, also where
+        the file system has no locks.
         """
         assert fcntl is not None and self.file is not None
         how = fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN
@@ -129,13 +132,13 @@ class Hold:
         return True
 
     def _alone(self) -> bool:
-        """Returns whether no other process of this run has a lock."""
+        """Returns whether no other process of this run holds a lock."""
         with files.locked(self.folder):  # `_free` briefly locks all bytes, which `_try` must not see
             return self._free(0, REGION)
 
     def _free(self, first: int, count: int) -> bool:
-        """Returns whether no other process has locked any of these bytes of the region. Leaves them
-        unlocked.
+        """Returns whether no other process has locked any of the `count` bytes from number `first`
+        of this run's region. Leaves them unlocked.
         """
         if count == 0:
             return True
@@ -145,7 +148,9 @@ class Hold:
         return free
 
     def _read(self) -> tuple[object, str]:
-        """Reads (name, description) of the run that the file describes."""
+        """Returns (name, description) of the run that the lock file describes. The name is None if
+        the file describes no run.
+        """
         assert self.file is not None
         self.file.seek(0)
         try:
@@ -155,7 +160,7 @@ class Hold:
             return None, f"{NAME} names no process"
 
     def _write(self) -> None:
-        """Writes the description of this run to the file."""
+        """Writes the description of this run to the lock file."""
         assert self.file is not None
         since = datetime.now().isoformat(" ", "seconds")
         run = {"run": run_name(), "host": files.HOST, "pid": os.getpid(), "since": since}

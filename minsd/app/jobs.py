@@ -1,9 +1,9 @@
-"""Jobs: one image each, every setting resolved to its last default.
+"""Jobs: each describes one image, with all defaults filled in.
 
 `plan` makes the jobs of all requests, as `Jobs`: a list that holds one job per prompt and range of
-seeds, so that millions of images take little memory. `Job.settings()` is the only maker of the
-keys in an image's metadata and in runs.jsonl; `Job.identity()` tells whether an image is done
-already.
+seeds, so that millions of images take little memory. Only `Job.settings()` creates the keys in an
+image's metadata and in runs.jsonl. `Job.identity()` identifies an image, to find out whether it is
+done already.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from minsd.samplers import timesteps
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Model and hardware, the same for all jobs of a run."""
+    """The settings of model and hardware, which are the same for all jobs of a run."""
 
     model: str
     model_hash: str | None
@@ -87,7 +87,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image."""
+    """All settings of one image."""
 
     prompt: str
     negative_prompt: str
@@ -95,7 +95,7 @@ class Job:
     model: ModelSettings
     sampling: Sampling
     method: NoiseMethod
-    subjects: tuple[str | int, ...] | None = None  # None: no method or map asks for any
+    subjects: tuple[str | int, ...] | None = None  # None: neither method nor --attention-maps needs any
     excite: str | None = None  # a variant of noise.excite.updates
     steer: Steer | None = None
     pairs: str | None = None
@@ -106,27 +106,35 @@ class Job:
     invert: Path | None = None
     noise_file: Path | None = None
     noise_index: int = 0  # of this image's noise in the file
-    chunks: int = 1  # of the prompt: a batch would fill up its shorter prompts
+    chunks: int = 1  # that the prompt takes; a batch would pad shorter prompts
     # The beginning of an error message about this job: "prompts.jsonl, line 2: ".
     where: str = field(default="", compare=False)
 
     def candidates(self) -> list[int]:
-        """The seeds that a selection chooses among, the asked one first."""
+        """Returns the seeds of the noises that the noise method chooses among, the seed asked for
+        first.
+        """
         if self.method.candidate_seeds is not None:
             return list(self.method.candidate_seeds)
         return candidate_seeds(self.seed, self.method.candidates or 1)
 
     @property
     def start(self) -> int:
-        """Steps left out at the noisy end."""
+        """Returns how many of the noisiest steps are left out, because the image begins from an
+        init image.
+        """
         return first_step(self.sampling.steps, 1.0 if self.init is None else self.init.strength)
 
     def batch_key(self) -> "Job":
-        """Equal for jobs that one batch can hold."""
+        """Returns the job without prompt, seed, subjects and noise index. Jobs with equal keys can
+        share a batch.
+        """
         return replace(self, prompt="", seed=0, subjects=None, noise_index=0)
 
     def settings(self) -> dict[str, Any]:
-        """The image's metadata, and its row in runs.jsonl."""
+        """Returns the settings that are written into the image's metadata and its row of
+        runs.jsonl.
+        """
         out: dict[str, Any] = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
         out |= self.model.settings()
         out |= vars(self.sampling)
@@ -163,10 +171,10 @@ class Job:
 
 def identity(settings: Mapping[str, Any]) -> str:
     """Returns the text that identifies an image: a job is done if an image with the same identity
-    exists. Takes a job's settings, a row, or the settings inside an image.
+    exists. `settings` are those of a job, of a row, or inside an image.
 
-    A selection is keyed by the seed asked for and the number of candidates, not by the seed it
-    chose.
+    If the noise was selected among candidates, the identity contains the seed asked for and the
+    number of candidates, not the seed that was chosen.
     """
     candidates = settings.get("candidates") or 0
     seed = settings.get("asked_seed", settings.get("seed"))
@@ -186,13 +194,13 @@ def _identity(seed: object, rest: str) -> str:
 
 
 def key(identity: str) -> bytes:
-    """Returns an identity's hash in 16 bytes. A set of millions of them fits into memory."""
+    """Returns the hash of an identity, 16 bytes. A set of millions of hashes fits into memory."""
     return hashlib.blake2b(identity.encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Jobs that differ only in the seed and, where they begin from a noise file, in the index of the
+    """Jobs that differ only in the seed and, if they begin from a noise file, in the index of the
     noise in that file.
     """
 
@@ -204,12 +212,14 @@ class Piece:
         return len(self.seeds)
 
     def job(self, k: int) -> Job:
-        """Returns the job number `k` of this piece."""
+        """Returns the job number `k` of this piece, counting from 0."""
         index = self.noise_index + k if self.template.noise_file is not None else 0
         return replace(self.template, seed=self.seeds[k], noise_index=index)
 
     def keys(self, wanted: Iterable[int]) -> Iterator[bytes]:
-        """Yields the keys of the jobs with the numbers `wanted`."""
+        """Yields the key (the hash of the identity) of each job whose number in this piece is in
+        `wanted`.
+        """
         if self.template.noise_file is not None:
             yield from (key(self.job(k).identity()) for k in wanted)
             return
@@ -218,7 +228,9 @@ class Piece:
 
 
 class Jobs:
-    """All jobs of a run, in order. Each job is made when it is asked for."""
+    """The sequence of all jobs of a run. A job is created only when it is indexed or iterated
+    over.
+    """
 
     def __init__(self, pieces: Iterable[Piece]):
         self.pieces = list(pieces)
@@ -239,8 +251,8 @@ class Jobs:
         return (piece.job(k) for piece in self.pieces for k in range(len(piece)))
 
     def share(self, first: int, step: int) -> Iterator[tuple[Piece, range]]:
-        """Yields every `step`-th job from number `first` on, as pieces with the numbers of the jobs
-        within the piece.
+        """Yields every `step`-th job from number `first` on, as (piece, numbers of the jobs in this
+        piece).
         """
         for piece, end in zip(self.pieces, self.ends):
             begin = end - len(piece)
@@ -255,10 +267,12 @@ class Jobs:
 def plan(
     sd: StableDiffusion, command: Command, requests: Sequence[Request], device: str | None = None
 ) -> tuple[Jobs, list[str]]:
-    """Returns one job per image, in the order of the prompts and their seeds, and notes for the
-    user. `device` is the kind of device that will draw; None means that of `sd`.
+    """Returns (jobs, notes): one job per image, in the order of the prompts and their seeds,
+    without repeated images; and notes for the user. `device` is the type of the device that will
+    draw, by default that of `sd`.
 
-    Raises ValueError, with the request's place, for settings that the model does not accept.
+    Raises ValueError for settings that the model does not accept. The message begins with the file
+    and line of the request, if it comes from a prompts file.
     """
     model = ModelSettings(
         command.model,
@@ -294,7 +308,7 @@ def plan(
 
 
 def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yields the pieces, without jobs that an earlier piece has."""
+    """Yields the pieces without the jobs that are equal to a job of an earlier piece."""
     taken: dict[tuple[bytes, int], Taken] = {}
     last = None
     same = b""
@@ -311,8 +325,8 @@ def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def _template(
     sd: StableDiffusion, request: Request, model: ModelSettings, notes: list[str]
 ) -> tuple[Job, Seeds]:
-    """Returns the first job of a request, and the seeds of all its jobs. Adds notes on facts that
-    the user may not expect to `notes`.
+    """Returns (the first job of a request, the seeds of all jobs of the request). Appends to
+    `notes` what the user may not expect.
     """
     sampling = _sampling(sd, request)
     if sd.config.guidance_scale == 1 != sampling.guidance_scale:
@@ -367,8 +381,9 @@ def _template(
 
 
 def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Seeds:
-    """Returns one seed per noise of a file: the seeds given or, where a single one is given,
-    consecutive seeds from it. Raises ValueError where the numbers of noises and seeds differ.
+    """Returns one seed for each noise in a file or folder of noises: the request's seeds or, if the
+    request has a single seed, consecutive seeds from that one. Appends notes on the noises to
+    `notes`. Raises ValueError if the numbers of noises and seeds differ.
     """
     shape = (4, job.sampling.height // 8, job.sampling.width // 8)
     count = len(read_noise(path, shape))
@@ -382,7 +397,7 @@ def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Se
 
 
 def _best_notes(sd: StableDiffusion, job: Job) -> list[str]:
-    """What the user should know of --init-noise best for this model and prompt."""
+    """Returns notes for the user on the limits of --init-noise best for this model and prompt."""
     notes = []
     if sd.config.name != "shapes":
         notes.append("best: its constants were measured on the embedded model alone")
@@ -392,8 +407,9 @@ def _best_notes(sd: StableDiffusion, job: Job) -> list[str]:
 
 
 def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
-    """ValueError where the job's objective cannot judge its prompt. Adds the nouns and attributes
-    found in the prompt to `notes`, if the objective is one that binds them.
+    """Raises ValueError if the job's objective cannot be applied to its prompt. If the objective
+    binds attributes to nouns and the user named no pairs, appends the pairs found in the prompt to
+    `notes`.
     """
     assert job.steer is not None
     subjects = None if job.subjects is None else [list(job.subjects)]
@@ -405,8 +421,9 @@ def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
 
 
 def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
-    """Returns notes on a request's texts: whether weights are read in them, and whether they are so
-    long that they are read in chunks."""
+    """Returns notes for the user on a request's prompts: that weights such as (word:1.3) are read
+    in them, and that long ones are read in chunks.
+    """
     texts = [request.prompt, request.negative_prompt]
     for region in () if request.layout is None else request.layout.regions:
         texts += [region.prompt, region.negative_prompt]
@@ -423,7 +440,9 @@ def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
 
 
 def _noise_notes(path: Path) -> list[str]:
-    """What the user should know of noise files whose noise alone does not make their image."""
+    """Returns a note if latent updates also shaped the images of these noise files, so that the
+    noise alone does not draw the same images again.
+    """
     updated = []
     for file in noise_files(path):
         updates = read_metadata(file).get("updates", "none")
@@ -453,8 +472,9 @@ def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
 
 
 def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[str | int]:
-    """The subjects of a request, found in its prompt where it names none. ValueError for one that
-    the prompt lacks.
+    """Returns the subjects of a request (words or token indices). If the request names none, they
+    are found in its prompt and reported in `notes`. Raises ValueError for a subject that is not in
+    the prompt.
     """
     subjects: list[str | int] = []
     if request.subjects is None:
@@ -468,8 +488,9 @@ def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[s
 
 
 def _excite(request: Request) -> str | None:
-    """Which latent updates to use: InitNO's with --init-noise initno, otherwise
-    Attend-and-Excite's.
+    """Returns which latent updates the request uses while denoising. InitNO's ("official") with
+    --init-noise initno, unless --no-excite is given; Attend-and-Excite's if --excite is given. None
+    in all other cases, and always with an objective, which has updates of its own.
     """
     if request.steer is not None:
         return None

@@ -1,7 +1,7 @@
 """Implements --like: takes options that the command line leaves out from the settings inside an
 image.
 
-The image may come from somebody else. So its settings pass the same checks as a line of a prompts
+The image may come from somebody else. So the settings pass the same checks as a line of a prompts
 file. Without --trust the image may only name the embedded model and files in its own folder, and
 ask for a limited amount of work. Anything else (a model of the hub, a file elsewhere, days of work)
 needs --trust, or the option itself on the command line.
@@ -21,9 +21,9 @@ from minsd.files import exists
 
 CANDIDATE_SEEDS = "candidate_seeds"  # not an option: the seeds that a selection chose among
 VARIANTS = ("official", "attend-and-excite")  # of noise.excite.updates
-MOST_EVALUATIONS = 50_000  # of the UNet at 512x512 pixels; a selection has 10,000 by default
+MOST_EVALUATIONS = 50_000  # of the UNet at 512x512 pixels; a selection needs 10,000 by default
 MOST_SETTING = 1000  # the largest whole number among an objective's settings without --trust
-# Values of an objective's settings that are no numbers.
+# The words that an objective's settings may have as values.
 WORDS = (
     "sqrt none sgd adam keep unit norm kl white best last zero-order halving words groups "
     "ntxent pairs official paper"
@@ -36,9 +36,11 @@ REGION_FILES = ("mask", "control_image")
 
 
 def take_from_image(given: Given, notes: list[str]) -> Given:
-    """Returns the options, with those left out taken from the settings of the image `--like`. Adds
-    a note on what the image loads to `notes`. Raises ValueError, with the image and the setting, for
-    settings that are invalid or not allowed without --trust.
+    """Returns the options. Those that `given` leaves out are taken from the settings inside the
+    image of --like. Appends to `notes` which files these settings load.
+
+    Raises ValueError, with the image and the setting, for settings that are invalid, or not allowed
+    without --trust.
     """
     from minsd.image import read_settings
 
@@ -72,8 +74,8 @@ def take_from_image(given: Given, notes: list[str]) -> Given:
 
 
 def _with_revision(settings: Given) -> Given:
-    """Returns the settings with the model as owner/name@commit if it came from the hub, so that a
-    later change of the repository does not change the image.
+    """Returns the settings. If the model came from the hub, it is named as owner/name@commit, so
+    that a later change of the repository does not change the image.
     """
     model = settings.get("model")
     revision = settings.get("model_revision")
@@ -86,8 +88,8 @@ def _with_revision(settings: Given) -> Given:
 
 
 def _value(name: str, value: Any) -> Any:
-    """Converts a setting to the value that the command line would give. Raises ValueError for
-    another type or a value outside the option's range.
+    """Converts the image's setting `name` to the value that the command line would give. Raises
+    ValueError if the setting has a wrong type or is outside the option's range.
     """
     option = OPTIONS[name]
     if name == "layout":  # the contents of a layout.json, which noise/layout.py checks
@@ -102,18 +104,20 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _joined(part: Any) -> Any:
-    """Returns an adapter as FILE:SCALE. Images of earlier versions have [file, scale]."""
+    """Converts an adapter from [file, scale], as in images of earlier versions, to "FILE:SCALE".
+    Returns anything else unchanged.
+    """
     if isinstance(part, list) and len(part) == 2 and not isinstance(part[1], (list, dict)):
         return f"{part[0]}:{part[1]}"
     return part
 
 
 def _take_method(given: Given, settings: Given, taken: Given) -> Given:
-    """Takes over the method that found the image's noise, in `given` and `taken`. Returns the
-    image's settings with the seed that the search began from.
+    """Copies the options of the image's noise method to `given` and `taken`. Returns the image's
+    settings, with the seed that the search for noise began from.
 
-    A selection is repeated among the same candidates, unless the command line gives another seed or
-    number of candidates.
+    If the noise was selected, the same candidates are used again, unless the command line gives
+    another seed or number of candidates.
     """
     seeds = _candidates(settings.get("candidates"))
     if isinstance(seeds, list):
@@ -133,8 +137,9 @@ def _take_method(given: Given, settings: Given, taken: Given) -> Given:
 
 
 def _take_objective(given: Given, objective: Any) -> None:
-    """Takes over an image's objective, in `given`. Raises ValueError for one in a file, because an
-    image must not name a program to run, and for settings that take long without --trust.
+    """Copies an image's objective to `given`. Raises ValueError for an objective from a file,
+    because an image must not name a program to run; for settings that are neither numbers nor known
+    words; and, without --trust, for settings that take long.
     """
     if not isinstance(objective, dict) or not isinstance(objective.get("settings", {}), dict):
         raise ValueError("'objective' must be an object with a name and settings")
@@ -157,8 +162,9 @@ def _take_objective(given: Given, objective: Any) -> None:
 
 
 def _candidates(ranked: Any) -> list[int] | int | None:
-    """Returns the seeds that a selection chose among, or their number if the settings have no
-    more.
+    """Checks and returns the image's setting `candidates`: the list of the candidates' seeds, only
+    their number if the setting holds no more, or None if there is none. Raises ValueError if it is
+    invalid.
     """
     option = OPTIONS["candidates"]
     if ranked is None:
@@ -177,8 +183,8 @@ def _candidates(ranked: Any) -> list[int] | int | None:
 
 
 def _take_subjects(given: Given, settings: Given, method: Given) -> None:
-    """Takes over the image's subjects in `given` if the new run needs subjects and the command line
-    names none. `method` has the noise method of the new run ("init_noise", "score").
+    """Copies the image's subjects to `given` if the new run needs subjects and the command line
+    names none. `method` holds the noise method of the new run ("init_noise", "score").
     """
     asks = method.get("init_noise") in ("initno", "best") or method.get("score") == "attention"
     asks = asks or given["excite"] or given["attention_maps"]
@@ -194,7 +200,9 @@ def _take_subjects(given: Given, settings: Given, method: Given) -> None:
 
 
 def _check_work(given: Given, taken: Given) -> None:
-    """Raises ValueError for more work than an image may ask for without --trust."""
+    """Raises ValueError if one of the options `taken` from an image asks for more work, or a larger
+    image, than is allowed without --trust.
+    """
     for name, value in taken.items():
         option = OPTIONS[name]
         if isinstance(value, (int, float)) and value > option.unasked:
@@ -216,7 +224,9 @@ def _check_work(given: Given, taken: Given) -> None:
 
 
 def _check_product(given: Given, taken: Given) -> None:
-    """Raises ValueError where settings that are each allowed add up to too much work."""
+    """Raises ValueError if the options together need more than MOST_EVALUATIONS UNet evaluations,
+    although each option alone is allowed.
+    """
     options = given | taken
     regions = 0
     if isinstance(options["layout"], dict) and isinstance(options["layout"].get("regions"), list):
@@ -239,8 +249,8 @@ def _check_product(given: Given, taken: Given) -> None:
 
 
 def _check_model(given: Given, taken: Given) -> None:
-    """Raises ValueError where the hub would be asked for the model, or for the tokenizer of a single
-    file.
+    """Raises ValueError if the model that an image names, or the tokenizer of such a model in a
+    single file, would be downloaded from the hub.
     """
     model = taken.get("model", "shapes")
     if model != "shapes" and not exists(Path(model)):
@@ -256,7 +266,9 @@ def _check_model(given: Given, taken: Given) -> None:
 
 
 def _check_places(path: Path, taken: Given) -> None:
-    """Raises ValueError where the image names files outside its own folder."""
+    """Raises ValueError if the options `taken` from the image at `path` name files outside the
+    image's folder.
+    """
     folder = os.path.realpath(path.parent)
     outside: dict[str, str] = {}
     for name, place in _places(taken):
@@ -281,7 +293,7 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _places(taken: Given) -> list[tuple[str, str]]:
-    """Lists (option, path) of every file that an image names and that will be loaded."""
+    """Returns (option, path) for every file that an image names and that will be loaded."""
     places = [("model", taken["model"])] if "model" in taken else []
     places += [(name, str(taken[name])) for name in FILES if name in taken]
     places += [("lora", str(split_scale(text)[0])) for text in taken.get("lora", ())]

@@ -36,7 +36,7 @@ Given = dict[str, Any]  # option name -> value, None where it was left out
 
 @dataclass(frozen=True)
 class Option:
-    """One option: how it is written, checked, and recorded."""
+    """One option of the command line: how it is written, checked, and recorded."""
 
     name: str  # as in a prompts file and in an image's settings; --its-name on the command line
     group: str
@@ -52,15 +52,15 @@ class Option:
     repeated: bool = False
     negatable: bool = False
     listed: bool = False  # a list, separated by commas; in JSON it may be a JSON list
-    # --like takes it from an image: always, only where the image's noise method is taken over too,
-    # or never.
+    # Whether --like takes the option from an image: always (`like`), or only if the image's noise
+    # method is taken over too (`like_method`).
     like: bool = False
     like_method: bool = False
     # The largest value that --like takes from an image without --trust. Larger values mean long
     # work, which the sender of an image should not be able to start.
     unasked: float = math.inf
-    # The settings that carry it in an image's identity, separated by spaces; or, without any, why
-    # it changes no pixel.
+    # `identity`: the settings that represent this option in an image's identity, separated by
+    # spaces. `harmless`: if there are none, why the option changes no pixel.
     identity: str = ""
     harmless: str = ""
 
@@ -70,7 +70,7 @@ class Option:
 
     @property
     def per_line(self) -> bool:
-        """Whether a line of a prompts file may set it."""
+        """Returns whether a line of a prompts file may set this option."""
         return self.group in (IMAGE, NOISE)
 
     def add_to(self, group: Any) -> None:
@@ -93,7 +93,9 @@ class Option:
             )
 
     def choose(self, text: str) -> str:
-        """The choice that a text means, in any case and punctuation. ArgumentTypeError where none."""
+        """Returns the choice that a text names, whatever its case and punctuation. Raises
+        ArgumentTypeError if the text names no choice.
+        """
         if self.name == "device" and re.fullmatch(r"cuda:\d+", text):
             return text
         known = {plain(name): name for name in self.choices} | dict(self.synonyms)
@@ -121,13 +123,14 @@ class Option:
                 raise ValueError(f"--{error}") from None
 
     def takes(self, value: object) -> bool:
-        """Whether a JSON value is of this option's type."""
+        """Returns whether a JSON value has this option's type."""
         taken = {bool: (bool,), float: (float, int), int: (int,)}.get(self.kind, (str,))
         return isinstance(value, taken) and (not isinstance(value, bool) or self.kind is bool)
 
     def from_json(self, value: Any) -> Any:
-        """Converts a value of a prompts file or of an image's settings to the value that the command
-        line would give. Raises ValueError for another type.
+        """Converts a value of a prompts file or of an image's settings to the value that the
+        command line would give. Raises ValueError for a value of another type, and for one that is
+        not among the choices.
         """
         if self.listed and isinstance(value, list):
             parts: list[object] = list(value)
@@ -154,8 +157,8 @@ class Option:
 
 
 def plain(text: str) -> str:
-    """Returns a name without case, spaces and punctuation, so that "DPM++ 2M" and "dpm++_2m" are
-    the same.
+    """Returns a name in lower case and without spaces and punctuation, so that "DPM++ 2M" and
+    "dpm++_2m" become the same.
     """
     return re.sub(r"[^a-z0-9+]", "", text.lower())
 
@@ -171,7 +174,7 @@ def _text(bound: float) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises its errors instead of printing a usage block and exiting."""
+    """An argument parser that raises ValueError instead of printing a usage block and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(" ".join(f"{message} (--help lists the options)".split()))
@@ -192,8 +195,8 @@ def parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> Given:
-    """Parses the command line into option name -> value. ValueError, in one line, where it cannot
-    be parsed.
+    """Parses the command line into option name -> value. Raises ValueError, with a message of one
+    line, for a command line that cannot be parsed.
     """
     argv = [_spelled(word) for word in argv]
     for word, following in zip(argv, [*argv[1:], ""]):
@@ -216,8 +219,8 @@ def parse(argv: Sequence[str]) -> Given:
 
 
 def normalised(given: Given) -> Given:
-    """Returns the options in a single form: a seed of -1 becomes no seed (a random one), and the
-    sampler "DPM++ 2M Karras" becomes two options.
+    """Returns the options in a single form: a seed of -1 becomes None (a random seed), and the
+    sampler "DPM++ 2M Karras" becomes a sampler and the option `karras`.
     """
     given = dict(given)
     if given["seed"] == -1:
@@ -229,8 +232,8 @@ def normalised(given: Given) -> Given:
 
 
 def named(key: str) -> str | None:
-    """Returns the option with this name, which may be another tool's name for it; None where there
-    is none.
+    """Returns the name of the option that a key means, by its own name or another tool's. Returns
+    None if there is no such option.
     """
     name = key.replace("-", "_")
     if name in OPTIONS:
@@ -239,8 +242,8 @@ def named(key: str) -> str | None:
 
 
 def _spelled(word: str) -> str:
-    """Returns a word of the command line with the option under this program's name: --cfg_scale=7
-    -> --guidance-scale=7.
+    """Returns a word of the command line, with another tool's option name replaced by this
+    program's: --cfg_scale=7 -> --guidance-scale=7.
     """
     if word == "-n":
         return OPTIONS["num_images"].flag
@@ -268,12 +271,12 @@ def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
 
 
 def check_ranges(given: Given) -> None:
-    """Raises ValueError for the first per-line option outside its range."""
+    """Raises ValueError if an option that a line of a prompts file may set is outside its range."""
     for name in PER_LINE:
         OPTIONS[name].check(given[name])
 
 
-# What other tools call samplers and dtypes, as `plain` has it.
+# What other tools call samplers and dtypes, in the form that `plain` returns.
 SAMPLERS_ELSEWHERE = {
     **{plain(name): ours for ours, name in SAMPLER_NAMES.items()},
     **{plain("k_" + ours): ours for ours in ("euler", "euler_a", "heun", "dpmpp_2m")},

@@ -1,4 +1,4 @@
-"""Prompts files: many prompts, each with options of its own over those of the command line.
+"""Prompts files: many prompts, each with options that override those of the command line.
 
 A .txt file has one prompt per line, and # comments. A .jsonl file has one object per line, whose
 keys are the command line's long options:
@@ -44,7 +44,9 @@ def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Prefixes errors raised in the block with the line's file and number."""
+    """Prepends `where` (the file and line of a request) to the message of a ValueError or
+    FileNotFoundError raised in the block.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -70,7 +72,9 @@ def _text(path: Path) -> str:
 
 
 def _options(content: str) -> Given:
-    """Parses the options of one line of a .jsonl file."""
+    """Parses the options of one line of a .jsonl file. Raises ValueError for anything but an object
+    of known keys with a prompt or layout.
+    """
     line = parse_json(content, unique=True)
     if not isinstance(line, dict):
         raise ValueError('a line must be an object, such as {"prompt": "a red circle", "seeds": "0-3"}')

@@ -16,8 +16,9 @@ class Share:
 
     @classmethod
     def from_environment(cls) -> "Share":
-        """Reads RANK and WORLD_SIZE. Raises ValueError, in one line, where the two contradict each
-        other, because images would be left out silently or drawn by every process.
+        """Reads RANK and WORLD_SIZE. Raises ValueError, in one line, if they are no whole numbers
+        or contradict each other, because images would be left out silently or drawn by every
+        process.
         """
         rank = _number("RANK")
         world = _number("WORLD_SIZE")
@@ -51,7 +52,7 @@ class Share:
 
 
 def label() -> str:
-    """Returns `Share.label`; an empty string where RANK and WORLD_SIZE are invalid, so that errors
+    """Returns `Share.label`, or an empty string if RANK and WORLD_SIZE are invalid, so that errors
     about them can be printed.
     """
     try:
@@ -61,8 +62,8 @@ def label() -> str:
 
 
 def run_name() -> str:
-    """Returns a name that is the same in all processes of a run and differs between runs: torchrun's
-    run id and address, or Slurm's job and step.
+    """Returns a name that is the same in all processes of a run and differs between runs. It
+    consists of torchrun's run id and address, or of Slurm's job and step.
     """
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     if "MASTER_ADDR" not in os.environ:
@@ -71,22 +72,22 @@ def run_name() -> str:
 
 
 def restarted() -> bool:
-    """Returns whether torchrun has restarted this process. Processes of the attempt before may
-    still be ending.
+    """Returns whether torchrun has restarted this process. Processes of the previous attempt may
+    then still be ending.
     """
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def local_rank() -> int | None:
-    """Returns the number of this process on its machine, which is also the number of its GPU; None
-    where LOCAL_RANK is not set.
+    """Returns the number of this process on its machine, which is also the number of the GPU that
+    it uses. Returns None if LOCAL_RANK is not set.
     """
     return _number("LOCAL_RANK")
 
 
 def _number(name: str) -> int | None:
-    """Reads a whole number from the environment; None where the variable is not set or empty.
-    Raises ValueError for anything else.
+    """Reads a whole number from an environment variable. Returns None if the variable is not set or
+    empty. Raises ValueError for anything else.
     """
     text = os.environ.get(name, "").strip()
     if not text:

@@ -1,8 +1,8 @@
-"""From options to typed requests: everything that can be found wrong before a model is loaded is
+"""Converts options to typed requests. Every mistake that can be found before a model is loaded is
 reported here, in one line.
 
 `read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a
-prompts file into it, and returns a `Command`, what holds for the whole run, and a `Request` per
+prompts file into it, and returns a `Command` (the settings of the whole run) and one `Request` per
 prompt. Nothing heavy is imported until a file needs it.
 """
 
@@ -35,7 +35,7 @@ MOST_IMAGES = 10_000_000  # of one run; they would take 11 days on 100 GPUs at 1
 
 @dataclass(frozen=True)
 class Command:
-    """What holds for the whole run."""
+    """The settings that hold for the whole run."""
 
     model: str
     vae: Path | None
@@ -66,7 +66,7 @@ class Command:
 
 @dataclass(frozen=True)
 class NoiseMethod:
-    """How the initial noise is found. None: not an option of this method."""
+    """How the initial noise is found. A field is None if the method does not have this option."""
 
     name: str  # of noise.methods.METHODS; or "invert"
     candidates: int | None = None
@@ -78,7 +78,7 @@ class NoiseMethod:
 
 @dataclass(frozen=True)
 class InitImage:
-    """Where image to image begins, and the fraction of the steps that it runs."""
+    """The image that image to image begins from, and the fraction of the steps that is run."""
 
     path: Path
     strength: float
@@ -86,7 +86,9 @@ class InitImage:
 
 @dataclass(frozen=True)
 class ControlRequest:
-    """A ControlNet, its conditioning image (None: the layout's own), and its weight."""
+    """A ControlNet, its conditioning image (None if only regions of the layout have one), and the
+    weight of the ControlNet.
+    """
 
     net: Path
     image: Path | None
@@ -95,9 +97,11 @@ class ControlRequest:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one prompt is drawn with, checked. None: the model's own default."""
+    """The checked settings of one prompt. A field is None if the prompt does not use it, or if the
+    model's default applies.
+    """
 
-    where: str  # how an error in it begins: "prompts.jsonl, line 2: "
+    where: str  # how error messages about this prompt begin: "prompts.jsonl, line 2: "
     prompt: str
     negative_prompt: str
     seeds: Seeds
@@ -122,8 +126,10 @@ class Request:
 
 
 def read(given: Given) -> tuple[Command, list[Request]]:
-    """Returns the run's settings and one request per prompt. ValueError or FileNotFoundError for
-    every mistake that can be found before a model is loaded.
+    """Returns (the settings of the whole run, one request per prompt).
+
+    Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
+    found before a model is loaded.
     """
     notes: list[str] = []
     if given["like"] is not None:
@@ -157,7 +163,9 @@ def read(given: Given) -> tuple[Command, list[Request]]:
 
 
 def _check_seeded(given: Given, several: bool) -> None:
-    """Raises ValueError for a prompt without seeds where random seeds are useless."""
+    """Raises ValueError for a prompt without seeds in a run with --resume or of `several`
+    processes, where every run or process would choose random seeds of its own.
+    """
     if given["resume"]:
         raise ValueError(
             "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
@@ -182,7 +190,9 @@ def _command(given: Given, notes: list[str]) -> Command:
 
 
 def _lines(given: Given) -> Iterator[tuple[str, Given]]:
-    """Yields (where, options) of each prompt. An error message about it begins with `where`."""
+    """Yields (where, options) for each prompt. Error messages about the prompt begin with
+    `where`.
+    """
     if given["prompts"] is not None:
         if given["prompt"] is not None:
             raise ValueError("give a prompt or --prompts FILE, not both")
@@ -197,7 +207,10 @@ def _lines(given: Given) -> Iterator[tuple[str, Given]]:
 
 
 def request(given: Given, where: str, chance: int) -> Request:
-    """Checks and completes one prompt's options. `chance`: the seed to use where none is given."""
+    """Checks one prompt's options and fills in their defaults. Error messages about the prompt
+    begin with `where`. `chance` is the seed to use if none is given. Raises ValueError or
+    FileNotFoundError as `read` does.
+    """
     steer = _steer(given)
     method = _method(given) if steer is None else _steered(given, steer)
     asked = _subjects(given)
@@ -260,8 +273,10 @@ def request(given: Given, where: str, chance: int) -> Request:
 
 
 def _steer(given: Given) -> "Steer | None":
-    """Returns the objective with its driver and settings, checked. ValueError for options that do
-    not go with it.
+    """Returns the objective with its driver (how the objective is used: to select noise, to
+    optimise noise, or to move the latents while denoising) and its settings, checked. Returns None
+    without --objective. Raises ValueError for options that do not go with the objective, or that
+    need one.
     """
     if given["objective"] is None:
         for name in ("objective_set", "pairs"):
@@ -298,7 +313,9 @@ def _steer(given: Given) -> "Steer | None":
 
 
 def _steered(given: Given, steer: "Steer") -> NoiseMethod:
-    """Returns how the initial noise is found where there is an objective."""
+    """Returns how the initial noise is found if there is an objective: by the objective if its
+    driver is select or optimize, otherwise by --init-noise.
+    """
     if steer.driver == "refine":
         plain: Given = {"optimize_steps": None} | (
             {} if given["init_noise"] == "best" else {"candidates": None}
@@ -315,7 +332,9 @@ def _steered(given: Given, steer: "Steer") -> NoiseMethod:
 
 
 def _method(given: Given) -> NoiseMethod:
-    """Returns how the initial noise is found, with the method's defaults filled in."""
+    """Returns how the initial noise is found, with the method's defaults filled in. Raises
+    ValueError for options that the method does not have.
+    """
     name = given["init_noise"] or "random"
     score = given["score"]
     candidates = given["candidates"]
@@ -366,7 +385,10 @@ def _subjects(given: Given) -> list[str | int] | None:
 
 
 def _layout(given: Given) -> "Layout | None":
-    """Reads the layout. Prompts given on the command line replace the layout's own."""
+    """Reads the layout, or returns None if there is none. Prompts given on the command line replace
+    the layout's own. Raises ValueError for options that do not go with the layout, and
+    FileNotFoundError for a missing file.
+    """
     if given["layout"] is None:
         if given["crop_margin"] is not None:
             raise ValueError(
@@ -393,8 +415,9 @@ def _layout(given: Given) -> "Layout | None":
 
 
 def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
-    """Returns the ControlNet and its conditioning image. ValueError where only one of the two is
-    given.
+    """Returns the ControlNet with its conditioning image and weight, or None if no ControlNet is
+    given. Raises ValueError for a control image or scale without a ControlNet, for a ControlNet
+    without a control image, and for settings of regions that would be ignored.
     """
     net = given["controlnet"]
     image = given["control_image"]
@@ -422,9 +445,11 @@ def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
 
 
 def _check_region_control(layout: "Layout", published: bool, net: Path | None, image: Path | None) -> None:
-    """Rejects per-region control settings that would otherwise be ignored silently.
+    """Raises ValueError for per-region control settings that would otherwise be ignored silently.
+    `net` and `image` are the ControlNet and the control image of the command line.
 
-    `published`: a NoiseCollage folder, which always contains control images, used or not.
+    `published` states that the layout is a NoiseCollage folder. Such a folder always contains
+    control images, whether they are used or not, so they need no ControlNet.
     """
     for k, region in enumerate(layout.regions, 1):
         keys = [key for key in ("control_image", "control_scale") if getattr(region, key) is not None]
@@ -455,7 +480,9 @@ def _check_invert(given: Given, method: NoiseMethod) -> None:
 
 
 def _check_values(given: Given) -> None:
-    """Raises ValueError for values out of range, and for options that need another option."""
+    """Raises ValueError for values out of range and for options that need another option, and
+    FileNotFoundError for a missing noise file.
+    """
     for name in ("prompt", "negative_prompt"):
         try:
             (given[name] or "").encode()
@@ -478,7 +505,9 @@ def _init_image(given: Given) -> InitImage | None:
 
 
 def _seeds(given: Given, default: int) -> Seeds:
-    """One seed per image."""
+    """Returns the seeds, one per image. `default` is the first seed if none is given. Raises
+    ValueError if they are invalid.
+    """
     if given["seeds"] is not None:
         if given["seed"] is not None or given["num_images"] is not None:
             raise ValueError(
@@ -492,8 +521,8 @@ def _seeds(given: Given, default: int) -> Seeds:
 
 
 def _check_files(given: Given) -> None:
-    """FileNotFoundError for files of the whole run that are not there, before anything heavy is
-    imported.
+    """Raises FileNotFoundError if a file of the whole run is missing (model, VAE, tokenizer,
+    ControlNet, embedding or adapter), before anything heavy is imported.
     """
     from minsd.weights import hub
 
@@ -522,15 +551,15 @@ def _check_files(given: Given) -> None:
 
 
 def check_image(path: Path) -> None:
-    """FileNotFoundError or ValueError where a file is not an image that can be read."""
+    """Raises FileNotFoundError if an image file is missing, and ValueError if it cannot be read."""
     from minsd.image import read
 
     read(path)
 
 
 def _check_writable(out: Path) -> None:
-    """ValueError where --out, or the nearest parent that exists, cannot be written to. The first
-    image makes the folder.
+    """Raises ValueError if files cannot be written to the folder --out or, if it does not exist
+    yet, to its nearest existing parent. The folder itself is created with the first image.
     """
     folder = out
     try:

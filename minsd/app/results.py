@@ -23,28 +23,31 @@ from minsd.judges import LOWER, RATES
 
 @dataclass(frozen=True)
 class Results:
-    """All methods' values over the pairs that every method has. NaN: no value."""
+    """The values of all methods for those (prompt, seed) pairs that every method has. NaN marks a
+    missing value."""
 
     methods: list[str]
     pairs: list[tuple[str, Any]]  # (prompt, seed)
     tags: list[str]  # per pair
     files: dict[str, list[Path]]  # method -> the images, per pair
     values: dict[str, dict[str, np.ndarray]]  # column -> method -> (pairs,)
-    costs: dict[str, dict[str, np.ndarray]]  # unet_rows, seconds, peak_mb alike
+    costs: dict[str, dict[str, np.ndarray]]  # the same for unet_rows, seconds, peak_mb
     found: dict[str, list[list[dict[str, Any]]]]  # method -> detections per pair
-    identities: dict[str, dict[str, Any]]  # judge -> what it was
+    identities: dict[str, dict[str, Any]]  # judge -> its weights, dtype and options
     notes: list[str]
 
     @property
     def prompts(self) -> list[int]:
-        """Returns the number of each pair's prompt."""
+        """Returns, for each pair, the number of its prompt. Pairs of the same prompt have the same
+        number."""
         numbers: dict[str, int] = {}
         return [numbers.setdefault(prompt, len(numbers)) for prompt, _ in self.pairs]
 
 
 def read(folder: Path, unjudged: bool = False) -> Results:
     """Reads a study, or a folder with one judged folder per method. `unjudged` also takes images
-    without scores. Raises ValueError where there is nothing to compare."""
+    without scores. Raises FileNotFoundError if there is no folder, and ValueError if there are no
+    scores or if no (prompt, seed) pair is common to all methods."""
     path = folder / "study.json"
     study = files.read_json(path) if path.is_file() else None
     if study is not None:
@@ -73,7 +76,7 @@ def read(folder: Path, unjudged: bool = False) -> Results:
     columns = dict.fromkeys(key for rows in held.values() for pair in pairs for key in rows[pair]["values"])
 
     def table(part: str, key: str) -> dict[str, np.ndarray]:
-        """Returns one number of each pair by method; None becomes NaN."""
+        """Returns method -> the number called `key` for each pair. None becomes NaN."""
         return {
             name: np.array([rows[pair][part].get(key) for pair in pairs], float)
             for name, rows in held.items()
@@ -97,8 +100,8 @@ def read(folder: Path, unjudged: bool = False) -> Results:
 
 
 def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str, Any], dict[str, Any]]:
-    """Returns one method's images: (prompt, seed it began at) -> row, values and more. Images
-    without a seed are numbered among those of their prompt."""
+    """Returns one method's images: (prompt, seed asked for) -> path, row, values, detections and
+    the judges' identities. Images without a seed are numbered within their prompt, with a note."""
     from minsd.app.folder import recorded
 
     out: dict[tuple[str, Any], dict[str, Any]] = {}
@@ -138,7 +141,7 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
 class Cell:
     """One number of the table with its interval, as table.csv and table.md show it."""
 
-    part: str  # values, differences, wins, costs or by tag
+    part: str  # values, differences, wins, preferred, costs or by tag
     method: str
     column: str
     estimate: Estimate
@@ -149,7 +152,8 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """Returns the number with its interval as tables show them."""
+        """Returns the number with its interval as tables show them: "0.31 [0.29, 0.33]", the number
+        alone if it has no interval, or "-" if there is no number."""
         value, low, high = (self._number(number) for number in self.estimate)
         if math.isnan(self.estimate.value):
             return "-"
@@ -159,7 +163,8 @@ class Cell:
         return "" if math.isnan(number) else f"{number:.{self.digits}f}"
 
     def row(self, prompts: int) -> dict[str, Any]:
-        """Returns the row of table.csv."""
+        """Returns this number as a row of table.csv. `prompts` is the number of prompts in the
+        study."""
         value, low, high = (self._number(number) for number in self.estimate)
         names = ("part", "method", "column", "tag")
         said = {name: getattr(self, name) for name in names}
@@ -174,7 +179,8 @@ class Cell:
 
 
 def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
-    """Returns every number of the table. Rates are in per cent. Raises ValueError where the
+    """Returns every number of the table, with each method compared to the method `baseline`. Rates
+    are in per cent. `by_tag` adds the values for each group of prompts. Raises ValueError if the
     baseline is not among the methods."""
     if baseline not in results.methods:
         raise ValueError(f"--baseline {baseline} is not among the methods: {', '.join(results.methods)}")
@@ -201,8 +207,8 @@ def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
 def _by_tag(
     results: Results, method: str, column: str, tags: list[str], rate: bool, digits: int
 ) -> list[Cell]:
-    """Returns a method's value in each group of prompts, and the plain mean over the groups, which
-    is GenEval's overall score."""
+    """Returns a method's value in one column for each tag (group of prompts), and the plain mean
+    over the groups, which is GenEval's overall score."""
     out = []
     scale = 100.0 if rate else 1.0
     values = results.values[column][method]
@@ -226,7 +232,8 @@ def _against(
     rate: bool,
     digits: int,
 ) -> list[Cell]:
-    """Returns a method's paired difference to the baseline and its winning rate in one column."""
+    """Returns how a method's `values` in one column compare to the baseline's (`base`): the mean
+    paired difference, the rate of pairs won and, for PickScore, the probability of preference."""
     difference = values - base
     n = int(np.isfinite(difference).sum())
     more = ""
@@ -247,8 +254,9 @@ def _against(
 
 
 def _costs(results: Results, baseline: str) -> list[Cell]:
-    """Returns the mean UNet rows, median seconds, seconds as a multiple of the baseline's, and the
-    greatest peak memory of each method."""
+    """Returns four costs of each method: the mean UNet rows (evaluations of the UNet for one
+    sample) per image, the median seconds, these as a multiple of the baseline's, and the greatest
+    peak memory."""
     cells = []
     seconds = {
         name: float(np.nanmedian(s)) for name, s in results.costs["seconds"].items() if np.isfinite(s).any()
@@ -272,7 +280,8 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 def _digits(by_method: Mapping[str, np.ndarray]) -> int:
-    """Returns how many decimals to show: four for cosines, three for larger values."""
+    """Returns how many decimals to show: four if all values are below 1.5 in size, as cosines are,
+    otherwise three."""
     largest = max(
         (float(np.nanmax(np.abs(v))) for v in by_method.values() if np.isfinite(v).any()), default=0
     )

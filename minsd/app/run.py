@@ -1,4 +1,4 @@
-"""Runs jobs: forms batches, saves images and rows, resumes, and divides the work of processes.
+"""Runs jobs: forms batches, saves images and rows, resumes, and divides work between processes.
 
 A row is appended to runs.jsonl after its image is in place, so that every row has an image. Under
 torchrun every process knows the whole list of jobs and takes a fixed part of it: processes do not
@@ -37,7 +37,7 @@ from minsd.guidance import counted
 from minsd.noise.initial import save_noise
 from minsd.pipeline import StableDiffusion
 
-Wanted = Sequence[tuple[Piece, Sequence[int]]]  # the numbers of the jobs to draw, per piece
+Wanted = Sequence[tuple[Piece, Sequence[int]]]  # pieces, each with the numbers of its jobs to draw
 
 
 def run(
@@ -48,8 +48,8 @@ def run(
     engine: "Callable[[Drawing, Wanted], None] | None" = None,
 ) -> None:
     """Draws and saves the jobs of this process. `tally` counts the images that are saved and those
-    that failed. `hold` is the lock on the folder; None creates one. `engine` draws the jobs; None
-    means in this process.
+    that failed. `hold` is the lock on the folder; None creates one. `engine(drawing, wanted)` draws
+    the jobs elsewhere; None draws them in this process.
     """
     command = session.command
     share = Share.from_environment()
@@ -87,7 +87,9 @@ def run(
 
 
 def _missing(out: Path, mine: Wanted, share: Share, record: Callable[[Row], None], say: Say) -> Wanted:
-    """Returns those of this process's jobs whose images are not in the folder."""
+    """Returns those of this process's jobs (`mine`) whose images are not in the folder `out`. In
+    the first process, also calls `record` with a new row for each image that has none.
+    """
     keys = None
     if share.world > 1:
         keys = {key for piece, numbers in mine for key in piece.keys(numbers)}
@@ -102,8 +104,8 @@ def _missing(out: Path, mine: Wanted, share: Share, record: Callable[[Row], None
 
 
 def _record(path: Path, row: Row) -> None:
-    """Appends an image's row. Only warns where the file cannot be written, because the image itself
-    also contains its settings.
+    """Appends an image's row to the file at `path`. Only warns if the file cannot be written,
+    because the image itself also contains its settings.
     """
     try:
         append(path, row)
@@ -112,8 +114,8 @@ def _record(path: Path, row: Row) -> None:
 
 
 def _merge_rows(out: Path, share: Share, say: Say) -> None:
-    """Merges this process's rows into runs.jsonl, and also the rows that a killed run of more
-    processes left behind.
+    """Merges this process's rows into runs.jsonl. The first process also merges the rows that a
+    killed run with more processes left behind.
     """
     paths = [out / share.rows_file] if share.world > 1 else []
     if share.rank == 0:
@@ -140,7 +142,9 @@ class Finished:
 def attempt(
     session: Session, part: list[Job], advance: Progress = lambda i, t: None, say: Say = silent
 ) -> Finished | Exception:
-    """Draws a batch. Returns the error where that fails."""
+    """Draws a batch. Returns the batch with its cost, or the error if drawing fails. Calls
+    `advance(i, t)` after every sampling step, and `say(message)` with status messages.
+    """
     device = session.sd.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -160,8 +164,8 @@ def attempt(
 
 
 class Drawing:
-    """Draws jobs batch by batch. A batch that does not fit the GPU or that fails is drawn again in
-    halves, so that in the end only the images fail that cannot be drawn.
+    """Draws jobs batch by batch, and saves the images. A batch that fails or does not fit the GPU
+    is drawn again in halves, so that one bad image does not fail the others.
     """
 
     def __init__(self, session: Session, record: Callable[[Row], None], tally: Tally):
@@ -172,7 +176,7 @@ class Drawing:
         self.counted = False  # whether the progress bar counts steps while a batch is drawn
 
     def begin(self, wanted: Wanted) -> None:
-        """Prepares the progress bar for these jobs."""
+        """Creates the progress bar, with the number of sampling steps of the jobs `wanted`."""
         known: dict[tuple, int] = {}  # most jobs share their number of steps
         steps = 0
         for piece, numbers in wanted:
@@ -185,7 +189,7 @@ class Drawing:
         self.bar = tqdm(total=steps, unit="step", disable=hidden, file=sys.stderr)
 
     def all(self, wanted: Wanted) -> None:
-        """Draws and saves these jobs in this process."""
+        """Draws and saves the jobs `wanted` in this process."""
         self.counted = True
         again: deque[list[Job]] = deque()  # parts of batches that failed
         coming = batches(wanted, self.session.sd.batch_size)
@@ -193,7 +197,9 @@ class Drawing:
             again.extendleft(reversed(self._draw(part)))
 
     def _draw(self, part: list[Job]) -> list[list[Job]]:
-        """Draws and saves a batch. Returns the smaller batches to draw after an error, if any."""
+        """Draws and saves a batch. Returns the batches to draw instead after an error, an empty
+        list if there are none.
+        """
         first = self.tally.made + self.tally.failed + 1
         last = first + len(part) - 1
         numbers = f"image {first}" if len(part) == 1 else f"images {first}-{last}"
@@ -212,8 +218,10 @@ class Drawing:
         return self.settle(part, outcome)
 
     def settle(self, part: list[Job], outcome: Finished | Exception) -> list[list[Job]]:
-        """Saves a batch that was drawn. After an error returns the halves of the batch, to draw
-        again; a batch of one image is reported instead.
+        """Saves a batch that was drawn, and returns an empty list. If `outcome` is an error,
+        returns the two halves of the batch, to draw again; a batch of one image is reported as
+        failed instead. Raises the error with --debug, or if it would also occur in all later
+        images.
         """
         if isinstance(outcome, Finished):
             self._save(part, outcome)
@@ -234,7 +242,9 @@ class Drawing:
         return []
 
     def _report(self, job: Job, error: Exception) -> None:
-        """Prints one line about an image that failed, and counts it."""
+        """Prints one line about an image that failed, and counts the failure. Raises the error with
+        --debug, or if it would also occur in all later images.
+        """
         if self.command.debug or _ends_the_run(error):
             raise error
         self.tally.failed += 1
@@ -246,7 +256,9 @@ class Drawing:
 
     def _save(self, jobs: Sequence[Job], finished: Finished) -> None:
         """Saves a batch. All images are written to temporary files and synced to the disk together,
-        which takes little longer than for one image. Then each image appears, followed by its row.
+        which takes little longer than for one image. Then each image is moved to its final name and
+        its row is recorded. An image that cannot be saved is reported, and the others are still
+        saved.
         """
         out = self.command.out
         out.mkdir(parents=True, exist_ok=True)
@@ -334,8 +346,8 @@ def _halves(part: list[Job]) -> list[list[Job]]:
 
 
 def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
-    """Saves the further files of an image that is about to appear at `path`, in the folder extra/
-    beside it.
+    """Saves the further files (noise, attention sheet) of an image that is about to be saved at
+    `path`, in the folder extra/ beside it.
     """
     for name, extra in extras.items():
         stem = f"{path.stem}-{name}"
@@ -346,8 +358,9 @@ def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
 
 
 def noise_metadata(settings: Row) -> dict[str, str]:
-    """Returns the metadata of a noise file. `updates` names the method that also moved the image's
-    latents while denoising, or is "none".
+    """Returns the metadata to write into an image's noise file, taken from the image's settings.
+    The key `updates` names the method that also moved the image's latents while denoising, or is
+    "none".
     """
     named = ("prompt", "negative_prompt", "seed", "init_noise", "model", "model_hash")
     texts = {name: str(settings[name]) for name in named if settings.get(name) is not None}

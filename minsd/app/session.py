@@ -1,4 +1,4 @@
-"""The session of a run: the loaded model, the adapters and the ControlNet beside it."""
+"""Loads what a run needs: the model, its ControlNet, and the adapters of layouts' regions."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from minsd.weights.controlnet import load_controlnet
 
 @dataclass
 class Session:
-    """The loaded model with what stands beside it."""
+    """The loaded model of a run, with its ControlNet and the adapters of layouts' regions."""
 
     sd: StableDiffusion
     command: Command
@@ -29,8 +29,9 @@ class Session:
 
 
 def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> Session:
-    """Loads the model and everything that stands beside it. ValueError or FileNotFoundError for
-    what cannot be loaded.
+    """Loads the model with the VAE, tokenizer, adapters, embeddings and ControlNet that the command
+    names, and the adapters of the requests' layouts. Raises FileNotFoundError for a missing file,
+    and ValueError for one that cannot be loaded or for options that do not suit the device.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,8 +1,9 @@
 """Statistics of paired studies: every method sees the same (prompt, seed) pairs.
 
-Images of one prompt resemble one another, so intervals come from a bootstrap over prompts, each
-drawn with all its seeds (Davison and Hinkley 1997, section 3.8), and methods are drawn together.
-Rates have Wilson's interval (Wilson 1927), right or wrong values McNemar's exact test (1947).
+Images of one prompt resemble one another, so intervals come from a bootstrap that resamples
+prompts, each with all its seeds (Davison and Hinkley 1997, section 3.8). All methods share the
+resamples. Rates have Wilson's interval (Wilson 1927), right or wrong values McNemar's exact test
+(1947).
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 DRAWS = 10_000
-FEW = 10  # prompts, below which the bootstrap draws pairs instead
+FEW = 10  # with fewer prompts than this the bootstrap resamples pairs instead
 
 
 class Estimate(NamedTuple):
@@ -24,7 +25,8 @@ class Estimate(NamedTuple):
 
 
 class Resample:
-    """Bootstrap of means over groups. `groups[i]` is the prompt of pair i."""
+    """A bootstrap of means. `groups[i]` is the number of pair i's prompt. It resamples prompts, or
+    pairs if there are fewer than FEW prompts."""
 
     def __init__(self, groups: Sequence[int], draws: int = DRAWS, seed: int = 0):
         names, where = np.unique(np.asarray(groups), return_inverse=True)
@@ -32,11 +34,12 @@ class Resample:
         self.where = where if self.by_prompt else np.arange(len(where))
         n = len(names) if self.by_prompt else len(where)
         rng = np.random.default_rng(seed)
-        # How often each draw holds each group, (draws, groups).
+        # How often each resample contains each group, (draws, groups).
         self.times = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
 
     def means(self, values: np.ndarray) -> np.ndarray:
-        """Returns the mean of each draw; NaN values are left out."""
+        """Returns the mean of `values` (pairs,) in each resample, (draws,). NaN values are left
+        out."""
         there = np.isfinite(values)
         n = self.times.shape[1]
         sums = np.bincount(self.where, np.where(there, values, 0.0), n)
@@ -45,7 +48,8 @@ class Resample:
             return (self.times @ sums) / (self.times @ counts)
 
     def estimate(self, values: np.ndarray) -> Estimate:
-        """Returns the mean of the values with the interval of its bootstrap."""
+        """Returns the mean of `values` (pairs,) with its 95 % bootstrap interval; NaN if there are
+        no values."""
         values = np.asarray(values, float)
         if not np.isfinite(values).any():
             return Estimate(math.nan, math.nan, math.nan)
@@ -61,13 +65,13 @@ def wins(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 
 
 def preference(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Returns per pair the probability that the image is preferred, by PickScore's model: the
-    logistic function of the difference of the two scores."""
+    """Returns per pair the probability that the image is preferred to the baseline's, by
+    PickScore's model: the logistic function of the difference of the two scores."""
     return 1 / (1 + np.exp(-(values - baseline)))
 
 
 def wilson(successes: float, n: int, z: float = 1.959964) -> Estimate:
-    """Returns a rate with Wilson's 95 % interval."""
+    """Returns the rate successes / n with Wilson's 95 % interval. If n is 0, the rate is NaN."""
     if n == 0:
         return Estimate(math.nan, 0.0, 1.0)
     p = successes / n
@@ -78,8 +82,8 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> Estimate:
 
 
 def mcnemar(repaired: int, broken: int) -> float:
-    """Returns McNemar's exact two-sided p: how likely so uneven a split of the changed pairs is if
-    both ways are equally likely."""
+    """Returns the two-sided p of McNemar's exact test: how likely a split of the changed pairs at
+    least as uneven as this one is, if both directions are equally likely."""
     n = repaired + broken
     tail = sum(math.comb(n, i) for i in range(min(repaired, broken) + 1))
     return min(1.0, 2 * tail / 2**n)

@@ -3,10 +3,10 @@
     draw  STUDY --prompts ae-animals --seeds 0-63 --methods plain select:attention:5 initno
     table STUDY --baseline plain --latex --page
 
-`draw` fills STUDY/METHOD/ for each method by a run of minsd/app/run.py that resumes; the model is
+`draw` fills STUDY/METHOD/ for each method by a resuming run of minsd/app/run.py; the model is
 loaded once. `python -m minsd.judge STUDY` then judges the images. STUDY/study.json holds the
-prompts with what they ask for, the seeds and the methods. Methods may be added later, whereas
-prompts and seeds stay. `table` also takes any folder with one judged folder per method.
+prompts with what they ask for, the seeds and the methods. Methods may be added later; prompts and
+seeds cannot change. `table` also takes any folder with one judged folder per method.
 """
 
 import argparse
@@ -40,8 +40,9 @@ FORMS = (*PLAIN, "select:SCORE:K", "optimize:STEPS", "collage[:MARGIN]", '"NAME:
 
 
 def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the methods that were asked for, name -> options of minsd.generate. Names are parted
-    by spaces or commas; "NAME: --init-noise ..." gives options by hand."""
+    """Returns method -> its options of minsd.generate. A word holds method names separated by
+    commas, or "NAME: --init-noise ...", a name of the user's own with its options. Raises
+    ValueError for an unknown method, and if two methods would share a folder."""
     out: dict[str, list[str]] = {}
     for word in words:
         by_hand = re.fullmatch(r"([^\s:]+):\s+(-.*)", word, re.DOTALL)
@@ -57,8 +58,9 @@ def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def method_options(method: str) -> list[str]:
-    """Returns a method's options of minsd.generate. Raises ValueError, in one line, for one that
-    this version does not have."""
+    """Returns the options of minsd.generate that a method stands for. A name of no other form is
+    taken as an objective's. Raises ValueError, in one line, for a method that this version does not
+    have."""
     name, _, rest = method.partition(":")
     if method in PLAIN:
         return _known(method, PLAIN[method])
@@ -76,7 +78,8 @@ def method_options(method: str) -> list[str]:
 
 
 def _known(method: str, words: list[str]) -> list[str]:
-    """Returns the options, if this version has them."""
+    """Returns a method's options (`words`) unchanged. Raises ValueError if this version lacks one
+    of the options or their values."""
     for flag, value in zip(words, [*words[1:], ""]):
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if not flag.startswith("--"):
@@ -90,8 +93,8 @@ def _known(method: str, words: list[str]) -> list[str]:
 
 
 def seeds_of(text: str, number: int) -> str:
-    """Returns the seeds of prompt `number`. "apart:K" gives every prompt K seeds of its own, any
-    other text gives the same seeds to all."""
+    """Returns the seeds of prompt `number`, as text. With "apart:K" every prompt has K seeds of its
+    own; any other text is returned unchanged, so that all prompts have the same seeds."""
     apart = re.fullmatch(r"apart:([1-9]\d*)", text)
     if not apart:
         return text
@@ -100,8 +103,9 @@ def seeds_of(text: str, number: int) -> str:
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the study that a folder holds with the new methods added, or a new one. Raises
-    ValueError where the folder's has other prompts, seeds or options."""
+    """Returns the contents of the folder's study.json with the methods of `args` added, or those of
+    a new study if there is none. Writes nothing. Raises ValueError if the existing study has other
+    prompts, seeds, model or options, or other options for a method of the same name."""
     items = [{"prompt": args.prompt}] if args.prompt else prompt_sets.load(args.prompts, args.count)
     study: dict[str, Any] = {
         "set": None if args.prompt else Path(args.prompts).name,
@@ -126,7 +130,9 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_lines(study: Mapping[str, Any], folder: Path, method: str) -> Path:
-    """Writes the prompts file of one method and its layouts. Returns the prompts file."""
+    """Writes the prompts file of one method, and the layout files that it refers to. Returns the
+    path of the prompts file. Raises ValueError if the method needs layouts and a prompt has
+    none."""
     place = folder / "prompts"
     place.mkdir(parents=True, exist_ok=True)
     by_layout = method.partition(":")[0] == "collage"
@@ -148,14 +154,16 @@ def write_lines(study: Mapping[str, Any], folder: Path, method: str) -> Path:
 
 
 def _put(path: Path, text: str) -> None:
-    """Writes a file whole or not at all. Several processes may write the same."""
+    """Writes a text file completely or not at all. Several processes may write the same file at
+    once."""
     with files.temporary(path.parent) as file:
         file.write(text.encode())
         files.put(file, path)
 
 
 def draw(args: argparse.Namespace) -> int:
-    """Draws every method's images that are still missing. Returns the exit code."""
+    """Draws every method's images that are still missing. Returns the exit code: 1 if images
+    failed, otherwise 0. Raises ValueError or FileNotFoundError for mistakes in the options."""
     study = prepare(args.study, args)
     drawn = [name for name in study["methods"] if (args.study / slug(name)).is_dir()]
     asked = []
@@ -194,7 +202,7 @@ def draw(args: argparse.Namespace) -> int:
 
 
 def _model(command: requests.Command) -> list[Any]:
-    """Returns what must be equal for two methods to share the loaded model."""
+    """Returns the settings that must be equal for two methods to use the same loaded model."""
     names = ("model", "vae", "tokenizer", "prediction_type", "controlnet", "lora")
     return [getattr(command, name) for name in (*names, "device", "dtype", "attention", "compile")]
 
@@ -203,7 +211,8 @@ def _model(command: requests.Command) -> list[Any]:
 
 
 def table(args: argparse.Namespace) -> int:
-    """Writes a judged study's table, plots and page. Returns the exit code."""
+    """Writes the table of a judged study and its plots and, as asked for, a LaTeX table, a page and
+    a contact sheet. Returns the exit code."""
     results = read(args.study, args.unjudged)
     baseline = args.baseline or results.methods[0]
     cells = compute(results, baseline)
@@ -225,7 +234,8 @@ def table(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Draws, judges and tables in one go. Returns the exit code."""
+    """Draws the images of a study, judges them, and writes the table and page. Without --judges,
+    missing weights only leave the images unjudged. Returns the exit code."""
     words = [str(args.study), *(["--judges", *args.judges] if args.judges else []), "--quiet"]
     asked = judge.options().parse_args(words)
     if args.judges != ["all"]:
@@ -243,8 +253,8 @@ def compare(args: argparse.Namespace) -> int:
     return failed or code
 
 
-# What papers on the initial noise report, as far as it was read in their programs, and what they
-# published. A list of methods is this program's own.
+# The protocols of papers on the initial noise, as far as they were read in the papers' programs, and
+# the numbers that the papers published. The lists of methods are this program's own.
 PRESETS: dict[str, dict[str, Any]] = {
     "initno": {
         "draw": {
@@ -352,7 +362,8 @@ def _draw_options(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study") -> int:
-    """Runs the command line. Returns 0, 1 where images failed, 2 for the user's mistakes."""
+    """Runs the command line. Returns 0, 1 if images failed, 2 for the user's mistakes, or 130 if
+    the user stopped it."""
     args = parser(prog).parse_args(argv)
     try:
         if args.action == "table":

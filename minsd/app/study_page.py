@@ -1,7 +1,7 @@
-"""The forms of a study's table: Markdown, CSV, LaTeX, two plots, a page with the images, a sheet.
+"""Formats a study's results: as Markdown, CSV, LaTeX, two plots, a page with images, and a sheet.
 
-Plots are SVG written here, so that nothing is installed for them and the page, which holds plots
-and thumbnails inside, is one file that opens anywhere without a network.
+Plots are SVG that is generated here, so that no plotting package is needed. The page contains its
+plots and thumbnails, so that it is a single file that opens anywhere without a network.
 """
 
 import base64
@@ -27,14 +27,15 @@ THUMBNAIL = 256  # pixels
 
 
 def head(column: str) -> str:
-    """Returns a column's name in tables, with its unit where it is a rate."""
+    """Returns the heading of a column: its name, with % for a rate, or with "(less is better)"."""
     if column in LOWER:
         return f"{column} (less is better)"
     return f"{column} %" if column in RATES else column
 
 
 def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: str | None) -> str:
-    """Returns the tables in Markdown, with notes below."""
+    """Returns the tables in Markdown, with notes below. `reference` is a text on published numbers,
+    or None."""
     columns = list(results.values)
     pick = {(c.part, c.method, c.column, c.tag): c for c in cells}
     n = len(results.pairs)
@@ -119,7 +120,7 @@ def notes(results: Results, cells: Sequence[Cell]) -> list[str]:
 
 
 def as_csv(results: Results, cells: Sequence[Cell]) -> str:
-    """Returns every number as one row, with the digits that the tables show."""
+    """Returns the cells as CSV: one row per number, with the digits that the tables show."""
     out = io.StringIO()
     prompts = len(set(results.prompts))
     rows = [cell.row(prompts) for cell in cells]
@@ -187,7 +188,8 @@ def _line(x0: float, y0: float, x1: float, y1: float, stroke: str = "#ccc", widt
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Returns round numbers between two bounds."""
+    """Returns multiples of a round step (1, 2 or 5 times a power of ten) between two bounds, at
+    most about `about` of them."""
     raw = (high - low) / about or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
@@ -196,7 +198,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def differences(cells: Sequence[Cell], baseline: str) -> str:
-    """Returns a plot of every paired difference to the baseline with its interval, as SVG."""
+    """Returns an SVG plot of every paired difference to the baseline with its interval."""
     shown = [c for c in cells if c.part == "differences" and math.isfinite(c.estimate.low)]
     columns = list(dict.fromkeys(c.column for c in shown))
     # The baseline counts too, so that a method has one colour in both plots.
@@ -232,8 +234,8 @@ def differences(cells: Sequence[Cell], baseline: str) -> str:
 
 
 def cost(results: Results, cells: Sequence[Cell]) -> str:
-    """Returns a plot of each column's mean against the median seconds per image (log axis), as
-    SVG."""
+    """Returns SVG plots of each column's mean against the median seconds per image (logarithmic
+    axis)."""
     seconds = {c.method: c.estimate.value for c in cells if c.part == "costs" and c.column == "seconds"}
     seconds = {method: value for method, value in seconds.items() if value > 0}
     parts: list[str] = []
@@ -283,8 +285,9 @@ def cost(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def _order(results: Results, baseline: str, rows: int) -> list[int]:
-    """Returns which pairs the page shows: all, or a third each of the greatest gains, the greatest
-    losses (any method against the baseline, first column) and pairs drawn at random."""
+    """Returns the numbers of the pairs that the page shows: all if there are at most `rows`,
+    otherwise a third each of the greatest gains, the greatest losses, and pairs chosen at random. A
+    pair's gain is the mean of all methods' differences to the baseline in the first column."""
     n = len(results.pairs)
     if n <= rows:
         return list(range(n))
@@ -299,7 +302,8 @@ def _order(results: Results, baseline: str, rows: int) -> list[int]:
 
 
 def thumbnail(path: Path, found: Sequence[dict[str, Any]]) -> str:
-    """Returns an image with the boxes of what was found as a JPEG in a data URI."""
+    """Returns an image, made small, with the boxes of the detections `found`, as a data URI of a
+    JPEG."""
     from PIL import Image, ImageDraw
 
     with Image.open(path) as opened:
@@ -338,7 +342,8 @@ for(const s of [method,column,order])s.addEventListener('change',sort);sort();
 
 
 def page(results: Results, cells: Sequence[Cell], baseline: str, text: str, rows: int) -> str:
-    """Returns the whole study as one HTML file: tables, plots, and a row of images per pair."""
+    """Returns the whole study as one HTML file: the tables (`text`, in Markdown), the plots, and at
+    most `rows` pairs, each with the images of all methods."""
     shown = _order(results, baseline, rows)
     columns = list(results.values)
     blocks = []
@@ -395,7 +400,7 @@ def _choices(names: Sequence[str]) -> str:
 
 
 def as_html(text: str) -> str:
-    """Returns the Markdown that this module writes (paragraphs, tables, lists) as HTML."""
+    """Converts the Markdown that this module writes (paragraphs, tables, lists) to HTML."""
     out = []
     for block in text.split("\n\n"):
         lines = [line for line in block.split("\n") if line.strip()]
@@ -421,7 +426,8 @@ def _block(lines: Sequence[str]) -> str:
 
 
 def sheet(results: Results, rows: int, path: Path) -> None:
-    """Saves a contact sheet of pairs drawn at random with a fixed seed, one column per method."""
+    """Saves a contact sheet of `rows` pairs, chosen at random with a fixed seed. Each row is a
+    pair, each column a method."""
     from PIL import Image
 
     from minsd.image import contact_sheet, save

@@ -1,8 +1,9 @@
 """Judges: how well an image shows what its prompt asks for, as numbers.
 
-`load(name)` gives a judge: frozen networks with the published weights, in float32. Its method
-`pictures` returns the reported numbers of PIL images. Where `score` exists, it takes pixels
-(B,3,H,W) in 0..1 and is differentiable in them, so that it can serve as a reward.
+`load(name)` returns a judge: frozen networks with the published weights, in float32. The judge's
+method `pictures` returns the reported numbers of PIL images. Some judges also have a method
+`score`, which takes pixels (B,3,H,W) in 0..1 and is differentiable in them, so that it can serve as
+a reward.
 
 `JUDGES` lists all judges, `WEIGHTS` the files that they need. Nothing heavy is imported here, and
 nothing is downloaded unless the caller says so.
@@ -24,18 +25,18 @@ if TYPE_CHECKING:
 
 
 class Judged(NamedTuple):
-    """What a judge says of one image. `values` is empty where the judge has nothing to say of it,
-    and `reason` then says why."""
+    """A judge's result for one image: column -> value. If the judge cannot judge the image,
+    `values` is empty and `reason` states why."""
 
     values: dict[str, float]
-    found: "Sequence[Detection] | None" = None  # of a detector: everything it found
+    found: "Sequence[Detection] | None" = None  # everything found, if the judge has a detector
     reason: str = ""
 
 
 class Judge(Protocol):
-    """A judge that `load` returned."""
+    """The methods and attributes of a judge that `load` returns."""
 
-    identity: dict[str, Any]  # name, weights, dtype and options: stands in every line of scores
+    identity: dict[str, Any]  # name, weights, dtype and options, written into every line of scores
 
     def pictures(
         self,
@@ -43,19 +44,21 @@ class Judge(Protocol):
         prompts: Sequence[str],
         asked: Sequence[Mapping[str, Any] | None],
     ) -> list[Judged]:
-        """Judges RGB images. `asked` holds what a detector must look for (`objects.Asked`)."""
+        """Returns one result for each RGB image. `asked` holds, per image, what a detector must
+        look for (`objects.Asked`), or None if that is not known."""
         ...
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Published files: where they are on the hub, and what the user should know before a fetch."""
+    """Published files: where they are on the hub, and what the user should know before a
+    download."""
 
     repo: str
     file: str  # the weights; a second name after | is taken where the first is missing
     size: str
     licence: str
-    more: tuple[str, ...] = ()  # small files that must be beside it, such as config.json
+    more: tuple[str, ...] = ()  # small files that must be beside the weights, such as config.json
 
 
 CONFIG = ("config.json",)
@@ -90,7 +93,8 @@ WEIGHTS: dict[str, Weights] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A judge by name: the module of minsd.judges that builds it, and the weights it needs."""
+    """A row of JUDGES: the module of minsd.judges that builds the judge, the columns of its scores,
+    the weights that it needs, and a description."""
 
     module: str
     columns: tuple[str, ...]
@@ -130,7 +134,7 @@ LOWER = ("strays",)  # columns of which less is better
 
 
 def check(name: str) -> Entry:
-    """Returns a judge's row. Raises ValueError for a name that is not in JUDGES."""
+    """Returns the row of JUDGES for a name. Raises ValueError for a name that is not in JUDGES."""
     if name not in JUDGES:
         raise ValueError(f"there is no judge {name!r}: known are {', '.join(JUDGES)}")
     return JUDGES[name]
@@ -146,9 +150,10 @@ def load(
 ) -> Any:
     """Loads a judge by its name in JUDGES.
 
-    `weights` maps names of WEIGHTS to a folder, a file or a hub id that replaces the published
-    ones. Without it the hub's cache is looked at; `fetch` allows a download. Raises ValueError or
-    FileNotFoundError, in one line, for an unknown name and for weights that are not there.
+    `weights` maps names of WEIGHTS to a folder, a file or a hub id to be used in place of the
+    published files. Files that are not given are looked for in the hub's cache; `fetch` allows a
+    download. `options` are passed to the judge's `build`. Raises ValueError for an unknown name or
+    an unsuitable file, and FileNotFoundError for missing weights, each in one line.
     """
     import torch
 
@@ -163,8 +168,10 @@ def load(
 
 def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what makes two scores of one judge comparable: its name, weights, dtype and options.
+    `files` maps names of WEIGHTS to paths.
 
-    Files of the hub are named by their revision, others by the first ten digits of their SHA-256.
+    Files in the hub's cache are identified by their revision, others by the first ten digits of
+    their SHA-256.
     """
     from minsd.weights.single_file import FileHash
 
@@ -181,7 +188,7 @@ def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[
 
 
 def short(identity: Mapping[str, Any]) -> str:
-    """Returns an identity as eight hex digits, for comparisons."""
+    """Returns a hash of an identity, eight hex digits, for comparisons."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -189,8 +196,10 @@ def short(identity: Mapping[str, Any]) -> str:
 
 
 def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) -> Path:
-    """Returns the weight file of `WEIGHTS[key]`: a given folder's or file, the hub cache's, or with
-    `fetch` the hub's. Raises FileNotFoundError, in one line, where there is none."""
+    """Returns the path of the weights `WEIGHTS[key]`. They are looked for in the folder or file
+    `given[key]`, if there is one. Otherwise they come from the hub's cache or, with `fetch`, from a
+    download; `given[key]` may then be the hub id to use. Raises FileNotFoundError, in one line, if
+    they are not found. `judge` is the name to print in the error."""
     row = WEIGHTS[key]
     place = given.get(key)
     if place is not None and Path(place).exists():
@@ -209,7 +218,8 @@ def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) ->
 
 
 def _in_folder(place: Path, row: Weights, key: str) -> Path:
-    """Returns the weight file in the folder that the user gave, or the given file itself."""
+    """Returns the weight file in the folder that the user gave, or `place` itself if it is a file.
+    Raises FileNotFoundError if the weights or a small file beside them are missing."""
     if place.is_file():
         return place
     names = [name for name in row.file.split("|") if (place / name).is_file()]
@@ -224,7 +234,8 @@ def _in_folder(place: Path, row: Weights, key: str) -> Path:
 
 
 def _cached(repo: str, row: Weights) -> Path | None:
-    """Returns the weight file in the hub's cache; None where it or a small file is missing."""
+    """Returns the weight file in the hub's cache. Returns None if the weights or a small file
+    beside them are missing."""
     import huggingface_hub as hf
 
     if any(not isinstance(hf.try_to_load_from_cache(repo, name), str) for name in row.more):
@@ -237,7 +248,8 @@ def _cached(repo: str, row: Weights) -> Path | None:
 
 
 def _fetched(repo: str, row: Weights, key: str) -> Path:
-    """Downloads the weights and small files of a repository, after a line that says so."""
+    """Downloads the weights and small files of a repository, after printing a line about the
+    download. Returns the path of the weights."""
     import sys
 
     import huggingface_hub as hf
@@ -285,10 +297,12 @@ def tensors(path: Path) -> "dict[str, torch.Tensor]":
 def fill(
     network: "torch.nn.Module", held: "Mapping[str, torch.Tensor]", spare: Sequence[str], path: Path
 ) -> None:
-    """Fills a network made on the meta device with tensors under its own names, in float32.
+    """Fills a network that was made on the meta device with tensors of the same names, in float32,
+    and freezes the network. `path` is the file to name in errors.
 
-    Every parameter must be there with its shape. `spare` lists beginnings or endings of names that
-    may be left over. Raises ValueError, in one line, otherwise.
+    Every parameter of the network must be there with its shape. Only tensors whose names begin with
+    one of `spare`, or end with "position_ids", may be left over. Otherwise raises ValueError, in
+    one line.
     """
     import torch
 

@@ -1,10 +1,11 @@
-"""ImageReward (Xu et al. 2023, arXiv 2304.05977): a BLIP image encoder and a BERT that reads the
-prompt and looks at the image.
+"""ImageReward (Xu et al. 2023, arXiv 2304.05977): a BLIP image encoder, and a BERT that encodes the
+prompt with cross-attention to the image.
 
     value = (head(h) - 0.16717362830052426) / 1.0333394966054072
 
-h is the last hidden state of the text's first token, head five linear layers. The networks are
-transformers' BLIP classes; the published names differ for the image encoder alone.
+h is the last hidden state of the text's first token, and head is five linear layers. The networks
+are transformers' BLIP classes. Only the image encoder's tensors are published under other names
+than in transformers.
 """
 
 import re
@@ -38,8 +39,8 @@ IMAGE = {  # the authors' names of the image encoder, in order of replacement ->
 
 
 def vision_config(**sizes: Any) -> "BlipVisionConfig":
-    """Returns the sizes of ImageReward's image encoder, ViT-L/16. Its layer norms have an eps of
-    1e-6; transformers' default is 1e-5."""
+    """Returns the configuration of ImageReward's image encoder, a ViT-L/16; `sizes` override it.
+    Its layer norms have an eps of 1e-6; transformers' default is 1e-5."""
     from transformers import BlipVisionConfig
 
     large = {
@@ -52,7 +53,8 @@ def vision_config(**sizes: Any) -> "BlipVisionConfig":
 
 
 def text_config(**sizes: Any) -> "BlipTextConfig":
-    """Returns the sizes of ImageReward's BERT. `is_decoder` gives its layers cross-attention."""
+    """Returns the configuration of ImageReward's BERT; `sizes` override it. `is_decoder` gives the
+    layers cross-attention."""
     from transformers import BlipTextConfig
 
     base = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -61,7 +63,7 @@ def text_config(**sizes: Any) -> "BlipTextConfig":
 
 
 class ImageReward:
-    """Judges images by ImageReward."""
+    """The judge ImageReward, a model of human preference."""
 
     def __init__(
         self,
@@ -96,14 +98,17 @@ class ImageReward:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images of any sizes."""
+        """Returns the reward of each RGB image, as column "imagereward". Images may have any
+        sizes."""
         values = self._values(pixels.pil(images, self.size), prompts).tolist()
         return [Judged({"imagereward": value}) for value in values]
 
     def score(
         self, x: Tensor, prompts: Sequence[str], checkpoint: bool = False, rounding: bool = True
     ) -> Tensor:
-        """Returns the reward (B,) of pixels (B,3,H,W) in 0..1, differentiable in them."""
+        """Returns the reward (B,) of pixels (B,3,H,W) in 0..1, differentiable in the pixels.
+        `checkpoint` computes activations again in the backward pass, for less memory. `rounding`
+        rounds the resized pixels to 8 bits, with the gradient passed through."""
         seen = pixels.tensor(x, self.size, rounding)
         if not checkpoint:
             return self._values(seen, prompts)
@@ -137,7 +142,7 @@ def _under(prefix: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def renamed(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the image encoder's tensors under BlipVisionModel's names."""
+    """Returns the image encoder's tensors of ImageReward's file under BlipVisionModel's names."""
     out = {}
     for name, value in _under("blip.visual_encoder.", held).items():
         for pattern, new in IMAGE.items():
@@ -149,7 +154,7 @@ def renamed(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> ImageReward:
-    """Returns ImageReward with its weights and BERT's word pieces."""
+    """Returns the judge ImageReward with its weights and BERT's tokenizer."""
     from transformers import BertTokenizer
 
     words = BertTokenizer(str(files["bert"]), do_lower_case=True)

@@ -1,4 +1,4 @@
-"""CLIP and four heads: clip, least, PickScore, HPSv2, the aesthetic predictor.
+"""Judges that use CLIP: clip, least, PickScore, HPSv2, the aesthetic predictor.
 
 With image vector e and text vector t, both of unit length, c = e . t is their cosine (Radford et
 al. 2021, arXiv 2103.00020), and the judges are
@@ -38,8 +38,8 @@ AESTHETIC = tuple(f"layers.{k}" for k in (0, 2, 4, 6, 7))  # linear layers, with
 
 
 def h14() -> "CLIPConfig":
-    """Returns the sizes of OpenCLIP's ViT-H/14, which HPSv2 and PickScore use. Its activation is
-    GELU, not CLIP's quick_gelu."""
+    """Returns the configuration of OpenCLIP's ViT-H/14, which HPSv2 and PickScore use. The
+    activation is GELU, not CLIP's quick_gelu."""
     from transformers import CLIPConfig
 
     text = {
@@ -93,7 +93,7 @@ BLOCK = re.compile(
 
 def from_open_clip(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns open_clip's tensors under CLIPModel's names. Projections are transposed, and the
-    joint projection of an attention becomes queries, keys and values."""
+    joint projection of an attention layer is split into queries, keys and values."""
     out: dict[str, Tensor] = {}
     for name, value in held.items():
         name = name.removeprefix("model.")
@@ -117,8 +117,9 @@ def from_open_clip(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network(path: Path, config: "CLIPConfig | None" = None) -> "CLIPModel":
-    """Returns a CLIPModel filled from a file, in transformers' or open_clip's names. Its sizes are
-    those of the config.json beside the file, else `config`."""
+    """Returns a CLIPModel with the weights in a file, whose tensors have transformers' or
+    open_clip's names. The configuration is config.json beside the file or, if there is none,
+    `config`. Raises ValueError if the tensors do not fit."""
     from transformers import CLIPConfig, CLIPModel
 
     held = tensors(path)
@@ -135,7 +136,8 @@ def network(path: Path, config: "CLIPConfig | None" = None) -> "CLIPModel":
 
 
 def tokenizer(folder: Path) -> "CLIPTokenizer":
-    """Returns CLIP's tokenizer: the folder's, or else that of the hub's cache."""
+    """Returns CLIP's tokenizer from the folder. If the folder holds none, the tokenizer comes from
+    the hub's cache or from a download. Raises FileNotFoundError if neither is possible."""
     from transformers import CLIPTokenizer
 
     from minsd.weights import hub
@@ -152,7 +154,7 @@ def tokenizer(folder: Path) -> "CLIPTokenizer":
 
 
 class Clip:
-    """CLIP's two towers, each giving vectors of unit length."""
+    """CLIP's image encoder and text encoder, which return vectors of unit length."""
 
     def __init__(
         self, model: "CLIPModel", words: "CLIPTokenizer", device: torch.device | str, dtype: torch.dtype
@@ -161,7 +163,7 @@ class Clip:
         self.words = words
         vision: Any = model.config.vision_config
         self.size: int = vision.image_size
-        self.known: dict[str, Tensor] = {}  # text -> its vector, on the CPU
+        self.known: dict[str, Tensor] = {}  # text -> the text's vector, on the CPU
 
     def images(self, seen: Tensor) -> Tensor:
         """Returns the unit vectors (B,D) float32 of preprocessed images (B,3,size,size)."""
@@ -170,8 +172,8 @@ class Clip:
         return unit(_vector(out))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Returns the unit vectors (B,D) of texts. Each text is computed once. A text of more than
-        77 tokens is cut, with a warning."""
+        """Returns the unit vectors (B,D) of texts, on the CPU. Each text is encoded only once. A
+        text of more than 77 tokens is cut, with a warning."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         for at in range(0, len(new), 64):
             part = new[at : at + 64]
@@ -195,7 +197,8 @@ class Clip:
 
 
 def _vector(out: Any) -> Tensor:
-    """Returns the projected vector; transformers 5 wraps it."""
+    """Returns the projected vectors (B,D) from the output of a CLIPModel's get_..._features, which
+    is an object in transformers 5 and a tensor before."""
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
@@ -206,8 +209,8 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def parts(prompt: str) -> list[str]:
-    """Returns the parts of a prompt between commas, "and" and "with"; none where there is only
-    one."""
+    """Returns the parts of a prompt between commas, "and" and "with", or an empty list if there is
+    only one part."""
     found = [part.strip() for part in PARTS.split(prompt) if part.strip()]
     return found if len(found) > 1 else []
 
@@ -223,8 +226,9 @@ class Head(NamedTuple):
 
 
 def fold(held: Mapping[str, Tensor], path: Path, names: Sequence[str] = AESTHETIC) -> Head:
-    """Returns linear layers with nothing between them as one, computed in float64. Raises
-    ValueError for a file with other layers."""
+    """Combines consecutive linear layers, with no activations between them, into a single one,
+    computed in float64. `names` lists the layers in order. Raises ValueError if the file at `path`
+    holds other layers."""
     wanted = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
     if set(held) != wanted:
         wrong = sorted(set(held) ^ wanted)[0]
@@ -240,7 +244,7 @@ def fold(held: Mapping[str, Tensor], path: Path, names: Sequence[str] = AESTHETI
 
 
 class ClipJudge:
-    """One value per image out of CLIP's vectors."""
+    """A judge that computes one value per image from CLIP's vectors."""
 
     def __init__(
         self,
@@ -265,7 +269,8 @@ class ClipJudge:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images of any sizes."""
+        """Returns the value of each RGB image. Images may have any sizes. The judge `least` has no
+        value for a prompt with a single part."""
         if self.box is None:
             seen = pixels.pil(images, self.clip.size)
         else:
@@ -280,9 +285,9 @@ class ClipJudge:
     def score(
         self, x: Tensor, prompts: Sequence[str], checkpoint: bool = False, rounding: bool = True
     ) -> Tensor:
-        """Returns the value (B,) of pixels (B,3,H,W) in 0..1, differentiable in them. `checkpoint`
-        computes activations again in the backward pass, for less memory. `rounding`: pixels are
-        rounded to 8 bits as in a file, with the gradient passed through."""
+        """Returns the value (B,) of pixels (B,3,H,W) in 0..1, differentiable in the pixels.
+        `checkpoint` computes activations again in the backward pass, for less memory. `rounding`
+        rounds the resized pixels to 8 bits, with the gradient passed through; HPSv2 ignores it."""
         seen = pixels.tensor(x, self.clip.size, rounding) if self.box is None else self.box(x, self.clip.size)
         if checkpoint:
             from torch.utils.checkpoint import checkpoint as again
@@ -308,7 +313,7 @@ class ClipJudge:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> ClipJudge:
-    """Returns the judge that an identity names, with its weights."""
+    """Returns the judge called `identity["judge"]`, with the weights in `files`."""
     name: str = identity["judge"]
     path = next(iter(files.values()))
     model = network(path, h14())

@@ -1,5 +1,5 @@
-"""Objects found by Mask2Former (Cheng et al. 2022, arXiv 2112.01527), judged by GenEval's or TIAM's
-rules; colours by CLIP.
+"""Judges that apply GenEval's or TIAM's rules to the objects that Mask2Former finds (Cheng et al.
+2022, arXiv 2112.01527). CLIP finds the objects' colours.
 
 GenEval uses the same network with other weights (mmdetection's), so its column is called
 geneval-style here. Masks become detections as mmdetection does it: the 100 best pairs of query and
@@ -30,8 +30,10 @@ GREY = 0x99  # what surrounds an object whose colour is asked for
 
 
 def prepared(image: Image.Image, short: int = SHORT, long: int = LONG) -> tuple[Tensor, tuple[int, int]]:
-    """Returns an image (1,3,H,W) as the network sees it, with zeros to multiples of 32 at the right
-    and below, and its height and width without them."""
+    """Returns (the network's input, (height, width)). The input (1,3,H,W) is the image, resized so
+    that its shorter side is `short` and its longer at most `long` pixels, normalised, and padded
+    with zeros at the right and below to multiples of 32. Height and width are those without the
+    padding."""
     (x,) = pixels.to_pixels([image])
     height, width = x.shape[-2:]
     scale = min(short / min(height, width), long / max(height, width))
@@ -44,11 +46,12 @@ def prepared(image: Image.Image, short: int = SHORT, long: int = LONG) -> tuple[
 def detections(
     classes: Tensor, masks: Tensor, inside: tuple[int, int], padded: tuple[int, int], size: tuple[int, int]
 ) -> list[Detection]:
-    """Returns what one image's outputs show.
+    """Returns the detections that the network's outputs for one image contain.
 
-    `classes` (Q, C+1) are class logits, the last for "nothing"; `masks` (Q, h, w) mask logits of
-    the padded input, of `padded` (height, width), of which the image fills `inside`. Masks and
-    boxes are in pixels of the image's own `size` (height, width). Empty masks are left out.
+    `classes` (Q, C+1) are class logits, the last for "nothing". `masks` (Q, h, w) are mask logits
+    for the padded input. `padded` is the (height, width) of this input, `inside` the (height,
+    width) of the image in it, and `size` the (height, width) of the original image. The returned
+    masks and boxes are in pixels of the original image. Empty masks are left out.
     """
     probs = classes.softmax(-1)[:, :-1].flatten()
     best = probs.topk(min(BEST, len(probs)))
@@ -71,7 +74,8 @@ def detections(
 
 
 def crop(image: Image.Image, one: Detection) -> Image.Image:
-    """Returns a detected object cropped to its box, on grey where its mask does not reach."""
+    """Returns the part of an image inside a detection's box. Pixels outside the detection's mask
+    are grey."""
     array = np.array(image.convert("RGB"))
     if one.mask is not None:
         array[~one.mask] = GREY
@@ -81,7 +85,8 @@ def crop(image: Image.Image, one: Detection) -> Image.Image:
 
 
 class Colours:
-    """Names an object's colour by CLIP: the nearest of ten, each the mean of three sentences."""
+    """A classifier of an object's colour by CLIP: the nearest of ten colours, each represented by
+    the mean vector of three sentences."""
 
     SENTENCES = (
         "a photo of a {colour} {name}",
@@ -94,7 +99,7 @@ class Colours:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, one: Detection) -> str:
-        """Returns one of COLOURS."""
+        """Returns the colour of a detected object, one of COLOURS."""
         vector = self.clip.images(pixels.pil([crop(image, one)], self.clip.size))[0]
         texts = [s.format(colour=colour, name=one.name) for colour in COLOURS for s in self.SENTENCES]
         means = unit(self.clip.texts(texts).to(vector).reshape(len(COLOURS), len(self.SENTENCES), -1).mean(1))
@@ -102,7 +107,8 @@ class Colours:
 
 
 class Mask2Former:
-    """Judges by what Mask2Former finds. Without `colours` TIAM's rule is used, with it GenEval's."""
+    """A judge by the objects that Mask2Former finds: by GenEval's rules if `colours` is given,
+    otherwise by TIAM's."""
 
     def __init__(
         self,
@@ -120,7 +126,7 @@ class Mask2Former:
 
     @torch.no_grad()
     def find(self, image: Image.Image) -> list[Detection]:
-        """Returns everything found in an image."""
+        """Returns all objects found in an RGB image."""
         x, inside = prepared(image, *self.sides)
         weight = next(self.model.parameters())
         out = self.model(pixel_values=x.to(weight.device, weight.dtype))
@@ -135,7 +141,8 @@ class Mask2Former:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images, one after the other."""
+        """Judges RGB images one after the other. An image has no value if its prompt asks for
+        nothing that the detector knows."""
         return [self._judge(*one) for one in zip(images, prompts, asked)]
 
     def _judge(self, image: Image.Image, prompt: str, asked: Asked | None) -> Judged:
@@ -168,14 +175,15 @@ class Mask2Former:
 
 
 def known(asked: Asked | None) -> bool:
-    """Returns whether a detector of COCO's classes can judge what is asked for."""
+    """Returns whether a detector of COCO's classes can judge what is asked for: there is at least
+    one clause, and every clause is about one of these classes."""
     clauses = [*(asked or {}).get("include", ()), *(asked or {}).get("exclude", ())]
     return bool(clauses) and all(one["class"] in COCO for one in clauses)
 
 
 def names_of(prompt: str, asked: Asked | None) -> list[str]:
-    """Returns the objects that a prompt names, one for each of its parts; none where one of them is
-    no class of COCO."""
+    """Returns the objects that a prompt asks for: those of `asked` or, if that lists none, one for
+    each part of the prompt. Returns an empty list if one of them is not a COCO class."""
     if asked and "include" in asked:
         names = [one["class"] for one in asked["include"]]
     else:
@@ -186,8 +194,9 @@ def names_of(prompt: str, asked: Asked | None) -> list[str]:
 
 
 def load_network(path: Path) -> Any:
-    """Returns the network in a folder. transformers renames the published tensors itself, which
-    differs between its versions. Raises ValueError, in one line, where tensors are missing."""
+    """Returns the network whose weight file is at `path`, frozen. transformers itself renames the
+    published tensors, in ways that differ between its versions. Raises ValueError, in one line, if
+    the file cannot be read or tensors are missing."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     try:
@@ -213,7 +222,8 @@ def build(
     dtype: torch.dtype,
     nms: float = 1.0,
 ) -> Mask2Former:
-    """Returns the judge that an identity names, with its weights."""
+    """Returns the judge called `identity["judge"]`, with the weights in `files`. `nms` is the limit
+    of `objects.kept`."""
     model = load_network(files["mask2former"]).to(device=device, dtype=dtype)
     if "clip-l14" not in files:
         return Mask2Former(identity, model, None, nms)

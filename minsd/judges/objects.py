@@ -7,8 +7,8 @@ detector shares them. Images are never opened here, and no network is used.
 
 An `Asked` is one line of GenEval's evaluation_metadata.jsonl: `include` and `exclude` list clauses
 {"class", "count", "color"?, "position"?: [relation, number of an earlier clause]}. Two keys are
-this program's own: `bodies` is the exact number of things in the image whatever they are, `layout`
-holds a layout.json whose regions the image was to fill.
+this program's own: `bodies` is the exact number of objects in the image, of any class; `layout`
+holds the contents of a layout.json whose regions the image was to fill.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ COLOURS = tuple("red orange yellow green blue purple pink brown black white".spl
 RELATIONS = ("left of", "right of", "above", "below")
 
 SURE = 0.3  # GenEval: a detection counts above this score
-SURE_TO_COUNT = 0.9  # the same for the tag `counting`
+SURE_TO_COUNT = 0.9  # the same, for prompts with the tag `counting`
 TIAM_SURE = 0.25
 MOST = 16  # detections per class that GenEval looks at
 MARGIN = 0.1  # fraction of the two objects' sizes that their centres may differ without a relation
@@ -49,13 +49,13 @@ class Detection(NamedTuple):
     colour: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """Returns the detection as it stands in scores.jsonl, without its mask."""
+        """Returns the detection as it is written to scores.jsonl, without its mask."""
         values = {"name": self.name, "score": round(self.score, 4), "box": [round(v, 1) for v in self.box]}
         return values | ({} if self.colour is None else {"colour": self.colour})
 
 
 def from_row(row: Mapping[str, Any]) -> Detection:
-    """Returns the detection that a line of scores.jsonl holds."""
+    """Converts a detection in a line of scores.jsonl to a Detection."""
     x0, y0, x1, y1 = row["box"]
     return Detection(row["name"], row["score"], (x0, y0, x1, y1), colour=row.get("colour"))
 
@@ -65,7 +65,7 @@ def from_row(row: Mapping[str, Any]) -> Detection:
 
 def iou(a: Box, b: Box, more: float = 0.0) -> float:
     """Returns the intersection over union of two boxes. `more` is added to every width and height:
-    1 is GenEval's convention, 0 that of boxes with exclusive ends."""
+    GenEval adds 1; boxes with exclusive ends need 0."""
 
     def area(x0: float, y0: float, x1: float, y1: float) -> float:
         return max(x1 - x0 + more, 0.0) * max(y1 - y0 + more, 0.0)
@@ -78,8 +78,9 @@ def iou(a: Box, b: Box, more: float = 0.0) -> float:
 def relations(a: Box, b: Box) -> set[str]:
     """Returns how box `a` lies relative to box `b`: none, one or two of `RELATIONS`.
 
-    GenEval: the distance between the centres is shortened by MARGIN times the sum of both sizes,
-    for each axis, and compared with half the length of the whole distance.
+    GenEval's rule: along each axis, the distance between the two centres is reduced by MARGIN times
+    the sum of the boxes' sizes. A relation holds if the rest exceeds half the straight distance
+    between the centres.
     """
     boxes = np.array([a, b], float).reshape(2, 2, 2)  # (box, corner, axis)
     centres = boxes.mean(1)
@@ -94,10 +95,11 @@ def relations(a: Box, b: Box) -> set[str]:
 
 
 def kept(found: Iterable[Detection], sure: float, nms: float = 1.0) -> dict[str, list[Detection]]:
-    """Returns GenEval's choice of detections per class, from the best score to the worst.
+    """Returns class -> the detections that GenEval counts: at most MOST of those with a score above
+    `sure`, from the best to the worst.
 
-    `nms`: a detection is dropped where its IoU with a better one of its class reaches this limit;
-    1.0 turns that off, which is the published program's default.
+    `nms`: a detection is dropped if its IoU with a better one of its class reaches this limit; 1.0
+    turns that off, which is the published program's default.
     """
     out: dict[str, list[Detection]] = {}
     best_first = sorted(found, key=lambda detection: -detection.score)
@@ -123,9 +125,9 @@ def geneval(
     nms: float = 1.0,
     colour: Colour = lambda detection: detection.colour,
 ) -> list[str]:
-    """Returns why an image is wrong by GenEval's rules; an empty list where it is right.
+    """Returns the reasons why an image is wrong by GenEval's rules; an empty list if it is right.
 
-    `sure`: the scores above which a detection counts, in general and for the tag `counting`.
+    `sure` holds the scores above which a detection counts: in general, and for the tag `counting`.
     `colour` names a detection's colour; it is called only for detections whose colour matters.
     """
     objects = kept(found, sure[asked.get("tag") == "counting"], nms)
@@ -159,8 +161,8 @@ def geneval(
 
 
 def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
-    """Returns whether each of the named objects is there, by TIAM's rule without colours. An image
-    succeeds where all are."""
+    """Returns for each of `names` whether such an object is there, by TIAM's rule without colours.
+    An image is right if all are there."""
     there = {one.name for one in found if one.score >= TIAM_SURE}
     return [name in there for name in names]
 
@@ -169,15 +171,17 @@ def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
 
 
 def class_of(caption: str, names: Iterable[str]) -> str | None:
-    """Returns the detector's class whose name ends last in a caption, the longest of such names;
-    None where the caption names none."""
+    """Returns which of the class names (`names`) a caption is about: the one that ends last in the
+    caption, and of several that end there the longest. Returns None if the caption contains
+    none."""
     text = f" {caption.lower()} "
     places = {name: text.rfind(f" {name} ") + len(name) for name in names if f" {name} " in text}
     return max(places, key=lambda name: (places[name], len(name)), default=None)
 
 
 def boxes_of(layout: Mapping[str, Any], width: int, height: int) -> list[Box]:
-    """Returns the regions' boxes of a layout.json in pixels. Boxes in fractions are scaled."""
+    """Returns the boxes of a layout.json's regions in pixels. Boxes given in fractions are scaled
+    to the image's width and height."""
     out = []
     for region in layout["regions"]:
         x0, y0, x1, y1 = region["box"]
@@ -191,12 +195,13 @@ def layout(
     found: Iterable[Detection], asked: Mapping[str, Any], size: tuple[int, int], names: Sequence[str]
 ) -> dict[str, float]:
     """Returns how well detections fill the boxes of a layout (`asked`) in an image of `size`
-    (width, height).
+    (width, height). `names` are the detector's classes.
 
-    Regions and detections of the region's class are matched one to one for the greatest sum of
-    IoU; a region that is not matched counts 0. `box_iou` is the mean, `box_half` the fraction of
-    regions with an IoU of at least 0.5, `box_any` the fraction whose class is anywhere, `strays`
-    the number of detections of the classes asked for that match no region.
+    Each region is matched with at most one detection of its class, and each detection with at most
+    one region, so that the sum of IoUs is greatest. A region without a match has an IoU of 0.
+    `box_iou` is the mean IoU, `box_half` the fraction of regions with an IoU of at least 0.5,
+    `box_any` the fraction of regions whose class is found anywhere in the image, and `strays` the
+    number of detections of the regions' classes that match no region.
     """
     boxes = boxes_of(asked, *size)
     classes = [class_of(region["prompt"], names) for region in asked["regions"]]
@@ -205,8 +210,8 @@ def layout(
 
     @cache
     def best(region: int, used: int) -> tuple[float, ...]:
-        """Returns the IoU of each region from this one on, of the best matching. `used` is a set of
-        detections as bits."""
+        """Returns the IoUs of the regions from number `region` on, in the best matching that leaves
+        out the detections in `used` (a set, one bit per detection)."""
         if region == len(boxes):
             return ()
         options = [(0.0, *best(region + 1, used))]

@@ -1,10 +1,10 @@
-"""From images to the pixels that judges see, twice: from PIL for reported numbers, and from tensors,
-differentiably.
+"""Converts images to the pixels that judges see, in two ways: from PIL images for reported numbers,
+and differentiably from tensors.
 
-`pil` is what CLIP's own preprocessing does (Radford et al. 2021), bit for bit that of transformers'
-processor without torchvision. `tensor` approximates it in torch: antialiased bicubic, clamped and
-rounded to 8 bits with the gradient passed through. `letterbox` is HPSv2's (Wu et al. 2023), which
-keeps the whole image on black; there both ways are the same.
+`pil` is CLIP's own preprocessing (Radford et al. 2021), bit for bit that of transformers' processor
+without torchvision. `tensor` approximates `pil` in torch: antialiased bicubic, clamped and rounded
+to 8 bits with the gradient passed through. `letterbox` is HPSv2's preprocessing (Wu et al. 2023),
+which shows the whole image on black; it is the same for PIL images and tensors.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ def to_pixels(images: Sequence[Image.Image]) -> list[Tensor]:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Returns pixels (B,3,H,W) in 0..1 with CLIP's mean and standard deviation removed."""
+    """Subtracts CLIP's mean from pixels (B,3,H,W) in 0..1, and divides by CLIP's standard
+    deviation, per channel."""
     mean, std = (
         torch.tensor(v, dtype=pixels.dtype, device=pixels.device)[:, None, None] for v in (MEAN, STD)
     )
@@ -34,15 +35,16 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def sides(width: int, height: int, size: int) -> tuple[int, int]:
-    """Returns width and height with the shorter side at `size` pixels and the other rounded down."""
+    """Returns (width, height) scaled so that the shorter side is `size` pixels; the other is
+    rounded down."""
     short, long = sorted((width, height))
     other = int(size * long / short)
     return (size, other) if width <= height else (other, size)
 
 
 def pil(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Returns images as CLIP sees them, (B,3,size,size) float32: the shorter side resized by Pillow
-    in 8 bits, the middle square, normalised."""
+    """Preprocesses images of any sizes for CLIP: resizes the shorter side to `size` by Pillow in 8
+    bits, crops the middle square, and normalises. Returns (B,3,size,size) float32."""
     out = []
     for image in images:
         small = image.convert("RGB").resize(sides(*image.size, size), Image.Resampling.BICUBIC)
@@ -55,8 +57,10 @@ def pil(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 def tensor(pixels: Tensor, size: int, rounding: bool = True) -> Tensor:
-    """Returns pixels (B,3,H,W) in 0..1 as CLIP sees them, differentiably. Without antialiasing the
-    values would be off by twelve steps of 255 in the mean; with it, by a seventh of a step."""
+    """Preprocesses pixels (B,3,H,W) in 0..1 for CLIP, differentiably. Returns (B,3,size,size).
+    `rounding` rounds to 8 bits, with the gradient passed through. In the mean, the result is off
+    from that of `pil` by a seventh of an 8-bit step; without antialiasing it would be twelve
+    steps."""
     width, height = sides(pixels.shape[-1], pixels.shape[-2], size)
     small = interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
     small = small.clamp(0, 1)
@@ -67,8 +71,8 @@ def tensor(pixels: Tensor, size: int, rounding: bool = True) -> Tensor:
 
 
 def letterbox(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
-    """Returns pixels (B,3,H,W) in 0..1 as HPSv2 sees them: the longer side resized to `size`, black
-    bands around, normalised."""
+    """Preprocesses pixels (B,3,H,W) in 0..1 for HPSv2: resizes the longer side to `size`, pads with
+    black to a square, and normalises. Returns (B,3,size,size)."""
     height, width = pixels.shape[-2:]
     long = max(height, width)
     new = round(height * size / long), round(width * size / long)

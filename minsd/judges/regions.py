@@ -1,5 +1,5 @@
-"""Layouts judged by CLIP, as NoiseCollage's evaluation does (Shirakawa and Uchida 2024, arXiv
-2403.03485): each region's box, centred on a white square, against its own caption.
+"""Judges layouts by CLIP, as NoiseCollage's evaluation does (Shirakawa and Uchida 2024, arXiv
+2403.03485): compares each region's box, centred on a white square, with the region's caption.
 
 `region_clip` is the mean cosine over regions, `nearest_own` the fraction of regions whose own
 caption is the nearest of all captions.
@@ -20,7 +20,8 @@ SIDE = 512  # pixels of the square that a region is shown on
 
 
 def on_white(image: Image.Image, box: Box) -> Image.Image:
-    """Returns a box of an image, centred on a white square and resized to SIDE x SIDE pixels."""
+    """Returns the part of an image inside a box, centred on a white square of SIDE x SIDE
+    pixels."""
     part = image.convert("RGB").crop([round(v) for v in box])  # type: ignore[arg-type]
     side = max(part.size)
     square = Image.new("RGB", (side, side), "white")
@@ -29,7 +30,7 @@ def on_white(image: Image.Image, box: Box) -> Image.Image:
 
 
 class Regions:
-    """Judges the regions of a layout."""
+    """A judge of how well each region of a layout shows its caption."""
 
     def __init__(self, identity: dict[str, Any], clip: Clip):
         self.identity = identity
@@ -39,7 +40,8 @@ class Regions:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images; `asked` holds their layouts."""
+        """Judges RGB images. `asked[i]["layout"]` is the layout of image i; an image whose layout
+        is missing or has no boxes gets no values."""
         return [self._judge(image, (item or {}).get("layout")) for image, item in zip(images, asked)]
 
     def _judge(self, image: Image.Image, layout: Mapping[str, Any] | None) -> Judged:
@@ -57,6 +59,6 @@ class Regions:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> Regions:
-    """Returns the judge with its weights."""
+    """Returns the judge with the CLIP weights in `files`."""
     path = files["clip-b32"]
     return Regions(identity, Clip(network(path, h14()), tokenizer(path.parent), device, dtype))

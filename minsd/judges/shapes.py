@@ -1,10 +1,10 @@
-"""The embedded model's judge: weights/shapes/detector.py, which sees only pixels, under GenEval's
-rules.
+"""The embedded model's judge: applies GenEval's rules to what weights/shapes/detector.py finds in
+an image's pixels.
 
-A caption of the training data's grammar says by itself what is asked for; a prompt set may say
-more. Columns: `right` (GenEval's rules, 0 or 1), `no_neglect` (nothing missing, merged or wrongly
-coloured), `strict` (exactly what was asked for, and nothing else), and for layouts those of
-`objects.layout`.
+For a caption in the training data's grammar, what is asked for follows from the caption itself; a
+prompt set may ask for more. Columns: `right` (GenEval's rules, 0 or 1), `no_neglect` (nothing
+missing, merged or wrongly coloured), `strict` (exactly what was asked for, and nothing else), and
+for layouts those of `objects.layout`.
 """
 
 import re
@@ -26,7 +26,8 @@ JOINT = re.compile(rf"\s*(, and|,|and|with|{'|'.join(objects.RELATIONS)})\s+")
 
 
 def read_caption(caption: str) -> dict[str, Any] | None:
-    """Returns what a caption of the training data's grammar asks for; None for any other caption.
+    """Returns what a caption in the training data's grammar asks for (`objects.Asked`); None for
+    any other caption.
 
     The grammar: an optional "a photo of", then phrases "a [colour] shape" joined by commas, "and",
     "with", or by one relation such as "left of" between two.
@@ -55,14 +56,14 @@ def read_caption(caption: str) -> dict[str, Any] | None:
 
 
 def clause(colour: str | None, shape: str) -> dict[str, Any]:
-    """Returns GenEval's clause for one coloured shape."""
+    """Returns GenEval's clause that asks for one shape, of a colour if one is given."""
     return {"class": shape, "count": 1} | ({} if colour is None else {"color": colour})
 
 
 def detections(bodies: Sequence[detector.Found]) -> list[Detection]:
-    """Returns every body as a detection. The score is the overlap with the best template; a body
-    that is badly drawn or has two colours is named "malformed" or "hybrid", which nothing asks
-    for."""
+    """Converts every body (connected drawn object) to a Detection. The score is the body's overlap
+    with the best template. A body that is badly drawn or has two colours is named "malformed" or
+    "hybrid", a class that no prompt asks for."""
     out = []
     for body in bodies:
         name = body.shape if body.iou >= detector.IOU else "malformed"
@@ -72,7 +73,7 @@ def detections(bodies: Sequence[detector.Found]) -> list[Detection]:
 
 
 class Shapes:
-    """Judges images of coloured shapes."""
+    """A judge of images of coloured shapes."""
 
     def __init__(self, identity: dict[str, Any], **unused: Any) -> None:
         self.identity = identity
@@ -80,7 +81,7 @@ class Shapes:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Returns the values of each image (PIL, RGB)."""
+        """Judges RGB images. An image has no values if its prompt asks for no shapes."""
         return [self._judge(*one) for one in zip(images, prompts, asked)]
 
     def _judge(self, image: Image.Image, prompt: str, asked: Asked | None) -> Judged:
@@ -99,7 +100,8 @@ class Shapes:
 
     @staticmethod
     def rules(found: Sequence[Detection], asked: Asked, size: tuple[int, int]) -> dict[str, float]:
-        """Returns the values that follow from detections alone."""
+        """Returns the values that need no more than the detections: `right` and, for a layout, the
+        values of `objects.layout`."""
         values = {"right": float(not objects.geneval(found, asked, sure=(0, 0)))}
         if asked.get("layout"):
             values |= objects.layout(found, asked["layout"], size, SHAPES)
