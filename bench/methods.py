@@ -49,14 +49,15 @@ SCALES: dict[str, float] = {}
 
 
 class Method(NamedTuple):
-    """How one image's noise is found, or its latents are moved."""
+    """The settings by which a method finds the noise of an image, or changes its latents while
+    denoising."""
 
     objective: str | None = None
     driver: str | None = None
     settings: dict[str, Any] = {}
-    pick: int = 0  # first, the best of so many seeds by attention score
-    best: bool = False  # or, the seed of noise/best.py
-    initno: bool = False  # then, InitNO's noise
+    pick: int = 0  # if not 0, begins with the best of this many seeds by attention score
+    best: bool = False  # begins with the seed that noise/best.py chooses
+    initno: bool = False  # then optimises the noise by InitNO
 
 
 METHODS = {
@@ -84,7 +85,8 @@ QUICK = ("plain", "pick-5", "excite", "syngen")
 
 
 def group_cases(group: str, n: int, tune: bool) -> list[Subjects]:
-    """The subjects of n prompts of a group."""
+    """Returns the subjects of each of n prompts of a group. If `tune` is True, the prompts are
+    others than those of the table."""
     if group != "binding" and not tune:
         return cases(group, n)
     rng = np.random.default_rng((31, GROUPS.index(group), tune))
@@ -104,7 +106,8 @@ def group_cases(group: str, n: int, tune: bool) -> list[Subjects]:
 def draw(
     sd: StableDiffusion, method: Method, prompts: list[str], seeds: list[int]
 ) -> tuple[list[Image.Image], dict[str, float]]:
-    """Draws a batch by one method. Returns the images, and the costs per image."""
+    """Draws the prompts by one method, with one seed each. Returns (images, costs), with the costs
+    per image by name."""
     cost = Cost(sd)
     shape = (4, sd.config.size // 8, sd.config.size // 8)
     rows: Counter[str] = Counter()
@@ -136,7 +139,9 @@ def draw(
 def steered(
     sd: StableDiffusion, method: Method, asks: list[look.Ask], seeds: list[int], x: Tensor
 ) -> tuple[Tensor, Any, steer.Run | None]:
-    """Applies a method's objective. Returns the noise, the updates of the run, and its Run."""
+    """Applies a method's objective, if it has one, to noise x (B,4,h,w). Returns (noise, refine,
+    run): the noise to sample from, the function that updates the latents while denoising (None if
+    there is none), and the `steer.Run` (None without an objective)."""
     if method.objective is None:
         return x, None, None
     chosen = steer.choose(method.objective, driver=method.driver, settings=method.settings)
@@ -149,7 +154,8 @@ def steered(
 
 
 def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
-    """The best of an image's candidates by attention score."""
+    """Returns the best by attention score of the `count` candidate seeds that are derived from
+    `seed`."""
     candidates = candidate_seeds(seed, count)
     return candidates[int(np.argmin(initno.attention_scores(sd, prompt, None, candidates)))]
 
@@ -158,7 +164,7 @@ def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
 
 
 class Job(NamedTuple):
-    """A batch of one method, for a process of the pool."""
+    """A batch of prompts to draw by one method, for a process of the pool."""
 
     model: str
     group: str
@@ -177,7 +183,7 @@ class Job(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """One image's verdict and costs."""
+    """The verdict on one image, and the costs of the image."""
 
     right: bool
     no_neglect: bool
@@ -187,7 +193,7 @@ class Judged(NamedTuple):
 
 
 def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
-    """A method with its step scale times a factor."""
+    """Returns the method called `name` with its step scale multiplied by `factor`."""
     method = METHODS[name]
     if factor == 1 or method.objective is None:
         return method
@@ -197,7 +203,8 @@ def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
 
 
 def work(job: Job) -> Job:
-    """Draws and judges a batch, unless its file is there."""
+    """Draws and judges the batch of a job and writes the results to `job.file`, unless that file
+    exists. Returns the job."""
     if not job.file.exists():
         sd = loaded(job.model)
         numbers = list(range(job.start, min(job.start + BATCH, job.n)))
@@ -220,7 +227,8 @@ def read(job: Job) -> list[Judged]:
 
 
 def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """Every method of a batch of prompts before the next batch, so that a stopped run has pairs."""
+    """Yields all jobs: every method of a batch of prompts before the next batch, so that a run that
+    is stopped has the same prompts for all methods."""
     n = args.tune or args.n
     for start in range(0, n, BATCH):
         for group in ("two",) if args.tune else args.groups:
@@ -234,14 +242,16 @@ def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def paired(ours: Sequence[Judged], plain: Sequence[Judged], of: Callable[[Judged], bool]) -> str:
-    """The gain of a rate over plain sampling, with its 95 % interval."""
+    """Returns, as text, how much larger the rate of `of` is than with plain sampling, with the 95 %
+    interval. Both sequences hold the same prompts and seeds in the same order."""
     change = np.array([float(of(a)) - float(of(b)) for a, b in zip(ours, plain)])
     half = 1.96 * change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan
     return f"{change.mean():+.3f} [{change.mean() - half:+.3f}, {change.mean() + half:+.3f}]"
 
 
 def table(jobs: Sequence[Job]) -> list[Row]:
-    """A row per group, method and scale, of the prompts that all methods of the group have drawn."""
+    """Returns one row per group, method and scale, over those prompts of the group that all methods
+    have drawn."""
     there = [job for job in jobs if job.file.exists()]
     rows = []
     for group in dict.fromkeys(job.group for job in there):
@@ -269,7 +279,8 @@ def table(jobs: Sequence[Job]) -> list[Row]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Success against processor seconds; the front joins methods that none beats in both."""
+    """Plots the rate without neglect against processor seconds, to a file. A line joins the methods
+    for which no other method is both faster and better."""
     import matplotlib  # pyright: ignore[reportMissingImports]  (of the extra "bench")
 
     matplotlib.use("Agg")

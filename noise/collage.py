@@ -8,14 +8,15 @@ evaluation k is called pass k. The predicted noises eps_k of all passes are merg
 
 Here c_k is the conditional prediction of pass k, u_k the unconditional one, and g the guidance
 scale. In each latent cell a_k is the fraction of the cell inside region k (a_0 = 1), w_k the
-region's weight, and w_0 the background weight. Any sampler can take its steps with the merged noise.
+region's weight, and w_0 the background weight. Any sampler can take its steps with the merged
+noise.
 
 In pass k >= 1 cross-attention is masked. A cell inside region k attends to the region's caption. A
 cell outside attends to the image's caption or to the empty prompt, which is chosen at random for
 each latent cell, step and region. Self-attention is not masked. The unconditional prediction u_k is
 masked in the same way, with the negative prompts instead of the captions. Where all u_k are equal,
-u is computed once, and a step takes N + 2 UNet rows instead of 2 (N + 1). All rows run as one batch.
-A map for each row holds the number of the text that each cell attends to.
+u is computed once, and a step takes N + 2 UNet rows instead of 2 (N + 1). All rows run as one
+batch. A map for each row holds the number of the text that each cell attends to.
 
 A region's pass sees the whole latents (the paper's "fixed" crop), and may place its subject outside
 the region. With a crop margin (0: the paper's "flex" crop) the pass runs on a crop of the latents,
@@ -84,9 +85,9 @@ class Scheme:
     # True replaces the passes by a single one, in which each cell attends to the caption of its
     # region (a cheap ablation).
     attention_only: bool
-    # If not None: while t >= crop_until, pass k is not masked and sees only the region's box, widened
-    # on each side by crop_margin times the box's size. A step then has 2 (N + 1) rows, most of them
-    # small.
+    # If not None: while t >= crop_until, pass k is not masked and sees only the region's box,
+    # widened on each side by crop_margin times the box's size. A step then has 2 (N + 1) rows, most
+    # of them small.
     crop_margin: float | None
     crop_until: float
 
@@ -134,12 +135,12 @@ def predictor(
     """Returns a collage's predictor: the function predict(x, t) -> eps (B,4,h,w) that a sampler
     calls, for latents x of the layout's size at timestep t.
 
-    `Scheme` explains the settings from `background_weight` to `crop_until`. `seed` is one number for
-    all images, or a list with one per image. The random choices of text depend on nothing but this
-    seed, t and the region's number. `adapters` are those that differ from pass to pass (one UNet
-    evaluation per caption), such as the ones that `lora.by_region` yields. With them, unconditional
-    predictions are not shared between passes. `cut(k, place)` returns the model to use while pass k
-    sees only the crop latents[place]; None means `sd`.
+    `Scheme` explains the settings from `background_weight` to `crop_until`. `seed` is one number
+    for all images, or a list with one per image. The random choices of text depend on nothing but
+    this seed, t and the region's number. `adapters` are those that differ from pass to pass (one
+    UNet evaluation per caption), such as the ones that `lora.by_region` yields. With them,
+    unconditional predictions are not shared between passes. `cut(k, place)` returns the model to
+    use while pass k sees only the crop latents[place]; None means `sd`.
 
     Raises ValueError, before any network runs, for settings that are out of range, exclude one
     another, or do not fit the layout.
@@ -318,7 +319,7 @@ def _crops(
         _, rows, columns = place
         size = rows.stop - rows.start, columns.stop - columns.start
         model = copy.copy(sd if cut is None else cut(k, place))
-        # All passes of SDXL are given the size of the whole image: SDXL draws blurred for a small size.
+        # SDXL is given the size of the whole image in every pass: a small size would mean blur.
         model.encode_prompt = partial(model.encode_prompt, size=(layout.height, layout.width))
         captioned = layout.regions[k - 1] if k else layout
         predict = single_pass(model, captioned, size, guidance_scale, adapters, k)
@@ -327,9 +328,9 @@ def _crops(
 
 
 def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
-    """Returns, for each pass, an index into latents (..., h, w) that selects what the pass sees: the
-    whole latents for pass 0, then each region's box in whole cells, widened on each side by `margin`
-    times the box's size.
+    """Returns, for each pass, an index into latents (..., h, w) that selects what the pass sees:
+    the whole latents for pass 0, then each region's box in whole cells, widened on each side by
+    `margin` times the box's size.
     """
     places = [(..., slice(0, layout.height // CELL), slice(0, layout.width // CELL))]
     for region in layout.regions:
@@ -441,9 +442,9 @@ class _PassCells:
             self.any_empty = bool((outside == EMPTY).any())
 
     def at(self, t: int | float) -> Halves:
-        """Returns the number of the text (OWN, WHOLE or EMPTY) that each cell attends to at timestep
-        t, on the model's device. For each grid these are (N+1,B,cells), or (N+1,1,cells) if all
-        images have the same.
+        """Returns the number of the text (OWN, WHOLE or EMPTY) that each cell attends to at
+        timestep t, on the model's device. For each grid these are (N+1,B,cells), or (N+1,1,cells)
+        if all images have the same.
         """
         if self.fixed is not None:
             return self.fixed
@@ -460,8 +461,8 @@ class _PassCells:
 def sent(halves: Halves, device: torch.device) -> Halves:
     """Copies maps (...,cells) from the CPU to `device`, all in one copy, and returns them.
 
-    The copy to a GPU is from pinned memory, so the program does not wait for the copy. It goes on to
-    launch the network, and makes the next step's maps while this step runs.
+    The copy to a GPU is from pinned memory, so the program does not wait for the copy. It goes on
+    to launch the network, and makes the next step's maps while this step runs.
     """
     maps = [cells for half in halves for cells in half.values()]
     if device.type == "cpu" or not maps:
@@ -495,7 +496,8 @@ def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
 
 def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
     """Returns (h,w) boolean, True for each cell (a square of `cell` pixels) at least half of which
-    lies inside a mask (H,W). If there is no such cell, it is True for the cell at the mask's centre.
+    lies inside a mask (H,W). If there is no such cell, it is True for the cell at the mask's
+    centre.
     """
     inside = coverage(pixels, cell) >= 0.5
     if not inside.any():
@@ -505,17 +507,17 @@ def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 
 def nearest(maps: Tensor, grid: Grid) -> Tensor:
-    """Resizes maps (...,h,w) to a grid of (rows, columns) by nearest neighbours. Row i of the result
-    is row floor(i * h / rows) of the maps; columns likewise.
+    """Resizes maps (...,h,w) to a grid of (rows, columns) by nearest neighbours. Row i of the
+    result is row floor(i * h / rows) of the maps; columns likewise.
     """
     rows, columns = (torch.arange(out) * n // out for n, out in zip(maps.shape[-2:], grid))
     return maps[..., rows[:, None], columns]
 
 
 def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
-    """Resizes maps (...,h,w) of the latent cells to the grids `levels`, which are given finest first.
-    Without `compat`, each grid's map is resized from the latent cells, and there is one set of maps
-    for the whole UNet.
+    """Resizes maps (...,h,w) of the latent cells to the grids `levels`, which are given finest
+    first. Without `compat`, each grid's map is resized from the latent cells, and there is one set
+    of maps for the whole UNet.
 
     With `compat`, as in the published program, each map is resized from the map before it, in the
     order in which the UNet runs: down through the encoder half, then up through the rest. So the
@@ -534,8 +536,8 @@ def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
 
 
 def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: int) -> Tensor:
-    """Chooses at random, for every latent cell of `size` (h,w), the text that the cell attends to if
-    it lies outside the region: EMPTY (the empty prompt) with probability `drop`, otherwise WHOLE
+    """Chooses at random, for every latent cell of `size` (h,w), the text that the cell attends to
+    if it lies outside the region: EMPTY (the empty prompt) with probability `drop`, otherwise WHOLE
     (the image's caption). `seed`, the timestep `t` and the number `k` seed the random generator.
     The caller ignores the values inside the region.
     """
@@ -546,9 +548,9 @@ def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: in
 def fixed_surroundings(
     regions: Sequence[SizedRegion], size: Grid, drop: float, pad: float | None
 ) -> Tensor | None:
-    """Returns the text that every latent cell attends to outside each region, (N,1,h,w), if it is the
-    same in every step: with `pad`, or with a `drop` of 0 or 1. `Scheme` explains both. Returns None
-    if the text has to be chosen at random (`drawn_surroundings`).
+    """Returns the text that every latent cell attends to outside each region, (N,1,h,w), if it is
+    the same in every step: with `pad`, or with a `drop` of 0 or 1. `Scheme` explains both. Returns
+    None if the text has to be chosen at random (`drawn_surroundings`).
     """
     if pad is None and drop not in (0, 1):
         return None
@@ -581,8 +583,9 @@ def _assign(inside: Halves, outside: Halves) -> Halves:
 
 
 def stacked(regions: Sequence[SizedRegion]) -> list[int]:
-    """Returns the indices of the regions in the order in which they cover one another, bottom first.
-    The region with the greatest weight is on top and, of regions with the same weight, the smallest.
+    """Returns the indices of the regions in the order in which they cover one another, bottom
+    first. The region with the greatest weight is on top and, of regions with the same weight, the
+    smallest.
     """
     ranks = [(region.weight, -int(region.pixels.sum())) for region in regions]
     return sorted(range(len(regions)), key=ranks.__getitem__)
@@ -616,8 +619,8 @@ class _Part:
 
     def region_of(self, cells: Halves) -> LevelMaps | tuple[LevelMaps, LevelMaps] | None:
         """Returns the text numbers of the cells of each row (rows,h*w) for each grid, taken from
-        `cells`, (passes, B or 1, h*w) for each grid. Returns None if `cells` is empty. The result is
-        kept, and returned again for the same object `cells`."""
+        `cells`, (passes, B or 1, h*w) for each grid. Returns None if `cells` is empty. The result
+        is kept, and returned again for the same object `cells`."""
         if cells is not self.cells:
             rows = [{grid: self._chosen(maps) for grid, maps in half.items()} for half in cells]
             self.region = (rows[0], rows[1]) if len(rows) == 2 else next(iter(rows), None)
@@ -631,9 +634,9 @@ class _Part:
 
 
 class _Rows:
-    """A runner for the UNet rows of all passes (one UNet evaluation per caption) for every image of a
-    batch. Runs as many rows at once as memory allows. Computes the cross-attention keys and values
-    of the texts once."""
+    """A runner for the UNet rows of all passes (one UNet evaluation per caption) for every image of
+    a batch. Runs as many rows at once as memory allows. Computes the cross-attention keys and
+    values of the texts once."""
 
     def __init__(self, sd: Model, rows: Sequence[Row], size: Grid, adapters: Adapters | None):
         self.sd = sd

@@ -1,10 +1,10 @@
 """NoiseCollage with a ControlNet (Shirakawa & Uchida, CVPR 2024, section 3.4): a control image for
 each region.
 
-The collage is that of noise/collage.py. In pass k (the UNet evaluation for caption k) the ControlNet
-is given control image k at scale k. All rows of the ControlNet run as one batch, like those of the
-UNet. Since control images fix positions, cross-attention is not masked by default. A pass that sees
-only a crop of the latents gets the same crop of its control image.
+The collage is that of noise/collage.py. In pass k (the UNet evaluation for caption k) the
+ControlNet is given control image k at scale k. All rows of the ControlNet run as one batch, like
+those of the UNet. Since control images fix positions, cross-attention is not masked by default. A
+pass that sees only a crop of the latents gets the same crop of its control image.
 """
 
 import copy
@@ -33,8 +33,8 @@ def read(
 
     A region without a control image gets that of the whole image. If there is none either, the
     region gets zeros with scale 0, which means no control. The scale of the whole image is `scale`,
-    and that of a region is the region's `control_scale` (1 if None) times `scale`. Raises ValueError
-    if there is no control image at all.
+    and that of a region is the region's `control_scale` (1 if None) times `scale`. Raises
+    ValueError if there is no control image at all.
     """
     whole = picture or layout.control_image
     paths = [whole, *(path or whole for path in layout.control_images[1:])]
@@ -65,13 +65,13 @@ def predictor(
     adapters: Adapters | None = None,
     **how: Any,
 ) -> Predictor:
-    """Returns the predictor of a collage with the ControlNet `net`: the function predict(x, t) -> eps
-    (B,4,h,w) that a sampler calls. `pictures` (N+1,3,H,W) and `scales` are those that `read` returns
-    for the layout of N regions.
+    """Returns the predictor of a collage with the ControlNet `net`: the function predict(x, t) ->
+    eps (B,4,h,w) that a sampler calls. `pictures` (N+1,3,H,W) and `scales` are those that `read`
+    returns for the layout of N regions.
 
     `start` and `end` have the same meaning as in `minsd.controlnet.Control`, `masked`, `adapters`
-    and `how` the same as the arguments of `collage.predictor`. Raises ValueError, before any network
-    runs, for settings that do not fit.
+    and `how` the same as the arguments of `collage.predictor`. Raises ValueError, before any
+    network runs, for settings that do not fit.
     """
     layout = ensure_sized(layout, sd.config.size)
     n = len(layout.regions)
@@ -79,7 +79,7 @@ def predictor(
         raise ValueError(
             f"a layout of {n} regions needs {n + 1} control images of its size and as many scales"
         )
-    # The layout's control images are removed, so that the collage does not warn that they are unused.
+    # The layout's control images are removed: the collage would warn that they are not used.
     regions = tuple(replace(region, control_image=None) for region in layout.regions)
     layout = replace(layout, control_image=None, regions=regions)
     timesteps = sd.schedule.config.num_train_timesteps

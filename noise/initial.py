@@ -60,10 +60,10 @@ def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Reads initial noise (B,4,h,w), float32, from a noise file or a folder of them. `shape` is the
     shape (4, h, w) of one image's latents.
 
-    A file holds the noise of one image, of that shape, or of several images, stacked. A .safetensors
-    file holds it in a tensor called noise, a .npy file as its array, and a .pt file as a tensor;
-    nothing else is unpickled. Raises FileNotFoundError if there is no such file, and ValueError if
-    a file holds anything else.
+    A file holds the noise of one image, of that shape, or of several images, stacked. A
+    .safetensors file holds it in a tensor called noise, a .npy file as its array, and a .pt file as
+    a tensor; nothing else is unpickled. Raises FileNotFoundError if there is no such file, and
+    ValueError if a file holds anything else.
     """
     return torch.cat([_checked(_read(file), file, shape) for file in noise_files(path)])
 
@@ -91,8 +91,8 @@ def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = N
 
 
 def _read(path: Path) -> Tensor:
-    """Reads the tensor of a noise file. Raises ValueError where the file is damaged, holds no noise,
-    or is too large."""
+    """Reads the tensor of a noise file. Raises ValueError where the file is damaged, holds no
+    noise, or is too large."""
     from minsd.weights.safetensors_file import read_header
 
     if path.stat().st_size > LARGEST_FILE:

@@ -1,5 +1,5 @@
-"""Reads, checks and previews layouts. A layout has a caption for the whole image, and regions (boxes
-or masks) with a caption each.
+"""Reads, checks and previews layouts. A layout has a caption for the whole image, and regions
+(boxes or masks) with a caption each.
 
 Two forms are read: a `layout.json`, whose keys are listed at `load`, and the folder that
 NoiseCollage's program takes (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485). That folder holds
@@ -520,9 +520,9 @@ def _required(given: dict[str, Any], key: str, where: str) -> str:
 
 
 def _from_folder(folder: Path) -> Layout:
-    """Reads a folder of NoiseCollage's program, which holds PALL/ and P000/, P001/, ... (numbers may
-    be missing). The image gets the size of the first region's mask. Raises FileNotFoundError where
-    PALL, a caption or a mask is missing, and ValueError for anything else that is wrong.
+    """Reads a folder of NoiseCollage's program, which holds PALL/ and P000/, P001/, ... (numbers
+    may be missing). The image gets the size of the first region's mask. Raises FileNotFoundError
+    where PALL, a caption or a mask is missing, and ValueError for anything else that is wrong.
     """
     whole = folder / "PALL"
     if not whole.is_dir():

@@ -5,17 +5,17 @@ Initial noise optimisation (InitNO: Guo et al., CVPR 2024, arXiv 2404.04650) and
 (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826) predict from one UNet evaluation which subjects of
 the prompt the image will show, and where. Two maps of each subject are used:
 
-- M (h,w), from cross-attention C (h,w,77n). The start token and the last position are left out, C is
-  sharpened over the tokens to softmax(100 C), the maps of the subject's tokens are averaged, and
+- M (h,w), from cross-attention C (h,w,77n). The start token and the last position are left out, C
+  is sharpened over the tokens to softmax(100 C), the maps of the subject's tokens are averaged, and
   the mean is smoothed. The subject is expected to appear at the peak of M.
 - A (h,w), the smoothed self-attention of the query at that peak. A is the region that the subject
   is expected to fill.
 
 A `Look` (noise/look.py) gives both maps, differentiably, from one UNet evaluation that ends after
-the last recording layer. Every loss takes the maps of a whole batch and returns one value per image,
-(B,); lower is better. The images of a batch may have different numbers of subjects: `present` (B,S)
-is True for those of the S subject slots that an image uses, and None means that all are used. All
-functions also work in float64, and none loops over pixels.
+the last recording layer. Every loss takes the maps of a whole batch and returns one value per
+image, (B,); lower is better. The images of a batch may have different numbers of subjects:
+`present` (B,S) is True for those of the S subject slots that an image uses, and None means that all
+are used. All functions also work in float64, and none loops over pixels.
 """
 
 import math
@@ -138,8 +138,8 @@ def selector(places: Sequence[Sequence[Sequence[int]]], length: int | None = Non
 
 
 def smooth(maps: Tensor) -> Tensor:
-    """Returns maps (...,h,w) smoothed by a 3x3 kernel with reflected edges. Where an axis has a single
-    cell, that cell is its own neighbour on both sides.
+    """Returns maps (...,h,w) smoothed by a 3x3 kernel with reflected edges. Where an axis has a
+    single cell, that cell is its own neighbour on both sides.
 
     At distance d along an axis the kernel's weight is exp(-(d / (2 * 0.5))^2), normalised to sum 1.
     This is InitNO's kernel, not the usual Gaussian exp(-d^2 / 2s^2).
@@ -157,22 +157,22 @@ def smooth(maps: Tensor) -> Tensor:
 
 
 def mean_maps(maps: Tensor, select: Tensor) -> Tensor:
-    """Returns the mean map of each subject, (B,S,h,w), from the maps of all tokens (B,h,w,K) and the
-    weights of `selector`, (B,S,k) with k <= K."""
+    """Returns the mean map of each subject, (B,S,h,w), from the maps of all tokens (B,h,w,K) and
+    the weights of `selector`, (B,S,k) with k <= K."""
     return torch.einsum("bhwk,bsk->bshw", maps[..., : select.shape[-1]], select.to(maps))
 
 
 def subject_maps(cross: Tensor, select: Tensor) -> Tensor:
-    """Returns the maps M of the subjects, (B,S,h,w), from cross-attention (B,h,w,77n) and the weights
-    of `selector`, (B,S,77m) with m <= n. The top of this file defines M. The start token and the
-    last position of each of the n chunks are left out."""
+    """Returns the maps M of the subjects, (B,S,h,w), from cross-attention (B,h,w,77n) and the
+    weights of `selector`, (B,S,77m) with m <= n. The top of this file defines M. The start token
+    and the last position of each of the n chunks are left out."""
     sharp = (100 * inner(cross)).softmax(dim=-1)  # (B, h, w, 75n)
     return smooth(mean_maps(sharp, inner(select)))
 
 
 def inner(tokens: Tensor) -> Tensor:
-    """Returns `tokens` (...,K) without the first and the last position of every chunk of 77. If K is
-    less than 77, all K positions are one chunk."""
+    """Returns `tokens` (...,K) without the first and the last position of every chunk of 77. If K
+    is less than 77, all K positions are one chunk."""
     chunks = max(1, tokens.shape[-1] // CHUNK)
     return tokens.unflatten(-1, (chunks, -1))[..., 1:-1].flatten(-2)
 
@@ -194,8 +194,8 @@ def claims(self_maps: Tensor, at: Tensor) -> Tensor:
 def listed_timesteps(
     sd: Model, steps: int | None = None, sampler: str | None = None, karras: bool = False
 ) -> list[Timestep]:
-    """Returns every timestep of a run, in order. None means the model's default. Raises ValueError for
-    a sampler or a number of steps that does not exist, as `timesteps` does."""
+    """Returns every timestep of a run, in order. None means the model's default. Raises ValueError
+    for a sampler or a number of steps that does not exist, as `timesteps` does."""
     steps = sd.config.steps if steps is None else steps
     return timesteps(sampler or sd.config.sampler, sd.schedule, steps, karras=karras)
 
@@ -232,8 +232,8 @@ def clean_background(maps: Tensor, present: Tensor | None = None) -> Tensor:
     """Returns a loss (B,) of the maps M (B,S,h,w) that is large if a subject gets attention in more
     than one place.
 
-    The part of a map that holds the peak consists of the cells at or above Otsu's threshold that are
-    connected to the peak. The loss is the largest value of M outside this part, summed over the
+    The part of a map that holds the peak consists of the cells at or above Otsu's threshold that
+    are connected to the peak. The loss is the largest value of M outside this part, summed over the
     subjects. A value counts only if it exceeds the smallest value inside the part.
     """
     with torch.no_grad():
@@ -244,8 +244,8 @@ def clean_background(maps: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def alignment(maps: Tensor, running: Tensor, present: Tensor | None = None) -> Tensor:
-    """Returns the mean absolute difference between maps M (B,S,h,w) and their `running` mean over the
-    steps so far, of the same shape. The difference is summed over the subjects: (B,).
+    """Returns the mean absolute difference between maps M (B,S,h,w) and their `running` mean over
+    the steps so far, of the same shape. The difference is summed over the subjects: (B,).
 
     The published program averages the maps of all tokens. Since selecting and smoothing are linear,
     the maps of the subjects give the same result.
@@ -254,8 +254,8 @@ def alignment(maps: Tensor, running: Tensor, present: Tensor | None = None) -> T
 
 
 def kl_divergence(mu: Tensor, log_var: Tensor) -> Tensor:
-    """Returns KL(N(mu, exp(log_var)) || N(0, 1)), averaged over the elements of each image: (B,) from
-    `mu` and `log_var` (B,...)."""
+    """Returns KL(N(mu, exp(log_var)) || N(0, 1)), averaged over the elements of each image: (B,)
+    from `mu` and `log_var` (B,...)."""
     return -0.5 * (1 + log_var - mu**2 - log_var.exp()).flatten(1).mean(dim=1)
 
 
@@ -263,17 +263,17 @@ def kl_divergence(mu: Tensor, log_var: Tensor) -> Tensor:
 
 
 def otsu(maps: Tensor) -> Tensor:
-    """Returns Otsu's threshold (1979) of each map (...,h,w) with values in 0..1: integers (...) from
-    0 to 255.
+    """Returns Otsu's threshold (1979) of each map (...,h,w) with values in 0..1: integers (...)
+    from 0 to 255.
 
     Values are scaled by 255 and truncated to 256 levels. Each level splits the cells into two
     classes: up to the level, and above it. The threshold is the first level at which the variance
     between the classes is largest, or 0 if all cells have the same level.
 
     Let n0 of the N cells be in the lower class and n1 in the upper one, and let the levels of the
-    lower class sum to S0 and all levels to S. Up to a constant, the variance is
-    (N S0 - n0 S)^2 / (n0 n1). This takes whole numbers and one division, so equally good splits have
-    exactly equal variances, and the first of them is well defined.
+    lower class sum to S0 and all levels to S. Up to a constant, the variance is (N S0 - n0 S)^2 /
+    (n0 n1). This takes whole numbers and one division, so equally good splits have exactly equal
+    variances, and the first of them is well defined.
     """
     levels = (maps.detach() * 255).long().clamp(0, 255).flatten(-2)  # (..., N)
     counts = torch.zeros(*levels.shape[:-1], 256, dtype=torch.long, device=maps.device)

@@ -41,7 +41,7 @@ class Batch:
     width: int
     layout: SizedLayout | None = None
     score: str | None = None  # "attention" or "stability": how candidates are ranked
-    candidates: list[list[int]] | None = None  # per image: the seeds to choose among, the image's own first
+    candidates: list[list[int]] | None = None  # per image: the seeds to choose among, its own first
     optimize_steps: int = 100
     optimize_mode: str = "full"
     steer: steering.Run | None = None  # an objective to use instead of the score
@@ -124,8 +124,8 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
-    """Runs InitNO (noise/initno.py) from each image's seed or, if `batch.score` is "attention", from
-    the best of the image's candidate seeds by attention."""
+    """Runs InitNO (noise/initno.py) from each image's seed or, if `batch.score` is "attention",
+    from the best of the image's candidate seeds by attention."""
     seeds = batch.seeds
     notes = _each(batch)
     if batch.score == "attention":
@@ -153,8 +153,8 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def best_method(sd: Model, batch: Batch, say: Say) -> Found:
-    """Chooses among each image's candidate seeds in two steps (noise/best.py): scores all of them by
-    attention at the first timestep, then samples those with the best scores part of the way, and
+    """Chooses among each image's candidate seeds in two steps (noise/best.py): scores all of them
+    by attention at the first timestep, then samples those with the best scores part of the way, and
     takes the first that is good enough, or else the best of them."""
     found = best.choose(
         sd,
@@ -198,8 +198,8 @@ def _selection(
     asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float], better: str
 ) -> dict[str, Any]:
     """Returns the settings that record the choice of a seed: the seed `asked` for, the chosen
-    `seed`, the score of every candidate, and whether scores are losses (`better` is "low") or values
-    (`better` is "high").
+    `seed`, the score of every candidate, and whether scores are losses (`better` is "low") or
+    values (`better` is "high").
     """
     return {
         "asked_seed": asked,

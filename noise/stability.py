@@ -45,7 +45,7 @@ from minsd.samplers.schedule import Predictor, Steps, Timestep
 
 # The samplers whose steps are functions of x and t alone. The others cannot be inverted usefully.
 MEMORYLESS = ("ddim", "euler", "heun")
-PAPER_NUMBERS = 65_536  # the size of the latents for which the paper's learning rate of 100 is meant
+PAPER_NUMBERS = 65_536  # size of the latents that the paper's learning rate of 100 is meant for
 
 
 class Trip:
@@ -57,8 +57,8 @@ class Trip:
     same number of DDIM steps at `guidance_invert`, without fixed-point iteration, which would
     recover every noise and so give all noises the same score.
 
-    The constructor raises ValueError for a sampler that cannot be inverted, an `eta` other than 0, a
-    number of steps that the schedule does not allow, and guidance scales that are not finite.
+    The constructor raises ValueError for a sampler that cannot be inverted, an `eta` other than 0,
+    a number of steps that the schedule does not allow, and guidance scales that are not finite.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class Trip:
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def __call__(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Returns noise' (b,4,h,w), which inversion recovers from the latents of `noise` (b,4,h,w) of
-        the images `rows` (b,). `checkpointed` recomputes activations when differentiating. The grad
-        mode is the caller's.
+        """Returns noise' (b,4,h,w), which inversion recovers from the latents of `noise` (b,4,h,w)
+        of the images `rows` (b,). `checkpointed` recomputes activations when differentiating. The
+        grad mode is the caller's.
         """
         return self.up(self.down(noise, rows, checkpointed), rows, checkpointed)
 
@@ -159,7 +159,7 @@ class Scores:
     """The inversion stability of noises, and the number of UNet evaluations that it took."""
 
     scores: list[float]  # -1..1, one per noise; nan where sampling overflowed
-    rows: int  # UNet evaluations: per noise and step 3 (4 if inversion is guided too, 2 without guidance)
+    rows: int  # UNet evaluations: per noise and step 3 (4 with guidance both ways, 2 without)
 
 
 @torch.no_grad()
@@ -172,13 +172,13 @@ def score(
     width: int | None = None,
     **trip: Any,
 ) -> Scores:
-    """Computes the inversion stability s (the top of this file) of noises (K,4,h,w), or of the noises
-    of seeds at height x width pixels.
+    """Computes the inversion stability s (the top of this file) of noises (K,4,h,w), or of the
+    noises of seeds at height x width pixels.
 
     `prompt` is one for all noises, or a list with one per noise. `trip` are the settings of `Trip`:
     `negative_prompt`, `steps` (10), `guidance_scale`, `guidance_invert` (1), `sampler` ("ddim") and
-    `eta` (0). As many noises are processed at a time as `sd.batch_size` allows; their number changes
-    scores by no more than rounding.
+    `eta` (0). As many noises are processed at a time as `sd.batch_size` allows; their number
+    changes scores by no more than rounding.
 
     Raises ValueError, before any network runs, for settings that `Trip` refuses, and for prompts or
     shapes that do not fit.
@@ -229,12 +229,12 @@ def select(
     progress: Callable[[str], None] | None = None,
     **trip: Any,
 ) -> Selection:
-    """Chooses among `seeds` the one whose noise has the highest inversion stability or, if `worst` is
-    True (for experiments), the lowest. Among equal scores the first seed is taken.
+    """Chooses among `seeds` the one whose noise has the highest inversion stability or, if `worst`
+    is True (for experiments), the lowest. Among equal scores the first seed is taken.
 
     `known` holds scores (seed -> score) of the same prompt and settings, which are not computed
-    again. A seed that is given twice is scored once. `progress(message)` is called after every batch
-    with a message such as "20/100 best 0.912 (seed 7)". `trip` are the settings of `Trip`.
+    again. A seed that is given twice is scored once. `progress(message)` is called after every
+    batch with a message such as "20/100 best 0.912 (seed 7)". `trip` are the settings of `Trip`.
 
     Raises ValueError for settings that `Trip` refuses and for an image size that is not possible.
     Raises FloatingPointError if no candidate has a score that is a number.
@@ -266,9 +266,9 @@ def select(
 
 
 def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: Any) -> Image.Image:
-    """Returns a contact sheet with the images of the `count` best candidates and, below them, of the
-    `count` worst, with seeds and scores. If there are no more than `count` candidates, the sheet has
-    only the first row.
+    """Returns a contact sheet with the images of the `count` best candidates and, below them, of
+    the `count` worst, with seeds and scores. If there are no more than `count` candidates, the
+    sheet has only the first row.
 
     `how` are settings of the images, passed to `sd(...)`.
     """
@@ -362,9 +362,9 @@ def optimize_batch(
     progress: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Optimises noises (B,4,h,w), or the noises of seeds at height x width pixels, by gradient descent
-    on 1 - s, where s is the inversion stability. Returns one Result per image. A result does not
-    depend on the other images of the batch.
+    """Optimises noises (B,4,h,w), or the noises of seeds at height x width pixels, by gradient
+    descent on 1 - s, where s is the inversion stability. Returns one Result per image. A result
+    does not depend on the other images of the batch.
 
     `settings` are fields of `Descent` and arguments of `Trip`. `progress(b, message)` is called
     after every step of image b with a message such as "step 7/100 score 0.912 best 0.934 norm 1.002
@@ -394,8 +394,8 @@ def optimize_batch(
 def _descend(
     trip: Trip, how: Descent, start: Tensor, rows: Tensor, progress: Callable[[int, str], None] | None
 ) -> list[Result]:
-    """Optimises the noises `start` (b,4,h,w) of the images `rows` (b,) in one batch. Returns one Result
-    per image, without the number of UNet evaluations."""
+    """Optimises the noises `start` (b,4,h,w) of the images `rows` (b,) in one batch. Returns one
+    Result per image, without the number of UNet evaluations."""
 
     def evaluate(x: Tensor, rows: Tensor, mode: str) -> tuple[Told, Tensor]:
         scores, gradient = gradients(trip, x, rows, mode, how.checkpointed)
@@ -436,8 +436,8 @@ def _describe(step: int, steps: int, history: list[dict[str, float]]) -> str:
 def gradients(
     trip: Trip, x: Tensor, rows: Tensor, mode: str, checkpointed: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns (scores, gradient): the inversion stability s (b,) of the noises x (b,4,h,w) of images
-    `rows` (b,), and the gradient of 1 - s with respect to x.
+    """Returns (scores, gradient): the inversion stability s (b,) of the noises x (b,4,h,w) of
+    images `rows` (b,), and the gradient of 1 - s with respect to x.
 
     `mode` is "full" or "detach" (the top of this file), or "score" for a gradient of zeros.
     `checkpointed` recomputes activations in mode "full".
@@ -468,10 +468,10 @@ def gradients(
 class Inversion:
     """The noise that inversion finds for an image, and the image that this noise gives."""
 
-    noise: Tensor  # (1, 4, h, w) float32 on the CPU; DDIM with the same settings makes the image of it
+    noise: Tensor  # (1, 4, h, w) float32 on the CPU; DDIM with the same settings gives the image
     picture: Image.Image  # the reconstruction
     psnr: float  # of the reconstruction against the image, dB
-    codec_psnr: float  # of the image encoded and decoded by the VAE, dB; an exact inversion reaches it
+    codec_psnr: float  # of the image through the VAE alone, dB; an exact inversion reaches it
     rows: int  # UNet evaluations
 
 
@@ -489,8 +489,8 @@ def invert_picture(
     height: int | None = None,
     width: int | None = None,
 ) -> Inversion:
-    """Crops and scales an image to height x width pixels, inverts it to noise by DDIM, and reconstructs
-    the image from this noise by DDIM.
+    """Crops and scales an image to height x width pixels, inverts it to noise by DDIM, and
+    reconstructs the image from this noise by DDIM.
 
     `iterations` is the number of fixed-point iterations of each inversion step. With 25 steps or
     more they make the inversion more exact; with fewer, larger steps they diverge. If
