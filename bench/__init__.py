@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     Device = str | torch.device
 
 R = TypeVar("R")
-Row = dict[str, Any]  # a row of a table: column -> value
+Row = dict[str, Any]  # a row of a table: name of the column -> value
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def parser(doc: str | None, *tables: str) -> argparse.ArgumentParser:
-    """Returns a bench's option parser: its question as the description, and --csv, which every
-    bench has."""
+    """Returns an option parser with the option --csv, which all benches have. Its description is
+    the first line of `doc`. `tables` are the names of the CSV files that the bench writes."""
     out = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     files = " or ".join(f"{table}.csv" for table in tables)
     out.add_argument("--csv", action="store_true", help=f"append the rows to {files} in bench/results")
@@ -56,8 +56,8 @@ def parser(doc: str | None, *tables: str) -> argparse.ArgumentParser:
 
 
 def shown(text: str) -> str:
-    """Returns a value or argument as rows record it. An absolute path, also behind --flag=, is cut
-    to its last part."""
+    """Returns a value or a command-line argument in the form in which rows record it: of an
+    absolute path, also after --flag=, only the last part is kept."""
     flag, equals, path = text.partition("=") if text.startswith("-") else ("", "", text)
     return flag + equals + Path(path).name if Path(path).is_absolute() else text
 
@@ -67,7 +67,7 @@ def on_gpu(device: Device) -> bool:
 
 
 def _processor() -> str:
-    """Returns the CPU's name, as Linux states it or else as Python does."""
+    """Returns the CPU's name from Linux or, where that is not available, from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
@@ -76,7 +76,7 @@ def _processor() -> str:
 
 
 def environment(device: Device = "cpu") -> dict[str, str]:
-    """Returns the conditions of a measurement, which are the columns that end every CSV row."""
+    """Returns the conditions of a measurement. They are the last columns of every CSV row."""
     import torch
 
     if on_gpu(device):
@@ -94,7 +94,8 @@ def environment(device: Device = "cpu") -> dict[str, str]:
 
 
 def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
-    """Appends rows with the same columns, and the environment's, to bench/results/NAME.csv."""
+    """Appends rows, which must have the same columns, to bench/results/NAME.csv. Adds the columns
+    of `environment` to each row."""
     path = RESULTS / f"{name}.csv"
     conditions = environment(device)
     complete = []
@@ -112,7 +113,7 @@ def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows with the same columns as an aligned table."""
+    """Prints rows, which must have the same columns, as an aligned table."""
     cells = [list(rows[0])]
     for row in rows:
         cells.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()])
@@ -122,7 +123,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def report(name: str, rows: Sequence[Row], keep: bool, device: Device = "cpu") -> None:
-    """Prints the table. With `keep`, which is a bench's --csv, also appends it to
+    """Prints rows as a table. If `keep` is True (the option --csv), also appends them to
     bench/results/NAME.csv."""
     print_table(rows)
     if keep:
@@ -141,14 +142,14 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def rate(name: str, successes: int, n: int) -> Row:
-    """Returns a rate and its interval as columns NAME and NAME_95."""
+    """Returns the rate successes / n and its 95 % interval, as the columns NAME and NAME_95."""
     low, high = wilson(successes, n)
     return {name: round(successes / n, 3), f"{name}_95": f"{low:.3f}-{high:.3f}"}
 
 
 def without_missing(providers: Sequence[str], package: str = "diffusers") -> list[str]:
-    """Returns the providers, without those that need a package that is not installed. Prints which
-    those are."""
+    """Returns the providers that can run. Leaves out those that need `package` if that package is
+    not installed, and prints their names."""
     if find_spec(package) is not None:
         return list(providers)
     left_out = [name for name in providers if name.startswith(package)]
@@ -168,9 +169,9 @@ def wait(device: Device) -> None:
 
 
 def clocked(device: Device, run: Callable[..., R], *args: Any) -> tuple[R, float, float]:
-    """Returns the result of run(*args), its seconds, and its processor seconds.
+    """Calls run(*args). Returns (result, seconds, processor seconds).
 
-    Processor seconds are the sum over all threads; time spent waiting for a core does not count.
+    Processor seconds are the sum over all threads, without the time spent waiting for a core.
     """
     wait(device)
     start = time.perf_counter()
@@ -181,8 +182,8 @@ def clocked(device: Device, run: Callable[..., R], *args: Any) -> tuple[R, float
 
 
 def forget_peak(device: Device) -> None:
-    """Resets the peak that `peak_mb` reports. If the system refuses, the peak of the whole process
-    remains."""
+    """Resets the peak that `peak_mb` returns. Where the system does not allow this, `peak_mb` goes
+    on returning the peak since the process began."""
     if on_gpu(device):
         import torch
 
@@ -193,9 +194,9 @@ def forget_peak(device: Device) -> None:
 
 
 def peak_mb(device: Device = "cpu") -> float:
-    """Returns the peak memory in MB since the process began, or since `forget_peak`.
+    """Returns the peak memory in MB since the process began or since the last `forget_peak`.
 
-    On a GPU it is the memory allocated by PyTorch, on a CPU the resident memory.
+    On a GPU this is the memory allocated by PyTorch, on a CPU the resident memory.
     """
     if on_gpu(device):
         import torch
@@ -210,14 +211,15 @@ def peak_mb(device: Device = "cpu") -> float:
 
 
 def bench_name() -> str:
-    """Returns the running bench's name, as `python -m` takes it."""
+    """Returns the name of the running bench in the form that `python -m` takes: bench.NAME."""
     return f"bench.{Path(sys.argv[0]).stem}"
 
 
 def in_own_process(*options: str) -> dict[str, Any]:
-    """Runs this bench again in a new process, with its arguments and `options`.
+    """Runs this bench again in a new process, with the same arguments and `options`.
 
-    Returns the JSON on its last line of output. SystemExit with its stderr if it fails.
+    Returns the JSON on the last line that the process prints. If the process fails, raises
+    SystemExit with what it wrote to stderr.
     """
     command = ["-m", bench_name(), *sys.argv[1:], *options]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
@@ -228,17 +230,17 @@ def in_own_process(*options: str) -> dict[str, Any]:
 
 @functools.cache
 def loaded(model: str) -> StableDiffusion:
-    """Returns the model on the CPU, loaded once per process. The jobs of a pool get their model
-    from this function, by name."""
+    """Loads a model on the CPU, once per process, and returns it. The jobs of a `pool` get their
+    model by calling this function."""
     from minsd.pipeline import load
 
     return load(model, device="cpu")
 
 
 def pool(workers: int, model: str) -> multiprocessing.pool.Pool:
-    """Returns a pool of single-threaded processes with the model loaded.
+    """Returns a pool of single-threaded processes in which the model is loaded.
 
-    If this process has loaded the model already, they share its memory.
+    If this process has loaded the model already, the processes of the pool share its memory.
     """
     return multiprocessing.get_context("fork").Pool(workers, _begin, (model,))
 

@@ -3,11 +3,11 @@
     python -m bench.alignment --out study                       # the embedded model, 200 prompts
     python -m bench.alignment --out study --model sd14 --prompts ae-animals --seeds 0-3 --judges clip least
 
-A preset of the study (minsd/app/study.py): plain sampling, the best of five seeds by attention score,
-InitNO's optimised noise alone, Attend-and-Excite, and InitNO with updates draw the same prompts and
-seeds; the images are judged, and STUDY/index.html and STUDY/table.md compare the methods. Options
-are those of `bench.study compare`. The rows of results/alignment.csv are of the bench that the study
-replaced, whose seeds and batches differed.
+A preset of the study (minsd/app/study.py): plain sampling, the best of five seeds by attention
+score, InitNO's optimised noise alone, Attend-and-Excite, and InitNO with updates draw the same
+prompts and seeds; the images are judged, and STUDY/index.html and STUDY/table.md compare the
+methods. Options are those of `bench.study compare`. The rows of results/alignment.csv come from an
+earlier bench, which had other seeds and batches and was replaced by the study.
 """
 
 import sys
@@ -29,7 +29,8 @@ Costs = dict[str, float]  # unet_rows, seconds, cpu_seconds of one image
 
 
 class Cost:
-    """UNet rows, seconds and processor seconds, summed over the blocks that `spending` encloses."""
+    """A counter of UNet rows, seconds and processor seconds, summed over all `with` blocks of
+    `spending`."""
 
     def __init__(self, sd: StableDiffusion) -> None:
         self.unet = sd.unet
@@ -48,8 +49,8 @@ class Cost:
 
 
 def save_sheet(path: Path, images: Sequence[tuple[Image.Image, str]], columns: int) -> None:
-    """Saves a sheet in 128 colours, because sheets are kept in the repository. On images of shapes
-    the loss is hardly visible."""
+    """Saves a contact sheet of (image, caption) pairs. The file has 128 colours, because sheets are
+    kept in the repository. On images of shapes the loss is hardly visible."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet([image for image, _ in images], columns, [caption for _, caption in images])
     sheet.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)

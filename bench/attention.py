@@ -64,7 +64,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of shape, pass and mode."""
+    """One combination of a shape, forward or forward with backward, and eager or CUDA graph."""
 
     side: int  # latent cells
     is_self: bool
@@ -125,8 +125,8 @@ def with_flex() -> Attention:
 
 
 def with_lse_sum() -> Attention:
-    """Computes the map head after head: exp(q k / sqrt(d) - lse) is the probability, and each
-    head's is added to the mean."""
+    """Returns an attention that computes its map head after head: the probabilities of a head are
+    exp(q k / sqrt(d) - lse), and are added to the mean."""
 
     def mean(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         total = torch.zeros(q.shape[0], q.shape[2], k.shape[2], device=q.device)
@@ -165,7 +165,8 @@ SWITCHED: dict[str, dict[str, int | bool]] = {
 
 
 def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[str, Attention]:
-    """Returns the providers that the device has, or those of `names` among them."""
+    """Returns the providers that can run on the device, by name. If `names` is given, returns only
+    those that are among `names`."""
     every: dict[str, Attention] = {name: with_sdpa(kind) for name, kind in SDPA.items()}
     every["materialised"] = materialised
     every["reference"] = with_backend("reference")
@@ -204,8 +205,8 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Returns out, maps and, with `backward`, the gradients of q, k, v (of q alone if k and v are
-    text)."""
+    """Runs attention once. Returns (output, maps), followed, if the inputs' case has `backward`, by
+    the gradients of q, k and v, or of q alone if k and v come from text."""
     out, maps = run(inputs.q, inputs.k, inputs.v)
     if not inputs.backward:
         return out, maps
@@ -215,8 +216,8 @@ def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
 
 
 def error(run: Attention, inputs: Inputs) -> float:
-    """Returns the largest relative error of a result of `step` against float64, on the first
-    image."""
+    """Returns the largest relative error of the tensors that `step` returns, compared with float64,
+    on the first image."""
 
     def first(exact: bool) -> Inputs:
         def copy(y: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ def error(run: Attention, inputs: Inputs) -> float:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Returns the step as a CUDA graph."""
+    """Captures `run` in a CUDA graph. Returns a function that replays the graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -254,7 +255,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def launches(run: Callable[[], Any]) -> int:
-    """Returns the number of kernels that a step launches."""
+    """Returns the number of GPU kernels that a call of `run` launches."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -264,8 +265,8 @@ def launches(run: Callable[[], Any]) -> int:
 
 
 def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
-    """Returns the peak memory of a step, in MB, beyond what was allocated before it and what it
-    returns."""
+    """Returns the peak memory of a call of `run` in MB, without what was allocated before the call
+    and without the tensors that it returns."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -276,7 +277,7 @@ def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Returns processor seconds on a CPU, elapsed ones on a GPU."""
+    """Returns the time of a call of `run`: processor seconds on a CPU, elapsed seconds on a GPU."""
     if not on_gpu(device):
         start = time.process_time()
         run()
@@ -290,10 +291,11 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def least_seconds(case: Case, itemsize: int) -> float:
-    """Returns the seconds of the roofline: every product, and one pass over every tensor, at the
-    rates of an H100.
+    """Returns the least seconds that a case could take on an H100 (roofline): the time of all
+    matrix products, or of reading or writing every tensor once, whichever is longer.
 
-    Products: S and the output forward; backward S again, dP, and one per gradient (dQ, dK, dV).
+    The products are, forward, S = QK and the output; backward, S again, dP, and one for each
+    gradient (dQ, dK, dV).
     """
     n, m, d = case.side**2, case.keys, HEAD_DIM[case.side]
     products = 2
@@ -311,8 +313,8 @@ def least_seconds(case: Case, itemsize: int) -> float:
 
 
 def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[Row, Callable[[], Any]]:
-    """Checks a provider on a case and warms it up. Returns its row without times, and the step to
-    time."""
+    """Checks the results of a provider on a case and warms the provider up. Returns (row, run): the
+    row of the table without times, and the function to time."""
     dtype = inputs.q.dtype
     device = inputs.q.device
 
@@ -338,7 +340,8 @@ def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[R
 def measure(
     case: Case, device: torch.device, dtype: torch.dtype, runs: int, names: Sequence[str] | None
 ) -> list[Row]:
-    """Returns the rows of a case: one per provider (of `names`) that offers it."""
+    """Times all providers on a case, or those in `names` if given. Returns one row for each
+    provider that supports the case."""
     torch._dynamo.reset()  # its limit of recompilations counts over cases
     inputs = inputs_of(case, device, dtype)
     rows: dict[str, Row] = {}

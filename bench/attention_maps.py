@@ -40,8 +40,8 @@ WORDS = {"shape": slice(1, 2), "colour": slice(0, 1), "both": slice(0, 2)}
 
 
 def cross_maps(sd: StableDiffusion, prompts: list[str], x: Tensor, t: int | float) -> AttentionRecorder:
-    """Returns the recorded attention of the conditional branch at latents x (B,4,16,16) and
-    timestep t."""
+    """Evaluates the UNet once on latents x (B,4,16,16) at timestep t, with the prompts and without
+    guidance. Returns the recorder that holds the attention maps."""
     record = AttentionRecorder(only=True)
     with torch.no_grad():
         sd.unet(x, t, sd.encode_prompt(prompts), record=record)
@@ -71,8 +71,8 @@ def words_of(example: data.Example, masks: np.ndarray) -> list[Word]:
 
 
 def on_rendered_images(sd: StableDiffusion, n: int) -> list[Row]:
-    """Returns hits and fractions by timestep and kind of word, over n images outside the training
-    set."""
+    """Returns one row per timestep and kind of word (colour, shape), with the columns of `overlap`,
+    over n rendered images that are not in the training set."""
     examples = [data.example(91_000, i) for i in range(n)]
     images = []
     words = []
@@ -97,7 +97,8 @@ def on_rendered_images(sd: StableDiffusion, n: int) -> list[Row]:
 
 
 def overlap(maps: Tensor, words: list[list[Word]], kind: str) -> Row:
-    """Returns how the maps (images,16,16,77) of one kind of word lie on their objects."""
+    """Returns how well the maps of one kind of word lie on the objects that the words name, as
+    columns of a row. `maps` is (images,16,16,77)."""
     hits, inside, area = [], [], []
     for image, mine in zip(maps, words):
         for word in mine:
@@ -114,9 +115,10 @@ def overlap(maps: Tensor, words: list[list[Word]], kind: str) -> Row:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Returns Spearman's rank correlation (ties share their mean rank), and its two-sided p.
+    """Returns (correlation, p): Spearman's rank correlation, in which ties share their mean rank,
+    and its two-sided p value.
 
-    p is the normal approximation.
+    p is computed by the normal approximation.
     """
 
     def ranks(values: Sequence[float]) -> np.ndarray:
@@ -130,7 +132,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, flo
 
 
 class Outcome(NamedTuple):
-    """One noise: its losses at the first timestep, and the verdict on its image."""
+    """The losses of one noise at the first timestep, and the detector's verdict on its image."""
 
     losses: dict[str, tuple[float, float]]  # name in WORDS -> response, conflict
     verdict: detector.Verdict
@@ -139,8 +141,8 @@ class Outcome(NamedTuple):
 def losses_on(
     sd: StableDiffusion, prompts: list[str], subjects: list[Subjects], words: slice, record: AttentionRecorder
 ) -> list[tuple[float, float]]:
-    """Returns InitNO's response and conflict losses of each image, on some of the subjects'
-    words."""
+    """Returns InitNO's (response loss, conflict loss) of each image. There is one map for
+    each word of a subject that the slice `words` selects."""
     places = [
         [sd.text.positions(prompt, word) for subject in these for word in subject[words]]
         for prompt, these in zip(prompts, subjects)
@@ -181,7 +183,8 @@ def losses_against_verdicts(processes: Pool, model: str, n: int, steps: int) -> 
 
 
 def against(values: list[float], verdicts: list[detector.Verdict]) -> Row:
-    """Returns the spread of a loss, and its rank correlation with each kind of success."""
+    """Returns, as columns of a row, the spread of a loss over all noises and its rank correlation
+    with each kind of success."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
     row: dict[str, Any] = {"median": round(middle, 3), "iqr": round(high - low, 3)}
     row |= {"min": round(min(values), 3), "max": round(max(values), 3)}

@@ -48,7 +48,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
-    """Starts the command line, under torchrun if there are several processes."""
+    """Starts minsd's command line with `args`, under torchrun if there are several processes."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
@@ -60,14 +60,14 @@ def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
 
 
 def finish(processes: int, *args: str) -> None:
-    """Runs the command line to its end. SystemExit if it fails."""
+    """Runs minsd's command line with `args` to its end. Raises SystemExit if it fails."""
     code = launch(processes, *args).wait()
     if code:
         sys.exit(f"minsd.generate {' '.join(args)} failed with exit code {code}")
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process and its children."""
+    """Kills a process that `launch` started, and its children."""
     command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
     children = subprocess.run(command, capture_output=True, text=True).stdout.split()
     for pid in (process.pid, *map(int, children)):
@@ -80,7 +80,7 @@ def images(folder: Path) -> list[Path]:
 
 
 def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
-    """Returns {(prompt, seed): pixels}."""
+    """Returns the pixels of every image in a folder, by (prompt, seed)."""
     rows = running.recorded([folder / "runs.jsonl"])
     out = {}
     for row in rows:
@@ -89,8 +89,8 @@ def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
 
 
 def images_per_second(folder: Path) -> float:
-    """Returns the rate from the beginning of the first batch (its end less its duration) to the
-    last image."""
+    """Returns the images per second of a finished run. The time is counted from the beginning of
+    the first batch (its end minus its duration) to the last image."""
     rows = list(running.recorded([folder / "runs.jsonl"]))
     times = {row["file"]: (folder / row["file"]).stat().st_mtime for row in rows}
     first = min(rows, key=lambda row: times[row["file"]])

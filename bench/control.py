@@ -5,11 +5,12 @@
     python -m bench.control                      # outlines obeyed and holes made, counted by pixels
     python -m bench.control --cost               # time of a guided step, with and without them
 
-Both are counted on prompts and places that neither has seen; `scale` 0 is the model alone. An
-image is `strict` when it shows exactly what its caption says (weights/shapes/detector.py).
-Outlines: it is `as_asked` when, besides, each subject overlaps its own filled outline by half or
-more (intersection over union). Holes: an image is judged with every hole filled, and is `as_asked`
-when, besides, every body has a hole in its middle.
+Neither the ControlNet nor the LoRA was trained on the prompts and places that are counted here.
+`scale` 0 is the model alone. An image is `strict` when it shows exactly what its caption says
+(weights/shapes/detector.py). An image with outlines is `as_asked` when it is strict and each
+subject overlaps its own filled outline by half or more (intersection over union). An image with
+holes is judged with every hole filled, and is `as_asked` when it is strict and every body has a
+hole in its middle.
 
 Rates come with 95 % Wilson intervals. Rows go to bench/results/ with --csv.
 """
@@ -43,7 +44,8 @@ Objects = tuple[data.Object, ...]
 
 
 def cases(count: int, objects: int) -> list[Objects]:
-    """Returns `count` prompts of some objects, each in a place of its own; none held out."""
+    """Returns `count` random cases of `objects` objects each. The objects of a case are in separate
+    places, and none has a colour and shape that were held out together from training."""
     rng = np.random.default_rng((SEED, objects))
     out = []
     for _ in range(count):
@@ -63,8 +65,8 @@ def subjects_of(objects: Objects) -> Subjects:
 
 
 def filled(image: np.ndarray) -> tuple[np.ndarray, list[bool]]:
-    """Returns the image with every hole filled in its body's colour, and per body whether it had
-    one."""
+    """Returns (image, holes): the image with the hole of every body filled in the body's colour,
+    and for each body whether it had a hole."""
     pixels = image.astype(np.float32)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     ground = np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), 0)
@@ -91,7 +93,8 @@ def is_strict(image: np.ndarray, objects: Objects) -> bool:
 
 
 def is_placed(image: np.ndarray, objects: Objects) -> bool:
-    """Returns whether the image is strictly right, and every subject is on its outline."""
+    """Returns whether the image shows exactly what its caption says, with every subject on its own
+    outline."""
     if not is_strict(image, objects):
         return False
     pixels = image.astype(np.float32)
@@ -111,8 +114,8 @@ def outlines(objects: Objects) -> np.ndarray:
 def draw(
     sd: StableDiffusion, chosen: list[Objects], net: ControlNet | None = None, scale: float = 1.0
 ) -> list[np.ndarray]:
-    """Returns images of the cases, as `sd(...)` draws them; with a ControlNet, each on its
-    outlines."""
+    """Draws one image for each case by `sd(...)`. If `net` is given, the image is controlled by the
+    outlines of the case at `scale`. Returns the pixels of each image."""
     drawn = []
     for start in range(0, len(chosen), BATCH):
         part = chosen[start : start + BATCH]
@@ -163,7 +166,8 @@ def count_holes(sd: StableDiffusion, adapter: lora.LoRA, n: int) -> list[Row]:
 
 
 def cost(sd: StableDiffusion, net: ControlNet, adapter: lora.LoRA) -> list[Row]:
-    """Returns the milliseconds of a guided step of BATCH images: medians over turns."""
+    """Returns one row per variant with the milliseconds of a guided step of BATCH images, medians
+    over several turns."""
     x = noise(range(BATCH), (4, 16, 16)).to(sd.device, sd.dtype)
     uncond = sd.encode_prompt("").expand(BATCH, -1, -1)
     cond = sd.encode_prompt(["a red circle"] * BATCH)

@@ -5,10 +5,10 @@
     python -m bench.end_to_end --size 256 --steps 4 --batches 1      # a reduced form, for a CPU
     python -m bench.end_to_end --model shapes --size 128 --steps 2 --batches 1 --runs 1   # a try
 
-The weights are random. Text encoding, guided sampling and decoding are timed; loading is not.
-Every provider draws the same prompt from the same noise with the same sampler. Its first image,
-which warms it up or compiles it, is reported apart; then the providers take turns. The dtype is
-float16 on a GPU and float32 on a CPU by default.
+The weights are random. Text encoding, guided sampling and decoding are timed; loading is not. Every
+provider draws the same prompt from the same noise with the same sampler. The first image of a
+provider, which warms it up or compiles it, is reported apart; then the providers take turns. The
+dtype is float16 on a GPU and float32 on a CPU by default.
 
     minsd                as it is: on a GPU with CUDA graphs
     minsd eager          without CUDA graphs (GPU only)
@@ -50,15 +50,16 @@ Run = Callable[[Tensor, int, str], Any]  # (noise, steps, sampler) -> images
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of a large matrix product: the best of 20, by a CPU's two libraries in
-    turn."""
+    """Returns the FLOP/s of a large matrix product, the best of 20. On a CPU both libraries of
+    matrix products are tried in turn."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / min(clocked(device, (torch.matmul, linear)[i % 2], a, a)[1] for i in range(20))
 
 
 def step_flops(model: str, size: int) -> int:
-    """Returns the FLOPs of one guided step of one image, counted on tensors without memory."""
+    """Returns the FLOPs of one guided step of one image of size x size pixels, counted on the meta
+    device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = MODELS[model].unet
@@ -110,7 +111,8 @@ def theirs(folder: str, device: torch.device, dtype: torch.dtype, variant: str) 
 
 
 def providers(folder: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> dict[str, Run]:
-    """Returns {name: function}, loaded from a folder of weights."""
+    """Returns the function of each provider by name, after loading the provider's model from
+    `folder`."""
     variants = ["compiled"] if compiled else []
     runs = {"minsd": ours(folder, device, dtype, "")}
     for variant in ["eager"] * on_gpu(device) + variants:
@@ -123,8 +125,8 @@ def providers(folder: str, device: torch.device, dtype: torch.dtype, compiled: b
 def measure(
     args: argparse.Namespace, runs: dict[str, Run], sampler: str, batch: int, flops: int, peak: float
 ) -> list[Row]:
-    """Returns a row per provider. `flops`: of a guided step of one image; `peak`: this machine's
-    FLOP/s."""
+    """Times all providers. Returns one row per provider. `flops` are the FLOPs of a guided step of
+    one image, and `peak` is what `matrix_peak` returned."""
     start = noise(range(batch), (4, args.size // 8, args.size // 8))
     first: dict[str, float] = {}
     memory: dict[str, int | str] = {}

@@ -5,11 +5,11 @@
     python -m bench.first_run --cpu --out DIR    # the same steps at small sizes, within four minutes
     python -m bench.first_run --steps attention attention_64 compiled --out DIR2    # a second call
 
-Steps are ordered by how much they tell. Steps for which no time is left are skipped, and a second
-call can take them. Each step is a process group of its own, which is killed at its limit, and no
-step stops the next. DIR receives four files, which are kept up to date: summary.txt (a line per
-step), log.txt (all output), results.tar (the rows of each bench; bench/results is left alone) and
-smoke.png.
+The most informative steps come first. Steps for which no time is left are skipped, and a second
+call can take them. Each step is a process group of its own, which is killed at its time limit. If a
+step fails, the next one still runs. DIR receives four files, which are kept up to date: summary.txt
+(a line per step), log.txt (all output), results.tar (the rows of each bench; bench/results is left
+alone) and smoke.png.
 
 Exit code: 0 if every step succeeded or was skipped with a reason; 1 if one failed or was killed at
 its limit.
@@ -89,7 +89,7 @@ STEPS = (
 
 
 def arguments(step: Step, cpu: bool, out: Path) -> list[str]:
-    """Returns the step's command, as `python -m` takes it."""
+    """Returns the arguments of `python -m` for a step."""
     options = (step.cpu if cpu else step.gpu) or ""
     if find_spec("xdist") is None:
         options = options.replace("-n 8", "")
@@ -99,10 +99,11 @@ def arguments(step: Step, cpu: bool, out: Path) -> list[str]:
 def run(
     command: Sequence[str], limit: float, log: Path, cpu: bool, meanwhile: Callable[[], None]
 ) -> int | None:
-    """Runs a command for at most `limit` seconds. Returns its exit code, or None if it was killed.
+    """Runs a command for at most `limit` seconds. Returns the command's exit code, or None if the
+    command was killed.
 
-    Its output is appended to the log. `meanwhile` is called every few seconds. No process of the
-    command's group outlives this function.
+    The output of the command is appended to `log`. `meanwhile` is called every few seconds. No
+    process of the command's group outlives this function.
     """
     end = time.monotonic() + limit
     left_out = ("PYTEST_", "MINSD_CI")  # of tests that run this
@@ -129,8 +130,8 @@ def run(
 
 
 def written(log: Path, start: int) -> str:
-    """Returns the log from byte `start` on. The middle of a very long part is cut out, of the file
-    too."""
+    """Returns the text of the log from byte `start` on. If that part is very long, its middle is
+    removed, from the file too."""
     part = log.read_bytes()[start:]
     if len(part) > LOG_BYTES:
         part = part[: LOG_BYTES // 2] + b"\n[... cut ...]\n" + part[-LOG_BYTES // 2 :]
@@ -141,7 +142,8 @@ def written(log: Path, start: int) -> str:
 
 
 def figure_of(step: Step, rows: Path) -> str:
-    """Returns the step's figure from its CSV, or an empty string."""
+    """Returns the number that the summary shows for a step, from the CSV files in the folder
+    `rows`; an empty string if they do not contain it."""
     column, _, labels = step.figure.partition(" ")
     files = [path.read_text().splitlines() for path in rows.glob("*.csv")]
     table = [row for lines in files for row in csv.DictReader(lines)]
@@ -153,7 +155,8 @@ def figure_of(step: Step, rows: Path) -> str:
 
 
 def pack(work: Path, out: Path) -> None:
-    """Writes results.tar anew, with a folder per step that holds its CSV as it is now."""
+    """Writes results.tar again. It contains one folder per step, with the step's CSV files as they
+    are at that time."""
     part = out / "results.tar.part"
     with tarfile.open(part, "w") as tar:
         for path in sorted(work.glob("*/*.csv")):
@@ -162,8 +165,8 @@ def pack(work: Path, out: Path) -> None:
 
 
 def take(step: Step, work: Path, out: Path, cpu: bool, left: float) -> tuple[str, str]:
-    """Runs a step, `left` seconds before the end of the whole run. Returns its state, and its
-    figure or the reason."""
+    """Runs a step, with `left` seconds until the end of the whole run. Returns (state, text): the
+    text is the step's figure, or the reason for its state."""
     if cpu and step.cpu is None:
         return "skipped", NO_GPU
     if step.command.startswith("pytest") and find_spec("pytest") is None:
@@ -197,7 +200,8 @@ def take(step: Step, work: Path, out: Path, cpu: bool, left: float) -> tuple[str
 
 
 def take_all(steps: Sequence[Step], out: Path, cpu: bool, limit: float) -> int:
-    """Runs steps one after the other, for at most `limit` seconds. Returns the exit code."""
+    """Runs the steps one after the other, for at most `limit` seconds in total. Returns the exit
+    code of the bench."""
     end = time.monotonic() + limit
     out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []

@@ -55,7 +55,8 @@ Tick = Callable[[], None]  # called after every step
 
 
 class Research:
-    """The straightforward implementation, for one image."""
+    """The straightforward implementation of InitNO, as published programs have it, for one
+    image."""
 
     def __init__(self, sd: StableDiffusion, context: Tensor, uncond: Tensor, cells: int) -> None:
         self.sd = sd
@@ -81,8 +82,8 @@ class Research:
         return torch.einsum("bhnm,bmhd->bnhd", p, v), None
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the subjects' cross-attention maps and self-attention claims of one
-        evaluation."""
+        """Evaluates the UNet once on latents x. Returns (maps, claims): the subjects' maps M and A
+        (noise/losses.py)."""
         self.stored.clear()
         self.sd.unet(x, T, self.context)
         cells = self.grid[0] * self.grid[1]
@@ -130,7 +131,7 @@ class Research:
 
 
 class Ours:
-    """The functions that minsd's users call."""
+    """InitNO by the functions that minsd's users call, for one image."""
 
     def __init__(self, sd: StableDiffusion, context: Tensor, uncond: Tensor, cells: int) -> None:
         self.sd = sd
@@ -138,8 +139,9 @@ class Ours:
         self.refine = excite.updates(sd, [PROMPT], [SUBJECTS], steps=50)
 
     def optimise(self, start: Tensor, steps: int, tick: Tick) -> Tensor:
-        """Runs a round of one step, then the last try, which begins again from the seed's own
-        noise."""
+        """Optimises the noise of seed 0, which is `start`, with a first round of one step and then
+        a last try of `steps` steps from the same noise. Calls `tick` after every step of the last
+        try."""
         calls = 0
 
         def progress(message: str) -> None:
@@ -219,12 +221,12 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, results: dict[str, dict[str, Row]]) -> list[Row]:
-    """Returns a row per kind of step and provider, the whole image last. `differ` is the relative
-    difference of a provider's result from research's.
+    """Returns one row per kind of step and provider, with the rows of the whole image last.
+    `differ` is the relative difference between the result of a provider and that of `research`.
 
-    SystemExit if two do not compute the same in float32. In 16 bits rounding decides which of
-    two nearly equal peaks is the higher, so optimised noises may differ much, and the difference is
-    only reported.
+    Raises SystemExit if results differ in float32. In 16 bits rounding decides which of two nearly
+    equal peaks is the higher, so optimised noises may differ much, and the difference is only
+    reported.
     """
     differ: dict[tuple[str, str], str] = {}
     for name, what in itertools.product(set(results) - {"research"}, PICTURE):

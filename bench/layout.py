@@ -7,22 +7,22 @@
 
 The layouts are random: 2 to 4 boxes per image that do not overlap, each with its own coloured
 shape; the image's caption names them all. Every method gets the same layouts and noise. With
-`+bare` the image's caption names nothing instead. With `+arranged` the noise is composed for the
-layout from candidates (minsd.noise.arrange); `+chosen` takes the candidate that is best for all
-regions as it is.
+`+bare` the image's caption is "a picture" instead. With `+arranged` the noise is composed for the
+layout from candidates (minsd.noise.arrange). With `+chosen` it is the candidate that is best for
+all regions together, unchanged.
 
 A box is right when the detector (weights/shapes/detector.py, pixels alone) finds a well drawn body
 of its shape and colour centred in it. `strays` are bodies centred in no box, `extras` further
-bodies in one box, `spill` the fraction of the drawn pixels that lies outside every box. `plain`
-does not know the places: its rate is the rate of chance. With a real checkpoint CLIP sees the
-contents of each box on white: `clip_crop` is the cosine with the box's own caption, `nearest_own`
-how often that caption is nearer than those of the other boxes.
+bodies in one box, `spill` the fraction of the drawn pixels that lies outside every box. The method
+`plain` is not given the places, so its rate is the rate of chance. With a real checkpoint CLIP sees
+the contents of each box on white: `clip_crop` is the cosine with the box's own caption,
+`nearest_own` how often that caption is nearer than those of the other boxes.
 
 Seconds are sampling alone: on a CPU the processor time of one process with one thread, else elapsed time.
 
-`--cost` times one step of a collage on random full-size weights in two ways: its N + 2 rows as one
-batch, and apart: the 2 (N + 1) rows of two passes per text, two rows at a time. Both predict the
-same noise (`differ`: relative difference).
+`--cost` times one step of a collage (noise/collage.py) of N regions on random full-size weights, in
+two ways: with all its N + 2 UNet rows in one batch, and with 2 (N + 1) rows, two per text,
+evaluated two at a time. Both predict the same noise (`differ` is the relative difference).
 """
 
 import argparse
@@ -86,7 +86,7 @@ METHODS: dict[str, dict[str, Any] | None] = {  # name -> options of the collage
     "crop 0.5": {"crop_margin": 0.5},
     "crop 0.25 always": {"crop_margin": 0.25, "crop_until": 0},
 }
-CHOICES = ("+chosen", "+arranged")  # how the noise is found, instead of drawn
+CHOICES = ("+chosen", "+arranged")  # how the noise is found from candidates
 BARE = "a picture"  # a caption that names nothing
 DEFAULT_METHODS = [
     *METHODS,
@@ -108,7 +108,7 @@ class Settings(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The contents of the boxes of an image."""
+    """The judgement of what is in the boxes of an image."""
 
     right: list[bool]  # per box
     somewhere: list[bool]  # per subject, wherever it is
@@ -118,7 +118,7 @@ class Contents(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """An image, the UNet rows of a step, and the seconds of sampling."""
+    """An image, the number of UNet rows of a sampling step, and the seconds that sampling took."""
 
     image: Image.Image
     rows: int
@@ -141,7 +141,8 @@ def with_boxes(rng: np.random.Generator, captions: Sequence[str], whole: str) ->
 
 
 def cases(n: int, count: int) -> list[tuple[list[tuple[str, str]], dict[str, Any]]]:
-    """Returns (subjects, layout) of `count` images with n boxes of coloured shapes."""
+    """Returns `count` random (subjects, layout) pairs. The layout has n boxes, each with one of the
+    subjects, which are coloured shapes."""
     rng = np.random.default_rng((SEED, n))
     out = []
     for _ in range(count):
@@ -152,7 +153,7 @@ def cases(n: int, count: int) -> list[tuple[list[tuple[str, str]], dict[str, Any
 
 
 def real_cases(n: int, count: int) -> list[dict[str, Any]]:
-    """Returns `count` layouts with n boxes of animals and things."""
+    """Returns `count` random layouts with n boxes, each with an animal or a thing."""
     rng = np.random.default_rng((SEED, n))
     out = []
     for _ in range(count):
@@ -256,7 +257,8 @@ def row_of(method: str, n: int, results: Sequence[Judged], settings: Settings) -
 
 
 def on_embedded_model(args: argparse.Namespace, settings: Settings) -> None:
-    """Draws and judges every layout with every method, and reports each when it is done."""
+    """Draws and judges all layouts with every method. Prints the result of a method as soon as the
+    method is done."""
     hidden = ("method", "boxes", "sampler", "steps", "guidance_scale", "layouts", "rows_before")
     kept = {}
     with pool(args.workers, args.model) as processes:
@@ -274,8 +276,8 @@ def on_embedded_model(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def framed(result: Judged) -> Image.Image:
-    """Returns an image with its boxes drawn on it, green if they hold what they should, and
-    captions below."""
+    """Returns an image with its boxes drawn on it and their captions below. A box and its caption
+    are green if the box contains its subject, otherwise red."""
     lay = result.layout
     out = Image.new("RGB", (lay.width + 4, lay.height + 11 * len(result.subjects) + 6), "white")
     out.paste(Image.fromarray(result.pixels), (2, 2))
@@ -290,8 +292,8 @@ def framed(result: Judged) -> Image.Image:
 
 
 def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 12) -> None:
-    """Returns a sheet with a row per method and number of boxes, and the same layouts and noise
-    below one another."""
+    """Saves a sheet of images with one row per method and number of boxes. Images of the same
+    layout and noise are below one another."""
     lines = {key: [framed(result) for result in results[:columns]] for key, results in kept.items()}
     width = max(sum(image.width for image in line) for line in lines.values())
     out = Image.new("RGB", (110 + width, sum(line[0].height for line in lines.values())), "white")
@@ -310,8 +312,8 @@ def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 1
 
 
 def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> list[Row]:
-    """Returns the table of a real checkpoint, in which CLIP compares each box's contents, on white,
-    with the captions."""
+    """Returns the table of a real checkpoint. CLIP compares the contents of each box, on a white
+    background, with the captions of all boxes."""
     clip = judges.load("clip", {"clip-b16": str(args.clip)}, sd.device).clip
     rows = []
     for n in args.boxes:
@@ -347,7 +349,7 @@ def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> 
 
 
 def filling(n: int, negative_prompt: str) -> list[dict[str, Any]]:
-    """Returns n regions, an even number, in two rows that fill the image."""
+    """Returns n regions in two rows that fill the image, as a layout.json lists them. n is even."""
     columns = n // 2
     places = [(k % columns / columns, k // columns / 2) for k in range(n)]
     return [
@@ -363,7 +365,8 @@ def cost_worker(args: argparse.Namespace) -> None:
     dim = MODELS[args.model].unet.context_dim
 
     def encode(texts: Sequence[str]) -> Tensor:
-        """Returns random states, the same for texts of the same length without spaces around."""
+        """Returns random text states, which depend only on the length of each text without the
+        spaces around it."""
         generators = [torch.Generator().manual_seed(len(text.strip())) for text in texts]
         states = [torch.randn(77, dim, generator=generator) for generator in generators]
         return torch.stack(states).to(args.device)

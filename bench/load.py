@@ -49,7 +49,8 @@ NEW_FILE = "minsd, new file"
 
 
 def text_encoders(row: ModelConfig) -> dict[str, Any]:
-    """Returns transformers' text encoders of the same shapes by folder name. SDXL has two."""
+    """Returns transformers' text encoders in the sizes of a model, by the name of their folder.
+    SDXL has two."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     made: dict[str, Any] = {}
@@ -74,7 +75,8 @@ def text_encoders(row: ModelConfig) -> dict[str, Any]:
 
 
 def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
-    """Returns the config.json of the UNet and the VAE, and the scheduler's, in diffusers' terms."""
+    """Returns the contents of diffusers' config files of the UNet, the VAE and the scheduler, by
+    path in the model's folder."""
     unet = row.unet
     vae = row.vae
     schedule = row.schedule
@@ -109,8 +111,8 @@ def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
 def make_folder(folder: Path, model: str) -> None:
     """Writes a folder of random fp16 weights in the sizes of `model`.
 
-    minsd's parameter names are those of diffusers, so diffusers reads the folder too, but is not
-    needed to write it.
+    Since minsd's parameters have the same names as those of diffusers, diffusers can read the
+    folder too, and is not needed to write it.
     """
     import torch
     from safetensors.torch import save_file
@@ -147,7 +149,8 @@ def make_folder(folder: Path, model: str) -> None:
 
 
 def make_file(path: Path, folder: Path) -> None:
-    """Writes the folder's weights in the original layout, whose names tests/ knows."""
+    """Writes the weights in `folder` to a single file in the original layout, with the tensor names
+    from tests/."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     from safetensors.torch import load_file, save_file
     from test_single_file import as_original, as_original_xl  # pyright: ignore[reportMissingImports]
@@ -178,8 +181,8 @@ def anonymous_mb() -> float:
 
 @contextmanager
 def watched() -> Iterator[Callable[[], float]]:
-    """Measures the peak of anonymous memory in MB within the block. Yields a function that returns
-    it after the block."""
+    """Measures the peak of anonymous memory in MB within the `with` block. Yields a function that
+    returns this peak once the block has ended."""
     peak = 0.0
     done = threading.Event()
 
@@ -226,7 +229,7 @@ def with_minsd(
 ) -> Callable[[], list[Any]]:
     """Returns a function that loads the model with minsd and returns its networks.
 
-    `known`: a single file's hash may be kept.
+    If `known` is True, the hash of a single file may be stored and read again.
     """
     import torch
 

@@ -3,10 +3,10 @@
     python -m bench.maps [--model sd15] [--size 512] [--runs 3] [--csv]
     python -m bench.maps --device cuda --dtype float16 --csv
 
-The variants run on the same random weights, each in a process of its own, so that its peak memory
-(weights included) is its own. Each differs from the one before by one change, and in float32 all
-must agree in the loss and in the gradient at the latents. In 16 bits rounding decides between
-nearly equal peaks, so the difference is only reported:
+The variants run on the same random weights, each in a process of its own, so that each has a peak
+of memory (weights included) of its own. Each variant differs from the one before by one change, and
+in float32 all must agree in the loss and in the gradient at the latents. In 16 bits rounding
+decides between nearly equal peaks, so the difference is only reported:
 
     research        as the published programs do it: every layer keeps its probabilities; the whole
                     network runs and is differentiated, weights included
@@ -17,8 +17,8 @@ nearly equal peaks, so the difference is only reported:
     graphs          also, evaluation and gradient are replayed from CUDA graphs (GPU only)
 
 On a CPU one thread is used. Times are medians. On a busy machine trust `cpu_seconds`, which leaves
-out waiting for a core. The first steps of a process (the second captures the graphs) count only if
-there are no others.
+out waiting for a core. The first steps of a process, of which the second captures the graphs, are
+left out unless there are no others.
 """
 
 import argparse
@@ -48,9 +48,10 @@ def materialised(q: "Tensor", k: "Tensor", v: "Tensor", **_: Any) -> "tuple[Tens
 
 
 def step(unet: "UNet", x: "Tensor", context: "Tensor", only: bool) -> float:
-    """Evaluates the UNet, forms a scalar like InitNO's loss, and differentiates it.
+    """Evaluates the UNet on latents x, computes a scalar like InitNO's loss from the attention
+    maps, and differentiates the scalar. Returns its value.
 
-    The scalar is small if two words are attended to, at different places.
+    The scalar is small if two words are attended to at different places.
     """
     import torch
 
@@ -109,8 +110,8 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, results: dict[str, Row]) -> list[Row]:
-    """Returns a row per variant. SystemExit if one does not compute the same as research, in
-    float32."""
+    """Returns one row per variant. Raises SystemExit if, in float32, a variant does not compute the
+    same as the variant `research`."""
     import torch
 
     research = results["research"]

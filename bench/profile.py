@@ -38,7 +38,7 @@ KINDS = {
     "copies": ("copy", "cat", "to_", "clone", "memcpy", "contiguous"),
 }
 Times = tuple[dict[str, float], Counter[str]]  # microseconds and number of events by kind
-ATTENTION = "attention in blocks"  # a mark around it: its products would count as linear layers
+ATTENTION = "attention in blocks"  # an event around it: its products would count as linear layers
 
 
 def kind_of(name: str) -> str:
@@ -49,7 +49,8 @@ def kind_of(name: str) -> str:
 
 
 def within(event: Any, name: str) -> bool:
-    """Returns whether a profiler's event is, or runs inside, one of this name."""
+    """Returns whether an event of the profiler has this name or runs inside an event with this
+    name."""
     while event is not None and event.name != name:
         event = event.cpu_parent
     return event is not None
@@ -66,7 +67,8 @@ def marked(f: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
-    """Returns the profile of one evaluation, and the layers marked in it, by name."""
+    """Profiles one UNet evaluation. Returns (profile, layers): the layers, by name, are those that
+    appear in the profile as events of that name."""
     gpu = on_gpu(args.device)
     dtype = getattr(torch, args.dtype)
     unet = build(args.model, dtype, args.device)
@@ -94,8 +96,8 @@ def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
 
 
 def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
-    """Returns microseconds by kind, with the gaps between kernels, and the number of kernels by
-    kind."""
+    """Returns (times, counts) of the GPU kernels by kind of operation: microseconds and the number
+    of kernels. The kind "gap" in `times` is the time between kernels."""
     cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
     events = [e for e in trace.events() or () if e.device_type == cuda]
     kernels = [e for e in events if e.name not in layers]  # the layers' marks appear there, too
@@ -113,7 +115,7 @@ def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
 
 
 def times_on_cpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
-    """Returns microseconds and the number of operations by kind."""
+    """Returns (times, counts) by kind of operation: microseconds and the number of operations."""
     times: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for event in trace.events() or ():
@@ -128,7 +130,7 @@ def times_on_cpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
 def tables(
     args: argparse.Namespace, trace: profile, layers: dict[str, nn.Module]
 ) -> tuple[list[Row], list[Row]]:
-    """Returns the tables by kind and by layer."""
+    """Returns two tables: times by kind of operation, and times of each layer."""
     gpu = on_gpu(args.device)
     times, counts = (times_on_gpu if gpu else times_on_cpu)(trace, layers)
     total = sum(times.values())

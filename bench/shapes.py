@@ -46,7 +46,8 @@ class Judged(NamedTuple):
 def draw(
     sd: StableDiffusion, group: str, n: int, part: slice, **settings: Any
 ) -> list[tuple[str, Subjects, int, Image.Image]]:
-    """Yields (group, subjects, seed, image) for a part of a group's cases."""
+    """Draws the cases that the slice `part` selects among the n cases of a group. Returns (group,
+    subjects, seed, image) for each."""
     mine = list(enumerate(cases(group, n)))[part]
     images = sd([sentence(s) for _, s in mine], seeds=[k for k, _ in mine], **settings)
     return [(group, subjects, k, image) for (k, subjects), image in zip(mine, images)]
@@ -59,7 +60,8 @@ def _job(job: tuple[str, str, int, int, dict[str, Any]]) -> list[Judged]:
 
 
 def sheet(results: Sequence[Judged], path: Path, columns: int = 8, count: int = 64) -> None:
-    """Returns a sheet of the first images of a table row, with subjects and verdict below each."""
+    """Saves a sheet of the first `count` images of a table row, with the subjects and the verdict
+    below each image."""
     results = results[:count]
     lines = max(len(result.subjects) for result in results) + 1
     height = data.SIZE + 11 * lines + 4
@@ -79,8 +81,8 @@ def sheet(results: Sequence[Judged], path: Path, columns: int = 8, count: int = 
 
 
 def summary(verdicts: Sequence[detector.Verdict]) -> Row:
-    """Returns rates, images by kind of failure, and the fraction of failed subjects that were
-    neglected."""
+    """Returns, as columns of a row, the rates of success, the number of images by kind of failure,
+    and the fraction of the failed subjects that were neglected."""
     n = len(verdicts)
     kinds = collections.Counter(verdict.kind for verdict in verdicts)
     failed = [kind for verdict in verdicts for kind in verdict.failures[: verdict.subjects_failed]]
@@ -98,8 +100,8 @@ def summary(verdicts: Sequence[detector.Verdict]) -> Row:
 
 
 def with_one_word_changed(subjects: Subjects, rng: np.random.Generator) -> Subjects:
-    """Returns subjects of which one has another colour or shape, so that they are never true of the
-    image of `subjects`."""
+    """Returns the subjects with the colour or the shape of one of them changed, so that they never
+    describe the image of `subjects`."""
     changed = list(subjects)
     i = int(rng.integers(len(subjects)))
     colour, shape = subjects[i]
@@ -113,8 +115,8 @@ def with_one_word_changed(subjects: Subjects, rng: np.random.Generator) -> Subje
 
 
 def codec(sd: StableDiffusion, n: int) -> list[Row]:
-    """Returns the detector's verdicts on renders and their VAE round trips, with true and wrong
-    captions."""
+    """Returns a table of the detector's verdicts on rendered images, and on the same images after
+    encoding and decoding by the VAE, with true and with wrong captions."""
     examples = [data.example(90_000, i) for i in range(n)]
     renders = [Image.fromarray(example.render()[0]) for example in examples]
     coded = [image for i in range(0, n, 20) for image in sd.decode(sd.encode(renders[i : i + 20]))]

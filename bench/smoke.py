@@ -34,7 +34,7 @@ CLOSE = 1.0
 
 
 class Smoke:
-    """The checks, and the images that they drew."""
+    """The checks, and the images that they have drawn."""
 
     def __init__(self) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,7 @@ class Smoke:
         self.check(error < CLOSE, told)
 
     def draw(self, sd: StableDiffusion, caption: str) -> tuple[np.ndarray, float]:
-        """Returns two images (2,H,W,3) of levels 0..255, and the seconds that they took."""
+        """Draws two images. Returns (images, seconds), with images (2,H,W,3) of levels 0..255."""
         begin = time.perf_counter()
         images = sd(PROMPT, seeds=[0, 1], steps=STEPS)
         seconds = time.perf_counter() - begin
@@ -124,7 +124,7 @@ class Smoke:
         self.near(drawn["collage"], drawn["exact collage"], "a collage")
 
     def run(self, out: Path) -> int:
-        """Takes every part, and returns the exit code."""
+        """Runs all parts, saves the sheet in the folder `out`, and returns the exit code."""
         for part in (self.versions, self.precision, self.graphs, self.optimised, self.collage):
             try:
                 part()

@@ -104,7 +104,8 @@ def seed_of(group: str, prompt: int, k: int) -> int:
 
 
 def attention_scores(sd: StableDiffusion, prompt: str, subjects: Subjects, x: Tensor) -> list[float]:
-    """Returns InitNO's losses, negated, so that, as with stability, higher is better."""
+    """Returns the attention score of each noise in x (K,4,16,16): InitNO's losses, negated, so that
+    higher is better, as for stability."""
     words: list[str | int] = [shape for _, shape in subjects]
     return [-score for score in initno.attention_scores(sd, prompt, words, x, steps=PICTURE["steps"])]
 
@@ -112,14 +113,15 @@ def attention_scores(sd: StableDiffusion, prompt: str, subjects: Subjects, x: Te
 def judge(
     sd: StableDiffusion, prompts: list[str], x: Tensor, subjects: Sequence[Subjects]
 ) -> list[dict[str, float]]:
-    """Returns the verdicts on the images of noises x (B,4,16,16): 0 or 1 each."""
+    """Draws the images of noises x (B,4,16,16). Returns the verdicts on each image by name, as 0 or
+    1."""
     images = sd.decode(sd.sample(prompts, x, seeds=range(len(x)), **PICTURE))
     verdicts = [detector.judge(image, these) for image, these in zip(images, subjects)]
     return [{name: float(getattr(verdict, name)) for name in VERDICTS} for verdict in verdicts]
 
 
 def run(model: str, job: tuple[Any, ...]) -> tuple[str, list[Row]]:
-    """Does a part of the work, and returns its name and its results."""
+    """Does one job of `jobs_of`. Returns (name, rows): the job as JSON, and its results."""
     kind, *rest = job
     part = score_part if kind == "score" else optimise_part
     return json.dumps(job), part(loaded(model), *rest)
@@ -128,7 +130,7 @@ def run(model: str, job: tuple[Any, ...]) -> tuple[str, list[Row]]:
 def score_part(
     sd: StableDiffusion, group: str, prompts: int, number: int, which: list[int], trips: list[Trip]
 ) -> list[Row]:
-    """Returns the verdicts and scores of some noises of one prompt."""
+    """Draws, judges and scores the noises `which` of prompt `number`. Returns one row per noise."""
     subjects = cases(group, prompts)[number]
     prompt = sentence(subjects)
     x = noise([seed_of(group, number, k) for k in which], (4, 16, 16))
@@ -148,8 +150,8 @@ def score_part(
 def optimise_part(
     sd: StableDiffusion, group: str, prompts: int, numbers: list[int], ways: list[tuple[str, Trip]]
 ) -> list[Row]:
-    """Returns verdicts, scores, norms and UNet rows of the first noise of some prompts, plain and
-    optimised."""
+    """Draws and judges the first noise of the prompts `numbers`, plain and optimised in each of the
+    `ways`. Returns rows with verdicts, scores, norms and UNet rows."""
     subjects = [cases(group, prompts)[k] for k in numbers]
     texts = [sentence(these) for these in subjects]
     x = noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
@@ -169,8 +171,8 @@ def optimise_part(
 
 
 def jobs_of(args: argparse.Namespace) -> list[tuple[Any, ...]]:
-    """Returns all parts, in an order that keeps prompts balanced wherever it is cut off: some
-    noises of every prompt and some optimised ones, then the next of both."""
+    """Returns all jobs in an order that keeps prompts balanced wherever the run is cut off: first
+    some noises of every prompt and the optimisation of some, then the next noises of both."""
     own = 100 * (4 * 16 * 16) / stability.PAPER_NUMBERS  # the default of `optimize`
     trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
     ways = [
@@ -203,8 +205,8 @@ def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def within(rows: Sequence[Row], key: str, verdict: str) -> tuple[float, float]:
-    """Returns the rank correlation, and its p, of a score with a verdict among the noises of each
-    prompt."""
+    """Returns (correlation, p): the rank correlation between the score `key` and a verdict among
+    the noises of each prompt, and its p value."""
     ranks: list[float] = []
     right: list[float] = []
     for these in by_prompt(rows):
@@ -216,7 +218,8 @@ def within(rows: Sequence[Row], key: str, verdict: str) -> tuple[float, float]:
 
 
 def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
-    """Returns the mean verdict of the best of k noises drawn without replacement from these."""
+    """Returns the expected verdict of the best of k noises that are chosen at random, without
+    replacement, from all noises. `values` are the scores of the noises, `right` their verdicts."""
     n = len(values)
     order = np.argsort(-np.asarray(values), kind="stable")
     chances = [math.comb(n - r, k - 1) / math.comb(n, k) for r in range(1, n + 1)]
@@ -224,7 +227,7 @@ def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
 
 
 def interval(per_prompt: Sequence[float]) -> str:
-    """Returns the 95 % interval of a mean over prompts, by bootstrap."""
+    """Returns, as text, the 95 % bootstrap interval of the mean of one value per prompt."""
     draws = np.random.default_rng(0).choice(per_prompt, (4000, len(per_prompt))).mean(1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return f"{low:+.3f}..{high:+.3f}"
@@ -235,12 +238,13 @@ def mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def rates_of(prompts: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
-    """Returns {verdict: its rate for each prompt}."""
+    """Returns the rates of each verdict: name of the verdict -> one rate per prompt."""
     return {v: [float(np.mean([row[v] for row in these])) for these in prompts] for v in VERDICTS}
 
 
 def correlation(rows: Sequence[Row], prompts: int, key: str) -> Row:
-    """Returns how a score is distributed, and how it correlates with the verdicts."""
+    """Returns, as a row, the mean and the standard deviation of the score `key`, and its
+    correlation with each verdict."""
     values = np.array([row["scores"][key][0] for row in rows])
     out: Row = {"score": key, "mean": mean(values), "sd": round(float(values.std()), 3)}
     half = 1.96 / max(1, len(rows) - prompts) ** 0.5
@@ -253,8 +257,8 @@ def correlation(rows: Sequence[Row], prompts: int, key: str) -> Row:
 
 
 def choices(prompts: Sequence[Sequence[Row]], key: str) -> Iterator[Row]:
-    """Returns the rates after choosing the best of K noises by a score, and the worst for the
-    largest K."""
+    """Yields rows with the rates after choosing the best of K noises by the score `key`, one row
+    for each K, and then a row for the worst of the largest K."""
     base = rates_of(prompts)  # of the noises that have this score
     cost = prompts[0][0]["scores"][key][1]
     fewest = min(map(len, prompts))
@@ -275,7 +279,8 @@ def choices(prompts: Sequence[Sequence[Row]], key: str) -> Iterator[Row]:
 
 
 def tabulate(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Returns two tables: correlations by group and score, and rates by group and choice."""
+    """Returns (correlations, rates): a table by group and score, and a table by group and by the
+    way in which noises are chosen."""
     correlations = []
     rates = []
     for group in (*dict.fromkeys(row["group"] for row in rows), "all"):
@@ -295,7 +300,8 @@ def tabulate(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def tabulate_optimised(rows: Sequence[Row]) -> list[Row]:
-    """Returns the rates by way of optimising, against the same noises left as they are."""
+    """Returns one row for each way of optimising, with the rates and the gains over the same noises
+    without optimisation."""
     plain = {(row["group"], row["prompt"]): row for row in rows if row["way"] == "plain"}
     out = []
     for way in dict.fromkeys(row["way"] for row in rows):
@@ -355,9 +361,9 @@ def plot(correlations: Sequence[Row], rates: Sequence[Row], optimised: Sequence[
 
 
 def cost_worker(args: argparse.Namespace) -> None:
-    """Times `full` gradients in this process and prints the result as JSON.
+    """Times gradients of the mode "full" in this process and prints the result as JSON.
 
-    On the embedded model, or on random weights in the sizes of another.
+    The model is the embedded one, or one with random weights in the sizes of another model.
     """
     torch.set_num_threads(1)
     if args.model == "shapes":
@@ -467,7 +473,8 @@ def read_options() -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> dict[str, list[Row]]:
-    """Does all parts, or as many as fit into --minutes. Returns the rows of each kind, in order."""
+    """Does all jobs of `jobs_of`, or as many as fit into --minutes. Returns the rows of each kind
+    of job, in order."""
     begin = time.time()
     torch.set_num_threads(1)
     loaded(args.model)

@@ -62,7 +62,7 @@ Marks = dict[str, tuple[float, float]]  # name -> seconds, processor seconds
 
 
 def run(command: list[str]) -> str:
-    """Runs a command to its end and returns what it printed. SystemExit if it fails."""
+    """Runs a command to its end and returns what it printed. Raises SystemExit if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{command[:3]} failed: {done.stderr[-2000:]}")

@@ -4,7 +4,7 @@
     python -m minsd.judge STUDY
     python -m bench.study table STUDY --page
 
-The study is minsd/app/study.py; this is its door in a checkout.
+The program is minsd/app/study.py. This file starts it from a checkout.
 """
 
 import sys

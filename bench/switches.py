@@ -51,8 +51,9 @@ VARIANTS: dict[str, tuple[str, dict[str, int | bool | None]]] = {
 
 
 def tasks(sd: StableDiffusion, size: int, batch: int) -> dict[str, Callable[[], Tensor]]:
-    """Returns the functions to time: a guided step, which returns the noise predicted, and a look,
-    which returns a gradient."""
+    """Returns the two functions to time, by name: a guided step, which returns the predicted noise,
+    and a look (an evaluation that ends after its attention maps, with a loss of the maps), which
+    returns the gradient of the loss."""
     x = noise(range(batch), (4, size // 8, size // 8)).to(sd.device)
     context = sd.encode_prompt(PROMPT).expand(batch, -1, -1)
     predict = sd.predictor(context, torch.zeros_like(context), 7.5)
@@ -77,8 +78,8 @@ def relative(y: Tensor, truth: Tensor) -> float:
 
 
 def measure(sd: StableDiffusion, args: argparse.Namespace, batch: int) -> None:
-    """Times each variant, and prints and writes its row at once, so that a run that is cut off
-    keeps its rows."""
+    """Times each variant. Prints and writes the variant's row at once, so that a run that is cut
+    off keeps the rows that it has."""
     base: Row = {}
     truth: dict[str, Tensor] = {}
     for name in args.variants:

@@ -5,10 +5,10 @@
     python -m bench.unet --size 256 512 768 1024 --batch 1 2 4 --runs 2 --csv    # cost against size
     python -m bench.unet --model shapes --size 128                               # a quick try
 
-Both networks have the same random weights. Each runs in a process of its own, so that its peak
-memory (weights included) is its own; the two take turns, so that a drift of the machine affects
-both. Each does the work of a later step of a run: minsd has the text's keys and values already,
-diffusers computes them; on a GPU minsd replays a CUDA graph.
+Both networks have the same random weights. Each runs in a process of its own, so that each has a
+peak of memory (weights included) of its own. The two take turns, so that a drift of the machine
+affects both. Each does the work of a step after the first one of a run: minsd has the text's keys
+and values already, and diffusers computes them. On a GPU minsd replays a CUDA graph.
 
 Times are medians. `cpu_seconds` is the processor time of all threads, without waiting for a core:
 trust it on a busy machine. `time_ratio` compares seconds, `cpu_ratio` processor seconds. With
@@ -44,7 +44,7 @@ PROVIDERS = ("minsd", "diffusers")
 
 
 def unet_settings(config: UNetConfig) -> dict[str, Any]:
-    """Returns a UNet's sizes in the terms of diffusers' config.json."""
+    """Returns the settings of a UNet under the names of diffusers' config.json."""
     kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
     xl = {}
     if config.pooled_dim:
@@ -71,15 +71,15 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
 
 
 def diffusers_unet(config: UNetConfig) -> "UNet2DConditionModel":
-    """Returns diffusers' network of the same shape."""
+    """Returns diffusers' UNet in the sizes of `config`."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**unet_settings(config))
 
 
 def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = True) -> "UNet":
-    """Returns minsd's network with random frozen weights. `as_loaded`: in the memory layout that
-    `load` gives it."""
+    """Returns minsd's UNet with random frozen weights. If `as_loaded` is True, it has the memory
+    layout that `minsd.load` gives to a UNet."""
     import torch
 
     from minsd.attention import Attention
@@ -99,10 +99,11 @@ def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = 
 def random_model(
     model: str, dtype: "torch.dtype", device: "Device", text: Any, as_loaded: bool = True
 ) -> "StableDiffusion":
-    """Returns a model around `build`'s network. `text` stands in for the text encoder; there is no
-    VAE.
+    """Returns a model with the UNet of `build`, with `text` in the place of the text encoder, and
+    without a VAE.
 
-    `as_loaded`: with what `load` does on a GPU, CUDA graphs included.
+    If `as_loaded` is True, the model on a GPU is set up as `minsd.load` does it, CUDA graphs
+    included.
     """
     from minsd.pipeline import StableDiffusion
 
@@ -114,7 +115,7 @@ def random_model(
 
 
 def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet2DConditionModel":
-    """Returns diffusers' network with the same weights as `build`."""
+    """Returns diffusers' UNet with the same weights as that of `build`."""
     import torch
 
     with torch.device("meta"):
@@ -124,7 +125,7 @@ def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet
 
 
 def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
-    """Gives a network made on the meta device memory, and random frozen weights.
+    """Allocates memory for a network on the meta device, and fills it with random frozen weights.
 
     Networks with the same parameter names get the same weights.
     """
@@ -140,12 +141,14 @@ def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
 
 
 def context_rows(config: UNetConfig) -> int:
-    """The number of rows of a context: text states, and for SDXL one row for the whole."""
+    """Returns the number of rows of a context: 77 text states, and for SDXL one more row, which
+    holds the pooled text state and the image sizes."""
     return 78 if config.pooled_dim else 77
 
 
 def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module") -> tuple[Any, ...]:
-    """Returns the arguments of one evaluation, equal for both providers."""
+    """Returns the arguments of one evaluation of `unet`, with the same numbers for minsd and
+    diffusers."""
     import torch
 
     from minsd.unet import UNet
@@ -221,8 +224,8 @@ class Provider:
 
 
 def measure(args: argparse.Namespace, providers: list[Provider], size: int, batch: int) -> list[Row]:
-    """Returns a row per provider, without `slope`. SystemExit if the two do not compute the
-    same."""
+    """Returns one row per provider, without the column `slope`. Raises SystemExit if the providers
+    do not compute the same."""
     results: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in providers}
     for run in range(-args.warmup, args.runs):
         for provider in providers:
@@ -260,8 +263,8 @@ def measure(args: argparse.Namespace, providers: list[Provider], size: int, batc
 
 
 def slopes(rows: list[Row], device: str) -> list[Row]:
-    """Returns the rows with `slope` as their last column, which is empty for the first size of a
-    batch."""
+    """Returns the rows with `slope` as their last column. The column is empty for the first size of
+    each batch size."""
     cost = "seconds" if on_gpu(device) else "cpu_seconds"
     last: dict[tuple[str, int], Row] = {}
     out = []

@@ -1,9 +1,9 @@
-"""Initial noise composed for a layout.
+"""Composes initial noise for a layout (noise/layout.py) from several candidate noises.
 
-Each region's cells come from the candidate that already attends to the region's caption there.
-After Mao, Wang & Aizawa 2023 (arXiv 2305.03382 and 2312.08872), who move and collect blocks of
-noise: the initial noise largely decides where things appear, and the attention maps of the first
-timestep predict it.
+The initial noise largely decides where things appear, and the attention maps of the first timestep
+predict it. So each region is filled with the noise of the candidate whose cells there attend most
+to the region's caption. Follows Mao, Wang & Aizawa 2023 (arXiv 2305.03382 and 2312.08872), who
+move and collect blocks of noise.
 """
 
 from collections.abc import Sequence
@@ -23,20 +23,23 @@ from minsd.noise.look import Ask, Lift, Look
 
 @dataclass
 class Arrangement:
-    """Noise composed for a layout, and where it came from."""
+    """Noise composed for a layout, and the candidates that its parts come from."""
 
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
-    # The candidate, seed or number from 0, of the background and of each region's cells.
+    # The candidates of the background and then of each region: seeds, or indices from 0 into the
+    # given noises.
     chosen: list[int]
-    # In its candidate, the fraction of the attention to a region's subjects that falls into it.
+    # For each region, in its candidate: the part of the attention to the region's subjects that
+    # falls inside the region.
     fractions: list[float]
     scores: list[float]  # of each candidate as a whole: the product of all regions' fractions
-    rows: int  # UNet rows, which stop early
+    rows: int  # UNet evaluations, which end after the last layer whose attention is recorded
 
 
 def caption_subjects(sd: Model, layout: Layout) -> list[list[list[int]]]:
-    """Finds, for each region, the token positions of its caption's subjects, as
-    `sd.text.positions` returns them. ValueError for a caption without subjects.
+    """Finds the token positions of the subjects in each region's caption. Returns a list per
+    region, which holds a list of positions per subject (`sd.text.positions`). Raises ValueError for
+    a caption without subjects.
     """
     found = []
     for k, region in enumerate(layout.regions, 1):
@@ -59,13 +62,16 @@ def arrange(
 ) -> Arrangement:
     """Composes unit noise for a layout from candidates: seeds, or noises (K,4,h,w).
 
-    The UNet is evaluated on every candidate at the first timestep of `steps` of a sampler, under
-    each region's caption alone. A region's cells come from the candidate with the largest fraction
-    of its attention to the caption's subjects (`losses.automatic_subjects`) inside the region. The
-    background comes from the candidate with the greatest product of these fractions. Where regions
-    overlap, the one with the greatest weight wins; ties go to the smaller one. ValueError, before
-    any network runs, for a layout without regions, captions without subjects, no candidates, or
-    shapes that do not fit.
+    The UNet is evaluated on every candidate at the first timestep of a run of `steps` steps with
+    `sampler` (None: the model's defaults), once per region with the region's caption as the prompt.
+    The evaluation gives the fraction of the attention to the caption's subjects
+    (`losses.automatic_subjects`) that falls inside the region. Each region is filled from the
+    candidate with the largest fraction, and the background from the candidate with the greatest
+    product of the fractions of all regions. Where regions overlap, the region with the greatest
+    weight is taken and, of regions with the same weight, the smallest.
+
+    Raises ValueError, before any network runs, for a layout without regions, a caption without
+    subjects, no candidates, or shapes that do not fit.
     """
     layout = ensure_sized(layout, sd.config.size)
     if not layout.regions:
@@ -92,8 +98,8 @@ def arrange(
 
 
 def _noises(layout: SizedLayout, candidates: Sequence[int] | Tensor) -> Tensor:
-    """Returns the candidates' noises (K,4,h,w). ValueError where there are none, or where they do
-    not fit the layout.
+    """Returns the candidates' noises (K,4,h,w). Raises ValueError where there are no candidates, or
+    where their noises do not fit the layout.
     """
     shape = (4, layout.height // CELL, layout.width // CELL)
     given = candidates
@@ -115,8 +121,9 @@ def _inside(
     given: Tensor,
     t: int | float,
 ) -> Tensor:
-    """Returns, for noises (K,4,h,w), the fraction (K,) of the attention to a region's subjects
-    that falls inside the region, under its caption alone.
+    """Returns, for noises `given` (K,4,h,w), the fraction (K,) of the attention to the subjects of
+    a region's caption that falls inside the region. The UNet is evaluated at timestep `t` with that
+    caption as the prompt. `subjects` holds the token positions of each subject.
     """
 
     def fraction(look: Look) -> Tensor:

@@ -1,31 +1,36 @@
 """NoiseCollage (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): crop and merge predicted noises.
 
-Region k = 1..N has a caption and a mask; k = 0 is the whole image. Every step predicts a noise for
-each of them from the same latents and merges the predictions:
+A layout (noise/layout.py) has a caption for the whole image, k = 0, and regions k = 1..N with a
+caption and a mask each. In every step the UNet is evaluated once per caption, on the same latents;
+evaluation k is called pass k. The predicted noises eps_k of all passes are merged into one:
 
     eps_k = u_k + g (c_k - u_k)        eps = sum_k M_k eps_k        M_k = w_k a_k / sum_j w_j a_j
 
-In each latent cell a_k is the fraction of the cell inside region k, w_k the region's weight, and
-w_0 the background weight. Any sampler can take its steps with the result.
+Here c_k is the conditional prediction of pass k, u_k the unconditional one, and g the guidance
+scale. In each latent cell a_k is the fraction of the cell inside region k (a_0 = 1), w_k the
+region's weight, and w_0 the background weight. Any sampler can take its steps with the merged
+noise.
 
-In pass k >= 1 cross-attention is masked: cells inside region k attend to its caption; each cell
-outside attends to the image's caption or, drawn for each latent cell, step and region, to the empty
-prompt. Self-attention is unrestricted. The unconditional half u_k has the negative prompts in the
-same places. Where all u_k are equal, u is computed once, and a step takes N + 2 UNet rows instead
-of 2 (N + 1). All rows run as one batch, and each cell carries the number of its text.
+In pass k >= 1 cross-attention is masked. A cell inside region k attends to the region's caption. A
+cell outside attends to the image's caption or to the empty prompt, which is chosen at random for
+each latent cell, step and region. Self-attention is not masked. The unconditional prediction u_k is
+masked in the same way, with the negative prompts instead of the captions. Where all u_k are equal,
+u is computed once, and a step takes N + 2 UNet rows instead of 2 (N + 1). All rows run as one
+batch. A map for each row holds the number of the text that each cell attends to.
 
 A region's pass sees the whole latents (the paper's "fixed" crop), and may place its subject outside
 the region. With a crop margin (0: the paper's "flex" crop) the pass runs on a crop of the latents,
 the region's box plus the margin, as if that were the image. Once objects are placed (t < 500) all
 passes see the whole latents again, which blends the crops.
 
-Passes can differ in more than their texts: ControlNets (noise/collage_control.py) and LoRAs
-(weights/lora.py, `by_region`) can act on each pass in their own way (minsd/adapters.py).
+Passes can differ in more than their texts: a ControlNet (noise/collage_control.py) can have another
+control image in each pass, and a LoRA (weights/lora.py, `by_region`) another scale
+(minsd/adapters.py).
 
-A collage can start from noise that InitNO optimised, or a score selected, for the whole image's
-caption: that caption's plain run is the collage's pass 0. The initial noise largely decides where
-things appear, and a collage does not move them far: noise/arrange.py composes noise in which they
-are where the layout has them.
+A collage can start from noise that was optimised by InitNO, or selected by a score, for the caption
+of the whole image, because pass 0 is the plain run of that caption. The initial noise largely
+decides where things appear, and a collage does not move them far. noise/arrange.py composes noise
+in which they appear where the layout puts them.
 """
 
 import copy
@@ -47,38 +52,42 @@ from minsd.noise.layout import CROP_MARGIN_MOST, Layout, SizedLayout, SizedRegio
 
 OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a masked pass: the region's, the image's, the empty prompt
 CROP_UNTIL = 500  # the timestep down to which a crop margin applies: objects are placed by then
-ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows of a batch, on a CPU: more are no faster
+ROWS_AT_ONCE = 16 * 64 * 64  # latent cells of all rows of a batch on a CPU; more would be no faster
 
 Grid = tuple[int, int]  # rows and columns of an attention layer's cells
 LevelMaps = dict[Grid, Tensor]  # a map for the grid of each level with cross-attention
-# One for the whole network, or two: the encoder half's, then the rest's. Empty: no masks.
+# One LevelMaps for the whole network, or one for its encoder half and one for the rest. An empty
+# list means that attention is not masked.
 Halves = list[LevelMaps]
 Place = tuple  # (..., rows, columns): an index into latents
-Row = tuple[list[str], int]  # the texts that a row's cells choose from, and the row's pass
-Cut = Callable[[int, Place], Model]
+Row = tuple[list[str], int]  # the texts that the cells of a row may attend to, and the row's pass
+Cut = Callable[[int, Place], Model]  # (pass k, the crop that pass k sees) -> the model to use
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the passes of a collage are masked, cropped and merged. ValueError for settings that are
-    out of range or exclude one another."""
+    """The settings by which the passes of a collage (one UNet evaluation per caption) are masked,
+    cropped and merged. The constructor raises ValueError for settings that are out of range or
+    exclude one another."""
 
-    # w_0, the weight of the whole image's pass.
+    # w_0, the weight of pass 0, which has the caption of the whole image.
     background_weight: float
-    # Outside its region a pass attends to the empty prompt with this probability.
+    # The probability with which a cell outside the region attends to the empty prompt.
     background_drop: float
-    # Which cells of the attention grids belong to a region: "direct" (`direct_cells`), or "compat",
-    # as in the published program.
+    # How it is decided which cells of the attention grids belong to a region: "direct"
+    # (`direct_cells`), or "compat" (`carry`), as in the published program.
     ladder: str
-    # Instead of `background_drop`: the empty prompt for exactly the cells further from the region's
-    # box than this times the box's width or height.
+    # If not None, replaces `background_drop`: the cells that attend to the empty prompt are exactly
+    # those further from the region's box than `pad` times the box's width or height.
     pad: float | None
-    # False: all cells of pass k attend to caption k.
+    # False means that all cells of pass k attend to caption k.
     masked: bool
-    # A cheap ablation: a single pass, in which each cell attends to its region's caption.
+    # True replaces the passes by a single one, in which each cell attends to the caption of its
+    # region (a cheap ablation).
     attention_only: bool
-    # While t >= crop_until, pass k is unmasked and sees only its box, widened on each side by
-    # crop_margin times the box's size: 2 (N + 1) rows, most of them small.
+    # If not None: while t >= crop_until, pass k is not masked and sees only the region's box,
+    # widened on each side by crop_margin times the box's size. A step then has 2 (N + 1) rows, most
+    # of them small.
     crop_margin: float | None
     crop_until: float
 
@@ -123,15 +132,18 @@ def predictor(
     adapters: Adapters | None = None,
     cut: Cut | None = None,
 ) -> Predictor:
-    """Returns predict(x, t) -> eps (B,4,h,w) for latents of the layout's size, to be used by any
-    sampler.
+    """Returns a collage's predictor: the function predict(x, t) -> eps (B,4,h,w) that a sampler
+    calls, for latents x of the layout's size at timestep t.
 
-    `Scheme` explains the settings. The random choices of text depend on nothing but the image's
-    seed, t and the region's number: `seed` is one for all images, or a list with one per image.
-    `adapters`: those that act by pass, such as `lora.by_region` yields; unconditional predictions
-    are then not shared between passes. `cut(k, place)` returns the model to use when pass k sees
-    only the crop latents[place]. ValueError, before any network runs, for settings that do not
-    fit.
+    `Scheme` explains the settings from `background_weight` to `crop_until`. `seed` is one number
+    for all images, or a list with one per image. The random choices of text depend on nothing but
+    this seed, t and the region's number. `adapters` are those that differ from pass to pass (one
+    UNet evaluation per caption), such as the ones that `lora.by_region` yields. With them,
+    unconditional predictions are not shared between passes. `cut(k, place)` returns the model to
+    use while pass k sees only the crop latents[place]; None means `sd`.
+
+    Raises ValueError, before any network runs, for settings that are out of range, exclude one
+    another, or do not fit the layout.
     """
     if sd.config.unet.guidance_dim:
         raise ValueError("a layout needs guidance by a second text, which this distilled model has not")
@@ -199,8 +211,9 @@ def masked_passes(
     seeds: Sequence[int],
     adapters: Adapters | None,
 ) -> Predictor:
-    """Returns a predictor that runs the N + 1 passes (one per caption) on the whole latents and
-    merges them.
+    """Returns a predictor (the noise-prediction function that a sampler calls) that runs the N + 1
+    passes (one UNet evaluation per caption) on the whole latents and merges their noises. `seeds`
+    are one for all images, or one per image, for the random choices of text.
     """
     regions = layout.regions
     masked = scheme.masked and bool(regions)
@@ -230,8 +243,9 @@ def masked_passes(
 
 
 def attention_only_pass(sd: Model, layout: SizedLayout, ladder: str, guidance_scale: float) -> Predictor:
-    """Returns a predictor with a single pass, in which each cell attends to the caption of its
-    region, or to the image's caption outside of all regions.
+    """Returns a predictor (the noise-prediction function that a sampler calls) that evaluates the
+    UNet once. Each cell attends to the caption of the topmost region that holds the cell, or to the
+    image's caption if no region does. `ladder` is that of `Scheme`.
     """
     painted = [
         {grid: _painted(inside, layout.regions) for grid, inside in half.items()}  # (1, 1, cells)
@@ -253,7 +267,8 @@ def single_pass(
     adapters: Adapters | None,
     k: int,
 ) -> Predictor:
-    """Returns a predictor that runs pass k alone, unmasked, on latents of `size`."""
+    """Returns a predictor (the noise-prediction function that a sampler calls) that runs pass k
+    alone, without masks, on latents of `size` cells. The prompts are those of `captioned`."""
     texts = [captioned.prompt], [captioned.negative_prompt]
     if adapters is None:
         cond, uncond = (sd.encode_prompt(text) for text in texts)
@@ -265,8 +280,9 @@ def single_pass(
 
 @dataclass(frozen=True)
 class Crop:
-    """A pass that sees only a part of the latents. Holds the predictor for that part, and the
-    weights that merge its output into the whole.
+    """A pass (the UNet evaluation for one caption) that sees only a part of the latents. Holds the
+    predictor for that part, and the weights by which its output is added to the output for the
+    whole latents.
     """
 
     place: Place
@@ -275,8 +291,8 @@ class Crop:
 
 
 def cropped(inner: Predictor, crops: Sequence[Crop], until: float) -> Predictor:
-    """Returns a predictor that merges the predictions of the crops while t >= `until`, and then
-    calls `inner`.
+    """Returns a predictor that merges the predictions of the crops while t >= `until`. At smaller
+    t it calls the predictor `inner` on the whole latents.
     """
 
     def predict(x: Tensor, t: int | float) -> Tensor:
@@ -305,7 +321,7 @@ def _crops(
         _, rows, columns = place
         size = rows.stop - rows.start, columns.stop - columns.start
         model = copy.copy(sd if cut is None else cut(k, place))
-        # SDXL's passes all take the size of the whole image: a small size would mean a blurred one.
+        # SDXL is given the size of the whole image in every pass: a small size would mean blur.
         model.encode_prompt = partial(model.encode_prompt, size=(layout.height, layout.width))
         captioned = layout.regions[k - 1] if k else layout
         predict = single_pass(model, captioned, size, guidance_scale, adapters, k)
@@ -314,8 +330,9 @@ def _crops(
 
 
 def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
-    """Returns the part of the latents (..., h, w) that each pass sees: all of them for pass 0,
-    then each region's box with its margin, in whole cells.
+    """Returns, for each pass, an index into latents (..., h, w) that selects what the pass sees:
+    the whole latents for pass 0, then each region's box in whole cells, widened on each side by
+    `margin` times the box's size.
     """
     places = [(..., slice(0, layout.height // CELL), slice(0, layout.width // CELL))]
     for region in layout.regions:
@@ -331,16 +348,17 @@ def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
 
 
 def _guided(eps: Tensor, conditional: int, guidance_scale: float) -> Tensor:
-    """Applies guidance to eps (rows,B,4,h,w). The first rows are unconditional, either one for all
-    or one per conditional row; the others are conditional. Returns (conditional,B,4,h,w).
+    """Applies guidance to eps (rows,B,4,h,w). The last `conditional` rows are conditional. Those
+    before them are unconditional: one for all, or one per conditional row. Returns
+    (conditional,B,4,h,w).
     """
     u, c = eps[:-conditional], eps[-conditional:]
     return c if guidance_scale == 1 else u + guidance_scale * (c - u)
 
 
 def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
-    """Wraps a predictor so that it refuses latents of another size, and batches with another
-    number of images than there are seeds.
+    """Returns a predictor that calls `inner`. The returned predictor raises ValueError for latents
+    of another size than `size`, and, if there are several seeds, for another number of images.
     """
 
     def predict(x: Tensor, t: int | float) -> Tensor:
@@ -362,7 +380,8 @@ def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
 
 
 def _fill(layout: SizedLayout, ladder: str) -> np.ndarray:
-    """Returns the fraction of each latent cell inside each region, (N,h,w)."""
+    """Returns the fraction of each latent cell that lies inside each region, (N,h,w). With the
+    ladder "compat" it is `compat_fill`, otherwise exact."""
     compat = ladder == "compat"
     fill = [compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in layout.regions]
     return np.array(fill).reshape(len(layout.regions), *_size(layout))
@@ -376,9 +395,9 @@ def _merge(sd: Model, layout: SizedLayout, scheme: Scheme) -> Tensor:
 
 
 def compat_fill(pixels: np.ndarray) -> np.ndarray:
-    """Returns a mask (H,W) on the latent grid as the published program computes it, (h,w) float64.
-    It is resized as an 8-bit image by Pillow's antialiased bicubic filter, each pass of which is
-    rounded and clipped to 0..255.
+    """Resizes a mask (H,W) to the latent grid as the published program does. Returns (h,w) float64.
+    The mask is resized as an 8-bit image by Pillow's antialiased bicubic filter. Pillow filters one
+    axis after the other, and rounds and clips to 0..255 after each.
     """
     high, wide = (n // CELL for n in pixels.shape)
     picture = Image.fromarray(pixels.astype(np.uint8) * 255)
@@ -386,10 +405,10 @@ def compat_fill(pixels: np.ndarray) -> np.ndarray:
 
 
 def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """Returns the merge weights M (N+1,h,w), which sum to 1, from `fill` (N,h,w), the fraction of
-    each latent cell inside each region, and the weights w_0 ... w_N.
+    """Returns the merge weights M (N+1,h,w), which sum to 1 in each cell. `fill` (N,h,w) is the
+    fraction of each latent cell inside each region, and `weights` are w_0 ... w_N.
 
-    ValueError where a cell has no weight at all: w_0 is 0 and no region reaches it.
+    Raises ValueError where w_0 is 0 and some cell is in no region, because that cell has no weight.
     """
     m = np.asarray(weights)[:, None, None] * np.concatenate([np.ones((1, *fill.shape[1:])), fill])
     total = m.sum(0)
@@ -405,8 +424,8 @@ def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 class _PassCells:
-    """The text that each cell attends to in every pass. `any_empty`: whether any cell ever attends
-    to the empty prompt."""
+    """The text that each cell attends to in every pass (one UNet evaluation per caption).
+    `any_empty` is True if some cell may attend to the empty prompt."""
 
     def __init__(self, sd: Model, layout: SizedLayout, scheme: Scheme, seeds: Sequence[int]):
         self.size = _size(layout)
@@ -417,7 +436,7 @@ class _PassCells:
         self.seeds = seeds
         self.device = sd.device
         self.count = len(layout.regions)
-        self.fixed: Halves | None = None  # None: drawn at every step
+        self.fixed: Halves | None = None  # None: chosen anew in every step
         self.any_empty = True
         outside = fixed_surroundings(layout.regions, self.size, scheme.background_drop, scheme.pad)
         if outside is not None:
@@ -425,8 +444,9 @@ class _PassCells:
             self.any_empty = bool((outside == EMPTY).any())
 
     def at(self, t: int | float) -> Halves:
-        """Returns each cell's text at a timestep: for each grid (N+1,B,cells), or (N+1,1,cells)
-        where all images have the same, on the model's device.
+        """Returns the number of the text (OWN, WHOLE or EMPTY) that each cell attends to at
+        timestep t, on the model's device. For each grid these are (N+1,B,cells), or (N+1,1,cells)
+        if all images have the same.
         """
         if self.fixed is not None:
             return self.fixed
@@ -441,10 +461,10 @@ class _PassCells:
 
 
 def sent(halves: Halves, device: torch.device) -> Halves:
-    """Maps (...,cells) of the CPU on `device`, in one copy.
+    """Copies maps (...,cells) from the CPU to `device`, all in one copy, and returns them.
 
-    A GPU gets it from pinned memory, for which the program does not wait: it goes on to launch the
-    network, and makes the next step's maps while this step runs.
+    The copy to a GPU is from pinned memory, so the program does not wait for the copy. It goes on
+    to launch the network, and makes the next step's maps while this step runs.
     """
     maps = [cells for half in halves for cells in half.values()]
     if device.type == "cpu" or not maps:
@@ -456,13 +476,15 @@ def sent(halves: Halves, device: torch.device) -> Halves:
 
 
 def _levels(sd: Model, size: Grid) -> list[Grid]:
-    """Returns the grids of cells at which there is cross-attention, finest first."""
+    """Returns the grids of the UNet levels that have cross-attention, finest first, for latents of
+    `size`."""
     grids = sd.unet.grids(size)
     return [grid for grid, blocks in zip(grids, sd.unet.attention_blocks) if blocks]
 
 
 def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
-    """Returns, for each grid, the cells that belong to each region, (N,h,w) boolean."""
+    """Returns, for the grid (h,w) of each UNet level with cross-attention, which cells belong to
+    each region, (N,h,w) boolean."""
     size = _size(layout)
     if ladder == "compat":
         return carry(torch.from_numpy(_fill(layout, ladder) == 1), _levels(sd, size), True)
@@ -475,8 +497,9 @@ def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
 
 
 def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """Returns (h,w) boolean: the cells (squares of `cell` pixels) that are at least half inside a
-    mask (H,W). If there are none, the cell at the mask's centre is taken.
+    """Returns (h,w) boolean, True for each cell (a square of `cell` pixels) at least half of which
+    lies inside a mask (H,W). If there is no such cell, it is True for the cell at the mask's
+    centre.
     """
     inside = coverage(pixels, cell) >= 0.5
     if not inside.any():
@@ -486,18 +509,21 @@ def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 
 def nearest(maps: Tensor, grid: Grid) -> Tensor:
-    """Resizes maps (...,h,w) to a grid by nearest neighbours: the source of row i is floor(i * h /
-    rows), and the same for columns.
+    """Resizes maps (...,h,w) to a grid of (rows, columns) by nearest neighbours. Row i of the
+    result is row floor(i * h / rows) of the maps; columns likewise.
     """
     rows, columns = (torch.arange(out) * n // out for n, out in zip(maps.shape[-2:], grid))
     return maps[..., rows[:, None], columns]
 
 
 def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
-    """Resizes maps (...,h,w) of the latent cells to each of the levels, finest first. With
-    "compat" each layer resizes the result of the layer before it, through the encoder half and
-    then the decoder half. After the coarsest grid, all maps therefore consist of that grid's
-    blocks.
+    """Resizes maps (...,h,w) of the latent cells to the grids `levels`, which are given finest
+    first. Without `compat`, each grid's map is resized from the latent cells, and there is one set
+    of maps for the whole UNet.
+
+    With `compat`, as in the published program, each map is resized from the map before it, in the
+    order in which the UNet runs: down through the encoder half, then up through the rest. So the
+    maps of the rest have no more detail than the coarsest grid. Returns the maps of both halves.
     """
     if not compat:
         return [{grid: nearest(maps, grid) for grid in levels}]
@@ -512,9 +538,10 @@ def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
 
 
 def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: int) -> Tensor:
-    """Draws, for every latent cell (h,w), the text that it attends to in pass k if it lies outside
-    region k: EMPTY with probability `drop`, otherwise WHOLE (the image's caption). Values inside
-    the region are not used.
+    """Chooses at random, for every latent cell of `size` (h,w), the text that the cell attends to
+    if it lies outside the region: EMPTY (the empty prompt) with probability `drop`, otherwise WHOLE
+    (the image's caption). `seed`, the timestep `t` and the number `k` seed the random generator.
+    The caller ignores the values inside the region.
     """
     draws = np.random.default_rng((seed, round(float(t) * 2**20), k)).random(size)
     return torch.from_numpy(np.where(draws < drop, EMPTY, WHOLE))
@@ -523,8 +550,9 @@ def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: in
 def fixed_surroundings(
     regions: Sequence[SizedRegion], size: Grid, drop: float, pad: float | None
 ) -> Tensor | None:
-    """Returns what `drawn_surroundings` would return for all regions, (N,1,h,w), where nothing has
-    to be drawn; otherwise None.
+    """Returns the text that every latent cell attends to outside each region, (N,1,h,w), if it is
+    the same in every step: with `pad`, or with a `drop` of 0 or 1. `Scheme` explains both. Returns
+    None if the text has to be chosen at random (`drawn_surroundings`).
     """
     if pad is None and drop not in (0, 1):
         return None
@@ -542,8 +570,9 @@ def fixed_surroundings(
 
 
 def _assign(inside: Halves, outside: Halves) -> Halves:
-    """Combines the cells inside each region (N,h,w), boolean, with the texts outside (N,B,h,w)
-    into the text of every cell in every pass, (N+1,B,h*w). In pass 0 every cell has text 0.
+    """Returns, for each grid, the number of the text that every cell attends to in every pass,
+    (N+1,B,h*w). `inside` (N,h,w), boolean, holds the cells of each region, whose text is OWN.
+    `outside` (N,B,h,w) holds the texts of the other cells. In pass 0 every cell has text OWN (0).
     """
     halves = []
     for own, others in zip(inside, outside, strict=True):
@@ -556,16 +585,18 @@ def _assign(inside: Halves, outside: Halves) -> Halves:
 
 
 def stacked(regions: Sequence[SizedRegion]) -> list[int]:
-    """Returns the regions' indices from bottom to top: the region with the greatest weight is on
-    top and, of regions with the same weight, the smallest.
+    """Returns the indices of the regions in the order in which they cover one another, bottom
+    first. The region with the greatest weight is on top and, of regions with the same weight, the
+    smallest.
     """
     ranks = [(region.weight, -int(region.pixels.sum())) for region in regions]
     return sorted(range(len(regions)), key=ranks.__getitem__)
 
 
 def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
-    """Returns one text number per cell, (1,1,h*w): 1..N for the topmost region that holds the
-    cell, and 0, the whole image's caption, outside of all. The regions' cells are (N,h,w) boolean.
+    """Returns one text number per cell, (1,1,h*w): 1..N for the topmost region that holds the cell,
+    and 0 (the image's caption) if no region does. `inside` (N,h,w), boolean, holds the cells of
+    each region.
     """
     cells = torch.zeros(inside.shape[1:], dtype=torch.long)
     for k in stacked(regions):
@@ -577,8 +608,8 @@ def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
 
 
 class _Part:
-    """One evaluation of the network: some of the rows, for some of the images. Its tensors are on
-    the model's device, because a copy in every step would wait for a GPU."""
+    """One UNet evaluation, of some of the rows for some of the images. Its tensors are kept on the
+    model's device, because a copy in every step would make the program wait for the GPU."""
 
     def __init__(self, passes: list[int], image: list[int], text_kv: TextKV, device: torch.device):
         self.passes = passes  # of each row
@@ -589,8 +620,9 @@ class _Part:
         self.region: LevelMaps | tuple[LevelMaps, LevelMaps] | None = None
 
     def region_of(self, cells: Halves) -> LevelMaps | tuple[LevelMaps, LevelMaps] | None:
-        """Each row's cells, chosen from (passes, B or 1, h*w) for each grid. Fixed cells, the same
-        object in every step, are chosen once."""
+        """Returns the text numbers of the cells of each row (rows,h*w) for each grid, taken from
+        `cells`, (passes, B or 1, h*w) for each grid. Returns None if `cells` is empty. The result
+        is kept, and returned again for the same object `cells`."""
         if cells is not self.cells:
             rows = [{grid: self._chosen(maps) for grid, maps in half.items()} for half in cells]
             self.region = (rows[0], rows[1]) if len(rows) == 2 else next(iter(rows), None)
@@ -604,8 +636,9 @@ class _Part:
 
 
 class _Rows:
-    """Runs the rows of all passes, for every image of a batch: at once, as far as memory allows.
-    The attention's keys and values of the texts are computed once."""
+    """A runner for the UNet rows of all passes (one UNet evaluation per caption) for every image of
+    a batch. Runs as many rows at once as memory allows. Computes the cross-attention keys and
+    values of the texts once."""
 
     def __init__(self, sd: Model, rows: Sequence[Row], size: Grid, adapters: Adapters | None):
         self.sd = sd
@@ -626,7 +659,7 @@ class _Rows:
         self.limit = max(2 * images, at_once)
 
     def parts(self, n: int) -> list[_Part]:
-        """Splits the work of n images into evaluations of the network."""
+        """Returns the UNet evaluations into which the rows of n images are split."""
         if n not in self.known:
             device = self.sd.device
             with self.adapters.rows(self.passes):
@@ -641,9 +674,10 @@ class _Rows:
         return self.known[n]
 
     def __call__(self, x: Tensor, t: int | float, cells: Halves) -> Tensor:
-        """Predicts the noise of every row, (rows,B,4,h,w), from latents (B,4,h,w) and the text of
-        every cell in each pass, (passes,B,h*w) or (passes,1,h*w) for each grid. Without cells,
-        every row has a single text.
+        """Returns the noise predicted in every row, (rows,B,4,h,w), for latents x (B,4,h,w).
+
+        `cells` holds the number of the text that every cell attends to in each pass, (passes,B,h*w)
+        or (passes,1,h*w) for each grid. It is empty if every row has a single text.
         """
         out = []
         for part in self.parts(len(x)):

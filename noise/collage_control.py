@@ -1,8 +1,10 @@
-"""NoiseCollage with ControlNet (Shirakawa & Uchida, CVPR 2024, section 3.4): one image per region.
+"""NoiseCollage with a ControlNet (Shirakawa & Uchida, CVPR 2024, section 3.4): a control image for
+each region.
 
-The collage is that of noise/collage.py. Here its pass k has control image k at scale k, and the
-ControlNet's rows run in one batch like the UNet's. Since the control image fixes positions,
-cross-attention is unmasked by default. A cropped pass gets the matching crop of its control image.
+The collage is that of noise/collage.py. In pass k (the UNet evaluation for caption k) the
+ControlNet is given control image k at scale k. All rows of the ControlNet run as one batch, like
+those of the UNet. Since control images fix positions, cross-attention is not masked by default. A
+pass that sees only a crop of the latents gets the same crop of its control image.
 """
 
 import copy
@@ -25,12 +27,14 @@ from minsd.noise.layout import Layout, SizedLayout, ensure_sized
 def read(
     layout: SizedLayout, picture: str | Path | None = None, scale: float = 1.0
 ) -> tuple[Tensor, list[float]]:
-    """Reads the control images (N+1,3,H,W) in 0..1 and their scales: first the whole image's
-    (`picture`, or the layout's own), then each region's.
+    """Reads the control images of a layout of N regions. Returns (pictures, scales): the images
+    (N+1,3,H,W) with values in 0..1, and a scale for each. The first is the control image of the
+    whole image (`picture`, or else the layout's), and the others are those of the regions.
 
-    A region without a control image takes the whole image's. If that is missing too, the region
-    has scale 0, which means none. A region's scale is its `control_scale` times `scale`.
-    ValueError where the layout has no control image at all.
+    A region without a control image gets that of the whole image. If there is none either, the
+    region gets zeros with scale 0, which means no control. The scale of the whole image is `scale`,
+    and that of a region is the region's `control_scale` (1 if None) times `scale`. Raises
+    ValueError if there is no control image at all.
     """
     whole = picture or layout.control_image
     paths = [whole, *(path or whole for path in layout.control_images[1:])]
@@ -61,11 +65,13 @@ def predictor(
     adapters: Adapters | None = None,
     **how: Any,
 ) -> Predictor:
-    """Returns predict(x, t) -> eps (B,4,h,w) for a layout of N regions, with N+1 control images
-    and scales as `read` returns them.
+    """Returns the predictor of a collage with the ControlNet `net`: the function predict(x, t) ->
+    eps (B,4,h,w) that a sampler calls. `pictures` (N+1,3,H,W) and `scales` are those that `read`
+    returns for the layout of N regions.
 
-    `start` and `end` as in `minsd.controlnet.Control`, everything else as in `collage.predictor`.
-    ValueError, before any network runs, for settings that do not fit.
+    `start` and `end` have the same meaning as in `minsd.controlnet.Control`, `masked`, `adapters`
+    and `how` the same as the arguments of `collage.predictor`. Raises ValueError, before any
+    network runs, for settings that do not fit.
     """
     layout = ensure_sized(layout, sd.config.size)
     n = len(layout.regions)
@@ -73,7 +79,7 @@ def predictor(
         raise ValueError(
             f"a layout of {n} regions needs {n + 1} control images of its size and as many scales"
         )
-    # Without its own control images, so that the collage does not warn that they are unused.
+    # The layout's control images are removed: the collage would warn that they are not used.
     regions = tuple(replace(region, control_image=None) for region in layout.regions)
     layout = replace(layout, control_image=None, regions=regions)
     timesteps = sd.schedule.config.num_train_timesteps
@@ -91,7 +97,8 @@ def predictor(
 
 
 def _beside(sd: Model, control: Control, adapters: Adapters) -> Model:
-    """Returns a copy of the model whose UNet is evaluated together with a ControlNet."""
+    """Returns a copy of the model in which every UNet evaluation includes the ControlNet of
+    `control`."""
     beside = copy.copy(sd)
     beside.unet = Controlled(sd.unet, [control], adapters)
     return beside

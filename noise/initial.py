@@ -1,7 +1,7 @@
-"""Seeds to unit noise, and noise files.
+"""Makes unit normal noise from seeds, and reads and writes noise files.
 
-Noise is always drawn on the CPU in float32 with one generator per image. It depends neither on the
-device, nor on the precision, nor on the other images of a batch.
+Noise is always generated on the CPU in float32 with one generator per image. So it depends neither
+on the device, nor on the precision, nor on the other images of a batch.
 """
 
 import hashlib
@@ -21,29 +21,30 @@ LARGEST_FILE = 2**32  # bytes: the noise of 64 images of 16384 pixels a side
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Unit normal noise (B, *shape), float32 on the CPU. `shape` is one image's latents, (4, h, w).
+    """Returns the unit normal noise of B seeds, (B, *shape), float32 on the CPU. `shape` is that of
+    one image's latents, (4, h, w).
 
-    ValueError for a seed outside 0 to 2^63 - 1.
+    Raises ValueError for a seed outside 0 to 2^63 - 1.
     """
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators(seeds)])
 
 
 def candidate_seeds(seed: int, count: int) -> list[int]:
-    """The seeds that a selection of `count` chooses among: the asked seed itself, and others
-    derived from it.
+    """Returns the `count` seeds among which the best noise for an image is chosen: the image's own
+    `seed`, and count - 1 others derived from it.
 
-    The others are hashes of the asked seed and their number, 63 bits long. So two asked seeds
-    share no candidate, and an image's candidates are the same whether it is drawn alone or in a
-    list.
+    Derived seed number k is a 63-bit hash of `seed` and k. So images with different seeds share no
+    candidate, and an image has the same candidates alone as together with other images.
     """
     digests = (hashlib.sha256(f"{seed} {k}".encode()).digest() for k in range(1, count))
     return [seed, *(int.from_bytes(digest[:8], "big") >> 1 for digest in digests)]
 
 
 def noise_files(path: Path) -> list[Path]:
-    """Lists the noise files at a path: the file itself, or a folder's noise files by name.
+    """Returns the noise files at a path: the file itself, or the noise files in a folder, sorted by
+    name.
 
-    FileNotFoundError or ValueError where there are none.
+    Raises FileNotFoundError if the file does not exist or the folder holds no noise files.
     """
     if not path.is_dir():
         if not path.is_file():
@@ -59,16 +60,17 @@ def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Reads initial noise (B,4,h,w), float32, from a noise file or a folder of them. `shape` is the
     shape (4, h, w) of one image's latents.
 
-    A file holds noise of that shape, or several stacked: a .safetensors file in a tensor called
-    noise, a .npy file as its array, a .pt file as a tensor (read without unpickling anything
-    else). FileNotFoundError if there is no such file; ValueError if it holds anything else.
+    A file holds the noise of one image, of that shape, or of several images, stacked. A
+    .safetensors file holds it in a tensor called noise, a .npy file as its array, and a .pt file as
+    a tensor; nothing else is unpickled. Raises FileNotFoundError if there is no such file, and
+    ValueError if a file holds anything else.
     """
     return torch.cat([_checked(_read(file), file, shape) for file in noise_files(path)])
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata that `save_noise` wrote: prompt, seed, init_noise, updates, ... Returns an
-    empty dict for files without any.
+    """Reads the metadata that `save_noise` wrote into a noise file: prompt, seed, init_noise,
+    updates, ... Returns an empty dict for a file without metadata.
     """
     from minsd.weights import safetensors_file
 
@@ -78,7 +80,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes noise (B,4,h,w) to a file that `read_noise` reads, replacing any file of that name.
 
-    The file appears whole or not at all; its folder is made where it is missing.
+    The file is written under a temporary name and then moved, so that it is never seen incomplete.
+    Its folder is created where it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = save({"noise": noise.float().contiguous()}, dict(metadata) if metadata else None)
@@ -88,7 +91,8 @@ def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = N
 
 
 def _read(path: Path) -> Tensor:
-    """Reads the tensor of a noise file. ValueError where the file is damaged or holds none."""
+    """Reads the tensor of a noise file. Raises ValueError where the file is damaged, holds no
+    noise, or is too large."""
     from minsd.weights.safetensors_file import read_header
 
     if path.stat().st_size > LARGEST_FILE:
@@ -124,8 +128,8 @@ def _read_pt(path: Path) -> Tensor:
 
 
 def _checked(noise: Tensor, path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Returns the noise as (B,4,h,w) float32. ValueError for another shape, and for numbers that
-    are not finite.
+    """Returns noise of `shape` (4,h,w), or stacked (B,4,h,w), as (B,4,h,w) float32. Raises
+    ValueError, naming the file `path`, for another shape and for numbers that are not finite.
     """
     noise = noise[None] if noise.ndim == 3 else noise
     if noise.ndim != 4 or tuple(noise.shape[1:]) != shape or not len(noise):

@@ -1,10 +1,11 @@
-"""Layouts: a caption for the whole image, and one for each of its regions. Read, checked,
-previewed.
+"""Reads, checks and previews layouts. A layout has a caption for the whole image, and regions
+(boxes or masks) with a caption each.
 
 Two forms are read: a `layout.json`, whose keys are listed at `load`, and the folder that
-NoiseCollage's program takes (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485): PALL/ for the whole
-image and P000/, P001/ ... for the regions, each with a caption file and all but PALL with a mask.
-Only numpy and Pillow are needed, so that mistakes are found before anything heavy is imported.
+NoiseCollage's program takes (Shirakawa & Uchida, CVPR 2024, arXiv 2403.03485). That folder holds
+PALL/ for the whole image and P000/, P001/, ... for the regions. Each of these has a caption file,
+and all but PALL have a mask. This module needs only numpy and Pillow, so that mistakes are found
+before PyTorch is imported.
 
     layout = load("layout.json")     # reads the files, masks included; they are not read again
     sized = layout.sized(512, 512)   # each region's pixels on an image of that size
@@ -28,7 +29,7 @@ from minsd.files import encodable, read_json
 
 CROP_MARGIN_MOST = 1000.0  # the largest crop margin (noise/collage.py), in sides of a region's box
 WEIGHT_MOST = 1e6
-MOST_REGIONS = 256  # of a layout: each region is another UNet evaluation in every step
+MOST_REGIONS = 256  # of a layout; each region adds a UNet evaluation to every step
 MOST_PIXELS = 2**29  # of all regions together, and of all masks together: half a gigabyte
 TOP_KEYS = ("prompt", "negative_prompt", "width", "height", "regions")
 REGION_KEYS = ("prompt", "box", "mask", "negative_prompt", "weight", "lora", "control_image", "control_scale")
@@ -53,7 +54,7 @@ class Region:
     lora: tuple[LoRAReference, ...] = ()
     control_image: Path | None = None
     control_scale: float | None = None  # None: 1
-    # The mask as its file had it, boolean.
+    # The mask in the size of its file, boolean (H,W).
     mask_pixels: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
@@ -72,8 +73,8 @@ class SizedRegion(Region):
 
 @dataclass(frozen=True)
 class Layout:
-    """Captions and regions, as read. Without `width` and `height` (pixels) the model's own size is
-    used.
+    """The captions and regions of an image, as read. Where `width` and `height` (pixels) are None,
+    the image gets the model's own size.
     """
 
     prompt: str
@@ -86,14 +87,15 @@ class Layout:
 
     @property
     def control_images(self) -> list[Path | None]:
-        """The control images: the whole image's, then each region's (None where there is none)."""
+        """The control image of the whole image, then that of each region; None for each that has
+        none."""
         return [self.control_image, *(region.control_image for region in self.regions)]
 
     def sized(self, width: int, height: int) -> "SizedLayout":
         """Returns this layout on an image of width x height pixels, multiples of 8.
 
-        ValueError for boxes that leave the image and for regions that do not fill half of any
-        latent cell.
+        Raises ValueError for a size that is not possible, for too many regions, for a box that
+        leaves the image, and for a region that does not fill half of any latent cell.
         """
         try:
             check_size(height, width)
@@ -133,8 +135,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class SizedLayout(Layout):
-    """A layout on an image of known size. `notes` report changes to the input that its author may
-    not expect."""
+    """A layout on an image of known size. `notes` are lines for the user, which report masks that
+    were resized."""
 
     regions: tuple[SizedRegion, ...] = ()
     width: int = field(kw_only=True)
@@ -142,9 +144,9 @@ class SizedLayout(Layout):
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the contents of a layout.json for this layout, with absolute file names. A
-        control image for the whole image, which only folders of NoiseCollage's program have, is
-        left out because layout.json has no key for it.
+        """Returns the contents of a layout.json for this layout, with absolute file names. Leaves
+        out the control image of the whole image, because layout.json has no key for it. Only the
+        folders of NoiseCollage's program have such an image.
         """
         return {
             "prompt": self.prompt,
@@ -156,8 +158,8 @@ class SizedLayout(Layout):
 
 
 def ensure_sized(layout: Layout, default: int) -> SizedLayout:
-    """Returns the layout itself if it is sized. Otherwise sizes it for an image of the layout's
-    own size or, where it states none, of `default` x `default` pixels.
+    """Returns the layout itself if it is a `SizedLayout`. Otherwise returns it on an image of the
+    width and height that it states, or of `default` x `default` pixels if it states none.
     """
     if isinstance(layout, SizedLayout):
         return layout
@@ -175,8 +177,11 @@ def load(source: str | Path | dict) -> Layout:
 
     Only the prompts, and a box or a mask for each region, are required. Without width and height
     the image has the model's own size. A region's negative prompt defaults to the image's. File
-    names are relative to the layout.json. ValueError or FileNotFoundError, in one line, for
-    anything else; where the size is given, regions that do not fit it are found here too.
+    names are relative to the folder of the layout.json.
+
+    Raises FileNotFoundError, in one line, for a file that is missing. Raises ValueError, in one
+    line, for contents of any other form, and for regions that do not fit the image, where its size
+    is stated.
     """
     if isinstance(source, dict):
         return _from_dict(source, Path(), "the layout: ")
@@ -201,9 +206,9 @@ def coverage(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 
 def preview(layout: Layout, size: int = 512) -> Image.Image:
-    """Draws the layout: every region's outline and caption, with its latent cells shaded by the
-    fraction that the region fills, and a line of text per region below. `size`: the image's sides
-    in pixels where the layout states none.
+    """Draws the outline and caption of every region, and a line of text per region below. Each
+    latent cell is shaded by the fraction of the cell that the region fills. `size` is the width and
+    height of the image in pixels where the layout states none.
     """
     layout = ensure_sized(layout, size)
     scale = max(1, round(640 / max(layout.width, layout.height)))
@@ -225,7 +230,7 @@ def preview(layout: Layout, size: int = 512) -> Image.Image:
 
 
 def _printable(text: str) -> str:
-    """Returns the text in characters that any font has."""
+    """Returns the text with "?" for every character outside Latin-1, which a font may lack."""
     return text.encode("latin-1", "replace").decode("latin-1")
 
 
@@ -240,7 +245,8 @@ def _shading(layout: SizedLayout, colours: list[str], scale: int) -> Image.Image
 
 
 def _outline(region: SizedRegion, scale: int) -> Image.Image:
-    """Returns a mask, at the preview's scale, of the region's outermost two pixels."""
+    """Returns a mask of the region's outline: its outermost two pixels in a preview that is
+    enlarged `scale` times."""
     inside = np.pad(region.pixels, 1).repeat(scale, 0).repeat(scale, 1)
     inner = inside.copy()
     for axis in (0, 1):
@@ -250,7 +256,7 @@ def _outline(region: SizedRegion, scale: int) -> Image.Image:
 
 
 def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
-    """Returns (colour, text) of each line below a preview."""
+    """Returns the lines of text below a preview, each as (colour, text)."""
     lines = [("black", f"0  {layout.prompt!r}, the whole picture, {layout.width}x{layout.height}")]
     times = np.zeros((layout.height, layout.width), np.uint16)  # in how many regions each pixel lies
     for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
@@ -288,15 +294,16 @@ def _in_fractions(box: Sequence[float]) -> bool:
 
 
 def _hint(box: Sequence[float] | None) -> str:
-    """Returns a hint for the error of a box that may have been meant in fractions."""
+    """Returns the end of an error message, for a box in pixels that may have been meant in
+    fractions. An empty string for any other box, and for None."""
     if box is None or _in_fractions(box) or all(v == int(v) for v in box):
         return ""
     return "; a number above 1 makes all four of a box pixels: fractions are 0 to 1"
 
 
 def _check_box(box: Sequence[float], width: int | None, height: int | None, where: str) -> None:
-    """Raises ValueError for a box that is impossible on any image; with width and height, also for
-    a box in pixels that leaves the image.
+    """Raises ValueError for a box that is impossible on any image. If width and height are given,
+    raises ValueError also for a box in pixels that leaves an image of that size.
     """
     x_most = math.inf if width is None else width
     y_most = math.inf if height is None else height
@@ -313,8 +320,8 @@ def _check_box(box: Sequence[float], width: int | None, height: int | None, wher
 
 
 def _box_pixels(box: Box | None, width: int, height: int, where: str) -> np.ndarray:
-    """Returns a mask (height, width) of the pixels inside a box, whose sides are rounded to whole
-    pixels.
+    """Returns a boolean mask (height, width) of the pixels inside a box. The edges of the box are
+    rounded to whole pixels. Raises ValueError if `box` is None or leaves the image.
     """
     if box is None:
         raise ValueError(f"{where}give a box [x0, y0, x1, y1] or a mask file, one of the two")
@@ -327,7 +334,7 @@ def _box_pixels(box: Box | None, width: int, height: int, where: str) -> np.ndar
 
 
 def _check_filled(pixels: np.ndarray, box: Box | None, where: str) -> None:
-    """ValueError for a region that is empty or does not fill half of any latent cell."""
+    """Raises ValueError for a region that is empty or does not fill half of any latent cell."""
     if not pixels.any():
         mend = "its mask needs white pixels inside"
         if box is not None:
@@ -343,13 +350,15 @@ def _check_filled(pixels: np.ndarray, box: Box | None, where: str) -> None:
 
 
 class _Masks:
-    """Reads the masks of one layout, each file once, and limits their pixels."""
+    """A reader for the masks of one layout. Reads each file once, and limits the number of pixels
+    of all masks together."""
 
     def __init__(self) -> None:
         self.known: dict[Path, np.ndarray] = {}
 
     def read(self, path: Path, where: str) -> np.ndarray:
-        """Returns a mask as booleans (H,W). Raises FileNotFoundError or ValueError, in one line."""
+        """Returns the mask in a file as booleans (H,W). Raises, in one line, FileNotFoundError if
+        there is no file, and ValueError if it is no image or the masks are too large."""
         if path not in self.known:
             self.known[path] = _read_mask(path, where)
             if sum(mask.size for mask in self.known.values()) > MOST_PIXELS:
@@ -414,7 +423,8 @@ def _from_dict(given: Any, folder: Path, where: str) -> Layout:
 
 
 def _of_size(layout: Layout, width: int, height: int) -> Layout:
-    """Returns the layout with its size fixed. ValueError where its regions do not fit that size."""
+    """Returns the layout with `width` and `height` set. Raises ValueError where its regions do not
+    fit an image of that size."""
     layout.sized(width, height)
     return replace(layout, width=width, height=height)
 
@@ -482,7 +492,8 @@ def _is(value: object, kind: type) -> bool:
 
 
 def _value(given: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
-    """Returns a key's value, checked to be of a type; `default` where the key is missing."""
+    """Returns the value of a key in `given`; `default` where the key is missing. Raises ValueError
+    for a value that is not of the type `kind`."""
     if key not in given:
         return default
     value = given[key]
@@ -509,8 +520,9 @@ def _required(given: dict[str, Any], key: str, where: str) -> str:
 
 
 def _from_folder(folder: Path) -> Layout:
-    """Reads a folder of NoiseCollage's program: PALL/ and P000/, P001/ ..., whose numbers may have
-    gaps. The image has the size of the first region's mask.
+    """Reads a folder of NoiseCollage's program, which holds PALL/ and P000/, P001/, ... (numbers
+    may be missing). The image gets the size of the first region's mask. Raises FileNotFoundError
+    where PALL, a caption or a mask is missing, and ValueError for anything else that is wrong.
     """
     whole = folder / "PALL"
     if not whole.is_dir():

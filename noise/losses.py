@@ -1,17 +1,21 @@
-"""From the words of a prompt to their attention maps, and from the maps to five losses.
+"""Finds the tokens of a prompt's subjects, and computes their attention maps and five losses of
+these maps.
 
 Initial noise optimisation (InitNO: Guo et al., CVPR 2024, arXiv 2404.04650) and Attend-and-Excite
 (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826) predict from one UNet evaluation which subjects of
-the prompt the image will show, and where:
+the prompt the image will show, and where. Two maps of each subject are used:
 
-- cross-attention C (h,w,77n) without the start token and the last position, sharpened over tokens to
-  softmax(100 C) and smoothed, is each subject's map M (h,w). The subject would appear at its peak;
-- self-attention at that peak, smoothed, is the region A (h,w) that the subject claims.
+- M (h,w), from cross-attention C (h,w,77n). The start token and the last position are left out, C
+  is sharpened over the tokens to softmax(100 C), the maps of the subject's tokens are averaged, and
+  the mean is smoothed. The subject is expected to appear at the peak of M.
+- A (h,w), the smoothed self-attention of the query at that peak. A is the region that the subject
+  is expected to fill.
 
-A `Look` (noise/look.py) has both, differentiably, from one early-stopped evaluation. Every loss
-takes them for a whole batch and returns one value per image, (B,). The images of a batch may have
-different numbers of subjects: `present` (B,S) marks which of the S subject slots are used in each
-image. All of it also works in float64, and nothing loops over pixels.
+A `Look` (noise/look.py) gives both maps, differentiably, from one UNet evaluation that ends after
+the last recording layer. Every loss takes the maps of a whole batch and returns one value per
+image, (B,); lower is better. The images of a batch may have different numbers of subjects:
+`present` (B,S) is True for those of the S subject slots that an image uses, and None means that all
+are used. All functions also work in float64, and none loops over pixels.
 """
 
 import math
@@ -34,16 +38,17 @@ Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 
 
 def automatic_subjects(prompt: str) -> list[str]:
-    """Returns the last word of each part of the prompt, split at "and", "with", BREAK and commas.
+    """Splits the prompt at "and", "with", BREAK and commas, and returns the last word of each part.
 
-    A word that occurs more than once is numbered: `cat#1` is its first occurrence, `cat#2` its
-    second. ValueError for a prompt without any word.
+    A word that occurs more than once in the prompt is numbered: `cat#1` is the first occurrence of
+    "cat", `cat#2` the second. Raises ValueError for a prompt without any word.
     """
     return [name for name, _ in _chosen(prompt)]
 
 
 def _chosen(prompt: str) -> list[tuple[str, Word]]:
-    """The names of the automatic subjects, and where they stand."""
+    """Returns the automatic subjects of a prompt as (name, word) pairs. The name is the one that
+    `automatic_subjects` returns, and the word holds the place in the prompt."""
     chosen: list[Word] = []
     last = None
     for word in [*words(prompt), Word(",", 0, 0)]:
@@ -67,12 +72,12 @@ def _chosen(prompt: str) -> list[tuple[str, Word]]:
 
 
 def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int]]:
-    """Finds the token positions of each subject. No network runs.
+    """Returns a list of token positions for each subject. Runs no network.
 
-    `subjects`: words of the prompt (a list, or one string with commas), token indices (0 is the
-    start token), or None for `automatic_subjects`. ValueError if there is none, and for a subject
-    that is not in the prompt or given twice. Warns about a single subject, which has nothing to
-    conflict with.
+    `subjects` are words of the prompt (a list, or one string with commas), token indices (0 is the
+    start token), or None for `automatic_subjects`. Raises ValueError if there are no subjects, and
+    for a subject that is not in the prompt or is given twice. Warns if there is only one subject,
+    because the conflict loss of a single subject is 0.
     """
     if subjects is None:
         subjects = automatic_subjects(prompt)
@@ -90,8 +95,7 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
             raise ValueError(f"subject {subject!r} is named twice")
         places.append(place)
     if len(places) == 1:
-        # From this line (stacklevel 1), Python shows it once, although several methods resolve
-        # subjects.
+        # With stacklevel 1 Python shows the warning once, although several methods call `resolve`.
         warnings.warn(
             f"a single subject, {subjects[0]!r}: with nothing to conflict with, that loss is 0", stacklevel=1
         )
@@ -99,7 +103,8 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
 
 
 def _index(text: TextEncoder, prompt: str, index: int) -> int:
-    """Returns a token index that belongs to a word of the prompt; ValueError for any other."""
+    """Returns `index` after checking that it is the index of a token that belongs to a word of the
+    prompt. Raises ValueError otherwise."""
     if not isinstance(index, int) or isinstance(index, bool):
         raise ValueError(f"a subject is a word of the prompt or a token index, not {index!r}")
     places = text.places(prompt)
@@ -112,11 +117,12 @@ def _index(text: TextEncoder, prompt: str, index: int) -> int:
 
 
 def selector(places: Sequence[Sequence[Sequence[int]]], length: int | None = None) -> Tensor:
-    """Token positions of each subject of each image -> weights (B,S,length).
+    """Returns weights (B,S,length) that select the tokens of each subject: the product of the
+    weights and the maps of all tokens is the mean map of each subject. `places` holds, for each
+    image, the token positions of each subject.
 
-    Their product with the maps of all tokens is the mean of each subject's maps. An image with
-    fewer than S subjects has rows of zeros for the rest. `length` defaults to that of the chunks of
-    77 tokens up to the last position.
+    S is the largest number of subjects of an image. An image with fewer has rows of zeros for the
+    rest. `length` defaults to the smallest multiple of 77 (a chunk) that includes all positions.
     """
     if length is None:
         last = max(token for subjects in places for tokens in subjects for token in tokens)
@@ -132,11 +138,11 @@ def selector(places: Sequence[Sequence[Sequence[int]]], length: int | None = Non
 
 
 def smooth(maps: Tensor) -> Tensor:
-    """Maps (...,h,w) smoothed by a 3x3 kernel with reflected edges. An axis of a single cell has that
-    cell as its own neighbour on both sides.
+    """Returns maps (...,h,w) smoothed by a 3x3 kernel with reflected edges. Where an axis has a
+    single cell, that cell is its own neighbour on both sides.
 
-    Its weights along each axis are exp(-(d / (2 * 0.5))^2), normalised to sum 1. This is InitNO's
-    kernel, not the usual Gaussian exp(-d^2 / 2s^2).
+    At distance d along an axis the kernel's weight is exp(-(d / (2 * 0.5))^2), normalised to sum 1.
+    This is InitNO's kernel, not the usual Gaussian exp(-d^2 / 2s^2).
     """
     total = 1 + 2 * math.exp(-1)
     middle = 1 / total
@@ -151,30 +157,35 @@ def smooth(maps: Tensor) -> Tensor:
 
 
 def mean_maps(maps: Tensor, select: Tensor) -> Tensor:
-    """Maps of all tokens (B,h,w,K), a `selector` (B,S,k), k <= K -> each subject's mean (B,S,h,w)."""
+    """Returns the mean map of each subject, (B,S,h,w), from the maps of all tokens (B,h,w,K) and
+    the weights of `selector`, (B,S,k) with k <= K."""
     return torch.einsum("bhwk,bsk->bshw", maps[..., : select.shape[-1]], select.to(maps))
 
 
 def subject_maps(cross: Tensor, select: Tensor) -> Tensor:
-    """Cross-attention (B,h,w,77n), a `selector` (B,S,77m), m <= n -> smoothed maps M (B,S,h,w) of
-    subjects. In each of the n chunks the start token and the last position are left out."""
+    """Returns the maps M of the subjects, (B,S,h,w), from cross-attention (B,h,w,77n) and the
+    weights of `selector`, (B,S,77m) with m <= n. The top of this file defines M. The start token
+    and the last position of each of the n chunks are left out."""
     sharp = (100 * inner(cross)).softmax(dim=-1)  # (B, h, w, 75n)
     return smooth(mean_maps(sharp, inner(select)))
 
 
 def inner(tokens: Tensor) -> Tensor:
-    """Leaves out the first and the last position of every chunk of 77 (one chunk, if shorter)."""
+    """Returns `tokens` (...,K) without the first and the last position of every chunk of 77. If K
+    is less than 77, all K positions are one chunk."""
     chunks = max(1, tokens.shape[-1] // CHUNK)
     return tokens.unflatten(-1, (chunks, -1))[..., 1:-1].flatten(-2)
 
 
 def peaks(maps: Tensor) -> Tensor:
-    """Flat index (B,S) of the largest cell of each map (B,S,h,w), row by row. No gradient."""
+    """Returns the index (B,S) of the largest cell of each map (B,S,h,w), with cells numbered row by
+    row. Has no gradient."""
     return maps.detach().flatten(2).argmax(dim=-1)
 
 
 def claims(self_maps: Tensor, at: Tensor) -> Tensor:
-    """Self-attention (B,h,w,h*w) of the queries at cells (B,S) -> smoothed maps A (B,S,h,w)."""
+    """Returns the maps A of the subjects, (B,S,h,w): the smoothed self-attention of the queries at
+    the cells `at` (B,S), which `peaks` returns. `self_maps` is (B,h,w,h*w)."""
     h, w, n = self_maps.shape[1:]
     rows = self_maps.flatten(1, 2).gather(1, at[:, :, None].expand(-1, -1, n))  # (B, S, h*w)
     return smooth(rows.unflatten(2, (h, w)))
@@ -183,7 +194,8 @@ def claims(self_maps: Tensor, at: Tensor) -> Tensor:
 def listed_timesteps(
     sd: Model, steps: int | None = None, sampler: str | None = None, karras: bool = False
 ) -> list[Timestep]:
-    """Every timestep of a run, in order; None means the model's default. Errors as in `timesteps`."""
+    """Returns every timestep of a run, in order. None means the model's default. Raises ValueError
+    for a sampler or a number of steps that does not exist, as `timesteps` does."""
     steps = sd.config.steps if steps is None else steps
     return timesteps(sampler or sd.config.sampler, sd.schedule, steps, karras=karras)
 
@@ -196,18 +208,17 @@ def _present(maps: Tensor, present: Tensor | None) -> Tensor:
 
 
 def cross_response(maps: Tensor, present: Tensor | None = None) -> Tensor:
-    """How little attention the most neglected subject gets. maps M (B,S,h,w) -> (B,).
-
-    The maximum over subjects of 1 - M at its peak.
+    """Returns InitNO's response loss (B,) of the maps M (B,S,h,w). The loss is large if one of the
+    subjects gets little attention: it is the maximum over the subjects of 1 - max(M).
     """
     highest = maps.flatten(2).gather(2, peaks(maps)[:, :, None])[:, :, 0]  # (B, S)
     return (1 - highest).masked_fill(~_present(maps, present), 0.0).max(dim=1).values
 
 
 def self_conflict(claims: Tensor, present: Tensor | None = None) -> Tensor:
-    """How far the regions A that subjects claim overlap. claims (B,S,h,w) -> (B,).
-
-    The mean over pairs of sum(min(A, A')) / sum(A + A'); 0 for a single subject.
+    """Returns InitNO's conflict loss (B,) of the maps A (B,S,h,w), which `claims` returns. The loss
+    measures how far the regions of the subjects overlap: it is the mean of sum(min(A, A')) /
+    sum(A + A') over all pairs of subjects, and 0 for a single subject.
     """
     present = _present(claims, present)
     i, j = torch.triu_indices(claims.shape[1], claims.shape[1], offset=1, device=claims.device)
@@ -218,10 +229,12 @@ def self_conflict(claims: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def clean_background(maps: Tensor, present: Tensor | None = None) -> Tensor:
-    """The strongest response outside each peak's own part. maps (B,S,h,w) -> (B,).
+    """Returns a loss (B,) of the maps M (B,S,h,w) that is large if a subject gets attention in more
+    than one place.
 
-    It is summed over subjects. The part: cells above Otsu's threshold that are connected to the
-    peak. A response outside counts only if it exceeds the weakest one inside.
+    The part of a map that holds the peak consists of the cells at or above Otsu's threshold that
+    are connected to the peak. The loss is the largest value of M outside this part, summed over the
+    subjects. A value counts only if it exceeds the smallest value inside the part.
     """
     with torch.no_grad():
         part = component(maps >= otsu(maps)[:, :, None, None].to(maps.dtype) / 255, peaks(maps))
@@ -231,16 +244,18 @@ def clean_background(maps: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def alignment(maps: Tensor, running: Tensor, present: Tensor | None = None) -> Tensor:
-    """How far maps M (B,S,h,w) are from their running mean over the steps so far. -> (B,).
+    """Returns the mean absolute difference between maps M (B,S,h,w) and their `running` mean over
+    the steps so far, of the same shape. The difference is summed over the subjects: (B,).
 
-    The mean absolute difference, summed over subjects. (The original averages the maps of all
-    tokens. Selecting and smoothing are linear, so the subjects' own maps suffice.)
+    The published program averages the maps of all tokens. Since selecting and smoothing are linear,
+    the maps of the subjects give the same result.
     """
     return ((maps - running).abs().mean(dim=(2, 3)) * _present(maps, present)).sum(dim=1)
 
 
 def kl_divergence(mu: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mu, exp(log_var)) || N(0, 1)), mean over an image's elements. (B,...) each -> (B,)."""
+    """Returns KL(N(mu, exp(log_var)) || N(0, 1)), averaged over the elements of each image: (B,)
+    from `mu` and `log_var` (B,...)."""
     return -0.5 * (1 + log_var - mu**2 - log_var.exp()).flatten(1).mean(dim=1)
 
 
@@ -248,15 +263,17 @@ def kl_divergence(mu: Tensor, log_var: Tensor) -> Tensor:
 
 
 def otsu(maps: Tensor) -> Tensor:
-    """Otsu's threshold (1979) of each map (...,h,w) in 0..1 -> (...) integers, 0 to 255.
+    """Returns Otsu's threshold (1979) of each map (...,h,w) with values in 0..1: integers (...)
+    from 0 to 255.
 
-    Values are scaled by 255 and truncated to 256 levels. The threshold is the first level whose
-    split into "up to it" and "above it" has the largest variance between classes, or 0 if no split
-    exists.
+    Values are scaled by 255 and truncated to 256 levels. Each level splits the cells into two
+    classes: up to the level, and above it. The threshold is the first level at which the variance
+    between the classes is largest, or 0 if all cells have the same level.
 
-    With n0 of the N cells in the lower class and S0 of the sum S, that variance is, up to a
-    constant, (N S0 - n0 S)^2 / (n0 n1). It takes whole numbers and one division, so equally good
-    splits have exactly equal variances, and "first" is well defined.
+    Let n0 of the N cells be in the lower class and n1 in the upper one, and let the levels of the
+    lower class sum to S0 and all levels to S. Up to a constant, the variance is (N S0 - n0 S)^2 /
+    (n0 n1). This takes whole numbers and one division, so equally good splits have exactly equal
+    variances, and the first of them is well defined.
     """
     levels = (maps.detach() * 255).long().clamp(0, 255).flatten(-2)  # (..., N)
     counts = torch.zeros(*levels.shape[:-1], 256, dtype=torch.long, device=maps.device)
@@ -271,15 +288,16 @@ def otsu(maps: Tensor) -> Tensor:
 
 
 def component(mask: Tensor, at: Tensor, asking: int | None = None) -> Tensor:
-    """The 4-connected part of each mask (B,S,h,w) that holds cell `at` (B,S), as a mask.
+    """Returns the 4-connected component of each mask (B,S,h,w) that holds the cell with index `at`
+    (B,S), as a mask. The component is empty if the mask is False at that cell.
 
-    It is empty if the mask does not hold that cell. `asking`: how many rings it grows between two
-    questions whether it is complete. A GPU waits for each question, so there it is 8, elsewhere 1;
-    rings after the last change nothing.
+    The component grows from the cell by one ring of neighbours at a time. `asking` is the number of
+    rings between two checks whether it is complete. It defaults to 8 on a GPU, which every check
+    makes the program wait for, and to 1 elsewhere. It does not change the result.
     """
     asking = asking or (8 if mask.is_cuda else 1)
     part = torch.zeros_like(mask).flatten(2).scatter(2, at[:, :, None], True).view_as(mask) & mask
-    while True:  # it grows by its neighbours: a few turns for a blob, up to h*w for a spiral
+    while True:  # a few rings for a blob, up to h*w for a spiral
         before = part
         for _ in range(asking):
             part = _ring(part) & mask
@@ -288,7 +306,7 @@ def component(mask: Tensor, at: Tensor, asking: int | None = None) -> Tensor:
 
 
 def _ring(part: Tensor) -> Tensor:
-    """A mask (...,h,w) and its neighbours above, below and on both sides."""
+    """Returns a mask (...,h,w) extended by the cells above, below, left and right of its cells."""
     spread = part.clone()
     spread[..., 1:, :] |= part[..., :-1, :]
     spread[..., :-1, :] |= part[..., 1:, :]

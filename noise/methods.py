@@ -1,8 +1,8 @@
-"""The table of noise methods: name -> how the initial noise of a batch is found.
+"""The table `METHODS` of noise methods: name -> a function that finds the initial noise of a batch.
 
-A method is a function `(sd, batch, say) -> Found`. It takes a `Batch`, images that differ in
-prompt, subjects and seed alone, and returns their unit noise. To add one, write it in a file of
-its own, wrap it here, and add its row to `METHODS`.
+A method is a function `(sd, batch, say) -> Found`. It takes a `Batch`, whose images differ in
+prompt, subjects and seed alone, and returns their unit noise. `say(message)` reports progress to
+the user. To add a method, write it in a file of its own, wrap it here, and add a row to `METHODS`.
 """
 
 import warnings
@@ -25,13 +25,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images whose initial noise is found together, and the settings with which they will be
-    drawn.
+    """Images whose initial noise is found together, and the settings with which the images will
+    then be sampled.
     """
 
     prompts: list[str]
     seeds: list[int]
-    subjects: list[list[str | int] | None]  # per image; None where the run does not ask for any
+    subjects: list[list[str | int] | None]  # per image; None: not given
     negative_prompt: str
     guidance_scale: float
     steps: int
@@ -44,19 +44,19 @@ class Batch:
     candidates: list[list[int]] | None = None  # per image: the seeds to choose among, its own first
     optimize_steps: int = 100
     optimize_mode: str = "full"
-    steer: steering.Run | None = None  # an objective that takes the place of the score
+    steer: steering.Run | None = None  # an objective to use instead of the score
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The shape of one image's latents."""
+        """The shape (4, h, w) of one image's latents."""
         return 4, self.height // 8, self.width // 8
 
 
 class Found(NamedTuple):
-    """The noise of a batch, and what to record of each image."""
+    """The noise of a batch, and what to record and save for each image."""
 
     noise: Tensor  # (B, 4, h, w), unit normal unless the method optimised it
-    notes: list[dict[str, Any]]  # per image: settings to record beside the job's own, such as the seed chosen
+    notes: list[dict[str, Any]]  # per image: further settings to record, such as the chosen seed
     extras: list[dict[str, Image.Image | Tensor]]  # per image: further files to save, by name
 
 
@@ -64,13 +64,13 @@ Method = Callable[[Model, Batch, Say], Found]
 
 
 def random(sd: Model, batch: Batch, say: Say) -> Found:
-    """Returns each seed's own noise."""
+    """Returns the noise of each image's own seed."""
     return Found(unit_noise(batch.seeds, batch.shape), _each(batch), _each(batch))
 
 
 def select(sd: Model, batch: Batch, say: Say) -> Found:
-    """Chooses the best of each image's candidates, by attention, by inversion stability, or by an
-    objective.
+    """Chooses the best of each image's candidate seeds: by the objective if the batch has one
+    (`batch.steer`), otherwise by attention or by inversion stability (`batch.score`).
     """
     if batch.steer is not None:
         found = batch.steer.select(_candidates(batch), batch.shape, say)
@@ -100,7 +100,8 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def optimize(sd: Model, batch: Batch, say: Say) -> Found:
-    """Optimises each seed's noise for inversion stability, or for an objective."""
+    """Optimises the noise of each image's seed: for the objective if the batch has one
+    (`batch.steer`), otherwise for inversion stability."""
     if batch.steer is not None:
         start = unit_noise(batch.seeds, batch.shape)
         found = batch.steer.optimize(start, lambda b, message: say(f"seed {batch.seeds[b]}: {message}"))
@@ -123,7 +124,8 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
-    """Runs InitNO from each seed, or from the best of the image's candidates by attention."""
+    """Runs InitNO (noise/initno.py) from each image's seed or, if `batch.score` is "attention",
+    from the best of the image's candidate seeds by attention."""
     seeds = batch.seeds
     notes = _each(batch)
     if batch.score == "attention":
@@ -151,7 +153,9 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def best_method(sd: Model, batch: Batch, say: Say) -> Found:
-    """Looks at each image's candidates, drafts the most promising, and takes the first good one."""
+    """Chooses among each image's candidate seeds in two steps (noise/best.py): scores all of them
+    by attention at the first timestep, then samples those with the best scores part of the way, and
+    takes the first that is good enough, or else the best of them."""
     found = best.choose(
         sd,
         batch.prompts,
@@ -193,8 +197,9 @@ def _candidates(batch: Batch) -> list[list[int]]:
 def _selection(
     asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float], better: str
 ) -> dict[str, Any]:
-    """Returns the settings that record a selection: the seeds asked for and chosen, every candidate
-    with its score, and whether `better` scores are "low" (a loss) or "high" (a value).
+    """Returns the settings that record the choice of a seed: the seed `asked` for, the chosen
+    `seed`, the score of every candidate, and whether scores are losses (`better` is "low") or
+    values (`better` is "high").
     """
     return {
         "asked_seed": asked,
@@ -207,11 +212,13 @@ def _selection(
 def _best_by_attention(
     sd: Model, batch: Batch, layout: SizedLayout | None, say: Say
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Returns the best candidate of each image, and the settings that record the choice.
+    """Returns (seeds, notes): the best candidate seed of each image, and the settings that record
+    the choice.
 
-    With a layout, candidates are ranked by how well each caption attends to its region (a score,
-    higher is better); without, by the attention to the subjects (a loss, lower is better). Each
-    candidate costs one early-stopped UNet evaluation, with a layout one per region.
+    With a layout that has regions, the score is `arrange.arrange`'s: how much of the attention to
+    each caption's subjects falls inside the caption's region (higher is better). Otherwise it is
+    `initno.attention_scores`, a loss of the attention to the prompt's subjects (lower is better).
+    Each candidate costs one UNet evaluation, or one per region of the layout, that ends early.
     """
     chosen = []
     notes = []

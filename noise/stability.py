@@ -1,23 +1,24 @@
-"""Noise that inversion recovers: selection and optimisation by inversion stability
+"""Selects and optimises noise by inversion stability: how well inversion recovers the noise
 (Qi, Bai, Xiong & Xie 2024, arXiv 2407.14041).
 
-Denoise a noise to latents, invert these by DDIM (samplers/ddim.py), and compare the result with the
-noise:
+A noise is denoised to latents, the latents are inverted to a noise' by DDIM (samplers/ddim.py), and
+noise' is compared with the noise. The stability score is
 
     s(noise) = cos(noise, noise'),   noise' = invert(denoise(noise, prompt)),
 
-each image's latents flattened. The VAE takes no part in it. The paper claims that noises of high s
-make better images; bench/stability.py counts whether they do. `select` takes the best of many
-seeds. `optimize` descends J = 1 - s, with one of two gradients:
+where the noises of each image are flattened to vectors. The VAE is not used. The paper claims that
+noises of high s make better images; bench/stability.py counts whether they do. `select` takes the
+best of many seeds. `optimize` descends J = 1 - s, with one of two gradients:
 
-- "full": through denoising and inversion. Every step is checkpointed (Chen et al. 2016), so memory
-  holds one step's activations and the latents between steps, whatever the number of steps;
-- "detach": with v = noise' / |noise'| held constant. With u = noise / |noise| that is
-  -(v - s u) / |noise|: perpendicular to the noise, its norm the sine of the angle over |noise|.
-  Nothing is differentiated.
+- "full" differentiates through denoising and inversion. Every step is checkpointed (Chen et al.
+  2016), so memory holds the activations of one step and the latents between steps, whatever the
+  number of steps.
+- "detach" holds v = noise' / |noise'| constant. With u = noise / |noise| the gradient is then
+  -(v - s u) / |noise|. It is perpendicular to the noise, and its norm is the sine of the angle
+  between noise and noise', divided by |noise|. No network is differentiated.
 
-The paper published no program. Where its text leaves something open, minsd's choice is an argument,
-and its default is documented there.
+The authors published no program. Where the paper leaves something open, minsd's choice is an
+argument, and its default is documented there.
 """
 
 import math
@@ -42,21 +43,22 @@ from minsd.noise.look import Told
 from minsd.samplers import SAMPLERS, check, ddim
 from minsd.samplers.schedule import Predictor, Steps, Timestep
 
-# Each step is a function of x and t alone. The other samplers have no inverse to speak of.
+# The samplers whose steps are functions of x and t alone. The others cannot be inverted usefully.
 MEMORYLESS = ("ddim", "euler", "heun")
-PAPER_NUMBERS = 65_536  # numbers in the latents that the paper's learning rate of 100 is meant for
+PAPER_NUMBERS = 65_536  # size of the latents that the paper's learning rate of 100 is meant for
 
 
 class Trip:
-    """Denoises unit noise (B,4,h,w) to latents under some prompts, and inverts these to noise'.
+    """A function of unit noise that denoises the noise to latents, and inverts the latents to the
+    noise'. The `rows` that its methods take are the images' numbers in the batch.
 
-    `prompts`: one for every image, or one per image. Denoise in `steps` of `sampler` at
-    `guidance_scale` (None: the model's, 7.5 for Stable Diffusion), then invert with plain DDIM in
-    the same number of steps at `guidance_invert`. No fixed-point iteration: it would recover every
-    noise, so the score would say nothing.
+    `prompts` is one for all images, or a list with one per image. Denoising takes `steps` steps of
+    `sampler` at `guidance_scale` (None: the model's, 7.5 for Stable Diffusion). Inversion takes the
+    same number of DDIM steps at `guidance_invert`, without fixed-point iteration, which would
+    recover every noise and so give all noises the same score.
 
-    ValueError for a sampler that cannot be inverted, an `eta` other than 0, and numbers that make
-    no sense.
+    The constructor raises ValueError for a sampler that cannot be inverted, an `eta` other than 0,
+    a number of steps that the schedule does not allow, and guidance scales that are not finite.
     """
 
     def __init__(
@@ -103,19 +105,23 @@ class Trip:
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def __call__(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Returns noise' (b,4,h,w), the noise that inversion recovers, for images `rows` with
-        noise (b,4,h,w). The grad mode is the caller's.
+        """Returns noise' (b,4,h,w), which inversion recovers from the latents of `noise` (b,4,h,w)
+        of the images `rows` (b,). `checkpointed` recomputes activations when differentiating. The
+        grad mode is the caller's.
         """
         return self.up(self.down(noise, rows, checkpointed), rows, checkpointed)
 
     def down(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Denoises noise (b,4,h,w) to latents."""
+        """Returns the latents to which noise (b,4,h,w) of the images `rows` (b,) is denoised.
+        `checkpointed` recomputes activations when differentiating."""
         predict = self._predictor(self.guidance_scale, rows, checkpointed)
         sample = SAMPLERS[self.sampler]
         return _last(sample(predict, noise, self.sd.schedule, self.steps, final=self.final))
 
     def up(self, latents: Tensor, rows: Tensor, checkpointed: bool = False, iterations: int = 0) -> Tensor:
-        """Inverts latents (b,4,h,w) to noise."""
+        """Returns the noise to which latents (b,4,h,w) of the images `rows` (b,) are inverted.
+        `iterations` is the number of fixed-point iterations of each step, and `checkpointed`
+        recomputes activations when differentiating."""
         predict = self._predictor(self.guidance_invert, rows, checkpointed)
         how = {"iterations": iterations, "final": self.final}
         return _last(ddim.invert(predict, latents, self.sd.schedule, self.steps, **how))
@@ -138,8 +144,8 @@ def _last(run: Steps) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the cosine (B,) of the angle between each image's latents in two batches (B,...),
-    taken as vectors.
+    """Returns, for each image, the cosine of the angle between a and b, (B,). Both are (B,...), and
+    the elements of an image are taken as one vector.
     """
     a, b = a.flatten(1), b.flatten(1)
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
@@ -150,10 +156,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Scores:
-    """The inversion stability of noises, and what it cost."""
+    """The inversion stability of noises, and the number of UNet evaluations that it took."""
 
     scores: list[float]  # -1..1, one per noise; nan where sampling overflowed
-    rows: int  # UNet evaluations: per noise 3 T (4 T with guidance both ways, 2 T without any)
+    rows: int  # UNet evaluations: per noise and step 3 (4 with guidance both ways, 2 without)
 
 
 @torch.no_grad()
@@ -166,15 +172,16 @@ def score(
     width: int | None = None,
     **trip: Any,
 ) -> Scores:
-    """Computes the inversion stability s of noises (K,4,h,w), or of seeds (at height x width
-    pixels).
+    """Computes the inversion stability s (the top of this file) of noises (K,4,h,w), or of the
+    noises of seeds at height x width pixels.
 
-    `prompt`: one for all or one per noise. `trip`: the settings of `Trip`, `negative_prompt`,
-    `steps` (10), `guidance_scale`, `guidance_invert` (1), `sampler` ("ddim") and `eta` (0). As
-    many noises at a time as `sd.batch_size` allows; their number changes scores by no more than
-    rounding.
+    `prompt` is one for all noises, or a list with one per noise. `trip` are the settings of `Trip`:
+    `negative_prompt`, `steps` (10), `guidance_scale`, `guidance_invert` (1), `sampler` ("ddim") and
+    `eta` (0). As many noises are processed at a time as `sd.batch_size` allows; their number
+    changes scores by no more than rounding.
 
-    ValueError, before any network runs, as in `Trip`, and for prompts or shapes that do not fit.
+    Raises ValueError, before any network runs, for settings that `Trip` refuses, and for prompts or
+    shapes that do not fit.
     """
     noise = _noises(sd, prompt, noise, height, width)
     travel = Trip(sd, prompt, **trip)
@@ -194,7 +201,9 @@ def _noises(
     height: int | None = None,
     width: int | None = None,
 ) -> Tensor:
-    """Noises or seeds -> noises (B,4,h,w). ValueError for prompts or shapes that do not fit."""
+    """Returns the noises (B,4,h,w) that are given, or those of the given seeds at height x width
+    pixels (None: the model's size). Raises ValueError for an image size or a shape that is not
+    possible, and unless `prompt` is one string or has one prompt per noise."""
     if not isinstance(noise, Tensor):
         height, width = height or sd.config.size, width or sd.config.size
         check_size(height, width)
@@ -220,12 +229,15 @@ def select(
     progress: Callable[[str], None] | None = None,
     **trip: Any,
 ) -> Selection:
-    """Chooses the seed with the most stable noise, or with the least stable (`worst`, for
-    experiments). Among equals the first wins.
+    """Chooses among `seeds` the one whose noise has the highest inversion stability or, if `worst`
+    is True (for experiments), the lowest. Among equal scores the first seed is taken.
 
-    `known` scores (seed -> score, of the same prompt and settings) are not computed again, nor is
-    a seed given twice. `progress(message)` is called after every batch: "20/100 best 0.912 (seed
-    7)". `trip` and ValueErrors as in `score`; FloatingPointError if no candidate has a score.
+    `known` holds scores (seed -> score) of the same prompt and settings, which are not computed
+    again. A seed that is given twice is scored once. `progress(message)` is called after every
+    batch with a message such as "20/100 best 0.912 (seed 7)". `trip` are the settings of `Trip`.
+
+    Raises ValueError for settings that `Trip` refuses and for an image size that is not possible.
+    Raises FloatingPointError if no candidate has a score that is a number.
     """
     Trip(sd, prompt, **trip)  # its errors come first
     height, width = height or sd.config.size, width or sd.config.size
@@ -254,10 +266,11 @@ def select(
 
 
 def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: Any) -> Image.Image:
-    """Draws the images of the `count` best candidates and, below them, of the `count` worst, with
-    seeds and scores.
+    """Returns a contact sheet with the images of the `count` best candidates and, below them, of
+    the `count` worst, with seeds and scores. If there are no more than `count` candidates, the
+    sheet has only the first row.
 
-    `how`: settings of the images, passed to `sd(...)`.
+    `how` are settings of the images, passed to `sd(...)`.
     """
     best, worst = selection.ranked[:count], selection.ranked[-count:]
     seeds = list(dict.fromkeys(best + worst))
@@ -272,23 +285,26 @@ def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: A
 
 @dataclass(frozen=True)
 class Descent:
-    """Settings of `optimize`: gradient descent with momentum on 1 - s. ValueError for wrong ones.
+    """The settings of `optimize`, which descends 1 - s by gradient descent with momentum. The
+    constructor raises ValueError for a setting that is out of range.
 
-    The paper's learning rate of 100 is for latents of 65,536 numbers. Gradients scale with 1 /
-    sqrt(d) and |noise| with sqrt(d), so a rate proportional to d moves the noise by the same
-    fraction of itself: that is the default.
+    The paper's learning rate of 100 is for latents of 65,536 numbers. For latents of d numbers,
+    gradients are proportional to 1 / sqrt(d) and |noise| to sqrt(d). A rate proportional to d
+    therefore moves the noise by the same fraction of |noise| at every size, and is the default.
 
-    The noise may leave the sphere of radius sqrt(d) on which unit noise lies. A warning says so
-    outside `drivers.NORMAL` of it; `rescale` puts the noise back after every step.
+    The norm of unit noise is close to sqrt(d), but the descent may change the norm. A warning is
+    given when |noise| / sqrt(d) leaves the range `drivers.NORMAL`. With `rescale`, the noise gets
+    norm sqrt(d) again after every step.
     """
 
     mode: str = "full"  # or "detach": see the top of this file
     optimize_steps: int = 100
     lr: float | None = None  # None: the paper's 100, scaled to the size of the latents
     momentum: float = 0.5  # the paper's
-    keep: str = "last"  # which iterate: the "last" or the "best"
+    keep: str = "last"  # which iterate is the result: the "last" or the "best"
     rescale: bool = False
-    checkpointed: bool = True  # False saves a forward pass of "full", if all activations fit
+    # False saves one of the two forward passes of "full", if all activations fit into memory.
+    checkpointed: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in ("full", "detach"):
@@ -305,15 +321,15 @@ class Descent:
 
 @dataclass
 class Result:
-    """One image's optimised noise, and how the optimisation went."""
+    """The optimised noise of one image, and the scores on the way to it."""
 
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
     score: float = math.nan  # of this noise
     before: float = math.nan  # of the noise it began from
-    # Per iterate: its score, norm (|noise| / sqrt(d)), mean and std.
+    # For each iterate: the score, norm (|noise| / sqrt(d)), mean and std.
     history: list[dict[str, float]] = field(default_factory=list)
     rows: float = 0  # UNet evaluations for this image, recomputed ones included
-    note: str | None = None  # what went wrong
+    note: str | None = None  # what went wrong, if anything
 
 
 def optimize(
@@ -324,8 +340,8 @@ def optimize(
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Result:
-    """Makes a seed's noise, or a noise (1,4,h,w), more stable. This is `optimize_batch` with a
-    batch of one.
+    """Optimises the noise of a seed, or a noise (1,4,h,w), for inversion stability. Calls
+    `optimize_batch`, which explains the other arguments, with a batch of one.
     """
 
     def report(b: int, message: str) -> None:
@@ -346,16 +362,17 @@ def optimize_batch(
     progress: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Descends 1 - s, where s is the stability score, from noises (B,4,h,w) or from seeds at
-    height x width pixels.
+    """Optimises noises (B,4,h,w), or the noises of seeds at height x width pixels, by gradient
+    descent on 1 - s, where s is the inversion stability. Returns one Result per image. A result
+    does not depend on the other images of the batch.
 
-    `settings`: the fields of `Descent` and `Trip`. Returns one Result per image, independent of
-    the other images of the batch. `progress(b, message)` follows image b: "step 7/100 score 0.912
-    best 0.934 norm 1.002 mean 0.001 std 1.002".
+    `settings` are fields of `Descent` and arguments of `Trip`. `progress(b, message)` is called
+    after every step of image b with a message such as "step 7/100 score 0.912 best 0.934 norm 1.002
+    mean 0.001 std 1.002".
 
-    ValueError, before any network runs, for settings, prompts and shapes that make no sense. If an
-    image's score or gradient is not finite, its result is the noise that it started from, with a
-    note.
+    Raises ValueError, before any network runs, for settings that `Descent` or `Trip` refuses, and
+    for prompts or shapes that do not fit. If the score or the gradient of an image is not finite,
+    the image's result is the noise that the descent started from, with a note.
     """
     own = {f.name: settings.pop(f.name) for f in fields(Descent) if f.name in settings}
     how = Descent(**own)
@@ -377,7 +394,8 @@ def optimize_batch(
 def _descend(
     trip: Trip, how: Descent, start: Tensor, rows: Tensor, progress: Callable[[int, str], None] | None
 ) -> list[Result]:
-    """Runs `optimize_batch` for the images `rows` at once. Their noises are `start` (b,4,h,w)."""
+    """Optimises the noises `start` (b,4,h,w) of the images `rows` (b,) in one batch. Returns one
+    Result per image, without the number of UNet evaluations."""
 
     def evaluate(x: Tensor, rows: Tensor, mode: str) -> tuple[Told, Tensor]:
         scores, gradient = gradients(trip, x, rows, mode, how.checkpointed)
@@ -418,10 +436,11 @@ def _describe(step: int, steps: int, history: list[dict[str, float]]) -> str:
 def gradients(
     trip: Trip, x: Tensor, rows: Tensor, mode: str, checkpointed: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns the scores s (b,) of noises x (b,4,h,w) of images `rows`, and the gradient of 1 - s
-    in each noise.
+    """Returns (scores, gradient): the inversion stability s (b,) of the noises x (b,4,h,w) of
+    images `rows` (b,), and the gradient of 1 - s with respect to x.
 
-    `mode`: "full" or "detach", or "score" for a gradient of zeros.
+    `mode` is "full" or "detach" (the top of this file), or "score" for a gradient of zeros.
+    `checkpointed` recomputes activations in mode "full".
     """
     if mode == "full":
         # The gradient of a cosine is so small that float16 would lose it.
@@ -447,12 +466,12 @@ def gradients(
 
 @dataclass
 class Inversion:
-    """An image's noise, and the image reconstructed from it."""
+    """The noise that inversion finds for an image, and the image that this noise gives."""
 
-    noise: Tensor  # (1, 4, h, w) float32 on the CPU; DDIM with the same settings reconstructs from it
+    noise: Tensor  # (1, 4, h, w) float32 on the CPU; DDIM with the same settings gives the image
     picture: Image.Image  # the reconstruction
     psnr: float  # of the reconstruction against the image, dB
-    codec_psnr: float  # of the image through the VAE alone, dB: reached by an exact inversion
+    codec_psnr: float  # of the image through the VAE alone, dB; an exact inversion reaches it
     rows: int  # UNet evaluations
 
 
@@ -470,13 +489,15 @@ def invert_picture(
     height: int | None = None,
     width: int | None = None,
 ) -> Inversion:
-    """Inverts an image, cropped and scaled to height x width pixels, to its noise, and
-    reconstructs it by DDIM.
+    """Crops and scales an image to height x width pixels, inverts it to noise by DDIM, and
+    reconstructs the image from this noise by DDIM.
 
-    `iterations`: how often the fixed point of each step is iterated. This makes the inversion more
-    exact with 25 steps or more; with fewer, larger steps it diverges. With guidance other than 1,
-    in either direction, the reconstruction is poor. ValueError, before any network runs, for
-    numbers that make no sense.
+    `iterations` is the number of fixed-point iterations of each inversion step. With 25 steps or
+    more they make the inversion more exact; with fewer, larger steps they diverge. If
+    `guidance_scale` or `guidance_invert` is not 1, the reconstruction is poor.
+
+    Raises ValueError, before any network runs, for an image size that is not possible, a negative
+    number of iterations, and settings that `Trip` refuses.
     """
     height, width = height or sd.config.size, width or sd.config.size
     check_size(height, width)
@@ -503,8 +524,8 @@ def invert_picture(
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Returns the peak signal-to-noise ratio (dB) of two 8-bit images of one size: infinite if
-    they are equal.
+    """Returns the peak signal-to-noise ratio (dB) of two 8-bit images of the same size. It is
+    infinite if the images are equal.
     """
     error = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
     return math.inf if error == 0 else float(10 * np.log10(255**2 / error))

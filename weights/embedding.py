@@ -65,8 +65,8 @@ def read(path: str | Path, name: str | None, sd: Any) -> Embedding:
 
 
 def bundled(path: str | Path, sd: Any) -> list[Embedding]:
-    """Reads the embeddings in a LoRA's file; an empty list if it holds none. Raises ValueError for
-    one that was made for another model."""
+    """Reads the embeddings in a LoRA's file. Returns an empty list if the file holds none. Raises
+    ValueError for an embedding that was made for another model."""
     from minsd.weights.lora import file_of
 
     path = file_of(Path(path))

@@ -85,7 +85,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The parts of a text encoder: its tensors, its tokenizer, and the token id that pads prompts."""
+    """The tensors and the tokenizer of a text encoder, and the token id that pads prompts."""
 
     tensors: Tensors | RenamedTensors
     tokenizer: "CLIPTokenizer"

@@ -517,7 +517,7 @@ def per_row(
 def by_region(regions: Sequence[HasLoRA], loaded: Mapping[Path, LoRA]) -> Iterator[Adapters | None]:
     """Adapts each region of a layout (noise/layout.py) with the LoRAs that the region's `lora`
     lists, within the `with` block. The rest of the image has none. Yields the `Adapters` to give to
-    the collage's predictor; None where no region has a LoRA."""
+    `collage.predictor`, or None where no region has a LoRA."""
     paths = dict.fromkeys(path for region in regions for path, _ in region.lora)
     if not paths:
         yield None

@@ -35,7 +35,8 @@ _ROLE = re.compile(
 
 
 def roles(names: list[str]) -> dict[str, dict[str, str]]:
-    """Sorts a file's tensor names that belong to this module's kinds: layer -> role -> name."""
+    """Returns those of a file's tensor names that belong to the kinds of adapters in this module,
+    as layer -> role -> tensor name."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         m = _ROLE.fullmatch(name)
@@ -127,7 +128,8 @@ def _fits(bias: Tensor, module: Layer) -> bool:
 
 
 def _change(t: Mapping[str, Tensor], on_input: bool, alpha: Callable[[int], float]) -> Change:
-    """Returns the change of a weight by tensors `t`, by role. Raises KeyError for a missing one."""
+    """Returns the function weight -> change that the adapter tensors `t` (role -> tensor) define.
+    Raises KeyError for a missing tensor."""
     if "lora_magnitude_vector" in t or "dora_scale" in t:
         rest = {role: x for role, x in t.items() if role not in ("lora_magnitude_vector", "dora_scale")}
         return _dora(t, _change(rest, on_input, alpha))
@@ -163,7 +165,8 @@ def _change(t: Mapping[str, Tensor], on_input: bool, alpha: Callable[[int], floa
 
 
 def _product(t: Mapping[str, Tensor], role: str, core: str) -> Tensor:
-    """Returns a @ b of a factor's two halves, or with a Tucker core, of these three."""
+    """Returns the product of the matrices `role`_a and `role`_b. If `t` has a tensor called `core`,
+    returns the Tucker product of the core and both matrices."""
     a, b = t[f"{role}_a"], t[f"{role}_b"]
     if core in t:
         return _tucker(t[core], a, b)
@@ -191,7 +194,8 @@ def _dora(t: Mapping[str, Tensor], change: Change) -> Change:
 
 
 def _along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
-    """Returns one number per row (axis 0) or column (axis 1), in a shape that multiplies a weight."""
+    """Reshapes `values`, one per row (axis 0) or column (axis 1) of a weight, so that they multiply
+    the weight."""
     shape = [1] * weight.ndim
     shape[axis] = weight.shape[axis]
     return values.reshape(shape)
