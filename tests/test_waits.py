@@ -54,7 +54,8 @@ def meta_model(batch=4):
     with torch.device("meta"):
         unet = UNet(CONFIG).requires_grad_(False)
     sd = SimpleNamespace(unet=unet, device=torch.device("meta"), dtype=torch.float32)
-    sd.config, sd.schedule = SimpleNamespace(size=128), Schedule(ScheduleConfig())
+    sd.config = SimpleNamespace(size=128, unet=unet.config)
+    sd.schedule = Schedule(ScheduleConfig())
     sd.encode_prompt, sd.batch_size = encode_prompt, lambda height, width: batch
     sd.predictor = lambda c, u, g: guidance.classifier_free(sd.unet, c, u, g, sd.schedule)
     return sd
