@@ -486,11 +486,11 @@ def select(
     equal scores, the first wins.
 
     `score(x)` returns the scores of noises x (k,4,h,w). `better` states whether "low" or "high"
-    scores are better. `shape` is (4,h,w) of one noise. `at_once` noises are scored at a time. Scores
-    that are given in `known` (seed -> score) are not computed again, and a repeated seed is scored
-    once. `worst` chooses the worst seed instead, for experiments. `advice` is the end of the error
-    message if no candidate has a score. `progress(message)` is called after every batch, with a
-    message such as "20/100 best 0.912 (seed 7)".
+    scores are better. `shape` is (4,h,w) of one noise. `at_once` noises are scored at a time.
+    Scores that are given in `known` (seed -> score) are not computed again, and a repeated seed is
+    scored once. `worst` chooses the worst seed instead, for experiments. `advice` is the end of the
+    error message if no candidate has a score. `progress(message)` is called after every batch, with
+    a message such as "20/100 best 0.912 (seed 7)".
 
     Raises ValueError if `seeds` is empty, and FloatingPointError if no candidate has a score.
     """
@@ -557,8 +557,8 @@ def search(
 
     Each of the `rounds` scores `count` neighbours of the best noise so far, at an angle of cosine
     `near` to it. The search moves to the best neighbour if that one has a better score. All random
-    directions come from the seed's generator, so `replay` can make the noise again from the seed and
-    the path. Costs 1 + rounds * count scores. `score`, `shape` and `better` are as in `select`.
+    directions come from the seed's generator, so `replay` can make the noise again from the seed
+    and the path. Costs 1 + rounds * count scores. `score`, `shape` and `better` are as in `select`.
     `progress(message)` is called after every round. Raises FloatingPointError if no noise has a
     score.
     """
@@ -614,12 +614,12 @@ def halve(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> Halving:
-    """Chooses a seed in stages. Each stage scores the seeds that remain and drops the worst, so that
-    an expensive score is computed for few seeds.
+    """Chooses a seed in stages. Each stage scores the seeds that remain and drops the worst, so
+    that an expensive score is computed for few seeds.
 
     A stage is (score, keep): `score(seeds)` returns losses, lower is better, and the `keep` seeds
-    with the lowest losses reach the next stage (at least one does). The seed with the lowest loss in
-    the last stage is chosen. Raises ValueError if `seeds` is empty.
+    with the lowest losses reach the next stage (at least one does). The seed with the lowest loss
+    in the last stage is chosen. Raises ValueError if `seeds` is empty.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")
