@@ -51,8 +51,8 @@ VARIANTS: dict[str, tuple[str, dict[str, int | bool | None]]] = {
 
 
 def tasks(sd: StableDiffusion, size: int, batch: int) -> dict[str, Callable[[], Tensor]]:
-    """Returns the functions to time: "step", a guided step that returns the predicted noise, and
-    "look", an evaluation of attention maps that returns the gradient of a loss of the maps."""
+    """Returns the functions to time: a guided step, which returns the noise predicted, and a look,
+    which returns a gradient."""
     x = noise(range(batch), (4, size // 8, size // 8)).to(sd.device)
     context = sd.encode_prompt(PROMPT).expand(batch, -1, -1)
     predict = sd.predictor(context, torch.zeros_like(context), 7.5)
@@ -77,8 +77,8 @@ def relative(y: Tensor, truth: Tensor) -> float:
 
 
 def measure(sd: StableDiffusion, args: argparse.Namespace, batch: int) -> None:
-    """Times each variant. Prints and writes each row as soon as it is measured, so that an
-    interrupted run keeps the rows before."""
+    """Times each variant, and prints and writes its row at once, so that a run that is cut off
+    keeps its rows."""
     base: Row = {}
     truth: dict[str, Tensor] = {}
     for name in args.variants:
