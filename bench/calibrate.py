@@ -1,4 +1,4 @@
-"""Which InitNO losses have plain noises on a model? Its limits can be set from the percentiles.
+"""What are InitNO's losses of plain noises on a model? Set its limits from the percentiles.
 
     python -m bench.calibrate --model DIR [--prompt TEXT [--subjects WORDS]] [--seeds 64] [--csv]
 
@@ -29,7 +29,8 @@ PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
 
 
 def losses_of(sd: StableDiffusion, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Returns each loss of every seed, (seeds,), at the model's first timestep."""
+    """Returns {"response": ..., "conflict": ...}: each loss (seeds,) of the seeds' noises at the
+    first timestep."""
     asks = ask(sd, [args.prompt], [0], [args.subjects])
     lift = Lift(sd, asks, InitNO(sd, asks))
     t = losses.listed_timesteps(sd, None, None, False)[0]

@@ -1,20 +1,20 @@
-"""Which method draws what the prompt asks for most often per second?
+"""Which method most often draws what the prompt names, and at what cost in time?
 
     python -m bench.methods --csv --keep out --sheets out     # 200 prompts per group: hours
     python -m bench.methods --quick                           # 10 per group and few methods: minutes
-    python -m bench.methods --tune 40 --methods syngen overlap    # step scales, on seeds of their own
+    python -m bench.methods --tune 40 --methods syngen overlap    # step scales, on separate seeds
 
 Every method of noise/objectives/ draws the same prompts with the embedded model from the same seeds:
 two objects, three objects, and two objects of which one is of a colour and shape that training never
-put together (`binding`). A detector that sees only pixels judges them: right (exactly what was asked
-for), without neglect, and with the right colours. Gains over plain sampling are paired, image by
-image. `pick-K` is the best of K seeds by attention score: at the seconds that a method takes, it is
-what the method has to beat.
+put together (`binding`). A detector that reads only pixels judges the images: right (exactly the
+prompt's objects), without neglect (no object is missing), and with the right colours. Gains over
+plain sampling are paired, image by image. `pick-K` draws the best of K seeds by attention score. A
+method is worthwhile only if it beats the `pick-K` that takes the same time.
 
 Each method has its published settings, and the step scale of SCALES, chosen by `--tune` on prompts
 and seeds that the table does not use. Seconds are processor seconds of one thread, per image, so
-that other work on the machine does not count. With `--keep` a stopped run goes on where it was, and
-the table may be made of what is there (`--report`).
+that other work on the machine does not count. Finished parts are kept in the folder `--keep`, so a
+stopped run can be continued, and `--report` makes the table of the parts finished so far.
 """
 
 import argparse
@@ -50,14 +50,14 @@ SCALES: dict[str, float] = {}
 
 
 class Method(NamedTuple):
-    """How one image's noise is found, or its latents are moved."""
+    """One method: how an image's noise is chosen or optimised, and how its latents are moved."""
 
     objective: str | None = None
     driver: str | None = None
     settings: dict[str, Any] = {}
-    pick: int = 0  # first, the best of so many seeds by attention score
-    best: bool = False  # or, the seed of noise/best.py
-    initno: bool = False  # then, InitNO's noise
+    pick: int = 0  # first choose the best of so many seeds by attention score
+    best: bool = False  # or first choose the seed by noise/best.py
+    initno: bool = False  # then optimise that seed's noise by InitNO
 
 
 METHODS = {
@@ -85,7 +85,8 @@ QUICK = ("plain", "pick-5", "excite", "syngen")
 
 
 def group_cases(group: str, n: int, tune: bool) -> list[Subjects]:
-    """The subjects of n prompts of a group."""
+    """Returns the subjects, (colour, shape) pairs, of n prompts of a group of `GROUPS`. With
+    `tune`, the prompts differ from those of the table."""
     if group != "binding" and not tune:
         return cases(group, n)
     rng = np.random.default_rng((31, GROUPS.index(group), tune))
@@ -105,7 +106,7 @@ def group_cases(group: str, n: int, tune: bool) -> list[Subjects]:
 def draw(
     sd: StableDiffusion, method: Method, prompts: list[str], seeds: list[int]
 ) -> tuple[list[Image.Image], dict[str, float]]:
-    """Draws a batch by one method. Returns the images, and the costs per image."""
+    """Draws a batch by one method. Returns (images, costs), the costs per image by name."""
     cost = Cost(sd)
     shape = (4, sd.config.size // 8, sd.config.size // 8)
     rows: Counter[str] = Counter()
@@ -137,7 +138,8 @@ def draw(
 def steered(
     sd: StableDiffusion, method: Method, asks: list[look.Ask], seeds: list[int], x: Tensor
 ) -> tuple[Tensor, Any, steer.Run | None]:
-    """Applies a method's objective. Returns the noise, the updates of the run, and its Run."""
+    """Applies a method's objective to noise x (B,4,h,w). Returns (noise, refine, run): the noise,
+    the updates of the latents or None, and the steer.Run or None."""
     if method.objective is None:
         return x, None, None
     chosen = steer.choose(method.objective, driver=method.driver, settings=method.settings)
@@ -150,7 +152,8 @@ def steered(
 
 
 def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
-    """The best of an image's candidates by attention score."""
+    """Returns the best seed by attention score, of `count` candidates derived from an image's
+    seed."""
     candidates = candidate_seeds(seed, count)
     return candidates[int(np.argmin(initno.attention_scores(sd, prompt, None, candidates)))]
 
@@ -159,7 +162,7 @@ def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
 
 
 class Job(NamedTuple):
-    """A batch of one method, for a process of the pool."""
+    """A batch of prompts to draw by one method, in one process of the pool."""
 
     model: str
     group: str
@@ -188,7 +191,8 @@ class Judged(NamedTuple):
 
 
 def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
-    """A method with its step scale times a factor. Selections, and SAGA's own updates, have none."""
+    """Returns a method with its step scale multiplied by a factor. Methods without a step scale (no
+    objective, the driver select, SAGA's own updates) are returned unchanged."""
     method = METHODS[name]
     if factor == 1 or method.objective in (None, "saga") or method.driver == "select":
         return method
@@ -203,7 +207,7 @@ def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
 
 
 def work(job: Job) -> Job:
-    """Draws and judges a batch, unless its file is there."""
+    """Draws and judges a batch, and writes the result to `job.file`, unless that file exists."""
     if not job.file.exists():
         sd = loaded(job.model)
         numbers = list(range(job.start, min(job.start + BATCH, job.n)))
@@ -226,7 +230,8 @@ def read(job: Job) -> list[Judged]:
 
 
 def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """Every method of a batch of prompts before the next batch, so that a stopped run has pairs."""
+    """Yields the jobs of all methods for one batch of prompts before those of the next batch, so
+    that a stopped run can still compare methods on the same prompts."""
     n = args.tune or args.n
     for start in range(0, n, BATCH):
         for group in ("two",) if args.tune else args.groups:
@@ -240,14 +245,16 @@ def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def paired(ours: Sequence[Judged], plain: Sequence[Judged], of: Callable[[Judged], bool]) -> str:
-    """The gain of a rate over plain sampling, with its 95 % interval."""
+    """Formats the gain of a rate over plain sampling, with its 95 % interval. `of` selects the
+    images that count."""
     change = np.array([float(of(a)) - float(of(b)) for a, b in zip(ours, plain)])
     half = 1.96 * change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan
     return f"{change.mean():+.3f} [{change.mean() - half:+.3f}, {change.mean() + half:+.3f}]"
 
 
 def table(jobs: Sequence[Job]) -> list[Row]:
-    """A row per group, method and scale, of the prompts that all methods of the group have drawn."""
+    """Returns a row per group, method and scale. Only prompts count that all methods of the group
+    have drawn."""
     there = [job for job in jobs if job.file.exists()]
     rows = []
     for group in dict.fromkeys(job.group for job in there):
@@ -275,7 +282,8 @@ def table(jobs: Sequence[Job]) -> list[Row]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Success against processor seconds; the front joins methods that none beats in both."""
+    """Plots the rate without neglect against processor seconds. A grey line joins the methods that
+    no faster method equals."""
     import matplotlib  # pyright: ignore[reportMissingImports]  (of the extra "bench")
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The subject of minsd: the initial noise of an image. One file per method; each names its paper.
+"""Methods that choose or change the initial noise of an image. Each file cites its paper.
 
 Submodules are imported when they are first used, so importing this package imports nothing heavy.
 """

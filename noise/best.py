@@ -1,17 +1,21 @@
-"""The noise that draws every subject most often per second: look at many, draft a few, draw one.
+"""Chooses a seed whose image is likely to show every subject, at little cost: ranks many seeds,
+drafts a few, and draws one.
 
-    1. look    one early-stopped evaluation of each candidate ranks them by InitNO's attention score
-    2. draft   in that order, a tenth of the run's steps from each candidate; then one more look. The
-               first whose most neglected subject gets enough attention, cross < LIMIT
-               (`losses.cross_response`), is taken; if there is none, the lowest
+    1. look    ranks the candidates (seeds) by InitNO's attention score, for which each candidate
+               takes one UNet evaluation that stops after the attention maps
+    2. draft   in that order, runs a tenth of the run's steps from each candidate and evaluates the
+               response loss (`losses.cross_response`, how little attention the most neglected
+               subject gets); stops at the first candidate with a loss below LIMIT; if there is
+               none, takes the candidate with the lowest loss
     3. draw    the run itself
 
-At the first timestep the maps say less than after a few steps, when a subject that is still
-neglected hardly ever appears. So most images need a single draft, and one that would fail costs a
-tenth of a run instead of a whole one. (Drafts that are verified are an old idea; Flash-BoN, arXiv
-2607.04461, argues for them by wall clock.) The constants are the embedded model's: of 18 of its
-images with two subjects, those that drew both had a response loss of at most 0.15 after a tenth of
-the steps, the others of at least 0.48. bench/results/README.md has its rate and cost.
+Attention maps predict the image less well at the first timestep than after a few steps. A subject
+that is neglected then hardly ever appears in the image. So most images need a single draft, and a
+noise that would fail costs a tenth of a run instead of a whole run. (Verified drafts are an old
+idea; Flash-BoN, arXiv 2607.04461, argues for them by wall-clock time.) The constants were chosen on
+the embedded model: of 18 of its images with two subjects, those that show both had a response loss
+of at most 0.15 after a tenth of the steps, and the others of at least 0.48.
+bench/results/README.md lists the success rate and cost of this method.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,15 +35,15 @@ from minsd.samplers import SAMPLERS
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Timestep
 
-CANDIDATES = 8  # looks per image
+CANDIDATES = 8  # seeds to rank, per image
 DRAFTS = 6  # at most, per image
-PART = 0.1  # of the run's steps in a draft
+PART = 0.1  # length of a draft, as a fraction of the run's steps
 LIMIT = 0.3  # a draft is good enough if its response loss is below this
 
 
 @dataclass(frozen=True)
 class Course:
-    """How the image will be drawn, and so its drafts."""
+    """Settings of the run that draws the image. Drafts are the beginning of such a run."""
 
     steps: int
     sampler: str
@@ -50,19 +54,19 @@ class Course:
 
 @dataclass
 class Best:
-    """The seed chosen for one image."""
+    """The seed chosen for one image, and the losses of its candidates."""
 
     seed: int
-    scores: dict[int, float]  # seed -> attention score of its look
+    scores: dict[int, float]  # seed -> attention score at the first timestep
     drafts: dict[int, float] = field(default_factory=dict)  # seed -> response loss of its draft
-    met: bool = False  # its draft was good enough
+    met: bool = False  # whether the chosen seed's draft was good enough
 
 
 def draft(
     sd: Model, prompts: Sequence[str], noise: Tensor, seeds: Sequence[int], stop: int, course: Course
 ) -> tuple[Tensor, Timestep]:
-    """Returns the latents (B,4,h,w) after the first `stop` steps of a run from noise (B,4,h,w), and
-    the timestep that comes next.
+    """Runs the first `stop` steps from noise (B,4,h,w). Returns (x, t): the latents (B,4,h,w) after
+    them, and the timestep of the next step.
     """
     visited = losses.listed_timesteps(sd, course.steps, course.sampler, course.karras)
     cond, uncond = sd.encode_prompt(list(prompts)), sd.encode_prompt([course.negative_prompt])
@@ -90,10 +94,12 @@ def choose(
     part: float = PART,
     progress: Callable[[int, str], None] | None = None,
 ) -> list[Best]:
-    """Chooses each image's seed among its candidates. `shape` (4,h,w) is one noise's.
+    """Chooses each image's seed among its candidates (seeds). Returns one Best per image.
 
-    Images draft in the same batches, each until a draft of its own is good enough. `progress(b,
-    message)` follows image b. ValueError, before any network runs, for subjects that cannot be
+    `shape` is (4,h,w) of one noise. A draft is the first `part` of the run's steps from a
+    candidate's noise. Each image gets at most `drafts` drafts, until the response loss after one is
+    below `limit`; drafts of different images share batches. `progress(b, message)` is called with
+    the progress of image b. Raises ValueError, before any network runs, for subjects that cannot be
     found.
     """
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]

@@ -1,14 +1,17 @@
-"""Three drivers of an objective: choose a noise, optimise it, or move the latents while denoising.
+"""Three drivers, which minimise an objective: `select`, `optimize` and `refine`.
 
-    select      the best of many candidates; with a search, near the best ones so far
-    optimize    gradient descent on the noise
-    refine      updates of the latents in the steps of a run, before each prediction
+    select      chooses the best of many noises, or searches near the best one so far
+    optimize    descends the gradient on the initial noise
+    refine      moves the latents in the steps of a run, before each noise prediction
 
-A driver knows nothing about a method but two functions, which `look.Lift` makes from any objective
-and which a method that is no single evaluation (noise/stability.py, noise/arrange.py) gives itself:
+A driver calls one or both of two functions. `look.Lift` makes them from any objective. A method
+whose loss takes more than one UNet evaluation (noise/stability.py, noise/arrange.py) supplies its
+own.
 
     score(x, rows) -> told                       values (b,) by name, with "loss": lower is better
-    slope(x, rows, ...) -> (told, gradient)      and the gradient (b,4,h,w) of "loss" in x
+    slope(x, rows, ...) -> (told, gradient)      also the gradient (b,4,h,w) of "loss" in x
+
+`told` holds values to report, by name. `rows` (b,) holds the images' numbers in the batch.
 
 Images of a batch do not influence one another.
 """
@@ -32,12 +35,12 @@ from minsd.samplers.schedule import Refine, Timestep
 
 Score = Callable[[Tensor, Tensor], Told]
 Say = Callable[[int, str], None]  # (image, message)
-NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) within which the network still takes it for noise
+NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) for which the UNet still treats it as noise
 SHARE = 0.02  # a step of an objective whose scale is unknown, as a fraction of the latents' norm
 
 
 class Slope(Protocol):
-    """`Lift.slope`, or a function like it."""
+    """The type of `Lift.slope` and of functions with the same parameters."""
 
     def __call__(
         self,
@@ -51,19 +54,21 @@ class Slope(Protocol):
 
 
 def values_of(told: Told) -> list[dict[str, float]]:
-    """Returns what is told of each image, as Python numbers."""
+    """Converts `told` (values to report: name -> (b,)) to one dict of Python numbers per image."""
     columns = torch.stack(list(told.values()), dim=1).tolist()
     return [dict(zip(told, row)) for row in columns]
 
 
 def in_words(values: Mapping[str, float]) -> str:
-    """Formats what is told of an image; the loss alone if nothing else is."""
+    """Formats an image's values without "loss": "cross 0.21 self 0.3". If there is no other value,
+    formats "loss"."""
     shown = {name: value for name, value in values.items() if name != "loss"} or values
     return " ".join(f"{name} {value:.3g}" for name, value in shown.items())
 
 
 def shares(gradient: Tensor, x: Tensor, share: float | None) -> Tensor:
-    """Returns a gradient (B,4,h,w), with `share` scaled per image to that fraction of x's norm."""
+    """Scales a gradient (B,4,h,w), for each image, to the norm share * |x|. If `share` is None,
+    returns the gradient unchanged."""
     if share is None:
         return gradient
     size = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
@@ -77,9 +82,10 @@ def shares(gradient: Tensor, x: Tensor, share: float | None) -> Tensor:
 class Refining:
     """Settings of `refine`: how the latents move in the first steps of a run.
 
-    `repeats` maps a step to limits, name -> value: an image that exceeds one of them there is moved
-    again and again, at most `most` times, until it is within all. Without limits it is moved `most`
-    times. `share`: a step's size as a fraction of the latents' norm, in place of `scale`.
+    `repeats` maps a step to limits (name -> value). At this step, an image that exceeds a limit is
+    moved repeatedly, at most `most` times, until it is within all limits. If the limits are empty,
+    every image is moved `most` times. `share`, if given, replaces `scale`: each update moves the
+    latents by this fraction of their norm.
     """
 
     until: int = 25  # steps with updates
@@ -110,12 +116,14 @@ def refine(
     record: "list[Result] | None" = None,
     progress: Say | None = None,
 ) -> Refine:
-    """Returns a `refine(i, t, x)`, for one run of a batch of `count` images with any sampler.
+    """Returns a function `refine(i, t, x)` -> x that updates the latents of `count` images. Every
+    sampler calls such a function before each noise prediction.
 
-    `begin` is called when a run begins. `steps`, `sampler` and `karras` are those of the run.
-    `record`, one Result per image, takes each image's first and last values. An image whose values
-    or gradient are not finite goes on without that update, with a warning. `progress(b, message)`
-    follows image b. The refine raises ValueError for a batch of another size.
+    `begin` is called when a run begins. `steps`, `sampler` and `karras` are those of the run. In
+    `record`, one Result per image, the first and the last values of each image are stored. If an
+    image's values or gradient are not finite, this update of the image is left out, with a warning.
+    `progress(b, message)` is called with the progress of image b. The returned function raises
+    ValueError for a batch of another size.
     """
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))
     scale = sd.config.update_scale if how.scale is None else how.scale
@@ -126,7 +134,7 @@ def refine(
 
 @dataclass
 class _Updates:
-    """The `refine` that `refine` returns."""
+    """The callable `refine(i, t, x)` that the function `refine` returns."""
 
     dtype: torch.dtype  # of the network
     slope: Slope
@@ -172,7 +180,10 @@ class _Updates:
                 return
 
     def evaluate(self, x: Tensor, rows: Tensor, i: int, t: Timestep, phase: str) -> tuple[Told, Tensor]:
-        """What is told of images `rows`, and their gradients, 0 where something is not finite."""
+        """Returns (told, gradient) of images `rows` (b,): the values (b,) to report, by name, and
+        the gradient (b,4,h,w). The gradient of an image is 0 if its values or gradient are not
+        finite.
+        """
         told, gradient = self.slope(x[rows], rows, t, i, phase)
         fine = finite(told, gradient)
         if not fine.all():
@@ -185,7 +196,8 @@ class _Updates:
         return told, shares(gradient, x[rows], self.how.share)
 
     def over(self, told: Told, i: int) -> Tensor:
-        """Returns, per image (b,), whether it exceeds a limit of step i's refinement."""
+        """Returns, for each image (b,), whether it exceeds a limit of `how.repeats[i]`. True for
+        every image if there are no limits."""
         exceeded = [told[name] > limit for name, limit in self.how.repeats[i].items()]
         if not exceeded:
             return torch.ones_like(told["loss"], dtype=torch.bool)
@@ -208,10 +220,11 @@ class _Updates:
 class Optimizing:
     """Settings of `optimize`: gradient descent on the initial noise.
 
-    Without `lr` each step moves the noise by `share` of its norm, along its gradient. `norm` sets the
-    noise's norm after every step: "keep" to that of its beginning, "unit" to sqrt(d), that of unit
-    noise of d numbers. `clip` bounds the gradient's norm per image. `jitter` is the variance of fresh
-    noise added at every step. An image stops where all `limits`, name -> value, are met.
+    If `lr` is None, the gradient is scaled to `share` times the noise's norm. `norm` sets the
+    noise's norm after every step: "keep" to the norm of the starting noise, "unit" to sqrt(d), the
+    norm of unit noise of d numbers. `clip` bounds the norm of each image's gradient. `jitter` is
+    the variance of fresh noise that is added at every step. The optimisation of an image stops once
+    its values are below all `limits` (name -> value).
     """
 
     steps: int = 50
@@ -223,10 +236,10 @@ class Optimizing:
     clip: float | None = None
     jitter: float = 0.0
     norm: str | None = "keep"  # or "unit", or None
-    regularizer: str | None = None  # of noise/regularizers.py; the best is chosen without it
-    weight: float | None = None  # of the regularizer; None: its own
+    regularizer: str | None = None  # a name of REGULARIZERS; not part of the reported loss
+    weight: float | None = None  # of the regularizer; None: its usual weight
     limits: Mapping[str, float] = field(default_factory=dict)
-    keep: str = "best"  # which iterate: the "best" or the "last"
+    keep: str = "best"  # which iterate to return: the "best" or the "last"
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -248,19 +261,19 @@ class Optimizing:
 
 @dataclass
 class Result:
-    """One image's noise after a driver, and how it went."""
+    """One image's noise after a driver ran, with the values before, during and after it."""
 
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
     loss: float = math.nan  # of this noise
-    before: dict[str, float] = field(default_factory=dict)  # what was told of the noise it began from
-    after: dict[str, float] = field(default_factory=dict)  # and of this noise
-    # Per iterate: what was told, and |noise| / sqrt(d), mean and std.
+    before: dict[str, float] = field(default_factory=dict)  # values of the starting noise, by name
+    after: dict[str, float] = field(default_factory=dict)  # values of this noise, by name
+    # For each iterate: its values by name, with "norm" (|noise| / sqrt(d)), "mean" and "std".
     history: list[dict[str, float]] = field(default_factory=list)
-    met: bool | None = None  # within all limits, where there are some
+    met: bool | None = None  # whether the values are below all limits; None without limits
     note: str | None = None  # what went wrong
 
     def note_values(self, values: dict[str, float]) -> None:
-        """Keeps an image's values: the first of them as `before`, the last as `after`."""
+        """Stores an image's values as `after`, and at the first call also as `before`."""
         self.before = self.before or values
         self.after = values
 
@@ -292,10 +305,11 @@ def optimize(
 ) -> list[Result]:
     """Descends from noises `start` (b,4,h,w) of images `rows` (b,). Returns one Result per image.
 
-    `slope(x, rows)` and `score(x, rows)`: as at the top of this file; the last iterate is only
-    scored. `draws`: a generator per image, for `jitter`. An image whose values or gradient are not
-    finite keeps the noise that it began from, with a note and a warning. `progress(b, message)`
-    follows image b; `describe` makes the messages.
+    `slope(x, rows)` returns values and a gradient, and `score(x, rows)` values alone, as at the top
+    of this file. The last iterate is only scored. `draws` holds one generator per image, which
+    `jitter` needs. If an image's values or gradient are not finite, its result is the noise that
+    its optimisation began from, with a note and a warning. `progress(b, message)` is called with
+    the progress of image b; `describe` makes the messages.
     """
     x = start.to(device, dtype)
     first = x
@@ -322,7 +336,7 @@ def optimize(
             result.before = result.before or kept
             better = last if how.keep == "last" else not values["loss"] >= result.loss
             if better or ended:
-                # Noise that no step has changed is returned as it was given.
+                # At step 0 nothing has changed: return the noise exactly as it was given.
                 result.noise = (x if step else start)[k][None].cpu()
                 result.loss = values["loss"]
                 result.after = kept
@@ -340,7 +354,7 @@ def optimize(
 
 
 class _Descent:
-    """The optimiser, with a state for each image."""
+    """The optimiser of `optimize` (SGD or Adam), with its own state for each image."""
 
     def __init__(self, how: Optimizing, x: Tensor):
         self.how = how
@@ -356,7 +370,8 @@ class _Descent:
         going: Tensor,
         draws: Sequence[torch.Generator] | None,
     ) -> Tensor:
-        """Returns x (b,4,h,w) after one step of the images that are `going` (b,)."""
+        """Returns x (b,4,h,w) after one step of the images for which `going` (b,) is true. The
+        other images stay unchanged."""
         how = self.how
         if how.regularizer is not None:
             pull, own = REGULARIZERS[how.regularizer]
@@ -379,7 +394,7 @@ class _Descent:
         return moved.where(going[:, None, None, None], x)
 
     def _direction(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """The step that is subtracted."""
+        """Returns the step (b,4,h,w) to subtract from x, and updates the optimiser's state."""
         how = self.how
         if how.lr is None:
             gradient = shares(gradient, x, how.share)
@@ -402,8 +417,8 @@ def _moments(x: Tensor) -> Told:
 
 
 def _fail(result: Result, start: Tensor, reason: str) -> None:
-    """Makes the image's result the noise (4,h,w) that its optimisation began from, with a note and
-    a warning.
+    """Sets an image's result to the noise `start` (4,h,w) that its optimisation began from. Adds a
+    note with the reason, and warns.
     """
     result.note = f"the noise could not be optimised: {reason}; it is left as it was"
     result.noise = start[None].cpu()
@@ -413,7 +428,7 @@ def _fail(result: Result, start: Tensor, reason: str) -> None:
 
 
 def _warn_of_norm(history: list[dict[str, float]]) -> None:
-    """Warns once, at the first step after which the noise's norm is outside NORMAL."""
+    """Warns if the noise's norm is outside NORMAL for the first time after the latest step."""
     low, high = NORMAL
     norms = [h["norm"] for h in history[1:]]
     outside = [norm for norm in norms if not low <= norm <= high]
@@ -435,14 +450,18 @@ class Selection:
     seed: int
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
     score: float
-    scores: dict[Any, float]  # seed, or path of a search -> score, in the order of the candidates
+    # Candidate -> score, in the order of the candidates. A candidate is a seed, or in a search the
+    # tuple (round, k), or () for the noise that the search began from.
+    scores: dict[Any, float]
     rows: int = 0  # UNet rows
     better: str = "low"  # or "high"
-    path: list[list[int]] = field(default_factory=list)  # [round, k] of each step of a search
+    path: list[list[int]] = field(
+        default_factory=list
+    )  # of a search: [round, k] of each neighbour it moved to
 
     @property
     def ranked(self) -> list[Any]:
-        """The candidates, the best first, those without a score last."""
+        """The candidates in order of their scores: the best first, those without a score last."""
         sign = 1 if self.better == "low" else -1
         return sorted(self.scores, key=lambda key: _rank(sign * self.scores[key]))
 
@@ -463,15 +482,17 @@ def select(
     advice: str = "try --dtype float32 or bfloat16",
     progress: Callable[[str], None] | None = None,
 ) -> Selection:
-    """Chooses the best of one image's candidates, the noise of each of `seeds`. Among equals the
-    first wins.
+    """Chooses one image's noise: the noise of the seed among `seeds` that has the best score. Of
+    equal scores, the first wins.
 
-    `score(x)` returns the scores of noises x (k,4,h,w); the `better` ones are "low" or "high".
-    `shape` (4,h,w) is one noise's; `at_once` are scored at a time. `known` scores (seed -> score) are
-    not computed again, nor is a seed given twice. `worst` chooses the worst, for experiments.
-    `advice` ends the error of a run in which no candidate has a score.
-    `progress(message)` is called after every batch: "20/100 best 0.912 (seed 7)". ValueError without
-    seeds; FloatingPointError if no candidate has a score.
+    `score(x)` returns the scores of noises x (k,4,h,w). `better` states whether "low" or "high"
+    scores are better. `shape` is (4,h,w) of one noise. `at_once` noises are scored at a time.
+    Scores that are given in `known` (seed -> score) are not computed again, and a repeated seed is
+    scored once. `worst` chooses the worst seed instead, for experiments. `advice` is the end of the
+    error message if no candidate has a score. `progress(message)` is called after every batch, with
+    a message such as "20/100 best 0.912 (seed 7)".
+
+    Raises ValueError if `seeds` is empty, and FloatingPointError if no candidate has a score.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")
@@ -500,10 +521,11 @@ def select(
 
 
 def neighbours(noise: Tensor, count: int, near: float, generator: torch.Generator) -> Tensor:
-    """Returns `count` noises (count,4,h,w) around one (1,4,h,w), at an angle of cosine `near`.
+    """Returns `count` random noises (count,4,h,w), each at an angle of cosine `near` to the given
+    noise n (1,4,h,w) and of the same norm.
 
-    |n| (c u + sqrt(1 - c^2) w): u is the noise's direction and w a random unit vector orthogonal to
-    it (Ma et al. 2025, arXiv 2501.09732), so the norm is kept.
+    Each is |n| (c u + sqrt(1 - c^2) w) (Ma et al. 2025, arXiv 2501.09732), where c is `near`, u the
+    unit vector along n, and w a random unit vector orthogonal to u.
     """
     flat = noise.flatten().double()
     directions = torch.randn(count, *noise.shape[1:], generator=generator).flatten(1).double()
@@ -512,7 +534,8 @@ def neighbours(noise: Tensor, count: int, near: float, generator: torch.Generato
 
 
 def beside(n: Tensor, v: Tensor, near: float) -> Tensor:
-    """Returns the neighbour of a noise n (d,) towards a direction v (d,), at cosine `near`."""
+    """Turns a noise n (d,) towards a direction v (d,), by an angle of cosine `near`, and keeps its
+    norm."""
     u = n / n.norm()
     w = v - (v @ u) * u
     return n.norm() * (near * u + (1 - near**2) ** 0.5 * w / w.norm())
@@ -529,12 +552,15 @@ def search(
     better: str = "low",
     progress: Callable[[str], None] | None = None,
 ) -> Selection:
-    """Zero-order search (Ma et al. 2025, arXiv 2501.09732) from the noise of `seed`.
+    """Searches for a better noise near the noise of `seed`, without gradients: zero-order search
+    (Ma et al. 2025, arXiv 2501.09732).
 
-    In each of `rounds`, `count` neighbours of the best noise so far are scored; the best of all is
-    the next one to search around. The directions are drawn on from the seed's generator, so seed and
-    path give the noise again (`replay`). Costs 1 + rounds * count scores. Other arguments and errors
-    as in `select`.
+    Each of the `rounds` scores `count` neighbours of the best noise so far, at an angle of cosine
+    `near` to it. The search moves to the best neighbour if that one has a better score. All random
+    directions come from the seed's generator, so `replay` can make the noise again from the seed
+    and the path. Costs 1 + rounds * count scores. `score`, `shape` and `better` are as in `select`.
+    `progress(message)` is called after every round. Raises FloatingPointError if no noise has a
+    score.
     """
     sign = 1 if better == "low" else -1
     [generator] = generators([seed])
@@ -562,7 +588,8 @@ def search(
 def replay(
     seed: int, path: Sequence[Sequence[int]], shape: Sequence[int], *, rounds: int, count: int, near: float
 ) -> Tensor:
-    """Returns the noise (1,4,h,w) that `search` reached from a seed by a path, without any score."""
+    """Returns the noise (1,4,h,w) that `search` found from a seed, given the search's path and
+    settings. Nothing is scored again."""
     [generator] = generators([seed])
     pivot = torch.randn(tuple(shape), generator=generator)[None]
     taken = {turn: k for turn, k in path}
@@ -575,10 +602,10 @@ def replay(
 
 @dataclass
 class Halving:
-    """The outcome of `halve`."""
+    """The seed that `halve` chose, and the scores of every stage."""
 
     seed: int
-    stages: list[dict[int, float]]  # seed -> score of each stage, of those that reached it
+    stages: list[dict[int, float]]  # for each stage, seed -> score of the seeds that reached it
 
 
 def halve(
@@ -587,10 +614,12 @@ def halve(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> Halving:
-    """Draft, then verify: scores candidates by stages, each dearer than the last.
+    """Chooses a seed in stages. Each stage scores the seeds that remain and drops the worst, so
+    that an expensive score is computed for few seeds.
 
-    A stage is (score, keep): `score(seeds)` returns losses, lower is better, and the `keep` lowest
-    go on. The first of the last stage's is chosen. ValueError without seeds.
+    A stage is (score, keep): `score(seeds)` returns losses, lower is better, and the `keep` seeds
+    with the lowest losses reach the next stage (at least one does). The seed with the lowest loss
+    in the last stage is chosen. Raises ValueError if `seeds` is empty.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")

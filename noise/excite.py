@@ -1,10 +1,10 @@
 """Updates of the latents while denoising, so that no subject is forgotten.
 
-Attend-and-Excite (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826), and the version of it in
-InitNO's published program: their objectives (noise/objectives/excite.py, initno.py) under the driver
-`refine` (noise/drivers.py). `updates` returns one `refine(i, t, x)`, which any sampler calls before
-its prediction. `watch` returns another, which changes nothing and records maps for a `sheet` of heat
-maps.
+Two methods: Attend-and-Excite (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826), and the variant of
+Attend-and-Excite in InitNO's published program. The driver `refine` (noise/drivers.py) minimises
+their objectives (noise/objectives/excite.py, initno.py). `updates` returns a function
+`refine(i, t, x)`, which any sampler calls before each noise prediction. `watch` returns such a
+function that changes nothing, and records attention maps for a `sheet` of heat maps.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,17 +40,18 @@ def updates(
     conflict_limit: float | None = None,
     progress: Callable[[int, str], None] | None = None,
 ) -> Refine:
-    """A `refine` for one run of a batch. Give one prompt and its subjects per image.
+    """Returns a function `refine(i, t, x)` -> x that updates the latents, for one run of a batch.
+    Give one prompt and its subjects per image.
 
     `subjects`: words, token indices, or None for the last word of each part of the prompt.
     `variant`: "official" for the updates of InitNO's program, or "attend-and-excite". `steps`,
     `sampler` and `karras` are those of the run. Step i moves the latents by scale *
     sqrt(linspace(1, 1/2)[i]) times the gradient. `scale` and `conflict_limit` default to the
-    model's. `progress(b, message)` follows image b. An image whose losses are not finite goes on
-    unchanged, with a warning.
+    model's. `progress(b, message)` is called with the progress of image b. If an image's losses or
+    gradient are not finite, that update of the image is left out, with a warning.
 
-    ValueError, before any network runs, for an unknown variant or sampler and for subjects that
-    cannot be found; later, for a batch of another size.
+    Raises ValueError, before any network runs, for an unknown variant or sampler and for subjects
+    that cannot be found. The returned function raises ValueError for a batch of another size.
     """
     if variant not in VARIANTS:
         raise ValueError(f"no variant is called {variant!r}; choose from {', '.join(VARIANTS)}")
@@ -90,12 +91,14 @@ def watch(
     count: int = 8,
     before: Refine | None = None,
 ) -> tuple[Refine, Frames]:
-    """Returns (refine, frames): a `refine` that records attention maps at `count` steps spread
-    over the run, and the Frames that it fills.
+    """Returns (refine, frames): a function `refine(i, t, x)` -> x that records attention maps at
+    `count` steps spread over the run, and the Frames that it fills.
 
-    Each of these steps costs one early-stopped UNet evaluation under the prompt. `before`, another
-    `refine`, is called first and its changes are kept; `watch` itself changes nothing. Other
-    arguments and ValueErrors as in `updates`.
+    Each recorded step costs one UNet evaluation with the prompt, which stops after the attention
+    maps. `before`, if given, is another such function; it is called first, and its changes to the
+    latents are kept. Recording itself changes nothing. `prompts`, `subjects`, `steps`, `sampler`
+    and `karras` are as in `updates`. Raises ValueError for an unknown sampler and for subjects that
+    cannot be found.
     """
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))
@@ -111,7 +114,7 @@ def watch(
             record = AttentionRecorder(only=True)
             with torch.no_grad():
                 sd.unet(x, t, context, record=record)
-                # The probabilities themselves: sharpened, a map shows little but its peak.
+                # Unsharpened probabilities: a sharpened map shows little but its peak.
                 cross = losses.mean_maps(record.cross, select)
                 peaks = losses.peaks(losses.subject_maps(record.cross, select))
                 claims = losses.claims(record.self, peaks)
@@ -124,8 +127,8 @@ def watch(
 
 
 def heat(values: Tensor, picture: Image.Image) -> Image.Image:
-    """A map (h,w) over an image in grey: dark blue at 0, then violet and red, yellow at its
-    maximum."""
+    """Blends a map (h,w) over a grey version of the image. The map is dark blue at 0, then violet
+    and red, and yellow at its maximum."""
     v = (values / values.max().clamp(min=1e-12)).float()
     red = (2 * v).clamp(0, 1)
     green = (2 * v - 1).clamp(0, 1)
@@ -136,8 +139,8 @@ def heat(values: Tensor, picture: Image.Image) -> Image.Image:
 
 
 def sheet(picture: Image.Image, frames: Frames, b: int, names: Sequence[str]) -> Image.Image:
-    """Heat maps of image b: a row of cross- and one of self-attention per subject, a column per
-    step."""
+    """Makes a sheet of heat maps of image b. Each subject has a row of cross-attention and a row of
+    self-attention maps; each recorded step has a column. `names` are the subjects' captions."""
     tiles: list[Image.Image] = []
     captions: list[str] = []
     for s, name in enumerate(names):

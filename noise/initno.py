@@ -5,16 +5,18 @@ show. InitNO shifts and scales a seed's noise by gradient descent on the losses 
 
     x = noise * exp(log_var / 2) + mu,
 
-while KL(N(mu, exp(log_var)) || N(0, 1)) keeps x close to what the network knows as noise. After a
-round of steps without success it begins again from fresh noise.
+while KL(N(mu, exp(log_var)) || N(0, 1)) keeps x close to unit noise, which the network was trained
+with. After a round of steps without success, the optimisation begins again from fresh noise.
 
-`variant="official"` does what the published program does: rounds from fresh noise, KL projected
-after every step, and a longer last try from the best round's noise. `variant="paper"` does what the
-paper's text says: KL inside the objective, and the best of the rounds. One departure: a successful
-round is always kept, even if an earlier failed round reached a lower loss.
+`variant="official"` follows the published program: rounds from fresh noise, projection of the KL
+divergence below its limit after every step, and a longer last try from the best round's noise.
+`variant="paper"` follows the paper's text: the KL divergence is a term of the loss, and the result
+is the best round's noise. One departure: a successful round is always kept, even if an earlier
+failed round reached a lower loss.
 
-`optimize` is one image, from top to bottom. `optimize_batch` does the same for many at once.
-`attention_scores` only ranks seeds by the same losses, which is cheaper.
+`optimize` optimises the noise of one image, and is the simplest to read. `optimize_batch` does the
+same for many images at once. `attention_scores` only computes the same losses for many seeds, which
+is cheaper.
 """
 
 import math
@@ -36,7 +38,7 @@ from minsd.noise.objectives.initno import CROSS_LIMIT, InitNO
 from minsd.samplers.random import generators
 
 KL_TURNS = 20_000  # most steps of one projection (the original has no bound; up to 705 were needed)
-KL_UNASKED = 32  # of these, on a GPU, between two questions whether all images are done
+KL_UNASKED = 32  # on a GPU, steps of a projection between two checks whether all images are done
 
 
 def optimize(
@@ -58,11 +60,11 @@ def optimize(
     `subjects`: words of the prompt or token indices (0 is the start token), or None for the last
     word of each of its parts. `steps`, `sampler` and `karras` are those of the run to come, whose
     first timestep they determine. `height` and `width` are in pixels. `settings`: see `Settings`.
-    `progress(message)` is called with its progress, such as "round 2/5 step 7/10 cross 0.31 self
-    0.22".
+    `progress(message)` is called after every evaluation, with a message such as "round 2/5 step
+    7/10 cross 0.31 self 0.22".
 
-    ValueError, before any network runs, for wrong settings and subjects that cannot be found. If a
-    loss or gradient is not finite, the result is the seed's plain noise, with a note.
+    Raises ValueError, before any network runs, for wrong settings and for subjects that cannot be
+    found. If a loss or gradient is not finite, the result is the seed's plain noise, with a note.
     """
     how = Settings(**settings)
     [generator] = generators([seed])
@@ -98,11 +100,11 @@ def optimize(
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of InitNO. ValueError for those that make no sense."""
+    """Settings of InitNO. Raises ValueError for an unknown variant and for counts out of range."""
 
     variant: str = "official"  # or "paper"
     rounds: int = 5  # from fresh noise; 0 leaves the seed's noise as it is
-    round_steps: int = 10  # UNet evaluations per round
+    round_steps: int = 10  # UNet evaluations per round, at most
     last_steps: int = 50  # updates of the official variant's last try
     lr: float = 1e-2
     cross_limit: float = CROSS_LIMIT
@@ -125,17 +127,17 @@ class Settings:
 
     @property
     def tries(self) -> int:
-        """The number of tries: the rounds, and the official variant's last try after them."""
+        """The number of tries: the rounds and, in the official variant, the last try after them."""
         return self.rounds + self.official if self.rounds else 0
 
     def updates(self, turn: int) -> int:
-        """The number of updates of the noise in try `turn`, counted from 1. A last evaluation
-        follows them.
+        """Returns the number of updates of the noise in try `turn`, counted from 1. One evaluation
+        precedes each update, and one more follows the last update.
         """
         return self.last_steps if turn > self.rounds else self.round_steps - 1
 
     def message(self, turn: int, step: int, found: "Evaluation") -> str:
-        """Formats an image's progress: its losses in try `turn`, after `step` updates."""
+        """Formats an image's losses in try `turn` after `step` updates, to show its progress."""
         where = f"round {turn}/{self.rounds} step {step + 1}/{self.round_steps}"
         if turn > self.rounds:
             where = f"last try step {step + 1}/{self.last_steps}"
@@ -157,7 +159,7 @@ class Result:
     note: str | None = None  # what went wrong
 
     def record(self, evaluation: "Evaluation", round: int) -> None:
-        """Count an evaluation, and keep its losses if they are finite."""
+        """Counts an evaluation, and stores its losses if they and the gradient are finite."""
         self.steps += 1
         self.rounds = round
         if evaluation.finite:
@@ -165,14 +167,14 @@ class Result:
             self.losses.setdefault("before", self.losses["after"])
 
     def ended(self, x: Tensor, success: bool) -> "Result":
-        """Returns the image's result, with the noise x (1,4,h,w) of its last evaluation."""
+        """Sets the final noise x (1,4,h,w) and whether it met both limits. Returns this Result."""
         self.noise = x.cpu()
         self.success = success
         return self
 
     def failed(self, seed: int, dtype: torch.dtype) -> "Result":
-        """Returns the result where a loss or gradient is not finite: the seed's plain noise, with
-        a note. Also warns.
+        """Adds a note that a loss or gradient was not finite, and warns. Returns this Result, whose
+        noise is still the seed's plain noise.
         """
         self.note = (
             f"the noise could not be optimised: the losses are not finite in {dtype}; "
@@ -187,13 +189,14 @@ class Evaluation(NamedTuple):
 
     cross: float  # how little attention the most neglected subject gets
     conflict: float  # how far the regions that subjects claim overlap
-    score: float  # of a round that ends here: the lower the better
+    score: float  # compares rounds that end with this evaluation; lower is better
     met: bool  # both losses are below their limits
-    finite: bool  # losses and gradient
+    finite: bool  # losses and gradient are finite
 
 
 class Evaluator:
-    """Losses and gradients of the images of a batch, at the first timestep of their run."""
+    """Computes losses and gradients of the images of a batch, at the first timestep of their
+    run."""
 
     def __init__(
         self,
@@ -214,14 +217,15 @@ class Evaluator:
         self.dtype = self.lift.dtype  # of noises and their gradients
 
     def __call__(self, x: Tensor, rows: Tensor) -> tuple[list[Evaluation], Tensor]:
-        """Evaluates the losses at noises x (b,4,h,w) of images `rows`. Returns one Evaluation per
-        image, and the loss's gradient in x (b,4,h,w).
+        """Evaluates the losses at noises x (b,4,h,w) of images `rows` (b,). Returns (evaluations,
+        gradient): one Evaluation per image, and the gradient (b,4,h,w) of the loss in x.
         """
         told, gradient = self.lift.slope(x, rows, self.t, limits=self.limits)
         flags = {"met": met(told, self.limits), "finite": finite(told, gradient)}
         evaluations = []
         for found in values_of(told | {name: flag.to(gradient) for name, flag in flags.items()}):
-            # Official: a round comes last if its response loss was too high to count the conflict.
+            # Official: if the response loss was too high for the conflict loss to count (used is
+            # 0), 1 is added, so that any round in which the conflict loss counts is preferred.
             score = found["cross"] + found["used"] + (self.official and found["used"] <= 1e-6)
             ends = bool(found["met"]), bool(found["finite"])
             evaluations.append(Evaluation(found["cross"], found["self"], score, *ends))
@@ -229,14 +233,15 @@ class Evaluator:
 
 
 class Gaussians:
-    """The shift and scale of each image's noise, and Adam (Kingma & Ba 2015) with a state for each.
+    """The shift and scale of each image's noise, and an Adam optimiser (Kingma & Ba 2015) with a
+    separate state for each image.
 
-    torch.optim.Adam has one step count for a whole batch, and moves images that should rest,
-    because their moments are not zero.
+    torch.optim.Adam is not used: it has one step count for a whole batch, and would move even
+    images with a zero gradient, because their moments are not zero.
     """
 
     def __init__(self, noise: Tensor, lr: float, eps: float = 1e-3):
-        self.noise = noise  # (B, 4, h, w), of each image's current try
+        self.noise = noise  # (B, 4, h, w): the fresh noise of each image's current try
         self.lr = lr
         self.eps = eps
         self.p = noise.new_zeros(len(noise), 2, *noise.shape[1:])  # (B, 2, 4, h, w): log_var, mu
@@ -245,29 +250,29 @@ class Gaussians:
         self.count = noise.new_zeros(len(noise))
 
     def restart(self, b: int, noise: Tensor) -> None:
-        """Restarts image b from noise z (1,4,h,w), with shift, scale and Adam's state reset."""
+        """Restarts image b from `noise` (1,4,h,w), and resets its shift, scale and Adam state."""
         self.noise[b] = noise[0]
         for state in (self.p, self.first, self.second, self.count):
             state[b] = 0
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Returns the shifted and scaled noise x (b,4,h,w) of images `rows`."""
+        """Returns the shifted and scaled noise x (b,4,h,w) of images `rows` (b,)."""
         log_var, mu = self.p[rows].unbind(1)
         return self.noise[rows] * (0.5 * log_var).exp() + mu
 
     def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the KL divergences (b,) of images `rows`, and their gradients (b,2,4,h,w) in
-        log_var and mu.
+        """Returns (kl, gradient) of images `rows` (b,): the KL divergences (b,), and their
+        gradients (b,2,4,h,w) in log_var and mu.
         """
         log_var, mu = self.p[rows].unbind(1)
         gradient = torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[0].numel()
         return losses.kl_divergence(mu, log_var), gradient
 
     def descend(self, rows: Tensor, gradient: Tensor, how: Settings) -> None:
-        """One update of images `rows`, given the loss's gradient (b,4,h,w) in x.
+        """Updates shift and scale of images `rows` (b,), given the loss's gradient (b,4,h,w) in x.
 
-        It also keeps the KL divergence small: by projection in the official variant, by a term of
-        the loss in the paper's.
+        Also keeps the KL divergence small: the official variant projects it below its limit after
+        the update, the paper's variant adds it to the loss.
         """
         by_log_var = 0.5 * self.noise[rows] * (0.5 * self.p[rows, 0]).exp() * gradient
         by_both = torch.stack([by_log_var, gradient], dim=1)  # (b, 2, 4, h, w)
@@ -278,8 +283,8 @@ class Gaussians:
             self._adam(rows, by_both + how.kl_weight * self.kl(rows)[1])
 
     def project(self, rows: Tensor, limit: float) -> None:
-        """Descends the KL divergence alone, for each image until its divergence is within the
-        limit.
+        """Descends the KL divergence alone, for each of the images `rows` (b,) until its divergence
+        is within the limit. Warns if that takes more than KL_TURNS steps.
         """
         if rows.is_cuda:
             done = self._project_unasked(rows, limit)
@@ -291,7 +296,8 @@ class Gaussians:
             )
 
     def _project_each(self, rows: Tensor, limit: float) -> bool:
-        """`project` with the images that are not done yet; whether all are done."""
+        """Does the work of `project`: each step moves only the images above the limit. Returns
+        whether all images are within it."""
         for _ in range(KL_TURNS):
             kl, gradient = self.kl(rows)
             over = kl > limit
@@ -302,10 +308,11 @@ class Gaussians:
         return False
 
     def _project_unasked(self, rows: Tensor, limit: float) -> bool:
-        """`project` for a GPU, which would wait at every question how many images are done.
+        """Does the work of `project` on a GPU, where every check whether images are done would wait
+        for the GPU. Returns whether all images are within the limit.
 
-        All images take every turn, and those that are done keep their state. Only every 32nd turn
-        asks; turns after the last image is done change nothing.
+        Every step computes all images, and leaves those within the limit unchanged. Only every
+        KL_UNASKED-th step checks whether all are done; extra steps change nothing.
         """
         over = torch.ones_like(rows, dtype=torch.bool)
         for turn in range(KL_TURNS):
@@ -319,7 +326,8 @@ class Gaussians:
     def _adam(
         self, rows: Tensor, gradient: Tensor, where: Tensor | None = None, b1: float = 0.9, b2: float = 0.999
     ) -> None:
-        """One step of images `rows`, or of those at which `where` (b,) is true."""
+        """Takes one Adam step for images `rows` (b,), or only for those where `where` (b,) is
+        true. `gradient` (b,2,4,h,w) is in log_var and mu."""
         n = self.count[rows] + 1
         first = b1 * self.first[rows] + (1 - b1) * gradient
         second = b2 * self.second[rows] + (1 - b2) * gradient**2
@@ -336,7 +344,7 @@ class Gaussians:
 
 
 class _Image:
-    """The state of one image in `optimize_batch`, which advances once per UNet evaluation."""
+    """The state of one image in `optimize_batch`. It advances once per UNet evaluation."""
 
     def __init__(self, generator: torch.Generator, shape: tuple[int, ...], how: Settings):
         self.generator = generator
@@ -360,8 +368,8 @@ class _Image:
     def move_on(self, found: Evaluation, x: Tensor) -> None:
         """Advances the image after the evaluation of its noise x (1,4,h,w).
 
-        Afterwards the image is done, or `step` has counted one more update, or a new try begins
-        (step 0) from the noise `z`.
+        Afterwards either the image is done, or `step` has increased by 1 for the update to make, or
+        a new try begins from the noise `z`, with `step` 0.
         """
         how = self.how
         if found.met:
@@ -397,8 +405,10 @@ def optimize_batch(
     """Runs `optimize` for several images at once. Give one prompt, its subjects and one seed per
     image.
 
-    Each image succeeds, begins again and falls back on its own, whatever the others do.
-    `progress(b, message)` follows image b. Other arguments and errors as in `optimize`.
+    The result of each image does not depend on the others. `progress(b, message)` is called with
+    the progress of image b. The other arguments are as in `optimize`. Raises ValueError if the
+    numbers of prompts, subjects and seeds differ, and for wrong settings and subjects that cannot
+    be found.
     """
     how = Settings(**settings)
     if not len(prompts) == len(subjects) == len(seeds):
@@ -450,9 +460,10 @@ def attention_scores(
     """Returns the response loss plus the conflict loss of each candidate at the first timestep.
     Lower is better.
 
-    `candidates` are seeds, or unit noises (K,4,h,w). Each costs one early-stopped evaluation of the
-    conditional branch, without a gradient; many run at once. Other arguments and ValueErrors as in
-    `optimize`.
+    `candidates` are seeds, or unit noises (K,4,h,w). Each candidate costs one UNet evaluation with
+    the prompt, without a gradient, which stops after the attention maps; many run at once. The
+    other arguments are as in `optimize`. Raises ValueError for an unknown sampler and for subjects
+    that cannot be found.
     """
     one = Ask(prompt, 0, losses.resolve(sd.text, prompt, subjects))
     t = losses.listed_timesteps(sd, steps, sampler, karras)[0]

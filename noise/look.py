@@ -1,16 +1,17 @@
-"""One evaluation of the network, as an objective sees it.
+"""Objectives, and the `Look` (one evaluation of the UNet) that an objective judges.
 
-An objective judges initial noise, or the latents of any step. It is a function
+An objective judges initial noise, or the latents of any step. An objective is a function
 
     objective(look) -> (b,)              lower is better, one value per image
-    objective(look) -> (b,), told        and a dict of further values (b,) to report, by name
+    objective(look) -> (b,), told        also `told`: values (b,) to report, by name
 
-of a `Look`: attention maps, predicted noise, predicted clean latents, and the image that they
-decode to. A Look computes only what the objective reads, when it reads it. Reading maps alone costs
-an early-stopped evaluation; reading nothing costs none.
+of a `Look`, which offers attention maps, predicted noise, predicted clean latents, and the image
+that these latents decode to. A Look computes each of them only when the objective reads it. If the
+objective reads only attention maps, the UNet evaluation stops after the last of them. If it reads
+nothing, the UNet is not evaluated.
 
-`Lift` turns an objective into `score` (values) and `slope` (values and gradients). That is all that
-the drivers (noise/drivers.py) know of a method. Published methods are in noise/objectives/.
+`Lift` turns an objective into `score` (values) and `slope` (values and gradients). The drivers
+(noise/drivers.py) use nothing else of a method. Published methods are in noise/objectives/.
 """
 
 from collections import Counter
@@ -32,17 +33,20 @@ from minsd.noise.losses import Subjects
 from minsd.noise.pairs import Group, find_groups, read_groups
 from minsd.samplers.schedule import Timestep
 
-Told = dict[str, Tensor]  # name -> one value per image, (b,)
+Told = dict[str, Tensor]  # values to report, by name: name -> one value per image, (b,)
 Objective = Callable[["Look"], Tensor | tuple[Tensor, Told]]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What one image asks of an objective. It is made and checked before any network runs."""
+    """One image's input to an objective: prompt, seed, subjects, groups and layout.
+
+    It is made and checked before any network runs.
+    """
 
     prompt: str
     seed: int = 0
-    # Token positions of each subject. Empty where the prompt names none.
+    # Token positions of each subject. Empty if the prompt names no subject.
     subjects: list[list[int]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)  # nouns with their modifiers
     layout: SizedLayout | None = None
@@ -58,9 +62,10 @@ def ask(
 ) -> list[Ask]:
     """Returns one Ask per image. No network runs.
 
-    `subjects`: per image, words or token indices (`losses.resolve`); None: found in the prompt.
-    `pairs`: nouns with modifiers, as noise/pairs.py reads them; None: found in the prompt. A prompt
-    in which nothing is found has none. ValueError for subjects and pairs that are given and wrong.
+    `subjects`: for each image, words or token indices as `losses.resolve` takes them. If None, the
+    subjects are found in the prompt. `pairs`: nouns with their modifiers, as noise/pairs.py reads
+    them. If None, they are found in the prompt. Where nothing is found in a prompt, the Ask's list
+    is empty. Raises ValueError if given subjects or pairs are malformed or not in the prompt.
     """
     asks = []
     for b, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -80,13 +85,13 @@ def ask(
 
 
 class Look:
-    """Latents x (b,4,h,w) of some images of a batch at timestep t, and what the network makes of
-    them.
+    """Latents x (b,4,h,w) of some images of a batch at timestep t, and what the UNet computes from
+    these latents.
 
-    `i` is the step of the run, or None before the run begins. `phase` is "score" for a plain
-    evaluation, "update" for the one update of a step, and "repeat" within the repeated updates of a
-    refinement. `index` (b,) holds the images' numbers in the batch. Attributes below are computed
-    when they are first read.
+    `i` is the step of the run, or None before the run begins. `phase` is "score" for an evaluation
+    without gradients, "update" for the one update of a step, and "repeat" for the repeated updates
+    that may precede it. `index` (b,) holds the images' numbers in the batch. Attention maps and
+    predictions are computed when they are first read.
     """
 
     def __init__(
@@ -108,14 +113,16 @@ class Look:
 
     @property
     def asks(self) -> list[Ask]:
-        """What each of the images asks."""
+        """The Ask (prompt, seed, subjects, groups, layout) of each image."""
         return [self._lift.asks[row] for row in self.rows]
 
     def read(self, *kinds: str) -> list[Tensor]:
-        """Returns "cross", "self", "eps" or "uncond", evaluating the network where one is missing.
+        """Returns one tensor per kind: "cross", "self", "eps" or "uncond". Evaluates the UNet if a
+        kind is not yet computed.
 
-        Kinds read together come from one evaluation. Each evaluation also computes every kind that
-        was read in earlier Looks of the same lift, so that only the first Look may need several.
+        Kinds that are read together come from one evaluation. Each evaluation also computes every
+        kind that was read in earlier Looks of the same Lift, so that only the first Look may need
+        several evaluations.
         """
         self._lift.asked.update(kinds)
         missing = self._lift.asked - self._held.keys()
@@ -143,34 +150,37 @@ class Look:
         if passes:
             latents = torch.cat([self.x] * len(contexts))
             eps = eps_from_output(output.to(latents.dtype), latents, self.t, sd.schedule)
-            # Without "eps" in `wanted`, the first rows are those of maps alone.
+            # If `wanted` has maps and no "eps", the first b rows served only for the maps.
             out |= dict(zip(reversed(passes), reversed(eps.split(b))))
         return out
 
     @property
     def cross(self) -> Tensor:
-        """Cross-attention (b,h,w,77n), the mean over heads and layers: probabilities."""
+        """Cross-attention probabilities (b,h,w,77n): the mean over heads and layers."""
         return self.read("cross")[0]
 
     @property
     def self(self) -> Tensor:
-        """Self-attention (b,h,w,h*w), the mean over heads and layers."""
+        """Self-attention probabilities (b,h,w,h*w): the mean over heads and layers."""
         return self.read("self")[0]
 
     @cached_property
     def maps(self) -> Tensor:
-        """Subjects' maps (b,S,h,w): cross-attention sharpened over tokens and smoothed."""
+        """Subjects' maps (b,S,h,w): cross-attention to each of S subjects, sharpened by a softmax
+        over tokens and smoothed."""
         return losses.subject_maps(self.cross, self._subjects())
 
     @cached_property
     def claims(self) -> Tensor:
-        """Self-attention (b,S,h,w) of the cell where each subject's map peaks, smoothed."""
-        own = self.read("cross", "self")[1]  # one evaluation for both: `maps` reads the other
+        """For each of S subjects, the smoothed self-attention (b,S,h,w) of the cell at which the
+        subject's cross-attention map is largest."""
+        own = self.read("cross", "self")[1]  # one evaluation for both: `maps` reads "cross"
         return losses.claims(own, losses.peaks(self.maps))
 
     @cached_property
     def present(self) -> Tensor:
-        """Which subjects exist, (b,S): images of a batch may have different numbers of them."""
+        """True (b,S) where an image has an s-th subject. Images of a batch may have different
+        numbers of subjects."""
         return self._subjects().any(dim=-1)
 
     def _subjects(self) -> Tensor:
@@ -181,34 +191,39 @@ class Look:
         return self._lift.select[self.index]
 
     def words(self, select: Tensor, *, sharp: bool = False, smooth: bool = False) -> Tensor:
-        """Maps (b,S,h,w) of any tokens: `select` (b,S,77n) from `losses.selector`.
+        """Returns cross-attention maps (b,S,h,w) of any tokens, which `select` (b,S,77n) from
+        `losses.selector` chooses.
 
-        As recorded, or sharpened to softmax(100 C) over the tokens but each chunk's first and last,
-        and smoothed by the kernel of `losses.smooth`.
+        With `sharp`, the recorded maps C are first sharpened to softmax(100 C) over all tokens but
+        the first and last of each chunk of 77. With `smooth`, they are smoothed by `losses.smooth`.
         """
         return _word_maps(self.cross, select, sharp, smooth)
 
     def maps_of(
         self, k: int, words: Sequence[Sequence[int]], *, sharp: bool = True, smooth: bool = True
     ) -> Tensor:
-        """Maps (n,h,w) of `words`, the token positions of each, in image k of these."""
+        """Returns the cross-attention maps (n,h,w) of n words in the Look's k-th image.
+
+        `words` holds the token positions of each word. `sharp` and `smooth` are those of the method
+        `words`.
+        """
         cross = self.cross[k : k + 1]
         return _word_maps(cross, losses.selector([words], cross.shape[-1]), sharp, smooth)[0]
 
     @property
     def eps(self) -> Tensor:
-        """Noise (b,4,h,w) predicted under the prompt."""
+        """Noise (b,4,h,w) predicted with the prompt."""
         return self.read("eps")[0]
 
     @property
     def uncond(self) -> Tensor:
-        """Noise (b,4,h,w) predicted under the negative prompt."""
+        """Noise (b,4,h,w) predicted with the negative prompt."""
         return self.read("uncond")[0]
 
     @cached_property
     def x0(self) -> Tensor:
-        """Predicted clean latents (b,4,h,w), (x - sqrt(1 - abar) e) / sqrt(abar), with e the
-        prediction guided by the lift's scale."""
+        """Predicted clean latents (b,4,h,w): (x - sqrt(1 - abar) e) / sqrt(abar), where e is the
+        noise predicted with the guidance scale of the Lift."""
         guidance = self._lift.guidance
         if guidance == 1:
             e = self.eps
@@ -220,8 +235,8 @@ class Look:
 
     @cached_property
     def picture(self) -> Tensor:
-        """The image (b,3,H,W), 0 to 1, that x0 decodes to. Under a gradient the decoder is
-        recomputed instead of stored."""
+        """The images (b,3,H,W), with values 0 to 1, that x0 decodes to. If x0 needs a gradient, the
+        backward pass recomputes the decoder's activations instead of storing them."""
         sd = self._lift.sd
         z = self.x0.to(sd.vae_dtype) / sd.config.vae.scaling_factor
         if torch.is_grad_enabled() and z.requires_grad:
@@ -232,11 +247,14 @@ class Look:
 
 
 class Lift:
-    """An objective over the images of a batch: `score` and `slope`.
+    """An objective bound to a model and to the images of a batch. `score` returns its values,
+    `slope` its values and gradients.
 
-    `guidance` is the scale of `Look.x0` and `negative_prompt` the text of `Look.uncond`. Weights
-    take no gradient. The network is looked up at each call, so a ControlNet in use counts. `rows`
-    counts UNet rows: "full", "stopped" early, and those of a "gradient", of either length.
+    `guidance` is the guidance scale of `Look.x0`, and `negative_prompt` the text of `Look.uncond`.
+    The model's weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that
+    is in use then takes effect. The counter `rows` holds the number of UNet rows of "full"
+    evaluations, of those "stopped" after the attention maps, and of those with a "gradient",
+    whether full or stopped.
     """
 
     def __init__(
@@ -257,7 +275,7 @@ class Lift:
         self.name = name or getattr(objective, "__name__", type(objective).__name__)
         self.asked: set[str] = set()  # the kinds that any Look has read so far
         self.rows: Counter[str] = Counter()
-        # (B, 77n, D); for SDXL (B, 77n + 1, D), whose last row no map belongs to
+        # (B, 77n, D); for SDXL (B, 77n + 1, D), whose last row has no attention map
         self.context = sd.encode_prompt([one.prompt for one in asks])
         places = [one.subjects for one in asks]
         tokens = self.context.shape[1] // losses.CHUNK * losses.CHUNK
@@ -270,24 +288,26 @@ class Lift:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of latents and gradients: float64 for a float64 network, otherwise float32."""
+        """The dtype of latents and gradients: float64 for a float64 UNet, otherwise float32."""
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def begin(self) -> None:
-        """Tells an objective with state, such as a running mean, that a run begins."""
+        """Calls the objective's `begin`, if there is one, which resets its state (such as a running
+        mean) for a new run."""
         begin = getattr(self.objective, "begin", None)
         if begin is not None:
             begin()
 
     def _size(self, x: Tensor) -> int:
-        """How many images of x's size the network evaluates at a time."""
+        """Returns how many images of x's size the UNet evaluates at a time."""
         return self.sd.batch_size(8 * x.shape[-2], 8 * x.shape[-1])
 
     @torch.no_grad()
     def score(self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None) -> Told:
         """Evaluates the objective at latents x (b,4,h,w) of images `rows` (b,), without gradients.
 
-        Returns (b,) values by name, "loss" among them. As many images at a time as fit.
+        Returns the values (b,) to report, by name, with the loss under "loss". Evaluates as many
+        images at a time as `sd.batch_size` allows.
         """
         parts = []
         for part in torch.arange(len(x), device=x.device).split(self._size(x)):
@@ -305,11 +325,11 @@ class Lift:
         phase: str = "update",
         limits: Mapping[str, float] | None = None,
     ) -> tuple[Told, Tensor]:
-        """Evaluates the objective, and the gradient of its loss in x.
+        """Evaluates the objective and the gradient of its loss with respect to x.
 
-        Returns values as `score` does, and gradients (b,4,h,w) in x's dtype. Where all images that
-        are evaluated together are below all `limits` (name -> value), nothing is differentiated and
-        their gradients are 0, except on a GPU.
+        Returns (told, gradient): the values (b,) to report, by name, as `score` does, and the
+        gradient (b,4,h,w) in x's dtype. On a CPU, if all images that are evaluated together are
+        below all `limits` (name -> value), nothing is differentiated and their gradients are 0.
         """
         parts: list[Told] = []
         gradients: list[Tensor] = []
@@ -321,7 +341,7 @@ class Lift:
                 leaf = x[part].detach().requires_grad_()
                 look = Look(self, leaf, rows[part], t, i, phase)
                 loss, told = self._judged(look)
-                # A GPU would wait for this question before the backward pass is launched.
+                # On a GPU this check would have to wait for the forward pass, so it is left out.
                 done = bool(limits) and not x.is_cuda and bool(met(told, limits).all())
                 if done:
                     gradient = torch.zeros_like(leaf)
@@ -335,8 +355,8 @@ class Lift:
         return _joined(parts), torch.cat(gradients)
 
     def _judged(self, look: Look) -> tuple[Tensor, Told]:
-        """Returns the objective's loss (b,) and what it tells, detached. ValueError for any other
-        result.
+        """Calls the objective. Returns its loss (b,), and the values (b,) to report, by name,
+        detached. Raises ValueError unless the loss is a tensor of one value per image.
         """
         result: Any = self.objective(look)
         loss, told = result if isinstance(result, tuple) else (result, {})
@@ -361,12 +381,13 @@ class Lift:
 
 
 def met(told: Told, limits: Mapping[str, float]) -> Tensor:
-    """Returns, per image (b,), whether it is below all limits, name -> value."""
+    """Returns, for each image (b,), whether its values are below all limits (name -> value)."""
     return torch.stack([told[name] < limit for name, limit in limits.items()]).all(dim=0)
 
 
 def finite(told: Told, *more: Tensor) -> Tensor:
-    """Returns, per image (b,), whether all that is told, and tensors (b,...) besides, are finite."""
+    """Returns, for each image (b,), whether all its values in `told` and its rows of the tensors
+    `more` (b,...) are finite."""
     checks = [value.isfinite() for value in told.values()]
     checks += [tensor.flatten(1).isfinite().all(dim=1) for tensor in more]
     return torch.stack(checks).all(dim=0)

@@ -1,11 +1,11 @@
 """Nouns and their modifiers, named by the user or found in a prompt.
 
-    "red circle; blue square"            groups, the last word of each being its noun
-    "big red: fire truck; green: apples" a colon before a noun of several words
+    "red circle; blue square"            two groups; the last word of each is its noun
+    "big red: fire truck; green: apples" a colon stands before a noun of several words
 
-Objectives that bind attributes (noise/objectives/syngen.py and others) take them as token
+Objectives that bind attributes (noise/objectives/syngen.py and others) take groups as token
 positions. `find_groups` needs no parser of English: it cuts the prompt at commas, "and", "with" and
-prepositions. It does not understand "that", "which" and "who"; there, name the pairs.
+prepositions. It does not handle clauses with "that", "which" and "who"; for these, name the pairs.
 """
 
 import re
@@ -34,11 +34,11 @@ class Group(NamedTuple):
 
 
 def read_groups(text: TextEncoder, prompt: str, pairs: str) -> list[Group]:
-    """Reads groups such as "red circle; blue square". Every word must be in the prompt (`cat#2` is
-    the second cat). A word alone is a noun without modifiers.
+    """Parses groups such as "red circle; blue square". Every word must be in the prompt; `cat#2`
+    means the second "cat" in it. A group of one word is a noun without modifiers.
 
-    ValueError for an empty group, for words that are not in the prompt, and for one that is in two
-    groups.
+    Raises ValueError for an empty group, for a word that is not in the prompt, and for a word that
+    is in two groups.
     """
     groups = []
     taken: dict[int, str] = {}
@@ -62,8 +62,10 @@ def read_groups(text: TextEncoder, prompt: str, pairs: str) -> list[Group]:
 
 
 def find_groups(text: TextEncoder, prompt: str) -> list[Group]:
-    """Finds groups in a prompt, as the top of this file says. Words beyond the tokens that the
-    text encoder reads are left out.
+    """Finds the groups in a prompt by cutting it at commas, "and", "with" and prepositions.
+
+    A group is left out if the tokenizer rewrites one of its words, or cuts the word off at the end
+    of a long prompt.
     """
     groups = []
     for modifiers, noun in named_groups(prompt):
@@ -74,9 +76,10 @@ def find_groups(text: TextEncoder, prompt: str) -> list[Group]:
 
 
 def named_groups(prompt: str) -> list[tuple[list[str], str]]:
-    """Returns (modifiers, noun) of each group, as words that `TextEncoder.positions` finds."""
+    """Returns (modifiers, noun) of each group in a prompt, as words that `TextEncoder.positions`
+    accepts."""
     named = _named(prompt)
-    parts: list[list[tuple[str, str]]] = [[]]  # (folded, as `positions` takes it) of each word
+    parts: list[list[tuple[str, str]]] = [[]]  # (case-folded word, its name for `positions`)
     ends: list[str] = []  # the word or comma after each part
     for word, name in named:
         if word in (",", "and", "with") or word in CUTS:
@@ -86,7 +89,7 @@ def named_groups(prompt: str) -> list[tuple[list[str], str]]:
             parts[-1].append((word, name))
     ends.append("")
     groups: list[tuple[list[str], str]] = []
-    held: list[str] = []  # adjectives of "a red and ..."
+    held: list[str] = []  # adjectives such as "red" in "a red and blue ball"
     for k, (part, end) in enumerate(zip(parts, ends)):
         kept = [name for word, name in part if word not in ARTICLES]
         begins = bool(part) and part[0][0] in ARTICLES
@@ -103,7 +106,8 @@ def named_groups(prompt: str) -> list[tuple[list[str], str]]:
 
 
 def _named(prompt: str) -> list[tuple[str, str]]:
-    """Returns each word of the prompt, folded, and the name by which `positions` finds it."""
+    """Returns (word, name) of each word of the prompt: the word case-folded, and the name by which
+    `TextEncoder.positions` finds it, such as "cat#2"."""
     finder = Finder(prompt)
     out = []
     for word in words(prompt):

@@ -1,13 +1,14 @@
-"""What keeps an optimised noise x (B,4,h,w) close to unit noise; each returns (B,), lower is better.
+"""Regularizers that keep an optimised noise x (B,4,h,w) close to unit noise. Each returns (B,);
+lower is better.
 
 norm    r^2 / 2 - (d - 1) log r with r = |x|, least at r = sqrt(d - 1): the norm of d unit numbers
-        (ReNO, Eyring et al. 2024, arXiv 2406.04312). It sees nothing but the norm.
+        (ReNO, Eyring et al. 2024, arXiv 2406.04312). It depends on nothing but the norm.
 kl      |x - start|^2 / 2d: KL(N(x - start, 1) || N(0, 1)) per number, InitNO's bound for a shift.
 white   -(l1 + l2), averaged with 20 random permutations of x (DNO, Tang et al. 2024, arXiv
         2405.18881). With x's d numbers as m rows of k = 4, M1 the norm of the mean row and M2 the
         spectral norm of Z'Z / m - I,
             l1 = -m M1^2 / 2k,   l2 = -m max(sqrt(1 + M2) - 1 - sqrt(k / m), 0)^2 / 2,
-        each at most -log 2: within the bound that unit noise keeps, nothing is gained.
+        each cut to at most -log 2, so that x is not pushed further once it is within the bound.
 """
 
 import math
@@ -21,18 +22,21 @@ PERMUTATIONS = 20
 
 
 def norm(x: Tensor, start: Tensor) -> Tensor:
-    """The norm's log density, of all d numbers of each image. `start` is not used."""
+    """Returns the negative log density (B,) of each image's norm |x|, up to a constant. `start` is
+    not used."""
     r = x.flatten(1).norm(dim=1)
     return r**2 / 2 - (x[0].numel() - 1) * r.log()
 
 
 def kl(x: Tensor, start: Tensor) -> Tensor:
-    """The KL divergence of a shift of unit noise by x - start, per number."""
+    """Returns the KL divergence (B,), per number, between unit noise shifted by x - start and unit
+    noise."""
     return 0.5 * (x - start).flatten(1).square().mean(dim=1)
 
 
 def white(x: Tensor, start: Tensor, permutations: int = PERMUTATIONS) -> Tensor:
-    """How unlikely the means and covariances of x's rows of four are. `start` is not used."""
+    """Returns a bound (B,) on how unlikely the mean and covariance of x's numbers, taken as rows of
+    four, are for unit noise. `start` is not used."""
     flat = x.flatten(1)
     total = -_bounds(flat)
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +57,7 @@ def _bounds(flat: Tensor) -> Tensor:
     return l1.clamp(max=-math.log(2)) + l2.clamp(max=-math.log(2))
 
 
-# Name -> the regularizer and its usual weight: ReNO's, the paper's of InitNO, DNO's.
+# Name -> (regularizer, usual weight). The weights are those of ReNO, the InitNO paper, and DNO.
 REGULARIZERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
     "norm": (norm, 0.01),
     "kl": (kl, 500.0),

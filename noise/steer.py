@@ -1,11 +1,12 @@
-"""From an objective's name, or a user's own function, to a driver that runs it.
+"""Turns an objective's name, or a user's own function, into a `Steer`: the objective with the
+driver (noise/drivers.py) that minimises it, and the settings of both.
 
     steer = choose("syngen", settings={"until": "10"})          # a name of noise/objectives/
     steer = choose("mine.py:my", driver="optimize")              # a function in a file
     steer = choose(my, driver="select")                          # a function
 
 `choose` checks everything that can be checked without a model. A file runs as the user who names it,
-so its name is taken from a command line or a program, never from a prompts file or an image.
+so the file's name is taken from a command line or a program, never from a prompts file or an image.
 """
 
 import hashlib
@@ -43,8 +44,9 @@ class Selecting:
     """Settings of the driver select."""
 
     candidates: int = 16
-    # None: one look each. "zero-order": 1 + rounds * count noises near the seed's own. "halving": one
-    # look each, then drafts of the best eighth, `part` of the run's steps long.
+    # None: scores the noise of every candidate at the first timestep. "zero-order": scores the
+    # seed's own noise, and rounds * count noises near it. "halving": scores as None does, then
+    # again the best eighth of the candidates after the first `part` of the run's steps.
     search: str | None = None
     rounds: int = 4
     count: int = 4
@@ -61,13 +63,13 @@ class Selecting:
 
 
 HOW: dict[str, type] = {"select": Selecting, "optimize": Optimizing, "refine": Refining}
-WORDS = ("norm", "regularizer", "search")  # settings whose default is none, and that are no numbers
-UNSET = ("repeats", "limits")  # mappings, which no single value sets
+WORDS = ("norm", "regularizer", "search")  # settings that are a word or None
+UNSET = ("repeats", "limits")  # mappings, which a user cannot set
 
 
 @dataclass(frozen=True)
 class Steer:
-    """An objective with its driver and settings, checked."""
+    """An objective with its driver and settings, which `choose` has checked."""
 
     name: str
     target: Callable[..., Any]  # an objective, or a class that makes one
@@ -81,30 +83,33 @@ class Steer:
 
     @property
     def replaces_layout(self) -> bool:
-        """Whether the image is drawn from its whole prompt, the layout's regions being the
-        objective's alone."""
+        """Whether only the objective uses the layout's regions. The image is then drawn from its
+        whole prompt, instead of with one prompt per region."""
         return self.name == "boxes" or bool(self.settings.get("retention"))
 
     def record(self) -> dict[str, Any]:
-        """What identifies it: a part of an image's settings."""
+        """Returns what identifies this Steer in an image's saved settings: name, driver, settings,
+        and the SHA-256 of a user's file."""
         said = {"name": self.name, "driver": self.driver, "settings": dict(sorted(self.settings.items()))}
         return said if self.sha256 is None else said | {"sha256": self.sha256}
 
     def options(self) -> dict[str, Any]:
-        """The settings that are the objective's own."""
+        """Returns the given settings that belong to the objective, and not to its driver."""
         known = own_options(self.target)
         return {name: value for name, value in self.settings.items() if name in known}
 
     def made(self, sd: Model, asks: Sequence[Ask]) -> Objective:
-        """Returns the objective of some images. ValueError where it cannot judge them."""
+        """Returns the objective for some images. Raises ValueError if the objective cannot be used
+        for them, for example because a prompt names no subject."""
         return self.target(sd, asks, **self.options()) if self.is_class else self.target
 
     def how(self, objective: Objective) -> Any:
-        """Returns the driver's settings: the objective's own, changed by those given."""
+        """Returns the driver's settings: those published with the objective, or else the driver's
+        defaults, with the given settings changed."""
         kind = HOW[self.driver]
         how: Any = getattr(objective, "how", None)
         if not isinstance(how, kind):
-            # Of a function nothing is known: not even the size of its gradient.
+            # The size of a plain function's gradient is unknown, so it is scaled.
             scaled = self.driver != "refine" or self.is_class
             how = kind() if scaled else Refining(share=drivers.SHARE)
         given = {name: value for name, value in self.settings.items() if name in driver_options(self.driver)}
@@ -123,9 +128,10 @@ def choose(
 ) -> Steer:
     """Finds an objective and checks its driver and settings.
 
-    `objective`: a name, FILE.py:NAME, a function or a class. `driver`: None for the objective's own,
-    else refine. `settings`: names and values, or text such as "lr=5,steps=50". ValueError or
-    FileNotFoundError, in one line, for anything that is wrong.
+    `objective`: a name of noise/objectives/, FILE.py:NAME, a function or a class. `driver`: if
+    None, the driver that the objective is published with, or refine if it states none. `settings`:
+    a mapping, or text such as "lr=5,steps=50". Raises FileNotFoundError if FILE.py does not exist.
+    Raises ValueError if there is no such objective, driver or setting, and for a wrong value.
     """
     sha256 = None
     if not isinstance(objective, str):
@@ -158,13 +164,14 @@ def choose(
 
 
 def driver_options(driver: str) -> dict[str, Any]:
-    """Returns the settings of a driver, name -> default."""
+    """Returns the settings that a driver accepts, name -> default."""
     options = {f.name: f.default for f in fields(HOW[driver]) if f.name not in UNSET}
     return {**options, "guidance": 1.0} | ({"lr": None} if driver == "refine" else {})
 
 
 def own_options(target: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the settings of an objective's class, name -> default."""
+    """Returns the settings that an objective's class accepts, name -> default. A plain function has
+    none."""
     if not isinstance(target, type):
         return {}
     parameters = list(inspect.signature(target).parameters.values())[2:]  # after sd and asks
@@ -175,7 +182,8 @@ def own_options(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def read_settings(text: str) -> dict[str, str]:
-    """ "lr=5,steps=50" -> {"lr": "5", "steps": "50"}. ValueError for any other form."""
+    """Parses settings: "lr=5,steps=50" -> {"lr": "5", "steps": "50"}. Raises ValueError for text of
+    another form and for a name that is given twice."""
     found: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -188,7 +196,8 @@ def read_settings(text: str) -> dict[str, str]:
 
 
 def _checked(key: str, value: Any, default: Any) -> Any:
-    """Returns a setting's value in its default's type. ValueError where it is not of that type."""
+    """Converts a setting's value to the type of its default. Raises ValueError if that is not
+    possible."""
     given = value
     if isinstance(value, str):
         words = {"true": True, "false": False, "none": None}
@@ -215,7 +224,7 @@ def _checked(key: str, value: Any, default: Any) -> Any:
 
 
 def is_file(text: str) -> bool:
-    """Returns whether an objective is named by file, FILE.py:NAME."""
+    """Returns whether an objective's name is a file's: FILE.py:NAME or FILE.py."""
     return text.rpartition(":")[0].endswith(".py") or text.endswith(".py")
 
 
@@ -229,11 +238,16 @@ def _found(text: str) -> tuple[Callable[..., Any], str | None]:
     return find(text), None
 
 
-_files: dict[Path, tuple[ModuleType, str]] = {}  # those imported so far: a file runs once per process
+_files: dict[Path, tuple[ModuleType, str]] = {}  # imported so far: a file runs once per process
 
 
 def _from_file(text: str) -> tuple[Callable[..., Any], str]:
-    """Imports FILE.py:NAME. The file's folder does not join sys.path."""
+    """Imports FILE.py:NAME. Returns (NAME, SHA-256 of the file). The file's folder is not added to
+    sys.path.
+
+    Raises FileNotFoundError if there is no such file, and ValueError if the file cannot be imported
+    or has no function NAME.
+    """
     file, colon, name = text.rpartition(":")
     path = Path(file if colon and file.endswith(".py") else text)
     if not path.is_file():
@@ -275,7 +289,7 @@ def _imported(path: Path) -> ModuleType:
 
 @dataclass
 class Run:
-    """What `steer` does for one batch of images."""
+    """A Steer applied to one batch of images: `select`, `optimize` or `refine`."""
 
     sd: Model
     steer: Steer
@@ -297,13 +311,14 @@ class Run:
         return losses.listed_timesteps(self.sd, self.steps, self.sampler, self.karras)
 
     def check(self) -> None:
-        """ValueError where the objective cannot judge these images. No network runs."""
+        """Raises ValueError if the objective cannot be used for these images. No network runs."""
         self.steer.how(self.steer.made(self.sd, self.asks))
 
     def select(
         self, candidates: Sequence[Sequence[int]], shape: Sequence[int], say: Callable[[str], None]
     ) -> list[Selection]:
-        """Chooses each image's noise among its candidates (seeds), or by a search near its own."""
+        """Chooses each image's noise: that of one of the image's candidates (seeds), or with
+        zero-order search a noise near that of the first candidate."""
         t = self._timesteps()[0]
         chosen = []
         for one, seeds in zip(self.asks, candidates, strict=True):
@@ -339,7 +354,8 @@ class Run:
         part: float,
         say: Callable[[str], None],
     ) -> Selection:
-        """Chooses among `seeds` by one look each, then by drafts of the best eighth."""
+        """Scores all `seeds` at the first timestep, then the best eighth of them after `part` of
+        the run's steps. Chooses the best seed of the second scores."""
         config = self.sd.config
         scale = config.guidance(self.guidance_scale)
         steps = self.steps or config.steps
@@ -358,7 +374,7 @@ class Run:
         return Selection(found.seed, draw_noise([found.seed], shape), last[found.seed], first | last)
 
     def optimize(self, start: Tensor, say: Say) -> list[Result]:
-        """Optimises each image's noise, from `start` (B,4,h,w)."""
+        """Optimises each image's noise, starting from `start` (B,4,h,w)."""
         begin = time.perf_counter()
         lift, how = self._lift(self.asks)
         t = self._timesteps()[0]
@@ -379,8 +395,8 @@ class Run:
         return results
 
     def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Returns the noise (B,4,h,w) that select or optimize finds from the images' seeds, a
-        selection among the candidates that the command line takes.
+        """Returns the noise (B,4,h,w) that the driver, select or optimize, finds from the images'
+        seeds. For select, the candidates are those of `candidate_seeds`, as on the command line.
         """
         if self.steer.driver == "select":
             count = int(self.steer.settings.get("candidates", Selecting.candidates))
@@ -390,7 +406,8 @@ class Run:
         return torch.cat([result.noise for result in results])
 
     def refine(self, say: Say | None = None) -> tuple[Refine, Callable[[], None]]:
-        """Returns the updates of the run, and a function to call at its end, which records them."""
+        """Returns (refine, end): the function that updates the latents before each prediction, and
+        a function to call after the run, which adds to `records`."""
         begin = time.perf_counter()
         lift, how = self._lift(self.asks)
         results = [Result(torch.empty(0)) for _ in self.asks]
@@ -439,11 +456,13 @@ def asked(
     pairs: str | None,
     taken: bool,
 ) -> Begin | None:
-    """Returns, for `StableDiffusion.__call__`, a function that begins a batch: it returns the noise
-    (B,4,h,w) and the updates. None without an objective.
+    """Prepares an objective for `StableDiffusion.__call__`. Returns a function to call for each
+    batch, or None if `objective` is None. That function returns (noise, refine): the noise
+    (B,4,h,w) to begin from, and the updates of the latents or None.
 
-    `taken`: whether noise or updates are given. ValueError then, for settings without an objective,
-    and as in `choose`.
+    `taken` is whether the caller has also given noise or updates. Raises ValueError if an objective
+    is given and `taken` is true, and if driver, settings, subjects or pairs are given without an
+    objective. Raises the errors of `choose` too.
     """
     if objective is None:
         if any(given is not None for given in (driver, settings, subjects, pairs)):

@@ -1,9 +1,10 @@
 """Objectives: one published method per file, its equation at the head, at most 60 lines.
 
-Each is a class, made by `cls(sd, asks, **options)` once per run, whose instances are called with a
-`Look` (noise/look.py). It may state the driver that it is published with (`driver`), that driver's
-settings (`how`), and `begin()`, called when a run begins. A plain function is an objective too.
-`find` imports one by its name; noise/steer.py finds a user's own.
+Each objective is a class. `cls(sd, asks, **options)` is called once per run, and the instance is
+called with a `Look` (one UNet evaluation, noise/look.py). The class may have the attributes
+`driver` (the driver that the method is published with), `how` (the driver's settings), and
+`begin()`, which is called when a run begins. A plain function is an objective too. `find` imports
+an objective of this package by its name; noise/steer.py imports a user's own.
 """
 
 import importlib
@@ -23,6 +24,6 @@ NAMES = {
 
 
 def find(name: str) -> type:
-    """Returns the class of a name in `NAMES`."""
+    """Imports and returns the class of the objective called `name`, a key of `NAMES`."""
     module, cls = NAMES[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), cls)

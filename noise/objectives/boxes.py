@@ -8,7 +8,8 @@ largest values, k = max(1, floor(P sum m)), k' the same of 1 - m:
     corner_x = mean over columns of |max over rows of M - max over rows of m| w
 
 w is 1 within L columns of the box's first column and of the one after its last, else 0; corner_y is
-the same of rows. `repeats` repeats updates at steps 0, 10 and 20 on the largest inner term.
+the same for rows. With `repeats`, updates are repeated at steps 0, 10 and 20, on the largest inner
+term.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ P, L = 0.2, 1
 
 
 def terms(maps: Tensor, mask: Tensor, p: float = P, reach: int = L) -> tuple[Tensor, Tensor, Tensor]:
-    """inner, outer, corner_x + corner_y of a map (h,w) and a mask (h,w) of 0 and 1."""
+    """Returns (inner, outer, corner_x + corner_y) of a map (h,w) and a mask (h,w) of 0 and 1."""
     k, rest = (max(1, int(p * float(part.sum()))) for part in (mask, 1 - mask))
     inner = 1 - (maps * mask).flatten().topk(k).values.mean()
     outer = (maps * (1 - mask)).flatten().topk(rest).values.mean()

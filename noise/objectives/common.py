@@ -1,4 +1,4 @@
-"""What several objectives need of their images: subjects, groups, the regions of a layout."""
+"""Helpers of several objectives: checks of subjects and groups, and the regions of a layout."""
 
 from collections.abc import Sequence
 
@@ -15,27 +15,27 @@ from minsd.words import occurrences
 
 
 def need_subjects(asks: Sequence[Ask]) -> None:
-    """ValueError for a prompt without subjects."""
+    """Raises ValueError if an image's prompt has no subjects."""
     for ask in asks:
         if not ask.subjects:
             raise ValueError(f"the prompt {ask.prompt!r} names nothing to attend to: name the subjects")
 
 
 def need_groups(asks: Sequence[Ask]) -> None:
-    """ValueError for a prompt without nouns."""
+    """Raises ValueError if an image's prompt has no groups of a noun with its modifiers."""
     for ask in asks:
         if not ask.groups:
             raise ValueError(f"no nouns are found in {ask.prompt!r}: give --pairs 'red circle; blue square'")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """ValueError for a setting that is none of its choices."""
+    """Raises ValueError if the value of the setting `name` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
 
 
 class Earlier:
-    """A tensor of each image, at the last evaluation of the step before."""
+    """Stores one tensor per image: that of the last evaluation in the previous step."""
 
     def __init__(self) -> None:
         self.clear()
@@ -45,7 +45,8 @@ class Earlier:
         self.before: dict[int, list[Tensor]] = {}
 
     def step(self, row: int, i: int | None, now: Tensor) -> list[Tensor]:
-        """Keeps an image's tensor of step i. Returns that of the step before, detached, if any."""
+        """Stores image `row`'s tensor of step i. Returns a list with the detached tensor of the
+        step before, or an empty list if there is none."""
         if i is None:  # before the run there are no steps
             return []
         if row in self.last and self.last[row][0] != i:
@@ -55,14 +56,15 @@ class Earlier:
 
 
 class Regions:
-    """The subjects of a layout's captions, found in the whole prompt, and their regions."""
+    """The subjects named in a layout's region captions: their maps in the whole prompt, and
+    masks."""
 
     def __init__(self, sd: Model, asks: Sequence[Ask]):
         self.found = [regions_of(sd, ask) for ask in asks]
 
     def __call__(self, look: Look, k: int) -> tuple[Tensor, Tensor]:
-        """Returns maps and masks (S,h,w) of image k of a look. A mask is the fraction of each cell
-        that lies in the region.
+        """Returns (maps, masks), each (S,h,w), of the Look's k-th image. A mask holds the fraction
+        of each cell that lies in the subject's region.
         """
         found = self.found[look.rows[k]]
         maps = look.maps_of(k, [tokens for tokens, _ in found])
@@ -72,10 +74,12 @@ class Regions:
 
 
 def regions_of(sd: Model, ask: Ask) -> list[tuple[list[int], np.ndarray]]:
-    """Token positions of each region's subject in the whole prompt, and the region's pixels.
+    """Returns (positions, pixels) for each subject of each region of the layout: the subject's
+    token positions in the whole prompt, and the region's pixels.
 
-    The n-th region of a word that the prompt has several times is its n-th occurrence. ValueError
-    without regions, and for a caption whose subject is not in the prompt.
+    If the prompt contains a word several times, the n-th region that names this word gets its n-th
+    occurrence. Raises ValueError if there are no regions, and if a caption's subject is not in the
+    prompt.
     """
     if ask.layout is None or not ask.layout.regions:
         raise ValueError("this objective needs the regions of a layout: give --layout FILE")

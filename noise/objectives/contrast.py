@@ -9,7 +9,7 @@ Without pairs (single words at the first step, where L has no gradient), or with
 
     L = mean over pairs of a group of max(0, 1 - s) + mean over pairs of two groups of s where s > 0
 
-`repeats` repeats updates 20 times at steps 0, 10 and 20.
+With `repeats`, updates are repeated 20 times at steps 0, 10 and 20.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from minsd.noise.objectives.common import Earlier, check_choice, need_groups
 
 
 def contrastive(vectors: Tensor, labels: Tensor, t: float = 0.5, form: str = "ntxent") -> Tensor:
-    """L of vectors (n,d) with labels (n,), groups' numbers."""
+    """Returns L of vectors (n,d), where labels (n,) holds the number of each vector's group."""
     unit = vectors / (vectors.norm(dim=1, keepdim=True) + 1e-12)
     s = unit @ unit.T
     same = labels[:, None] == labels

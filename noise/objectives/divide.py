@@ -21,12 +21,12 @@ from minsd.noise.objectives.common import need_subjects
 
 
 def variation(maps: Tensor) -> Tensor:
-    """TV of maps (...,h,w) -> (...)."""
+    """Returns the total variation TV (...) of maps (...,h,w)."""
     return maps.diff(dim=-2).abs().sum((-2, -1)) + maps.diff(dim=-1).abs().sum((-2, -1))
 
 
 def divergence(a: Tensor, b: Tensor, softmax: bool = False) -> Tensor:
-    """JSD of two maps (h,w)."""
+    """Returns the Jensen-Shannon divergence JSD of two maps (h,w)."""
     flat = torch.stack([a.flatten(), b.flatten()])
     p = flat.softmax(dim=1) if softmax else flat / flat.sum(dim=1, keepdim=True)
     p = p.clamp(min=torch.finfo(p.dtype).tiny)
@@ -48,7 +48,7 @@ class DivideAndBind:
         return attend + self.weight * bind, {"attend": attend, "bind": bind}
 
     def bound(self, look: Look, k: int) -> Tensor:
-        """The second sum for image k."""
+        """Returns the sum of JSD over (modifier, noun) pairs, for the Look's k-th image."""
         pairs = [(modifier, g.noun) for g in look.asks[k].groups for modifier in g.modifiers]
         maps = [look.maps_of(k, pair) for pair in pairs]
         parts = [divergence(two[0], two[1], self.softmax) for two in maps]

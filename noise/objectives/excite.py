@@ -3,8 +3,8 @@
     L = max over subjects s of 1 - max M_s
 
 with M_s the sharpened, smoothed map of a subject (`Look.maps`). In each of the first 25 steps the
-latents move down its gradient; at steps 0, 10 and 20 until the least attended subject reaches 0.05,
-0.5 and 0.8. The conflict of self-attention is told, not descended.
+latents move down the gradient of L. At steps 0, 10 and 20 this is repeated until max M_s of the
+least attended subject reaches 0.05, 0.5 and 0.8. The conflict of self-attention is only reported.
 """
 
 from collections.abc import Sequence

@@ -35,7 +35,7 @@ class InitNO:
         self.official, self.count = variant == "official", len(asks)
         conflict = sd.config.conflict_limit if conflict_limit is None else conflict_limit
         limits = {"cross": CROSS_LIMIT} | ({"self": conflict} if conflict < math.inf else {})
-        self.how = Refining(repeats={10: limits, 20: limits})  # there, until both are within limits
+        self.how = Refining(repeats={10: limits, 20: limits})  # repeat until within the limits
         self.begin()
 
     def begin(self) -> None:

@@ -7,8 +7,8 @@ With M the subjects' sharpened, smoothed maps:
     retention = mean over subjects of 1 - sum min(M_s, m_s) / sum (M_s + m_s),   m_s its region's mask
     L = (excite + overlap) / 2       or, with `half=False`, their sum
 
-`retention` takes its term in place of overlap, with the regions of a layout. The second term is left
-out while excite exceeds `limit`. retention is at least 1/2.
+With `retention=True`, the term retention, which needs the regions of a layout, replaces overlap.
+The second term is left out while excite exceeds `limit`. retention is at least 1/2.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from minsd.noise.objectives.common import Regions, need_subjects
 
 
 def overlap(maps: Tensor, present: Tensor) -> Tensor:
-    """maps (B,S,h,w) of subjects that are `present` (B,S) -> (B,)."""
+    """Returns overlap (B,) of maps (B,S,h,w), over the subjects that are `present` (B,S)."""
     i, j = torch.triu_indices(maps.shape[1], maps.shape[1], offset=1, device=maps.device)
     a, b = maps[:, i], maps[:, j]
     both = present[:, i] & present[:, j]
@@ -33,7 +33,7 @@ def overlap(maps: Tensor, present: Tensor) -> Tensor:
 
 
 def retention(maps: Tensor, masks: Tensor) -> Tensor:
-    """maps and masks (S,h,w) of one image -> ()."""
+    """Returns retention () of one image's maps and masks, each (S,h,w)."""
     return (1 - torch.minimum(maps, masks).sum((1, 2)) / (maps + masks).sum((1, 2))).mean()
 
 

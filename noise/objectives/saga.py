@@ -21,7 +21,7 @@ from minsd.samplers.schedule import Refine, Timestep
 
 
 def bounded(mu: Tensor, spread: Tensor) -> Tensor:
-    """mu (4,h,w), scaled down to a standard deviation of at most `spread`."""
+    """Returns mu (4,h,w), scaled down to a standard deviation of at most `spread`."""
     return mu * (spread / mu.std()).clamp(max=1)
 
 
@@ -29,7 +29,8 @@ class Saga(Overlap):
     iterations, draws, lr, momentum = 50, 10, 20.0, 0.4  # lr for a model whose update_scale is 20
 
     def refine(self, sd: Model, lift: Lift, steps: int, progress: Say | None) -> Refine:
-        """The updates of a run of `steps` timesteps."""
+        """Returns a function `refine(i, t, x)` -> x for a run of `steps` timesteps. The function
+        changes x only at step k = steps // 5."""
 
         def move(i: int, t: Timestep, x: Tensor) -> Tensor:
             if i != steps // 5:

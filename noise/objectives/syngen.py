@@ -22,7 +22,7 @@ from minsd.noise.pairs import Group
 
 
 def distances(maps: Tensor, rows: Sequence[int]) -> Tensor:
-    """dist of tokens `rows` to every token: maps (K,h,w) of positive values -> (rows,K)."""
+    """Returns dist (r,K) between r tokens `rows` and all K tokens, from maps (K,h,w) above 0."""
     p = maps.flatten(1)
     p = (p / p.sum(dim=1, keepdim=True)).clamp(min=torch.finfo(p.dtype).tiny)
     a, b = p[list(rows), None], p[None]
@@ -30,7 +30,8 @@ def distances(maps: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def binding(maps: Tensor, group: Group, outside: Sequence[int]) -> Tensor:
-    """One group's part of L: maps (K,h,w) of tokens 0 to K - 1, positions of tokens outside."""
+    """Returns one group's part of L, from maps (K,h,w) of all tokens and the positions u
+    outside."""
 
     def dist(word: Sequence[int], others: Sequence[int]) -> Tensor:
         return distances(maps, word)[:, list(others)].max(dim=0).values
