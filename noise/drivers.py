@@ -101,6 +101,14 @@ class Refining:
             raise ValueError(f"decay must be sqrt or none, not {self.decay!r}")
         if self.until < 0 or self.most < 0:
             raise ValueError(f"until and most must be 0 or more, not {self.until} and {self.most}")
+        _check_positive("lr", self.scale)
+        _check_positive("share", self.share)
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    """Raises ValueError for a setting below 0 or not finite; None, which means the default, passes."""
+    if value is not None and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be 0 or more, not {value}")
 
 
 def refine(
@@ -253,8 +261,8 @@ class Optimizing:
                 raise ValueError(f"{name} must be one of {known}, not {value!r}")
         if self.steps < 0:
             raise ValueError(f"steps must be 0 or more, not {self.steps}")
-        if self.lr is not None and not 0 <= self.lr < math.inf:
-            raise ValueError(f"lr must be 0 or more, not {self.lr}")
+        for name in ("lr", "share", "clip", "jitter"):
+            _check_positive(name, getattr(self, name))
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be 0 or more and below 1, not {self.momentum}")
 

@@ -346,8 +346,9 @@ class Lift:
                 if done:
                     gradient = torch.zeros_like(leaf)
                 else:
-                    self._check_gradient(loss)
-                    [gradient] = torch.autograd.grad(scale * loss.sum(), leaf)
+                    self._check_gradient(loss, loss)
+                    [gradient] = torch.autograd.grad(scale * loss.sum(), leaf, allow_unused=True)
+                    self._check_gradient(loss, gradient)
                     gradient = gradient / scale
             self._count(look, differentiated=not done)
             parts.append(told)
@@ -359,6 +360,8 @@ class Lift:
         detached. Raises ValueError unless the loss is a tensor of one value per image.
         """
         result: Any = self.objective(look)
+        if isinstance(result, tuple) and (len(result) != 2 or not isinstance(result[1], dict)):
+            raise ValueError(f"{self.name} must return the loss, or the loss and a dict of further values")
         loss, told = result if isinstance(result, tuple) else (result, {})
         b = len(look.x)
         if not isinstance(loss, Tensor) or loss.shape != (b,):
@@ -366,10 +369,14 @@ class Lift:
             raise ValueError(
                 f"{self.name} returned {shape} for {b} images: one value per image is wanted, shape ({b},)"
             )
+        for name, value in told.items():
+            if not isinstance(value, Tensor) or value.shape != (b,):
+                raise ValueError(f"{self.name} reports {name!r}: a tensor of shape ({b},) is wanted")
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in told.items()}}
 
-    def _check_gradient(self, loss: Tensor) -> None:
-        if not loss.requires_grad:
+    def _check_gradient(self, loss: Tensor, gradient: Tensor | None) -> None:
+        """Raises ValueError for a loss that does not depend on the latents."""
+        if not loss.requires_grad or gradient is None:
             raise ValueError(
                 f"{self.name} does not depend on the latents, so it has no gradient: compute it from the "
                 "look's tensors without detaching them, or use --init-noise select"

@@ -76,7 +76,7 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
         found = batch.steer.select(_candidates(batch), batch.shape, say)
         notes = []
         for seed, one, record in zip(batch.seeds, found, batch.steer.records):
-            scores = {one.seed: one.score} if one.path else one.scores
+            scores = one.scores if one.seed in one.scores else {one.seed: one.score}
             notes.append(
                 _selection(seed, one.seed, scores.keys(), scores.values(), "low") | {"objective": record}
             )

@@ -12,6 +12,7 @@ so the file's name is taken from a command line or a program, never from a promp
 import hashlib
 import importlib.util
 import inspect
+import math
 import sys
 import time
 import traceback
@@ -210,6 +211,10 @@ def _checked(key: str, value: Any, default: Any) -> Any:
                     continue
     if isinstance(default, float) and type(value) is int:
         value = float(value)
+    if value is None and default is not None and key not in WORDS:
+        raise ValueError(f"the setting {key} cannot be none")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"the setting {key} must be a number, not {given!r}")
     if default is None and not (value is None or isinstance(value, str) is (key in WORDS)):
         default = "" if key in WORDS else 0.0
     if default is None or value is None or type(value) is type(default):
@@ -324,6 +329,7 @@ class Run:
         for one, seeds in zip(self.asks, candidates, strict=True):
             begin = time.perf_counter()
             lift, how = self._lift([one])
+            drafts: dict[int, float] = {}
 
             def score(x: Tensor, lift: Lift = lift) -> list[float]:
                 rows = torch.zeros(len(x), dtype=torch.long, device=self.sd.device)
@@ -333,7 +339,7 @@ class Run:
                 at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
                 found = drivers.select(score, seeds, shape, at_once=at_once, progress=say)
             elif how.search == "halving":
-                found = self._halved(lift, score, seeds, shape, how.part, say)
+                found, drafts = self._halved(lift, score, seeds, shape, how.part, say)
             else:
                 found = drivers.search(
                     score, seeds[0], shape, rounds=how.rounds, count=how.count, near=how.near, progress=say
@@ -341,8 +347,10 @@ class Run:
             found.rows = sum(lift.rows.values())
             chosen.append(found)
             self._note(lift, 1, begin, after={"loss": round(found.score, 5)})
-            if found.path:
-                self.records[-1]["path"] = found.path
+            if how.search == "zero-order":
+                self.records[-1]["path"] = found.path  # empty if no neighbour was better
+            if drafts:
+                self.records[-1]["drafts"] = [{"seed": s, "loss": round(v, 5)} for s, v in drafts.items()]
         return chosen
 
     def _halved(
@@ -353,9 +361,10 @@ class Run:
         shape: Sequence[int],
         part: float,
         say: Callable[[str], None],
-    ) -> Selection:
-        """Scores all `seeds` at the first timestep, then the best eighth of them after `part` of
-        the run's steps. Chooses the best seed of the second scores."""
+    ) -> tuple[Selection, dict[int, float]]:
+        """Scores all `seeds` at the first timestep, then the best eighth of them (at least 2) after
+        `part` of the run's steps. Chooses the best seed of the second scores. Returns the selection,
+        with the first scores, and the second scores by seed, which are not comparable with them."""
         config = self.sd.config
         scale = config.guidance(self.guidance_scale)
         steps = self.steps or config.steps
@@ -365,13 +374,14 @@ class Run:
         def drafted(left: list[int]) -> list[float]:
             prompts = [lift.asks[0].prompt] * len(left)
             x, t = draft(self.sd, prompts, draw_noise(left, shape), left, stop, course)
+            lift.rows["full"] += stop * len(left) * (1 if scale == 1 else 2)
             rows = torch.zeros(len(left), dtype=torch.long, device=self.sd.device)
             return lift.score(x.to(lift.dtype), rows, t, stop)["loss"].tolist()
 
-        stages = [(lambda left: score(draw_noise(left, shape)), max(1, len(seeds) // 8)), (drafted, 1)]
+        stages = [(lambda left: score(draw_noise(left, shape)), max(2, len(seeds) // 8)), (drafted, 1)]
         found = drivers.halve(seeds, stages, progress=say)
         first, last = found.stages
-        return Selection(found.seed, draw_noise([found.seed], shape), last[found.seed], first | last)
+        return Selection(found.seed, draw_noise([found.seed], shape), last[found.seed], first), last
 
     def optimize(self, start: Tensor, say: Say) -> list[Result]:
         """Optimises each image's noise, starting from `start` (B,4,h,w)."""

@@ -52,7 +52,10 @@ class Boxes:
         found = []
         for k in range(len(look.x)):
             maps, masks = self.regions(look, k)
-            parts = torch.stack([torch.stack(terms(*pair)) for pair in zip(maps, (masks > 0.5).to(maps))])
+            # A region smaller than half a cell of the map takes the cells that it covers most.
+            filled = masks >= masks.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)
+            filled = filled & (masks > 0) & ((masks > 0.5) | (masks.amax(dim=(1, 2), keepdim=True) <= 0.5))
+            parts = torch.stack([torch.stack(terms(*pair)) for pair in zip(maps, filled.to(maps))])
             found.append(torch.stack([parts[:, 0].max(), *parts.sum(dim=0)]))
         worst, inner, outer, corner = torch.stack(found).unbind(dim=1)
         told = {"inner": worst, "outer": outer, "corner": corner}
