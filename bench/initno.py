@@ -131,7 +131,7 @@ class Research:
 
 
 class Ours:
-    """InitNO by the functions that minsd's users call, for one image."""
+    """minsd's InitNO for one image, run through the public functions that users call."""
 
     def __init__(self, sd: StableDiffusion, context: Tensor, uncond: Tensor, cells: int) -> None:
         self.sd = sd

@@ -78,8 +78,8 @@ def relative(y: Tensor, truth: Tensor) -> float:
 
 
 def measure(sd: StableDiffusion, args: argparse.Namespace, batch: int) -> None:
-    """Times each variant. Prints and writes the variant's row at once, so that a run that is cut
-    off keeps the rows that it has."""
+    """Times each variant. Prints and saves each row as soon as it is measured, so that a run
+    that is interrupted keeps the finished rows."""
     base: Row = {}
     truth: dict[str, Tensor] = {}
     for name in args.variants:

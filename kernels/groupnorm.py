@@ -90,8 +90,8 @@ def _statistics(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the mean and M2 of one chunk of each of GB groups. The blocks are merged channel by
-    channel, and then the channels of each group."""
+    """Computes the mean and M2, the sum of squared deviations, of one chunk of each of GB groups.
+    The blocks of cells are merged within each channel, and then the channels of each group."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -212,8 +212,8 @@ def _gradient_sums(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the sums of e and of e xhat over one chunk of each of GB groups. The blocks are
-    added channel by channel, and then the channels of each group."""
+    """Computes the sums of e, the gradient of the normalised xhat, and of e xhat over one chunk of
+    each of GB groups. Blocks of cells are added within each channel, then the channels of a group."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -345,8 +345,8 @@ def forward(
     """Computes GroupNorm of x + add, followed by SiLU if `silu`.
 
     x is (B,C,h,w), contiguous or channels_last; weight and bias are (C,); add is (B,C), contiguous,
-    or None. Returns (y, mean, m2): y (B,C,h,w) in the memory format of x, and the mean and M2 of
-    each chunk, which `backward` needs.
+    or None. Returns (y, mean, m2): y (B,C,h,w) in the memory format of x, and the mean and M2
+    (sum of squared deviations) of each chunk of a group's cells, which `backward` needs.
     """
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     y = torch.empty_like(x)

@@ -20,7 +20,7 @@ CUDNN_FIRST = [
 
 def _order(q: Tensor) -> AbstractContextManager[object]:
     """Returns a context manager in whose `with` block PyTorch tries its attention kernels for q in
-    the order that switches.py asks for."""
+    the order that kernels/switches.py sets."""
     if q.is_cuda and switches.current.cudnn_first:
         return sdpa_kernel(CUDNN_FIRST, set_priority=True)
     return nullcontext()

@@ -204,8 +204,9 @@ class Controlled:
     def _of_rows(self, number: int, images: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (index, scale), both on x's device: the index (B,) of each row's control image,
         and the scale of each row (B,1,1,1). `number` is the position of the ControlNet in
-        `controls`, and `images` lists the indices. The tensors are made once and reused, because
-        copying them to a GPU in every step would make the program wait."""
+        `controls`, and `images` holds the index of each row's control image as a list.
+        The tensors are made once and reused, because copying them to a GPU in every step would make
+        the program wait."""
         key = (number, x.device, x.dtype, *images)
         if key not in self._chosen:
             scales = self.controls[number].scales

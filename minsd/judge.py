@@ -85,8 +85,8 @@ def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
 
 
 def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Returns prompt -> what a detector must look for: from the study.json in the folder or its
-    parent, or, if there is none, from GenEval's prompts."""
+    """Returns a dict that maps each prompt to what a detector must look for. The dict is read from the
+    study.json in the folder or its parent. If there is none, it holds GenEval's prompts."""
     for place in (folder, folder.parent):
         if (place / "study.json").is_file():
             items = files.read_json(place / "study.json")["prompts"]

@@ -282,7 +282,7 @@ def _lower(text: str) -> str:
 
 
 def _printed(text: str) -> str:
-    """Removes control characters and similar ones, as tokenizers derived from BERT's do, and then
-    converts the text as `_lower` does."""
+    """Removes control, format and unassigned characters (Unicode categories C) and replacement
+    characters, as tokenizers derived from BERT's do, and then converts the text as `_lower` does."""
     kept = [c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd"]
     return _lower("".join(kept))

@@ -57,11 +57,11 @@ def optimize(
 ) -> "Result":
     """Optimises a seed's noise until the prompt's subjects are attended to.
 
-    `subjects`: words of the prompt or token indices (0 is the start token), or None for the last
-    word of each of its parts. `steps`, `sampler` and `karras` are those of the run to come, whose
-    first timestep they determine. `height` and `width` are in pixels. `settings`: see `Settings`.
-    `progress(message)` is called after every evaluation, with a message such as "round 2/5 step
-    7/10 cross 0.31 self 0.22".
+    `subjects`: words of the prompt or token indices (0 is the start token), or None for the
+    subjects that `losses.automatic_subjects` finds. `steps`, `sampler` and `karras` are those of
+    the later run, because they determine its first timestep. `height` and `width` are in pixels.
+    `settings`: see `Settings`. `progress(message)` is called after every evaluation, with a message
+    such as "round 2/5 step 7/10 cross 0.31 self 0.22".
 
     Raises ValueError, before any network runs, for wrong settings and for subjects that cannot be
     found. If a loss or gradient is not finite, the result is the seed's plain noise, with a note.

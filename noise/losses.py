@@ -48,7 +48,7 @@ def automatic_subjects(prompt: str) -> list[str]:
 
 def _chosen(prompt: str) -> list[tuple[str, Word]]:
     """Returns the automatic subjects of a prompt as (name, word) pairs. The name is the one that
-    `automatic_subjects` returns, and the word holds the place in the prompt."""
+    `automatic_subjects` returns, and the word records where in the prompt the subject stands."""
     chosen: list[Word] = []
     last = None
     for word in [*words(prompt), Word(",", 0, 0)]:

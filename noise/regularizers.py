@@ -29,8 +29,8 @@ def norm(x: Tensor, start: Tensor) -> Tensor:
 
 
 def kl(x: Tensor, start: Tensor) -> Tensor:
-    """Returns the KL divergence (B,), per number, between unit noise shifted by x - start and unit
-    noise."""
+    """Returns the KL divergence between unit noise shifted by x - start and unit noise, divided by
+    the number of elements of one image's noise, (B,)."""
     return 0.5 * (x - start).flatten(1).square().mean(dim=1)
 
 

@@ -471,8 +471,8 @@ def asked(
     (B,4,h,w) to begin from, and the updates of the latents or None.
 
     `taken` is whether the caller has also given noise or updates. Raises ValueError if an objective
-    is given and `taken` is true, and if driver, settings, subjects or pairs are given without an
-    objective. Raises the errors of `choose` too.
+    is given although `taken` is true, or if no objective is given although driver, settings, subjects
+    or pairs is. Raises the errors of `choose` too.
     """
     if objective is None:
         if any(given is not None for given in (driver, settings, subjects, pairs)):

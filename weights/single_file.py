@@ -90,8 +90,8 @@ def original(tensors: Tensors, prediction_type: str | None, metadata: Mapping[st
 def _family(
     path: Path, prefixes: tuple[str, ...], prediction_type: str | None
 ) -> tuple[ModelConfig, str | None]:
-    """Returns (family, note for the user or None) of a checkpoint, by the `prefixes` of its text
-    encoders' tensors, its prediction type, and its name."""
+    """Determines a checkpoint's model family from the `prefixes` of its text encoders' tensors, its
+    prediction type, and its file name. Returns (family, note for the user or None)."""
     if ldm_keys.XL_CLIP in prefixes:
         is_turbo = "turbo" in path.stem.lower()
         kind = "a Turbo model (1 step, no guidance)" if is_turbo else "the base model"

@@ -113,8 +113,8 @@ def check_pipeline(index: Mapping[str, Any], folder: Path) -> list[str]:
     the index names networks other than those of Stable Diffusion 1.x, 2.x and XL.
 
     Other pipeline classes (for image-to-image, ControlNet, InitNO, Attend-and-Excite, ...) are
-    accepted, because they hold the same networks. This can be checked since the index names the
-    class of each network.
+    accepted if their networks are the same. The index names the class of each network, so the
+    networks are checked, and not the pipeline class.
     """
     kind = str(index.get("_class_name", "StableDiffusionPipeline"))
     listed = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}

@@ -137,9 +137,9 @@ def _take_method(given: Given, settings: Given, taken: Given) -> Given:
 
 
 def _take_objective(given: Given, objective: Any) -> None:
-    """Copies an image's objective to `given`. Raises ValueError for an objective from a file,
-    because an image must not name a program to run; for settings that are neither numbers nor known
-    words; and, without --trust, for settings that take long.
+    """Copies an image's objective to `given`. Raises ValueError for an objective in a Python file,
+    because an image must not make minsd run code; for settings that are neither numbers nor known
+    words; and, without --trust, for settings that would make the run long.
     """
     if not isinstance(objective, dict) or not isinstance(objective.get("settings", {}), dict):
         raise ValueError("'objective' must be an object with a name and settings")

@@ -76,7 +76,8 @@ def read(folder: Path, unjudged: bool = False) -> Results:
     columns = dict.fromkeys(key for rows in held.values() for pair in pairs for key in rows[pair]["values"])
 
     def table(part: str, key: str) -> dict[str, np.ndarray]:
-        """Returns method -> the number called `key` for each pair. None becomes NaN."""
+        """Returns a dict from each method to an array with the value of `key` for each pair of a
+        prompt and a seed. A missing value is NaN."""
         return {
             name: np.array([rows[pair][part].get(key) for pair in pairs], float)
             for name, rows in held.items()

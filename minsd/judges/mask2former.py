@@ -194,9 +194,9 @@ def names_of(prompt: str, asked: Asked | None) -> list[str]:
 
 
 def load_network(path: Path) -> Any:
-    """Returns the network whose weight file is at `path`, frozen. transformers itself renames the
-    published tensors, in ways that differ between its versions. Raises ValueError, in one line, if
-    the file cannot be read or tensors are missing."""
+    """Returns the network whose weight file is at `path`, frozen. Its tensors
+    are renamed by transformers, because the new names differ between versions of transformers.
+    Raises ValueError, in one line, if the file cannot be read or tensors are missing."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     try:

@@ -48,7 +48,7 @@ class DivideAndBind:
         return attend + self.weight * bind, {"attend": attend, "bind": bind}
 
     def bound(self, look: Look, k: int) -> Tensor:
-        """Returns the sum of JSD over (modifier, noun) pairs, for the Look's k-th image."""
+        """Returns the sum of the JSDs of all (modifier, noun) pairs, for image k of `look`."""
         pairs = [(modifier, g.noun) for g in look.asks[k].groups for modifier in g.modifiers]
         maps = [look.maps_of(k, pair) for pair in pairs]
         parts = [divergence(two[0], two[1], self.softmax) for two in maps]

@@ -175,8 +175,8 @@ def find(picture: np.ndarray | Image.Image) -> list[Found]:
 
 
 def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None) -> Found:
-    """Describes the body with the mask `mask`. If `colours` is None, its colour is the palette
-    colour nearest to the median colour of the body, or no colour if all are far."""
+    """Returns a description of the body whose mask is `mask`. If `colours` is None, the body's colour
+    is the palette colour nearest to its median colour, or none if no palette colour is near."""
     if colours is None:
         distance = np.linalg.norm(np.median(pixels[_inner(mask)], 0) - PALETTE, axis=-1)
         colours = (NAMES[int(distance.argmin())],) if distance.min() <= FAR else ()

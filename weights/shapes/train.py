@@ -395,7 +395,7 @@ def train_unet(
     """Trains the UNet and the text encoder together. Returns (done, average): whether the training
     is complete, and the networks "unet" and "text" with the moving averages of their weights.
 
-    `store` is the training set of `latents_of`; `scale` is the factor that brings its latents to
+    `store` is the training set that `latents_of` returns; `scale` is the factor that brings its latents to
     unit variance.
     """
     torch.manual_seed(SEED + 1)
