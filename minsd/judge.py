@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from minsd import files, judges
+from minsd.app import mistake, reason
 from minsd.app.ranks import Share, label, local_rank
 from minsd.judges import JUDGES, WEIGHTS
 
@@ -119,12 +120,14 @@ def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     rows: list[Mapping[str, Any]] = []
     if (folder / "prompts.jsonl").is_file():
         text = (folder / "prompts.jsonl").read_text(encoding="utf-8")
-        rows = [files.parse_json(line) for line in text.splitlines() if line.strip()]
+        lines = text.split("\n")  # of JSON: other line breaks may be part of a prompt
+        rows = [files.parse_json(line) for line in lines if line.strip()]
     elif (folder / "prompts.csv").is_file():
         with (folder / "prompts.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     for row in rows:
-        if "file" not in row or "prompt" not in row:
+        texts = [row.get("file"), row.get("prompt")] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{folder}: every row of prompts.jsonl or prompts.csv needs file and prompt")
         own = row if "include" in row else asked.get(row["prompt"])
         yield Picture(folder, row["file"], row["prompt"], own)
@@ -134,6 +137,8 @@ def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     """Yields the images of a folder in the form that GenEval's own generator writes."""
     for path in sorted(folder.glob("*/metadata.jsonl")):
         item = files.read_json(path)
+        if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
+            raise ValueError(f"{path} holds no prompt")
         for name in _images(path.parent / "samples"):
             yield Picture(folder, f"{path.parent.name}/samples/{name}", item["prompt"], item)
 
@@ -144,12 +149,13 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     from PIL import Image
 
     for path in sorted(path for path in folder.rglob("*.png") if "extra" not in path.parts):
-        with suppress(OSError, ValueError), Image.open(path) as image:
+        broken = (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError)
+        with suppress(*broken), Image.open(path, formats=["PNG"]) as image:
             text: Mapping[str, str] = getattr(image, "text", {})
             prompt = files.parse_json(text["minsd"])["prompt"] if "minsd" in text else None
             if prompt is None and "parameters" in text:
                 prompt = text["parameters"].split("\nNegative prompt:")[0].split("\nSteps:")[0].strip()
-            if prompt is not None:
+            if isinstance(prompt, str):
                 file = path.relative_to(folder).as_posix()
                 yield Picture(folder, file, prompt, asked.get(prompt))
 
@@ -164,7 +170,8 @@ def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
     # The processes' own files hold the lines since the last merge.
     rows = [*recorded([folder / SCORES]), *recorded(folder.glob("scores-*.jsonl"))]
-    return {(row["file"], row["judge"]): row for row in rows if LINE <= row.keys()}
+    good = [row for row in rows if LINE <= row.keys() and isinstance(row["judge"], str)]
+    return {(row["file"], row["judge"]): row for row in good if isinstance(row["values"], dict)}
 
 
 def merge(folder: Path, parts: Sequence[Path]) -> None:
@@ -445,6 +452,7 @@ def run(args: argparse.Namespace) -> int:
     names = chosen(args, found)
     # All weights are found before the first image is judged.
     ready = [Ready(name, args, fetch) for name, fetch in names]
+    work.merge(folders)  # so that lines left by a killed run do not come after this run's
     try:
         for one in ready:
             work.judge(one.name, found, one)
@@ -464,9 +472,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options().parse_args(argv)
     try:
         return run(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"minsd: error: {label()}{files.printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        print(f"minsd: error: {label()}{files.printable(reason(error, ''))}", file=sys.stderr)
+        return 2 if mistake(error) else 1
     except KeyboardInterrupt:
         print("minsd: stopped; the same command goes on", file=sys.stderr)
         return 130

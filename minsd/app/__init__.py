@@ -26,10 +26,11 @@ def mistake(error: Exception) -> bool:
     return isinstance(error, (ValueError, FileNotFoundError))
 
 
-def reason(error: Exception) -> str:
-    """Returns an error's message for the user, in one line."""
+def reason(error: Exception, hint: str = " (--debug shows where)") -> str:
+    """Returns an error's message for the user, in one line. `hint` ends the message of an error
+    that the user did not cause."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full: free some space, and give the same command with --resume"
     if mistake(error):
         return " ".join(str(error).split())
-    return " ".join(f"{type(error).__name__}: {error} (--debug shows where)".split())
+    return " ".join(f"{type(error).__name__}: {error}{hint}".split())

@@ -84,6 +84,8 @@ def _with_revision(settings: Given) -> Given:
     if not re.fullmatch("[0-9a-f]{40}", revision):
         return settings
     repo = MODELS[model].hub_id if model in MODELS else model
+    if repo is None:  # the embedded models have no commit
+        return settings
     return settings | {"model": f"{repo}@{revision}"}
 
 

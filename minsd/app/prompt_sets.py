@@ -10,6 +10,7 @@ shapes-... are for the embedded model.
 """
 
 import csv
+import io
 import itertools
 import json
 import re
@@ -304,14 +305,18 @@ def _read(path: Path) -> list[Item]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
-            lines: list[Any] = [line.strip() for line in text.splitlines()]
+            lines: list[Any] = [line.strip() for line in text.split("\n")]
             lines = [line for line in lines if line and not line.startswith("#")]
         elif path.suffix == ".jsonl":
-            lines = [_json(line, path) for line in text.splitlines() if line.strip()]
+            lines = [_json(line, path) for line in text.split("\n") if line.strip()]
         elif path.suffix == ".json":
             lines = _json(text, path)
         elif path.suffix in (".csv", ".tsv"):
-            rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+            rows = list(
+                csv.DictReader(
+                    io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","
+                )
+            )
             column = next((name for name in COLUMNS if rows and name in rows[0]), None)
             if column is None:
                 raise ValueError(f"{path} has no column named {', '.join(COLUMNS)}")

@@ -117,7 +117,14 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
             scored[one.folder] = by_file
             scored[one.folder][""] = [rows]
         row = scored[one.folder][""][0].get(one.file, {})
-        lines = scored[one.folder].get(one.file, [])
+        if not one.path.is_file():
+            notes.append("images that are listed in runs.jsonl but missing from their folder are left out")
+            continue
+        size = one.path.stat().st_size
+        judged = scored[one.folder].get(one.file, [])
+        lines = [line for line in judged if line["size"] == size and line["asked"] == one.question]
+        if len(lines) < len(judged):
+            notes.append("scores of images that have changed since are left out: judge the folder again")
         if not lines and not unjudged:
             continue
         seed = row.get("asked_seed", row.get("seed"))

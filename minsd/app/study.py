@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minsd import __version__, files, judge
-from minsd.app import Tally, options, prompt_sets, requests, study_page
+from minsd.app import Tally, mistake, options, prompt_sets, reason, requests, study_page
 from minsd.app.options import OPTIONS
 from minsd.app.prompt_sets import slug
 from minsd.app.ranks import Share, label
@@ -229,7 +229,8 @@ def table(args: argparse.Namespace) -> int:
         _put(out / "index.html", study_page.page(results, cells, baseline, text, args.rows))
     if args.sheet:
         study_page.sheet(results, args.sheet, out / "sheet.png")
-    print(text)
+    encoding = sys.stdout.encoding or "utf-8"  # may lack characters of a method's name
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 
@@ -377,9 +378,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study")
         if args.action == "compare" and args.judges is None and args.model != "shapes":
             args.judges = PRESETS.get(args.preset, {}).get("judges")
         return draw(args) if args.action == "draw" else compare(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"minsd: error: {label()}{files.printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        print(f"minsd: error: {label()}{files.printable(reason(error, ''))}", file=sys.stderr)
+        return 2 if mistake(error) else 1
     except KeyboardInterrupt:
         print("minsd: stopped; the same command goes on", file=sys.stderr)
         return 130

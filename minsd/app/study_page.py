@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from minsd import image
 from minsd.app.results import Cell, Results
 from minsd.judges import LOWER, RATES
 
@@ -304,10 +305,9 @@ def _order(results: Results, baseline: str, rows: int) -> list[int]:
 def thumbnail(path: Path, found: Sequence[dict[str, Any]]) -> str:
     """Returns an image, made small, with the boxes of the detections `found`, as a data URI of a
     JPEG."""
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    picture = image.read(path, on="white").convert("RGB")
     scale = min(1.0, THUMBNAIL / max(picture.size))
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in picture.size)
@@ -428,7 +428,6 @@ def _block(lines: Sequence[str]) -> str:
 def sheet(results: Results, rows: int, path: Path) -> None:
     """Saves a contact sheet of `rows` pairs, chosen at random with a fixed seed. Each row is a
     pair, each column a method."""
-    from PIL import Image
 
     from minsd.image import contact_sheet, save
 
@@ -439,8 +438,7 @@ def sheet(results: Results, rows: int, path: Path) -> None:
     captions = []
     for k in drawn:
         for method in results.methods:
-            with Image.open(results.files[method][k]) as opened:
-                picture = opened.convert("RGB")
+            picture = image.read(results.files[method][k], on="white").convert("RGB")
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             pictures.append(picture)
             captions.append(f"{method} {first[method][k]:.3g}" if first else method)
