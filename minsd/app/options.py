@@ -355,7 +355,8 @@ _ROWS = (
            "select the best of --candidates, or optimise it by inversion stability or an --objective",
            choices=METHODS, like_method=True, identity="init_noise"),
     Option("candidates", NOISE, int, "K",
-           "select, best: choose among K noises, the seed's own one of them (default: 100; best: 8)",
+           "select, best: choose among K noises, the seed's own one of them (default: 100; best: 8;"
+           " with --objective 16)",
            least=1, most=100_000, unasked=1000, identity="candidates"),
     Option("score", NOISE, str, None,
            "select: what the candidates are ranked by (default: attention; stability costs ten times as much "
@@ -370,7 +371,8 @@ _ROWS = (
     Option("pairs", NOISE, str, "GROUPS",
            'nouns with their attributes, such as "red circle; blue square" (default: found in the prompt)',
            like_method=True, identity="pairs"),
-    Option("optimize_steps", NOISE, int, "N", "optimize: gradient steps (default: 100)",
+    Option("optimize_steps", NOISE, int, "N", 
+           "optimize: gradient steps (default: 100; with --objective its own, 50 for one in a file)",
            least=0, most=100_000, like_method=True, unasked=1000, identity="optimize_steps"),
     Option("optimize_mode", NOISE, str, None,
            "optimize: differentiate the inversion too, or not (default: full)",

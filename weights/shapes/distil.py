@@ -19,7 +19,6 @@ Prompts are chosen at random, without those that bench/shapes.py uses. Checkpoin
 the same command resumes. train.py describes this, and how several processes share the work.
 """
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -43,6 +42,7 @@ from minsd.weights.shapes.train import (
     Run,
     Workers,
     begin,
+    command_line,
     start,
     token_ids,
     use_attention_in_full,
@@ -275,16 +275,8 @@ def work(rank: int, world: int, device: str, options: Options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Distil the embedded model, or resume its distillation.")
-    a = parser.add_argument
-    a("--quick", action="store_true", help="a worse adapter in less time, for trying changes")
-    a("--samples", type=int, help="images that the student draws in training")
-    a("--minutes", type=float, help="stop after this time; the same command resumes")
-    a("--run", type=Path, help="checkpoints (default: run/ beside this file, run/quick/ with --quick)")
-    a("--out", type=Path, help="finished adapter (default: beside this file, with --quick in the run)")
-    a("--export", action="store_true", help="write the adapter from the newest checkpoint, and stop")
-    a("--workers", type=int, help="processes (default: one per core, or one GPU)")
-    args = parser.parse_args()
+    description = "Distil the embedded model, or resume its distillation."
+    args = command_line(description, "adapter", "images that the student draws in training").parse_args()
     run = args.run or HERE / "run" / ("quick" if args.quick else "")
     out = args.out or (run / TURBO_FILE.name if args.quick else TURBO_FILE)
     if args.export:

@@ -651,17 +651,25 @@ def work(rank: int, world: int, device: str, options: Options) -> None:
         workers.log(f"written to {options.out} after {time.time() - began:.0f} s")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded model, or resume its training.")
+def command_line(description: str, product: str, samples: str) -> argparse.ArgumentParser:
+    """Returns the parser of a training script's options. `product` names what the script writes,
+    and `samples` is the help text of --samples."""
+    parser = argparse.ArgumentParser(description=description)
     a = parser.add_argument
-    a("--quick", action="store_true", help="a worse model in less time, for trying changes")
-    a("--samples", type=int, help="images to train the UNet on, repetitions counted")
-    a("--vae-samples", type=int, help="images to train the VAE on, repetitions counted")
+    a("--quick", action="store_true", help=f"a worse {product} in less time, for trying changes")
+    a("--samples", type=int, help=samples)
     a("--minutes", type=float, help="stop after this time; the same command resumes")
     a("--run", type=Path, help="checkpoints (default: run/ beside this file, run/quick/ with --quick)")
-    a("--out", type=Path, help="finished folder (default: this one, with --quick that of the checkpoints)")
-    a("--export", action="store_true", help="write the folder from the newest checkpoint, and stop")
+    a("--out", type=Path, help=f"finished {product} (default: beside this file, with --quick in the run)")
+    a("--export", action="store_true", help=f"write the {product} from the newest checkpoint, and stop")
     a("--workers", type=int, help="processes (default: one per core, or one GPU)")
+    return parser
+
+
+def main() -> None:
+    description = "Train the embedded model, or resume its training."
+    parser = command_line(description, "model", "images to train the UNet on, repetitions counted")
+    parser.add_argument("--vae-samples", type=int, help="images to train the VAE on, repetitions counted")
     args = parser.parse_args()
     run = args.run or HERE / "run" / ("quick" if args.quick else "")
     out = args.out or (run if args.quick else HERE)
