@@ -104,12 +104,15 @@ def _images(folder: Path) -> list[str]:
 
 def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     """Yields the images that minsd's rows (runs*.jsonl) list, in this folder and the folders below
-    it."""
-    from minsd.app.folder import recorded
+    it. A missing image is left out if it was drawn again under another name (--resume)."""
+    from minsd.app.folder import by_file, key_of, recorded
 
     for sub in sorted({path.parent for path in folder.rglob("runs*.jsonl")}):
-        rows = {row["file"]: row for row in recorded(sub.glob("runs*.jsonl"))}
+        rows = by_file(recorded(sub.glob("runs*.jsonl")), sub)
+        present = {key_of(row) for name, row in rows.items() if (sub / name).is_file()} - {None}
         for name, row in sorted(rows.items()):
+            if key_of(row) in present and not (sub / name).is_file():
+                continue
             prompt = str(row.get("prompt", ""))
             yield Picture(sub, name, prompt, asked.get(prompt), row.get("model"))
 

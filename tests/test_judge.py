@@ -257,6 +257,19 @@ def test_each_image_is_judged_once_and_again_where_something_changed(folder, cap
     assert len((folder / "all.csv").read_text().splitlines()) == 7
 
 
+def test_an_image_that_was_drawn_again_is_judged_under_its_new_name(folder, capsys):
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    again = folder / "00006-0.png"
+    (folder / rows[0]["file"]).rename(again)
+    (folder / rows[1]["file"]).unlink()  # and was not drawn again: still an error
+    with (folder / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(rows[0] | {"file": again.name}) + "\n")
+    assert run(folder) == 1
+    error = capsys.readouterr().err
+    assert rows[0]["file"] not in error and rows[1]["file"] in error
+    assert {line["file"] for line in lines_of(folder)} == {row["file"] for row in rows[2:]} | {again.name}
+
+
 def test_killed_runs_and_several_processes_judge_each_image_once(folder, monkeypatch, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     shutil.copytree(folder, alone, dirs_exist_ok=True)

@@ -371,7 +371,7 @@ _ROWS = (
     Option("pairs", NOISE, str, "GROUPS",
            'nouns with their attributes, such as "red circle; blue square" (default: found in the prompt)',
            like_method=True, identity="pairs"),
-    Option("optimize_steps", NOISE, int, "N", 
+    Option("optimize_steps", NOISE, int, "N",
            "optimize: gradient steps (default: 100; with --objective its own, 50 for one in a file)",
            least=0, most=100_000, like_method=True, unasked=1000, identity="optimize_steps"),
     Option("optimize_mode", NOISE, str, None,
