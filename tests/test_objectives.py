@@ -518,6 +518,14 @@ def loose(look):
     return torch.zeros(len(look.x))
 def numbers(look):
     return 3.0
+def three(look):
+    return good(look), {}, {}
+def report(look):
+    return good(look), {"a": 0.5}
+def leaf(look):
+    return torch.zeros(len(look.x), requires_grad=True)
+def const(look):
+    return 0 * good(look)
 """
 
 
@@ -534,8 +542,8 @@ def own(tmp_path, monkeypatch):
     [
         ("--objective synge", "no objective is called 'synge'; choose from initno, excite, syngen"),
         ("--objective none.py:my", "there is no file none.py"),
-        ("--objective own.py:my", "no function my; its functions are: good, loose, numbers, wide"),
-        ("--objective own.py", "its functions are: good, loose"),
+        ("--objective own.py:my", "no function my; its functions are: const, good, leaf, loose"),
+        ("--objective own.py", "its functions are: const, good"),
         ("--objective broken.py:my", "broken.py cannot be imported: ZeroDivisionError"),
         ("--objective syngen --score attention", "--score and --objective both say"),
         ("--objective syngen --excite", "--excite is --objective excite"),
@@ -552,6 +560,9 @@ def own(tmp_path, monkeypatch):
         ("--objective nlg --objective-set lr=word", "lr must be a number"),
         ("--objective nlg --objective-set norm=3", "norm must be a word"),
         ("--objective nlg --objective-set norm=big", "norm must be one of keep, unit, none"),
+        ("--objective syngen --objective-set until=none", "until cannot be none"),
+        ("--objective syngen --objective-set lr=nan", "lr must be a number"),
+        ("--objective nlg --objective-set clip=-1", "clip must be 0 or more"),
         ("--objective-set lr=2", "--objective-set is for --objective"),
         ("--pairs x", "--pairs is for --objective"),
     ],
@@ -568,12 +579,42 @@ def test_what_is_wrong_with_an_objective_is_said_before_a_model_is_loaded(own, g
         ("own.py:wide", None, r"own.py:wide returned shape \(1, 16, 16\) for 1 images: one value per image"),
         ("own.py:numbers", None, "returned a float for 1 images"),
         ("own.py:loose", "optimize", "does not depend on the latents"),
+        ("own.py:leaf", "optimize", "does not depend on the latents"),
+        ("own.py:three", None, "must return the loss, or the loss and a dict"),
+        ("own.py:report", None, r"reports 'a': a tensor of shape \(1,\) is wanted"),
         ("boxes", None, "give --layout"),
     ],
 )
 def test_what_a_users_function_returns_is_checked(own, shapes, name, driver, says):
     with pytest.raises(ValueError, match=says):
         shapes(PROMPT, seeds=[0], steps=2, objective=name, driver=driver)
+
+
+@pytest.mark.parametrize("setting", [{"scale": -3.0}, {"share": -1.0}, {"scale": math.inf}])
+def test_updates_never_climb(setting):
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        drivers.Refining(**setting)
+
+
+def test_records_of_searches(own):
+    how = "--seed 1 --steps 4 --quiet --out o --init-noise select --objective".split()
+    assert main([PROMPT, *how, "own.py:const", "--objective-set", "search=zero-order"]) == 0
+    assert main([PROMPT, *how, "own.py:good", "--objective-set", "search=halving", "--candidates", "4"]) == 0
+    nowhere, halved = (json.loads(text) for text in (own / "o" / "runs.jsonl").read_text().splitlines())
+    assert nowhere["candidates"] == [{"seed": 1, "score": 0.0}] and nowhere["objective"]["path"] == []
+    looks = {one["seed"]: one["score"] for one in halved["candidates"]}
+    drafts = {one["seed"]: one["loss"] for one in halved["objective"]["drafts"]}
+    assert len(looks) == 4 and set(drafts) == set(sorted(looks, key=lambda seed: looks[seed])[:2])
+    assert halved["seed"] == min(drafts, key=lambda seed: drafts[seed])
+    assert halved["objective"]["rows"] == {"full": 4, "stopped": 6}  # two drafts of one guided step
+
+
+def test_a_box_smaller_than_a_cell_of_the_maps_is_drawn(own, capfd):
+    boxes = [{"prompt": "a red circle", "box": [0.1, 0.1, 0.5, 0.5]}]
+    boxes.append({"prompt": "a blue square", "box": [0.55, 0.2, 0.58, 0.23]})
+    (own / "small.json").write_text(json.dumps({"prompt": PROMPT, "regions": boxes}))
+    size = ["--height", "512", "--width", "512", "--steps", "1", "--seed", "1", "--quiet", "--out", "o"]
+    assert main(["--layout", "small.json", "--objective", "boxes", *size]) == 0, capfd.readouterr().err
 
 
 def test_neither_a_prompts_file_nor_an_image_runs_a_file(own, shapes, capfd):
