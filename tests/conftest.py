@@ -28,6 +28,7 @@ EXPLAINED = {
     "needs a CUDA device": "the machine has none",
     "needs two GPUs": "the machine has fewer",
     "has CUDA": "tests the error on a machine without a GPU",
+    "needs Ray": "70 MB and daemons for one test: CONTRIBUTING says how to run it by hand",
     "needs no kernel": "repeated in Triton's interpreter, and has nothing to interpret",
 }
 unexplained: list[str] = []
