@@ -37,6 +37,7 @@ class Model(Protocol):
     vae: Any
     text: Any
     schedule: Schedule
+    guidance_rescale: float
 
     @property
     def device(self) -> torch.device: ...
@@ -71,11 +72,36 @@ def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedul
     A v-predicting network (Salimans & Ho 2022) returns v = sqrt(abar) eps - sqrt(1 - abar) x0,
     where abar is the cumulative product of 1 - beta at t. Since x = sqrt(abar) x0 + sqrt(1 - abar)
     eps, the noise is eps = sqrt(abar) v + sqrt(1 - abar) x.
+
+    Where nearly nothing of the image is left, eps is nearly x, and the small difference holds what
+    the network has predicted. So for schedules with zero terminal SNR the result is float64. A
+    device of the kind "mps" has no float64, so there it is float32, and v keeps about 3 digits.
     """
     if schedule.prediction_type == "epsilon":
         return output
+    if schedule.has_zero_snr:
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        output, x = output.to(wide), x.to(wide)
     abar = schedule.abar(t)
     return abar**0.5 * output + (1 - abar) ** 0.5 * x
+
+
+def rescaled(
+    guided: Tensor, cond: Tensor, x: Tensor, t: int | float, part: float, schedule: Schedule
+) -> Tensor:
+    """Rescales guided noise (...,4,h,w), so that it does not overexpose images (Lin et al. 2023,
+    equations 14 to 16). `cond` (...,4,h,w) is the prediction for the prompt, x (B,4,h,w) the latents.
+
+    The network's output behind `guided` is scaled, image by image, towards the standard deviation
+    of the output behind `cond`: wholly for `part` 1, not at all for 0. For a network that predicts
+    v, the outputs are sqrt(abar) v = eps - sqrt(1 - abar) x.
+    """
+    if part == 0:
+        return guided
+    known = 0.0 if schedule.prediction_type == "epsilon" else (1 - schedule.abar(t)) ** 0.5 * x.to(cond.dtype)
+    output = guided - known
+    spread, wanted = (each.std(dim=(-3, -2, -1), keepdim=True) for each in (output, cond - known))
+    return (part * wanted / spread + 1 - part) * output + known
 
 
 def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV]:
@@ -138,7 +164,12 @@ def distilled(unet: Any, context: Tensor, guidance_scale: float, schedule: Sched
 
 
 def classifier_free(
-    unet: Any, cond: Tensor, uncond: Tensor, guidance_scale: float, schedule: Schedule
+    unet: Any,
+    cond: Tensor,
+    uncond: Tensor,
+    guidance_scale: float,
+    schedule: Schedule,
+    guidance_rescale: float = 0.0,
 ) -> Predictor:
     """Makes a predictor predict(x, t) -> eps with classifier-free guidance, eps = u + g (c - u) (Ho
     & Salimans 2022), where u is the prediction for `uncond`, c the prediction for `cond`, and g is
@@ -147,6 +178,7 @@ def classifier_free(
     and only c is computed.
 
     `cond` and `uncond` are text states (B,77n,D), or (1,77n,D) for all images of the batch.
+    `guidance_rescale` is the `part` of `rescaled`, for guided predictions.
     """
     if getattr(getattr(unet, "config", None), "guidance_dim", 0):
         return distilled(unet, cond, guidance_scale, schedule)
@@ -157,6 +189,6 @@ def classifier_free(
     def predict(x: Tensor, t: int | float) -> Tensor:
         both = torch.cat([x, x])
         u, c = eps_from_output(unet(both, t, texts(len(x))), both, t, schedule).chunk(2)
-        return u + guidance_scale * (c - u)
+        return rescaled(u + guidance_scale * (c - u), c, x, t, guidance_rescale, schedule)
 
     return predict

@@ -96,6 +96,7 @@ class StableDiffusion:
         self.vae = vae
         self.text = text
         self.schedule = Schedule(config.schedule)
+        self.guidance_rescale = 0.0  # the `part` of `guidance.rescaled`, for every guided prediction
         self.name = config.name
         self.model_hash: str | None = None  # of a model in a single file
         self.model_revision: str | None = None  # of a model of the hub: the commit
@@ -172,6 +173,7 @@ class StableDiffusion:
         steps: int | None = None,
         sampler: str | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         init_image: Image.Image | None = None,
@@ -192,7 +194,8 @@ class StableDiffusion:
         the generation is image-to-image: `init_image` is cropped and scaled to the size, and
         `strength` (0 to 1) is the fraction of the steps that run. `karras` uses Karras noise
         levels, for the sampler dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each
-        step's prediction. Raises ValueError for sizes, shapes and counts that do not fit.
+        step's prediction. `guidance_rescale` (0 to 1) keeps guidance from overexposing images
+        (`guidance.rescaled`). Raises ValueError for sizes, shapes and counts that do not fit.
 
         An `objective` rates latents, for example by their attention maps. It is a function of a
         `Look` (noise/look.py), a name in noise/objectives/, or FILE.py:NAME. With an objective,
@@ -200,6 +203,7 @@ class StableDiffusion:
         improve the rating. `driver`, `settings`, `subjects` and `pairs` are options of
         noise/steer.py.
         """
+        sd = self.with_rescale(guidance_rescale)
         taken = noise is not None or refine is not None
         begin = asked(objective, driver, settings, subjects, pairs, taken)
         height = self.config.size if height is None else height
@@ -214,8 +218,8 @@ class StableDiffusion:
             start = noise[part]
             if begin is not None:
                 run = (steps, sampler, karras, negative_prompt, guidance_scale)
-                start, refine = begin(self, these, own, start, *run)
-            latents = self.sample(
+                start, refine = begin(sd, these, own, start, *run)
+            latents = sd.sample(
                 these,
                 start,
                 seeds=own,
@@ -231,6 +235,17 @@ class StableDiffusion:
             pictures += self.decode(latents)
         return pictures
 
+    def with_rescale(self, guidance_rescale: float | None) -> "StableDiffusion":
+        """Returns this model, with the same networks and another guidance rescale (None: the same).
+        Raises ValueError unless it is from 0 to 1."""
+        if guidance_rescale is None:
+            return self
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale}")
+        sd = copy.copy(self)
+        sd.guidance_rescale = guidance_rescale
+        return sd
+
     def sample(
         self,
         prompts: Sequence[str] | str,
@@ -238,11 +253,14 @@ class StableDiffusion:
         *,
         negative_prompt: str = "",
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
         **how: Any,
     ) -> Tensor:
         """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), as one batch, with classifier-free
-        guidance. `how` holds further arguments of `denoise`."""
-        return self.denoise(self.guided(prompts, negative_prompt, guidance_scale), noise, **how)
+        guidance. `guidance_rescale` is that of calling the model itself, and `how` holds further
+        arguments of `denoise`."""
+        sd = self.with_rescale(guidance_rescale)
+        return self.denoise(sd.guided(prompts, negative_prompt, guidance_scale), noise, **how)
 
     def guided(
         self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None
@@ -310,7 +328,9 @@ class StableDiffusion:
             context, uncond = (
                 self.text.filled(one, other.shape[1]) for one, other in ((context, uncond), (uncond, context))
             )
-        return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
+        return guidance.classifier_free(
+            self.unet, context, uncond, guidance_scale, self.schedule, self.guidance_rescale
+        )
 
     def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor:
         """Encodes prompts into text states (B,77n,D), in the model's dtype. n is the number of

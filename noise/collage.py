@@ -47,7 +47,7 @@ from torch import Tensor
 
 from minsd.adapters import Adapters
 from minsd.config import CELL
-from minsd.guidance import Model, Predictor, TextKV, eps_from_output
+from minsd.guidance import Model, Predictor, TextKV, eps_from_output, rescaled
 from minsd.noise.layout import CROP_MARGIN_MOST, Layout, SizedLayout, SizedRegion, coverage, ensure_sized
 
 OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a masked pass: the region's, the image's, the empty prompt
@@ -236,7 +236,7 @@ def masked_passes(
 
     def predict(x: Tensor, t: int | float) -> Tensor:
         eps = run(x, t, [] if cells is None else cells.at(t))  # (rows, B, 4, h, w)
-        eps = _guided(eps, len(captions), guidance_scale)  # (N + 1, B, 4, h, w)
+        eps = _guided(sd, eps, len(captions), guidance_scale, x, t)  # (N + 1, B, 4, h, w)
         return (merge.to(eps.dtype) * eps).sum(0)
 
     return predict
@@ -256,7 +256,7 @@ def attention_only_pass(sd: Model, layout: SizedLayout, ladder: str, guidance_sc
     negatives = [layout.negative_prompt, *(region.negative_prompt for region in layout.regions)]
     rows = [(captions, 0)] if guidance_scale == 1 else [(negatives, 0), (captions, 0)]
     run = _Rows(sd, rows, _size(layout), None)
-    return lambda x, t: _guided(run(x, t, cells), 1, guidance_scale)[0]
+    return lambda x, t: _guided(sd, run(x, t, cells), 1, guidance_scale, x, t)[0]
 
 
 def single_pass(
@@ -275,7 +275,7 @@ def single_pass(
         return sd.predictor(cond, uncond, guidance_scale)
     rows = [(texts[0], k)] if guidance_scale == 1 else [(texts[1], k), (texts[0], k)]
     run = _Rows(sd, rows, size, adapters)
-    return lambda x, t: _guided(run(x, t, []), 1, guidance_scale)[0]
+    return lambda x, t: _guided(sd, run(x, t, []), 1, guidance_scale, x, t)[0]
 
 
 @dataclass(frozen=True)
@@ -298,9 +298,10 @@ def cropped(inner: Predictor, crops: Sequence[Crop], until: float) -> Predictor:
     def predict(x: Tensor, t: int | float) -> Tensor:
         if t < until:
             return inner(x, t)
-        total = torch.zeros_like(x)
-        for crop in crops:
-            total[crop.place] += crop.weights.to(x.dtype) * crop.predict(x[crop.place], t)
+        parts = [crop.weights.to(x.dtype) * crop.predict(x[crop.place], t) for crop in crops]
+        total = torch.zeros_like(x, dtype=parts[0].dtype)
+        for crop, part in zip(crops, parts):
+            total[crop.place] += part
         return total
 
     return predict
@@ -347,13 +348,17 @@ def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
     return places
 
 
-def _guided(eps: Tensor, conditional: int, guidance_scale: float) -> Tensor:
-    """Applies guidance to eps (rows,B,4,h,w). The last `conditional` rows are conditional. Those
-    before them are unconditional: one for all, or one per conditional row. Returns
-    (conditional,B,4,h,w).
+def _guided(
+    sd: Model, eps: Tensor, conditional: int, guidance_scale: float, x: Tensor, t: int | float
+) -> Tensor:
+    """Applies guidance, and the model's guidance rescale, to eps (rows,B,4,h,w) predicted for x
+    (B,4,h,w) at timestep t. The last `conditional` rows are conditional. Those before them are
+    unconditional: one for all, or one per conditional row. Returns (conditional,B,4,h,w).
     """
     u, c = eps[:-conditional], eps[-conditional:]
-    return c if guidance_scale == 1 else u + guidance_scale * (c - u)
+    if guidance_scale == 1:
+        return c
+    return rescaled(u + guidance_scale * (c - u), c, x, t, sd.guidance_rescale, sd.schedule)
 
 
 def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:

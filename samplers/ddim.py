@@ -13,12 +13,16 @@ eta 0 adds no fresh noise z; eta 1 adds as much as DDPM.
 from torch import Tensor
 
 from .random import randn_like
-from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
+from .schedule import ZERO_SNR, Generators, Predictor, Refine, Schedule, Steps, Timestep, clean
 
 
 def step(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
-    """Takes one deterministic step from level abar = a to level abar = b, in either direction."""
-    return (b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps
+    """Takes one deterministic step from level abar = a to level abar = b, in either direction.
+    Latents that begin at zero terminal SNR are all noise, so x itself is the noise that is mixed
+    with the clean latents again."""
+    if a == ZERO_SNR:
+        return b**0.5 * clean(x, eps, a) + (1 - b) ** 0.5 * x
+    return ((b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps).to(x.dtype)
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
@@ -58,7 +62,8 @@ def sample(
             x = step(x, eps, a, b)
         else:
             sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
-            x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+            x0 = clean(x, eps, a)
+            eps = x if a == ZERO_SNR else eps.to(x.dtype)
             x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + sigma * randn_like(generator, x)
         yield i, t, x
 
@@ -83,13 +88,15 @@ def invert(
     inverts the step exactly, provided that guidance is the same in both directions.
 
     Guidance is part of `predict`; the reconstruction is best without guidance. Raises ValueError
-    for an unknown `anchor` and for negative `iterations`.
+    for an unknown `anchor`, for negative `iterations`, and where the run would end at zero terminal
+    SNR, where eps is x and so does not say what x is.
     """
     if anchor not in ("target", "source"):
         raise ValueError(f"anchor must be 'target' or 'source', not {anchor!r}")
     if iterations < 0:
         raise ValueError(f"iterations must be 0 or more, not {iterations}")
     visited = timesteps(schedule, steps)
+    schedule.check_signal(visited, "inversion", "take another model")
     stride = schedule.config.num_train_timesteps // steps
     for i, t in enumerate(reversed(visited)):
         a = schedule.abar_below(t, steps, final)

@@ -11,14 +11,18 @@ belongs to a level of its own; its runs do not end where DDIM's do even if every
 from torch import Tensor
 
 from .ddim import step
-from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
+from .schedule import ZERO_SNR_SAMPLERS, Generators, Predictor, Refine, Schedule, Steps, Timestep
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
     """Lists the timesteps of a run without its first `start` steps, most noise first. The second
     timestep is listed twice, so the list has one timestep more than the run has steps, unless a
-    single step is left."""
+    single step is left.
+
+    Raises ValueError for a run that begins at zero terminal SNR, where eps is x and cannot be
+    combined with the eps of other levels."""
     grid = schedule.timesteps(steps)[start:]
+    schedule.check_signal(grid, "the sampler pndm", f"take {ZERO_SNR_SAMPLERS}")
     return grid[:1] + grid[1:2] + grid[1:]
 
 

@@ -46,6 +46,7 @@ def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) ->
     `progress(i, t)` is called after every sampling step, and `say(message)` with status messages of
     the search for noise and of the objective.
     """
+    session.sd.guidance_rescale = jobs[0].sampling.guidance_rescale or 0.0
     with controlled(session, jobs[0]):
         return (
             invert(session.sd, jobs[0])
