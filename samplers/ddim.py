@@ -61,10 +61,12 @@ def sample(
         if eta == 0:
             x = step(x, eps, a, b)
         else:
-            sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
             x0 = clean(x, eps, a)
-            eps = x if a == ZERO_SNR else eps.to(x.dtype)
-            x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + sigma * randn_like(generator, x)
+            if a == ZERO_SNR:
+                eps, a = x, 0.0
+            sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+            kept = max(1 - b - sigma**2, 0.0) ** 0.5  # not below 0 by rounding
+            x = b**0.5 * x0 + kept * eps.to(x.dtype) + sigma * randn_like(generator, x)
         yield i, t, x
 
 
