@@ -44,6 +44,9 @@ prediction type and start (`tests/test_samplers.py`), except:
   "unipc") would begin at timestep 1000, which no model was trained at. 1000 steps of "dpmpp_2m" or
   "unipc" repeat timesteps except with "trailing". In these cases diffusers runs on, fails, or
   returns NaN; here a ValueError is raised.
+- Schedules with zero terminal SNR: "heun" and "pndm" refuse to begin at their last timestep. For
+  the other samplers diffusers rounds the first step of its two Euler classes to float32, which
+  changes runs of a few steps by up to 2e-4; here nothing is rounded.
 - Karras levels: diffusers rounds the timesteps that the network is given. Here each timestep
   belongs to its level exactly.
 """
