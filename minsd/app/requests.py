@@ -10,7 +10,7 @@ import difflib
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,8 +125,9 @@ class Request:
     invert: Path | None
 
 
-def read(given: Given) -> tuple[Command, list[Request]]:
-    """Returns (the settings of the whole run, one request per prompt).
+def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tuple[Command, list[Request]]:
+    """Returns (the settings of the whole run, one request per prompt). `lines` are pairs (where,
+    options), one per prompt; None takes the prompt of the command line or its prompts file.
 
     Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
     found before a model is loaded.
@@ -149,7 +150,7 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     chance = random.SystemRandom().randrange(2**32)
     requests: list[Request] = []
     images = 0
-    for where, line in _lines(given):
+    for where, line in _lines(given) if lines is None else lines:
         if line["seed"] is None and line["seeds"] is None:
             _check_seeded(given, several)
         with located(where):
