@@ -147,8 +147,8 @@ def parameters(settings: dict[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """Returns a value in the form that `parameters` uses: as a JSON string if it contains a comma,
-    a colon, a quotation mark or a line break, otherwise unchanged."""
+    """Returns a value as text for the settings line of AUTOMATIC1111's web UI: as a JSON string if
+    it contains a comma, a colon, a quotation mark or a line break, otherwise as it is."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 

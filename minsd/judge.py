@@ -187,8 +187,8 @@ def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def merge(folder: Path, parts: Sequence[Path]) -> None:
     """Merges the files `parts`, each written by one process, into the folder's scores.jsonl, with
-    one line per image and judge, and deletes the files `parts`. Safe to repeat after an
-    interruption."""
+    one line per image and judge, and deletes the files `parts`. A merge that was interrupted can be
+    repeated."""
     if not parts:
         return
     with files.locked(folder):

@@ -197,7 +197,8 @@ def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] 
 
     CLIP's tokenizers convert a prompt to normal form C and lower case, and remove white space. Some
     also remove control characters, or first run `fix`, which replaces ligatures and typographic
-    quotation marks. Each of these ways is tried, and all bytes have to agree.
+    quotation marks. Each of these conversions is tried, until one gives exactly the bytes of the
+    tokens.
     """
     # At the end of a word, sigma has another lower-case form, which some tokenizers do not use.
     written = b"".join(pieces).replace("ς".encode(), "σ".encode())
@@ -293,6 +294,7 @@ def _lower(text: str) -> str:
 
 def _printed(text: str) -> str:
     """Removes control, format and unassigned characters (Unicode categories C) and replacement
-    characters, as tokenizers derived from BERT's do, and then converts the text as `_lower` does."""
+    characters, as tokenizers derived from BERT's do, and then converts the text to Unicode's normal
+    form C and to lower case."""
     kept = [c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd"]
     return _lower("".join(kept))
