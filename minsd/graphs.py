@@ -276,7 +276,8 @@ class Graphs:
         empty_cache()
 
     def let_go(self) -> None:
-        """Drops this network's graphs. Their memory stays reserved by PyTorch until `empty_cache`."""
+        """Drops this network's graphs. Their memory stays reserved by PyTorch until `empty_cache`
+        is called."""
         if self.graphs and torch.cuda.is_available():
             # A replay may still be running. Before PyTorch unmaps an expandable segment, it waits for
             # the capture's stream only, and the replay may run on another. After a failed capture

@@ -66,7 +66,8 @@ def occurrences(prompt: str, phrase: str) -> list[Span]:
 
 
 class Finder:
-    """Searches one prompt for many phrases. The prompt is prepared only once, in the constructor."""
+    """Searches one prompt for many phrases. The prompt is prepared only once, in the
+    constructor."""
 
     def __init__(self, prompt: str):
         self.text, self.where = folded(prompt)
