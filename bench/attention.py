@@ -129,9 +129,9 @@ def with_flex() -> Attention:
 
 
 def with_lse_sum() -> Attention:
-    """Returns an attention function that computes the head-mean map one head after the other. The
-    probabilities of a head are exp(q k / sqrt(d) - lse), where lse is the log-sum-exp of the
-    scores, and are added to the mean."""
+    """Returns an attention function that computes the mean of the probabilities over heads by
+    adding one head after another. The probabilities of a head are exp(q k / sqrt(d) - lse), where
+    lse is the log-sum-exp of the scores."""
 
     def mean(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         total = torch.zeros(q.shape[0], q.shape[2], k.shape[2], device=q.device)

@@ -114,9 +114,9 @@ def outlines(objects: Objects) -> np.ndarray:
 def draw(
     sd: StableDiffusion, chosen: list[Objects], net: ControlNet | None = None, scale: float = 1.0
 ) -> list[np.ndarray]:
-    """Draws an image for each of the cases `chosen` (tuples of objects), from the noise of the seed
-    that is the number of the case. With `net`, a ControlNet with the outlines of the case acts at
-    `scale`. Returns the pixels of each image."""
+    """Draws an image for each of the cases `chosen` (tuples of objects). The noise of case k is
+    that of seed k. With `net`, a ControlNet with the outlines of the case acts at `scale`. Returns
+    the pixels of each image."""
     drawn = []
     for start in range(0, len(chosen), BATCH):
         part = chosen[start : start + BATCH]

@@ -101,8 +101,8 @@ def name(trip: Trip) -> str:
 
 
 def seed_of(group: str, prompt: int, k: int) -> int:
-    """Returns the seed of the noise number k of the prompt number `prompt` in a group. No two
-    prompts share a seed."""
+    """Returns the seed of noise number k of prompt number `prompt` in a group. No two prompts share
+    a seed."""
     return 1_000_000 * (1 + GROUPS.index(group)) + 1000 * prompt + k
 
 

@@ -1,7 +1,7 @@
 """Which kernels are faster on this GPU, for guided steps and for gradients of attention maps?
 
     python -m bench.switches [--model sd15] [--size 512] [--batches 1 8] [--runs 10] [--csv]
-    python -m bench.switches --model shapes --size 128 --runs 1 --variants default cudnn_first # a try
+    python -m bench.switches --model shapes --size 128 --variants default cudnn_first # a try
 
 Each variant changes one switch of kernels/switches.py, or the backend of attention, on random
 weights. `step_ms` is a guided step (two UNet rows per image). `look_ms` is an evaluation that ends

@@ -405,8 +405,8 @@ class Graphs:
         return True
 
     def _plainly(self, *arguments: Any, **more: Any) -> Any:
-        """Runs the network without a graph. If memory runs out while any network on the device has
-        graphs, releases all of them and runs the network once more."""
+        """Runs the network without a graph and returns its output. If memory runs out while any
+        network on the device has graphs, releases all graphs and runs the network once more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:

@@ -111,8 +111,8 @@ class Mask2Former:
     """A judge that applies rules to the objects that Mask2Former finds: GenEval's rules if
     `colours` is given, otherwise TIAM's.
 
-    `nms` is the IoU from which overlapping boxes of one class are dropped; 1 drops none. `sides`
-    are the shorter and the greatest longer side, in pixels, to which images are resized.
+    `nms` is the IoU from which overlapping boxes of one class are dropped; 1 drops none. Images are
+    resized so that the shorter side is `sides[0]` pixels and the longer at most `sides[1]`.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ class Detection(NamedTuple):
 
 
 def from_row(row: Mapping[str, Any]) -> Detection:
-    """Converts a detection from the form in which scores.jsonl contains it (`Detection.row`) to a
+    """Converts a dict from a line of scores.jsonl, as `Detection.row` returns it, to a
     Detection."""
     x0, y0, x1, y1 = row["box"]
     return Detection(row["name"], row["score"], (x0, y0, x1, y1), colour=row.get("colour"))
