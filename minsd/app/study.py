@@ -1,12 +1,12 @@
-"""Studies: several noise methods over a prompt set with paired seeds, and their table.
+"""Studies: compare several noise methods over a prompt set, with the same seeds for every method.
 
     draw  STUDY --prompts ae-animals --seeds 0-63 --methods plain select:attention:5 initno
     table STUDY --baseline plain --latex --page
 
-`draw` fills STUDY/METHOD/ for each method by a resuming run of minsd/app/run.py; the model is
+`draw` fills STUDY/METHOD/ for each method by a run of minsd/app/run.py with --resume; the model is
 loaded once. `python -m minsd.judge STUDY` then judges the images. STUDY/study.json holds the
-prompts with what they ask for, the seeds and the methods. Methods may be added later; prompts and
-seeds cannot change. `table` also takes any folder with one judged folder per method.
+prompts, what their images must show, the seeds and the methods. Methods may be added later; prompts
+and seeds cannot change. `table` also takes any folder with one judged folder per method.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minsd import files, judge
+from minsd import __version__, files, judge
 from minsd.app import Tally, ended, options, prompt_sets, requests, study_file, study_page
 from minsd.app.options import OPTIONS, Given, Parser, positive
 from minsd.app.prompt_sets import slug
@@ -46,9 +46,10 @@ FORMS = (*PLAIN, "select:SCORE:K", "optimize:STEPS", "collage[:MARGIN]", '"NAME:
 
 
 def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
-    """Returns method -> its options of minsd.generate. A word holds method names separated by
-    commas, or "NAME: --init-noise ...", a name of the user's own with its options. Raises
-    ValueError for an unknown method, and if two methods would share a folder."""
+    """Returns a dict method -> list of the options of minsd.generate for which the method stands. A
+    word holds names of methods separated by commas, or "NAME: --init-noise ...", a method of the
+    user's own with its options. Raises ValueError for an unknown method, and if two methods would
+    have the same folder."""
     out: dict[str, list[str]] = {}
     for word in words:
         by_hand = re.fullmatch(r"([^\s:]+):\s+(-.*)", word, re.DOTALL)
@@ -62,9 +63,9 @@ def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def method_options(method: str) -> list[str]:
-    """Returns the options of minsd.generate that a method stands for. A name of no other form is
-    taken as an objective's. Raises ValueError, in one line, for a method that this version does not
-    have."""
+    """Returns the list of the options of minsd.generate for which a method stands, such as
+    "select:attention:5". A name in none of the forms FORMS is taken as the name of an objective.
+    Raises ValueError, in one line, for a method that this version does not have."""
     name, _, rest = method.partition(":")
     if method in PLAIN:
         return _known(method, PLAIN[method])
@@ -82,8 +83,8 @@ def method_options(method: str) -> list[str]:
 
 
 def _known(method: str, words: list[str]) -> list[str]:
-    """Returns a method's options (`words`) unchanged. Raises ValueError if this version lacks one
-    of the options or their values."""
+    """Returns `words`, the options for which a method stands, unchanged. Raises ValueError if this
+    version does not have one of the options, or not with this value."""
     for flag, value in zip(words, [*words[1:], ""]):
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if not flag.startswith("--"):
@@ -97,8 +98,9 @@ def _known(method: str, words: list[str]) -> list[str]:
 
 
 def seeds_of(text: str, number: int) -> str:
-    """Returns the seeds of prompt `number`, as text. With "apart:K" every prompt has K seeds of its
-    own; any other text is returned unchanged, so that all prompts have the same seeds."""
+    """Returns the seeds of prompt number `number`, as text for --seeds. If `text` is "apart:K",
+    every prompt has K seeds of its own, counted on from prompt to prompt. Any other text is
+    returned unchanged, so that all prompts have the same seeds."""
     apart = re.fullmatch(r"apart:([1-9]\d*)", text)
     if not apart:
         return text
@@ -115,8 +117,8 @@ def asked_for(args: argparse.Namespace) -> Study:
     else:
         items = [{"prompt": args.prompt}]
         name = None
-    study = study_file.new(name, args.seeds, args.model, args.options, items)
-    return replace(study, methods=split_methods(args.methods))
+    methods = split_methods(args.methods)
+    return Study(name, args.seeds, args.model, args.options, items, methods, {"minsd": __version__})
 
 
 def requested(study: Study, method: str, folder: Path) -> tuple[Command, list[Request]]:
@@ -148,9 +150,9 @@ def _lines(study: Study, method: str, given: Given, subjects: bool = False) -> I
 
 
 def draw(args: argparse.Namespace) -> int:
-    """Draws every method's images that are still missing. Returns the exit code: 1 if images
-    failed, otherwise 0. Raises ValueError or FileNotFoundError for mistakes in the options; nothing
-    is written then."""
+    """Draws those images of the study's methods that are missing. Returns the exit code: 1 if
+    images failed, otherwise 0. Raises ValueError or FileNotFoundError for mistakes in the options;
+    nothing is written then."""
     study = asked_for(args)
     study_file.joined(args.study, study)  # raises ValueError if the folder holds another study
     parts: list[tuple[Command, list[Request]]] = []
@@ -164,16 +166,16 @@ def draw(args: argparse.Namespace) -> int:
     quiet = args.quiet or rank > 0
     session = None
     plans = []
-    told: set[str] = set()
+    notes: list[str] = []
     for name, (command, lines) in zip(study.methods, parts):  # mistakes are found before drawing
         session = _opened(session, command, parts, quiet)
         with located(f"method {name}: "):
-            jobs, notes = plan(session.sd, command, lines)
+            jobs, more = plan(session.sd, command, lines)
         plans.append(jobs)
-        for note in (*command.notes, *session.sd.notes, *notes):
-            if note not in told and not quiet:
-                print(f"minsd: {files.printable(note)}", file=sys.stderr)
-            told.add(note)
+        notes += [*command.notes, *session.sd.notes, *more]
+    for note in dict.fromkeys(notes):
+        if not quiet and not note.startswith("subjects: "):  # one for nearly every prompt
+            print(f"minsd: {files.printable(note)}", file=sys.stderr)
     if rank == 0:
         study_file.add(args.study, study)
     failed = 0
@@ -201,7 +203,8 @@ def _opened(
 
 
 def _model(command: Command) -> list[Any]:
-    """Returns the settings that must be equal for two methods to use the same loaded model."""
+    """Returns those settings of a run that must be equal in two runs for them to use the same
+    loaded model."""
     return [getattr(command, name) for name, option in OPTIONS.items() if option.group == options.MODEL]
 
 
@@ -209,8 +212,9 @@ def _model(command: Command) -> list[Any]:
 
 
 def table(args: argparse.Namespace) -> int:
-    """Writes the table of a judged study and its plots and, as asked for, a LaTeX table, a page and
-    a contact sheet. Returns the exit code."""
+    """Writes the table of a judged study (table.md, table.csv) and its plots. Writes a LaTeX table,
+    a page and a contact sheet too if the options request them. Prints the table. Returns the exit
+    code, 0. Raises ValueError or FileNotFoundError for a folder without scores."""
     results = read(args.study, args.unjudged)
     baseline = args.baseline or results.methods[0]
     cells = compute(results, baseline)
@@ -231,16 +235,17 @@ def table(args: argparse.Namespace) -> int:
         files.write(out / name, content)
     if args.sheet:
         study_page.sheet(results, args.sheet, out / "sheet.png")
-    encoding = sys.stdout.encoding or "utf-8"  # may lack characters of a method's name
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
     written = ", ".join([*texts, *(["sheet.png"] if args.sheet else [])])
     print(f"minsd: written to {files.printable(out)}: {written}", file=sys.stderr)
+    encoding = sys.stdout.encoding or "utf-8"  # may lack characters of a method's name
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Draws the images of a study, judges them, and writes the table and page. Without --judges,
-    missing weights only leave the images unjudged. Returns the exit code."""
+    """Draws the images of a study, judges them, and writes the table and the page. If weights of a
+    judge are missing, raises FileNotFoundError for a judge of --judges; without --judges, the
+    images are only left unjudged. Returns the exit code: 1 if images failed, otherwise 0."""
     words = [str(args.study), *(["--judges", *args.judges] if args.judges else []), "--quiet"]
     asked = judge.options().parse_args(words)
     if args.judges != ["all"]:
@@ -321,7 +326,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parser(prog: str) -> Parser:
-    """Returns the parser of `draw`, `table` and `compare`."""
+    """Returns the parser of the commands `draw`, `table` and `compare`. `prog` is the program's
+    name in its help."""
     p = Parser(prog=prog, description="Compare noise methods over a prompt set.")
     actions = p.add_subparsers(dest="action", required=True)
     d = actions.add_parser("draw", help="draw all methods' images; what is there stays")
@@ -350,7 +356,8 @@ def parser(prog: str) -> Parser:
 
 
 def _draw_options(p: argparse.ArgumentParser) -> None:
-    """Adds the options that `draw` and `compare` share."""
+    """Adds the options that the commands `draw` and `compare` share to the parser `p` of one of
+    them."""
     sets = ", ".join(prompt_sets.SETS)
     p.add_argument("--prompts", metavar="SET|FILE", help=f"{sets}, or a file")
     p.add_argument("--count", type=positive, metavar="N", help="the first N prompts of each tag")
@@ -365,8 +372,9 @@ def _draw_options(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study") -> int:
-    """Runs the command line. Returns 0, 1 if images failed, 2 for the user's mistakes, or 130 if
-    the user stopped it."""
+    """Runs the command line `argv` (default: that of the process). Returns 0 if all is done, 1 if
+    images failed or another error occurred, 2 for a mistake of the user, and 130 if the user
+    stopped the run."""
     return ended(lambda: _run(parser(prog).parse_args(argv)))
 
 
@@ -383,7 +391,7 @@ def _run(args: argparse.Namespace) -> int:
             setattr(args, name, default)
     if args.action == "draw":
         code = draw(args)
-        if not args.quiet:
+        if not args.quiet and Share.from_environment().rank == 0:
             print(f"minsd: to judge the images: python -m minsd.judge {args.study}", file=sys.stderr)
         return code
     if args.judges is None and args.model != "shapes":

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minsd import __version__, files
+from minsd import files
 from minsd.app.prompt_sets import Item, check, slug
 from minsd.app.prompts import located
 
@@ -57,11 +57,6 @@ def folders(methods: Iterable[str]) -> dict[str, str]:
     if len(set(names)) < len(names):
         raise ValueError(f"two methods would share the folder {max(names, key=names.count)}")
     return found
-
-
-def new(name: str | None, seeds: str, model: str, options: str, prompts: list[Item]) -> Study:
-    """Returns a study without methods, of this version."""
-    return Study(name, seeds, model, options, prompts, {}, {"minsd": __version__})
 
 
 def read(folder: Path) -> Study | None:
