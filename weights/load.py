@@ -746,13 +746,13 @@ def place(
             part.fuse(device, dtype)
     parameters = dict(module.named_parameters())  # fusing has replaced some parameters
     for name, source in sources.items():
-        tensor = tensors[source].reshape(parameters[name].shape)
         if parameters[name].is_meta:
+            tensor = tensors[source].reshape(parameters[name].shape)
             tensor = tensor.to(device, dtype, copy=not is_aligned(tensor))
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
         else:
-            parameters[name].copy_(tensor)
+            tensors.copy_to(parameters[name], source)
     for name, buffer in module.named_buffers():
         # Files do not hold this buffer, and leaving the meta device leaves it undefined.
         if name.endswith("position_ids"):

@@ -35,6 +35,8 @@ ITEM_SIZE = {
     "BOOL": 1,
 }
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def refuse_pickle(path: Path, what: str) -> None:
     """Raises ValueError where the file's suffix is a pickle's. `what` ("model", "VAE", ...) names
@@ -163,12 +165,15 @@ class Tensors(Mapping[str, torch.Tensor]):
         in one line."""
         self.where = path
         self.files: dict[str, tuple[Path, dict[str, Any]]] = {}
+        self.starts: dict[Path, int] = {}  # file -> offset of its tensors, which follow the header
         for file in _choose_files(path, stem, dtype):
             header = read_header(file)
             repeated = self.files.keys() & header.keys()
             if repeated:
                 raise ValueError(f"{file} repeats the tensor {min(repeated)!r} of another shard")
             self.files |= {name: (file, entry) for name, entry in header.items()}
+            length = sum(end - begin for begin, end in (e["data_offsets"] for e in header.values()))
+            self.starts[file] = file.stat().st_size - length
         self._open: dict[Path, Any] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -180,6 +185,25 @@ class Tensors(Mapping[str, torch.Tensor]):
         except Exception as error:  # safetensors is stricter than `read_header` in places
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} cannot be read by safetensors: {reason}; download it again") from None
+
+    def copy_to(self, target: torch.Tensor, name: str) -> None:
+        """Copies the tensor `name` into `target`, which has its shape or a shape of as many numbers.
+
+        If `target` is contiguous, on the CPU and of the file's dtype, its bytes are read from the
+        file: memory-mapping the file first would cost several times as much as the copy. Raises
+        ValueError where the file was cut short after its header was checked.
+        """
+        path, entry = self.files[name]
+        direct = target.device.type == "cpu" and target.is_contiguous()
+        if not direct or DTYPES.get(entry["dtype"]) != target.dtype:
+            target.copy_(self[name].reshape(target.shape))
+            return
+        with path.open("rb", buffering=0) as file:
+            file.seek(self.starts[path] + entry["data_offsets"][0])
+            content = memoryview(target.view(torch.uint8).numpy()).cast("B")
+            count = file.readinto(content)
+        if count != len(content):
+            raise ValueError(f"{path} ended early: was it replaced while it was read? Start again")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -250,6 +274,14 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
         if third == "T":
             return tensor.T.contiguous()
         return tensor if third is None else tensor.chunk(3)[third]
+
+    def copy_to(self, target: torch.Tensor, name: str) -> None:
+        """Copies a tensor into `target`, as `Tensors.copy_to` does."""
+        source, part = self.names[name]
+        if part is None:
+            self.tensors.copy_to(target, source)
+        else:
+            target.copy_(self[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
