@@ -175,8 +175,7 @@ def invert(sd: StableDiffusion, job: Job) -> Drawn:
 @contextmanager
 def controlled(session: Session, job: Job) -> Iterator[None]:
     """Applies the job's ControlNet to every call of the session's UNet within the block. Does
-    nothing if there is no ControlNet, or no control image for the whole image (only some for
-    regions of a layout)."""
+    nothing if there is no ControlNet, or if only regions of the layout have control images."""
     sd = session.sd
     if job.control is None or job.control.image is None or session.controlnet is None:
         yield
