@@ -11,7 +11,8 @@ program reads the limit from the device (devices.py).
 
 import torch
 
-# Major compute capabilities whose tensor cores read operands from shared memory, which takes more.
+# Major compute capabilities whose tensor cores read operands from shared memory, so that kernels
+# need more of it.
 HOPPER = (9, 10, 11)
 
 # (kernel, head dim) -> bytes for 16-bit and for float32 inputs, then the same two on HOPPER.

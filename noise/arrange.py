@@ -33,7 +33,7 @@ class Arrangement:
     # falls inside the region.
     fractions: list[float]
     scores: list[float]  # of each candidate as a whole: the product of all regions' fractions
-    rows: int  # UNet evaluations, which end after the last layer whose attention is recorded
+    rows: int  # UNet evaluations; each ends after the last layer whose attention is recorded
 
 
 def caption_subjects(sd: Model, layout: Layout) -> list[list[list[int]]]:
@@ -127,7 +127,7 @@ def _inside(
     positions of each subject."""
 
     def fraction(look: Look) -> Tensor:
-        look.read("cross", "self")  # recording both kinds rounds as earlier versions did
+        look.read("cross", "self")  # both kinds, so that rounding is as in earlier versions
         maps = look.maps  # (b, S, rows, columns)
         level = sd.unet.grids(tuple(given.shape[2:])).index(tuple(maps.shape[-2:]))
         fill = torch.from_numpy(coverage(region.pixels, CELL << level)).to(maps)

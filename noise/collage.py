@@ -508,8 +508,8 @@ def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
 
 def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
     """Returns which cells (squares of `cell` pixels) belong to a mask `pixels` (H,W), as booleans
-    (h,w): the cells at least half of which lies inside the mask. If there is no such cell, the cell
-    at the mask's centre is the only one."""
+    (h,w). A cell belongs to it if at least half of the cell lies inside the mask. If there is no
+    such cell, the cell at the mask's centre belongs to it."""
     inside = coverage(pixels, cell) >= 0.5
     if not inside.any():
         row, column = (int((places.mean() + 0.5) // cell) for places in np.nonzero(pixels))
@@ -624,7 +624,7 @@ class _Part:
         self.text_kv = text_kv
         self.pass_of_row = torch.tensor(passes, device=device)
         self.image = torch.tensor(image, device=device)
-        self.cells: Halves | None = None  # whose rows `region` holds
+        self.cells: Halves | None = None  # the maps that `region` was taken from
         self.region: LevelMaps | tuple[LevelMaps, LevelMaps] | None = None
 
     def region_of(self, cells: Halves) -> LevelMaps | tuple[LevelMaps, LevelMaps] | None:

@@ -36,7 +36,7 @@ from minsd.samplers.schedule import Refine, Timestep
 Score = Callable[[Tensor, Tensor], Told]
 Say = Callable[[int, str], None]  # (image, message)
 NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) for which the UNet still treats it as noise
-SHARE = 0.02  # a step of an objective whose scale is unknown, as a fraction of the latents' norm
+SHARE = 0.02  # size of a step, as a fraction of the latents' norm, for gradients of unknown scale
 
 
 class Slope(Protocol):
@@ -276,8 +276,8 @@ class Optimizing:
 
 @dataclass
 class Result:
-    """One image's noise after `optimize` or `refine` ran, with the values before, during and after
-    the run."""
+    """What `optimize` or `refine` did for one image: the values before, during and after it and,
+    for `optimize`, the noise that was found."""
 
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
     loss: float = math.nan  # of this noise
@@ -321,7 +321,7 @@ def optimize(
     progress: Say | None = None,
 ) -> list[Result]:
     """Optimises initial noises by gradient descent, from `start` (b,4,h,w), with the settings
-    `how`. `rows` (b,) holds the images' numbers in the batch. Returns one Result per image.
+    `how`. `rows` (b,) holds each image's number in the batch. Returns one Result per image.
 
     `slope(x, rows)` returns (told, gradient), and `score(x, rows)` returns `told` alone, the values
     to report as name -> (b,) with the value to minimise under "loss" (see the head of this file).

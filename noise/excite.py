@@ -42,15 +42,17 @@ def updates(
 ) -> Refine:
     """Returns a function `refine(i, t, x) -> x` that updates the latents x of a batch in the steps
     of one run, so that no subject is neglected. Samplers take such a function and call it before
-    each noise prediction. There is one prompt per image, and one item of `subjects`.
+    each noise prediction.
 
-    `subjects` holds for each image words of the prompt, token indices, or None for the last word of
-    each part of the prompt. `variant` is "official" for the updates of InitNO's program, or
-    "attend-and-excite". `steps`, `sampler` and `karras` are those of the run. Step i moves the
-    latents by scale * sqrt(linspace(1, 1/2)[i]) times the gradient; `conflict_limit` is the limit
-    of the conflict loss (how far the subjects' regions overlap) in the official variant. The model
-    has defaults for both. `progress(b, message)` is called with the progress of image b. If an
-    image's losses or gradient are not finite, that update of the image is left out, with a warning.
+    `prompts` and `subjects` have one item per image. The subjects of an image are words of its
+    prompt, token indices, or None for the last word of each part of the prompt. `variant` is
+    "official" for the updates of InitNO's program, or "attend-and-excite". `steps`, `sampler` and
+    `karras` are those of the run. Step i moves the latents by scale * sqrt(linspace(1, 1/2)[i])
+    times the gradient. In the official variant, `conflict_limit` is the limit of the conflict loss,
+    which measures how far the subjects' regions overlap. If `scale` or `conflict_limit` is None,
+    the model's default is taken. `progress(b, message)` is called with the progress of image b. If
+    an image's losses or gradient are not finite, that update of the image is left out, with a
+    warning.
 
     Raises ValueError, before any network runs, for an unknown variant or sampler and for subjects
     that cannot be found. The returned function raises ValueError for a batch of another size.

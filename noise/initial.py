@@ -100,7 +100,7 @@ def _read(path: Path) -> Tensor:
     if path.suffix == ".npy":
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))
-        except Exception as error:  # NumPy parses the header as Python and raises many kinds
+        except Exception as error:  # NumPy's parser raises errors of many types
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} is not a NumPy file of numbers: {reason}") from None
     if path.suffix in (".pt", ".pth"):
@@ -116,7 +116,7 @@ def _read(path: Path) -> Tensor:
 def _read_pt(path: Path) -> Tensor:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch and the unpickler raise many kinds
+    except Exception:  # torch and the unpickler raise errors of many types
         raise ValueError(
             f"{path} is not a PyTorch file that holds a tensor alone: save the noise by itself"
         ) from None

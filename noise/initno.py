@@ -129,8 +129,8 @@ class Settings:
 
     @property
     def tries(self) -> int:
-        """The number of tries, that is, of optimisations from another noise: the rounds and, in the
-        official variant, one last try after them."""
+        """How many times the optimisation of an image may begin: once per round and, in the
+        official variant, once more for the last try. It is 0 without rounds."""
         return self.rounds + self.official if self.rounds else 0
 
     def updates(self, turn: int) -> int:
@@ -193,7 +193,7 @@ class Evaluation(NamedTuple):
     """The losses of one image at one noise."""
 
     cross: float  # how little attention the most neglected subject gets
-    conflict: float  # how far the regions that subjects claim overlap
+    conflict: float  # how far the regions of the subjects overlap
     score: float  # compares rounds that end with this evaluation; lower is better
     met: bool  # both losses are below their limits
     finite: bool  # losses and gradient are finite
@@ -222,8 +222,8 @@ class Evaluator:
         self.dtype = self.lift.dtype  # of noises and their gradients
 
     def __call__(self, x: Tensor, rows: Tensor) -> tuple[list[Evaluation], Tensor]:
-        """Evaluates the losses at noises x (b,4,h,w) of the images with the numbers `rows` (b,) in
-        the batch. Returns (evaluations, gradient): one Evaluation per image, and the gradient
+        """Evaluates the losses at noises x (b,4,h,w) of some images, whose numbers in the batch are
+        `rows` (b,). Returns (evaluations, gradient): one Evaluation per image, and the gradient
         (b,4,h,w) of the loss in x."""
         told, gradient = self.lift.slope(x, rows, self.t, limits=self.limits)
         flags = {"met": met(told, self.limits), "finite": finite(told, gradient)}
@@ -262,22 +262,22 @@ class Gaussians:
             state[b] = 0
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Returns the shifted and scaled noise x (b,4,h,w) of the images with the numbers `rows`
-        (b,)."""
+        """Returns the shifted and scaled noise x (b,4,h,w) of some images, whose numbers in the
+        batch are `rows` (b,)."""
         log_var, mu = self.p[rows].unbind(1)
         return self.noise[rows] * (0.5 * log_var).exp() + mu
 
     def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (kl, gradient) for the images with the numbers `rows` (b,): the KL divergence of
-        each image's shift and scale from unit noise, (b,), and its gradient (b,2,4,h,w) in log_var
-        and mu."""
+        """Returns (kl, gradient) for some images, whose numbers in the batch are `rows` (b,): the
+        KL divergence of each image's shift and scale from unit noise, (b,), and its gradient
+        (b,2,4,h,w) in log_var and mu."""
         log_var, mu = self.p[rows].unbind(1)
         gradient = torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[0].numel()
         return losses.kl_divergence(mu, log_var), gradient
 
     def descend(self, rows: Tensor, gradient: Tensor, how: Settings) -> None:
-        """Updates shift and scale of the images with the numbers `rows` (b,), given the gradient
-        (b,4,h,w) of the loss in their noise x.
+        """Updates shift and scale of some images, whose numbers in the batch are `rows` (b,), given
+        the gradient (b,4,h,w) of the loss in their noise x.
 
         Also keeps the KL divergence from unit noise small: the official variant projects it below
         its limit after the update, the paper's variant adds it to the loss.
@@ -291,9 +291,9 @@ class Gaussians:
             self._adam(rows, by_both + how.kl_weight * self.kl(rows)[1])
 
     def project(self, rows: Tensor, limit: float) -> None:
-        """Descends the KL divergence from unit noise alone, for each of the images with the numbers
-        `rows` (b,), until the image's divergence is at most `limit`. Warns if that takes more than
-        KL_TURNS steps."""
+        """Descends the KL divergence from unit noise alone, for each of the images whose numbers in
+        the batch are `rows` (b,), until the image's divergence is at most `limit`. Warns if that
+        takes more than KL_TURNS steps."""
         if rows.is_cuda:
             done = self._project_unasked(rows, limit)
         else:
@@ -335,9 +335,9 @@ class Gaussians:
     def _adam(
         self, rows: Tensor, gradient: Tensor, where: Tensor | None = None, b1: float = 0.9, b2: float = 0.999
     ) -> None:
-        """Takes one Adam step for the images with the numbers `rows` (b,), or, if `where` (b,) is
-        given, only for those at which it is True. `gradient` (b,2,4,h,w) is that in log_var and mu;
-        b1 and b2 are Adam's betas."""
+        """Takes one Adam step for the images whose numbers in the batch are `rows` (b,), or, if
+        `where` (b,) is given, only for those of them at which it is True. `gradient` (b,2,4,h,w) is
+        that in log_var and mu; b1 and b2 are Adam's betas."""
         n = self.count[rows] + 1
         first = b1 * self.first[rows] + (1 - b1) * gradient
         second = b2 * self.second[rows] + (1 - b2) * gradient**2

@@ -64,10 +64,11 @@ def ask(
     seed, subjects, groups and layout. No network runs.
 
     `subjects` has one item per image, the words or token indices of its subjects, as
-    `losses.resolve` takes them. If `subjects` is None, they are found in the prompt. `pairs` is a
-    text that lists nouns with their modifiers, as noise/pairs.py reads it. If `pairs` is None, the
-    nouns and modifiers are found in the prompt. If nothing is found in a prompt, the Ask's list is
-    empty. Raises ValueError if given subjects or pairs are malformed or not in the prompt.
+    `losses.resolve` takes them; if `subjects` is None, the subjects are found in the prompt.
+    `pairs` is a text that lists groups of a noun with its modifiers, as noise/pairs.py reads it; if
+    `pairs` is None, the groups are found in the prompt. If a prompt has no subjects or groups, the
+    lists in its Ask are empty. Raises ValueError if given subjects or pairs are malformed or not in
+    the prompt.
     """
     asks = []
     for b, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -93,8 +94,8 @@ class Look:
 
     `i` is the number of the run's step, or None before the run begins. `phase` is "score" for an
     evaluation without gradients, "update" for the one update of a step, and "repeat" for the
-    repeated updates that may precede it. `index` (b,) holds the numbers in the batch of the images
-    in x.
+    repeated updates that may precede it. `index` (b,) holds, for each image in x, the image's
+    number in the batch.
     """
 
     def __init__(
@@ -111,13 +112,12 @@ class Look:
 
     @cached_property
     def rows(self) -> list[int]:
-        """The numbers in the batch of the images in x, as a list."""
+        """For each image in x, the image's number in the batch, as a list."""
         return self.index.tolist()
 
     @property
     def asks(self) -> list[Ask]:
-        """What the objective needs to know of each image (prompt, seed, subjects, groups,
-        layout)."""
+        """The `Ask` of each image in x, which holds prompt, seed, subjects, groups and layout."""
         return [self._lift.asks[row] for row in self.rows]
 
     def read(self, *kinds: str) -> list[Tensor]:
@@ -318,8 +318,7 @@ class Lift:
     @torch.no_grad()
     def score(self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None) -> Told:
         """Evaluates the objective, without gradients, at latents x (b,4,h,w) and timestep t. `rows`
-        (b,) holds the numbers in the batch of the images in x; `i` is the run's step, or None
-        before the run.
+        (b,) holds each image's number in the batch; `i` is the run's step, or None before the run.
 
         Returns the values to report as name -> (b,), with the objective's own value under "loss".
         As many images as `sd.batch_size` allows are evaluated at a time.
@@ -341,7 +340,8 @@ class Lift:
         limits: Mapping[str, float] | None = None,
     ) -> tuple[Told, Tensor]:
         """Evaluates the objective at latents x (b,4,h,w) and timestep t, and the gradient of its
-        loss with respect to x. `rows` and `i` are those of `score`; `phase` is passed to the Look.
+        loss with respect to x. `rows` (b,) holds each image's number in the batch; `i` is the run's
+        step, or None before the run; `phase` is passed to the `Look`.
 
         Returns (told, gradient): the values to report as name -> (b,), and the gradient (b,4,h,w)
         in x's dtype. `limits` (name -> value) saves work: if, on a CPU, all images that are

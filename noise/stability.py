@@ -51,7 +51,7 @@ PAPER_NUMBERS = 65_536  # size of the latents that the paper's learning rate of 
 class Trip:
     """The way of noise through the model and back: a function of unit noise that denoises the noise
     to latents, and inverts the latents to the noise'. The argument `rows` (b,) of the methods holds
-    the numbers of the images in the batch.
+    each image's number in the batch.
 
     `prompts` is one for all images, or a list with one per image. Denoising takes `steps` steps of
     `sampler` at `guidance_scale` (None: the model's, 7.5 for Stable Diffusion). Inversion takes the
@@ -105,25 +105,25 @@ class Trip:
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def __call__(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Denoises `noise` (b,4,h,w) of the images with the numbers `rows` (b,) to latents, and
-        inverts the latents. Returns the noise' (b,4,h,w) that results. With `checkpointed`,
-        activations are recomputed when the result is differentiated, which saves memory. The grad
-        mode is not changed."""
+        """Denoises `noise` (b,4,h,w) to latents, and inverts the latents. Returns the noise'
+        (b,4,h,w) that results. `rows` (b,) holds each image's number in the batch. With
+        `checkpointed`, activations are recomputed when the result is differentiated, which saves
+        memory. The grad mode is not changed."""
         return self.up(self.down(noise, rows, checkpointed), rows, checkpointed)
 
     def down(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Denoises `noise` (b,4,h,w) of the images with the numbers `rows` (b,). Returns the
-        latents (b,4,h,w). With `checkpointed`, activations are recomputed when the result is
-        differentiated."""
+        """Denoises `noise` (b,4,h,w) to latents (b,4,h,w) and returns them. `rows` (b,) holds each
+        image's number in the batch. With `checkpointed`, activations are recomputed when the result
+        is differentiated, which saves memory."""
         predict = self._predictor(self.guidance_scale, rows, checkpointed)
         sample = SAMPLERS[self.sampler]
         return _last(sample(predict, noise, self.sd.schedule, self.steps, final=self.final))
 
     def up(self, latents: Tensor, rows: Tensor, checkpointed: bool = False, iterations: int = 0) -> Tensor:
-        """Inverts `latents` (b,4,h,w) of the images with the numbers `rows` (b,) by DDIM. Returns
-        the noise (b,4,h,w). `iterations` is the number of fixed-point iterations of each step
-        (`ddim.invert`). With `checkpointed`, activations are recomputed when the result is
-        differentiated."""
+        """Inverts `latents` (b,4,h,w) by DDIM to noise (b,4,h,w) and returns it. `rows` (b,) holds
+        each image's number in the batch; `iterations` is the number of fixed-point iterations of
+        each step (`ddim.invert`). With `checkpointed`, activations are recomputed when the result
+        is differentiated, which saves memory."""
         predict = self._predictor(self.guidance_invert, rows, checkpointed)
         how = {"iterations": iterations, "final": self.final}
         return _last(ddim.invert(predict, latents, self.sd.schedule, self.steps, **how))
@@ -243,7 +243,7 @@ def select(
     Raises ValueError for settings that `Trip` refuses and for an image size that is not possible.
     Raises FloatingPointError if every candidate's score is NaN.
     """
-    Trip(sd, prompt, **trip)  # its errors come first
+    Trip(sd, prompt, **trip)  # raises its errors before any noise is scored
     height, width = height or sd.config.size, width or sd.config.size
     check_size(height, width)
     spent = 0
@@ -330,7 +330,7 @@ class Result:
 
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
     score: float = math.nan  # of this noise
-    before: float = math.nan  # of the noise it began from
+    before: float = math.nan  # of the noise that the optimisation began from
     # For each iterate: the score, norm (|noise| / sqrt(d)), mean and std.
     history: list[dict[str, float]] = field(default_factory=list)
     rows: float = 0  # UNet evaluations for this image, recomputed ones included
@@ -400,8 +400,9 @@ def optimize_batch(
 def _descend(
     trip: Trip, how: Descent, start: Tensor, rows: Tensor, progress: Callable[[int, str], None] | None
 ) -> list[Result]:
-    """Optimises the noises `start` (b,4,h,w) of the images with the numbers `rows` (b,) in one
-    batch. Returns one Result per image, in which the number of UNet evaluations is not set."""
+    """Optimises the noises `start` (b,4,h,w) in one batch. `rows` (b,) holds each image's number in
+    the whole batch. Returns one Result per image, in which the number of UNet evaluations is not
+    set."""
 
     def evaluate(x: Tensor, rows: Tensor, mode: str) -> tuple[Told, Tensor]:
         scores, gradient = gradients(trip, x, rows, mode, how.checkpointed)
@@ -442,8 +443,9 @@ def _describe(step: int, steps: int, history: list[dict[str, float]]) -> str:
 def gradients(
     trip: Trip, x: Tensor, rows: Tensor, mode: str, checkpointed: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns (scores, gradient): the inversion stability s (b,) of the noises x (b,4,h,w) of the
-    images with the numbers `rows` (b,), and the gradient (b,4,h,w) of 1 - s with respect to x.
+    """Computes the inversion stability s of the noises x (b,4,h,w), and the gradient of 1 - s with
+    respect to x. Returns (scores, gradient), (b,) and (b,4,h,w). `rows` (b,) holds each image's
+    number in the batch.
 
     `mode` is "full" (differentiates through denoising and inversion), "detach" (holds the recovered
     noise constant), or "score" (the gradient is zero). With `checkpointed`, mode "full" recomputes
@@ -529,7 +531,7 @@ def invert_picture(
         x = trip.down(noise, row)
     coded = sd.decode(latents)[0]
     back = sd.decode(x)[0]
-    picture = image.from_tensor(image.to_tensor([picture]))[0]  # in 8 bits, as what it is compared with
+    picture = image.from_tensor(image.to_tensor([picture]))[0]  # in 8 bits, like `back` and `coded`
     return Inversion(noise.float().cpu(), back, psnr(back, picture), psnr(coded, picture), sum(rows))
 
 

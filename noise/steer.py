@@ -43,7 +43,7 @@ DRIVERS = ("select", "optimize", "refine")
 
 @dataclass(frozen=True)
 class Selecting:
-    """Settings of the driver select, which chooses one of several noises."""
+    """Settings of the driver select, the method that scores several noises and chooses the best."""
 
     candidates: int = 16
     # None: scores the noise of every candidate at the first timestep. "zero-order": scores the
@@ -96,15 +96,15 @@ class Steer:
         return said if self.sha256 is None else said | {"sha256": self.sha256}
 
     def options(self) -> dict[str, Any]:
-        """Returns those of the given settings that belong to the objective rather than to its
-        driver, as name -> value."""
+        """Returns the user's settings for the objective, without those for its driver, as name ->
+        value."""
         known = own_options(self.target)
         return {name: value for name, value in self.settings.items() if name in known}
 
     def made(self, sd: Model, asks: Sequence[Ask]) -> Objective:
-        """Returns the objective for the images that `asks` describes (one Ask per image: prompt,
-        seed, subjects, groups, layout). Raises ValueError if the objective cannot be used for them,
-        for example because a prompt names no subject."""
+        """Returns the objective for some images; `asks` holds one Ask (prompt, seed, subjects,
+        groups, layout) per image. Raises ValueError if the objective cannot be used for them, for
+        example because a prompt names no subject."""
         return self.target(sd, asks, **self.options()) if self.is_class else self.target
 
     def how(self, objective: Objective) -> Any:
@@ -165,7 +165,7 @@ def choose(
         raise ValueError("lr and scale are the same setting under refine: give one")
     steer = Steer(name, target, driver, given, sha256)
     if not steer.is_class:
-        steer.how(target)  # its errors
+        steer.how(target)  # raises its errors
     else:
         HOW[driver](**{k: v for k, v in given.items() if k in HOW[driver].__dataclass_fields__})
     return steer
@@ -237,7 +237,7 @@ def _checked(key: str, value: Any, default: Any) -> Any:
 
 
 def is_file(text: str) -> bool:
-    """Returns True if the text that names an objective names a Python file: FILE.py:NAME or
+    """Returns True if `text`, the name of an objective, refers to a Python file: FILE.py:NAME or
     FILE.py."""
     return text.rpartition(":")[0].endswith(".py") or text.endswith(".py")
 

@@ -55,11 +55,12 @@ def fetch(model: str, *, dtype: torch.dtype, check: Callable[[Path], object]) ->
     model's folder in the cache; the folder's name is the hash of the commit that the files are
     from.
 
-    `model` is owner/name or owner/name@revision, where the revision is a branch, a tag or a commit.
-    Without a revision the main branch is taken, in the state that is in the cache already if there
-    is one. Weights in the precision nearer to `dtype` are preferred. `check(folder)` is called when
-    the small files (configs, tokenizer) are in the folder and before the weights are downloaded; it
-    must raise an error if the model is of a kind that minsd does not support.
+    `model` is owner/name or owner/name@revision, where the revision is a branch, a tag or a commit;
+    without a revision it is the main branch. If the cache has all files of that revision, the hub
+    is not asked for newer ones. Weights in the precision nearer to `dtype` are preferred.
+    `check(folder)` is called when the small files (configs, tokenizer) are in the folder and before
+    the weights are downloaded; it must raise an error if the model is of a kind that minsd does not
+    support.
 
     Raises FileNotFoundError if the repository or the revision does not exist or cannot be reached,
     and ValueError if the hub refuses access, the repository lacks files that minsd needs, or the

@@ -34,7 +34,7 @@ def terms(maps: Tensor, mask: Tensor, p: float = P, reach: int = L) -> tuple[Ten
     inner = 1 - (maps * mask).flatten().topk(k).values.mean()
     outer = (maps * (1 - mask)).flatten().topk(rest).values.mean()
     corner = 0 * inner
-    for axis in (0, 1):  # over rows: columns are left; over columns: rows
+    for axis in (0, 1):  # the maximum over rows leaves columns, and vice versa
         q = mask.amax(dim=axis)
         cells = torch.arange(len(q), device=q.device)
         first, last = q.nonzero()[0], q.nonzero()[-1] + 1

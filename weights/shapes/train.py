@@ -138,8 +138,8 @@ class Run:
         """Sets up the training of the networks `modules`, or resumes it from the checkpoint
         `out`/`name`.pt if that file exists. `samples` is the total number of training images,
         repetitions counted, and `batch` the number per step, both over all processes. `lr` is the
-        highest learning rate, reached after `warmup` steps. `rates` holds, for some of the
-        networks, a factor to multiply it with. `momentum` is Adam's beta 1."""
+        highest learning rate, reached after `warmup` steps; for some of the networks, `rates` holds
+        a factor by which `lr` is multiplied. `momentum` is Adam's beta 1."""
         self.name = name
         self.modules = modules
         self.workers = workers
