@@ -292,7 +292,7 @@ def is_aligned(tensor: torch.Tensor) -> bool:
 
 
 ORIGINAL = "is a single-file checkpoint in the original layout"
-_SIGNS = {  # part of a tensor's name -> the kind of file with such names; the first that occurs decides
+_SIGNS = {  # part of a tensor's name -> the kind of file; the first that occurs decides
     "double_blocks.": "looks like a Flux checkpoint",
     "joint_blocks.": "looks like an SD3 checkpoint",
     "adapter.body.": "looks like a T2I adapter",
