@@ -80,7 +80,7 @@ def test_tensors_of_the_right_dtype_stay_mapped(broken_folder, small, dtype):
         here = any(int(a, 16) <= weight.data_ptr() < int(b, 16) for a, b in maps)
         any_place = dtype != torch.float32 or weight.ndim < 2
         aligned = any_place or (start + entry["data_offsets"][0]) % 64 == 0
-        fused = ".attn" in name and ".to_out." not in name and ".attn2.to_q." not in name
+        fused = any(f".attn1.to_{part}." in name for part in "qkv")
         assert here == (aligned and not fused)
         assert any_place or weight.data_ptr() % 64 == 0
         mapped += here
