@@ -118,11 +118,8 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
     """Merges the rows that this process wrote to its own file into runs.jsonl in the folder `out`.
     The first process also merges the files of processes that do not exist in this run: an earlier
     run with more processes was killed and left them behind."""
-    paths = [out / share.rows_file] if share.world > 1 else []
-    if share.rank == 0:
-        left = [path for path in out.glob("runs-*.jsonl") if path.stem[5:].isdecimal()]
-        paths += [path for path in left if int(path.stem[5:]) >= share.world or share.world == 1]
-    if paths and out.is_dir():
+    paths = share.parts(out, "runs")
+    if paths:
         try:
             merge(out, paths, say)
         except (IsADirectoryError, PermissionError) as error:

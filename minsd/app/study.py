@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minsd import __version__, files, judge
-from minsd.app import Tally, ended, options, prompt_sets, requests, study_file, study_page
+from minsd.app import Tally, ended, options, prompt_sets, requests, study_file, study_page, study_plots
 from minsd.app.options import OPTIONS, Given, Parser, positive
 from minsd.app.prompt_sets import slug
 from minsd.app.prompts import located
@@ -68,30 +68,18 @@ def method_options(method: str) -> list[str]:
     Raises ValueError, in one line, for a method that this version does not have."""
     name, _, rest = method.partition(":")
     if method in PLAIN:
-        return _known(method, PLAIN[method])
+        return PLAIN[method]
     if name == "select" and re.fullmatch(r".+:\d+", rest):
         score, _, count = rest.rpartition(":")
         by = "--score" if score in OPTIONS["score"].choices else "--objective"
-        return _known(method, ["--init-noise", "select", by, score, "--candidates", count])
+        return ["--init-noise", "select", by, score, "--candidates", count]
     if name == "optimize" and rest.isdecimal():
         return ["--init-noise", "optimize", "--optimize-steps", rest]
     if name == "collage" and re.fullmatch(r"(\d*\.?\d+)?", rest):
         return ["--crop-margin", rest] if rest else []
     if name in ("select", "optimize", "collage"):
         raise ValueError(f"there is no method {method!r}: the forms are {', '.join(FORMS)}")
-    return _known(method, ["--objective", method])
-
-
-def _known(method: str, words: list[str]) -> list[str]:
-    """Returns `words`, the options for which a method stands, unchanged. Raises ValueError if this
-    version does not have one of the options, or not with this value."""
-    for flag, value in zip(words, [*words[1:], ""]):
-        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if not flag.startswith("--"):
-            continue
-        if name not in OPTIONS or (OPTIONS[name].choices and value not in OPTIONS[name].choices):
-            raise ValueError(f"there is no method {method!r}: the forms are {', '.join(FORMS)}")
-    return words
+    return ["--objective", method]
 
 
 # --- draw -----------------------------------------------------------------------------------------
@@ -218,17 +206,19 @@ def table(args: argparse.Namespace) -> int:
     results = read(args.study, args.unjudged)
     baseline = args.baseline or results.methods[0]
     cells = compute(results, baseline)
-    text = study_page.markdown(results, cells, baseline, PRESETS.get(args.preset, {}).get("published"))
+    published = PRESETS.get(args.preset, {}).get("published")
+    report = study_page.report(results, cells, baseline, published)
+    text = study_page.markdown(report)
     texts = {
         "table.md": text,
         "table.csv": study_page.as_csv(results, cells),
-        "differences.svg": study_page.differences(cells, baseline),
-        "cost.svg": study_page.cost(results, cells),
+        "differences.svg": study_plots.differences(cells, baseline),
+        "cost.svg": study_plots.cost(results, cells),
     }
     if args.latex:
         texts["table.tex"] = study_page.latex(results, cells)
     if args.page:
-        texts["index.html"] = study_page.page(results, cells, baseline, text, args.rows)
+        texts["index.html"] = study_page.page(results, cells, baseline, report, args.rows)
     out = args.out or args.study
     out.mkdir(parents=True, exist_ok=True)
     for name, content in texts.items():
