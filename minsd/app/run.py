@@ -119,7 +119,7 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
     The first process also merges the files of processes that do not exist in this run: an earlier
     run with more processes was killed and left them behind."""
     paths = share.parts(out, "runs")
-    if paths:
+    if (paths or share.world > 1) and out.is_dir():
         try:
             merge(out, paths, say)
         except (IsADirectoryError, PermissionError) as error:
