@@ -23,6 +23,9 @@ Item = TypeVar("Item")
 ROUND = 1.1  # the weight of a pair of round brackets
 DEEPEST = 100  # brackets open at a time
 _LEXEME = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|:", re.ASCII)
+# Numbers to a program, but not in this syntax. The web UI would draw the text "inf" or "1e3".
+_NO_WEIGHT = re.compile(r"\s*[+-]?(?:inf(?:inity)?|nan|(?:\d+\.?\d*|\.\d+)e[+-]?\d+)\s*", re.ASCII | re.I)
+LARGEST = 1e6  # a weight; far beyond it, text states overflow
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _LONE_BREAK = re.compile(r"(?<!\S)BREAK(?![^\s,])")
 
@@ -42,7 +45,8 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
 
     With `weights` False the whole prompt, unchanged, is one fragment of weight 1. With `weights`
     None the same holds unless the prompt contains the syntax unmistakably (`is_weighted`). With
-    True the syntax is always read. Raises ValueError for more than 100 open brackets.
+    True the syntax is always read. Raises ValueError for more than 100 open brackets, and for a
+    weight that is not a plain number or is beyond 1e6.
     """
     if weights is False or (weights is None and not is_weighted(prompt)):
         return [Fragment(prompt, 1.0, range(len(prompt)))]
@@ -59,6 +63,8 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
             del active[closes[k]]
         else:
             weight = math.prod(reversed(active.values()))
+            if not abs(weight) <= LARGEST:
+                raise ValueError(f"the prompt has a weight beyond {LARGEST:g}: write such as (cat:1.3)")
             for text, start, end in _parts(lexeme):
                 if text is None:
                     found.append(None)
@@ -75,7 +81,8 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
 def is_weighted(prompt: str) -> bool:
     """Returns whether a prompt contains the syntax unmistakably: a weight in brackets, such as
     (cat:1.3), or BREAK between spaces. Brackets alone occur in ordinary text too, and so do times
-    and proportions, such as (10:30) and (16:9)."""
+    and proportions, such as (10:30) and (16:9). Other whole numbers count, as in (cat:2), and so
+    does (see fig:2), which has the same form. Raises ValueError for a weight such as (cat:inf)."""
     lexemes = list(_LEXEME.finditer(prompt))
     _, closes = _brackets(lexemes)
     for k in closes:
@@ -90,7 +97,8 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
     """Returns (factors, closes), dicts whose keys and brackets are indices of lexemes. `factors`
     has, for each opening bracket, the factor by which it multiplies the weights inside. `closes`
     has, for each closing bracket, the opening bracket that it ends. Round and square brackets are
-    matched separately, so a pair of one kind may overlap a pair of the other."""
+    matched separately, so a pair of one kind may overlap a pair of the other. Raises ValueError
+    for a weight such as (cat:inf) or (cat:1e3)."""
     opened: dict[str, list[int]] = {"(": [], "[": []}
     factors: dict[int, float] = {}
     closes: dict[int, int] = {}
@@ -103,9 +111,19 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
             pair = opened["(" if text[-1] == ")" else "["]
             if pair:
                 closes[k] = pair.pop()
+                _check_weight(*(before[0] for before in lexemes[max(0, k - 2) : k + 1]))
                 if lexeme[1] is not None:
                     factors[closes[k]] = float(lexeme[1])
     return factors, closes
+
+
+def _check_weight(*last: str) -> None:
+    """Raises ValueError if the last three lexemes are such as ":", "inf" and ")"."""
+    if len(last) == 3 and last[0] == ":" and last[2] == ")" and _NO_WEIGHT.fullmatch(last[1]):
+        raise ValueError(
+            f"the weight in (...:{last[1].strip()}) is not a plain number: write such as (cat:1.3), or "
+            "give --no-prompt-weights to draw it as text"
+        )
 
 
 def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
