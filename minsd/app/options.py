@@ -180,6 +180,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(" ".join(f"{message} (--help lists the options)".split()))
 
 
+def positive(text: str) -> int:
+    """Converts the text of an option to a whole number of at least 1. Raises ArgumentTypeError for
+    any other text."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
 def parser() -> Parser:
     p = Parser(
         prog="python -m minsd.generate",

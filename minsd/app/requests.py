@@ -10,7 +10,7 @@ import difflib
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,9 +126,11 @@ class Request:
     invert: Path | None
 
 
-def read(given: Given) -> tuple[Command, list[Request]]:
+def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tuple[Command, list[Request]]:
     """Converts the options `given` on the command line. Returns (command, requests): the settings
-    of the whole run, and one request, the settings of one prompt, per prompt.
+    of the whole run, and one request, the settings of one prompt, per prompt. `lines` are the
+    options of each prompt, as pairs (where, options) in which `where` begins error messages. By
+    default they come from the command line or its prompts file.
 
     Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
     found before a model is loaded.
@@ -151,7 +153,7 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     chance = random.SystemRandom().randrange(2**32)
     requests: list[Request] = []
     images = 0
-    for where, line in _lines(given):
+    for where, line in _lines(given) if lines is None else lines:
         if line["seed"] is None and line["seeds"] is None:
             _check_seeded(given, several)
         with located(where):

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minsd import files, judge
-from minsd.app import statistics
-from minsd.app.prompt_sets import slug
+from minsd import judge
+from minsd.app import statistics, study_file
 from minsd.app.statistics import Estimate, Resample
 from minsd.judges import LOWER, RATES
 
@@ -49,21 +48,21 @@ class Results:
 def read(folder: Path, unjudged: bool = False) -> Results:
     """Reads a study, or any folder with one judged folder per method. With `unjudged`, images
     without scores count too. Raises FileNotFoundError if there is no folder, and ValueError if
-    there are no scores, or if no (prompt, seed) pair has an image of every method."""
-    path = folder / "study.json"
-    study = files.read_json(path) if path.is_file() else None
+    there are no scores, if no (prompt, seed) pair has an image of every method, or if the scores of
+    a judge come from different weights or options."""
+    study = study_file.read(folder)
     if study is not None:
-        places = {name: folder / slug(name) for name in study["methods"]}
+        places = {name: folder / sub for name, sub in study_file.folders(study.methods).items()}
     elif folder.is_dir():
         places = {sub.name: sub for sub in sorted(folder.iterdir()) if sub.is_dir()}
     else:
         raise FileNotFoundError(f"there is no folder {folder}")
     pattern = "runs*.jsonl" if unjudged else "scores*.jsonl"
     places = {name: place for name, place in places.items() if any(place.rglob(pattern))}
-    left_out = sorted(set(study["methods"]) - set(places)) if study else []
+    left_out = sorted(set(study.methods) - set(places)) if study else []
     if not places:
         raise ValueError(f"{folder} holds no scores: python -m minsd.judge {folder}")
-    tags = {item["prompt"]: item.get("tag", "") for item in study["prompts"]} if study else {}
+    tags = {item["prompt"]: item.get("tag", "") for item in study.prompts} if study else {}
     notes = [f"method {name} is left out: it has no scores" for name in left_out]
     held = {name: _of_method(place, notes, unjudged) for name, place in places.items()}
     common = set.intersection(*(set(rows) for rows in held.values()))
@@ -85,10 +84,16 @@ def read(folder: Path, unjudged: bool = False) -> Results:
             for name, rows in held.items()
         }
 
-    identities = {}
+    identities: dict[str, dict[str, Any]] = {}
     for rows in held.values():
         for pair in pairs:
-            identities |= rows[pair]["identities"]
+            for name, identity in rows[pair]["identities"].items():
+                if identities.setdefault(name, identity) != identity:
+                    raise ValueError(
+                        f"the scores of judge {name} in {folder} come from different weights or options "
+                        f"({described(identities[name])}; {described(identity)}): python -m minsd.judge "
+                        f"{folder} --judges {name} judges again those that differ from its own"
+                    )
     return Results(
         list(held),
         pairs,
@@ -114,22 +119,16 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
 
     out: dict[tuple[str, Any], dict[str, Any]] = {}
     count: dict[str, int] = {}
-    scored: dict[Path, dict[str, list[dict[str, Any]]]] = {}
+    known: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}  # folder -> rows, scores, by file
     for one in judge.pictures(place):
-        if one.folder not in scored:
-            rows = {row["file"]: row for row in recorded(one.folder.glob("runs*.jsonl"))}
-            by_file: dict[str, list[dict[str, Any]]] = {}
-            for (file, _), line in judge.scores(one.folder).items():
-                by_file.setdefault(file, []).append(line)
-            scored[one.folder] = by_file
-            scored[one.folder][""] = [rows]
-        row = scored[one.folder][""][0].get(one.file, {})
+        if one.folder not in known:
+            rows = recorded(one.folder.glob("runs*.jsonl"))
+            known[one.folder] = {row["file"]: row for row in rows}, judge.scores(one.folder)
+        row, judged = (held.get(one.file, {}) for held in known[one.folder])
         if not one.path.is_file():
             notes.append("images that are listed in runs.jsonl but missing from their folder are left out")
             continue
-        size = one.path.stat().st_size
-        judged = scored[one.folder].get(one.file, [])
-        lines = [line for line in judged if line["size"] == size and line["asked"] == one.question]
+        lines = judge.valid(judged, one)
         if len(lines) < len(judged):
             notes.append("scores of images that have changed since are left out: judge the folder again")
         if not lines and not unjudged:
@@ -142,11 +141,16 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
         out[one.prompt, seed] = {
             "path": one.path,
             "row": row,
-            "values": {key: value for line in lines for key, value in line["values"].items()},
-            "found": [found for line in lines for found in line.get("found", ())],
-            "identities": {line["judge"]: line["identity"] for line in lines},
+            "values": {key: value for line in lines.values() for key, value in line["values"].items()},
+            "found": [found for line in lines.values() for found in line.get("found", ())],
+            "identities": {name: line["identity"] for name, line in lines.items()},
         }
     return out
+
+
+def described(identity: Mapping[str, Any]) -> str:
+    """Returns a judge's weights, dtype and options in words."""
+    return ", ".join(f"{key} {value}" for key, value in identity.items() if key != "judge")
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minsd import image
-from minsd.app.results import Cell, Results
+from minsd.app.results import Cell, Results, described
 from minsd.judges import LOWER, RATES
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -118,8 +118,7 @@ def notes(results: Results, cells: Sequence[Cell]) -> list[str]:
             out.append(f"- {column}: {missing} images have no value.")
     out += [f"- {note[:1].upper()}{note[1:]}." for note in results.notes]
     for name, identity in results.identities.items():
-        said = ", ".join(f"{key} {value}" for key, value in identity.items() if key != "judge")
-        out.append(f"- Judge {name}: {said}.")
+        out.append(f"- Judge {name}: {described(identity)}.")
     return [line for line in out if line]
 
 
@@ -392,14 +391,14 @@ def page(results: Results, cells: Sequence[Cell], baseline: str, text: str, rows
         f"<option value=random>random</select>of <select id=method>{_choices(others)}</select>"
         f"over {html.escape(baseline)} in <select id=column>{_choices(columns)}</select></p>"
     )
-    said = json.dumps(data).replace("</", "<\\/")
+    dumped = json.dumps(data).replace("</", "<\\/")
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(', '.join(results.methods))}</title><style>{STYLE}</style>"
         f"<h1>{len(results.methods)} methods, {len(results.pairs)} pairs</h1>{as_html(text)}"
         f"{differences(cells, baseline)}{cost(results, cells)}<h2>Images</h2>{choices}"
         f"<div id=rows>{''.join(blocks)}</div>"
-        f"<script id=data type='application/json'>{said}</script><script>{SCRIPT}</script></html>\n"
+        f"<script id=data type='application/json'>{dumped}</script><script>{SCRIPT}</script></html>\n"
     )
 
 

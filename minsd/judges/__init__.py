@@ -158,15 +158,29 @@ def load(
     `build` of the judge's module. Raises ValueError for an unknown name or an unsuitable file, and
     FileNotFoundError for missing weights, each in one line.
     """
+    files = found(name, weights or {}, fetch)
+    return built(identity(name, files, str(dtype or "float32"), options), files, device, options)
+
+
+def found(name: str, weights: Mapping[str, str], fetch: bool) -> dict[str, Path]:
+    """Returns the paths of a judge's weights, by their names in WEIGHTS. The arguments and errors
+    are those of `load`."""
+    return {key: find(key, name, weights, fetch) for key in check(name).weights}
+
+
+def built(
+    identity: dict[str, Any],
+    files: Mapping[str, Path],
+    device: "torch.device | str",
+    options: Mapping[str, Any],
+) -> Any:
+    """Loads the judge with this `identity`, from the weights at the paths `files`. Raises
+    ValueError, in one line, for an unsuitable file."""
     import torch
 
-    entry = check(name)
-    files = {key: find(key, name, weights or {}, fetch) for key in entry.weights}
-    module = importlib.import_module(f"minsd.judges.{entry.module}")
-    dtype = dtype or torch.float32
-    return module.build(
-        identity(name, files, str(dtype), options), files=files, device=device, dtype=dtype, **options
-    )
+    module = importlib.import_module(f"minsd.judges.{check(identity['judge']).module}")
+    dtype = getattr(torch, identity["dtype"])
+    return module.build(identity, files=files, device=device, dtype=dtype, **options)
 
 
 def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:
