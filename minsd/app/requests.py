@@ -247,6 +247,8 @@ def request(given: Given, where: str, chance: int) -> Request:
         given |= {
             name: getattr(layout, name) for name in ("width", "height") if getattr(layout, name) is not None
         }
+        if layout.regions and (steer is None or not steer.replaces_layout):
+            _check_drafts(method, steer)
     control = _control(given, layout)
     if given["invert"] is not None:
         _check_invert(given, method)
@@ -301,7 +303,8 @@ def _steer(given: Given) -> "Steer | None":
 
     settings: dict[str, object] = {**read_settings(given["objective_set"] or "")}
     for option, setting in (("optimize_steps", "steps"), ("candidates", "candidates")):
-        if given[option] is not None:
+        # `best` has candidates of its own, besides an objective that is followed while denoising.
+        if given[option] is not None and (option, given["init_noise"]) != ("candidates", "best"):
             if setting in settings:
                 raise ValueError(
                     f"{OPTIONS[option].flag} and --objective-set {setting}= are the same: give one"
@@ -316,6 +319,17 @@ def _steer(given: Given) -> "Steer | None":
             f"--init-noise {name} finds the noise, and {steer.name} by {steer.driver} would as well: give one"
         )
     return steer
+
+
+def _check_drafts(method: NoiseMethod, steer: "Steer | None") -> None:
+    """Raises ValueError for methods that draft the beginning of a run: they would draft the prompt
+    alone, and the image would then be drawn with the layout's regions."""
+    by = "--init-noise best" if method.name == "best" else "search=halving"
+    if method.name == "best" or (steer is not None and steer.settings.get("search") == "halving"):
+        raise ValueError(
+            f"{by} drafts the prompt without the layout's regions: use --init-noise select, which ranks "
+            "noises by where the regions' captions attend"
+        )
 
 
 def _steered(given: Given, steer: "Steer") -> NoiseMethod:
