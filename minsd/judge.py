@@ -458,6 +458,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("a folder of images is needed, for example: python -m minsd.judge outputs")
     if args.nms is not None and not 0 < args.nms <= 1:
         raise ValueError(f"--nms must be above 0 and at most 1, not {args.nms}")
+    if args.export and args.export.suffix != ".csv":
+        raise ValueError(f"--export writes a table of the form .csv: not {args.export.name}")
     found = pictures(args.folder, args.folders)
     folders = sorted({picture.folder for picture in found})
     for folder in folders:
@@ -479,7 +481,8 @@ def run(args: argparse.Namespace) -> int:
         export(args.export, found)
     if not quiet:
         what = ", ".join(one.name for one in ready)
-        print(f"minsd: {len(found)} images, {what}: {work.judged} new scores", file=sys.stderr)
+        whose = " of this process" if share.world > 1 else ""
+        print(f"minsd: {len(found)} images, {what}: {work.judged} new scores{whose}", file=sys.stderr)
     return 1 if work.failed else 0
 
 
