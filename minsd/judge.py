@@ -259,7 +259,7 @@ class Run:
                     end = "\n" if done == len(wanted) else "\r"
                     print(f"minsd: {ready.name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
 
-    def _part(self, judge: Any, part: Sequence[Picture], images: Sequence[Any]) -> None:
+    def _part(self, judge: judges.Judge, part: Sequence[Picture], images: Sequence[Any]) -> None:
         """Judges one batch and appends a line of scores for each image. `images` holds for each of
         `part` the opened image, or the error if it could not be opened. Prints these errors, and
         prints an error for a value that is not finite."""
@@ -306,7 +306,7 @@ def opened(picture: Picture) -> Any:
         return error
 
 
-def halving(judge: Any, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
+def halving(judge: judges.Judge, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
     """Returns a judge's results for a batch of (picture, opened image) pairs, in order. If GPU
     memory runs out, the batch is divided into two halves, which are judged one after the other.
     Raises OutOfMemoryError if a single image does not fit."""
@@ -341,7 +341,7 @@ class Ready:
         self.identity = judges.identity(name, self.files, args.dtype, self.options)
         self.device = args.device
 
-    def load(self) -> Any:
+    def load(self) -> judges.Judge:
         """Loads the judge onto the device of --device, by default a GPU if there is one, and
         returns it. Turns TF32 off for the whole process."""
         import torch
