@@ -326,7 +326,8 @@ class Run:
         zero-order search a noise near that of the first candidate."""
         t = self._timesteps()[0]
         chosen = []
-        for one, seeds in zip(self.asks, candidates, strict=True):
+        for k, (one, seeds) in enumerate(zip(self.asks, candidates, strict=True)):
+            told = drivers.part_of(say, k, len(self.asks))
             begin = time.perf_counter()
             lift, how = self._lift([one])
             drafts: dict[int, float] = {}
@@ -337,12 +338,12 @@ class Run:
 
             if how.search is None:
                 at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
-                found = drivers.select(score, seeds, shape, at_once=at_once, progress=say)
+                found = drivers.select(score, seeds, shape, at_once=at_once, progress=told)
             elif how.search == "halving":
-                found, drafts = self._halved(lift, score, seeds, shape, how.part, say)
+                found, drafts = self._halved(lift, score, seeds, shape, how.part, told)
             else:
                 found = drivers.search(
-                    score, seeds[0], shape, rounds=how.rounds, count=how.count, near=how.near, progress=say
+                    score, seeds[0], shape, rounds=how.rounds, count=how.count, near=how.near, progress=told
                 )
             found.rows = sum(lift.rows.values())
             chosen.append(found)
