@@ -1,15 +1,15 @@
-r"""Reads weights of words and chunk breaks in a prompt, in the syntax of AUTOMATIC1111's web UI, and
-divides long prompts into chunks that the text encoder can read.
+r"""Reads weights of words and chunk breaks in a prompt, in the syntax of AUTOMATIC1111's web UI,
+and divides long prompts into chunks that the text encoder can read.
 
     (words:1.3)   weight 1.3                  \( \) \[ \] \\   the character after the backslash
     (words)       weight 1.1                  BREAK            the words after it begin a new chunk
     [words]       weight 1 / 1.1
 
 Brackets nest, and their weights multiply. A bracket that is not closed acts up to the end of the
-prompt; a closing bracket without an opening one is text. CLIP reads 77 tokens at once, the start
-and end tokens among them, so a chunk has 75 tokens of the prompt. As in the web UI, chunks are
-encoded one by one and their text states stand one after the other. Unlike the web UI, a full chunk
-ends after its 75th token even if a comma is near.
+prompt; a closing bracket without an opening one is text. CLIP reads 77 tokens at once, including
+the start and end tokens, so a chunk has 75 tokens of the prompt. As in the web UI, chunks are
+encoded one by one, and their text states are concatenated. Unlike in the web UI, a full chunk
+always ends after its 75th token; the web UI may end it at a nearby comma.
 """
 
 import math
@@ -29,7 +29,7 @@ _LONE_BREAK = re.compile(r"(?<!\S)BREAK(?![^\s,])")
 
 @dataclass(frozen=True)
 class Fragment:
-    """A part of a prompt whose words have one weight."""
+    """A part of a prompt whose words all have the same weight."""
 
     text: str  # without brackets, weights and the backslashes of escapes
     weight: float
@@ -37,12 +37,13 @@ class Fragment:
 
 
 def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]:
-    """Divides a prompt into fragments (texts of one weight). The list has at least one fragment.
-    None in the list stands for a BREAK.
+    """Divides a prompt into fragments, texts whose words all have one weight. Returns a list of at
+    least one item, in which None stands for a BREAK.
 
-    With `weights` False the whole prompt, unchanged, is one fragment of weight 1. With `weights`
-    None the same holds unless the prompt contains the syntax unmistakably (`is_weighted`). With
-    True the syntax is always read. Raises ValueError for more than 100 open brackets.
+    `weights` states whether to read the syntax of weights, such as (cat:1.3), and of BREAK: True
+    always reads the syntax, False never, and None only if the prompt contains it unmistakably
+    (`is_weighted`). Otherwise the whole prompt, unchanged, is one fragment of weight 1. Raises
+    ValueError for more than 100 open brackets.
     """
     if weights is False or (weights is None and not is_weighted(prompt)):
         return [Fragment(prompt, 1.0, range(len(prompt)))]
@@ -73,9 +74,9 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
 
 
 def is_weighted(prompt: str) -> bool:
-    """Returns whether a prompt contains the syntax unmistakably: a weight in brackets, such as
-    (cat:1.3), or BREAK between spaces. Brackets alone occur in ordinary text too, and so do times
-    and proportions, such as (10:30) and (16:9)."""
+    """Returns whether a prompt unmistakably contains the syntax of prompt weights: a weight in
+    brackets, such as (cat:1.3), or BREAK between spaces. Brackets alone do not count, because they
+    occur in ordinary text too. Neither do times and proportions, such as (10:30) and (16:9)."""
     lexemes = list(_LEXEME.finditer(prompt))
     _, closes = _brackets(lexemes)
     for k in closes:
@@ -87,10 +88,14 @@ def is_weighted(prompt: str) -> bool:
 
 
 def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
-    """Returns (factors, closes), dicts whose keys and brackets are indices of lexemes. `factors`
-    has, for each opening bracket, the factor by which it multiplies the weights inside. `closes`
-    has, for each closing bracket, the opening bracket that it ends. Round and square brackets are
-    matched separately, so a pair of one kind may overlap a pair of the other."""
+    """Finds the brackets among the lexemes of a prompt (bracket, weight, escape or text). Returns
+    (factors, closes), two dicts.
+
+    `factors` maps the index of each lexeme that is an opening bracket to the factor by which the
+    bracket multiplies the weights inside. `closes` maps the index of each closing bracket that has
+    an opening one to the index of that one. Round and square brackets are matched separately, so a
+    pair of one kind may overlap a pair of the other.
+    """
     opened: dict[str, list[int]] = {"(": [], "[": []}
     factors: dict[int, float] = {}
     closes: dict[int, int] = {}
@@ -109,8 +114,9 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
 
 
 def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
-    """Yields (text, start, end) for each part of a lexeme, with its place [start, end) in the
-    prompt. A BREAK has None as its text."""
+    """Divides a lexeme (a match of `_LEXEME` that is not a bracket) at each BREAK, and removes the
+    backslash of an escape. Yields (text, start, end) for each part, where start and end delimit its
+    characters [start, end) in the prompt. For a BREAK, text is None."""
     start, end = lexeme.span()
     if lexeme[0][0] == "\\":
         yield lexeme[0][1:], start + 1, end
@@ -125,9 +131,9 @@ def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
 
 
 def chunked(units: Iterable[Sequence[Item] | None], size: int) -> list[list[Item]]:
-    """Divides units into chunks of up to `size` items, in order, and returns at least one chunk. A
-    unit is a sequence of items that stay in one chunk. None in place of a unit begins a new
-    chunk."""
+    """Divides units into chunks of up to `size` items, in order. Returns at least one chunk. A unit
+    is a sequence of items that must stay in one chunk. None in place of a unit begins a new chunk.
+    """
     chunks: list[list[Item]] = [[]]
     for unit in units:
         if unit is None or len(chunks[-1]) + len(unit) > size:

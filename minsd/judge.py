@@ -1,14 +1,14 @@
 """Judges folders of images: python -m minsd.judge FOLDER --judges clip pickscore
 
-Every image is judged once per judge. The scores are lines of scores.jsonl in the images' folder,
-beside runs.jsonl, so that a second call does nothing and a stopped one goes on. A line stays valid
-as long as the image's file and size, the judge's identity (weights, dtype, options), the prompt and
-what was asked for are unchanged; otherwise the image is judged again. Under torchrun each process
-judges its part.
+A judge rates how well an image shows its prompt. Every image is judged once by every judge. The
+scores are lines of the file scores.jsonl in the images' folder, beside runs.jsonl, so that a second
+call does nothing and a call after an interruption continues. A line stays valid as long as the
+image's file and size, the judge's identity (weights, dtype, options), the prompt and the objects
+that a detector must look for are unchanged; otherwise the image is judged again. Under torchrun
+each process judges a part of the images.
 
 The judges are in minsd/judges/; `--list` shows them with their weights. Weights come from
-`--weights` or the hub's cache; if they are missing, they are downloaded for judges that the command
-names.
+`--weights` or the hub's cache. Missing weights are downloaded for judges that the command names.
 """
 
 import argparse
@@ -41,7 +41,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Picture:
-    """One image with its prompt."""
+    """An image file to be judged, with its prompt."""
 
     folder: Path  # where its scores go
     file: str  # relative to the folder
@@ -56,7 +56,8 @@ class Picture:
 
     @property
     def question(self) -> str:
-        """Returns a hash of the prompt and of what a detector must look for."""
+        """Returns a hash of the prompt and of `asked`, the objects that a detector must look for.
+        Scores of the image are valid only as long as this hash is unchanged."""
         return judges.short({"prompt": self.prompt, "asked": self.asked})
 
 
@@ -64,7 +65,7 @@ class Picture:
 
 
 def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
-    """Returns the images below a folder with their prompts. With `by_folder` the name of a
+    """Returns the images in and below a folder, with their prompts. With `by_folder` the name of a
     subfolder is the prompt of the images in it. Raises FileNotFoundError if there is no such
     folder, and ValueError if there are no images with prompts."""
     if not folder.is_dir():
@@ -86,8 +87,9 @@ def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
 
 
 def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Returns a dict that maps each prompt to what a detector must look for. The dict is read from the
-    study.json in the folder or its parent. If there is none, it holds GenEval's prompts."""
+    """Returns a dict that maps prompts to what a detector must look for in their images (objects
+    with colours, counts and places). The dict comes from the study.json in the folder or its
+    parent. If there is none, it contains the prompts of the GenEval benchmark."""
     for place in (folder, folder.parent):
         if (place / "study.json").is_file():
             items = files.read_json(place / "study.json")["prompts"]
@@ -103,8 +105,10 @@ def _images(folder: Path) -> list[str]:
 
 
 def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images that minsd's rows (runs*.jsonl) list, in this folder and the folders below
-    it. A missing image is left out if it was drawn again under another name (--resume)."""
+    """Yields the images that the rows of minsd's runs*.jsonl files name, in this folder and the
+    folders below it. An image whose file is missing is left out if another row with the same
+    settings has a file, because --resume draws a missing image again under a new name. `asked` maps
+    prompts to what a detector must look for."""
     from minsd.app.folder import by_file, key_of, recorded
 
     for sub in sorted({path.parent for path in folder.rglob("runs*.jsonl")}):
@@ -118,8 +122,9 @@ def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images that prompts.jsonl or prompts.csv lists. Raises ValueError for a row
-    without a file or prompt."""
+    """Yields the images that the folder's prompts.jsonl or prompts.csv lists. `asked` maps prompts
+    to what a detector must look for; a row with the key "include" states this itself. Raises
+    ValueError for a row without a file or prompt."""
     rows: list[Mapping[str, Any]] = []
     if (folder / "prompts.jsonl").is_file():
         text = (folder / "prompts.jsonl").read_text(encoding="utf-8")
@@ -137,7 +142,9 @@ def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images of a folder in the form that GenEval's own generator writes."""
+    """Yields the images of a folder in the form that GenEval's own generator writes:
+    NNNNN/metadata.jsonl beside NNNNN/samples/. The metadata state what a detector must look for, so
+    `asked` is ignored. Raises ValueError for metadata without a prompt."""
     for path in sorted(folder.glob("*/metadata.jsonl")):
         item = files.read_json(path)
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
@@ -147,8 +154,8 @@ def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the PNGs whose metadata contain their prompt, as minsd and AUTOMATIC1111's web UI
-    write it."""
+    """Yields the PNGs in and below a folder whose metadata contain their prompt, as minsd and
+    AUTOMATIC1111's web UI write it. `asked` maps prompts to what a detector must look for."""
     from PIL import Image
 
     for path in sorted(path for path in folder.rglob("*.png") if "extra" not in path.parts):
@@ -167,8 +174,9 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Returns (file, judge) -> line of scores, for the images in a folder. If there are several
-    lines for one image and judge, the last counts. Lines cut off by a kill are skipped."""
+    """Returns the scores of the images in a folder: a dict (file, judge) -> line, where a line is a
+    dict with the keys LINE. If there are several lines for one image and judge, the last counts.
+    Incomplete lines, such as a line cut off by a kill, are skipped."""
     from minsd.app.folder import recorded
 
     # The processes' own files hold the lines since the last merge.
@@ -179,8 +187,8 @@ def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def merge(folder: Path, parts: Sequence[Path]) -> None:
     """Merges the files `parts`, each written by one process, into the folder's scores.jsonl, with
-    one line per image and judge, and deletes the files `parts`. Safe to repeat after an
-    interruption."""
+    one line per image and judge, and deletes the files `parts`. A merge that was interrupted can be
+    repeated."""
     if not parts:
         return
     with files.locked(folder):
@@ -193,8 +201,9 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def stands(line: Mapping[str, Any] | None, picture: Picture, identity: str) -> bool:
-    """Returns whether a line of scores is still valid: the image's size, the prompt and what is
-    asked for, and the judge's `identity` (a hash) must be unchanged."""
+    """Returns whether `line`, the earlier scores of an image (None if there are none), is still
+    valid. The size of the image's file, the prompt, what a detector must look for, and the judge's
+    `identity` (a hash) must be unchanged."""
     if line is None or line["asked"] != picture.question or judges.short(line["identity"]) != identity:
         return False
     return picture.path.is_file() and picture.path.stat().st_size == line["size"]
@@ -202,8 +211,10 @@ def stands(line: Mapping[str, Any] | None, picture: Picture, identity: str) -> b
 
 @dataclass
 class Run:
-    """One run of judges over images: this process's part of the images, and the numbers of new
-    scores and of failures."""
+    """One run of judges over images, and the counts of new scores and of failures so far. `rank` is
+    the number of this process among `world` processes; each judges a part of the images. `batch` is
+    the number of images per batch. With `again`, images are judged although they have valid scores.
+    """
 
     rank: int
     world: int
@@ -219,8 +230,9 @@ class Run:
         print(f"minsd: error: {label()}{files.printable(message)}", file=sys.stderr)
 
     def judge(self, name: str, found: Sequence[Picture], ready: "Ready") -> None:
-        """Judges those of this process's images that have no valid line of scores by this judge, or
-        all of them with --again. The judge is loaded only if there are such images."""
+        """Judges this process's part of the images `found` with the judge `name`. Images that have
+        a valid line of scores are left out, except with --again. `ready` loads the judge, which
+        happens only if there are images to judge."""
         known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
         wanted = [
             picture
@@ -246,8 +258,9 @@ class Run:
                     print(f"minsd: {name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
 
     def _part(self, name: str, judge: Any, part: Sequence[Picture], images: Sequence[Any]) -> None:
-        """Judges one batch and appends a line of scores for each image. Reports images that could
-        not be opened and values that are not finite."""
+        """Judges one batch and appends a line of scores for each image. `images` holds for each of
+        `part` the opened image, or the error if it could not be opened. Prints these errors, and
+        prints an error for a value that is not finite."""
         from minsd.app.folder import append
 
         pairs = []
@@ -279,8 +292,9 @@ class Run:
             self.judged += 1
 
     def merge(self, folders: Iterable[Path]) -> None:
-        """Merges the lines of this process into each folder's scores.jsonl. The first process also
-        merges the lines that killed runs with more processes left behind."""
+        """Merges this process's file of scores in each folder into the folder's scores.jsonl. The
+        process of rank 0 also merges the files of processes that do not exist in this run: an
+        earlier run with more processes was killed and left them behind."""
         for folder in folders:
             parts = [folder / f"scores-{self.rank}.jsonl"]
             if self.rank == 0:
@@ -290,8 +304,8 @@ class Run:
 
 
 def opened(picture: Picture) -> Any:
-    """Returns an image in RGB, upright and with transparency on white, or the error if the image
-    cannot be read."""
+    """Opens an image. Returns it in RGB, upright and with transparency on white, or returns the
+    error if the image cannot be read."""
     from minsd import image
 
     try:
@@ -301,8 +315,9 @@ def opened(picture: Picture) -> Any:
 
 
 def halving(judge: Any, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
-    """Returns a batch's results. If memory runs out, the batch is judged in two halves. Raises the
-    error if a single image does not fit."""
+    """Returns a judge's results for a batch of (picture, opened image) pairs, in order. If GPU
+    memory runs out, the batch is divided into two halves, which are judged one after the other.
+    Raises OutOfMemoryError if a single image does not fit."""
     import torch
 
     if not pairs:
@@ -321,7 +336,10 @@ def halving(judge: Any, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Jud
 
 
 class Ready:
-    """A judge whose weight files are found, but which is loaded only when there is work for it."""
+    """A judge whose weight files are found but not loaded yet; `load` loads them when there is
+    work. The constructor downloads missing weights if `fetch` is true. It raises FileNotFoundError
+    for weights that are missing, and ValueError for an unknown judge or an unknown name in
+    --weights."""
 
     def __init__(self, name: str, args: argparse.Namespace, fetch: bool):
         entry = judges.check(name)
@@ -338,8 +356,8 @@ class Ready:
         self.device = args.device
 
     def load(self) -> Any:
-        """Returns the judge, loaded onto the device of --device, by default a GPU if there is one.
-        Turns TF32 off."""
+        """Loads the judge onto the device of --device, by default a GPU if there is one, and
+        returns it. Turns TF32 off for the whole process."""
         import torch
 
         # Scores of different machines are compared, so products keep all bits of float32.
@@ -387,9 +405,10 @@ def options() -> argparse.ArgumentParser:
 
 
 def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> list[tuple[str, bool]]:
-    """Returns (judge, whether its weights may be downloaded) for each judge to run: the judges of
-    --judges; for "all" those whose weights are on this machine; and otherwise `shapes` for the
-    embedded model's images, DEFAULT for any others."""
+    """Returns the judges to run on the images `found`, as pairs (judge, whether missing weights may
+    be downloaded). They are the judges of --judges, whose weights may be downloaded. For "all",
+    they are the judges whose weights are on this machine. Without --judges, they are `shapes` for
+    images of the embedded model, and those of DEFAULT for other images."""
     if args.judges is None:
         own = all(picture.model == "shapes" for picture in found)
         return [(name, False) for name in (("shapes",) if own else DEFAULT)]
@@ -419,7 +438,8 @@ def listing(args: argparse.Namespace) -> None:
 
 
 def export(path: Path, found: Sequence[Picture]) -> None:
-    """Writes a CSV file with one row per image: its path, its prompt, and all values."""
+    """Writes a CSV file with one row per image of `found`: its path, its prompt, and its values by
+    all judges."""
     known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
     rows: list[dict[str, Any]] = []
     for picture in found:
@@ -435,8 +455,9 @@ def export(path: Path, found: Sequence[Picture]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Judges a folder as the command's options state. Returns the exit code: 1 if some images could
-    not be judged, otherwise 0. Raises ValueError or FileNotFoundError for the user's mistakes."""
+    """Judges the images in a folder, as the options `args` state. Returns the exit code: 1 if some
+    images could not be judged, otherwise 0. Raises ValueError or FileNotFoundError for the user's
+    mistakes."""
     if args.list:
         listing(args)
         return 0
@@ -470,8 +491,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns 0 if all images were judged, 1 if some could not be, 2 for the
-    user's mistakes, or 130 if the user stopped it."""
+    """Runs the command line with the arguments `argv` (default: those of the process). Returns 0 if
+    all images were judged, 1 if some could not be judged or another error occurred, 2 for a mistake
+    of the user, and 130 if the user stopped the run."""
     args = options().parse_args(argv)
     try:
         return run(args)

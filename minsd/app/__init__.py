@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 @dataclass
 class Tally:
-    """The numbers of images of a run that are saved or have failed so far, for the messages at the
-    end of the run.
-    """
+    """The numbers of a run's images that were wanted, saved, and have failed so far, for the
+    messages at the end of the run."""
 
     made: int = 0  # images saved
     wanted: int = 0
@@ -20,15 +19,14 @@ class Tally:
 
 
 def mistake(error: Exception) -> bool:
-    """Returns whether the user caused an error (ValueError or FileNotFoundError: exit code 2).
-    Otherwise the machine did (exit code 1).
-    """
+    """Returns whether an error is a mistake of the user (ValueError or FileNotFoundError), for
+    which the program exits with code 2. For other errors the code is 1."""
     return isinstance(error, (ValueError, FileNotFoundError))
 
 
 def reason(error: Exception, hint: str = " (--debug shows where)") -> str:
-    """Returns an error's message for the user, in one line. `hint` ends the message of an error
-    that the user did not cause."""
+    """Returns the message of an error for the user, in one line. If the error is no mistake of the
+    user, the message contains the error's type and ends with `hint`."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full: free some space, and give the same command with --resume"
     if mistake(error):

@@ -1,7 +1,8 @@
-"""Draws one batch of jobs: finds the initial noise, builds the noise predictor, samples, decodes.
+"""Draws one batch of jobs: finds the initial noise, makes the noise predictor, samples, decodes.
 
-The jobs of a batch (minsd/app/run.py groups them) differ only in prompt, seed, subjects, and index
-in a noise file. All other settings are read from the first job.
+A job holds all settings of one image. The jobs of a batch (minsd/app/run.py groups them) differ
+only in prompt, seed, subjects, and index in a noise file. All other settings are read from the
+first job.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,6 @@ from minsd.app.jobs import Job
 from minsd.app.preview import Previews
 from minsd.app.progress import Show
 from minsd.app.session import Session
-from minsd.config import STRENGTH
 from minsd.controlnet import Control, Controlled, read_control_image
 from minsd.guidance import Predictor, evaluations
 from minsd.noise import collage, collage_control, excite, look, stability
@@ -42,7 +42,8 @@ SEARCHES = {
 
 @dataclass
 class Drawn:
-    """A drawn batch: its images, the noise they began from, and what to record for each image."""
+    """A drawn batch: its images, their initial noise, and further settings and files to save for
+    each image."""
 
     images: list[Image.Image]
     noise: Tensor  # (B, 4, h, w)
@@ -51,8 +52,9 @@ class Drawn:
 
 
 def draw(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
-    """Draws one batch, or inverts the image of a job with --invert. Reports the progress to
-    `show`."""
+    """Draws one batch of jobs (one per image), or inverts the image of a job with --invert: finds
+    the noise that generates it. `session` holds the loaded model, and `show` receives the
+    progress."""
     with controlled(session, jobs[0]):
         return (
             invert(session.sd, jobs[0], show) if jobs[0].invert is not None else sample(session, jobs, show)
@@ -60,11 +62,12 @@ def draw(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
 
 
 def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
-    """Draws a batch: finds the initial noise, denoises it, and decodes the latents. Reports the
-    progress to `show`."""
+    """Draws a batch of jobs (one per image): finds the initial noise, denoises it, and decodes the
+    latents. `session` holds the loaded model, and `show` receives the progress."""
     sd = session.sd
     first = jobs[0]
-    run = {"steps": first.sampling.steps, "sampler": first.sampling.sampler, "karras": first.sampling.karras}
+    sampling = first.sampling
+    run: dict[str, Any] = {"steps": sampling.steps, "sampler": sampling.sampler, "karras": sampling.karras}
     prompts = [job.prompt for job in jobs]
     subjects = [list(job.subjects) if job.subjects is not None else None for job in jobs]
     run_of = steering(sd, jobs, subjects)
@@ -82,32 +85,15 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
     frames = None
     if session.command.attention_maps:
         refine, frames = excite.watch(sd, prompts, subjects, before=refine, **run)
-    init = None
-    strength = STRENGTH
+    previews = Previews(sd, session.command.preview, show)
+    run |= {"seeds": seeds, "refine": refine, "progress": previews.after}
     if first.init is not None:
-        strength = first.init.strength
         picture = image.read(first.init.path)
-        init = sd.encode(image.fit(picture, first.sampling.width, first.sampling.height))
+        run["init"] = sd.encode(image.fit(picture, sampling.width, sampling.height))
+        run["strength"] = first.init.strength
     show.phase("sampling", steps_of(sd, first))
-    previews = None if session.command.preview is None else Previews(sd, session.command.preview)
-
-    def after(i: int, t: int | float) -> None:
-        show.advance()
-        shown = previews and previews.after(i + 1)
-        if shown:
-            show.preview(i + 1, shown)
-
     with predictor(session, first, prompts, seeds) as predict:
-        latents = sd.denoise(
-            previews.watch(predict) if previews else predict,
-            found.noise,
-            seeds=seeds,
-            init=init,
-            strength=strength,
-            refine=refine,
-            progress=after,
-            **run,
-        )
+        latents = sd.denoise(previews.watch(predict), found.noise, **run)
     show.phase("decoding")
     images = sd.decode(latents)
     if run_of is not None and ended is not None:
@@ -119,16 +105,16 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
             extra["attention"] = excite.sheet(
                 picture, frames, b, [str(subject) for subject in subjects[b] or ()]
             )
-    if previews is not None and previews.steps:
+    if previews.steps:
         for b, extra in enumerate(found.extras):
             extra["preview"] = previews.sheet(b)
     return Drawn(images, found.noise, found.notes, found.extras)
 
 
 def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str | int] | None]) -> Run | None:
-    """Returns the object that applies the jobs' objective (--objective) to this batch, or None if
-    the jobs have no objective. `subjects` holds one list or None per job.
-    """
+    """Returns a `Run`, the object that applies the jobs' objective (--objective) to the images of
+    this batch, or None if the jobs have no objective. `subjects` lists, for each job, the words or
+    token indices that the objective is about, or is None for a job that names none."""
     first = jobs[0]
     if first.steer is None:
         return None
@@ -140,9 +126,9 @@ def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str |
 
 
 def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run | None = None) -> Found:
-    """Returns the initial noise of a batch: read from the jobs' noise file, or found by their noise
-    method. `run` applies the jobs' objective; None if they have none.
-    """
+    """Returns the initial noise of a batch of jobs (one per image), with settings and files to
+    save: read from the jobs' noise file, or found by their noise method (--init-noise). `run`
+    applies the jobs' objective; it is None if they have none. `say(message)` reports the search."""
     first = jobs[0]
     sampling = first.sampling
     if first.noise_file is not None:
@@ -171,9 +157,9 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run |
 
 
 def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
-    """Finds the noise that draws the job's image (--invert). Returns this noise and the image drawn
-    from it, with two PSNRs to record.
-    """
+    """Finds the noise from which the model generates the image that the job names with --invert.
+    Returns this noise, and the image generated from it. The PSNRs of the generated image and of the
+    image after VAE encoding and decoding are recorded."""
     assert job.invert is not None
     show.phase("inverting and drawing again", 2 * job.sampling.steps)
     with evaluations(sd.unet, lambda rows: show.advance()):
@@ -193,9 +179,9 @@ def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
 
 @contextmanager
 def controlled(session: Session, job: Job) -> Iterator[None]:
-    """Applies the job's ControlNet to every call of the UNet within the block. Does nothing if
-    there is no ControlNet, or no control image for the whole image.
-    """
+    """Applies the job's ControlNet to every call of the session's UNet within the block. Does
+    nothing if there is no ControlNet, or no control image for the whole image (only some for
+    regions of a layout)."""
     sd = session.sd
     if job.control is None or job.control.image is None or session.controlnet is None:
         yield
@@ -213,12 +199,13 @@ def controlled(session: Session, job: Job) -> Iterator[None]:
 
 @contextmanager
 def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) -> Iterator[Predictor]:
-    """Yields the noise predictor of a batch (the function that a sampler calls to predict the
-    noise).
+    """Yields the noise predictor predict(x, t) -> eps of a batch (the noise-prediction function
+    that a sampler calls). `prompts` and `seeds` have one entry per image; all other settings are
+    those of `job`.
 
-    With a layout, the predictor follows each region's own caption, with the region's adapters and
-    control image. Without a layout, or if the job's objective replaces the layout, the predictor
-    uses the prompts alone.
+    With a layout, the predictor follows each region's own caption, with the LoRAs and control image
+    of that region. Without a layout, or if the job's objective replaces the layout, the predictor
+    follows the prompts alone.
     """
     sd = session.sd
     scale = job.sampling.guidance_scale

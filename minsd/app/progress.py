@@ -5,6 +5,7 @@ own. On a terminal the bar is redrawn. Anywhere else, such as in a log file, a l
 most every LOG_SECONDS.
 """
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from minsd.image import contact_sheet, save
 from minsd.noise.drivers import Step
 
 LOG_SECONDS = 30
@@ -38,10 +40,13 @@ class Show:
 
 
 class Progress(Show):
-    """Shows the progress of a run on standard error. `wanted` is the number of images of the run.
-    With `hidden`, only what `write` is given is shown."""
+    """Shows the progress of a run on standard error, and previews as `out`/extra/preview.png.
 
-    def __init__(self, wanted: int, hidden: bool = False):
+    `wanted` is the number of images of the run. With `hidden`, there are no bars.
+    """
+
+    def __init__(self, wanted: int, out: Path, hidden: bool = False):
+        self.out = out
         self.wanted = wanted
         self.hidden = hidden
         self.done = 0  # images drawn or failed
@@ -96,6 +101,10 @@ class Progress(Show):
                 self._open(message.most)
             self.bar.update(message.done - self.bar.n)
         self.bar.set_postfix_str(message, refresh=sys.stderr.isatty())
+
+    def preview(self, step: int, images: Sequence[Image.Image]) -> None:
+        columns = math.ceil(len(images) ** 0.5)
+        save(contact_sheet(images, columns), self.out / "extra" / "preview.png")
 
     def write(self, line: str) -> None:
         """Prints a line, above the bar."""

@@ -1,7 +1,9 @@
-"""Reads a judged study and computes its table: means, paired differences, winning rates, costs.
+"""Reads a judged study and computes its table: means, paired differences, rates of won pairs,
+costs.
 
-A study is a folder with one folder per method, each with rows (runs.jsonl) and scores
-(scores.jsonl). Only (prompt, seed) pairs that every method has are compared.
+A study compares noise methods over a set of prompts. It is a folder with one folder per method,
+each with rows (runs.jsonl) and scores (scores.jsonl). Only (prompt, seed) pairs of which every
+method has an image are compared.
 """
 
 import math
@@ -23,8 +25,8 @@ from minsd.judges import LOWER, RATES
 
 @dataclass(frozen=True)
 class Results:
-    """The values of all methods for those (prompt, seed) pairs that every method has. NaN marks a
-    missing value."""
+    """The values and costs of all methods of a study, for those (prompt, seed) pairs of which every
+    method has an image. NaN marks a missing value."""
 
     methods: list[str]
     pairs: list[tuple[str, Any]]  # (prompt, seed)
@@ -45,9 +47,9 @@ class Results:
 
 
 def read(folder: Path, unjudged: bool = False) -> Results:
-    """Reads a study, or a folder with one judged folder per method. `unjudged` also takes images
-    without scores. Raises FileNotFoundError if there is no folder, and ValueError if there are no
-    scores or if no (prompt, seed) pair is common to all methods."""
+    """Reads a study, or any folder with one judged folder per method. With `unjudged`, images
+    without scores count too. Raises FileNotFoundError if there is no folder, and ValueError if
+    there are no scores, or if no (prompt, seed) pair has an image of every method."""
     path = folder / "study.json"
     study = files.read_json(path) if path.is_file() else None
     if study is not None:
@@ -101,8 +103,13 @@ def read(folder: Path, unjudged: bool = False) -> Results:
 
 
 def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str, Any], dict[str, Any]]:
-    """Returns one method's images: (prompt, seed asked for) -> path, row, values, detections and
-    the judges' identities. Images without a seed are numbered within their prompt, with a note."""
+    """Reads the images of one method from the folder `place`. Returns a dict (prompt, seed that the
+    user gave) -> dict with the image's path, its row of runs.jsonl, the values by all judges, the
+    detected objects, and the judges' identities.
+
+    Images without a seed are numbered within their prompt. Messages about such and about skipped
+    images are appended to `notes`. Images without scores are skipped unless `unjudged` is true.
+    """
     from minsd.app.folder import recorded
 
     out: dict[tuple[str, Any], dict[str, Any]] = {}
@@ -147,7 +154,7 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table with its interval, as table.csv and table.md show it."""
+    """One number of a study's table with its interval, as table.csv and table.md show it."""
 
     part: str  # values, differences, wins, preferred, costs or by tag
     method: str
@@ -187,9 +194,9 @@ class Cell:
 
 
 def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
-    """Returns every number of the table, with each method compared to the method `baseline`. Rates
-    are in per cent. `by_tag` adds the values for each group of prompts. Raises ValueError if the
-    baseline is not among the methods."""
+    """Returns every number of the table of a study, in which each method is compared to the method
+    `baseline`. Rates are in per cent. With `by_tag`, there are also the values for each tag (group
+    of prompts). Raises ValueError if the baseline is not among the methods."""
     if baseline not in results.methods:
         raise ValueError(f"--baseline {baseline} is not among the methods: {', '.join(results.methods)}")
     resample = Resample(results.prompts)
@@ -215,8 +222,9 @@ def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
 def _by_tag(
     results: Results, method: str, column: str, tags: list[str], rate: bool, digits: int
 ) -> list[Cell]:
-    """Returns a method's value in one column for each tag (group of prompts), and the plain mean
-    over the groups, which is GenEval's overall score."""
+    """Returns the mean value of a method in one column for each of `tags` (groups of prompts), and
+    the unweighted mean over the tags, which is GenEval's overall score. `rate` states whether the
+    values are right or wrong (1 or 0), and `digits` how many decimals to show."""
     out = []
     scale = 100.0 if rate else 1.0
     values = results.values[column][method]
@@ -240,8 +248,10 @@ def _against(
     rate: bool,
     digits: int,
 ) -> list[Cell]:
-    """Returns how a method's `values` in one column compare to the baseline's (`base`): the mean
-    paired difference, the rate of pairs won and, for PickScore, the probability of preference."""
+    """Returns how a method's `values` in one column, one per (prompt, seed) pair, compare to the
+    baseline's values `base`: the mean paired difference, the rate of pairs in which the method is
+    better and, for PickScore, the probability that its image is preferred. `rate` states whether
+    the values are right or wrong (1 or 0), and `digits` how many decimals to show."""
     difference = values - base
     n = int(np.isfinite(difference).sum())
     more = ""
@@ -262,9 +272,9 @@ def _against(
 
 
 def _costs(results: Results, baseline: str) -> list[Cell]:
-    """Returns four costs of each method: the mean UNet rows (evaluations of the UNet for one
-    sample) per image, the median seconds, these as a multiple of the baseline's, and the greatest
-    peak memory."""
+    """Returns four costs of each method: the mean number of UNet rows per image (a UNet evaluation
+    with a batch of n counts n rows), the median seconds per image, the median as a multiple of the
+    baseline's, and the greatest peak memory."""
     cells = []
     seconds = {
         name: float(np.nanmedian(s)) for name, s in results.costs["seconds"].items() if np.isfinite(s).any()
@@ -288,8 +298,8 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 def _digits(by_method: Mapping[str, np.ndarray]) -> int:
-    """Returns how many decimals to show: four if all values are below 1.5 in size, as cosines are,
-    otherwise three."""
+    """Returns how many decimals to show for the values of a column: four if all absolute values are
+    below 1.5, as those of cosines are, otherwise three."""
     largest = max(
         (float(np.nanmax(np.abs(v))) for v in by_method.values() if np.isfinite(v).any()), default=0
     )

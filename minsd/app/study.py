@@ -1,12 +1,12 @@
-"""Studies: several noise methods over a prompt set with paired seeds, and their table.
+"""Studies: compare several noise methods over a prompt set, with the same seeds for every method.
 
     draw  STUDY --prompts ae-animals --seeds 0-63 --methods plain select:attention:5 initno
     table STUDY --baseline plain --latex --page
 
-`draw` fills STUDY/METHOD/ for each method by a resuming run of minsd/app/run.py; the model is
+`draw` fills STUDY/METHOD/ for each method by a run of minsd/app/run.py with --resume; the model is
 loaded once. `python -m minsd.judge STUDY` then judges the images. STUDY/study.json holds the
-prompts with what they ask for, the seeds and the methods. Methods may be added later; prompts and
-seeds cannot change. `table` also takes any folder with one judged folder per method.
+prompts, what their images must show, the seeds and the methods. Methods may be added later; prompts
+and seeds cannot change. `table` also takes any folder with one judged folder per method.
 """
 
 import argparse
@@ -40,9 +40,10 @@ FORMS = (*PLAIN, "select:SCORE:K", "optimize:STEPS", "collage[:MARGIN]", '"NAME:
 
 
 def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
-    """Returns method -> its options of minsd.generate. A word holds method names separated by
-    commas, or "NAME: --init-noise ...", a name of the user's own with its options. Raises
-    ValueError for an unknown method, and if two methods would share a folder."""
+    """Returns a dict method -> list of the options of minsd.generate for which the method stands. A
+    word holds names of methods separated by commas, or "NAME: --init-noise ...", a method of the
+    user's own with its options. Raises ValueError for an unknown method, and if two methods would
+    have the same folder."""
     out: dict[str, list[str]] = {}
     for word in words:
         by_hand = re.fullmatch(r"([^\s:]+):\s+(-.*)", word, re.DOTALL)
@@ -58,9 +59,9 @@ def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def method_options(method: str) -> list[str]:
-    """Returns the options of minsd.generate that a method stands for. A name of no other form is
-    taken as an objective's. Raises ValueError, in one line, for a method that this version does not
-    have."""
+    """Returns the list of the options of minsd.generate for which a method stands, such as
+    "select:attention:5". A name in none of the forms FORMS is taken as the name of an objective.
+    Raises ValueError, in one line, for a method that this version does not have."""
     name, _, rest = method.partition(":")
     if method in PLAIN:
         return _known(method, PLAIN[method])
@@ -78,8 +79,8 @@ def method_options(method: str) -> list[str]:
 
 
 def _known(method: str, words: list[str]) -> list[str]:
-    """Returns a method's options (`words`) unchanged. Raises ValueError if this version lacks one
-    of the options or their values."""
+    """Returns `words`, the options for which a method stands, unchanged. Raises ValueError if this
+    version does not have one of the options, or not with this value."""
     for flag, value in zip(words, [*words[1:], ""]):
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if not flag.startswith("--"):
@@ -93,8 +94,9 @@ def _known(method: str, words: list[str]) -> list[str]:
 
 
 def seeds_of(text: str, number: int) -> str:
-    """Returns the seeds of prompt `number`, as text. With "apart:K" every prompt has K seeds of its
-    own; any other text is returned unchanged, so that all prompts have the same seeds."""
+    """Returns the seeds of prompt number `number`, as text for --seeds. If `text` is "apart:K",
+    every prompt has K seeds of its own, counted on from prompt to prompt. Any other text is
+    returned unchanged, so that all prompts have the same seeds."""
     apart = re.fullmatch(r"apart:([1-9]\d*)", text)
     if not apart:
         return text
@@ -103,9 +105,10 @@ def seeds_of(text: str, number: int) -> str:
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the contents of the folder's study.json with the methods of `args` added, or those of
-    a new study if there is none. Writes nothing. Raises ValueError if the existing study has other
-    prompts, seeds, model or options, or other options for a method of the same name."""
+    """Returns the contents for study.json in `folder`: those of the existing file with the methods
+    of `args` added, or those of a new study. Writes nothing. Raises ValueError if the existing
+    study has other prompts, seeds, model or options, or a method of the same name with other
+    options."""
     items = [{"prompt": args.prompt}] if args.prompt else prompt_sets.load(args.prompts, args.count)
     study: dict[str, Any] = {
         "set": None if args.prompt else Path(args.prompts).name,
@@ -130,9 +133,9 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_lines(study: Mapping[str, Any], folder: Path, method: str) -> Path:
-    """Writes the prompts file of one method, and the layout files that it refers to. Returns the
-    path of the prompts file. Raises ValueError if the method needs layouts and a prompt has
-    none."""
+    """Writes, for one method of a study, the prompts file for minsd.generate and the layout files
+    that it names. Returns the path of the prompts file. Raises ValueError if the method needs
+    layouts and a prompt has none."""
     place = folder / "prompts"
     place.mkdir(parents=True, exist_ok=True)
     by_layout = method.partition(":")[0] == "collage"
@@ -154,7 +157,7 @@ def write_lines(study: Mapping[str, Any], folder: Path, method: str) -> Path:
 
 
 def _put(path: Path, text: str) -> None:
-    """Writes a text file completely or not at all. Several processes may write the same file at
+    """Writes a text file completely or not at all, even if several processes write the same file at
     once."""
     with files.temporary(path.parent) as file:
         file.write(text.encode())
@@ -162,8 +165,9 @@ def _put(path: Path, text: str) -> None:
 
 
 def draw(args: argparse.Namespace) -> int:
-    """Draws every method's images that are still missing. Returns the exit code: 1 if images
-    failed, otherwise 0. Raises ValueError or FileNotFoundError for mistakes in the options."""
+    """Draws those images of the study's methods that are missing. Returns the exit code: 1 if
+    images failed, otherwise 0. Raises ValueError or FileNotFoundError for mistakes in the options.
+    """
     study = prepare(args.study, args)
     drawn = [name for name in study["methods"] if (args.study / slug(name)).is_dir()]
     asked = []
@@ -202,7 +206,8 @@ def draw(args: argparse.Namespace) -> int:
 
 
 def _model(command: requests.Command) -> list[Any]:
-    """Returns the settings that must be equal for two methods to use the same loaded model."""
+    """Returns those settings of a run that must be equal in two runs for them to use the same
+    loaded model."""
     names = ("model", "vae", "tokenizer", "prediction_type", "controlnet", "lora")
     return [getattr(command, name) for name in (*names, "device", "dtype", "attention", "compile")]
 
@@ -211,8 +216,9 @@ def _model(command: requests.Command) -> list[Any]:
 
 
 def table(args: argparse.Namespace) -> int:
-    """Writes the table of a judged study and its plots and, as asked for, a LaTeX table, a page and
-    a contact sheet. Returns the exit code."""
+    """Writes the table of a judged study (table.md, table.csv) and its plots. Writes a LaTeX table,
+    a page and a contact sheet too if the options request them. Prints the table. Returns the exit
+    code, 0. Raises ValueError or FileNotFoundError for a folder without scores."""
     results = read(args.study, args.unjudged)
     baseline = args.baseline or results.methods[0]
     cells = compute(results, baseline)
@@ -235,8 +241,9 @@ def table(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Draws the images of a study, judges them, and writes the table and page. Without --judges,
-    missing weights only leave the images unjudged. Returns the exit code."""
+    """Draws the images of a study, judges them, and writes the table and the page. If weights of a
+    judge are missing, raises FileNotFoundError for a judge of --judges; without --judges, the
+    images are only left unjudged. Returns the exit code: 1 if images failed, otherwise 0."""
     words = [str(args.study), *(["--judges", *args.judges] if args.judges else []), "--quiet"]
     asked = judge.options().parse_args(words)
     if args.judges != ["all"]:
@@ -319,7 +326,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Returns the parser of `draw`, `table` and `compare`."""
+    """Returns the parser of the commands `draw`, `table` and `compare`. `prog` is the program's
+    name in its help."""
     p = argparse.ArgumentParser(prog=prog, description="Compare noise methods over a prompt set.")
     actions = p.add_subparsers(dest="action", required=True)
     d = actions.add_parser("draw", help="draw all methods' images; what is there stays")
@@ -348,7 +356,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _draw_options(p: argparse.ArgumentParser) -> None:
-    """Adds the options that `draw` and `compare` share."""
+    """Adds the options that the commands `draw` and `compare` share to the parser `p` of one of
+    them."""
     sets = ", ".join(prompt_sets.SETS)
     p.add_argument("--prompts", metavar="SET|FILE", help=f"{sets}, or a file")
     p.add_argument("--count", type=int, metavar="N", help="the first N prompts of each tag")
@@ -363,8 +372,9 @@ def _draw_options(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study") -> int:
-    """Runs the command line. Returns 0, 1 if images failed, 2 for the user's mistakes, or 130 if
-    the user stopped it."""
+    """Runs the command line `argv` (default: that of the process). Returns 0 if all is done, 1 if
+    images failed or another error occurred, 2 for a mistake of the user, and 130 if the user
+    stopped the run."""
     args = parser(prog).parse_args(argv)
     try:
         if args.action == "table":
