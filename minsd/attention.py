@@ -131,9 +131,9 @@ class Attention(nn.Module):
         self.fused: Tensor | None = None
 
     def fuse(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        """Places the weights of projections with the same input in one buffer, so that one matrix
-        product computes all of them: queries, keys and values in self-attention, keys and values in
-        cross-attention.
+        """Places a self-attention's weights of queries, keys and values in one buffer, so that one
+        matrix product computes all three. Does nothing in cross-attention, where the keys and
+        values of a text are computed once per image, so that a copy of their weights would not pay.
 
         The weights keep their names and become views of that buffer, so a loader or an adapter that
         writes to the weights writes to the buffer. Use this method for frozen weights only, since
@@ -141,7 +141,9 @@ class Attention(nn.Module):
         buffer on `device` in `dtype`, which is filled when the weights are loaded. For other
         modules both arguments are ignored.
         """
-        layers = (self.to_k, self.to_v) if self.is_cross else (self.to_q, self.to_k, self.to_v)
+        if self.is_cross:
+            return
+        layers = (self.to_q, self.to_k, self.to_v)
         weights = [layer.weight.detach() for layer in layers]
         if weights[0].is_meta:
             fused = torch.empty(sum(map(len, weights)), weights[0].shape[1], device=device, dtype=dtype)
@@ -165,11 +167,8 @@ class Attention(nn.Module):
         (`UNet.text_kv`). A context with R texts per image, (B,R,M,D), has keys and values of shape
         (B,R,M,heads,d).
         """
-        if self.fused is None:
-            k = self.to_k(context)
-            v = self.to_v(context)
-        else:
-            k, v = linear(context, self.fused).chunk(2, dim=-1)
+        k = self.to_k(context)
+        v = self.to_v(context)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, context: Tensor | KV | None) -> tuple[Tensor, Tensor, Tensor]:

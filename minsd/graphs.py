@@ -276,7 +276,8 @@ class Graphs:
         empty_cache()
 
     def let_go(self) -> None:
-        """Drops this network's graphs. Their memory stays reserved by PyTorch until `empty_cache`."""
+        """Drops this network's graphs. Their memory stays reserved by PyTorch until `empty_cache`
+        is called."""
         if self.graphs and torch.cuda.is_available():
             # A replay may still be running. Before PyTorch unmaps an expandable segment, it waits for
             # the capture's stream only, and the replay may run on another. After a failed capture
@@ -404,8 +405,8 @@ class Graphs:
         return True
 
     def _plainly(self, *arguments: Any, **more: Any) -> Any:
-        """Runs the network without a graph. If memory runs out while any network on the device has
-        graphs, releases all of them and runs the network once more."""
+        """Runs the network without a graph and returns its output. If memory runs out while any
+        network on the device has graphs, releases all graphs and runs the network once more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:

@@ -87,14 +87,14 @@ def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedul
 
 
 def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV]:
-    """Returns a function texts(n), whose result the network accepts as the context of a batch. The
-    batch has n rows for the first of `contexts`, then n rows for the next, and so on. Each of
-    `contexts` is text states (n,77k,D), or (1,77k,D) for all images.
+    """Prepares texts for the network. Returns a function texts(n) that returns the context of a
+    batch for n images: n rows for the first of `contexts`, then n rows for the next, and so on.
+    Each of `contexts` is text states, (n,77k,D), or (1,77k,D) for all images.
 
-    The result of texts(n) is the keys and values (`text_kv`) of the text states. They are computed
-    once for all steps, and, if every context has one row, once for all images. If text states
-    require a gradient, texts(n) returns the text states themselves, because every step then needs
-    its own autograd graph of the keys and values.
+    The context is a dict of keys and values (`UNet.text_kv`), which are computed once for all
+    steps, and, if every one of `contexts` has one row, once for all images. If text states require
+    a gradient, the context is the text states themselves, because every step then needs its own
+    autograd graph of the keys and values.
     """
     known: dict[int, TextKV] = {}
 

@@ -364,9 +364,9 @@ class UNet(nn.Module):
     ) -> Tensor | None:
         """Predicts the noise or v (B,4,h,w) in latents x (B,4,h,w).
 
-        `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states (B,77n,D)
-        or their `text_kv`; for SDXL it has one row more (minsd/text.py). h and w may be any size,
-        because each upsampling takes its size from the skip that is concatenated next.
+        `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states
+        (B,77n,D) or their `text_kv`; for SDXL it has one row more (minsd/text.py). h and w may be
+        any size, because each upsampling takes its size from the skip that is concatenated next.
 
         `record` collects attention maps. With `record.only` the evaluation ends after the last
         layer that records, and returns None.

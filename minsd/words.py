@@ -66,7 +66,8 @@ def occurrences(prompt: str, phrase: str) -> list[Span]:
 
 
 class Finder:
-    """Searches one prompt for many phrases. The prompt is prepared only once, in the constructor."""
+    """Searches one prompt for many phrases. The prompt is prepared only once, in the
+    constructor."""
 
     def __init__(self, prompt: str):
         self.text, self.where = folded(prompt)
@@ -153,8 +154,8 @@ def _spans(pattern: re.Pattern[str], prompt: str) -> list[Span]:
 
 
 def _inner(spans: Iterable[Span]) -> set[int]:
-    """Returns the set of all indices k for which the characters k - 1 and k belong to the same
-    span."""
+    """Returns the places inside spans: all indices k for which the characters k - 1 and k belong to
+    the same span."""
     return {at for start, end in spans for at in range(start + 1, end)}
 
 

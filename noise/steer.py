@@ -5,8 +5,9 @@ driver (noise/drivers.py) that minimises it, and the settings of both.
     steer = choose("mine.py:my", driver="optimize")              # a function in a file
     steer = choose(my, driver="select")                          # a function
 
-`choose` checks everything that can be checked without a model. A file runs as the user who names it,
-so the file's name is taken from a command line or a program, never from a prompts file or an image.
+`choose` checks everything that can be checked without a model. A file of objectives runs as Python
+code with the rights of the user who names it, so its name is taken from a command line or a
+program, never from a prompts file or an image.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ DRIVERS = ("select", "optimize", "refine")
 
 @dataclass(frozen=True)
 class Selecting:
-    """Settings of the driver select."""
+    """Settings of the driver select, the method that scores several noises and chooses the best."""
 
     candidates: int = 16
     # None: scores the noise of every candidate at the first timestep. "zero-order": scores the
@@ -70,7 +71,7 @@ UNSET = ("repeats", "limits")  # mappings, which a user cannot set
 
 @dataclass(frozen=True)
 class Steer:
-    """An objective with its driver and settings, which `choose` has checked."""
+    """An objective with its driver and the settings of both, which `choose` has checked."""
 
     name: str
     target: Callable[..., Any]  # an objective, or a class that makes one
@@ -84,29 +85,32 @@ class Steer:
 
     @property
     def replaces_layout(self) -> bool:
-        """Whether only the objective uses the layout's regions. The image is then drawn from its
-        whole prompt, instead of with one prompt per region."""
+        """Returns True if the regions of a layout are used by the objective alone. The image is
+        then drawn from its whole prompt, instead of with one prompt per region."""
         return self.name == "boxes" or bool(self.settings.get("retention"))
 
     def record(self) -> dict[str, Any]:
-        """Returns what identifies this Steer in an image's saved settings: name, driver, settings,
-        and the SHA-256 of a user's file."""
+        """Returns what identifies this Steer in an image's saved settings, as a dict: name, driver,
+        settings, and the SHA-256 of the user's file if the objective is from one."""
         said = {"name": self.name, "driver": self.driver, "settings": dict(sorted(self.settings.items()))}
         return said if self.sha256 is None else said | {"sha256": self.sha256}
 
     def options(self) -> dict[str, Any]:
-        """Returns the given settings that belong to the objective, and not to its driver."""
+        """Returns the user's settings for the objective, without those for its driver, as name ->
+        value."""
         known = own_options(self.target)
         return {name: value for name, value in self.settings.items() if name in known}
 
     def made(self, sd: Model, asks: Sequence[Ask]) -> Objective:
-        """Returns the objective for some images. Raises ValueError if the objective cannot be used
-        for them, for example because a prompt names no subject."""
+        """Returns the objective for some images; `asks` holds one Ask (prompt, seed, subjects,
+        groups, layout) per image. Raises ValueError if the objective cannot be used for them, for
+        example because a prompt names no subject."""
         return self.target(sd, asks, **self.options()) if self.is_class else self.target
 
     def how(self, objective: Objective) -> Any:
-        """Returns the driver's settings: those published with the objective, or else the driver's
-        defaults, with the given settings changed."""
+        """Returns the settings of the driver, a `Selecting`, `Optimizing` or `Refining`: those
+        published with the objective, or else the driver's defaults, with the user's settings in
+        place of some."""
         kind = HOW[self.driver]
         how: Any = getattr(objective, "how", None)
         if not isinstance(how, kind):
@@ -129,10 +133,13 @@ def choose(
 ) -> Steer:
     """Finds an objective and checks its driver and settings.
 
-    `objective`: a name of noise/objectives/, FILE.py:NAME, a function or a class. `driver`: if
-    None, the driver that the objective is published with, or refine if it states none. `settings`:
-    a mapping, or text such as "lr=5,steps=50". Raises FileNotFoundError if FILE.py does not exist.
-    Raises ValueError if there is no such objective, driver or setting, and for a wrong value.
+    `objective` is a name of noise/objectives/, FILE.py:NAME, a function, or a class that makes one.
+    `driver` is "select", "optimize" or "refine"; None means the driver that the objective is
+    published with, or refine if it states none. `settings` are those of objective and driver, as a
+    mapping, or as text such as "lr=5,steps=50".
+
+    Raises FileNotFoundError if FILE.py does not exist. Raises ValueError if there is no such
+    objective, driver or setting, and for a wrong value.
     """
     sha256 = None
     if not isinstance(objective, str):
@@ -158,21 +165,22 @@ def choose(
         raise ValueError("lr and scale are the same setting under refine: give one")
     steer = Steer(name, target, driver, given, sha256)
     if not steer.is_class:
-        steer.how(target)  # its errors
+        steer.how(target)  # raises its errors
     else:
         HOW[driver](**{k: v for k, v in given.items() if k in HOW[driver].__dataclass_fields__})
     return steer
 
 
 def driver_options(driver: str) -> dict[str, Any]:
-    """Returns the settings that a driver accepts, name -> default."""
+    """Returns the settings that a driver ("select", "optimize" or "refine") accepts, as name ->
+    default."""
     options = {f.name: f.default for f in fields(HOW[driver]) if f.name not in UNSET}
     return {**options, "guidance": 1.0} | ({"lr": None} if driver == "refine" else {})
 
 
 def own_options(target: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the settings that an objective's class accepts, name -> default. A plain function has
-    none."""
+    """Returns the settings that the class of an objective accepts, as name -> default. A plain
+    function has none."""
     if not isinstance(target, type):
         return {}
     parameters = list(inspect.signature(target).parameters.values())[2:]  # after sd and asks
@@ -183,8 +191,8 @@ def own_options(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def read_settings(text: str) -> dict[str, str]:
-    """Parses settings: "lr=5,steps=50" -> {"lr": "5", "steps": "50"}. Raises ValueError for text of
-    another form and for a name that is given twice."""
+    """Parses a text of settings: "lr=5,steps=50" gives {"lr": "5", "steps": "50"}. Raises
+    ValueError for text of another form and for a name that is given twice."""
     found: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -197,8 +205,8 @@ def read_settings(text: str) -> dict[str, str]:
 
 
 def _checked(key: str, value: Any, default: Any) -> Any:
-    """Converts a setting's value to the type of its default. Raises ValueError if that is not
-    possible."""
+    """Converts `value`, given for the setting `key`, to the type of the setting's default. Raises
+    ValueError if that is not possible."""
     given = value
     if isinstance(value, str):
         words = {"true": True, "false": False, "none": None}
@@ -229,7 +237,8 @@ def _checked(key: str, value: Any, default: Any) -> Any:
 
 
 def is_file(text: str) -> bool:
-    """Returns whether an objective's name is a file's: FILE.py:NAME or FILE.py."""
+    """Returns True if `text`, the name of an objective, refers to a Python file: FILE.py:NAME or
+    FILE.py."""
     return text.rpartition(":")[0].endswith(".py") or text.endswith(".py")
 
 
@@ -247,8 +256,8 @@ _files: dict[Path, tuple[ModuleType, str]] = {}  # imported so far: a file runs 
 
 
 def _from_file(text: str) -> tuple[Callable[..., Any], str]:
-    """Imports FILE.py:NAME. Returns (NAME, SHA-256 of the file). The file's folder is not added to
-    sys.path.
+    """Imports the file in `text`, FILE.py:NAME. Returns (target, sha256): the function or class
+    NAME, and the SHA-256 of the file. The file's folder is not added to sys.path.
 
     Raises FileNotFoundError if there is no such file, and ValueError if the file cannot be imported
     or has no function NAME.
@@ -294,7 +303,8 @@ def _imported(path: Path) -> ModuleType:
 
 @dataclass
 class Run:
-    """A Steer applied to one batch of images: `select`, `optimize` or `refine`."""
+    """A Steer (an objective with its driver and settings) applied to one batch of images. The
+    methods `select`, `optimize` and `refine` run the driver of that name."""
 
     sd: Model
     steer: Steer
@@ -322,8 +332,10 @@ class Run:
     def select(
         self, candidates: Sequence[Sequence[int]], shape: Sequence[int], say: Callable[[str], None]
     ) -> list[Selection]:
-        """Chooses each image's noise: that of one of the image's candidates (seeds), or with
-        zero-order search a noise near that of the first candidate."""
+        """Chooses each image's noise. `candidates` holds a list of seeds per image, and `shape` is
+        (4,h,w) of one noise. The choice is the candidate with the lowest loss or, with the search
+        "zero-order", a noise near that of the first candidate. Returns one Selection per image.
+        `say(message)` is called with the progress."""
         t = self._timesteps()[0]
         chosen = []
         for k, (one, seeds) in enumerate(zip(self.asks, candidates, strict=True)):
@@ -363,9 +375,14 @@ class Run:
         part: float,
         say: Callable[[str], None],
     ) -> tuple[Selection, dict[int, float]]:
-        """Scores all `seeds` at the first timestep, then the best eighth of them (at least 2) after
-        `part` of the run's steps. Chooses the best seed of the second scores. Returns the selection,
-        with the first scores, and the second scores by seed, which are not comparable with them."""
+        """Chooses a seed in two stages. All `seeds` are scored at the first timestep by `score`.
+        The best eighth of them (at least 2) are then sampled for the fraction `part` of the run's
+        steps and scored there. The seed with the best second score is chosen. `shape` is (4,h,w) of
+        one noise.
+
+        Returns (selection, drafts): the chosen seed with the first scores of all seeds, and the
+        second scores as seed -> score. First and second scores are not comparable.
+        """
         config = self.sd.config
         scale = config.guidance(self.guidance_scale)
         steps = self.steps or config.steps
@@ -385,7 +402,8 @@ class Run:
         return Selection(found.seed, draw_noise([found.seed], shape), last[found.seed], first), last
 
     def optimize(self, start: Tensor, say: Say) -> list[Result]:
-        """Optimises each image's noise, starting from `start` (B,4,h,w)."""
+        """Optimises the noises `start` (B,4,h,w) of the batch by the driver optimize. Returns one
+        Result per image. `say(b, message)` is called with the progress of image b."""
         begin = time.perf_counter()
         lift, how = self._lift(self.asks)
         t = self._timesteps()[0]
@@ -406,9 +424,9 @@ class Run:
         return results
 
     def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Returns the noise (B,4,h,w) that the driver, select or optimize, finds from the images'
-        seeds. For select, the candidates are those of `candidate_seeds`, as on the command line.
-        """
+        """Returns the noise (B,4,h,w) that the driver, select or optimize, finds for images with
+        these seeds. `shape` is (4,h,w) of one noise. For select, the candidates of each image are
+        those of `candidate_seeds`, as on the command line."""
         if self.steer.driver == "select":
             count = int(self.steer.settings.get("candidates", Selecting.candidates))
             listed = [candidate_seeds(seed, count) for seed in seeds]
@@ -417,8 +435,10 @@ class Run:
         return torch.cat([result.noise for result in results])
 
     def refine(self, say: Say | None = None) -> tuple[Refine, Callable[[], None]]:
-        """Returns (refine, end): the function that updates the latents before each prediction, and
-        a function to call after the run, which adds to `records`."""
+        """Returns (refine, end): the function `refine(i, t, x) -> x` that samplers call to update
+        the latents before each noise prediction, and a function to call after the run, which adds
+        an entry per image to `records`. `say(b, message)` is called with the progress of image
+        b."""
         begin = time.perf_counter()
         lift, how = self._lift(self.asks)
         results = [Result(torch.empty(0)) for _ in self.asks]
@@ -467,13 +487,17 @@ def asked(
     pairs: str | None,
     taken: bool,
 ) -> Begin | None:
-    """Prepares an objective for `StableDiffusion.__call__`. Returns a function to call for each
-    batch, or None if `objective` is None. That function returns (noise, refine): the noise
-    (B,4,h,w) to begin from, and the updates of the latents or None.
+    """Prepares an objective for `StableDiffusion.__call__`. Returns None if `objective` is None.
+    Otherwise returns a function to call for each batch, with (sd, prompts, seeds, noise, ...); it
+    returns (noise, refine), where the noise (B,4,h,w) is the one to begin from, and `refine` the
+    function that updates the latents during the run, or None.
 
-    `taken` is whether the caller has also given noise or updates. Raises ValueError if an objective
-    is given although `taken` is true, or if no objective is given although driver, settings, subjects
-    or pairs is. Raises the errors of `choose` too.
+    `objective`, `driver` and `settings` are those of `choose`; `subjects` and `pairs` (nouns with
+    their modifiers) are for the objective. `taken` is True if the caller has also given noise or
+    updates of the latents, which an objective would replace.
+
+    Raises ValueError if an objective is given although `taken` is True, or if no objective is given
+    although driver, settings, subjects or pairs are. Raises the errors of `choose` too.
     """
     if objective is None:
         if any(given is not None for given in (driver, settings, subjects, pairs)):

@@ -43,8 +43,8 @@ class Worker:
     """A Ray actor, a process on a node of the cluster, that holds the model and draws batches."""
 
     def open(self, command: Command, requests: Sequence[Request]) -> Exception | None:
-        """Loads the model that the command names, with the files that the requests (one per prompt)
-        name. Returns None, or the error if loading fails."""
+        """Loads the model, with all files that the command and the requests (the settings of each
+        prompt) name. Returns None, or the error if loading fails."""
         try:
             self.session = open_session(command, requests, quiet=True)
         except Exception as error:

@@ -100,7 +100,7 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
         ended()
         for note, record in zip(found.notes, run_of.records):
             note["objective"] = record
-    if frames is not None:
+    if frames is not None and frames.steps:
         for b, (picture, extra) in enumerate(zip(images, found.extras)):
             extra["attention"] = excite.sheet(
                 picture, frames, b, [str(subject) for subject in subjects[b] or ()]
@@ -180,8 +180,7 @@ def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
 @contextmanager
 def controlled(session: Session, job: Job) -> Iterator[None]:
     """Applies the job's ControlNet to every call of the session's UNet within the block. Does
-    nothing if there is no ControlNet, or no control image for the whole image (only some for
-    regions of a layout)."""
+    nothing if there is no ControlNet, or if only regions of the layout have control images."""
     sd = session.sd
     if job.control is None or job.control.image is None or session.controlnet is None:
         yield

@@ -213,7 +213,7 @@ class Piece:
         return len(self.seeds)
 
     def job(self, k: int) -> Job:
-        """Returns job number `k` of this sequence, counting from 0."""
+        """Returns the job with the number `k` in this sequence, counting from 0."""
         index = self.noise_index + k if self.template.noise_file is not None else 0
         return replace(self.template, seed=self.seeds[k], noise_index=index)
 

@@ -291,7 +291,8 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _places(taken: Given) -> list[tuple[str, str]]:
-    """Returns pairs (option, path) for all files that the options `taken` from an image would load."""
+    """Returns pairs (option, path) for all files that the options `taken` from an image would
+    load."""
     places = [("model", taken["model"])] if "model" in taken else []
     places += [(name, str(taken[name])) for name in FILES if name in taken]
     places += [("lora", str(split_scale(text)[0])) for text in taken.get("lora", ())]

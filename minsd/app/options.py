@@ -163,7 +163,7 @@ def plain(text: str) -> str:
 
 
 def _short(value: object) -> str:
-    """Returns a value as JSON of at most 80 characters, for error messages."""
+    """Returns a value as JSON for error messages, cut off after 80 characters."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:80] + " ..."
 

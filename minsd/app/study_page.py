@@ -408,7 +408,7 @@ def _choices(names: Sequence[str]) -> str:
 
 
 def as_html(text: str) -> str:
-    """Converts Markdown to HTML. It needs only the forms that this module writes: paragraphs,
+    """Converts Markdown to HTML. Only the forms that this module writes are supported: paragraphs,
     tables and lists."""
     out = []
     for block in text.split("\n\n"):

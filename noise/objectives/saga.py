@@ -4,9 +4,10 @@ At step k = steps // 5 the latents become
 
     x = sqrt(abar) mu + sqrt(1 - abar) z,   z fresh unit noise,
 
-where mu begins as each channel's mean of the predicted clean latents x0. L (overlap.py), averaged
-over 10 fresh z, is descended 50 times in sqrt(abar) mu. When used, mu is scaled down to the standard
-deviation of x0. Published, one mu serves all images of a prompt; here each image learns its own.
+where mu begins as each channel's mean of the predicted clean latents x0. The loss L of overlap.py,
+averaged over 10 fresh z, is minimised by 50 steps of gradient descent in sqrt(abar) mu. When used,
+mu is scaled down to the standard deviation of x0. As published, one mu serves all images of a
+prompt; here each image learns its own.
 """
 
 import torch
@@ -21,7 +22,8 @@ from minsd.samplers.schedule import Refine, Timestep
 
 
 def bounded(mu: Tensor, spread: Tensor) -> Tensor:
-    """Returns mu (4,h,w), scaled down to a standard deviation of at most `spread`."""
+    """Returns mu (4,h,w), scaled down if needed so that its standard deviation is at most
+    `spread`."""
     return mu * (spread / mu.std()).clamp(max=1)
 
 
@@ -29,8 +31,10 @@ class Saga(Overlap):
     iterations, draws, lr, momentum = 50, 10, 20.0, 0.4  # lr for a model whose update_scale is 20
 
     def refine(self, sd: Model, lift: Lift, steps: int, progress: Say | None) -> Refine:
-        """Returns a function `refine(i, t, x)` -> x for a run of `steps` timesteps. The function
-        changes x only at step k = steps // 5."""
+        """Returns a function `refine(i, t, x) -> x` for a run of `steps` timesteps, which samplers
+        call before each noise prediction. The function replaces the latents x at step steps // 5 by
+        latents with a learned mean, and changes nothing at other steps. `progress(b, message)` is
+        called with the progress of image b."""
 
         def move(i: int, t: Timestep, x: Tensor) -> Tensor:
             if i != steps // 5:
