@@ -97,8 +97,9 @@ def plot(
     """
     scale = math.log10 if logarithmic else float
     bars = bars or {}
-    xs = [scale(px) for each in lines.values() for px, _ in each]
-    ys = [py for each in lines.values() for _, py in each]
+    pairs = [(scale(px), py) for each in lines.values() for px, py in each]
+    xs = [px for px, _ in pairs]
+    ys = [py for _, py in pairs]
     ys += [end for each in bars.values() for pair in each for end in pair]
     x_axis = _range(xs, logarithmic)
     y_axis = _range(ys, False)
@@ -124,6 +125,11 @@ def plot(
     pen.line((left, top, left, bottom, right, bottom), fill="black")
     pen.text(((left + right) / 2, size[1] - 4), x, fill="black", font=font(12), anchor="md")
     pen.text((4, 4), y, fill="black", font=font(12))
+    middle = (x_axis[0] + x_axis[1]) / 2
+    sides = [
+        [py for px, py in pairs if (px > middle) == at_right] or [y_axis[0]] for at_right in (False, True)
+    ]
+    legend_left = max(sides[0]) < max(sides[1])
     for k, (name, each) in enumerate(lines.items()):
         colour = COLOURS[k % len(COLOURS)]
         ends = [place(*point) for point in each]
@@ -131,22 +137,24 @@ def plot(
             pen.line((*place(px, low), *place(px, high)), fill=colour, width=2)
         if not points:
             pen.line(ends, fill=colour, width=2)
-            where = (right - 6, top + 4 + 16 * k)
-            pen.text(where, name, fill=colour, font=font(12), anchor="ra")
+            where = (left + 8 if legend_left else right - 6, top + 4 + 16 * k)
+            pen.text(where, name, fill=colour, font=font(12), anchor="la" if legend_left else "ra")
             continue
         for px, py in ends:
             pen.ellipse((px - 4, py - 4, px + 4, py + 4), fill=colour)
-        pen.text((ends[-1][0] + 8, ends[-1][1]), name, fill=colour, font=font(12), anchor="lm")
+        where = (ends[-1][0] + 8, ends[-1][1])
+        halo = {"stroke_width": 2, "stroke_fill": "white"}
+        pen.text(where, name, fill=colour, font=font(12), anchor="lm", **halo)
     return out
 
 
 def _range(values: Sequence[float], logarithmic: bool) -> tuple[float, float]:
     """Returns the ends of an axis that shows `values`, with a margin. A linear axis whose values are
-    all positive and reach close to 0 begins at 0."""
+    all positive and that differ by more than 40 % begins at 0."""
     low = min(values)
     high = max(values)
     pad = 0.06 * (high - low) or 1.0
-    if not logarithmic and 0 <= low < 0.3 * high:
+    if not logarithmic and 0 <= low < 0.6 * high:
         return 0.0, high + pad
     return low - pad, high + pad
 

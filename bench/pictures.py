@@ -183,6 +183,23 @@ def many() -> Image.Image:
     return grid({name: images[8 * k : 8 * k + 8] for k, name in enumerate(names)}, side=64)
 
 
+def methods() -> Image.Image:
+    """Two neglecting seeds by every method that needs no layout."""
+    how = {
+        "plain": [],
+        "best": ["--init-noise", "best"],
+        "select": ["--init-noise", "select", "--candidates", "16"],
+        "initno": ["--init-noise", "initno"],
+        "excite": ["--excite"],
+    }
+    others = ("syngen", "divide", "contrast", "overlap", "saga", "nlg")
+    how |= {name: ["--objective", name] for name in others}
+    columns = {name: drawn(PROMPT, "--seeds", "1,3", *options) for name, options in how.items()}
+    return grid(
+        {f"seed {s}": [c[k] for c in columns.values()] for k, s in enumerate((1, 3))}, list(columns), side=72
+    )
+
+
 README_PICTURES: dict[str, Callable[[], Image.Image]] = {
     "front": front,
     "objective": objective,
@@ -190,6 +207,7 @@ README_PICTURES: dict[str, Callable[[], Image.Image]] = {
     "control": control,
     "cost": cost,
     "many": many,
+    "methods": methods,
 }
 
 # --- the chapters' pictures ------------------------------------------------------------------------
@@ -226,10 +244,11 @@ def difference(image: Image.Image, path: Path) -> float:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Writes a picture with 128 colours, since it is kept in the repository."""
+    """Writes a picture with few colours, since it is kept in the repository."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    small = image.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    colours = 64 if image.width * image.height > 100_000 else 128
+    how = {"method": Image.Quantize.MEDIANCUT, "kmeans": 2, "dither": Image.Dither.NONE}
+    image.quantize(colours, **how).save(path, optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,9 +11,12 @@ import re
 import shlex
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 path = list(sys.path)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benches are not installed
@@ -23,9 +26,10 @@ sys.path[:] = path  # the root would hide PyPI's `kernels`
 
 from minsd import generate, judge  # noqa: E402
 from minsd.app import options, study  # noqa: E402
+from minsd.noise import initno  # noqa: E402
 
 ROOT = pictures.ROOT
-DOCUMENTS = ("README.md",)  # run in this order in one folder
+DOCUMENTS = ("README.md", "minsd/app/README.md")  # run in this order in one folder
 CHAPTERS = [f"{folder}/README.md" for folder in pictures.CHAPTERS]
 
 # Commands that are not run, by a part of the command -> why. Only their options are checked.
@@ -148,10 +152,80 @@ def walk(document: str) -> None:
 
 @pytest.fixture(scope="module")
 def place():
-    with pictures.workplace() as folder:
+    """The folder of all commands. InitNO takes three evaluations in it, since it accepts no noise of 64
+    pixels, and would take a hundred.
+    """
+    short = partial(initno.optimize_batch, rounds=1, round_steps=2, last_steps=1)
+    with pictures.workplace() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(initno, "optimize_batch", short)
         yield folder
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_and_block_runs_as_written(document, place):
     walk(document)
+
+
+def shown(document: str) -> list[Path]:
+    """The files of the pictures that a document shows."""
+    text = (ROOT / document).read_text()
+    return [(ROOT / document).parent / name for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)]
+
+
+def test_every_picture_exists_and_is_drawn_by_the_script():
+    names = {path.resolve() for document in (*DOCUMENTS, *CHAPTERS) for path in shown(document)}
+    assert names == set(pictures.FOLDER.glob("*.png")) and len(names) > 20
+    assert sum(path.stat().st_size for path in names) < 420_000
+    made = set(pictures.README_PICTURES)
+    for document in CHAPTERS:
+        source = "".join(pictures.blocks((ROOT / document).read_text(), "python"))
+        made |= set(re.findall(r'save\("outputs/(\w+)\.png"\)', source))
+    assert made == {path.stem for path in names}
+
+
+def test_every_link_leads_somewhere():
+    for document in (*DOCUMENTS, *CHAPTERS, "bench/README.md", "bench/results/README.md", "CONTRIBUTING.md"):
+        text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("http"):
+                continue
+            name, _, anchor = target.partition("#")
+            file = (ROOT / document).parent / name if name else ROOT / document
+            assert file.exists(), f"{document}: {target}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert anchor in anchors, f"{document}: {target}"
+
+
+def test_pictures_are_compared():
+    """A moved object is noticed, and what another processor rounds differently is not."""
+    path = pictures.FOLDER / "control.png"
+    image = Image.open(path).convert("RGB")
+    assert pictures.difference(image, path) == 0
+    pixels = np.asarray(image).astype(int)
+    other = np.clip(pixels + np.random.default_rng(0).integers(-2, 3, pixels.shape), 0, 255)
+    assert 0 < pictures.difference(Image.fromarray(other.astype(np.uint8)), path) < 2
+    assert pictures.difference(image.rotate(180), path) > pictures.LIMIT
+    assert pictures.difference(image.resize((10, 10)), path) == float("inf")
+    assert pictures.difference(image, path.with_name("none.png")) == float("inf")
+
+
+def compare(images: dict[str, Image.Image]) -> None:
+    apart = {
+        name: pictures.difference(image, pictures.FOLDER / f"{name}.png") for name, image in images.items()
+    }
+    changed = {name: value for name, value in apart.items() if value > pictures.LIMIT}
+    assert not changed, f"{changed}: look at them, then run python -m bench.pictures"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", pictures.CHAPTERS)
+def test_every_block_of_a_chapter_runs_and_its_figures_are_the_files(folder):
+    compare(pictures.chapter(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pictures.README_PICTURES)
+def test_the_pictures_of_the_readme_are_the_files(name):
+    compare({name: pictures.README_PICTURES[name]()})

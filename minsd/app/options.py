@@ -345,8 +345,8 @@ _ROWS = (
            "early steps: show each region only its box plus a margin of this fraction of it (try 0.25)",
            least=0, most=1000, like=True, identity="crop_margin"),
     Option("layout_method", IMAGE, str, None,
-           "how to draw a --layout: by crops, from the best of 50 noises (crops; default of the embedded model) "
-           "or as NoiseCollage was published (paper; default of other models)",
+           "how to draw a --layout: by crops, from the best of 50 noises (crops; default of the embedded "
+           "model), or as NoiseCollage was published (paper; default of all others)",
            choices=("crops", "paper"), identity="crop_margin init_noise score"),
     Option("control_image", IMAGE, Path, "FILE",
            "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
