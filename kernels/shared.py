@@ -2,16 +2,17 @@
 run are refused before they are launched.
 
 Each entry is the most that the kernel needs with any of its flags, block sizes (flash.py) and, in
-float32, precisions. It was found by compiling ahead of time for sm_80 and sm_90, with Triton 3.7.1
-and, in 16 bits, 3.6.0 (sm_86, 89 and 120 need what sm_80 needs). tests/test_kernels_compile.py
-compiles some entries again. Compute capabilities 8.6, 8.9 and 12.0 have 99 KB (101376 bytes), 8.0
-has 163 KB (166912), and 9.0 and 10.0 have 227 KB (232448). The program reads the limit from the
-device (devices.py).
+float32, precisions. The entries were found by compiling ahead of time for sm_80 and sm_90, with
+Triton 3.7.1 and, in 16 bits, 3.6.0 (sm_86, 89 and 120 need what sm_80 needs).
+tests/test_kernels_compile.py compiles some of the kernels again. Compute capabilities 8.6, 8.9 and
+12.0 have 99 KB (101376 bytes), 8.0 has 163 KB (166912), and 9.0 and 10.0 have 227 KB (232448). The
+program reads the limit from the device (devices.py).
 """
 
 import torch
 
-# Major compute capabilities whose tensor cores read operands from shared memory, which takes more.
+# Major compute capabilities whose tensor cores read operands from shared memory, so that kernels
+# need more of it.
 HOPPER = (9, 10, 11)
 
 # (kernel, head dim) -> bytes for 16-bit and for float32 inputs, then the same two on HOPPER.
@@ -48,9 +49,9 @@ NEEDED: dict[tuple[str, int], tuple[int, int, int, int]] = {
 
 
 def most_needed(head_dim: int, dtype: torch.dtype, hopper: bool) -> tuple[int, str]:
-    """Returns (most, kernel): the most bytes of shared memory that any kernel needs for this head
-    dim and dtype, gradients included, and the name of that kernel. `hopper` means that the device
-    has a major compute capability in HOPPER."""
+    """Returns (most, kernel): the most bytes of shared memory that any attention kernel needs for
+    this head dim and dtype, gradients included, and the name of that kernel. `hopper` is True if
+    the device's major compute capability is in `HOPPER`, where kernels need more."""
     column = 2 * hopper + (dtype == torch.float32)
     most, kernel = 0, ""
     for (name, d), row in NEEDED.items():  # a loop that torch.compile can trace

@@ -40,15 +40,19 @@ def updates(
     conflict_limit: float | None = None,
     progress: Callable[[int, str], None] | None = None,
 ) -> Refine:
-    """Returns a function `refine(i, t, x)` -> x that updates the latents, for one run of a batch.
-    Give one prompt and its subjects per image.
+    """Returns a function `refine(i, t, x) -> x` that updates the latents x of a batch in the steps
+    of one run, so that no subject is neglected. Samplers take such a function and call it before
+    each noise prediction.
 
-    `subjects`: words, token indices, or None for the last word of each part of the prompt.
-    `variant`: "official" for the updates of InitNO's program, or "attend-and-excite". `steps`,
-    `sampler` and `karras` are those of the run. Step i moves the latents by scale *
-    sqrt(linspace(1, 1/2)[i]) times the gradient. `scale` and `conflict_limit` default to the
-    model's. `progress(b, message)` is called with the progress of image b. If an image's losses or
-    gradient are not finite, that update of the image is left out, with a warning.
+    `prompts` and `subjects` have one item per image. The subjects of an image are words of its
+    prompt, token indices, or None for the last word of each part of the prompt. `variant` is
+    "official" for the updates of InitNO's program, or "attend-and-excite". `steps`, `sampler` and
+    `karras` are those of the run. Step i moves the latents by scale * sqrt(linspace(1, 1/2)[i])
+    times the gradient. In the official variant, `conflict_limit` is the limit of the conflict loss,
+    which measures how far the subjects' regions overlap. If `scale` or `conflict_limit` is None,
+    the model's default is taken. `progress(b, message)` is called with the progress of image b. If
+    an image's losses or gradient are not finite, that update of the image is left out, with a
+    warning.
 
     Raises ValueError, before any network runs, for an unknown variant or sampler and for subjects
     that cannot be found. The returned function raises ValueError for a batch of another size.
@@ -72,7 +76,8 @@ def updates(
 
 @dataclass
 class Frames:
-    """The attention maps that `watch` recorded: (B,S,h,w) at each of `steps`."""
+    """The attention maps of a batch that `watch` recorded, one tensor (B,S,h,w) for each of
+    `steps`, with up to S subjects per image."""
 
     places: list[list[list[int]]]  # token positions of each subject of each image
     steps: list[int] = field(default_factory=list)
@@ -91,14 +96,15 @@ def watch(
     count: int = 8,
     before: Refine | None = None,
 ) -> tuple[Refine, Frames]:
-    """Returns (refine, frames): a function `refine(i, t, x)` -> x that records attention maps at
-    `count` steps spread over the run, and the Frames that it fills.
+    """Returns (refine, frames): a function `refine(i, t, x) -> x` that records attention maps at
+    `count` steps spread over the run, and the `Frames` in which it stores them. Samplers take such
+    a function and call it before each noise prediction.
 
     Each recorded step costs one UNet evaluation with the prompt, which stops after the attention
-    maps. `before`, if given, is another such function; it is called first, and its changes to the
-    latents are kept. Recording itself changes nothing. `prompts`, `subjects`, `steps`, `sampler`
-    and `karras` are as in `updates`. Raises ValueError for an unknown sampler and for subjects that
-    cannot be found.
+    maps. Recording does not change x. `before`, if given, is another such function, such as the
+    result of `updates`; it is called first, and its changes to x are kept. `prompts`, `subjects`,
+    `steps`, `sampler` and `karras` are as in `updates`. Raises ValueError for an unknown sampler
+    and for subjects that cannot be found.
     """
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))
@@ -127,8 +133,8 @@ def watch(
 
 
 def heat(values: Tensor, picture: Image.Image) -> Image.Image:
-    """Blends a map (h,w) over a grey version of the image. The map is dark blue at 0, then violet
-    and red, and yellow at its maximum."""
+    """Makes a heat map: blends a map `values` (h,w), in colour, over a grey version of the image.
+    The map is dark blue at 0, then violet and red, and yellow at its maximum."""
     v = (values / values.max().clamp(min=1e-12)).float()
     red = (2 * v).clamp(0, 1)
     green = (2 * v - 1).clamp(0, 1)
@@ -139,8 +145,9 @@ def heat(values: Tensor, picture: Image.Image) -> Image.Image:
 
 
 def sheet(picture: Image.Image, frames: Frames, b: int, names: Sequence[str]) -> Image.Image:
-    """Makes a sheet of heat maps of image b. Each subject has a row of cross-attention and a row of
-    self-attention maps; each recorded step has a column. `names` are the subjects' captions."""
+    """Makes a sheet with the heat maps of image number b, whose finished image is `picture`. Each
+    subject has a row of cross-attention and a row of self-attention maps; each recorded step has a
+    column. `names` are the subjects' captions."""
     tiles: list[Image.Image] = []
     captions: list[str] = []
     for s, name in enumerate(names):

@@ -1,7 +1,8 @@
-"""Draws one batch of jobs: finds the initial noise, builds the noise predictor, samples, decodes.
+"""Draws one batch of jobs: finds the initial noise, makes the noise predictor, samples, decodes.
 
-The jobs of a batch (minsd/app/run.py groups them) differ only in prompt, seed, subjects, and index
-in a noise file. All other settings are read from the first job.
+A job holds all settings of one image. The jobs of a batch (minsd/app/run.py groups them) differ
+only in prompt, seed, subjects, and index in a noise file. All other settings are read from the
+first job.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,8 @@ Progress = Callable[[int, int | float], object]
 
 @dataclass
 class Drawn:
-    """A drawn batch: its images, the noise they began from, and what to record for each image."""
+    """A drawn batch: its images, their initial noise, and further settings and files to save for
+    each image."""
 
     images: list[Image.Image]
     noise: Tensor  # (B, 4, h, w)
@@ -42,10 +44,11 @@ class Drawn:
 
 
 def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """Draws one batch, or inverts the image of a job with --invert.
+    """Draws one batch of jobs (one per image), or inverts the image of a job with --invert: finds
+    the noise that generates it. `session` holds the loaded model.
 
-    `progress(i, t)` is called after every sampling step, and `say(message)` with status messages of
-    the search for noise and of the objective.
+    `progress(i, t)` is called after every sampling step. `say(message)` is called with messages
+    about the search for noise and about the objective.
     """
     with controlled(session, jobs[0]):
         return (
@@ -56,9 +59,9 @@ def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) ->
 
 
 def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """Draws a batch: finds the initial noise, denoises it, and decodes the latents. Calls
-    `progress(i, t)` after every sampling step, and `say(message)` with status messages.
-    """
+    """Draws a batch of jobs (one per image): finds the initial noise, denoises it, and decodes the
+    latents. `session` holds the loaded model. `progress(i, t)` is called after every sampling step,
+    and `say(message)` with messages about the search for noise and about the objective."""
     sd = session.sd
     first = jobs[0]
     run = {"steps": first.sampling.steps, "sampler": first.sampling.sampler, "karras": first.sampling.karras}
@@ -134,9 +137,9 @@ def about_layout(session: Session, job: Job, found: Found, images: Sequence[Imag
 
 
 def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str | int] | None]) -> Run | None:
-    """Returns the object that applies the jobs' objective (--objective) to this batch, or None if
-    the jobs have no objective. `subjects` holds one list or None per job.
-    """
+    """Returns a `Run`, the object that applies the jobs' objective (--objective) to the images of
+    this batch, or None if the jobs have no objective. `subjects` lists, for each job, the words or
+    token indices that the objective is about, or is None for a job that names none."""
     first = jobs[0]
     if first.steer is None:
         return None
@@ -148,9 +151,9 @@ def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str |
 
 
 def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run | None = None) -> Found:
-    """Returns the initial noise of a batch: read from the jobs' noise file, or found by their noise
-    method. `run` applies the jobs' objective; None if they have none.
-    """
+    """Returns the initial noise of a batch of jobs (one per image), with settings and files to
+    save: read from the jobs' noise file, or found by their noise method (--init-noise). `run`
+    applies the jobs' objective; it is None if they have none. `say(message)` reports the search."""
     first = jobs[0]
     sampling = first.sampling
     if first.noise_file is not None:
@@ -179,9 +182,9 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run |
 
 
 def invert(sd: StableDiffusion, job: Job) -> Drawn:
-    """Finds the noise that draws the job's image (--invert). Returns this noise and the image drawn
-    from it, with two PSNRs to record.
-    """
+    """Finds the noise from which the model generates the image that the job names with --invert.
+    Returns this noise, and the image generated from it. The PSNRs of the generated image and of the
+    image after VAE encoding and decoding are recorded."""
     assert job.invert is not None
     found = stability.invert_picture(
         sd,
@@ -199,9 +202,8 @@ def invert(sd: StableDiffusion, job: Job) -> Drawn:
 
 @contextmanager
 def controlled(session: Session, job: Job) -> Iterator[None]:
-    """Applies the job's ControlNet to every call of the UNet within the block. Does nothing if
-    there is no ControlNet, or no control image for the whole image.
-    """
+    """Applies the job's ControlNet to every call of the session's UNet within the block. Does
+    nothing if there is no ControlNet, or if only regions of the layout have control images."""
     sd = session.sd
     if job.control is None or job.control.image is None or session.controlnet is None:
         yield
@@ -219,12 +221,13 @@ def controlled(session: Session, job: Job) -> Iterator[None]:
 
 @contextmanager
 def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) -> Iterator[Predictor]:
-    """Yields the noise predictor of a batch (the function that a sampler calls to predict the
-    noise).
+    """Yields the noise predictor predict(x, t) -> eps of a batch (the noise-prediction function
+    that a sampler calls). `prompts` and `seeds` have one entry per image; all other settings are
+    those of `job`.
 
-    With a layout, the predictor follows each region's own caption, with the region's adapters and
-    control image. Without a layout, or if the job's objective replaces the layout, the predictor
-    uses the prompts alone.
+    With a layout, the predictor follows each region's own caption, with the LoRAs and control image
+    of that region. Without a layout, or if the job's objective replaces the layout, the predictor
+    follows the prompts alone.
     """
     sd = session.sd
     scale = job.sampling.guidance_scale
@@ -243,7 +246,8 @@ def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) 
 
 
 def steps_of(sd: StableDiffusion, job: Job) -> int:
-    """Returns how many times the sampler calls `progress` for this job; 0 with --invert."""
+    """Returns how many times `draw` calls `progress` for this job, once per sampling step; 0 with
+    --invert."""
     if job.invert is not None:
         return 0
     sampling = job.sampling
