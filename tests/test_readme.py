@@ -179,7 +179,7 @@ def test_every_picture_exists_and_is_drawn_by_the_script():
     made = set(pictures.README_PICTURES)
     for document in CHAPTERS:
         source = "".join(pictures.blocks((ROOT / document).read_text(), "python"))
-        made |= set(re.findall(r'save\("outputs/(\w+)\.png"\)', source))
+        made |= set(re.findall(r'save\(\s*"outputs/(\w+)\.png"\s*\)', source))
     assert made == {path.stem for path in names}
 
 
