@@ -194,6 +194,7 @@ def test_every_option_identifies_an_image_or_says_why_it_changes_none():
     keys = {*options.IDENTITY, "candidates"}
     per_line = {"noise": "noise_file", "seeds": "seed", "num_images": "seed", "token_indices": "subjects"}
     per_line["objective_set"] = "objective"
+    per_line["layout_method"] = "crop_margin"
     assert keys >= {per_line.get(name, name) for name in options.PER_LINE}
 
 
@@ -674,7 +675,8 @@ def test_a_layout_is_drawn_as_was_measured_best(tmp_path, capfd, monkeypatch):
     assert "crop_margin" not in paper and "candidates" not in paper and paper["seed"] == 1
     regions = first["attention_in_regions"]
     assert "--layout-method paper" in told
-    assert ": attention within the regions " + ", ".join(f"{one['fraction']:.0%}" for one in regions) in told
+    parts = " and ".join(f"{one['fraction']:.0%}" for one in regions)
+    assert f"its regions hold {parts} of their captions' attention" in told
     assert [one["area"] for one in regions] == [0.5, 0.5]
     scores = {one["seed"]: one["score"] for one in first["candidates"]}  # the product of the fractions
     product = regions[0]["fraction"] * regions[1]["fraction"]
@@ -684,7 +686,7 @@ def test_a_layout_is_drawn_as_was_measured_best(tmp_path, capfd, monkeypatch):
         assert over.getpixel((0, 320)) == over.getpixel((319, 320)) == (0xD6, 0x27, 0x28)  # the outlines
         assert over.getpixel((320, 320)) == (0x1F, 0x77, 0xB4)
     low = {"attention_in_regions": [{"fraction": 0.2, "area": 0.5}, {"fraction": 0.6, "area": 0.5}]}
-    assert run._about_regions(low).endswith("20%, 60%; warning: region 1 may lack the caption's object")
+    assert run._about_regions(low).endswith("attention; warning: region 1 may lack the caption's object")
     assert run._about_regions({}) == ""
     capfd.readouterr()
     for more, says in (

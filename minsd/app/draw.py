@@ -19,13 +19,8 @@ from minsd.app.preview import Previews
 from minsd.app.progress import Show
 from minsd.app.session import Session
 from minsd.controlnet import Control, Controlled, read_control_image
-<<<<<<< HEAD
-from minsd.guidance import Predictor
-from minsd.noise import arrange, collage, collage_control, excite, look, stability
-=======
 from minsd.guidance import Predictor, evaluations
-from minsd.noise import collage, collage_control, excite, look, stability
->>>>>>> main
+from minsd.noise import arrange, collage, collage_control, excite, look, stability
 from minsd.noise.initial import read_noise
 from minsd.noise.layout import overlay
 from minsd.noise.methods import METHODS, Batch, Found, Say
@@ -106,13 +101,9 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
         ended()
         for note, record in zip(found.notes, run_of.records):
             note["objective"] = record
-<<<<<<< HEAD
     if first.layout is not None:
         about_layout(session, first, found, images)
-    if frames is not None:
-=======
     if frames is not None and frames.steps:
->>>>>>> main
         for b, (picture, extra) in enumerate(zip(images, found.extras)):
             extra["attention"] = excite.sheet(
                 picture, frames, b, [str(subject) for subject in subjects[b] or ()]

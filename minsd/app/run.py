@@ -272,8 +272,7 @@ class Drawing:
         if self.command.json:
             print(json.dumps(row), flush=True)  # in ASCII, so that every encoding of stdout can print it
         elif not self.session.quiet:
-<<<<<<< HEAD
-            self.bar.write(f"minsd: {files.printable(path)}{_about_regions(row)}", file=sys.stderr)
+            self.show.write(f"minsd: {files.printable(path)}{_about_regions(row)}")
 
 
 def _about_regions(row: Row) -> str:
@@ -284,16 +283,13 @@ def _about_regions(row: Row) -> str:
     regions = row.get("attention_in_regions")
     if not regions:
         return ""
-    told = ", ".join(f"{one['fraction']:.0%}" for one in regions)
+    told = " and ".join(f"{one['fraction']:.0%}" for one in regions)
     low = [str(k) for k, one in enumerate(regions, 1) if one["fraction"] <= one["area"]]
-    text = f": attention within the regions {told}"
+    text = f": its regions hold {told} of their captions' attention"
     if not low:
         return text
     these = "regions" if len(low) > 1 else "region"
     return f"{text}; warning: {these} {' and '.join(low)} may lack the caption's object"
-=======
-            self.show.write(f"minsd: {files.printable(path)}")
->>>>>>> main
 
 
 def _ends_the_run(error: Exception) -> bool:
