@@ -183,7 +183,7 @@ def test_methods_by_name_and_by_hand():
         "mine": "--init-noise select --candidates 3".split(),
     }
     assert study.split_methods(["collage", "collage:0.25", "optimize:3"]) == {
-        "collage": [],
+        "collage": ["--layout-method", "paper"],
         "collage:0.25": ["--crop-margin", "0.25"],
         "optimize:3": "--init-noise optimize --optimize-steps 3".split(),
     }

@@ -76,7 +76,7 @@ def method_options(method: str) -> list[str]:
     if name == "optimize" and rest.isdecimal():
         return ["--init-noise", "optimize", "--optimize-steps", rest]
     if name == "collage" and re.fullmatch(r"(\d*\.?\d+)?", rest):
-        return ["--crop-margin", rest] if rest else []
+        return ["--crop-margin", rest] if rest else ["--layout-method", "paper"]
     if name in ("select", "optimize", "collage"):
         raise ValueError(f"there is no method {method!r}: the forms are {', '.join(FORMS)}")
     return ["--objective", method]
