@@ -5,8 +5,9 @@ An objective judges initial noise, or the latents of any step. An objective is a
     objective(look) -> (b,)              lower is better, one value per image
     objective(look) -> (b,), told        also `told`: values (b,) to report, by name
 
-of a `Look`, which offers attention maps, predicted noise, predicted clean latents, and the image
-that these latents decode to. A Look computes each of them only when the objective reads it. If the
+of a `Look`, which offers attention maps, predicted noise, predicted clean latents, the image that
+these latents decode to, and the image that a whole run draws from a noise. A Look computes each of
+them only when the objective reads it. If the
 objective reads only attention maps, the UNet evaluation stops after the last of them. If it reads
 nothing, the UNet is not evaluated.
 
@@ -31,6 +32,8 @@ from minsd.noise import losses
 from minsd.noise.layout import SizedLayout
 from minsd.noise.losses import Subjects
 from minsd.noise.pairs import Group, find_groups, read_groups
+from minsd.samplers import SAMPLERS
+from minsd.samplers.random import generators
 from minsd.samplers.schedule import Timestep
 
 Told = dict[str, Tensor]  # values to report, by name: name -> one value per image, (b,)
@@ -50,6 +53,17 @@ class Ask:
     subjects: list[list[int]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)  # nouns with their modifiers
     layout: SizedLayout | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """Settings of the run that draws the image."""
+
+    steps: int
+    sampler: str
+    karras: bool = False
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
 
 
 def ask(
@@ -95,9 +109,17 @@ class Look:
     """
 
     def __init__(
-        self, lift: "Lift", x: Tensor, index: Tensor, t: Timestep, i: int | None = None, phase: str = "score"
+        self,
+        lift: "Lift",
+        x: Tensor,
+        index: Tensor,
+        t: Timestep,
+        i: int | None = None,
+        phase: str = "score",
+        seeds: Sequence[int] | None = None,
     ):
         self._lift = lift
+        self._seeds = seeds
         self._held: dict[str, Tensor] = {}
         self.evaluations: list[tuple[str, int]] = []  # ("full" or "stopped", rows) of each evaluation
         self.x = x
@@ -237,20 +259,70 @@ class Look:
     def picture(self) -> Tensor:
         """The images (b,3,H,W), with values 0 to 1, that x0 decodes to. If x0 needs a gradient, the
         backward pass recomputes the decoder's activations instead of storing them."""
+        return self._decoded(self.x0)
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """The images (b,3,H,W), with values 0 to 1, that the whole run draws from the noises x.
+
+        If x needs a gradient, the backward pass recomputes the activations of every step and of the
+        decoder instead of storing them, so that memory holds those of one of them at a time. Raises
+        ValueError within a run, where x is no noise.
+        """
+        course = self._lift.course
+        if course is None or self.i is not None:
+            raise ValueError(
+                f"{self._lift.name} reads the image that a run draws from a noise, which does not exist "
+                "within a run: use --init-noise select or optimize"
+            )
         sd = self._lift.sd
-        z = self.x0.to(sd.vae_dtype) / sd.config.vae.scaling_factor
-        if torch.is_grad_enabled() and z.requires_grad:
-            decoded = checkpoint(sd.vae.decode, z, use_reentrant=False)
-        else:
-            decoded = sd.vae.decode(z)
-        return (decoded.to(self.x.dtype) / 2 + 0.5).clamp(0, 1)
+        scale = course.guidance_scale
+        uncond = self._lift.uncond if scale != 1 else self._lift.context[:1]
+        predict = sd.predictor(self._lift.context[self.index], uncond, scale)
+        branches = 1 if scale == 1 or sd.config.unet.guidance_dim else 2
+
+        def counted(x: Tensor, t: Timestep) -> Tensor:
+            self.evaluations.append(("full", branches * len(x)))
+            return predict(x, t)
+
+        seeds = [one.seed for one in self.asks] if self._seeds is None else self._seeds
+        options: dict[str, Any] = {"karras": True} if course.karras else {}
+        x = self.x.to(sd.dtype)
+        walk = SAMPLERS[course.sampler](
+            lambda x, t: recomputed(counted, x, t),
+            x,
+            sd.schedule,
+            course.steps,
+            generator=generators(seeds, skip=x.shape[1:]),
+            **options,
+        )
+        for _, _, x in walk:  # noqa: B007
+            pass
+        return self._decoded(x)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Returns the images (b,3,H,W), with values 0 to 1, that latents (b,4,h,w) decode to."""
+        sd = self._lift.sd
+        z = latents.to(sd.vae_dtype) / sd.config.vae.scaling_factor
+        return (recomputed(sd.vae.decode, z).to(self.x.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def recomputed(function: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+    """Returns function(x, *more). If x needs a gradient, the backward pass computes the function's
+    activations again instead of storing them."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return function(x, *more)
+    out = checkpoint(function, x, *more, use_reentrant=False)
+    assert isinstance(out, Tensor)
+    return out
 
 
 class Lift:
     """An objective bound to a model and to the images of a batch. `score` returns its values,
     `slope` its values and gradients.
 
-    `guidance` is the guidance scale of `Look.x0`, and `negative_prompt` the text of `Look.uncond`.
+    `guidance` is the guidance scale of `Look.x0`, `negative_prompt` the text of `Look.uncond`, and
+    `course` holds the settings of the run that `Look.drawn` takes.
     The model's weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that
     is in use then takes effect. The counter `rows` holds the number of UNet rows of "full"
     evaluations, of those "stopped" after the attention maps, and of those with a "gradient",
@@ -266,8 +338,10 @@ class Lift:
         guidance: float = 1.0,
         negative_prompt: str = "",
         name: str = "",
+        course: Course | None = None,
     ):
         self.sd = sd
+        self.course = course
         self.asks = list(asks)
         self.objective = objective
         self.guidance = guidance
@@ -303,15 +377,19 @@ class Lift:
         return self.sd.batch_size(8 * x.shape[-2], 8 * x.shape[-1])
 
     @torch.no_grad()
-    def score(self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None) -> Told:
+    def score(
+        self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None, seeds: Sequence[int] | None = None
+    ) -> Told:
         """Evaluates the objective at latents x (b,4,h,w) of images `rows` (b,), without gradients.
 
         Returns the values (b,) to report, by name, with the loss under "loss". Evaluates as many
-        images at a time as `sd.batch_size` allows.
+        images at a time as `sd.batch_size` allows. `seeds` (b,) are those from which samplers draw
+        their noise in `Look.drawn`; None: the seeds of the images' Asks.
         """
         parts = []
         for part in torch.arange(len(x), device=x.device).split(self._size(x)):
-            look = Look(self, x[part], rows[part], t, i)
+            own = None if seeds is None else [seeds[k] for k in part.tolist()]
+            look = Look(self, x[part], rows[part], t, i, seeds=own)
             parts.append(self._judged(look)[1])
             self._count(look)
         return _joined(parts)
