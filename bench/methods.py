@@ -1,20 +1,21 @@
 """Which method most often draws what the prompt names, and at what cost in time?
 
-    python -m bench.methods --csv --keep out --sheets out     # 200 prompts per group: hours
-    python -m bench.methods --quick                           # 10 per group and few methods: minutes
+    python -m bench.methods --csv --keep out --sheets out    # 200 prompts per group: hours
+    python -m bench.methods --quick                          # 10 per group and few methods: minutes
     python -m bench.methods --tune 40 --methods syngen overlap    # step scales, on separate seeds
 
-Every method of noise/objectives/ draws the same prompts with the embedded model from the same seeds:
-two objects, three objects, and two objects of which one is of a colour and shape that training never
-put together (`binding`). A detector that reads only pixels judges the images: right (exactly the
-prompt's objects), without neglect (no object is missing), and with the right colours. Gains over
-plain sampling are paired, image by image. `pick-K` draws the best of K seeds by attention score. A
-method is worthwhile only if it beats the `pick-K` that takes the same time.
+Every method of noise/objectives/ draws the same prompts with the embedded model from the same
+seeds: two objects, three objects, and two objects of which one has a colour that training never
+showed on its shape (`binding`). A detector that reads only pixels judges the images: right (exactly
+the prompt's objects), without neglect (no object is missing), and with the right colours. Gains
+over plain sampling are paired, image by image. `pick-K` draws the best of K seeds by attention
+score. A method is worthwhile only if it is better than the `pick-K` that takes the same time.
 
-Each method has its published settings, and the step scale of SCALES, chosen by `--tune` on prompts
-and seeds that the table does not use. Seconds are processor seconds of one thread, per image, so
-that other work on the machine does not count. Finished parts are kept in the folder `--keep`, so a
-stopped run can be continued, and `--report` makes the table of the parts finished so far.
+Each method has its published settings, and a step size that is multiplied by the method's factor in
+SCALES, chosen by `--tune` on prompts and seeds that the table does not use. Seconds are processor
+seconds of one thread, per image, so that other work on the machine does not count. Finished parts
+are kept in the folder `--keep`, so a stopped run can be continued, and `--report` makes the table
+of the parts finished so far.
 """
 
 import argparse
@@ -45,12 +46,14 @@ GROUPS = ("two", "three", "binding")
 SHOWN = 8  # rows of a sheet
 TUNED = 1_000_000  # seeds of --tune begin here
 MOVED = frozenset(("hybrid", "mixed", "wrong colour"))  # failures of colours
-# Method -> the factor of its published step scale (on the embedded model, 1/40 of it).
+# Method -> the factor by which its step size is multiplied. The step size is the published one, on
+# the embedded model 1/40 of it.
 SCALES: dict[str, float] = {}
 
 
 class Method(NamedTuple):
-    """One method: how an image's noise is chosen or optimised, and how its latents are moved."""
+    """One method: how an image's noise is chosen or optimised, and how its latents are updated
+    while denoising. `objective`, `driver` and `settings` are those of noise/steer.py."""
 
     objective: str | None = None
     driver: str | None = None
@@ -85,8 +88,8 @@ QUICK = ("plain", "pick-5", "excite", "syngen")
 
 
 def group_cases(group: str, n: int, tune: bool) -> list[Subjects]:
-    """Returns the subjects, (colour, shape) pairs, of n prompts of a group of `GROUPS`. With
-    `tune`, the prompts differ from those of the table."""
+    """Returns the subjects of n prompts of a group of GROUPS: for each prompt a list of (colour,
+    shape) pairs. With `tune`, the prompts differ from those of the table."""
     if group != "binding" and not tune:
         return cases(group, n)
     rng = np.random.default_rng((31, GROUPS.index(group), tune))
@@ -106,7 +109,8 @@ def group_cases(group: str, n: int, tune: bool) -> list[Subjects]:
 def draw(
     sd: StableDiffusion, method: Method, prompts: list[str], seeds: list[int]
 ) -> tuple[list[Image.Image], dict[str, float]]:
-    """Draws a batch by one method. Returns (images, costs), the costs per image by name."""
+    """Draws a batch by one method, with one prompt and seed per image. Returns (images, costs),
+    where costs is a dict name -> cost per image (seconds, UNet rows, memory)."""
     cost = Cost(sd)
     shape = (4, sd.config.size // 8, sd.config.size // 8)
     rows: Counter[str] = Counter()
@@ -139,7 +143,9 @@ def steered(
     sd: StableDiffusion, method: Method, asks: list[look.Ask], seeds: list[int], x: Tensor
 ) -> tuple[Tensor, Any, steer.Run | None]:
     """Applies a method's objective to noise x (B,4,h,w). Returns (noise, refine, run): the noise,
-    the updates of the latents or None, and the steer.Run or None."""
+    perhaps chosen or optimised; the function that updates latents while denoising, or None; and the
+    object that applies the objective, or None if the method has no objective. `asks` describes the
+    images."""
     if method.objective is None:
         return x, None, None
     chosen = steer.choose(method.objective, driver=method.driver, settings=method.settings)
@@ -152,8 +158,8 @@ def steered(
 
 
 def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
-    """Returns the best seed by attention score, of `count` candidates derived from an image's
-    seed."""
+    """Returns the seed with the best attention score (InitNO's losses), of `count` seeds that are
+    derived from the image's own seed."""
     candidates = candidate_seeds(seed, count)
     return candidates[int(np.argmin(initno.attention_scores(sd, prompt, None, candidates)))]
 
@@ -162,7 +168,8 @@ def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
 
 
 class Job(NamedTuple):
-    """A batch of prompts to draw by one method, in one process of the pool."""
+    """The task of one process of the pool: to draw one batch of a group's n prompts, beginning with
+    number `start`, by one method."""
 
     model: str
     group: str
@@ -181,7 +188,7 @@ class Job(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """One image's verdict and costs."""
+    """The detector's verdict on one image, and the costs of the image."""
 
     right: bool
     no_neglect: bool
@@ -191,8 +198,8 @@ class Judged(NamedTuple):
 
 
 def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
-    """Returns a method with its step scale multiplied by a factor. Methods without a step scale (no
-    objective, the driver select, SAGA's own updates) are returned unchanged."""
+    """Returns the method called `name` with its step size multiplied by `factor`. Methods without a
+    step size (no objective, the driver select, SAGA's own updates) are returned unchanged."""
     method = METHODS[name]
     if factor == 1 or method.objective in (None, "saga") or method.driver == "select":
         return method
@@ -207,7 +214,8 @@ def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
 
 
 def work(job: Job) -> Job:
-    """Draws and judges a batch, and writes the result to `job.file`, unless that file exists."""
+    """Draws and judges the batch that the job describes, and writes the result to `job.file`. Does
+    nothing if that file exists. Returns the job."""
     if not job.file.exists():
         sd = loaded(job.model)
         numbers = list(range(job.start, min(job.start + BATCH, job.n)))
@@ -230,8 +238,9 @@ def read(job: Job) -> list[Judged]:
 
 
 def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """Yields the jobs of all methods for one batch of prompts before those of the next batch, so
-    that a stopped run can still compare methods on the same prompts."""
+    """Yields the jobs (batches to draw by one method). The jobs of all methods for one batch of
+    prompts come before those for the next batch, so that a stopped run can still compare methods on
+    the same prompts."""
     n = args.tune or args.n
     for start in range(0, n, BATCH):
         for group in ("two",) if args.tune else args.groups:
@@ -245,16 +254,17 @@ def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def paired(ours: Sequence[Judged], plain: Sequence[Judged], of: Callable[[Judged], bool]) -> str:
-    """Formats the gain of a rate over plain sampling, with its 95 % interval. `of` selects the
-    images that count."""
+    """Returns, as text, how much a rate is greater than with plain sampling, with the 95 % interval
+    of the paired differences. `ours` and `plain` are the images of the method and of plain
+    sampling, and `of(image)` states whether an image counts for the rate."""
     change = np.array([float(of(a)) - float(of(b)) for a, b in zip(ours, plain)])
     half = 1.96 * change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan
     return f"{change.mean():+.3f} [{change.mean() - half:+.3f}, {change.mean() + half:+.3f}]"
 
 
 def table(jobs: Sequence[Job]) -> list[Row]:
-    """Returns a row per group, method and scale. Only prompts count that all methods of the group
-    have drawn."""
+    """Returns the rows of the table from the finished jobs (batches drawn by one method): one row
+    per group, method and scale. Only prompts count that all methods of the group have drawn."""
     there = [job for job in jobs if job.file.exists()]
     rows = []
     for group in dict.fromkeys(job.group for job in there):
@@ -282,8 +292,8 @@ def table(jobs: Sequence[Job]) -> list[Row]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Plots the rate without neglect against processor seconds. A grey line joins the methods that
-    no faster method equals."""
+    """Plots, for each group, the rate of images without neglect against processor seconds. A grey
+    line joins the methods whose rate is greater than that of every faster method."""
     import matplotlib  # pyright: ignore[reportMissingImports]  (of the extra "bench")
 
     matplotlib.use("Agg")

@@ -6,8 +6,9 @@ driver (noise/drivers.py) that minimises it, and the settings of both.
     steer = choose("mine.py:my", driver="optimize")              # a function in a file
     steer = choose(my, driver="select")                          # a function
 
-`choose` checks everything that can be checked without a model. A file runs as the user who names it,
-so the file's name is taken from a command line or a program, never from a prompts file or an image.
+`choose` checks everything that can be checked without a model. A file of objectives runs as Python
+code with the rights of the user who names it, so its name is taken from a command line or a
+program, never from a prompts file or an image.
 """
 
 import hashlib
@@ -36,16 +37,16 @@ from minsd.noise.initial import noise as draw_noise
 from minsd.noise.look import Ask, Course, Lift, Objective, ask
 from minsd.noise.losses import Subjects
 from minsd.noise.objectives import NAMES, find
-from minsd.noise.regularizers import REGULARIZERS
+from minsd.noise.regularizers import measures, moments
 from minsd.samplers.random import generators
-from minsd.samplers.schedule import Refine
+from minsd.samplers.schedule import Refine, Timestep
 
 DRIVERS = ("select", "optimize", "refine")
 
 
 @dataclass(frozen=True)
 class Selecting:
-    """Settings of the driver select."""
+    """Settings of the driver select, the method that scores several noises and chooses the best."""
 
     candidates: int = 16
     # None: scores the noise of every candidate at the first timestep. "zero-order": scores the
@@ -68,12 +69,14 @@ class Selecting:
 
 HOW: dict[str, type] = {"select": Selecting, "optimize": Optimizing, "refine": Refining}
 WORDS = ("norm", "regularizer", "search")  # settings that are a word or None
+NEEDED = inspect.Parameter.empty  # in place of the default of a setting that has none
+SEARCHES = {"rounds": "zero-order", "count": "zero-order", "near": "zero-order", "part": "halving"}
 UNSET = ("repeats", "limits")  # mappings, which a user cannot set
 
 
 @dataclass(frozen=True)
 class Steer:
-    """An objective with its driver and settings, which `choose` has checked."""
+    """An objective with its driver and the settings of both, which `choose` has checked."""
 
     name: str
     target: Callable[..., Any]  # an objective, or a class that makes one
@@ -87,29 +90,32 @@ class Steer:
 
     @property
     def replaces_layout(self) -> bool:
-        """Whether only the objective uses the layout's regions. The image is then drawn from its
-        whole prompt, instead of with one prompt per region."""
+        """Returns True if the regions of a layout are used by the objective alone. The image is
+        then drawn from its whole prompt, instead of with one prompt per region."""
         return self.name == "boxes" or bool(self.settings.get("retention"))
 
     def record(self) -> dict[str, Any]:
-        """Returns what identifies this Steer in an image's saved settings: name, driver, settings,
-        and the SHA-256 of a user's file."""
+        """Returns what identifies this Steer in an image's saved settings, as a dict: name, driver,
+        settings, and the SHA-256 of the user's file if the objective is from one."""
         said = {"name": self.name, "driver": self.driver, "settings": dict(sorted(self.settings.items()))}
         return said if self.sha256 is None else said | {"sha256": self.sha256}
 
     def options(self) -> dict[str, Any]:
-        """Returns the given settings that belong to the objective, and not to its driver."""
+        """Returns the user's settings for the objective, without those for its driver, as name ->
+        value."""
         known = own_options(self.target)
         return {name: value for name, value in self.settings.items() if name in known}
 
     def made(self, sd: Model, asks: Sequence[Ask]) -> Objective:
-        """Returns the objective for some images. Raises ValueError if the objective cannot be used
-        for them, for example because a prompt names no subject."""
+        """Returns the objective for some images; `asks` holds one Ask (prompt, seed, subjects,
+        groups, layout) per image. Raises ValueError if the objective cannot be used for them, for
+        example because a prompt names no subject."""
         return self.target(sd, asks, **self.options()) if self.is_class else self.target
 
     def how(self, objective: Objective) -> Any:
-        """Returns the driver's settings: those published with the objective, or else the driver's
-        defaults, with the given settings changed."""
+        """Returns the settings of the driver, a `Selecting`, `Optimizing` or `Refining`: those
+        published with the objective, or else the driver's defaults, with the user's settings in
+        place of some."""
         kind = HOW[self.driver]
         how: Any = getattr(objective, "how", None)
         if not isinstance(how, kind):
@@ -132,24 +138,33 @@ def choose(
 ) -> Steer:
     """Finds an objective and checks its driver and settings.
 
-    `objective`: a name of noise/objectives/, FILE.py:NAME, a function or a class. `driver`: if
-    None, the driver that the objective is published with, or refine if it states none. `settings`:
-    a mapping, or text such as "lr=5,steps=50". Raises FileNotFoundError if FILE.py does not exist.
-    Raises ValueError if there is no such objective, driver or setting, and for a wrong value.
+    `objective` is a name of noise/objectives/, FILE.py:NAME, a function, or a class that makes one.
+    `driver` is "select", "optimize" or "refine"; None means the driver that the objective is
+    published with, or refine if it states none. `settings` are those of objective and driver, as a
+    mapping, or as text such as "lr=5,steps=50".
+
+    Raises FileNotFoundError if FILE.py does not exist, TypeError for an objective of another type,
+    and ValueError if there is no such objective, driver or setting, for a wrong value, and for a
+    class that cannot be used as an objective.
     """
     sha256 = None
-    if not isinstance(objective, str):
+    if isinstance(objective, str):
+        name = objective
+        target, sha256 = _found(objective)
+    elif callable(objective):
         target = objective
         name = getattr(objective, "__name__", type(objective).__name__)
     else:
-        name = objective
-        target, sha256 = _found(objective)
+        kind = type(objective).__name__
+        raise TypeError(f"an objective is a name, FILE.py:NAME, a function or a class, not of type {kind}")
     driver = driver or getattr(target, "driver", "refine")
     if driver not in DRIVERS:
         raise ValueError(f"no driver is called {driver!r}; choose from {', '.join(DRIVERS)}")
     if hasattr(target, "refine") and driver != "refine":
         raise ValueError(f"the objective {name} has updates of its own: leave out --init-noise {driver}")
     given = read_settings(settings) if isinstance(settings, str) else dict(settings or {})
+    if isinstance(target, type):
+        _check_class(name, target, given)
     known = driver_options(driver) | own_options(target)
     for key, value in given.items():
         if key not in known:
@@ -159,35 +174,68 @@ def choose(
         given[key] = _checked(key, value, known[key])
     if driver == "refine" and {"lr", "scale"} <= given.keys():
         raise ValueError("lr and scale are the same setting under refine: give one")
+    if driver == "select":
+        _check_search({key: given[key] for key in given.keys() - own_options(target).keys()})
     steer = Steer(name, target, driver, given, sha256)
     if not steer.is_class:
-        steer.how(target)  # its errors
+        steer.how(target)  # raises its errors
     else:
         HOW[driver](**{k: v for k, v in given.items() if k in HOW[driver].__dataclass_fields__})
     return steer
 
 
 def driver_options(driver: str) -> dict[str, Any]:
-    """Returns the settings that a driver accepts, name -> default."""
+    """Returns the settings that a driver ("select", "optimize" or "refine") accepts, as name ->
+    default."""
     options = {f.name: f.default for f in fields(HOW[driver]) if f.name not in UNSET}
     return {**options, "guidance": 1.0} | ({"lr": None} if driver == "refine" else {})
 
 
 def own_options(target: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the settings that an objective's class accepts, name -> default. A plain function has
-    none."""
+    """Returns the settings that the class of an objective accepts, as name -> default, or NEEDED
+    for a setting without a default. A plain function has none."""
     if not isinstance(target, type):
         return {}
     parameters = list(inspect.signature(target).parameters.values())[2:]  # after sd and asks
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
+def _check_class(name: str, target: type, given: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a class can be called as cls(sd, asks) with the given settings, and
+    its instances as objective(look)."""
+    if not any("__call__" in vars(cls) for cls in target.__mro__):
+        raise ValueError(f"{name} is a class without __call__: define __call__(self, look)")
+    parameters = list(inspect.signature(target).parameters.values())
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(places) < 2 and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        made = f"{target.__name__}(sd, asks)"
+        raise ValueError(f"{name} is a class that {made} does not make: define __init__(self, sd, asks)")
+    for setting, default in own_options(target).items():
+        if default is NEEDED and setting not in given:
+            raise ValueError(
+                f"{name} needs the setting {setting}: give --objective-set {setting}=VALUE, or a default"
+            )
+
+
+def _check_search(given: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings of the driver select that its search does not use."""
+    search = given.get("search")
+    if search == "zero-order" and "candidates" in given:
+        raise ValueError(
+            "zero-order search begins from the seed's own noise and has no candidates: set its size by "
+            "--objective-set rounds=4,count=4"
+        )
+    for setting, wanted in SEARCHES.items():
+        if setting in given and search != wanted:
+            raise ValueError(f"{setting} is a setting of search={wanted}: give that too, or leave it out")
+
+
 # --- settings ------------------------------------------------------------------------------------
 
 
 def read_settings(text: str) -> dict[str, str]:
-    """Parses settings: "lr=5,steps=50" -> {"lr": "5", "steps": "50"}. Raises ValueError for text of
-    another form and for a name that is given twice."""
+    """Parses a text of settings: "lr=5,steps=50" gives {"lr": "5", "steps": "50"}. Raises
+    ValueError for text of another form and for a name that is given twice."""
     found: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -200,8 +248,8 @@ def read_settings(text: str) -> dict[str, str]:
 
 
 def _checked(key: str, value: Any, default: Any) -> Any:
-    """Converts a setting's value to the type of its default. Raises ValueError if that is not
-    possible."""
+    """Converts `value`, given for the setting `key`, to the type of the setting's default. Raises
+    ValueError if that is not possible."""
     given = value
     if isinstance(value, str):
         words = {"true": True, "false": False, "none": None}
@@ -212,6 +260,8 @@ def _checked(key: str, value: Any, default: Any) -> Any:
                     value = kind(value)
                 except ValueError:
                     continue
+    if default is NEEDED:
+        return value
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if value is None and default is not None and key not in WORDS:
@@ -232,7 +282,8 @@ def _checked(key: str, value: Any, default: Any) -> Any:
 
 
 def is_file(text: str) -> bool:
-    """Returns whether an objective's name is a file's: FILE.py:NAME or FILE.py."""
+    """Returns True if `text`, the name of an objective, refers to a Python file: FILE.py:NAME or
+    FILE.py."""
     return text.rpartition(":")[0].endswith(".py") or text.endswith(".py")
 
 
@@ -251,8 +302,8 @@ _files: dict[Path, tuple[ModuleType, str]] = {}  # imported so far: a file runs 
 
 
 def _from_file(text: str) -> tuple[Callable[..., Any], str]:
-    """Imports FILE.py:NAME. Returns (NAME, SHA-256 of the file). The file's folder is not added to
-    sys.path.
+    """Imports the file in `text`, FILE.py:NAME. Returns (target, sha256): the function or class
+    NAME, and the SHA-256 of the file. The file's folder is not added to sys.path.
 
     Raises FileNotFoundError if there is no such file, and ValueError if the file cannot be imported
     or has no function NAME.
@@ -298,7 +349,8 @@ def _imported(path: Path) -> ModuleType:
 
 @dataclass
 class Run:
-    """A Steer applied to one batch of images: `select`, `optimize` or `refine`."""
+    """A Steer (an objective with its driver and settings) applied to one batch of images. The
+    methods `select`, `optimize` and `refine` run the driver of that name."""
 
     sd: Model
     steer: Steer
@@ -336,45 +388,60 @@ class Run:
 
     def check(self) -> None:
         """Raises ValueError if the objective cannot be used for these images. No network runs."""
-        self.steer.how(self.steer.made(self.sd, self.asks))
+        how = self.steer.how(self.steer.made(self.sd, self.asks))
+        if self.steer.driver == "select" and how.search == "halving":
+            self._draft_steps(how.part)
+
+    def _draft_steps(self, part: float) -> int:
+        """Returns how many steps a draft takes. Raises ValueError if the run has a single step."""
+        last = len(self._timesteps()) - 1
+        if last < 1:
+            raise ValueError("search=halving drafts the first steps of a run: give 2 --steps or more")
+        return min(max(1, round(part * (self.steps or self.sd.config.steps))), last)
 
     def select(
         self, candidates: Sequence[Sequence[int]], shape: Sequence[int], say: Callable[[str], None]
     ) -> list[Selection]:
-        """Chooses each image's noise: that of one of the image's candidates (seeds), or with
-        zero-order search a noise near that of the first candidate."""
+        """Chooses each image's noise. `candidates` holds a list of seeds per image, and `shape` is
+        (4,h,w) of one noise. The choice is the candidate with the lowest loss or, with the search
+        "zero-order", a noise near that of the first candidate. Returns one Selection per image.
+        `say(message)` is called with the progress."""
         t = self._timesteps()[0]
         chosen = []
-        for one, seeds in zip(self.asks, candidates, strict=True):
+        for k, (one, seeds) in enumerate(zip(self.asks, candidates, strict=True)):
+            told = drivers.part_of(say, k, len(self.asks))
             begin = time.perf_counter()
             lift, how = self._lift([one])
             drafts: dict[int, float] = {}
 
             def score(x: Tensor, own: Sequence[int] | None = None, lift: Lift = lift) -> list[float]:
-                rows = torch.zeros(len(x), dtype=torch.long, device=self.sd.device)
-                return lift.score(x.to(self.sd.device, lift.dtype), rows, t, seeds=own)["loss"].tolist()
+                return _scores(lift, x.to(self.sd.device, lift.dtype), t, seeds=own)
 
-            if how.search is None:
-                at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
-                left = iter(dict.fromkeys(seeds))  # in the order in which `select` scores them
+            left = iter(dict.fromkeys(seeds))  # in the order in which `drivers.select` scores them
 
-                def scored(x: Tensor, score: Any = score, left: Iterator[int] = left) -> list[float]:
-                    return score(x, list(islice(left, len(x))))
+            def scored(x: Tensor, score: Any = score, left: Iterator[int] = left) -> list[float]:
+                return score(x, list(islice(left, len(x))))
 
-                found = drivers.select(scored, seeds, shape, at_once=at_once, progress=say)
-            elif how.search == "halving":
-                found, drafts = self._halved(lift, score, seeds, shape, how.part, say)
-            else:
-                found = drivers.search(
-                    score, seeds[0], shape, rounds=how.rounds, count=how.count, near=how.near, progress=say
-                )
+            try:
+                if how.search is None:
+                    at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
+                    found = drivers.select(scored, seeds, shape, at_once=at_once, progress=told)
+                elif how.search == "halving":
+                    found, drafts = self._halved(lift, score, seeds, shape, how.part, told)
+                else:
+                    around = {"rounds": how.rounds, "count": how.count, "near": how.near}
+                    found = drivers.search(score, seeds[0], shape, **around, progress=told)
+            except FloatingPointError:
+                raise ValueError(f"no candidate has a score: {lift.not_finite([0])}") from None
             found.rows = sum(lift.rows.values())
             chosen.append(found)
-            self._note(lift, 1, begin, after={"loss": round(found.score, 5)})
+            self._note(lift, 1, begin, after=_rounded({"loss": found.score}))
             if how.search == "zero-order":
                 self.records[-1]["path"] = found.path  # empty if no neighbour was better
             if drafts:
-                self.records[-1]["drafts"] = [{"seed": s, "loss": round(v, 5)} for s, v in drafts.items()]
+                self.records[-1]["drafts"] = [
+                    {"seed": seed, "loss": drivers.rounded(loss)} for seed, loss in drafts.items()
+                ]
         return chosen
 
     def _halved(
@@ -386,18 +453,22 @@ class Run:
         part: float,
         say: Callable[[str], None],
     ) -> tuple[Selection, dict[int, float]]:
-        """Scores all `seeds` at the first timestep, then the best eighth of them (at least 2) after
-        `part` of the run's steps. Chooses the best seed of the second scores. Returns the selection,
-        with the first scores, and the second scores by seed, which are not comparable with them."""
+        """Chooses a seed in two stages. All `seeds` are scored at the first timestep by `score`.
+        The best eighth of them (at least 2) are then sampled for the fraction `part` of the run's
+        steps and scored there. The seed with the best second score is chosen. `shape` is (4,h,w) of
+        one noise.
+
+        Returns (selection, drafts): the chosen seed with the first scores of all seeds, and the
+        second scores as seed -> score. First and second scores are not comparable.
+        """
         course = self._course()
-        stop = min(max(1, round(part * course.steps)), len(self._timesteps()) - 1)
+        stop = self._draft_steps(part)
 
         def drafted(left: list[int]) -> list[float]:
             prompts = [lift.asks[0].prompt] * len(left)
             x, t = draft(self.sd, prompts, draw_noise(left, shape), left, stop, course)
             lift.rows["full"] += stop * len(left) * (1 if course.guidance_scale == 1 else 2)
-            rows = torch.zeros(len(left), dtype=torch.long, device=self.sd.device)
-            return lift.score(x.to(lift.dtype), rows, t, stop)["loss"].tolist()
+            return _scores(lift, x.to(lift.dtype), t, stop)
 
         stages = [(lambda left: score(draw_noise(left, shape), left), max(2, len(seeds) // 8)), (drafted, 1)]
         found = drivers.halve(seeds, stages, progress=say)
@@ -405,7 +476,8 @@ class Run:
         return Selection(found.seed, draw_noise([found.seed], shape), last[found.seed], first), last
 
     def optimize(self, start: Tensor, say: Say) -> list[Result]:
-        """Optimises each image's noise, starting from `start` (B,4,h,w)."""
+        """Optimises the noises `start` (B,4,h,w) of the batch by the driver optimize. Returns one
+        Result per image. `say(b, message)` is called with the progress of image b."""
         begin = time.perf_counter()
         lift, how = self._lift(self.asks)
         t = self._timesteps()[0]
@@ -419,19 +491,21 @@ class Run:
             device=self.sd.device,
             dtype=lift.dtype,
             draws=generators([one.seed for one in self.asks], skip=start.shape[1:]),
+            not_finite=lift.not_finite,
             progress=say,
         )
         noise = torch.cat([result.noise for result in results])
-        pulls = {name: pull(noise, start.to(noise)) for name, (pull, _) in REGULARIZERS.items()}
-        for b, result in enumerate(results):
-            distance = {name: round(float(values[b]), 5) for name, values in pulls.items()}
-            self._note(lift, len(start), begin, **_ended(result), regularizers=distance)
+        # Whatever the regularizer was: a noise unlike unit noise may please the objective alone.
+        shape = drivers.values_of(moments(noise)), drivers.values_of(measures(noise, start))
+        for result, of_noise, values in zip(results, *shape):
+            ends = {"noise": _rounded(of_noise), "regularizers": _rounded(values)}
+            self._note(lift, len(start), begin, **_ended(result), **ends)
         return results
 
     def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Returns the noise (B,4,h,w) that the driver, select or optimize, finds from the images'
-        seeds. For select, the candidates are those of `candidate_seeds`, as on the command line.
-        """
+        """Returns the noise (B,4,h,w) that the driver, select or optimize, finds for images with
+        these seeds. `shape` is (4,h,w) of one noise. For select, the candidates of each image are
+        those of `candidate_seeds`, as on the command line."""
         if self.steer.driver == "select":
             count = int(self.steer.settings.get("candidates", Selecting.candidates))
             listed = [candidate_seeds(seed, count) for seed in seeds]
@@ -440,14 +514,16 @@ class Run:
         return torch.cat([result.noise for result in results])
 
     def refine(self, say: Say | None = None) -> tuple[Refine, Callable[[], None]]:
-        """Returns (refine, end): the function that updates the latents before each prediction, and
-        a function to call after the run, which adds to `records`."""
+        """Returns (refine, end): the function `refine(i, t, x) -> x` that samplers call to update
+        the latents before each noise prediction, and a function to call after the run, which adds
+        an entry per image to `records`. `say(b, message)` is called with the progress of image
+        b."""
         begin = time.perf_counter()
         lift, how = self._lift(self.asks)
         results = [Result(torch.empty(0)) for _ in self.asks]
         own = getattr(lift.objective, "refine", None)
         if own is not None:
-            move = own(self.sd, lift, len(self._timesteps()), say)
+            move = own(self.sd, lift, len(self._timesteps()), results, say)
         else:
             run = {"steps": self.steps, "sampler": self.sampler, "karras": self.karras}
             move = drivers.refine(
@@ -457,6 +533,7 @@ class Run:
                 len(self.asks),
                 begin=lift.begin,
                 record=results,
+                not_finite=lift.not_finite,
                 progress=say,
                 **run,
             )
@@ -475,9 +552,22 @@ class Run:
         self.records.append({**self.steer.record(), **said, "rows": rows, "seconds": seconds})
 
 
+def _scores(
+    lift: Lift, x: Tensor, t: Timestep, i: int | None = None, seeds: Sequence[int] | None = None
+) -> list[float]:
+    """Returns the loss of each latents x (k,4,h,w) of the Lift's first image, NaN if not finite.
+    `seeds` are those of `Lift.score`."""
+    loss = lift.score(x, torch.zeros(len(x), dtype=torch.long, device=x.device), t, i, seeds)["loss"]
+    return loss.where(loss.isfinite(), math.nan).tolist()
+
+
 def _ended(result: Result) -> dict[str, Any]:
-    before, after = ({k: round(v, 5) for k, v in told.items()} for told in (result.before, result.after))
+    before, after = _rounded(result.before), _rounded(result.after)
     return {"before": before, "after": after, "met": result.met, "note": result.note}
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: drivers.rounded(value) for name, value in values.items()}
 
 
 Begin = Callable[..., tuple[Tensor, Refine | None]]
@@ -491,13 +581,17 @@ def asked(
     pairs: str | None,
     taken: bool,
 ) -> Begin | None:
-    """Prepares an objective for `StableDiffusion.__call__`. Returns a function to call for each
-    batch, or None if `objective` is None. That function returns (noise, refine): the noise
-    (B,4,h,w) to begin from, and the updates of the latents or None.
+    """Prepares an objective for `StableDiffusion.__call__`. Returns None if `objective` is None.
+    Otherwise returns a function to call for each batch, with (sd, prompts, seeds, noise, ...); it
+    returns (noise, refine), where the noise (B,4,h,w) is the one to begin from, and `refine` the
+    function that updates the latents during the run, or None.
 
-    `taken` is whether the caller has also given noise or updates. Raises ValueError if an objective
-    is given although `taken` is true, or if no objective is given although driver, settings, subjects
-    or pairs is. Raises the errors of `choose` too.
+    `objective`, `driver` and `settings` are those of `choose`; `subjects` and `pairs` (nouns with
+    their modifiers) are for the objective. `taken` is True if the caller has also given noise or
+    updates of the latents, which an objective would replace.
+
+    Raises ValueError if an objective is given although `taken` is True, or if no objective is given
+    although driver, settings, subjects or pairs are. Raises the errors of `choose` too.
     """
     if objective is None:
         if any(given is not None for given in (driver, settings, subjects, pairs)):

@@ -77,8 +77,8 @@ TIMESTEPS: dict[str, Callable[..., list[Timestep]]] = {
 
 
 def check(sampler: str, karras: bool = False) -> None:
-    """Raises ValueError for an unknown sampler, and for `karras` with a sampler that has no Karras
-    levels."""
+    """Raises ValueError if no sampler has the name `sampler`, and if `karras` (Karras noise levels)
+    is set for a sampler other than "dpmpp_2m", the only one that has them."""
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
     if karras and sampler != "dpmpp_2m":
@@ -88,8 +88,9 @@ def check(sampler: str, karras: bool = False) -> None:
 def timesteps(
     sampler: str, schedule: Schedule, steps: int, *, start: int = 0, karras: bool = False
 ) -> list[Timestep]:
-    """Lists the timestep of every `(i, t, x)` that a sampler yields in a run without its first
-    `start` steps.
+    """Lists the timesteps that a run of the sampler named `sampler` visits, most noise first, one
+    for every `(i, t, x)` that the sampler yields. The first `start` of the `steps` steps are left
+    out, as for image-to-image. `karras` selects Karras noise levels.
 
     Raises ValueError as `check` does, and for a number of steps that the sampler cannot take.
     """

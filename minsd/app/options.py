@@ -30,7 +30,7 @@ NOISE = "the initial noise (each also a key of such a line)"
 MODEL = "model and hardware"
 RUN = "many images, files, messages"
 
-KARRAS = " karras"  # what the value of --sampler ends with where a name means these noise levels as well
+KARRAS = " karras"  # the end of a value of --sampler that also turns on Karras noise levels
 
 Given = dict[str, Any]  # option name -> value, None where it was left out
 
@@ -75,7 +75,7 @@ class Option:
         return self.group in (IMAGE, NOISE)
 
     def add_to(self, group: Any) -> None:
-        """Adds this option to an argparse group."""
+        """Adds this option to an argparse parser's argument group."""
         if self.name == "prompt":
             group.add_argument("prompt", nargs="?", metavar=self.metavar, help=self.help)
             group.add_argument("--prompt", dest="prompt_option", help=argparse.SUPPRESS)
@@ -94,8 +94,8 @@ class Option:
             )
 
     def choose(self, text: str) -> str:
-        """Returns the choice that a text names, whatever its case and punctuation. Raises
-        ArgumentTypeError if the text names no choice.
+        """Returns the choice that a text means; case and punctuation do not matter, and other
+        tools' names of the choices count too. Raises ArgumentTypeError if the text means no choice.
         """
         if self.name == "device" and re.fullmatch(r"cuda:\d+", text):
             return text
@@ -129,10 +129,9 @@ class Option:
         return isinstance(value, taken) and (not isinstance(value, bool) or self.kind is bool)
 
     def from_json(self, value: Any) -> Any:
-        """Converts a value of a prompts file or of an image's settings to the value that the
-        command line would give. Raises ValueError for a value of another type, and for one that is
-        not among the choices.
-        """
+        """Converts a JSON value, from a prompts file or an image's settings, to the value that the
+        command line would give. Raises ValueError if this option does not take values of that type,
+        or if the value is not among the choices."""
         if self.listed and isinstance(value, list):
             parts: list[object] = list(value)
             if not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts):
@@ -140,7 +139,7 @@ class Option:
                     f"{self.name!r} must be a list of words or whole numbers, not {_short(value)}"
                 )
             return ",".join(map(str, parts))
-        value = cast(Any, value)  # no list from here on, which type checkers would remember
+        value = cast(Any, value)  # for type checkers, which would still take it for a list
         if not self.takes(value):
             kinds = {bool: "true or false", float: "a number", int: "a whole number"}
             raise ValueError(f"{self.name!r} must be {kinds.get(self.kind, 'text')}, not {_short(value)}")
@@ -152,7 +151,7 @@ class Option:
                     f"{self.name!r} must be one of {', '.join(self.choices)}, not {_short(value)}"
                 ) from None
         if self.kind is float:
-            with suppress(OverflowError):  # a huge whole number stays one: the range check refuses it
+            with suppress(OverflowError):  # a huge whole number is unchanged; the range check refuses it
                 return float(value)
         return Path(value) if self.kind is Path else value
 
@@ -165,7 +164,7 @@ def plain(text: str) -> str:
 
 
 def _short(value: object) -> str:
-    """Returns a value as JSON of at most 80 characters, for error messages."""
+    """Returns a value as JSON for error messages, cut off after 80 characters."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:80] + " ..."
 
@@ -175,10 +174,19 @@ def _text(bound: float) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises ValueError instead of printing a usage block and exiting."""
+    """An argument parser that raises ValueError for a wrong command line, where argparse would
+    print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(" ".join(f"{message} (--help lists the options)".split()))
+
+
+def positive(text: str) -> int:
+    """Converts the text of an option to a whole number of at least 1. Raises ArgumentTypeError for
+    any other text."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 def parser() -> Parser:
@@ -196,9 +204,9 @@ def parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> Given:
-    """Parses the command line into option name -> value. Raises ValueError, with a message of one
-    line, for a command line that cannot be parsed.
-    """
+    """Parses the command line. Returns a dict option name -> value, in which options that are not
+    given are None. Raises ValueError, with a message of one line, for a command line that cannot be
+    parsed."""
     argv = [_spelled(word) for word in argv]
     for word, following in zip(argv, [*argv[1:], ""]):
         if word.startswith("--save-noise=") or (
@@ -220,9 +228,8 @@ def parse(argv: Sequence[str]) -> Given:
 
 
 def normalised(given: Given) -> Given:
-    """Returns the options in a single form: a seed of -1 becomes None (a random seed), and the
-    sampler "DPM++ 2M Karras" becomes a sampler and the option `karras`.
-    """
+    """Returns the options in a single form: a seed of -1 becomes None, which means a random seed,
+    and the sampler "dpmpp_2m karras" becomes the sampler "dpmpp_2m" and the option `karras`."""
     given = dict(given)
     if given["seed"] == -1:
         given["seed"] = None
@@ -233,9 +240,8 @@ def normalised(given: Given) -> Given:
 
 
 def named(key: str) -> str | None:
-    """Returns the name of the option that a key means, by its own name or another tool's. Returns
-    None if there is no such option.
-    """
+    """Returns the name of the option that `key` means: the option's own name, in any spelling of
+    its hyphens, or its name in another tool. Returns None if there is no such option."""
     name = key.replace("-", "_")
     if name in OPTIONS:
         return name
@@ -243,9 +249,9 @@ def named(key: str) -> str | None:
 
 
 def _spelled(word: str) -> str:
-    """Returns a word of the command line, with another tool's option name replaced by this
-    program's: --cfg_scale=7 -> --guidance-scale=7.
-    """
+    """Returns a word of the command line unchanged, unless it is an option under another tool's
+    name; then that name is replaced by this program's, so that --cfg_scale=7 becomes
+    --guidance-scale=7."""
     if word == "-n":
         return OPTIONS["num_images"].flag
     if not re.match(r"--[a-zA-Z]", word):
@@ -256,7 +262,8 @@ def _spelled(word: str) -> str:
 
 
 def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
-    """Returns the error message for words that the parser does not know."""
+    """Returns the error message for the words `rest` of the command line, which the parser does not
+    know. `prompt` is the word that the parser took for the prompt."""
     flags = [word for word in rest if word.startswith("-")]
     if not flags:
         whole = " ".join([prompt or "", *rest]).strip()
@@ -272,7 +279,8 @@ def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
 
 
 def check_ranges(given: Given) -> None:
-    """Raises ValueError if an option that a line of a prompts file may set is outside its range."""
+    """Raises ValueError if one of the options is outside its range. Only options that a line of a
+    prompts file may set are checked."""
     for name in PER_LINE:
         OPTIONS[name].check(given[name])
 
@@ -447,6 +455,10 @@ _ROWS = (
     Option("attention_maps", RUN, bool, None,
            "save a sheet per image of where the words of its subjects attended, in DIR/extra", default=False,
            harmless="writes one more file"),
+    Option("preview", RUN, int, "N",
+           "show the predicted image after every N steps: DIR/extra/preview.png while drawing, and a sheet"
+           " per image",
+           least=1, most=1000, harmless="writes one more file"),
     Option("like", RUN, Path, "PNG", "make this image again; other options override its settings",
            harmless="the settings it supplies are recorded one by one"),
     Option("trust", RUN, bool, None,

@@ -3,14 +3,14 @@ reported here, in one line.
 
 `read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a
 prompts file into it, and returns a `Command` (the settings of the whole run) and one `Request` per
-prompt. Nothing heavy is imported until a file needs it.
+prompt. Heavy packages such as torch are imported only when a file needs them.
 """
 
 import difflib
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ MOST_IMAGES = 10_000_000  # of one run; they would take 11 days on 100 GPUs at 1
 
 @dataclass(frozen=True)
 class Command:
-    """The settings that hold for the whole run."""
+    """The settings of the command line that hold for the whole run."""
 
     model: str
     vae: Path | None
@@ -57,6 +57,7 @@ class Command:
     save_noise: bool
     layout_preview: bool
     attention_maps: bool
+    preview: int | None
     list_tokens: bool
     quiet: bool
     json: bool
@@ -66,7 +67,8 @@ class Command:
 
 @dataclass(frozen=True)
 class NoiseMethod:
-    """How the initial noise is found. A field is None if the method does not have this option."""
+    """How the initial noise of an image is found (--init-noise). A field is None if the method does
+    not have this option."""
 
     name: str  # of noise.methods.METHODS; or "invert"
     candidates: int | None = None
@@ -78,7 +80,8 @@ class NoiseMethod:
 
 @dataclass(frozen=True)
 class InitImage:
-    """The image that image to image begins from, and the fraction of the steps that is run."""
+    """The image from which an image-to-image generation begins, and the fraction of the steps that
+    run."""
 
     path: Path
     strength: float
@@ -86,9 +89,8 @@ class InitImage:
 
 @dataclass(frozen=True)
 class ControlRequest:
-    """A ControlNet, its conditioning image (None if only regions of the layout have one), and the
-    weight of the ControlNet.
-    """
+    """A ControlNet, its control image (None if only regions of the layout have one), and the scale
+    of the ControlNet."""
 
     net: Path
     image: Path | None
@@ -125,8 +127,11 @@ class Request:
     invert: Path | None
 
 
-def read(given: Given) -> tuple[Command, list[Request]]:
-    """Returns (the settings of the whole run, one request per prompt).
+def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tuple[Command, list[Request]]:
+    """Converts the options `given` on the command line. Returns (command, requests): the settings
+    of the whole run, and one request, the settings of one prompt, per prompt. `lines` are the
+    options of each prompt, as pairs (where, options) in which `where` begins error messages. By
+    default they come from the command line or its prompts file.
 
     Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
     found before a model is loaded.
@@ -140,6 +145,7 @@ def read(given: Given) -> tuple[Command, list[Request]]:
         raise ValueError("--layout-preview is for --layout FILE")
     if given["wait"] and not given["resume"]:
         raise ValueError("--wait is for --resume")
+    OPTIONS["preview"].check(given["preview"])
     several = Share.from_environment().world > 1
     if several and given["engine"] == "ray":
         raise ValueError("--engine ray divides the work itself: start one process, without torchrun")
@@ -149,7 +155,7 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     chance = random.SystemRandom().randrange(2**32)
     requests: list[Request] = []
     images = 0
-    for where, line in _lines(given):
+    for where, line in _lines(given) if lines is None else lines:
         if line["seed"] is None and line["seeds"] is None:
             _check_seeded(given, several)
         with located(where):
@@ -163,9 +169,9 @@ def read(given: Given) -> tuple[Command, list[Request]]:
 
 
 def _check_seeded(given: Given, several: bool) -> None:
-    """Raises ValueError for a prompt without seeds in a run with --resume or of `several`
-    processes, where every run or process would choose random seeds of its own.
-    """
+    """Checks whether a prompt may do without seeds, so that they are chosen at random. Raises
+    ValueError with --resume, where every run would choose other seeds, and if `several` processes
+    share the run, because each would choose seeds of its own."""
     if given["resume"]:
         raise ValueError(
             "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
@@ -177,7 +183,7 @@ def _check_seeded(given: Given, several: bool) -> None:
 
 
 def check_count(images: int) -> None:
-    """Raises ValueError for more images than MOST_IMAGES."""
+    """Raises ValueError if a run would draw more images than MOST_IMAGES."""
     if images > MOST_IMAGES:
         raise ValueError(f"a run draws at most {MOST_IMAGES:,} images: split the list into several runs")
 
@@ -190,9 +196,9 @@ def _command(given: Given, notes: list[str]) -> Command:
 
 
 def _lines(given: Given) -> Iterator[tuple[str, Given]]:
-    """Yields (where, options) for each prompt. Error messages about the prompt begin with
-    `where`.
-    """
+    """Yields (where, options) for each prompt: that of the command line, or those of the prompts
+    file. `where` is the beginning of error messages about the prompt, such as "prompts.jsonl, line
+    2: ". Raises ValueError if no prompt is given, or both a prompt and a prompts file."""
     if given["prompts"] is not None:
         if given["prompt"] is not None:
             raise ValueError("give a prompt or --prompts FILE, not both")
@@ -207,9 +213,12 @@ def _lines(given: Given) -> Iterator[tuple[str, Given]]:
 
 
 def request(given: Given, where: str, chance: int) -> Request:
-    """Checks one prompt's options and fills in their defaults. Error messages about the prompt
-    begin with `where`. `chance` is the seed to use if none is given. Raises ValueError or
-    FileNotFoundError as `read` does.
+    """Checks the options `given` for one prompt, and returns them with their defaults filled in.
+    `where` is the beginning of error messages about the prompt. `chance` is the seed to use if none
+    is given.
+
+    Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
+    found before a model is loaded.
     """
     steer = _steer(given)
     method = _method(given) if steer is None else _steered(given, steer)
@@ -240,6 +249,8 @@ def request(given: Given, where: str, chance: int) -> Request:
         given |= {
             name: getattr(layout, name) for name in ("width", "height") if getattr(layout, name) is not None
         }
+        if layout.regions and (steer is None or not steer.replaces_layout):
+            _check_drafts(method, steer)
     control = _control(given, layout)
     if given["invert"] is not None:
         _check_invert(given, method)
@@ -273,11 +284,10 @@ def request(given: Given, where: str, chance: int) -> Request:
 
 
 def _steer(given: Given) -> "Steer | None":
-    """Returns the objective with its driver (how the objective is used: to select noise, to
-    optimise noise, or to move the latents while denoising) and its settings, checked. Returns None
-    without --objective. Raises ValueError for options that do not go with the objective, or that
-    need one.
-    """
+    """Returns the objective of --objective, checked, with its settings and its driver. The driver
+    states how the objective is used: to select noise, to optimise noise, or to update the latents
+    while denoising. Returns None without --objective. Raises ValueError for options that cannot be
+    combined with the objective, or that need one."""
     if given["objective"] is None:
         for name in ("objective_set", "pairs"):
             if given[name] is not None:
@@ -295,7 +305,8 @@ def _steer(given: Given) -> "Steer | None":
 
     settings: dict[str, object] = {**read_settings(given["objective_set"] or "")}
     for option, setting in (("optimize_steps", "steps"), ("candidates", "candidates")):
-        if given[option] is not None:
+        # `best` has candidates of its own, besides an objective that is followed while denoising.
+        if given[option] is not None and (option, given["init_noise"]) != ("candidates", "best"):
             if setting in settings:
                 raise ValueError(
                     f"{OPTIONS[option].flag} and --objective-set {setting}= are the same: give one"
@@ -312,10 +323,21 @@ def _steer(given: Given) -> "Steer | None":
     return steer
 
 
+def _check_drafts(method: NoiseMethod, steer: "Steer | None") -> None:
+    """Raises ValueError for methods that draft the beginning of a run: they would draft the prompt
+    alone, and the image would then be drawn with the layout's regions."""
+    by = "--init-noise best" if method.name == "best" else "search=halving"
+    if method.name == "best" or (steer is not None and steer.settings.get("search") == "halving"):
+        raise ValueError(
+            f"{by} drafts the prompt without the layout's regions: use --init-noise select, which ranks "
+            "noises by where the regions' captions attend"
+        )
+
+
 def _steered(given: Given, steer: "Steer") -> NoiseMethod:
     """Returns how the initial noise is found if there is an objective: by the objective if its
-    driver is select or optimize, otherwise by --init-noise.
-    """
+    driver is "select" or "optimize". With the driver "refine", which updates the latents instead,
+    the noise is found as --init-noise states."""
     if steer.driver == "refine":
         plain: Given = {"optimize_steps": None} | (
             {} if given["init_noise"] == "best" else {"candidates": None}
@@ -332,9 +354,8 @@ def _steered(given: Given, steer: "Steer") -> NoiseMethod:
 
 
 def _method(given: Given) -> NoiseMethod:
-    """Returns how the initial noise is found, with the method's defaults filled in. Raises
-    ValueError for options that the method does not have.
-    """
+    """Returns how the initial noise is found (--init-noise), with the method's defaults filled in.
+    Raises ValueError for options that the method does not have."""
     name = given["init_noise"] or "random"
     score = given["score"]
     candidates = given["candidates"]
@@ -385,10 +406,9 @@ def _subjects(given: Given) -> list[str | int] | None:
 
 
 def _layout(given: Given) -> "Layout | None":
-    """Reads the layout, or returns None if there is none. Prompts given on the command line replace
-    the layout's own. Raises ValueError for options that do not go with the layout, and
-    FileNotFoundError for a missing file.
-    """
+    """Reads the layout of --layout. Returns None if there is none. A prompt or negative prompt
+    given on the command line replaces that of the layout. Raises ValueError for options that cannot
+    be combined with the layout, and FileNotFoundError for a missing file."""
     if given["layout"] is None:
         if given["crop_margin"] is not None:
             raise ValueError(
@@ -415,10 +435,9 @@ def _layout(given: Given) -> "Layout | None":
 
 
 def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
-    """Returns the ControlNet with its conditioning image and weight, or None if no ControlNet is
-    given. Raises ValueError for a control image or scale without a ControlNet, for a ControlNet
-    without a control image, and for settings of regions that would be ignored.
-    """
+    """Returns the ControlNet with its control image and scale, or None if no ControlNet is given.
+    Raises ValueError for a control image or scale without a ControlNet, for a ControlNet without a
+    control image, and for settings of the layout's regions that would be ignored."""
     net = given["controlnet"]
     image = given["control_image"]
     if given["control_scale"] is not None and net is None:
@@ -433,7 +452,8 @@ def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
         )
     for path in filter(None, images if net is not None else []):
         check_image(path)
-    # The settings of an image spell out every region's scale, asked for or not.
+    # Only for a layout from a file: the layout in an image's settings always has every region's
+    # scale, even if the user gave none.
     if layout is not None and isinstance(given["layout"], Path) and not given["layout_preview"]:
         _check_region_control(layout, given["layout"].is_dir(), net, image)
     if net is None:
@@ -445,11 +465,12 @@ def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
 
 
 def _check_region_control(layout: "Layout", published: bool, net: Path | None, image: Path | None) -> None:
-    """Raises ValueError for per-region control settings that would otherwise be ignored silently.
-    `net` and `image` are the ControlNet and the control image of the command line.
+    """Raises ValueError if a region of the layout has control settings (a control image or scale)
+    that would be ignored silently. `net` and `image` are the ControlNet and the control image of
+    the command line, or None.
 
     `published` states that the layout is a NoiseCollage folder. Such a folder always contains
-    control images, whether they are used or not, so they need no ControlNet.
+    control images, so it is accepted without a ControlNet.
     """
     for k, region in enumerate(layout.regions, 1):
         keys = [key for key in ("control_image", "control_scale") if getattr(region, key) is not None]
@@ -465,9 +486,9 @@ def _check_region_control(layout: "Layout", published: bool, net: Path | None, i
 
 
 def _check_invert(given: Given, method: NoiseMethod) -> None:
-    """Raises ValueError for options that do not go with --invert, which finds the noise of one
-    image by ddim.
-    """
+    """Raises ValueError for options that cannot be combined with --invert, which finds the noise of
+    one image by running ddim backwards. Raises FileNotFoundError if that image is missing. `method`
+    is the noise method of --init-noise."""
     others = ("noise", "init_image", "layout", "excite", "attention_maps", "seeds", "num_images")
     clashes = [OPTIONS[name].flag for name in others if given[name]]
     if method.name != "random":
@@ -480,9 +501,8 @@ def _check_invert(given: Given, method: NoiseMethod) -> None:
 
 
 def _check_values(given: Given) -> None:
-    """Raises ValueError for values out of range and for options that need another option, and
-    FileNotFoundError for a missing noise file.
-    """
+    """Raises ValueError for values out of range, and for options that need another option that is
+    not given. Raises FileNotFoundError for a missing noise file."""
     for name in ("prompt", "negative_prompt"):
         try:
             (given[name] or "").encode()
@@ -505,9 +525,8 @@ def _init_image(given: Given) -> InitImage | None:
 
 
 def _seeds(given: Given, default: int) -> Seeds:
-    """Returns the seeds, one per image. `default` is the first seed if none is given. Raises
-    ValueError if they are invalid.
-    """
+    """Returns the seeds of a prompt, one per image. `default` is the first seed if the options
+    contain none. Raises ValueError for seeds that are invalid or given in two ways."""
     if given["seeds"] is not None:
         if given["seed"] is not None or given["num_images"] is not None:
             raise ValueError(
@@ -521,8 +540,8 @@ def _seeds(given: Given, default: int) -> Seeds:
 
 
 def _check_files(given: Given) -> None:
-    """Raises FileNotFoundError if a file of the whole run is missing (model, VAE, tokenizer,
-    ControlNet, embedding or adapter), before anything heavy is imported.
+    """Raises FileNotFoundError if a file that the whole run needs is missing (model, VAE,
+    tokenizer, ControlNet, embedding or LoRA). This check comes before heavy packages are imported.
     """
     from minsd.weights import hub
 
@@ -558,9 +577,9 @@ def check_image(path: Path) -> None:
 
 
 def _check_writable(out: Path) -> None:
-    """Raises ValueError if files cannot be written to the folder --out or, if it does not exist
-    yet, to its nearest existing parent. The folder itself is created with the first image.
-    """
+    """Raises ValueError if files cannot be written to the output folder or, if it does not exist
+    yet, to its nearest parent that exists. Does not create the folder, which is done with the first
+    image."""
     folder = out
     try:
         while not folder.exists():

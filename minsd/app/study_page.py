@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minsd import image
-from minsd.app.results import Cell, Results
+from minsd.app.results import Cell, Results, described
 from minsd.judges import LOWER, RATES
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -28,15 +28,16 @@ THUMBNAIL = 256  # pixels
 
 
 def head(column: str) -> str:
-    """Returns the heading of a column: its name, with % for a rate, or with "(less is better)"."""
+    """Returns the heading of a table's column: the name of the judged value, followed by % for a
+    rate, or by "(less is better)"."""
     if column in LOWER:
         return f"{column} (less is better)"
     return f"{column} %" if column in RATES else column
 
 
 def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: str | None) -> str:
-    """Returns the tables in Markdown, with notes below. `reference` is a text on published numbers,
-    or None."""
+    """Returns the tables of a study in Markdown, with notes below. `cells` are the tables' numbers.
+    `reference` is a text about published numbers, or None."""
     columns = list(results.values)
     pick = {(c.part, c.method, c.column, c.tag): c for c in cells}
     n = len(results.pairs)
@@ -89,18 +90,20 @@ def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: 
 
 
 def _signed(cell: Cell) -> str:
-    """Returns a difference with its sign, also where it is positive."""
+    """Returns the text of a number that is a difference, with a plus sign if it is positive."""
     return "+" + cell.text if cell.estimate.value > 0 else cell.text
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a Markdown table and an empty line."""
+    """Returns the lines of a Markdown table, followed by an empty line. `names` are the headings of
+    the columns."""
     lines = [names, ["---"] * len(names), *rows]
     return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
 
 
 def notes(results: Results, cells: Sequence[Cell]) -> list[str]:
-    """Returns what a reader of the table must know, one line each."""
+    """Returns notes below the table, one line each: how the intervals are computed, which values
+    are missing, and the judges' weights and options."""
     compared = sum(cell.part == "differences" for cell in cells)
     few = len(set(results.prompts)) < 10
     how = "pairs, because there are fewer than 10 prompts" if few else "prompts, each with all its seeds"
@@ -115,13 +118,13 @@ def notes(results: Results, cells: Sequence[Cell]) -> list[str]:
             out.append(f"- {column}: {missing} images have no value.")
     out += [f"- {note[:1].upper()}{note[1:]}." for note in results.notes]
     for name, identity in results.identities.items():
-        said = ", ".join(f"{key} {value}" for key, value in identity.items() if key != "judge")
-        out.append(f"- Judge {name}: {said}.")
+        out.append(f"- Judge {name}: {described(identity)}.")
     return [line for line in out if line]
 
 
 def as_csv(results: Results, cells: Sequence[Cell]) -> str:
-    """Returns the cells as CSV: one row per number, with the digits that the tables show."""
+    """Returns the numbers of a study's tables as CSV: one row per number, with as many digits as
+    the tables show."""
     out = io.StringIO()
     prompts = len(set(results.prompts))
     rows = [cell.row(prompts) for cell in cells]
@@ -132,8 +135,9 @@ def as_csv(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def latex(results: Results, cells: Sequence[Cell]) -> str:
-    """Returns the table of values for LaTeX's booktabs. The best value of a column is bold where
-    the bootstrap interval of its paired difference to the next best excludes 0."""
+    """Returns the table of values in LaTeX, for the package booktabs. The best value of a column is
+    bold if it is clearly better than the next best: the bootstrap interval of their paired
+    difference does not contain 0."""
     from minsd.app.statistics import Resample
 
     pick = {(c.method, c.column): c for c in cells if c.part == "values"}
@@ -189,8 +193,8 @@ def _line(x0: float, y0: float, x1: float, y1: float, stroke: str = "#ccc", widt
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Returns multiples of a round step (1, 2 or 5 times a power of ten) between two bounds, at
-    most about `about` of them."""
+    """Returns the places of an axis's ticks between `low` and `high`: multiples of a round step (1,
+    2 or 5 times a power of ten). There are about `about` of them at most."""
     raw = (high - low) / about or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
@@ -199,7 +203,8 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def differences(cells: Sequence[Cell], baseline: str) -> str:
-    """Returns an SVG plot of every paired difference to the baseline with its interval."""
+    """Returns an SVG plot of every method's paired difference to the baseline, with its interval,
+    in every column of values."""
     shown = [c for c in cells if c.part == "differences" and math.isfinite(c.estimate.low)]
     columns = list(dict.fromkeys(c.column for c in shown))
     # The baseline counts too, so that a method has one colour in both plots.
@@ -235,8 +240,8 @@ def differences(cells: Sequence[Cell], baseline: str) -> str:
 
 
 def cost(results: Results, cells: Sequence[Cell]) -> str:
-    """Returns SVG plots of each column's mean against the median seconds per image (logarithmic
-    axis)."""
+    """Returns one SVG with a plot for each column of values: each method's mean value against its
+    median seconds per image, on a logarithmic axis of seconds."""
     seconds = {c.method: c.estimate.value for c in cells if c.part == "costs" and c.column == "seconds"}
     seconds = {method: value for method, value in seconds.items() if value > 0}
     parts: list[str] = []
@@ -286,9 +291,10 @@ def cost(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def _order(results: Results, baseline: str, rows: int) -> list[int]:
-    """Returns the numbers of the pairs that the page shows: all if there are at most `rows`,
-    otherwise a third each of the greatest gains, the greatest losses, and pairs chosen at random. A
-    pair's gain is the mean of all methods' differences to the baseline in the first column."""
+    """Chooses the (prompt, seed) pairs that the page shows, and returns their numbers. If there are
+    at most `rows` pairs, all are shown. Otherwise a third are those with the greatest gains, a
+    third those with the greatest losses, and the others are chosen at random. The gain of a pair is
+    the mean of all methods' differences to the baseline in the first column of values."""
     n = len(results.pairs)
     if n <= rows:
         return list(range(n))
@@ -303,8 +309,8 @@ def _order(results: Results, baseline: str, rows: int) -> list[int]:
 
 
 def thumbnail(path: Path, found: Sequence[dict[str, Any]]) -> str:
-    """Returns an image, made small, with the boxes of the detections `found`, as a data URI of a
-    JPEG."""
+    """Returns the image at `path` as a data URI of a small JPEG, on which the boxes of the detected
+    objects `found` are drawn."""
     from PIL import ImageDraw
 
     picture = image.read(path, on="white").convert("RGB")
@@ -343,7 +349,8 @@ for(const s of [method,column,order])s.addEventListener('change',sort);sort();
 
 def page(results: Results, cells: Sequence[Cell], baseline: str, text: str, rows: int) -> str:
     """Returns the whole study as one HTML file: the tables (`text`, in Markdown), the plots, and at
-    most `rows` pairs, each with the images of all methods."""
+    most `rows` (prompt, seed) pairs, each with the images of all methods. `cells` are the tables'
+    numbers."""
     shown = _order(results, baseline, rows)
     columns = list(results.values)
     blocks = []
@@ -384,14 +391,14 @@ def page(results: Results, cells: Sequence[Cell], baseline: str, text: str, rows
         f"<option value=random>random</select>of <select id=method>{_choices(others)}</select>"
         f"over {html.escape(baseline)} in <select id=column>{_choices(columns)}</select></p>"
     )
-    said = json.dumps(data).replace("</", "<\\/")
+    dumped = json.dumps(data).replace("</", "<\\/")
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(', '.join(results.methods))}</title><style>{STYLE}</style>"
         f"<h1>{len(results.methods)} methods, {len(results.pairs)} pairs</h1>{as_html(text)}"
         f"{differences(cells, baseline)}{cost(results, cells)}<h2>Images</h2>{choices}"
         f"<div id=rows>{''.join(blocks)}</div>"
-        f"<script id=data type='application/json'>{said}</script><script>{SCRIPT}</script></html>\n"
+        f"<script id=data type='application/json'>{dumped}</script><script>{SCRIPT}</script></html>\n"
     )
 
 
@@ -400,7 +407,8 @@ def _choices(names: Sequence[str]) -> str:
 
 
 def as_html(text: str) -> str:
-    """Converts the Markdown that this module writes (paragraphs, tables, lists) to HTML."""
+    """Converts Markdown to HTML. Only the forms that this module writes are supported: paragraphs,
+    tables and lists."""
     out = []
     for block in text.split("\n\n"):
         lines = [line for line in block.split("\n") if line.strip()]
@@ -426,8 +434,8 @@ def _block(lines: Sequence[str]) -> str:
 
 
 def sheet(results: Results, rows: int, path: Path) -> None:
-    """Saves a contact sheet of `rows` pairs, chosen at random with a fixed seed. Each row is a
-    pair, each column a method."""
+    """Saves a contact sheet of `rows` (prompt, seed) pairs, chosen at random with a fixed seed, at
+    `path`. Each row of the sheet shows a pair, and each column a method."""
 
     from minsd.image import contact_sheet, save
 
