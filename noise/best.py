@@ -30,7 +30,7 @@ from minsd.guidance import Model
 from minsd.noise import drivers, initno, losses
 from minsd.noise.drivers import Step
 from minsd.noise.initial import noise as draw_noise
-from minsd.noise.look import Ask, Lift
+from minsd.noise.look import Ask, Course, Lift
 from minsd.noise.losses import Subjects
 from minsd.noise.objectives.initno import InitNO
 from minsd.samplers import SAMPLERS
@@ -41,18 +41,6 @@ CANDIDATES = 8  # seeds to rank, per image
 DRAFTS = 6  # at most, per image
 PART = 0.1  # length of a draft, as a fraction of the run's steps
 LIMIT = 0.3  # a draft is good enough if its response loss is below this
-
-
-@dataclass(frozen=True)
-class Course:
-    """Settings of the run that will draw the image. A draft is the first part of a run with the
-    same settings."""
-
-    steps: int
-    sampler: str
-    karras: bool = False
-    guidance_scale: float = 7.5
-    negative_prompt: str = ""
 
 
 @dataclass

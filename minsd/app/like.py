@@ -145,6 +145,8 @@ def _take_objective(given: Given, objective: Any) -> None:
     if not isinstance(objective, dict) or not isinstance(objective.get("settings", {}), dict):
         raise ValueError("'objective' must be an object with a name and settings")
     name = objective.get("name")
+    if str(name).startswith("reward:") and name not in OBJECTIVES.split(", "):
+        raise ValueError(f"made with {str(name)[:80]}, which may download weights: give --objective yourself")
     if "sha256" in objective or name not in OBJECTIVES.split(", "):
         raise ValueError(
             f"made with {str(name)[:80]} (sha256 {str(objective.get('sha256'))[:64]}): "
