@@ -44,8 +44,9 @@ TURNS = (-0.1, 0.0, 0.1)  # radians
 
 @cache
 def templates() -> Tensor:
-    """Returns how much of each cell an outline covers, for all shapes, sizes and angles:
-    (6, 18, 19, 19) float64 in 0..1, each outline in the middle."""
+    """Returns the filled outlines of the 6 geometric shapes as images of 19 x 19 cells, with the
+    outline in the middle: (6, 18, 19, 19) float64. Each value is the fraction of the cell that is
+    inside the outline. The second dimension holds every combination of 6 sizes and 3 angles."""
     side = 2 * int(np.ceil(RADII[-1] * 1.1 / CELL)) + 1
     fine = 8  # supersampling
     out = []
@@ -82,8 +83,9 @@ def fits(masks: Tensor, counts: Tensor) -> Tensor:
 
 
 def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Returns the reward (B,) of images (B,3,H,W) in 0..1 for their prompts: greater is better, at
-    most log(1 + LEAST). Raises ValueError for a prompt that is no caption of shapes."""
+    """Returns the reward (B,) of images (B,3,H,W) in 0..1 for their prompts. It is greater if the
+    image shows the prompt's coloured shapes better, and at most log(1 + LEAST). Raises ValueError
+    unless every prompt is a caption of geometric shapes, such as "a red circle and a star"."""
     parts = avg_pool2d(colours(images), CELL)
     drawn = 1 - parts[:, -1]
     out = []
@@ -103,8 +105,10 @@ def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def subjects(prompt: str) -> list[tuple[int | None, int]]:
-    """Returns the subjects of a prompt as (number of the colour or None, number of the shape).
-    Raises ValueError for a prompt that is no caption of shapes."""
+    """Returns the geometric shapes that a prompt names, as pairs (colour, shape) of indices: into
+    the palette's colours (None if the prompt gives the shape no colour), and into SHAPES. Raises
+    ValueError unless the prompt is a caption of such shapes, for example "a red circle and a
+    star"."""
     asked = read_caption(prompt)
     if asked is None:
         raise ValueError(f"the reward soft-shapes needs a prompt such as 'a red circle', not {prompt!r}")
