@@ -205,11 +205,10 @@ class Tensors(Mapping[str, torch.Tensor]):
         if not direct or DTYPES.get(entry["dtype"]) != target.dtype:
             target.copy_(self[name].reshape(target.shape))
             return
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             file.seek(self.starts[path] + entry["data_offsets"][0])
-            content = memoryview(target.view(torch.uint8).numpy()).cast("B")
-            count = file.readinto(content)
-        if count != len(content):
+            count = file.readinto(target.view(torch.uint8).numpy().data)
+        if count != target.nbytes:
             raise ValueError(f"{path} ended early: was it replaced while it was read? Start again")
 
     def __iter__(self) -> Iterator[str]:
