@@ -97,11 +97,12 @@ def choose(
     """Chooses each image's seed among its `candidates`, which are lists of seeds, one list per
     image. Returns one `Best` per image.
 
-    First, all candidates of an image are ranked by their attention score at the first timestep.
-    Then, in this order, drafts are made: runs of only the first steps, a fraction `part` of all
-    steps of `course`. Each image gets at most `drafts` drafts, until one has a response loss (how
-    little attention the most neglected subject gets) below `limit`. Drafts of different images run
-    in one batch.
+    First, all candidates of an image are ranked by `initno.attention_scores` at the first timestep.
+    Then drafts are made from the candidates, the best-ranked first. A draft is the beginning of a
+    run with the settings `course`: the fraction `part` of its steps. No more drafts of an image are
+    made after `drafts` of them, or once one has a response loss (how little attention the most
+    neglected subject gets) below `limit`. The seed of the draft with the lowest response loss is
+    chosen. Drafts of different images run in one batch.
 
     `subjects` are those of each prompt, as `losses.resolve` takes them. `shape` is (4,h,w) of one
     image's noise. `progress(b, message)` is called with the progress of image b. Raises ValueError,

@@ -208,8 +208,8 @@ class Look:
 
     @cached_property
     def present(self) -> Tensor:
-        """Booleans (b,S), True if an image has a subject number s. Images of a batch may have
-        different numbers of subjects; S is the largest."""
+        """Booleans (b,S): element [k, s] is True if image k has a subject number s. Images of a
+        batch may have different numbers of subjects; S is the largest."""
         return self._subjects().any(dim=-1)
 
     def _subjects(self) -> Tensor:
@@ -333,12 +333,14 @@ class Lift:
     """An objective bound to a model and to the images of a batch. `score` returns the objective's
     values, and `slope` its values and gradients.
 
-    `guidance` is the guidance scale of `Look.x0`, `negative_prompt` the text of `Look.uncond`, and
-    `course` holds the settings of the run that `Look.drawn` takes.
-    The model's weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that
-    is in use then takes effect. The counter `rows` holds three numbers of UNet rows: those of
-    "full" evaluations, those of evaluations "stopped" after the attention maps, and those of
-    evaluations with a "gradient", full or stopped.
+    `guidance` is the guidance scale of `Look.x0`. `negative_prompt` is the prompt of `Look.uncond`.
+    `course` holds the settings of the run by which `Look.drawn` makes the images. The model's
+    weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that is in use
+    then takes effect.
+
+    The attribute `rows` counts UNet rows (a row is one image evaluated with one prompt). It has
+    three keys: "gradient" for rows whose evaluation was differentiated and, of all others,
+    "stopped" for those that stopped after the attention maps, and "full" for the rest.
     """
 
     def __init__(
@@ -469,8 +471,8 @@ class Lift:
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in told.items()}}
 
     def _check_gradient(self, loss: Tensor, gradient: Tensor | None) -> None:
-        """Raises ValueError if `loss` does not depend on the latents, in which case it needs no
-        gradient or the `gradient` computed from it is None."""
+        """Raises ValueError if `loss` does not depend on the latents. That is the case if the loss
+        requires no gradient, or if autograd returned None as its `gradient`."""
         if not loss.requires_grad or gradient is None:
             raise ValueError(
                 f"{self.name} does not depend on the latents, so it has no gradient: compute it from the "

@@ -218,7 +218,8 @@ def _check_class(name: str, target: type, given: Mapping[str, Any]) -> None:
 
 
 def _check_search(given: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings of the driver select that its search does not use."""
+    """Raises ValueError if `given`, the user's settings of the driver select, has a setting that
+    the chosen search does not use."""
     search = given.get("search")
     if search == "zero-order" and "candidates" in given:
         raise ValueError(
@@ -393,7 +394,9 @@ class Run:
             self._draft_steps(how.part)
 
     def _draft_steps(self, part: float) -> int:
-        """Returns how many steps a draft takes. Raises ValueError if the run has a single step."""
+        """Returns the number of steps of a draft, which is the fraction `part` of the run's steps,
+        but at least 1 and fewer than the run takes. Raises ValueError if the run has a single
+        step."""
         last = len(self._timesteps()) - 1
         if last < 1:
             raise ValueError("search=halving drafts the first steps of a run: give 2 --steps or more")
@@ -453,13 +456,14 @@ class Run:
         part: float,
         say: Callable[[str], None],
     ) -> tuple[Selection, dict[int, float]]:
-        """Chooses a seed in two stages. All `seeds` are scored at the first timestep by `score`.
-        The best eighth of them (at least 2) are then sampled for the fraction `part` of the run's
-        steps and scored there. The seed with the best second score is chosen. `shape` is (4,h,w) of
-        one noise.
+        """Chooses one image's seed in two stages, by losses: lower is better. First, `score(noises,
+        seeds)` returns the losses of all `seeds` at the first timestep. Then the eighth of the
+        seeds with the lowest losses (at least 2 seeds) are sampled for the fraction `part` of the
+        run's steps, and `lift` evaluates the loss there. The seed with the lowest second loss is
+        chosen. `shape` is (4,h,w) of one noise. `say(message)` is called after each stage.
 
-        Returns (selection, drafts): the chosen seed with the first scores of all seeds, and the
-        second scores as seed -> score. First and second scores are not comparable.
+        Returns (selection, drafts): the chosen seed with the first losses of all seeds, and the
+        second losses as seed -> loss. First and second losses are not comparable.
         """
         course = self._course()
         stop = self._draft_steps(part)
@@ -555,8 +559,9 @@ class Run:
 def _scores(
     lift: Lift, x: Tensor, t: Timestep, i: int | None = None, seeds: Sequence[int] | None = None
 ) -> list[float]:
-    """Returns the loss of each latents x (k,4,h,w) of the Lift's first image, NaN if not finite.
-    `seeds` are those of `Lift.score`."""
+    """Evaluates the objective of the Lift's first image at several latents x (k,4,h,w) and timestep
+    t. Returns a list of the k losses, with NaN for those that are not finite. `i` and `seeds` are
+    as in `Lift.score`."""
     loss = lift.score(x, torch.zeros(len(x), dtype=torch.long, device=x.device), t, i, seeds)["loss"]
     return loss.where(loss.isfinite(), math.nan).tolist()
 

@@ -46,8 +46,9 @@ def of(reward: str | Reward) -> type["Rewarded"]:
 
 
 class Rewarded:
-    """The objective. `weights` names files to use in place of a judge's published ones, such as
-    "clip-b16=FOLDER;bert=FILE"."""
+    """An objective that maximises a sum of rewards; `of` makes a subclass for given rewards. Some
+    rewards are judges, which are networks. `weights` names files to load a judge from, in place of
+    its published weights, such as "clip-b16=FOLDER;bert=FILE"."""
 
     driver = "optimize"
     parts: Mapping[str, Reward | None] = {}  # name -> function, None for a built-in reward
@@ -87,7 +88,9 @@ class Rewarded:
 
 @cache
 def _judge(name: str, weights: str, device: str) -> Any:
-    """Loads a judge. Raises ValueError and FileNotFoundError as `judges.load` does."""
+    """Loads the judge called `name`, and caches it. `weights` lists files to use in place of
+    published weights, such as "clip-b16=FOLDER;bert=FILE". Raises ValueError and FileNotFoundError
+    as `judges.load` does."""
     given: dict[str, str] = {}
     for part in filter(None, weights.split(";")):
         key, _, place = part.partition("=")
