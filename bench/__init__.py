@@ -1,7 +1,7 @@
 """Benches: one script per question, run from the checkout as `python -m bench.NAME`.
 
-This file holds the functions that they share. Importing this package imports minsd first, which
-sets up the import path of a bare checkout.
+This file holds the functions that all benches share. Importing this package imports minsd first,
+which sets up the import path of a bare checkout.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import csv
 import datetime
 import functools
 import json
-import math
 import multiprocessing
 import multiprocessing.pool
 import os
@@ -44,8 +43,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def parser(doc: str | None, *tables: str) -> argparse.ArgumentParser:
-    """Returns an option parser with the option --csv, which all benches have. Its description is
-    the first line of `doc`. `tables` are the names of the CSV files that the bench writes."""
+    """Returns an option parser with the option --csv, which all benches have. The parser's
+    description is the first line of `doc`, the bench's docstring. `tables` are the names, without
+    .csv, of the files that the bench writes with --csv."""
     out = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     files = " or ".join(f"{table}.csv" for table in tables)
     out.add_argument("--csv", action="store_true", help=f"append the rows to {files} in bench/results")
@@ -56,8 +56,8 @@ def parser(doc: str | None, *tables: str) -> argparse.ArgumentParser:
 
 
 def shown(text: str) -> str:
-    """Returns a value or a command-line argument in the form in which rows record it: of an
-    absolute path, also after --flag=, only the last part is kept."""
+    """Returns a value, or an argument of the command line, in the form in which it is written to a
+    CSV file. Only the last part of an absolute path is kept, also of a path in --flag=PATH."""
     flag, equals, path = text.partition("=") if text.startswith("-") else ("", "", text)
     return flag + equals + Path(path).name if Path(path).is_absolute() else text
 
@@ -67,7 +67,7 @@ def on_gpu(device: Device) -> bool:
 
 
 def _processor() -> str:
-    """Returns the CPU's name from Linux or, where that is not available, from Python."""
+    """Returns the name of the CPU, from /proc/cpuinfo if that exists, otherwise from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
@@ -76,7 +76,8 @@ def _processor() -> str:
 
 
 def environment(device: Device = "cpu") -> dict[str, str]:
-    """Returns the conditions of a measurement. They are the last columns of every CSV row."""
+    """Returns the conditions of a measurement on `device` (its name, versions, date, command), as
+    columns. They are the last columns of every CSV row."""
     import torch
 
     if on_gpu(device):
@@ -94,8 +95,9 @@ def environment(device: Device = "cpu") -> dict[str, str]:
 
 
 def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
-    """Appends rows, which must have the same columns, to bench/results/NAME.csv. Adds the columns
-    of `environment` to each row."""
+    """Appends rows to bench/results/NAME.csv, where NAME is `name`, and returns the path of that
+    file. All rows must have the same columns. The columns of `environment` are added to each row.
+    """
     path = RESULTS / f"{name}.csv"
     conditions = environment(device)
     complete = []
@@ -113,7 +115,7 @@ def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows, which must have the same columns, as an aligned table."""
+    """Prints rows as an aligned table. All rows must have the same columns."""
     cells = [list(rows[0])]
     for row in rows:
         cells.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()])
@@ -124,32 +126,31 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def report(name: str, rows: Sequence[Row], keep: bool, device: Device = "cpu") -> None:
     """Prints rows as a table. If `keep` is True (the option --csv), also appends them to
-    bench/results/NAME.csv."""
+    bench/results/NAME.csv, where NAME is `name`. `device` is the device that was measured."""
     print_table(rows)
     if keep:
         print("written to", write_csv(name, rows, device))
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns the 95 % interval of a rate (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
-    z2 = z * z
-    middle = p + z2 / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval (low, high) of the rate successes / n."""
+    from minsd.app import statistics
+
+    _, low, high = statistics.wilson(successes, n)
+    return low, high
 
 
 def rate(name: str, successes: int, n: int) -> Row:
-    """Returns the rate successes / n and its 95 % interval, as the columns NAME and NAME_95."""
+    """Returns the rate successes / n and its 95 % interval, as two columns of a row. Their names
+    are `name`, and `name` followed by _95."""
     low, high = wilson(successes, n)
     return {name: round(successes / n, 3), f"{name}_95": f"{low:.3f}-{high:.3f}"}
 
 
 def without_missing(providers: Sequence[str], package: str = "diffusers") -> list[str]:
-    """Returns the providers that can run. Leaves out those that need `package` if that package is
-    not installed, and prints their names."""
+    """Returns those of the providers (implementations to compare) that can run. If `package` is not
+    installed, providers whose names begin with its name are left out, and their names are printed.
+    """
     if find_spec(package) is not None:
         return list(providers)
     left_out = [name for name in providers if name.startswith(package)]
@@ -161,7 +162,7 @@ def without_missing(providers: Sequence[str], package: str = "diffusers") -> lis
 
 
 def wait(device: Device) -> None:
-    """Waits for a GPU to finish its queued work."""
+    """Waits until a GPU has finished its queued work. Returns at once on a CPU."""
     if on_gpu(device):
         import torch
 
@@ -169,7 +170,7 @@ def wait(device: Device) -> None:
 
 
 def clocked(device: Device, run: Callable[..., R], *args: Any) -> tuple[R, float, float]:
-    """Calls run(*args). Returns (result, seconds, processor seconds).
+    """Calls run(*args) on `device`. Returns (result, seconds, processor seconds).
 
     Processor seconds are the sum over all threads, without the time spent waiting for a core.
     """
@@ -182,8 +183,8 @@ def clocked(device: Device, run: Callable[..., R], *args: Any) -> tuple[R, float
 
 
 def forget_peak(device: Device) -> None:
-    """Resets the peak that `peak_mb` returns. Where the system does not allow this, `peak_mb` goes
-    on returning the peak since the process began."""
+    """Resets the peak memory that `peak_mb` returns. Where the system does not allow this,
+    `peak_mb` continues to return the peak since the process began."""
     if on_gpu(device):
         import torch
 
@@ -216,10 +217,10 @@ def bench_name() -> str:
 
 
 def in_own_process(*options: str) -> dict[str, Any]:
-    """Runs this bench again in a new process, with the same arguments and `options`.
+    """Runs this bench again in a new process, with the same arguments followed by `options`.
 
     Returns the JSON on the last line that the process prints. If the process fails, raises
-    SystemExit with what it wrote to stderr.
+    SystemExit with the text that the process wrote to stderr.
     """
     command = ["-m", bench_name(), *sys.argv[1:], *options]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
@@ -230,15 +231,15 @@ def in_own_process(*options: str) -> dict[str, Any]:
 
 @functools.cache
 def loaded(model: str) -> StableDiffusion:
-    """Loads a model on the CPU, once per process, and returns it. The jobs of a `pool` get their
-    model by calling this function."""
+    """Loads a model on the CPU and returns it. Later calls in the same process return the same
+    object, so that each process of a `pool` loads the model only once."""
     from minsd.pipeline import load
 
     return load(model, device="cpu")
 
 
 def pool(workers: int, model: str) -> multiprocessing.pool.Pool:
-    """Returns a pool of single-threaded processes in which the model is loaded.
+    """Returns a pool of single-threaded processes, each of which has the model loaded.
 
     If this process has loaded the model already, the processes of the pool share its memory.
     """

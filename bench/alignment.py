@@ -1,13 +1,14 @@
 """Do chosen and optimised noises, and updates while denoising, make images show what was asked for?
 
     python -m bench.alignment --out study                       # the embedded model, 200 prompts
-    python -m bench.alignment --out study --model sd14 --prompts ae-animals --seeds 0-3 --judges clip least
+    python -m bench.alignment --out study --model sd14 --prompts ae-animals --seeds 0-3
 
-A preset of the study (minsd/app/study.py): plain sampling, the best of five seeds by attention
-score, InitNO's optimised noise alone, Attend-and-Excite, and InitNO with updates draw the same
-prompts and seeds; the images are judged, and STUDY/index.html and STUDY/table.md compare the
-methods. Options are those of `bench.study compare`. The rows of results/alignment.csv come from an
-earlier bench, which had other seeds and batches and was replaced by the study.
+This is a preset of the study program (minsd/app/study.py). It compares plain sampling, the best of
+five seeds by attention score, InitNO's optimised noise alone, Attend-and-Excite, and InitNO with
+updates, on the same prompts and seeds. The images are judged, and STUDY/index.html and
+STUDY/table.md compare the methods. Options are those of `bench.study compare`. The rows of
+results/alignment.csv come from an earlier bench, which had other seeds and batches and was replaced
+by the study.
 """
 
 import sys
@@ -29,7 +30,8 @@ Costs = dict[str, float]  # unet_rows, seconds, cpu_seconds of one image
 
 
 class Cost:
-    """A counter of UNet rows, seconds and processor seconds, summed over all `with` blocks of
+    """Adds up three costs: UNet rows (the sum of the batch sizes of all UNet evaluations), seconds,
+    and processor seconds. Work counts if it is done inside a `with` block of the method
     `spending`."""
 
     def __init__(self, sd: StableDiffusion) -> None:
@@ -49,8 +51,9 @@ class Cost:
 
 
 def save_sheet(path: Path, images: Sequence[tuple[Image.Image, str]], columns: int) -> None:
-    """Saves a contact sheet of (image, caption) pairs. The file has 128 colours, because sheets are
-    kept in the repository. On images of shapes the loss is hardly visible."""
+    """Saves a contact sheet of (image, caption) pairs at `path`, with `columns` images per row. The
+    file has only 128 colours, so that it is small enough for the repository. Images of geometric
+    shapes in plain colours look almost the same with 128 colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet([image for image, _ in images], columns, [caption for _, caption in images])
     sheet.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -9,14 +9,17 @@ Rows are written as each setting is finished, so a run that is cut off keeps the
 those of SD1.x at 512x512 with 8 heads: 64x64, 32x32 and 16x16 cells (head dims 40, 80, 160),
 attending to themselves and to 77 words, for 1, 2 and 8 images; forward, and forward with backward;
 eager and, on a GPU, in a CUDA graph. On a CPU the bench is reduced: float32, one image, 32x32 and
-16x16 cells, one thread, and its processor time, which other work on the machine affects less.
+16x16 cells, one thread, and processor time instead of elapsed time, because other work on the
+machine affects it less. The providers (implementations to compare) are
 
-    sdpa_flash, sdpa_efficient, sdpa_cudnn, sdpa_math   PyTorch's attention, without maps: the lower bound
+    sdpa_flash, sdpa_efficient, sdpa_cudnn, sdpa_math
+                    PyTorch's attention, without maps: the lower bound
     blocks          minsd's on a CPU, without maps or gradients (kernels/onednn.py)
-    flex            FlexAttention with an identity matrix as values: a public fused kernel (up to 256 keys:
-                    the values of a head are as wide as there are keys)
-    lse_sum         PyTorch's flash attention for the output and the log-sum-exp, then exp(q k - lse) summed
-                    head after head under torch.compile: the strongest public recipe (forward only)
+    flex            FlexAttention with an identity matrix as values: a public fused kernel (up to
+                    256 keys: the values of a head are as wide as there are keys)
+    lse_sum         PyTorch's flash attention for the output and the log-sum-exp, then
+                    exp(q k - lse) summed head after head under torch.compile: the strongest public
+                    recipe (forward only)
     materialised    all probabilities in memory, differentiated by autograd: research code
     reference       minsd's plain PyTorch, in bounded memory
     fused           minsd's Triton kernels
@@ -25,10 +28,10 @@ eager and, on a GPU, in a CUDA graph. On a CPU the bench is reduced: float32, on
                     auto, fused or decoupled with another value of a switch (kernels/switches.py)
 
 Every provider is checked against float64 before it is timed. Providers take turns, so that a drift
-of the machine affects all of them; times are medians in microseconds. `extra_mb` is the peak
-memory beyond inputs, outputs, maps and gradients (GPU only). `roofline` is the least time the
-shape could take on an H100 (3 TB/s, 800 TFLOP/s) over the time taken. `ratio` compares with
-materialised.
+of the machine affects all of them; times are medians in microseconds. `extra_mb` is the peak memory
+beyond inputs, outputs, maps and gradients (GPU only). `roofline` is the least time that the shape
+could take on an H100 (3 TB/s, 800 TFLOP/s), divided by the time taken. `ratio` is the time divided
+by that of materialised.
 """
 
 import itertools
@@ -64,7 +67,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of a shape, forward or forward with backward, and eager or CUDA graph."""
+    """One case to measure: a shape, forward or forward with backward, and with or without a CUDA
+    graph."""
 
     side: int  # latent cells
     is_self: bool
@@ -125,8 +129,9 @@ def with_flex() -> Attention:
 
 
 def with_lse_sum() -> Attention:
-    """Returns an attention that computes its map head after head: the probabilities of a head are
-    exp(q k / sqrt(d) - lse), and are added to the mean."""
+    """Returns an attention function that computes the mean of the probabilities over heads by
+    adding one head after another. The probabilities of a head are exp(q k / sqrt(d) - lse), where
+    lse is the log-sum-exp of the scores."""
 
     def mean(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         total = torch.zeros(q.shape[0], q.shape[2], k.shape[2], device=q.device)
@@ -165,8 +170,8 @@ SWITCHED: dict[str, dict[str, int | bool]] = {
 
 
 def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[str, Attention]:
-    """Returns the providers that can run on the device, by name. If `names` is given, returns only
-    those that are among `names`."""
+    """Returns a dict name -> attention function of the providers (implementations to compare) that
+    can run on the device. With `names`, returns only the providers among them."""
     every: dict[str, Attention] = {name: with_sdpa(kind) for name, kind in SDPA.items()}
     every["materialised"] = materialised
     every["reference"] = with_backend("reference")
@@ -179,7 +184,7 @@ def providers(device: torch.device, names: Sequence[str] | None = None) -> dict[
         every["fused_heads_apart"] = every["fused_small_blocks"] = every["fused"]
         every["decoupled_one_lse"] = every["decoupled"]
     else:
-        del every["sdpa_efficient"]  # these two are not on a CPU
+        del every["sdpa_efficient"]  # PyTorch does not have these two on a CPU
         del every["sdpa_cudnn"]
         every["blocks"] = with_backend("sdpa", probs=None)
     return {name: attend for name, attend in every.items() if names is None or name in names}
@@ -205,8 +210,9 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Runs attention once. Returns (output, maps), followed, if the inputs' case has `backward`, by
-    the gradients of q, k and v, or of q alone if k and v come from text."""
+    """Runs the attention function `run` once on the inputs. Returns (output, maps). If the inputs
+    are for a backward case, the gradients of q, k and v follow, or that of q alone if k and v come
+    from text."""
     out, maps = run(inputs.q, inputs.k, inputs.v)
     if not inputs.backward:
         return out, maps
@@ -216,8 +222,8 @@ def step(run: Attention, inputs: Inputs) -> tuple[Tensor | None, ...]:
 
 
 def error(run: Attention, inputs: Inputs) -> float:
-    """Returns the largest relative error of the tensors that `step` returns, compared with float64,
-    on the first image."""
+    """Returns the largest relative error, compared with float64, of the tensors that `step` returns
+    for the attention function `run` and the first image of the inputs."""
 
     def first(exact: bool) -> Inputs:
         def copy(y: Tensor) -> Tensor:
@@ -265,8 +271,8 @@ def launches(run: Callable[[], Any]) -> int:
 
 
 def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
-    """Returns the peak memory of a call of `run` in MB, without what was allocated before the call
-    and without the tensors that it returns."""
+    """Returns the peak of GPU memory during a call of `run`, in MB, beyond the memory allocated
+    before the call and the tensors that the call returns."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -277,7 +283,8 @@ def extra_mb(run: Callable[[], tuple[Tensor | None, ...]]) -> float:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Returns the time of a call of `run`: processor seconds on a CPU, elapsed seconds on a GPU."""
+    """Calls `run` once and returns its time: processor seconds on a CPU, elapsed seconds on a
+    GPU."""
     if not on_gpu(device):
         start = time.process_time()
         run()
@@ -291,11 +298,12 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def least_seconds(case: Case, itemsize: int) -> float:
-    """Returns the least seconds that a case could take on an H100 (roofline): the time of all
-    matrix products, or of reading or writing every tensor once, whichever is longer.
+    """Returns the least number of seconds that a case could take on an H100 (roofline): the time of
+    all matrix products, or of reading or writing every tensor once, whichever is longer. `itemsize`
+    is the number of bytes per element.
 
-    The products are, forward, S = QK and the output; backward, S again, dP, and one for each
-    gradient (dQ, dK, dV).
+    In the forward pass, the products are S = QK and the output; in the backward pass, S again, dP,
+    and one for each gradient (dQ, dK, dV).
     """
     n, m, d = case.side**2, case.keys, HEAD_DIM[case.side]
     products = 2
@@ -313,8 +321,9 @@ def least_seconds(case: Case, itemsize: int) -> float:
 
 
 def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[Row, Callable[[], Any]]:
-    """Checks the results of a provider on a case and warms the provider up. Returns (row, run): the
-    row of the table without times, and the function to time."""
+    """Checks the results of a provider (an implementation called `name`, with the function
+    `attend`) on a case, and warms it up. Returns (row, run): the row of the table without times,
+    and the function to time. Raises ArithmeticError if the results are wrong."""
     dtype = inputs.q.dtype
     device = inputs.q.device
 
@@ -340,8 +349,8 @@ def prepare(name: str, attend: Attention, case: Case, inputs: Inputs) -> tuple[R
 def measure(
     case: Case, device: torch.device, dtype: torch.dtype, runs: int, names: Sequence[str] | None
 ) -> list[Row]:
-    """Times all providers on a case, or those in `names` if given. Returns one row for each
-    provider that supports the case."""
+    """Times all providers (implementations to compare) on a case, or those in `names` if given,
+    `runs` times each. Returns one row for each provider that supports the case."""
     torch._dynamo.reset()  # its limit of recompilations counts over cases
     inputs = inputs_of(case, device, dtype)
     rows: dict[str, Row] = {}

@@ -3,14 +3,14 @@
     python -m bench.attention_maps [--csv]
 
 First, on rendered images that training never saw, noised to each timestep: do the 16x16 maps of a
-caption's colour and shape words lie on the object they name? `argmax_hits` counts the maps whose
-maximum is inside the object's outline. `share_inside` is the fraction of the map's weight inside
-it; compare it with `area`, the fraction of the image that the object covers, which a map without
-information would give.
+caption's colour and shape words lie on the object that the words name? `argmax_hits` is the
+fraction of the maps whose maximum is inside the object's outline. `share_inside` is the fraction of
+the map's weight inside the outline; compare it with `area`, the fraction of the image that the
+object covers, since a map without information would have that fraction inside.
 
 Second, at the first timestep of a run, before anything is drawn: how far do InitNO's response and
-conflict losses (noise/losses.py) vary between noises, and how do they correlate with the
-detector's verdict on the finished image? Only if they do can optimising them help.
+conflict losses (noise/losses.py) vary between noises, and how do they correlate with the detector's
+verdict on the finished image? Only if they correlate can optimising them help.
 """
 
 import math
@@ -40,8 +40,8 @@ WORDS = {"shape": slice(1, 2), "colour": slice(0, 1), "both": slice(0, 2)}
 
 
 def cross_maps(sd: StableDiffusion, prompts: list[str], x: Tensor, t: int | float) -> AttentionRecorder:
-    """Evaluates the UNet once on latents x (B,4,16,16) at timestep t, with the prompts and without
-    guidance. Returns the recorder that holds the attention maps."""
+    """Evaluates the UNet once on latents x (B,4,16,16) at timestep t, with one prompt per image and
+    without guidance. Returns the recorder, which holds the attention maps."""
     record = AttentionRecorder(only=True)
     with torch.no_grad():
         sd.unet(x, t, sd.encode_prompt(prompts), record=record)
@@ -52,7 +52,8 @@ def cross_maps(sd: StableDiffusion, prompts: list[str], x: Tensor, t: int | floa
 
 
 class Word(NamedTuple):
-    """A colour or shape word of a caption whose object is in the image."""
+    """A colour word or shape word of a caption, with the place in the image of the object that it
+    names."""
 
     position: int  # of its token
     kind: str
@@ -71,8 +72,9 @@ def words_of(example: data.Example, masks: np.ndarray) -> list[Word]:
 
 
 def on_rendered_images(sd: StableDiffusion, n: int) -> list[Row]:
-    """Returns one row per timestep and kind of word (colour, shape), with the columns of `overlap`,
-    over n rendered images that are not in the training set."""
+    """Measures, over n rendered images that are not in the training set, how well attention maps
+    lie on the objects that words name. Returns one row per timestep and kind of word (colour,
+    shape)."""
     examples = [data.example(91_000, i) for i in range(n)]
     images = []
     words = []
@@ -97,8 +99,9 @@ def on_rendered_images(sd: StableDiffusion, n: int) -> list[Row]:
 
 
 def overlap(maps: Tensor, words: list[list[Word]], kind: str) -> Row:
-    """Returns how well the maps of one kind of word lie on the objects that the words name, as
-    columns of a row. `maps` is (images,16,16,77)."""
+    """Returns, as columns of a row, how well the maps of all words of one kind ("colour" or
+    "shape") lie on the objects that the words name. `maps` is (images,16,16,77), and `words` lists
+    the words of each image's caption."""
     hits, inside, area = [], [], []
     for image, mine in zip(maps, words):
         for word in mine:
@@ -115,11 +118,8 @@ def overlap(maps: Tensor, words: list[list[Word]], kind: str) -> Row:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Returns (correlation, p): Spearman's rank correlation, in which ties share their mean rank,
-    and its two-sided p value.
-
-    p is computed by the normal approximation.
-    """
+    """Returns (correlation, p): Spearman's rank correlation of a and b, in which equal values share
+    their mean rank, and its two-sided p-value by the normal approximation."""
 
     def ranks(values: Sequence[float]) -> np.ndarray:
         _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
@@ -132,7 +132,8 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, flo
 
 
 class Outcome(NamedTuple):
-    """The losses of one noise at the first timestep, and the detector's verdict on its image."""
+    """InitNO's losses of one noise at the first timestep, and the detector's verdict on the image
+    drawn from it."""
 
     losses: dict[str, tuple[float, float]]  # name in WORDS -> response, conflict
     verdict: detector.Verdict
@@ -141,8 +142,13 @@ class Outcome(NamedTuple):
 def losses_on(
     sd: StableDiffusion, prompts: list[str], subjects: list[Subjects], words: slice, record: AttentionRecorder
 ) -> list[tuple[float, float]]:
-    """Returns InitNO's (response loss, conflict loss) of each image. There is one map for
-    each word of a subject that the slice `words` selects."""
+    """Returns a (response loss, conflict loss) pair for each image: InitNO's two losses, computed
+    from the attention maps in `record`.
+
+    `prompts` and `subjects` have one entry per image. A subject is a (colour, shape) pair of words.
+    The slice `words` is applied to each pair, and selects which of the two words count: only their
+    maps enter the losses.
+    """
     places = [
         [sd.text.positions(prompt, word) for subject in these for word in subject[words]]
         for prompt, these in zip(prompts, subjects)
@@ -183,8 +189,10 @@ def losses_against_verdicts(processes: Pool, model: str, n: int, steps: int) -> 
 
 
 def against(values: list[float], verdicts: list[detector.Verdict]) -> Row:
-    """Returns, as columns of a row, the spread of a loss over all noises and its rank correlation
-    with each kind of success."""
+    """Compares a loss with the success of the images. `values` holds the loss of each noise, and
+    `verdicts` the detector's verdict on the image drawn from that noise. Returns, as columns of a
+    row, the spread of the loss, and for each kind of success (`no_neglect`, `strict`) its rate and
+    the rank correlation of the loss with it."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
     row: dict[str, Any] = {"median": round(middle, 3), "iqr": round(high - low, 3)}
     row |= {"min": round(min(values), 3), "max": round(max(values), 3)}

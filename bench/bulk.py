@@ -5,12 +5,13 @@
 With the embedded model on the CPU:
 
     kills     `torchrun` draws prompts x seeds in several processes. It is killed with all its
-              workers at random moments and started again with --resume, until it is done. Every image
-              must be there once, complete, and within 2/255 of a single process's
-    speed     images per second of one process and of several, from the first batch to the last image
-              (start-up left out)
-    overhead  the command line's drawing against a plain loop over `sd(...)` and `Image.save`; the two
-              take turns in one process
+              workers at random moments and started again with --resume, until it is done. Every
+              image must be there once, complete, and within 2/255 of the image that a single
+              process draws
+    speed     images per second of one process and of several, from the first batch to the last
+              image (start-up left out)
+    overhead  the time of the command line's drawing compared with that of a plain loop over
+              `sd(...)` and `Image.save`; the two take turns in one process
     resume    seconds until a run finds that nothing is left to do, with 10,000 rows and images
 """
 
@@ -48,7 +49,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
-    """Starts minsd's command line with `args`, under torchrun if there are several processes."""
+    """Starts minsd's command line with `args`, by torchrun if `processes` is more than one. Returns
+    the started process."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
@@ -60,7 +62,8 @@ def launch(processes: int, *args: str) -> subprocess.Popen[bytes]:
 
 
 def finish(processes: int, *args: str) -> None:
-    """Runs minsd's command line with `args` to its end. Raises SystemExit if it fails."""
+    """Runs minsd's command line with `args` in `processes` processes, and waits until it ends.
+    Raises SystemExit if it fails."""
     code = launch(processes, *args).wait()
     if code:
         sys.exit(f"minsd.generate {' '.join(args)} failed with exit code {code}")
@@ -80,7 +83,8 @@ def images(folder: Path) -> list[Path]:
 
 
 def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
-    """Returns the pixels of every image in a folder, by (prompt, seed)."""
+    """Returns a dict (prompt, seed) -> pixels of the image, for all images that a folder's
+    runs.jsonl lists."""
     rows = running.recorded([folder / "runs.jsonl"])
     out = {}
     for row in rows:
@@ -89,8 +93,9 @@ def by_request(folder: Path) -> dict[tuple[str, int], np.ndarray]:
 
 
 def images_per_second(folder: Path) -> float:
-    """Returns the images per second of a finished run. The time is counted from the beginning of
-    the first batch (its end minus its duration) to the last image."""
+    """Returns the images per second of the finished run in `folder`. The time is counted from the
+    beginning of the first batch (the time at which its first image was saved, minus the duration of
+    the batch) to the last image."""
     rows = list(running.recorded([folder / "runs.jsonl"]))
     times = {row["file"]: (folder / row["file"]).stat().st_mtime for row in rows}
     first = min(rows, key=lambda row: times[row["file"]])

@@ -5,11 +5,11 @@
 InitNO accepts a noise whose two losses at the first timestep are below their limits. The limits 0.2
 (response loss) and 0.3 (conflict loss) were published for SD 1.4. On another model they may accept
 every noise or none. The bench prints percentiles of both losses over seeds, and the fraction of
-noises below the present limit. With a limit at a low percentile InitNO optimises most noises, with
-one at a high percentile only the worst. Pass limits as `initno.optimize(..., cross_limit=,
-conflict_limit=)`.
+noises below the present limit. With a limit at a low percentile InitNO optimises most noises; with
+a limit at a high percentile it optimises only the worst. Pass limits as `initno.optimize(...,
+cross_limit=, conflict_limit=)`.
 
-Each seed costs one early-stopped UNet evaluation without a gradient.
+Each seed costs one UNet evaluation without a gradient, which stops after the last attention map.
 """
 
 import argparse
@@ -29,8 +29,8 @@ PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
 
 
 def losses_of(sd: StableDiffusion, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Returns {"response": ..., "conflict": ...}: each loss (seeds,) of the seeds' noises at the
-    first timestep."""
+    """Returns InitNO's losses of plain noises at the first timestep: a dict with the keys
+    "response" and "conflict", each with a tensor (seeds,)."""
     asks = ask(sd, [args.prompt], [0], [args.subjects])
     lift = Lift(sd, asks, InitNO(sd, asks))
     t = losses.listed_timesteps(sd, None, None, False)[0]

@@ -5,12 +5,12 @@
     python -m bench.control                      # outlines obeyed and holes made, counted by pixels
     python -m bench.control --cost               # time of a guided step, with and without them
 
-Neither the ControlNet nor the LoRA was trained on the prompts and places that are counted here.
-`scale` 0 is the model alone. An image is `strict` when it shows exactly what its caption says
-(weights/shapes/detector.py). An image with outlines is `as_asked` when it is strict and each
-subject overlaps its own filled outline by half or more (intersection over union). An image with
-holes is judged with every hole filled, and is `as_asked` when it is strict and every body has a
-hole in its middle.
+The ControlNet makes objects follow drawn outlines, and the LoRA makes objects with holes. Neither
+was trained on the prompts and places that are counted here. `scale` 0 is the model alone. An image
+is `strict` if it shows exactly what its caption says (weights/shapes/detector.py). An image with
+outlines is `as_asked` if it is strict and each subject overlaps its own filled outline by half or
+more (intersection over union). An image with holes is judged with every hole filled, and is
+`as_asked` if it is strict and every body (drawn object) has a hole in its middle.
 
 Rates come with 95 % Wilson intervals. Rows go to bench/results/ with --csv.
 """
@@ -44,8 +44,8 @@ Objects = tuple[data.Object, ...]
 
 
 def cases(count: int, objects: int) -> list[Objects]:
-    """Returns `count` random cases of `objects` objects each. The objects of a case are in separate
-    places, and none has a colour and shape that were held out together from training."""
+    """Returns `count` random cases. A case is a tuple of `objects` coloured shapes in separate
+    places. Each object's combination of colour and shape also occurs in the training images."""
     rng = np.random.default_rng((SEED, objects))
     out = []
     for _ in range(count):
@@ -65,8 +65,8 @@ def subjects_of(objects: Objects) -> Subjects:
 
 
 def filled(image: np.ndarray) -> tuple[np.ndarray, list[bool]]:
-    """Returns (image, holes): the image with the hole of every body filled in the body's colour,
-    and for each body whether it had a hole."""
+    """Fills the hole in the middle of every body (drawn object) with the body's colour. Returns
+    (image, holes): the filled image, and for each body whether there was a hole in its middle."""
     pixels = image.astype(np.float32)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     ground = np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), 0)
@@ -93,8 +93,8 @@ def is_strict(image: np.ndarray, objects: Objects) -> bool:
 
 
 def is_placed(image: np.ndarray, objects: Objects) -> bool:
-    """Returns whether the image shows exactly what its caption says, with every subject on its own
-    outline."""
+    """Returns whether the image shows exactly the objects, and each of them overlaps its own filled
+    outline by half or more (intersection over union)."""
     if not is_strict(image, objects):
         return False
     pixels = image.astype(np.float32)
@@ -114,8 +114,9 @@ def outlines(objects: Objects) -> np.ndarray:
 def draw(
     sd: StableDiffusion, chosen: list[Objects], net: ControlNet | None = None, scale: float = 1.0
 ) -> list[np.ndarray]:
-    """Draws one image for each case by `sd(...)`. If `net` is given, the image is controlled by the
-    outlines of the case at `scale`. Returns the pixels of each image."""
+    """Draws an image for each of the cases `chosen` (tuples of objects). The noise of case k is
+    that of seed k. With `net`, a ControlNet with the outlines of the case acts at `scale`. Returns
+    the pixels of each image."""
     drawn = []
     for start in range(0, len(chosen), BATCH):
         part = chosen[start : start + BATCH]
@@ -166,8 +167,8 @@ def count_holes(sd: StableDiffusion, adapter: lora.LoRA, n: int) -> list[Row]:
 
 
 def cost(sd: StableDiffusion, net: ControlNet, adapter: lora.LoRA) -> list[Row]:
-    """Returns one row per variant with the milliseconds of a guided step of BATCH images, medians
-    over several turns."""
+    """Times a guided step of BATCH images with and without the ControlNet and the LoRA. Returns one
+    row per variant, with the median milliseconds over several turns."""
     x = noise(range(BATCH), (4, 16, 16)).to(sd.device, sd.dtype)
     uncond = sd.encode_prompt("").expand(BATCH, -1, -1)
     cond = sd.encode_prompt(["a red circle"] * BATCH)

@@ -6,9 +6,9 @@
     python -m bench.end_to_end --model shapes --size 128 --steps 2 --batches 1 --runs 1   # a try
 
 The weights are random. Text encoding, guided sampling and decoding are timed; loading is not. Every
-provider draws the same prompt from the same noise with the same sampler. The first image of a
-provider, which warms it up or compiles it, is reported apart; then the providers take turns. The
-dtype is float16 on a GPU and float32 on a CPU by default.
+provider (implementation) draws the same prompt from the same noise with the same sampler. The first
+image of a provider, which warms it up or compiles it, is reported separately; then the providers
+take turns. The dtype is float16 on a GPU and float32 on a CPU by default.
 
     minsd                as it is: on a GPU with CUDA graphs
     minsd eager          without CUDA graphs (GPU only)
@@ -16,10 +16,10 @@ dtype is float16 on a GPU and float32 on a CPU by default.
     diffusers            StableDiffusionPipeline with its default attention (PyTorch's)
     diffusers compiled   its UNet under torch.compile, max-autotune, channels_last
 
-`it/s` is sampling steps times images per second, with text encoding and decoding in the time.
-`tflops` counts the UNet's products (torch.utils.flop_counter); `of_peak` is the fraction of the
-rate that a large matrix product reaches on this machine in this dtype. `ratio` compares seconds,
-`cpu_ratio` processor seconds: trust the latter on a busy machine.
+`it/s` is sampling steps times images per second, where the time includes text encoding and
+decoding. `tflops` counts the UNet's products (torch.utils.flop_counter); `of_peak` is the fraction
+of the rate that a large matrix product reaches on this machine in this dtype. `ratio` compares
+seconds, and `cpu_ratio` processor seconds: trust the latter on a busy machine.
 """
 
 # diffusers exports its classes lazily, which type checkers take for private.
@@ -50,16 +50,16 @@ Run = Callable[[Tensor, int, str], Any]  # (noise, steps, sampler) -> images
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of a large matrix product, the best of 20. On a CPU both libraries of
-    matrix products are tried in turn."""
+    """Returns the FLOP/s that a large matrix product reaches on the device, the best of 20 runs. On
+    a CPU the runs alternate between the two libraries of matrix products (PyTorch's and oneDNN)."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / min(clocked(device, (torch.matmul, linear)[i % 2], a, a)[1] for i in range(20))
 
 
 def step_flops(model: str, size: int) -> int:
-    """Returns the FLOPs of one guided step of one image of size x size pixels, counted on the meta
-    device."""
+    """Returns the FLOPs of one guided sampling step of one image of size x size pixels, counted on
+    the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = MODELS[model].unet
@@ -111,8 +111,9 @@ def theirs(folder: str, device: torch.device, dtype: torch.dtype, variant: str) 
 
 
 def providers(folder: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> dict[str, Run]:
-    """Returns the function of each provider by name, after loading the provider's model from
-    `folder`."""
+    """Returns a dict name -> function that draws images, for each provider (implementation to
+    compare). The model of each is loaded from `folder` first. `compiled` adds the providers with
+    torch.compile."""
     variants = ["compiled"] if compiled else []
     runs = {"minsd": ours(folder, device, dtype, "")}
     for variant in ["eager"] * on_gpu(device) + variants:
@@ -125,8 +126,9 @@ def providers(folder: str, device: torch.device, dtype: torch.dtype, compiled: b
 def measure(
     args: argparse.Namespace, runs: dict[str, Run], sampler: str, batch: int, flops: int, peak: float
 ) -> list[Row]:
-    """Times all providers. Returns one row per provider. `flops` are the FLOPs of a guided step of
-    one image, and `peak` is what `matrix_peak` returned."""
+    """Times the providers `runs` (name -> function that draws images) with one sampler and batch
+    size. Returns one row per provider. `flops` are the FLOPs of a guided step of one image, and
+    `peak` the FLOP/s that `matrix_peak` returned."""
     start = noise(range(batch), (4, args.size // 8, args.size // 8))
     first: dict[str, float] = {}
     memory: dict[str, int | str] = {}

@@ -1,15 +1,15 @@
 """The first run on a GPU: one command that checks and measures everything, in about ten minutes.
 
-    python -m bench.first_run --out DIR          # needs CUDA; a bare checkout without diffusers will do
-    python -m bench.first_run --dry              # only list the steps, with limits and commands
-    python -m bench.first_run --cpu --out DIR    # the same steps at small sizes, within four minutes
+    python -m bench.first_run --out DIR         # needs CUDA, but neither installation nor diffusers
+    python -m bench.first_run --dry             # only list the steps, with limits and commands
+    python -m bench.first_run --cpu --out DIR   # the same steps at small sizes, within four minutes
     python -m bench.first_run --steps attention attention_64 compiled --out DIR2    # a second call
 
-The most informative steps come first. Steps for which no time is left are skipped, and a second
-call can take them. Each step is a process group of its own, which is killed at its time limit. If a
-step fails, the next one still runs. DIR receives four files, which are kept up to date: summary.txt
-(a line per step), log.txt (all output), results.tar (the rows of each bench; bench/results is left
-alone) and smoke.png.
+A step is one bench or one set of tests. The most informative steps come first. Steps for which no
+time is left are skipped, and a second call can run them. Each step is a process group of its own,
+which is killed at its time limit. If a step fails, the next one still runs. DIR receives four
+files, which are kept up to date: summary.txt (a line per step), log.txt (all output), results.tar
+(the CSV rows of each bench; bench/results is left alone) and smoke.png.
 
 Exit code: 0 if every step succeeded or was skipped with a reason; 1 if one failed or was killed at
 its limit.
@@ -89,7 +89,8 @@ STEPS = (
 
 
 def arguments(step: Step, cpu: bool, out: Path) -> list[str]:
-    """Returns the arguments of `python -m` for a step."""
+    """Returns the arguments of `python -m` for a step. With `cpu` they are those for small sizes,
+    without a GPU. `out` is the output folder."""
     options = (step.cpu if cpu else step.gpu) or ""
     if find_spec("xdist") is None:
         options = options.replace("-n 8", "")
@@ -100,10 +101,11 @@ def run(
     command: Sequence[str], limit: float, log: Path, cpu: bool, meanwhile: Callable[[], None]
 ) -> int | None:
     """Runs a command for at most `limit` seconds. Returns the command's exit code, or None if the
-    command was killed.
+    command was killed at the limit.
 
-    The output of the command is appended to `log`. `meanwhile` is called every few seconds. No
-    process of the command's group outlives this function.
+    The output of the command is appended to `log`. With `cpu`, the command sees no GPU. `meanwhile`
+    is called every few seconds. When this function returns, no process of the command's group is
+    left.
     """
     end = time.monotonic() + limit
     left_out = ("PYTEST_", "MINSD_CI")  # of tests that run this
@@ -130,8 +132,8 @@ def run(
 
 
 def written(log: Path, start: int) -> str:
-    """Returns the text of the log from byte `start` on. If that part is very long, its middle is
-    removed, from the file too."""
+    """Returns the text of the log from byte `start` on. If that text is longer than LOG_BYTES, its
+    middle is removed, in the log file too."""
     part = log.read_bytes()[start:]
     if len(part) > LOG_BYTES:
         part = part[: LOG_BYTES // 2] + b"\n[... cut ...]\n" + part[-LOG_BYTES // 2 :]
@@ -142,8 +144,8 @@ def written(log: Path, start: int) -> str:
 
 
 def figure_of(step: Step, rows: Path) -> str:
-    """Returns the number that the summary shows for a step, from the CSV files in the folder
-    `rows`; an empty string if they do not contain it."""
+    """Returns the number that the summary shows for a step, as text, from the CSV files in the
+    folder `rows`. Returns an empty string if they do not contain it."""
     column, _, labels = step.figure.partition(" ")
     files = [path.read_text().splitlines() for path in rows.glob("*.csv")]
     table = [row for lines in files for row in csv.DictReader(lines)]
@@ -155,8 +157,8 @@ def figure_of(step: Step, rows: Path) -> str:
 
 
 def pack(work: Path, out: Path) -> None:
-    """Writes results.tar again. It contains one folder per step, with the step's CSV files as they
-    are at that time."""
+    """Writes results.tar in the folder `out` anew. It contains one folder per step, with the CSV
+    files that the step has written to the folder `work` so far."""
     part = out / "results.tar.part"
     with tarfile.open(part, "w") as tar:
         for path in sorted(work.glob("*/*.csv")):
@@ -165,8 +167,13 @@ def pack(work: Path, out: Path) -> None:
 
 
 def take(step: Step, work: Path, out: Path, cpu: bool, left: float) -> tuple[str, str]:
-    """Runs a step, with `left` seconds until the end of the whole run. Returns (state, text): the
-    text is the step's figure, or the reason for its state."""
+    """Runs a step. `left` is the number of seconds until the end of the whole run. `work` is the
+    parent of the folder for the step's CSV files, and `out` is the folder of the log. With `cpu`,
+    the step runs at its small sizes, without a GPU.
+
+    Returns (state, text). The state is "ok", "failed", "timed out" or "skipped". The text belongs
+    beside the state in the summary: what the step measured, or why it failed or was skipped.
+    """
     if cpu and step.cpu is None:
         return "skipped", NO_GPU
     if step.command.startswith("pytest") and find_spec("pytest") is None:
@@ -200,8 +207,10 @@ def take(step: Step, work: Path, out: Path, cpu: bool, left: float) -> tuple[str
 
 
 def take_all(steps: Sequence[Step], out: Path, cpu: bool, limit: float) -> int:
-    """Runs the steps one after the other, for at most `limit` seconds in total. Returns the exit
-    code of the bench."""
+    """Runs the steps one after the other, for at most `limit` seconds in total. With `cpu`, they
+    run at small sizes, without a GPU. Writes summary.txt, log.txt and results.tar to the folder
+    `out`. Returns the exit code of the bench: 1 if a step failed or was killed at its own time
+    limit, otherwise 0."""
     end = time.monotonic() + limit
     out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []

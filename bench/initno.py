@@ -3,24 +3,26 @@
     python -m bench.initno [--model sd15] [--size 512] [--runs 2] [--csv]
     python -m bench.initno --device cuda --dtype float16 --csv
 
-The providers use the same random weights, one thread on a CPU, and a process each, so that a peak
-of memory (weights included) is the provider's own. `minsd` is `initno.optimize`, `excite.updates`
-and `sd.predictor` as they are; `eager_maps`, on a GPU, is the same without CUDA graphs of the
-evaluations whose maps are differentiated. `research`, below, works as the published programs do: every layer
-materialises its probabilities, and those of up to 32x32 cells are stored; weights take gradients;
-the UNet runs to its end; torch.optim.Adam optimises; the graph of an update is kept through the
-guided step that follows. All must arrive at the same noises, latents and predictions.
+The providers (implementations to compare) use the same random weights, one thread on a CPU, and a
+process each, so that each has a peak of memory (weights included) of its own. `minsd` is
+`initno.optimize`, `excite.updates` and `sd.predictor` as they are; `eager_maps`, on a GPU, is the
+same without CUDA graphs of the evaluations whose maps are differentiated. `research`, below, works
+as the published programs do: every layer materialises its probabilities, and those of up to 32x32
+cells are stored; weights take gradients; the UNet runs to its end; torch.optim.Adam optimises; the
+graph of an update is kept through the guided step that follows. All must arrive at the same noises,
+latents and predictions.
 
-    optimise    a step of noise optimisation: losses of the maps, their gradient, Adam, and the projection
-                to the limit of the KL divergence
+    optimise    a step of noise optimisation: losses of the maps, their gradient, Adam, and the
+                projection to the limit of the KL divergence
     update      a step of the updates while denoising: the response loss of the maps, its gradient
     denoise     a guided step
-    picture     a whole image, computed from 10 of the first (one round), 25 of the second and 50 of the
-                third; refinements and further rounds repeat them. Text encoder and VAE are left out.
+    picture     a whole image, computed from the others: 10 times `optimise` (one round), 25 times
+                `update` and 50 times `denoise`; leaves out refinements and further rounds, which
+                repeat these steps, and text encoder and VAE
 
 Times are medians, after one step to warm up, or two on a GPU. On a busy machine trust
-`cpu_seconds`, which leaves out waiting for a core. On a CPU peaks only grow while a process lives,
-so each includes those of the rows below it.
+`cpu_seconds`, which leaves out waiting for a core. On a CPU the peak of a process never falls, so
+each peak includes those of the rows below it.
 """
 
 import argparse
@@ -55,8 +57,7 @@ Tick = Callable[[], None]  # called after every step
 
 
 class Research:
-    """The straightforward implementation of InitNO, as published programs have it, for one
-    image."""
+    """InitNO for one image, implemented in the straightforward way of published programs."""
 
     def __init__(self, sd: StableDiffusion, context: Tensor, uncond: Tensor, cells: int) -> None:
         self.sd = sd
@@ -82,8 +83,9 @@ class Research:
         return torch.einsum("bhnm,bmhd->bnhd", p, v), None
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluates the UNet once on latents x. Returns (maps, claims): the subjects' maps M and A
-        (noise/losses.py)."""
+        """Evaluates the UNet once on latents x. Returns (maps, claims). `maps` are the subjects'
+        cross-attention maps (M in noise/losses.py), and `claims` the self-attention maps at their
+        peaks (A in noise/losses.py)."""
         self.stored.clear()
         self.sd.unet(x, T, self.context)
         cells = self.grid[0] * self.grid[1]
@@ -139,9 +141,13 @@ class Ours:
         self.refine = excite.updates(sd, [PROMPT], [SUBJECTS], steps=50)
 
     def optimise(self, start: Tensor, steps: int, tick: Tick) -> Tensor:
-        """Optimises the noise of seed 0, which is `start`, with a first round of one step and then
-        a last try of `steps` steps from the same noise. Calls `tick` after every step of the last
-        try."""
+        """Optimises `start`, which must be the noise of seed 0, for `steps` steps, and returns the
+        result. `tick` is called after each of these steps.
+
+        `initno.optimize`, which this calls, first runs a round of one step. This extra step does
+        not change the result, because the `steps` steps begin from `start` again, and `tick` is not
+        called after it.
+        """
         calls = 0
 
         def progress(message: str) -> None:
@@ -174,7 +180,8 @@ class Ours:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Times one provider in this process and prints the result as JSON."""
+    """Times one provider (implementation), the one of --worker, in this process, and prints the
+    result as JSON."""
     torch.set_num_threads(1)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
@@ -221,7 +228,8 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, results: dict[str, dict[str, Row]]) -> list[Row]:
-    """Returns one row per kind of step and provider, with the rows of the whole image last.
+    """Returns the table: one row per kind of step and provider (implementation), and at its end the
+    rows of a whole image. `results` maps provider -> kind of step -> measured values. The column
     `differ` is the relative difference between the result of a provider and that of `research`.
 
     Raises SystemExit if results differ in float32. In 16 bits rounding decides which of two nearly

@@ -6,23 +6,26 @@
     python -m bench.layout --cost --model sd15 --boxes 2 4 8  # seconds and memory of a step
 
 The layouts are random: 2 to 4 boxes per image that do not overlap, each with its own coloured
-shape; the image's caption names them all. Every method gets the same layouts and noise. With
+shape; the image's caption names all shapes. Every method gets the same layouts and noise. With
 `+bare` the image's caption is "a picture" instead. With `+arranged` the noise is composed for the
 layout from candidates (minsd.noise.arrange). With `+chosen` it is the candidate that is best for
 all regions together, unchanged.
 
-A box is right when the detector (weights/shapes/detector.py, pixels alone) finds a well drawn body
-of its shape and colour centred in it. `strays` are bodies centred in no box, `extras` further
-bodies in one box, `spill` the fraction of the drawn pixels that lies outside every box. The method
-`plain` is not given the places, so its rate is the rate of chance. With a real checkpoint CLIP sees
-the contents of each box on white: `clip_crop` is the cosine with the box's own caption,
-`nearest_own` how often that caption is nearer than those of the other boxes.
+A box is right if the detector (weights/shapes/detector.py, pixels alone) finds a well drawn body
+(object) of its shape and colour whose centre is in the box. `strays` are bodies whose centre is in
+no box, `extras` are further bodies in one box, and `spill` is the fraction of the drawn pixels that
+lies outside every box. The method `plain` is not given the places, so its rate is the rate of
+chance. With a real checkpoint CLIP sees the contents of each box on white: `clip_crop` is the
+cosine with the box's own caption, and `nearest_own` the fraction of boxes for which that caption is
+nearer than those of the other boxes.
 
-Seconds are sampling alone: on a CPU the processor time of one process with one thread, else elapsed time.
+Seconds are the time of sampling alone: on a CPU the processor time of one process with one thread,
+on a GPU elapsed time.
 
-`--cost` times one step of a collage (noise/collage.py) of N regions on random full-size weights, in
-two ways: with all its N + 2 UNet rows in one batch, and with 2 (N + 1) rows, two per text,
-evaluated two at a time. Both predict the same noise (`differ` is the relative difference).
+`--cost` times one step of a collage (noise/collage.py, which evaluates the UNet for each region's
+caption) of N regions on random full-size weights, in two ways: with all its N + 2 UNet rows in one
+batch, and with 2 (N + 1) rows, two per text, evaluated two at a time. Both predict the same noise
+(`differ` is the relative difference).
 """
 
 import argparse
@@ -99,7 +102,7 @@ DEFAULT_METHODS = [
 
 
 class Settings(NamedTuple):
-    """The settings that all methods have in common."""
+    """The settings that all methods of a run have in common."""
 
     sampler: str
     steps: int
@@ -108,7 +111,7 @@ class Settings(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The judgement of what is in the boxes of an image."""
+    """The judgement of which objects are in the boxes of an image."""
 
     right: list[bool]  # per box
     somewhere: list[bool]  # per subject, wherever it is
@@ -118,7 +121,8 @@ class Contents(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """An image, the number of UNet rows of a sampling step, and the seconds that sampling took."""
+    """An image, the number of UNet rows of one sampling step (the sum of the batch sizes of its
+    UNet evaluations), and the seconds that sampling took."""
 
     image: Image.Image
     rows: int
@@ -141,8 +145,8 @@ def with_boxes(rng: np.random.Generator, captions: Sequence[str], whole: str) ->
 
 
 def cases(n: int, count: int) -> list[tuple[list[tuple[str, str]], dict[str, Any]]]:
-    """Returns `count` random (subjects, layout) pairs. The layout has n boxes, each with one of the
-    subjects, which are coloured shapes."""
+    """Returns `count` random pairs (subjects, layout). The subjects are n coloured shapes, and the
+    layout has n boxes, one for each subject."""
     rng = np.random.default_rng((SEED, n))
     out = []
     for _ in range(count):
@@ -153,7 +157,8 @@ def cases(n: int, count: int) -> list[tuple[list[tuple[str, str]], dict[str, Any
 
 
 def real_cases(n: int, count: int) -> list[dict[str, Any]]:
-    """Returns `count` random layouts with n boxes, each with an animal or a thing."""
+    """Returns `count` random layouts for real checkpoints. Each has n boxes, each with an animal or
+    a thing as its caption."""
     rng = np.random.default_rng((SEED, n))
     out = []
     for _ in range(count):
@@ -257,8 +262,8 @@ def row_of(method: str, n: int, results: Sequence[Judged], settings: Settings) -
 
 
 def on_embedded_model(args: argparse.Namespace, settings: Settings) -> None:
-    """Draws and judges all layouts with every method. Prints the result of a method as soon as the
-    method is done."""
+    """Draws and judges all layouts with every method on the embedded model. Prints, and with --csv
+    saves, the result of each method as soon as it is measured."""
     hidden = ("method", "boxes", "sampler", "steps", "guidance_scale", "layouts", "rows_before")
     kept = {}
     with pool(args.workers, args.model) as processes:
@@ -276,8 +281,8 @@ def on_embedded_model(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def framed(result: Judged) -> Image.Image:
-    """Returns an image with its boxes drawn on it and their captions below. A box and its caption
-    are green if the box contains its subject, otherwise red."""
+    """Returns the image of `result` with the layout's boxes drawn on it and their captions below. A
+    box and its caption are green if the box contains its subject, otherwise red."""
     lay = result.layout
     out = Image.new("RGB", (lay.width + 4, lay.height + 11 * len(result.subjects) + 6), "white")
     out.paste(Image.fromarray(result.pixels), (2, 2))
@@ -292,8 +297,9 @@ def framed(result: Judged) -> Image.Image:
 
 
 def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 12) -> None:
-    """Saves a sheet of images with one row per method and number of boxes. Images of the same
-    layout and noise are below one another."""
+    """Saves a sheet of images at `path`. `kept` maps (method, number of boxes) to the judged images
+    of one row of the sheet, of which the first `columns` are shown. Images in the same column and
+    with the same number of boxes have the same layout and the same seed."""
     lines = {key: [framed(result) for result in results[:columns]] for key, results in kept.items()}
     width = max(sum(image.width for image in line) for line in lines.values())
     out = Image.new("RGB", (110 + width, sum(line[0].height for line in lines.values())), "white")
@@ -312,8 +318,8 @@ def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 1
 
 
 def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> list[Row]:
-    """Returns the table of a real checkpoint. CLIP compares the contents of each box, on a white
-    background, with the captions of all boxes."""
+    """Measures layouts on a real checkpoint, and returns the table's rows. CLIP compares the
+    contents of each box, on a white background, with the captions of all boxes."""
     clip = judges.load("clip", {"clip-b16": str(args.clip)}, sd.device).clip
     rows = []
     for n in args.boxes:
@@ -349,7 +355,8 @@ def crops(sd: StableDiffusion, args: argparse.Namespace, settings: Settings) -> 
 
 
 def filling(n: int, negative_prompt: str) -> list[dict[str, Any]]:
-    """Returns n regions in two rows that fill the image, as a layout.json lists them. n is even."""
+    """Returns n regions, in the form in which a layout.json lists them, that fill the image in two
+    rows. n is even. All have the negative prompt `negative_prompt`."""
     columns = n // 2
     places = [(k % columns / columns, k // columns / 2) for k in range(n)]
     return [
@@ -359,14 +366,14 @@ def filling(n: int, negative_prompt: str) -> list[dict[str, Any]]:
 
 
 def cost_worker(args: argparse.Namespace) -> None:
-    """Times steps of a collage in this process, on random weights, and prints the result as
+    """Times steps of one layout in this process, on random weights, and prints the result as
     JSON."""
     torch.set_num_threads(args.threads)
     dim = MODELS[args.model].unet.context_dim
 
     def encode(texts: Sequence[str]) -> Tensor:
-        """Returns random text states, which depend only on the length of each text without the
-        spaces around it."""
+        """Returns random text states (texts,77,D), in the place of a text encoder. They depend only
+        on the length of each text without the spaces around it."""
         generators = [torch.Generator().manual_seed(len(text.strip())) for text in texts]
         states = [torch.randn(77, dim, generator=generator) for generator in generators]
         return torch.stack(states).to(args.device)
@@ -378,7 +385,8 @@ def cost_worker(args: argparse.Namespace) -> None:
     if apart:
         collage.ROWS_AT_ONCE = 2 * (size // 8) ** 2
         sd.batch_size = lambda height, width: 1
-    # A negative prompt spelt differently from the image's has every half of guidance computed.
+    # Negative prompts that differ from the image's, if only by a space, prevent texts from sharing
+    # the unconditional half of guidance.
     regions = filling(args.boxes[0], negative_prompt=" " if apart else "")
     lay = layout.load({"prompt": "x", "width": size, "height": size, "regions": regions})
     predict = collage.predictor(sd, lay)

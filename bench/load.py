@@ -2,16 +2,16 @@
 
     python -m bench.load [--model sd15] [--dtype float32 float16] [--runs 3] [--csv]
 
-The weights are random, and the same in both layouts: a diffusers folder and a single file. Both
-are made once, in a temporary folder (about 4 GB for SD1.5). Every load is a process of its own,
-and the providers take turns; all of them end in the same dtype, and imports finish before the
-clock starts. minsd identifies a single file by its hash, which it keeps in the user's cache
-folder; the provider "minsd, new file" has to compute the hash.
+The weights are random, and the same in both forms: a diffusers folder and a single file. Both are
+made once, in a temporary folder (about 4 GB for SD1.5). Every load is a process of its own, and the
+providers (implementations to compare) take turns. All of them end in the same dtype, and imports
+finish before the clock starts. minsd identifies a single file by its hash, which it keeps in the
+user's cache folder; the provider "minsd, new file" has to compute the hash.
 
-`seconds_touched` also reads every weight once, which brings in what was only memory-mapped.
-`peak_anon_mb` is RssAnon, sampled every 2 ms: memory that no file backs, so mapped weights do not
-count in it and copies do. `bound_mb` is the limit set for loading: 1.2 x the weights in the target
-dtype plus the largest tensor, on top of what the process held before.
+`seconds_touched` includes reading every weight once, which brings in what was only memory-mapped.
+`peak_anon_mb` is RssAnon, sampled every 2 ms: memory that no file backs, so it includes copies of
+weights and not mapped weights. `bound_mb` is the limit set for loading: 1.2 x the weights in the
+target dtype plus the largest tensor, in addition to what the process held before.
 """
 
 # diffusers exports its classes lazily, which type checkers take for private.
@@ -49,8 +49,8 @@ NEW_FILE = "minsd, new file"
 
 
 def text_encoders(row: ModelConfig) -> dict[str, Any]:
-    """Returns transformers' text encoders in the sizes of a model, by the name of their folder.
-    SDXL has two."""
+    """Returns a dict folder name -> text encoder: transformers' text encoders with the sizes of the
+    model `row`. SDXL has two."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     made: dict[str, Any] = {}
@@ -75,8 +75,8 @@ def text_encoders(row: ModelConfig) -> dict[str, Any]:
 
 
 def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
-    """Returns the contents of diffusers' config files of the UNet, the VAE and the scheduler, by
-    path in the model's folder."""
+    """Returns a dict path in the model's folder -> contents, for the config files that diffusers
+    needs for the UNet, the VAE and the scheduler of the model `row`."""
     unet = row.unet
     vae = row.vae
     schedule = row.schedule
@@ -109,10 +109,10 @@ def config_files(row: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def make_folder(folder: Path, model: str) -> None:
-    """Writes a folder of random fp16 weights in the sizes of `model`.
+    """Writes a folder of random fp16 weights with the sizes of `model`, in the form of diffusers.
 
-    Since minsd's parameters have the same names as those of diffusers, diffusers can read the
-    folder too, and is not needed to write it.
+    diffusers is not needed for this, because minsd's parameters have the same names as those of
+    diffusers.
     """
     import torch
     from safetensors.torch import save_file
@@ -122,7 +122,7 @@ def make_folder(folder: Path, model: str) -> None:
     from minsd.weights.load import SHAPES_FOLDER
 
     row = MODELS[model]
-    # Every tensor repeats the same million numbers: their values cost loading nothing.
+    # Every tensor repeats the same million numbers, because the time to load does not depend on them.
     numbers = (0.02 * torch.randn(2**20)).half()
     with torch.device("meta"):
         texts = text_encoders(row)
@@ -149,8 +149,8 @@ def make_folder(folder: Path, model: str) -> None:
 
 
 def make_file(path: Path, folder: Path) -> None:
-    """Writes the weights in `folder` to a single file in the original layout, with the tensor names
-    from tests/."""
+    """Writes the weights in `folder` to a single file at `path`, with the tensor names of the
+    original checkpoints. The names come from a test in tests/."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     from safetensors.torch import load_file, save_file
     from test_single_file import as_original, as_original_xl  # pyright: ignore[reportMissingImports]
@@ -181,8 +181,8 @@ def anonymous_mb() -> float:
 
 @contextmanager
 def watched() -> Iterator[Callable[[], float]]:
-    """Measures the peak of anonymous memory in MB within the `with` block. Yields a function that
-    returns this peak once the block has ended."""
+    """Measures the peak of anonymous memory (memory that no file backs) in MB within the `with`
+    block. Yields a function that returns this peak once the block has ended."""
     peak = 0.0
     done = threading.Event()
 
@@ -201,10 +201,10 @@ def watched() -> Iterator[Callable[[], float]]:
 
 
 def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> Callable[[], list[Any]]:
-    """Returns a function that loads the model with diffusers and returns its networks.
-
-    Imports are done before that function is called.
-    """
+    """Imports diffusers, and returns a function without arguments. The returned function loads the
+    model in `dtype`, from `folder`, or from the file `single` if that is not None, and returns the
+    list of the model's networks. Since the imports are already done, its time is that of loading
+    alone."""
     import diffusers
 
     is_xl = (folder / "text_encoder_2").is_dir()
@@ -227,16 +227,20 @@ def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> C
 def with_minsd(
     folder: Path, single: Path | None, dtype: "torch.dtype", known: bool
 ) -> Callable[[], list[Any]]:
-    """Returns a function that loads the model with minsd and returns its networks.
+    """Imports minsd, and returns a function without arguments. The returned function loads the
+    model in `dtype`, from `folder`, or from the file `single` if that is not None, and returns the
+    list of the model's networks.
 
-    If `known` is True, the hash of a single file may be stored and read again.
+    minsd computes the hash of a single file when it loads the file, unless its cache folder holds
+    the hash already. If `known` is False, there is no cache folder, so every load computes the
+    hash.
     """
     import torch
 
     from minsd.text import TwoTextEncoders
     from minsd.weights.load import load_model
 
-    # Where the cache folder's path names a file, nothing can be kept in it.
+    # If the path of the cache folder is that of a file, no hash can be kept there.
     os.environ["XDG_CACHE_HOME"] = str(folder / ("cache" if known else "model_index.json"))
     tokenizer = folder / "tokenizer" if single else None
 
@@ -251,7 +255,8 @@ def with_minsd(
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Loads once in this process and prints the result as JSON."""
+    """Loads the model once in this process, with the provider (implementation) of --worker, and
+    prints the times and memory as JSON."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: F401
 
@@ -291,7 +296,9 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path, layout: str, dtype: str) -> list[Row]:
-    """Returns the rows of the table, one per provider."""
+    """Measures all providers (implementations to compare) for one layout of the weights, "folder"
+    or "file", and one dtype. Returns one row per provider. Raises SystemExit if the providers hold
+    different weights."""
     names = without_missing(["minsd", "diffusers"] + [NEW_FILE] * (layout == "file"))
     results: dict[str, list[Row]] = {name: [] for name in names}
     shared = ("--dtype", dtype, "--layout", layout, "--folder", str(folder))

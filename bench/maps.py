@@ -5,20 +5,20 @@
 
 The variants run on the same random weights, each in a process of its own, so that each has a peak
 of memory (weights included) of its own. Each variant differs from the one before by one change, and
-in float32 all must agree in the loss and in the gradient at the latents. In 16 bits rounding
-decides between nearly equal peaks, so the difference is only reported:
+in float32 all must agree in the loss and in the gradient with respect to the latents. In 16 bits
+rounding decides between nearly equal peaks, so the difference is only reported:
 
     research        as the published programs do it: every layer keeps its probabilities; the whole
                     network runs and is differentiated, weights included
     frozen          no gradients of weights
-    early_stop      the UNet also ends after the last layer that records
-    minsd           also, only recording layers compute probabilities, in bounded memory (on a GPU: the
-                    Triton kernels), and linear layers on a CPU are oneDNN's
-    graphs          also, evaluation and gradient are replayed from CUDA graphs (GPU only)
+    early_stop      in addition, the UNet ends after the last layer that records
+    minsd           in addition, only recording layers compute probabilities, in bounded memory (on
+                    a GPU: the Triton kernels), and linear layers on a CPU are oneDNN's
+    graphs          in addition, evaluation and gradient are replayed from CUDA graphs (GPU only)
 
 On a CPU one thread is used. Times are medians. On a busy machine trust `cpu_seconds`, which leaves
-out waiting for a core. The first steps of a process, of which the second captures the graphs, are
-left out unless there are no others.
+out waiting for a core. The first step of a process is left out, or the first two for `graphs`,
+where the second captures the graphs, unless there are no others.
 """
 
 import argparse
@@ -41,18 +41,18 @@ PRODUCT = ("minsd", "graphs")
 
 
 def materialised(q: "Tensor", k: "Tensor", v: "Tensor", **_: Any) -> "tuple[Tensor, Tensor]":
-    """Computes attention with all probabilities in memory."""
+    """Computes attention with all probabilities in memory. Returns (output, maps): the output
+    (B,N,H,d), and the probabilities averaged over heads (B,N,M)."""
     from minsd.kernels import reference
 
     return reference.whole(q, k, v, q.shape[-1] ** -0.5)
 
 
 def step(unet: "UNet", x: "Tensor", context: "Tensor", only: bool) -> float:
-    """Evaluates the UNet on latents x, computes a scalar like InitNO's loss from the attention
-    maps, and differentiates the scalar. Returns its value.
-
-    The scalar is small if two words are attended to at different places.
-    """
+    """Evaluates the UNet on latents `x`, computes a loss like InitNO's from the attention maps of
+    two words, and differentiates the loss. Returns the loss as a number. The loss is small if the
+    two words are attended to at different places. If `only` is True, the UNet stops after the last
+    layer whose maps are recorded."""
     import torch
 
     from minsd.attention import AttentionRecorder
@@ -71,7 +71,7 @@ def step(unet: "UNet", x: "Tensor", context: "Tensor", only: bool) -> float:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Times one variant in this process and prints the result as JSON."""
+    """Times the variant of --worker in this process and prints the result as JSON."""
     import torch
 
     from minsd import attention
@@ -110,8 +110,8 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, results: dict[str, Row]) -> list[Row]:
-    """Returns one row per variant. Raises SystemExit if, in float32, a variant does not compute the
-    same as the variant `research`."""
+    """Returns one row per variant, from the measured values in `results`. Raises SystemExit if, in
+    float32, the loss or gradient of a variant differs from that of the variant `research`."""
     import torch
 
     research = results["research"]

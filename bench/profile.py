@@ -2,13 +2,13 @@
 
     python -m bench.profile [--model sd15] [--size 512] [--batch 2] [--trace FILE.json] [--csv]
 
-One evaluation on random weights under torch.profiler, after three to warm up. `self_ms` is the
-time of a kind of operation itself, without the operations it calls (on a GPU, of the kernels);
-`gap` is the time between kernels in which a GPU was idle. The second table times layers whole:
-residual blocks, transformers, changes of resolution. A single evaluation is timed: on a busy
-machine the layers' times say little. A transformer's time holds its linear layers and norms;
-"attention" in the first table is the attention products alone. `--trace` writes a file for
-chrome://tracing or ui.perfetto.dev.
+One evaluation on random weights under torch.profiler, after three to warm up. `self_ms` is the time
+of a kind of operation itself, without the operations that it calls (on a GPU, the time of the
+kernels); `gap` is the time between kernels in which a GPU was idle. The second table gives the time
+of whole layers: residual blocks, transformers, changes of resolution. A single evaluation is timed,
+so on a busy machine the layers' times say little. A transformer's time includes its linear layers
+and norms; "attention" in the first table is the attention products alone. `--trace` writes a file
+for chrome://tracing or ui.perfetto.dev.
 """
 
 import argparse
@@ -38,7 +38,8 @@ KINDS = {
     "copies": ("copy", "cat", "to_", "clone", "memcpy", "contiguous"),
 }
 Times = tuple[dict[str, float], Counter[str]]  # microseconds and number of events by kind
-ATTENTION = "attention in blocks"  # an event around it: its products would count as linear layers
+# An event around oneDNN's attention. Without it, the attention's products would count as linear.
+ATTENTION = "attention in blocks"
 
 
 def kind_of(name: str) -> str:
@@ -49,15 +50,15 @@ def kind_of(name: str) -> str:
 
 
 def within(event: Any, name: str) -> bool:
-    """Returns whether an event of the profiler has this name or runs inside an event with this
-    name."""
+    """Returns whether an event of the profiler is called `name`, or runs inside an event that is
+    called `name`."""
     while event is not None and event.name != name:
         event = event.cpu_parent
     return event is not None
 
 
 def marked(f: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Returns f, wrapped so that the profile shows it as an event of this name."""
+    """Returns a function that calls f, and that the profile shows as an event called `name`."""
 
     def run(*args: Any, **more: Any) -> Any:
         with record_function(name):
@@ -67,8 +68,8 @@ def marked(f: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
-    """Profiles one UNet evaluation. Returns (profile, layers): the layers, by name, are those that
-    appear in the profile as events of that name."""
+    """Profiles one UNet evaluation. Returns (profile, layers), where layers is a dict name ->
+    layer. The profile contains an event of the same name for each of these layers."""
     gpu = on_gpu(args.device)
     dtype = getattr(torch, args.dtype)
     unet = build(args.model, dtype, args.device)
@@ -96,8 +97,9 @@ def trace_of(args: argparse.Namespace) -> tuple[profile, dict[str, nn.Module]]:
 
 
 def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
-    """Returns (times, counts) of the GPU kernels by kind of operation: microseconds and the number
-    of kernels. The kind "gap" in `times` is the time between kernels."""
+    """Returns (times, counts) of the GPU kernels in the profile, two dicts by kind of operation:
+    microseconds, and the number of kernels. The kind "gap" in `times` is the idle time between
+    kernels. Events that are named in `layers` are left out."""
     cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
     events = [e for e in trace.events() or () if e.device_type == cuda]
     kernels = [e for e in events if e.name not in layers]  # the layers' marks appear there, too
@@ -115,7 +117,9 @@ def times_on_gpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
 
 
 def times_on_cpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
-    """Returns (times, counts) by kind of operation: microseconds and the number of operations."""
+    """Returns (times, counts) of the operations in the profile, two dicts by kind of operation:
+    microseconds, and the number of operations. Events that are named in `layers` count as "other".
+    """
     times: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for event in trace.events() or ():
@@ -130,7 +134,8 @@ def times_on_cpu(trace: profile, layers: dict[str, nn.Module]) -> Times:
 def tables(
     args: argparse.Namespace, trace: profile, layers: dict[str, nn.Module]
 ) -> tuple[list[Row], list[Row]]:
-    """Returns two tables: times by kind of operation, and times of each layer."""
+    """Returns two tables from the profile: the times by kind of operation, and the times of
+    `layers` (name -> layer)."""
     gpu = on_gpu(args.device)
     times, counts = (times_on_gpu if gpu else times_on_cpu)(trace, layers)
     total = sum(times.values())

@@ -35,7 +35,7 @@ BATCH = 10  # images per job of the pool
 
 
 class Judged(NamedTuple):
-    """One image and its verdict."""
+    """An image, its subjects and seed, and the detector's verdict on it."""
 
     subjects: Subjects
     seed: int
@@ -46,8 +46,9 @@ class Judged(NamedTuple):
 def draw(
     sd: StableDiffusion, group: str, n: int, part: slice, **settings: Any
 ) -> list[tuple[str, Subjects, int, Image.Image]]:
-    """Draws the cases that the slice `part` selects among the n cases of a group. Returns (group,
-    subjects, seed, image) for each."""
+    """Draws those of a group's n cases (lists of coloured shapes) that the slice `part` selects.
+    Returns (group, subjects, seed, image) for each. `settings` are arguments of `sd(...)`, such as
+    `steps`."""
     mine = list(enumerate(cases(group, n)))[part]
     images = sd([sentence(s) for _, s in mine], seeds=[k for k, _ in mine], **settings)
     return [(group, subjects, k, image) for (k, subjects), image in zip(mine, images)]
@@ -60,7 +61,7 @@ def _job(job: tuple[str, str, int, int, dict[str, Any]]) -> list[Judged]:
 
 
 def sheet(results: Sequence[Judged], path: Path, columns: int = 8, count: int = 64) -> None:
-    """Saves a sheet of the first `count` images of a table row, with the subjects and the verdict
+    """Saves a sheet of the first `count` images of `results`, with the subjects and the verdict
     below each image."""
     results = results[:count]
     lines = max(len(result.subjects) for result in results) + 1
@@ -81,8 +82,9 @@ def sheet(results: Sequence[Judged], path: Path, columns: int = 8, count: int = 
 
 
 def summary(verdicts: Sequence[detector.Verdict]) -> Row:
-    """Returns, as columns of a row, the rates of success, the number of images by kind of failure,
-    and the fraction of the failed subjects that were neglected."""
+    """Summarises the detector's verdicts on several images. Returns, as columns of a row, the rates
+    of success, the number of images by kind of failure, and the fraction of the failed subjects
+    that were neglected."""
     n = len(verdicts)
     kinds = collections.Counter(verdict.kind for verdict in verdicts)
     failed = [kind for verdict in verdicts for kind in verdict.failures[: verdict.subjects_failed]]
@@ -100,8 +102,8 @@ def summary(verdicts: Sequence[detector.Verdict]) -> Row:
 
 
 def with_one_word_changed(subjects: Subjects, rng: np.random.Generator) -> Subjects:
-    """Returns the subjects with the colour or the shape of one of them changed, so that they never
-    describe the image of `subjects`."""
+    """Returns a copy of the subjects, (colour, shape) pairs, in which the colour or the shape of
+    one of them is changed, so that they no longer describe the same image."""
     changed = list(subjects)
     i = int(rng.integers(len(subjects)))
     colour, shape = subjects[i]
@@ -115,8 +117,9 @@ def with_one_word_changed(subjects: Subjects, rng: np.random.Generator) -> Subje
 
 
 def codec(sd: StableDiffusion, n: int) -> list[Row]:
-    """Returns a table of the detector's verdicts on rendered images, and on the same images after
-    encoding and decoding by the VAE, with true and with wrong captions."""
+    """Tests the detector on n rendered images of known content, and on the same images after
+    encoding and decoding by the VAE, with true and with wrong captions. Returns the rows of a
+    table."""
     examples = [data.example(90_000, i) for i in range(n)]
     renders = [Image.fromarray(example.render()[0]) for example in examples]
     coded = [image for i in range(0, n, 20) for image in sd.decode(sd.encode(renders[i : i + 20]))]
@@ -152,7 +155,7 @@ def codec(sd: StableDiffusion, n: int) -> list[Row]:
 
 
 def in_words(row: Row) -> str:
-    """Returns a table row as a line of progress."""
+    """Returns a row of the table as one line of text, to show progress."""
     found = [(kind, row[kind.replace(" ", "_")]) for kind in detector.KINDS]
     failures = ", ".join(f"{kind} {count}" for kind, count in found if count)
     return (
@@ -164,7 +167,8 @@ def in_words(row: Row) -> str:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Draws and judges every group with every combination of settings."""
+    """Draws and judges every group of prompts with every combination of settings. Prints each row
+    as soon as it is measured."""
     combinations = itertools.product(args.samplers, args.steps, args.guidance, args.groups)
     with pool(args.workers, args.model) as processes:
         for sampler, steps, scale, group in combinations:

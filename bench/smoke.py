@@ -34,7 +34,7 @@ CLOSE = 1.0
 
 
 class Smoke:
-    """The checks, and the images that they have drawn."""
+    """The checks of this bench, and the images drawn for them so far."""
 
     def __init__(self) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,8 @@ class Smoke:
         self.check(error < CLOSE, told)
 
     def draw(self, sd: StableDiffusion, caption: str) -> tuple[np.ndarray, float]:
-        """Draws two images. Returns (images, seconds), with images (2,H,W,3) of levels 0..255."""
+        """Draws two images with the model `sd`, and keeps the first for the contact sheet, with
+        `caption`. Returns (images, seconds), where images is (2,H,W,3) with values 0..255."""
         begin = time.perf_counter()
         images = sd(PROMPT, seeds=[0, 1], steps=STEPS)
         seconds = time.perf_counter() - begin
@@ -124,7 +125,8 @@ class Smoke:
         self.near(drawn["collage"], drawn["exact collage"], "a collage")
 
     def run(self, out: Path) -> int:
-        """Runs all parts, saves the sheet in the folder `out`, and returns the exit code."""
+        """Runs all checks, saves the contact sheet in the folder `out`, and returns the exit code:
+        1 if a check failed, otherwise 0."""
         for part in (self.versions, self.precision, self.graphs, self.optimised, self.collage):
             try:
                 part()

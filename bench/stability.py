@@ -4,17 +4,19 @@
     python -m bench.stability --scores 5:7.5/1 10:1/1 --minutes 30   # what fits into half an hour
     python -m bench.stability --cost --csv [--model sd15 --size 128] # one gradient: seconds, memory
 
-For each prompt many noises are drawn, judged, and scored under several settings, T:DOWN/UP[:N]: T
-steps, guidance down and up, and for costly settings how many noises per prompt are scored.
-InitNO's attention score at the first timestep is taken of the same noises, for comparison. Right
-is `no_neglect`: nothing missing, merged, or in a wrong colour; `strict` is in the CSV as well.
+The stability score of a noise compares the noise with the noise that is found by sampling and then
+inverting. For each prompt, images of many noises are drawn and judged, and the noises are scored
+under several settings, T:DOWN/UP[:N]: T steps, the guidance scales of sampling and of inversion,
+and for costly settings the number of noises per prompt that are scored. InitNO's attention score at
+the first timestep is computed for the same noises, for comparison. An image is right if it has
+`no_neglect`: nothing is missing, merged, or in a wrong colour; `strict` is in the CSV as well.
 
 The rank correlation of score and verdict is taken within prompts (ranks among the prompt's noises,
 verdicts less the prompt's rate), so that easy prompts do not produce it. The rate of the best of K
-is the expectation over all subsets of K of a prompt's N noises, P(the best has rank r) = C(N - r,
-K - 1) / C(N, K), not the luck of one draw. Intervals are 95 % bootstraps over prompts; gains are
-over one random noise. Optimised noises are compared with the noises they began from. UNet rows are
-those spent on the choice, without the image's own.
+is the expectation over all subsets of K of a prompt's N noises, P(the best has rank r) = C(N - r, K
+- 1) / C(N, K), not the luck of one choice. Intervals are 95 % bootstraps over prompts; gains are
+over one random noise. Optimised noises are compared with the noises from which they began. UNet
+rows are those spent on the choice, without those of drawing the image.
 
 `--minutes` cuts off the later noises of every prompt, never prompts. With `--kept` a stopped run
 loses nothing.
@@ -79,12 +81,15 @@ BEST_OF = (10, 30, 100)
 VERDICTS = ("no_neglect", "strict")
 ACTIVATIONS = ("checkpointed", "whole")
 
-Trip = dict[str, Any]  # arguments of stability.score and optimize: steps, guidance_scale, ...
+# A trip is sampling followed by inversion. Here it is a dict of the arguments of stability.score and
+# optimize: steps, guidance_scale, ...
+Trip = dict[str, Any]
 
 
 def setting(text: str) -> tuple[Trip, float]:
-    """Returns, for T:DOWN/UP[:N], the arguments of `score`, and the number of noises per prompt to
-    score."""
+    """Parses a setting of the stability score, T:DOWN/UP[:N]. Returns (arguments, number): the
+    arguments of `stability.score` (T steps, the guidance scales of sampling and of inversion), and
+    the number of noises per prompt to score, infinity if N is missing."""
     steps, guidance, *limit = text.split(":")
     down, up = map(float, guidance.split("/"))
     trip = {"steps": int(steps), "guidance_scale": down, "guidance_invert": up}
@@ -96,7 +101,8 @@ def name(trip: Trip) -> str:
 
 
 def seed_of(group: str, prompt: int, k: int) -> int:
-    """Returns the seed of a prompt's k-th noise. No two prompts share a noise."""
+    """Returns the seed of noise number k of prompt number `prompt` in a group. No two prompts share
+    a seed."""
     return 1_000_000 * (1 + GROUPS.index(group)) + 1000 * prompt + k
 
 
@@ -104,8 +110,8 @@ def seed_of(group: str, prompt: int, k: int) -> int:
 
 
 def attention_scores(sd: StableDiffusion, prompt: str, subjects: Subjects, x: Tensor) -> list[float]:
-    """Returns the attention score of each noise in x (K,4,16,16): InitNO's losses, negated, so that
-    higher is better, as for stability."""
+    """Returns the attention score of each noise in x (K,4,16,16): the sum of InitNO's losses at the
+    first timestep, negated, so that higher is better, as for stability."""
     words: list[str | int] = [shape for _, shape in subjects]
     return [-score for score in initno.attention_scores(sd, prompt, words, x, steps=PICTURE["steps"])]
 
@@ -113,15 +119,16 @@ def attention_scores(sd: StableDiffusion, prompt: str, subjects: Subjects, x: Te
 def judge(
     sd: StableDiffusion, prompts: list[str], x: Tensor, subjects: Sequence[Subjects]
 ) -> list[dict[str, float]]:
-    """Draws the images of noises x (B,4,16,16). Returns the verdicts on each image by name, as 0 or
-    1."""
+    """Draws one image from each noise in x (B,4,16,16), and judges it by its prompt's subjects.
+    Returns for each image a dict name of the verdict -> 1 if right, otherwise 0."""
     images = sd.decode(sd.sample(prompts, x, seeds=range(len(x)), **PICTURE))
     verdicts = [detector.judge(image, these) for image, these in zip(images, subjects)]
     return [{name: float(getattr(verdict, name)) for name in VERDICTS} for verdict in verdicts]
 
 
 def run(model: str, job: tuple[Any, ...]) -> tuple[str, list[Row]]:
-    """Does one job of `jobs_of`. Returns (name, rows): the job as JSON, and its results."""
+    """Does one job of `jobs_of` (a part of the work for one process). Returns (name, rows): the job
+    as JSON, and its results."""
     kind, *rest = job
     part = score_part if kind == "score" else optimise_part
     return json.dumps(job), part(loaded(model), *rest)
@@ -130,7 +137,13 @@ def run(model: str, job: tuple[Any, ...]) -> tuple[str, list[Row]]:
 def score_part(
     sd: StableDiffusion, group: str, prompts: int, number: int, which: list[int], trips: list[Trip]
 ) -> list[Row]:
-    """Draws, judges and scores the noises `which` of prompt `number`. Returns one row per noise."""
+    """Draws and judges images of one prompt from several noises, and scores these noises. Returns
+    one row per noise.
+
+    The prompt is number `number` of the `prompts` prompts of the group `group`. `which` lists the
+    numbers of its noises. Each of the `trips` holds the settings of one stability score, and every
+    noise gets one score for each of them, and an attention score.
+    """
     subjects = cases(group, prompts)[number]
     prompt = sentence(subjects)
     x = noise([seed_of(group, number, k) for k in which], (4, 16, 16))
@@ -150,8 +163,14 @@ def score_part(
 def optimise_part(
     sd: StableDiffusion, group: str, prompts: int, numbers: list[int], ways: list[tuple[str, Trip]]
 ) -> list[Row]:
-    """Draws and judges the first noise of the prompts `numbers`, plain and optimised in each of the
-    `ways`. Returns rows with verdicts, scores, norms and UNet rows."""
+    """Draws and judges images from the first noise of several prompts, and from the same noise
+    after optimisation. Returns one row for each prompt and noise, with the verdict, the gain in
+    score, the norm and the number of UNet rows.
+
+    `numbers` selects from the `prompts` prompts of the group `group`. `ways` are (name, settings)
+    pairs, with the arguments of `stability.optimize_batch` as settings. Each of them gives one
+    optimised noise per prompt. Rows of noises that were not optimised have the name "plain".
+    """
     subjects = [cases(group, prompts)[k] for k in numbers]
     texts = [sentence(these) for these in subjects]
     x = noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
@@ -171,8 +190,9 @@ def optimise_part(
 
 
 def jobs_of(args: argparse.Namespace) -> list[tuple[Any, ...]]:
-    """Returns all jobs in an order that keeps prompts balanced wherever the run is cut off: first
-    some noises of every prompt and the optimisation of some, then the next noises of both."""
+    """Returns all jobs (parts of the work for one process). Their order keeps prompts balanced
+    wherever the run is cut off: first some noises of every prompt are scored and the noises of some
+    prompts are optimised, then the next ones of both."""
     own = 100 * (4 * 16 * 16) / stability.PAPER_NUMBERS  # the default of `optimize`
     trip = {"optimize_steps": args.optimize_steps, "steps": 5, "guidance_scale": 7.5}  # the cheapest T
     ways = [
@@ -196,7 +216,7 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[Any, ...]]:
 
 
 def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
-    """Returns the rows of each prompt."""
+    """Groups rows (one per noise) by prompt. Returns a list of rows for each prompt."""
 
     def key(row: Row) -> tuple[str, int]:
         return row["group"], row["prompt"]
@@ -205,8 +225,8 @@ def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def within(rows: Sequence[Row], key: str, verdict: str) -> tuple[float, float]:
-    """Returns (correlation, p): the rank correlation between the score `key` and a verdict among
-    the noises of each prompt, and its p value."""
+    """Returns (correlation, p): the rank correlation between the score called `key` and the verdict
+    called `verdict`, taken among the noises of each prompt, and its p-value."""
     ranks: list[float] = []
     right: list[float] = []
     for these in by_prompt(rows):
@@ -218,8 +238,9 @@ def within(rows: Sequence[Row], key: str, verdict: str) -> tuple[float, float]:
 
 
 def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
-    """Returns the expected verdict of the best of k noises that are chosen at random, without
-    replacement, from all noises. `values` are the scores of the noises, `right` their verdicts."""
+    """Suppose that `k` of all noises are chosen at random, without replacement, and that an image
+    is drawn from the one with the highest score among them. Returns the expected verdict on this
+    image. `values` holds the score of each noise, and `right` the verdict on its image (1 or 0)."""
     n = len(values)
     order = np.argsort(-np.asarray(values), kind="stable")
     chances = [math.comb(n - r, k - 1) / math.comb(n, k) for r in range(1, n + 1)]
@@ -227,7 +248,8 @@ def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
 
 
 def interval(per_prompt: Sequence[float]) -> str:
-    """Returns, as text, the 95 % bootstrap interval of the mean of one value per prompt."""
+    """Returns, as text, the 95 % bootstrap interval of the mean of `per_prompt`, which has one
+    value for each prompt."""
     draws = np.random.default_rng(0).choice(per_prompt, (4000, len(per_prompt))).mean(1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return f"{low:+.3f}..{high:+.3f}"
@@ -238,13 +260,14 @@ def mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def rates_of(prompts: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
-    """Returns the rates of each verdict: name of the verdict -> one rate per prompt."""
+    """Returns a dict name of a verdict -> list with the rate of this verdict for each prompt.
+    `prompts` holds the rows (one per noise) of each prompt."""
     return {v: [float(np.mean([row[v] for row in these])) for these in prompts] for v in VERDICTS}
 
 
 def correlation(rows: Sequence[Row], prompts: int, key: str) -> Row:
-    """Returns, as a row, the mean and the standard deviation of the score `key`, and its
-    correlation with each verdict."""
+    """Returns, as a row, the mean and standard deviation of the score called `key` over `rows` (one
+    per noise), and its correlation with each verdict. `prompts` is the number of prompts."""
     values = np.array([row["scores"][key][0] for row in rows])
     out: Row = {"score": key, "mean": mean(values), "sd": round(float(values.std()), 3)}
     half = 1.96 / max(1, len(rows) - prompts) ** 0.5
@@ -257,8 +280,9 @@ def correlation(rows: Sequence[Row], prompts: int, key: str) -> Row:
 
 
 def choices(prompts: Sequence[Sequence[Row]], key: str) -> Iterator[Row]:
-    """Yields rows with the rates after choosing the best of K noises by the score `key`, one row
-    for each K, and then a row for the worst of the largest K."""
+    """Yields rows of the table for choosing noises by the score called `key`: one row for the best
+    of K noises for each K, and one for the worst of the largest K. `prompts` holds the rows (one
+    per noise) of each prompt."""
     base = rates_of(prompts)  # of the noises that have this score
     cost = prompts[0][0]["scores"][key][1]
     fewest = min(map(len, prompts))
@@ -279,8 +303,8 @@ def choices(prompts: Sequence[Sequence[Row]], key: str) -> Iterator[Row]:
 
 
 def tabulate(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Returns (correlations, rates): a table by group and score, and a table by group and by the
-    way in which noises are chosen."""
+    """Returns (correlations, rates), two tables from `rows` (one per noise). The first has one row
+    per group of prompts and score. The second has one row per group and way of choosing a noise."""
     correlations = []
     rates = []
     for group in (*dict.fromkeys(row["group"] for row in rows), "all"):
@@ -300,8 +324,8 @@ def tabulate(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def tabulate_optimised(rows: Sequence[Row]) -> list[Row]:
-    """Returns one row for each way of optimising, with the rates and the gains over the same noises
-    without optimisation."""
+    """Returns one row for each way of optimising noise, with the rates, and the gains over the same
+    noises without optimisation. `rows` are those of `optimise_part`."""
     plain = {(row["group"], row["prompt"]): row for row in rows if row["way"] == "plain"}
     out = []
     for way in dict.fromkeys(row["way"] for row in rows):
@@ -361,9 +385,11 @@ def plot(correlations: Sequence[Row], rates: Sequence[Row], optimised: Sequence[
 
 
 def cost_worker(args: argparse.Namespace) -> None:
-    """Times gradients of the mode "full" in this process and prints the result as JSON.
+    """Times the gradient of the stability score with respect to the noise, in this process, and
+    prints the result as JSON. The gradient passes through both sampling and inversion (mode "full"
+    of `stability.gradients`).
 
-    The model is the embedded one, or one with random weights in the sizes of another model.
+    The model is the embedded one, or one with random weights and the sizes of another model.
     """
     torch.set_num_threads(1)
     if args.model == "shapes":
@@ -473,8 +499,8 @@ def read_options() -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> dict[str, list[Row]]:
-    """Does all jobs of `jobs_of`, or as many as fit into --minutes. Returns the rows of each kind
-    of job, in order."""
+    """Does all jobs of `jobs_of` (parts of the work), or as many as are finished within --minutes.
+    Returns a dict kind of job -> rows, in the order of the jobs."""
     begin = time.time()
     torch.set_num_threads(1)
     loaded(args.model)

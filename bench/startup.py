@@ -2,10 +2,10 @@
 
     python -m bench.startup [--runs 3] [--csv]
 
-The embedded model's networks cost little: most of the time is Python, its imports and loading.
-Each run is a process of its own, whose clock starts before the process does; the providers take
-turns and read the same files. `cpu_seconds` leaves out waiting for a core. `help` is `python -m
-minsd.generate --help`, which must not import PyTorch.
+The embedded model's networks cost little: most of the time is Python, its imports and loading. Each
+run is a process of its own, whose clock starts before the process does. The providers (minsd and
+diffusers) take turns and read the same files. `cpu_seconds` leaves out waiting for a core. `help`
+is `python -m minsd.generate --help`, which must not import PyTorch.
 """
 
 import json
@@ -62,7 +62,7 @@ Marks = dict[str, tuple[float, float]]  # name -> seconds, processor seconds
 
 
 def run(command: list[str]) -> str:
-    """Runs a command to its end and returns what it printed. Raises SystemExit if it fails."""
+    """Runs a command until it ends, and returns what it printed. Raises SystemExit if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{command[:3]} failed: {done.stderr[-2000:]}")

@@ -1,7 +1,7 @@
-"""Which choices of kernels are faster on this GPU, for guided steps and gradients of attention maps?
+"""Which kernels are faster on this GPU, for guided steps and for gradients of attention maps?
 
     python -m bench.switches [--model sd15] [--size 512] [--batches 1 8] [--runs 10] [--csv]
-    python -m bench.switches --model shapes --size 128 --runs 1 --variants default cudnn_first   # a try
+    python -m bench.switches --model shapes --size 128 --variants default cudnn_first # a try
 
 Each variant changes one switch of kernels/switches.py, or the backend of attention, on random
 weights. `step_ms` is a guided step (two UNet rows per image). `look_ms` is an evaluation that ends
@@ -51,9 +51,10 @@ VARIANTS: dict[str, tuple[str, dict[str, int | bool | None]]] = {
 
 
 def tasks(sd: StableDiffusion, size: int, batch: int) -> dict[str, Callable[[], Tensor]]:
-    """Returns the two functions to time, by name: a guided step, which returns the predicted noise,
-    and a look (an evaluation that ends after its attention maps, with a loss of the maps), which
-    returns the gradient of the loss."""
+    """Returns a dict with the two functions to time. "step" does one guided sampling step, and
+    returns the predicted noise. "look" evaluates the UNet only as far as the attention maps need
+    it, computes a loss from the maps, and returns the gradient of the loss with respect to the
+    latents."""
     x = noise(range(batch), (4, size // 8, size // 8)).to(sd.device)
     context = sd.encode_prompt(PROMPT).expand(batch, -1, -1)
     predict = sd.predictor(context, torch.zeros_like(context), 7.5)
@@ -78,8 +79,8 @@ def relative(y: Tensor, truth: Tensor) -> float:
 
 
 def measure(sd: StableDiffusion, args: argparse.Namespace, batch: int) -> None:
-    """Times each variant. Prints and saves each row as soon as it is measured, so that a run
-    that is interrupted keeps the finished rows."""
+    """Times each variant for one batch size. Prints and saves each row as soon as it is measured,
+    so that a run that is interrupted keeps the finished rows."""
     base: Row = {}
     truth: dict[str, Tensor] = {}
     for name in args.variants:

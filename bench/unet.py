@@ -11,9 +11,9 @@ affects both. Each does the work of a step after the first one of a run: minsd h
 and values already, and diffusers computes them. On a GPU minsd replays a CUDA graph.
 
 Times are medians. `cpu_seconds` is the processor time of all threads, without waiting for a core:
-trust it on a busy machine. `time_ratio` compares seconds, `cpu_ratio` processor seconds. With
-several sizes, `slope` is the exponent of the cost in the number of pixels, from the size before to
-this one.
+trust it on a busy machine. `time_ratio` compares seconds, and `cpu_ratio` processor seconds. With
+several sizes, `slope` is the exponent of the cost in the number of pixels, from the previous size
+to this one.
 """
 
 # diffusers exports its classes lazily, which type checkers take for private.
@@ -44,7 +44,7 @@ PROVIDERS = ("minsd", "diffusers")
 
 
 def unet_settings(config: UNetConfig) -> dict[str, Any]:
-    """Returns the settings of a UNet under the names of diffusers' config.json."""
+    """Returns the settings of a UNet under the names that they have in diffusers' config.json."""
     kinds = ["CrossAttn" if cross else "" for cross in config.cross_attention]
     xl = {}
     if config.pooled_dim:
@@ -71,15 +71,15 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
 
 
 def diffusers_unet(config: UNetConfig) -> "UNet2DConditionModel":
-    """Returns diffusers' UNet in the sizes of `config`."""
+    """Returns diffusers' UNet with the sizes of `config`, without trained weights."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**unet_settings(config))
 
 
 def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = True) -> "UNet":
-    """Returns minsd's UNet with random frozen weights. If `as_loaded` is True, it has the memory
-    layout that `minsd.load` gives to a UNet."""
+    """Returns minsd's UNet with the sizes of `model` and random frozen weights. If `as_loaded` is
+    True, it has the memory layout that `minsd.load` gives to a UNet."""
     import torch
 
     from minsd.attention import Attention
@@ -99,11 +99,10 @@ def build(model: str, dtype: "torch.dtype", device: "Device", as_loaded: bool = 
 def random_model(
     model: str, dtype: "torch.dtype", device: "Device", text: Any, as_loaded: bool = True
 ) -> "StableDiffusion":
-    """Returns a model with the UNet of `build`, with `text` in the place of the text encoder, and
-    without a VAE.
+    """Returns a model with the sizes of `model`: a UNet with random frozen weights, the object
+    `text` in place of the text encoder, and no VAE.
 
-    If `as_loaded` is True, the model on a GPU is set up as `minsd.load` does it, CUDA graphs
-    included.
+    If `as_loaded` is True, a model on a GPU is set up as by `minsd.load`, with CUDA graphs.
     """
     from minsd.pipeline import StableDiffusion
 
@@ -115,7 +114,8 @@ def random_model(
 
 
 def build_diffusers(model: str, dtype: "torch.dtype", device: "Device") -> "UNet2DConditionModel":
-    """Returns diffusers' UNet with the same weights as that of `build`."""
+    """Returns diffusers' UNet with the sizes of `model` and the same random weights as the UNet
+    that `build` returns."""
     import torch
 
     with torch.device("meta"):
@@ -141,14 +141,14 @@ def fill(network: "nn.Module", dtype: "torch.dtype", device: "Device") -> None:
 
 
 def context_rows(config: UNetConfig) -> int:
-    """Returns the number of rows of a context: 77 text states, and for SDXL one more row, which
-    holds the pooled text state and the image sizes."""
+    """Returns the number of rows of a UNet's context: 77 text states, and for SDXL one more row,
+    which holds the pooled text state and the image's size numbers."""
     return 78 if config.pooled_dim else 77
 
 
 def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module") -> tuple[Any, ...]:
-    """Returns the arguments of one evaluation of `unet`, with the same numbers for minsd and
-    diffusers."""
+    """Returns the positional arguments for one evaluation of `unet`, minsd's or diffusers', at this
+    size in pixels and this batch size. The numbers are the same for both."""
     import torch
 
     from minsd.unet import UNet
@@ -172,7 +172,8 @@ def evaluation(args: argparse.Namespace, size: int, batch: int, unet: "nn.Module
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Builds a network and, for every line "size batch" on standard input, evaluates it once.
+    """Builds the network of the provider --worker (minsd or diffusers) and, for every line "size
+    batch" on standard input, evaluates it once.
 
     Prints the time, peak memory and mean |eps| of each evaluation as JSON.
     """
@@ -202,7 +203,8 @@ def worker(args: argparse.Namespace) -> None:
 
 
 class Provider:
-    """A process that evaluates its network on request."""
+    """A process that holds the network of one provider (minsd or diffusers) and evaluates it on
+    request."""
 
     def __init__(self, name: str) -> None:
         command = [sys.executable, "-m", "bench.unet", *sys.argv[1:], "--worker", name]
@@ -224,8 +226,9 @@ class Provider:
 
 
 def measure(args: argparse.Namespace, providers: list[Provider], size: int, batch: int) -> list[Row]:
-    """Returns one row per provider, without the column `slope`. Raises SystemExit if the providers
-    do not compute the same."""
+    """Measures all providers (minsd, diffusers) at one size and batch size. Returns one row per
+    provider, without the column `slope`. Raises SystemExit if the providers do not compute the
+    same."""
     results: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in providers}
     for run in range(-args.warmup, args.runs):
         for provider in providers:
@@ -263,8 +266,10 @@ def measure(args: argparse.Namespace, providers: list[Provider], size: int, batc
 
 
 def slopes(rows: list[Row], device: str) -> list[Row]:
-    """Returns the rows with `slope` as their last column. The column is empty for the first size of
-    each batch size."""
+    """Returns the rows with `slope` as their last column: the exponent of the cost in the number of
+    pixels, from the previous size to this one. The column is empty for the first size of each batch
+    size. `device` determines which time is the cost: seconds on a GPU, processor seconds on a CPU.
+    """
     cost = "seconds" if on_gpu(device) else "cpu_seconds"
     last: dict[tuple[str, int], Row] = {}
     out = []

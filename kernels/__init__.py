@@ -60,7 +60,8 @@ TRITON_HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Imports `minsd.kernels.flash` or `.groupnorm` on first use, because they import Triton."""
+    """Imports `minsd.kernels.flash` or `minsd.kernels.groupnorm` on first use rather than with this
+    package, because both import Triton. Raises AttributeError for any other name."""
     if name in ("flash", "groupnorm"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -78,22 +79,24 @@ def attention(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Computes softmax(q k^T scale + bias) v per head and, on request, the softmax averaged over
-    heads.
+    heads (the map).
 
     q is (B,N,H,d), k and v are (B,M,H,d), with any strides. `scale` defaults to d**-0.5. `bias` is
     added to the scores. It holds floats that broadcast to (B,H,N,M), -inf where a key is hidden,
-    and takes no gradient. A query whose keys are all hidden gets 0 in output and map.
+    and takes no gradient. A query whose keys are all hidden gets 0 in output and map. `backend` is
+    one of `BACKENDS`; the head of this file explains them.
 
-    Returns (out (B,N,H,d), None), or with probs="mean" (out, map (B,N,M)). The map is float32, or
-    float64 for float64 inputs. Both are differentiable once. In float16, map gradients smaller than
-    about 1e-7 underflow to 0, so the caller should multiply the loss by a large factor.
+    Returns (out, None) with the output (B,N,H,d), or with probs="mean" (out, map) with the map
+    (B,N,M). The map is float32, or float64 for float64 inputs. Both can be differentiated once. In
+    float16, map gradients smaller than about 1e-7 underflow to 0, so the caller should multiply the
+    loss by a large factor.
 
     In region attention, k and v (B,R,M,H,d) hold the keys and values of R texts, and `region` (B,N)
-    holds for each query the index of its text. The query attends only to that text. If the index
-    is outside 0..R-1 it attends to nothing and gets 0. The map stays (B,N,M), over the keys of each
-    query's own text, and `bias` broadcasts to (B,H,N,R*M).
+    holds for each query the index of its text. The query attends only to that text. If the index is
+    outside 0..R-1, the query attends to nothing and gets 0. The map stays (B,N,M), over the keys of
+    each query's own text, and `bias` broadcasts to (B,H,N,R*M).
 
-    Raises ValueError if the inputs do not fit one another, or if `backend` cannot take them.
+    Raises ValueError if the inputs do not fit one another, or if `backend` does not support them.
     """
     if backend not in BACKENDS:
         raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -128,9 +131,15 @@ def attention(
 def _with_lse(
     q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Returns (out, lse) as PyTorch computes them: the output (B,N,H,d), and the base-2 log-sum-exp
-    (B,H,N) of the scores for `kernel`. Returns (None, None) if switches.py does not ask for this,
-    or if PyTorch or `kernel` cannot do it."""
+    """Computes attention by PyTorch's own operator, and keeps the log-sum-exp of the scores, from
+    which the map kernel `kernel` can compute the map faster. Only "triton" can use it. q is
+    (B,N,H,d); k and v are (B,M,H,d).
+
+    Returns (out, lse): the output (B,N,H,d), and the base-2 log-sum-exp (B,H,N) of each row of
+    scores. Returns (None, None) if `kernel` is not "triton", if the switch `shared_lse`
+    (switches.py) is off, under torch.compile, or if PyTorch's operator does not return the
+    log-sum-exp.
+    """
     if not switches.current.shared_lse or kernel != "triton" or torch.compiler.is_compiling():
         return None, None
     found = sdpa.with_lse(q, k, v, scale)
@@ -138,11 +147,12 @@ def _with_lse(
 
 
 def _map_kernel(q: Tensor, k: Tensor, backend: str) -> str:
-    """Returns which of "triton", "materialised" and "reference" computes the map of q (B,N,H,d) and
-    k (B,M,H,d), as in the table at the head of this file.
+    """Chooses what computes the map (the softmax averaged over heads) of q (B,N,H,d) and k
+    (B,M,H,d), by the table at the head of this file. Returns "triton", "materialised" or
+    "reference".
 
-    With `backend` "auto" it is never "triton" for float32, because Triton's matrix products would
-    use TF32 there.
+    If `backend` is "triton" or "reference", that is the choice. Otherwise "triton" is never chosen
+    for float32, because Triton's matrix products would use TF32 there.
     """
     if backend in ("triton", "reference"):
         return backend
@@ -162,11 +172,11 @@ def _map_kernel(q: Tensor, k: Tensor, backend: str) -> str:
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu: bool = False) -> Tensor:
-    """Computes norm(x + add), followed by SiLU if `silu`: x (B,C,h,w) -> (B,C,h,w).
+    """Computes norm(x + add), followed by SiLU if `silu` is True. x and the result are (B,C,h,w).
 
-    `add` (B,C), if given, is one number per image and channel. The kernels can be differentiated
-    once, and in x alone. Where any other gradient is needed, PyTorch computes the norm instead
-    (`norm_is_fused`).
+    `add` (B,C), if given, holds one number per image and channel. On CUDA, Triton kernels compute
+    the result, which can then be differentiated once, and in x alone. PyTorch computes it if any
+    other gradient is needed, and in the other cases that `norm_is_fused` lists.
     """
     if norm_is_fused(x, norm, add):
         from . import groupnorm  # imports Triton
@@ -177,12 +187,14 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu
 
 
 def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
-    """Returns whether `group_norm` uses its kernels: on CUDA, if no tensor but x needs a gradient.
+    """Returns True if `group_norm` uses its Triton kernels for these arguments. They are meant for
+    CUDA tensors of which at most x needs a gradient. They are expected to be faster than PyTorch,
+    but this was not measured on a GPU.
 
-    The kernels are not used under torch.compile, which fuses the three operations itself, nor if
-    `norm` has hooks or a replaced forward, nor for an image of 2**31 numbers or more, nor for the
-    gradient of a small x (switches.py). That the kernels are faster is expected, not measured on a
-    GPU.
+    Even then, PyTorch computes the result in these cases: under torch.compile, which fuses
+    addition, norm and SiLU itself; if `norm` has hooks or a replaced forward; if an image has 2**31
+    numbers or more; if x needs a gradient and is small (`norm_gradient_from` in switches.py); and
+    if the kernels do not support the dtypes, the groups or the device.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -202,9 +214,10 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
 
 
 def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
-    """Returns whether the kernels can compute every gradient that is needed. They cannot under
-    forward-mode differentiation or torch.func.
-    """
+    """Returns True if no gradient is needed, or only that of x, and the kernels of `group_norm` can
+    compute it. `tensors` are all tensors that take part, x included. Returns False under
+    forward-mode differentiation and torch.func, and if x needs a gradient but is too small for the
+    kernels to be faster."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
     if not torch.is_grad_enabled():
@@ -216,6 +229,7 @@ def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
 
 
 def _is_watched(norm: nn.GroupNorm) -> bool:
-    """Returns whether `norm` has a hook or a replaced forward, which the kernels would skip."""
+    """Returns True if `norm` has a hook or a replaced forward, which `group_norm`'s kernels would
+    not call."""
     hooks = norm._forward_pre_hooks, norm._forward_hooks, norm._backward_pre_hooks, norm._backward_hooks
     return any(hooks) or "forward" in norm.__dict__ or bool(nn.modules.module._has_any_global_hook())

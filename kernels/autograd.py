@@ -30,14 +30,18 @@ def apply(
     kernel: str,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention with `kernel`, "reference", "materialised" or "triton", on inputs already
-    checked.
+    """Computes attention, differentiably, with a backend that can return the map (the softmax
+    averaged over heads). `kernel` is "reference", "materialised" or "triton". The inputs must have
+    been checked.
 
-    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
-    concatenated: M = R * length. Returns out (B,N,H,d) and map (B,N,M), both differentiable. `out`
-    is empty if `v` is None; the map is empty without `probs`. `lse` (B,H,N), the base-2 log-sum-exp
-    of each row of scores, may be given if `v` is None and `kernel` is "triton", which then need not
-    compute it. Under torch.compile, `lse` is not used.
+    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
+    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
+    `length` keys per text. Returns (out, map), (B,N,H,d) and (B,N,M). `out` is empty if `v` is
+    None; the map is empty if `probs` is False.
+
+    `lse` (B,H,N) may hold the base-2 log-sum-exp of each row of scores, which "triton" then need
+    not compute. `lse` may be given only if `kernel` is "triton" and `v` is None; under
+    torch.compile it is not used.
     """
     arguments = q, k, v, scale, bias, region, length, probs, kernel
     if torch.compiler.is_compiling():
@@ -58,7 +62,9 @@ def _module(kernel: str) -> ModuleType:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    """Stores in `ctx` the arguments and results of `apply` that `_gradients` needs."""
+    """Stores in the autograd context `ctx` what `_gradients` needs. `inputs` are the arguments of
+    `apply` without `lse`. `output` is (out, map, kept), the results of the backend's `forward`; its
+    `backward` needs the tensor `kept`."""
     q, k, v, scale, bias, region, length, _, kernel = inputs
     out, _, kept = output
     ctx.save_for_backward(q, k, v, bias, region, out, kept)
@@ -69,8 +75,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 def _gradients(
     ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, run: Callable[..., Three]
 ) -> tuple[Tensor | None, ...]:
-    """Returns one gradient per argument of `apply` except `lse`. `run` is the function `backward`
-    of a backend."""
+    """Returns one gradient per argument of `apply` except `lse`, with None for those that need
+    none. `grad_out` and `grad_maps` are the gradients of the output and of the map (None: zero).
+    `run` computes the gradients of q, k and v; it is the function `backward` of a backend, with the
+    backend's name as an additional last argument."""
     q, k, v, bias, region, out, kept = ctx.saved_tensors
     scale, length, kernel = ctx.constants
     if not out.numel():

@@ -1,8 +1,9 @@
-"""Finds out whether the Triton kernels can run on a CUDA device, once per process and device.
+"""Finds out whether the Triton kernels can run on a CUDA device. The result is kept for the rest of
+the process.
 
-Where they cannot run, PyTorch computes the same results, so a machine on which Triton fails still
-makes images, after one warning. The decision depends on the device's reported capability and shared
-memory, never on its name.
+If the kernels cannot run, PyTorch computes the same results, so a machine on which Triton fails
+still makes images, after one warning. The decision depends on the device's reported capability and
+shared memory, never on its name.
 """
 
 import importlib.util
@@ -22,7 +23,8 @@ _failures: dict[int, str | None] = {}
 
 
 def failure(device: torch.device) -> str | None:
-    """Returns why no kernel can run on this CUDA device, in one line, or None if kernels can run.
+    """Returns the reason, in one line, why no Triton kernel can run on this CUDA device, or None if
+    kernels can run.
 
     The first call for a device launches a tiny kernel, and warns if the launch fails. For a device
     that is too old there is no warning, because nothing is wrong with the device.
@@ -41,8 +43,9 @@ def failure(device: torch.device) -> str | None:
 
 
 def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Returns why the attention kernels do not fit into this device's shared memory, or None if
-    they do."""
+    """Returns the reason, in one line, why the attention kernels for this head dim and dtype need
+    more shared memory than the CUDA device has. Returns None if the device has enough, or if its
+    memory is not known."""
     limit, hopper = shared_memory(device)
     if limit is None:  # ROCm, or an old PyTorch: Triton raises where it matters
         return None
@@ -53,9 +56,9 @@ def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def shared_memory(device: torch.device) -> tuple[int | None, bool]:
-    """Returns (limit, hopper): the bytes of shared memory that a block of threads may use, or None
-    if unknown; and whether the kernels need as much on this device as shared.py lists for
-    Hopper."""
+    """Returns (limit, hopper). `limit` is the number of bytes of shared memory that a block of
+    threads may use on this device, or None if it is unknown. `hopper` is True if kernels need more
+    shared memory on this device than on others: as much as shared.py lists for Hopper GPUs."""
     if torch.version.hip is not None:
         return None, False
     have = torch.cuda.get_device_properties(device)
@@ -69,9 +72,9 @@ shared_memory.__dict__["_dynamo_marked_constant"] = True
 
 
 def _too_old(device: torch.device) -> str | None:
-    """Returns why a device is too old for the kernels, or None if it is not. On a T4 (capability
-    7.5) half of the kernels' variants need more shared memory than the device has, and the others
-    spill kilobytes of registers."""
+    """Returns the reason, in one line, why a device is too old for the kernels, or None if it is
+    not. On a T4 (capability 7.5), which is too old, half of the kernels' variants need more shared
+    memory than the device has, and the others spill kilobytes of registers."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     have = torch.cuda.get_device_capability(device)

@@ -2,7 +2,7 @@
 
 FlashAttention (Dao et al. 2022; Dao 2023) keeps the softmax of one block of queries in registers
 while it loops over the keys, and never writes anything of size heads x N x M. It therefore discards
-the probabilities, which say where each image cell attends. The four Triton kernels of this file
+the probabilities, which show where each image cell attends. The four Triton kernels of this file
 also return these probabilities averaged over heads (the map), and still write nothing of size
 heads x N x M.
 
@@ -48,9 +48,8 @@ that is not one is split into two pieces (40 = 32 + 16 with 8 columns of zeros, 
 160 = 128 + 32), because padding 80 to 128 would waste 37 % of every product. With `region`, row n
 attends to key m only if m // length == region[n] (several texts concatenated).
 
-Evidence. Outputs and gradients agree with float64 in Triton's interpreter. The 16-bit variants that
-the tests compile for several architectures spill at most 64 bytes of a thread's registers. The
-speed on a GPU is expected, not measured.
+Evidence. Outputs and gradients agree with float64 in Triton's interpreter. How many registers the
+compiled kernels spill is stated at `BLOCKS`. The speed on a GPU is expected, not measured.
 """
 
 # Triton's compiler gives kernels their types. Pyright takes a call from one kernel to another for a
@@ -73,9 +72,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 PIECES = {8: (16, 0), 16: (16, 0), 32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (64, 16), 160: (128, 32)}
 
 # (queries per block, keys per block, warps, stages). The table is fixed, because the interpreter has
-# no autotuning. Every entry is expected to be good, not measured on a GPU. Compiling for sm_80, 86,
-# 89, 90 and 120 with Triton 3.6.0 and 3.7.1 showed that no 16-bit kernel spills more than 64 bytes
-# of a thread's registers.
+# no autotuning. Every entry is expected to be good, not measured on a GPU. All 350 16-bit variants
+# that `auto` may choose were compiled for sm_80, 86, 89, 90 and 120 with Triton 3.6.0 and 3.7.1. They
+# spill at most 64 bytes of a thread's registers, except the forward with a bias and no region on
+# sm_120 with Triton 3.7.1, which spills up to 224.
 Blocks = tuple[int, int, int, int]
 BLOCKS: dict[str, Blocks] = {
     "forward": (64, 64, 4, 2),
@@ -100,9 +100,10 @@ MAP_128: Blocks = (128, 64, 8, 2)
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
-    """Returns a @ b, summed in float32.
+    """Returns the matrix product a @ b, summed in float32.
 
-    PRECISION "upcast" is for the interpreter, which multiplies bfloat16 wrongly (triton #11584).
+    PRECISION is the input_precision of tl.dot, or "upcast" for Triton's interpreter, which
+    multiplies bfloat16 wrongly (triton #11584): the inputs are then converted to float32 first.
     """
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -112,8 +113,8 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Loads rows of a (count, D) matrix as two pieces, (rows, D0) and (rows, D1). Entries outside
-    the matrix are 0.
+    """Loads the rows with the indices `rows` of a (count, D) matrix. Returns them as two pieces,
+    their first D0 columns and their next D1 columns. Entries outside the matrix are 0.
 
     If D1 is 0 there is no second piece, and the first piece is returned twice.
     """
@@ -129,8 +130,8 @@ def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.co
 
 @triton.jit
 def _store(ptr, rows, count, stride, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Stores two pieces (rows, D0) and (rows, D1) as rows of a (count, D) matrix: the inverse of
-    `_rows`."""
+    """Stores two pieces, (rows, D0) and (rows, D1), in the rows with the indices `rows` of a
+    (count, D) matrix. The inverse of `_rows`."""
     inside = rows[:, None] < count
     c0 = tl.arange(0, D0)[None, :]
     tl.store(ptr + rows[:, None] * stride + c0, x0, mask=inside & (c0 < D))
@@ -141,7 +142,8 @@ def _store(ptr, rows, count, stride, x0, x1, D: tl.constexpr, D0: tl.constexpr, 
 
 @triton.jit
 def _product(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """Returns a b^T (rows of a, rows of b), where a and b come in two pieces each."""
+    """Returns the matrix product a b^T, (rows of a, rows of b). a and b are given in two pieces of
+    columns each, as `_rows` returns them."""
     s = _dot(a0, tl.trans(b0), PRECISION)
     if D1 > 0:
         s += _dot(a1, tl.trans(b1), PRECISION)
@@ -158,8 +160,14 @@ def _scores(
     region, length,  # at this image: pointer to N text numbers; keys per text
     D1: tl.constexpr, BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns the base-2 scores log2(e) (scale q k^T + bias) of a block (rows, cols), -inf at
-    hidden keys."""
+    """Returns the base-2 scores log2(e) (scale q k^T + bias) of a block of (queries, keys). The
+    scores of hidden keys are -inf.
+
+    q and k are given in two pieces of columns each, as `_rows` returns them. `rows` and `cols` are
+    the indices of the block's queries and keys. `bias` and `region` are pointers, which are read
+    only if BIAS and REGION are set. `sb_n` and `sb_m` are the strides of `bias` per query and per
+    key.
+    """
     s = _product(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)  # (rows, cols)
     visible = cols[None, :] < M
     if BIAS:
@@ -188,7 +196,13 @@ def _forward(
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes out and lse of one block of queries of one head. Without OUT, computes only lse."""
+    """Computes the output and lse (the base-2 log-sum-exp of each row of scores) of one block of
+    queries of one head. Without OUT, computes only lse.
+
+    Strides are named after the tensor and the dimension: sq_n is the stride of Q per query. BN and
+    BM are the queries and keys per block. D0 and D1 are the widths of the two pieces of the head
+    dim D.
+    """
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
     V += b * sv_b + h * sv_h
@@ -243,7 +257,8 @@ def _mean_map(
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
     BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes one block of the map. The heads are added in order, in registers."""
+    """Computes one block of the map (the softmax averaged over heads). The heads are added in
+    order, in registers."""
     cols, rows = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     b = tl.program_id(2).to(tl.int64)
     Q += b * sq_b
@@ -264,14 +279,19 @@ def _mean_map(
 
 @triton.jit
 def _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H):
-    """Returns G / H of a block (rows, cols), the part of dP that is the same for every head."""
+    """Loads the block (rows, cols) of G, the gradient of the map, and returns it divided by the
+    number of heads H. The result is the part of the probabilities' gradient that is the same for
+    every head."""
     inside = (rows[:, None] < N) & (cols[None, :] < M)
     return tl.load(G + rows[:, None] * sg_n + cols[None, :] * sg_m, mask=inside, other=0.0) / H
 
 
 @triton.jit
 def _place(HEADS_FASTEST: tl.constexpr):
-    """Returns (block, head, image) of this program of a gradient kernel."""
+    """Returns (block, head, image): the part of the work that belongs to this program of a gradient
+    kernel. HEADS_FASTEST is True if the first axis of the launch grid counts the heads and the
+    second the blocks, False if the first counts the blocks and the second the heads. `_grid`
+    returns the matching grid."""
     if HEADS_FASTEST:
         return tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     else:
@@ -301,8 +321,9 @@ def _grad_q(
     HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes D, then dQ, of one block of queries of one head. OUT means that out has a gradient,
-    MAP that the map has a gradient."""
+    """Computes, for one block of queries of one head, first D (the sum of P dP over the keys, as
+    derived at the head of this file), then dQ, the gradient of Q. OUT means that the output has a
+    gradient, MAP that the map has a gradient."""
     block, h, b = _place(HEADS_FASTEST)
     rows = block * BN + tl.arange(0, BN)
     K += b * sk_b + h * sk_h
@@ -373,8 +394,8 @@ def _grad_kv(
     HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes dK, and with OUT dV, of one block of keys of one head. OUT means that out has a
-    gradient, MAP that the map has a gradient."""
+    """Computes dK, the gradient of K, and with OUT also dV, of one block of keys of one head. OUT
+    means that the output has a gradient, MAP that the map has a gradient."""
     block, h, b = _place(HEADS_FASTEST)
     cols = block * BM + tl.arange(0, BM)
     Q += b * sq_b + h * sq_h
@@ -432,9 +453,9 @@ Strides = tuple[int, ...]
 
 
 def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Blocks:
-    """Returns a kernel's block sizes, warps and stages. `wide` means that the inputs are float32,
-    `masked` that there is a bias or a region. `pairs` is the number of queries times the number of
-    keys."""
+    """Returns (queries per block, keys per block, warps, stages) for the kernel called `name`, a
+    key of `KERNELS`. `wide` means that the inputs are float32, `masked` that there is a bias or a
+    region. `pairs` is the number of queries times the number of keys."""
     if wide and head_dim == 160 and name != "mean_map":
         return WIDE_160
     if name == "forward" and masked and head_dim != 160:
@@ -450,11 +471,9 @@ def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Bl
 def configuration(
     name: str, head_dim: int, *, wide: bool = False, masked: bool = False, pairs: int = 0
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns (constants, options) of a kernel: its constants (block sizes, pieces of the head
-    dim), and its compiler options.
-
-    Arguments are those of `blocks`.
-    """
+    """Returns (constants, options) for launching the kernel called `name`: the values of its
+    tl.constexpr arguments (block sizes, pieces of the head dim), and its compiler options. The
+    arguments are those of `blocks`."""
     d0, d1 = PIECES[head_dim]
     bn, bm, warps, stages = blocks(name, head_dim, wide, masked, pairs)
     constants: dict[str, int] = {"D": head_dim, "D0": d0, "D1": d1, "BN": bn, "BM": bm}
@@ -464,8 +483,8 @@ def configuration(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Returns the PRECISION of `_dot` for inputs of `dtype`. Float32 uses TF32 if PyTorch's own
-    matrix products may use it."""
+    """Returns the argument PRECISION of `_dot` for inputs of `dtype`. Float32 uses TF32 if
+    PyTorch's own matrix products may use TF32."""
     if INTERPRETED:
         return "upcast" if dtype == torch.bfloat16 else "ieee"
     return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
@@ -479,9 +498,11 @@ def _tf32_is_allowed() -> bool:
 
 
 def _launch(name: str, grid: Grid, q: Tensor, m: int, *args: Tensor | int | float, **flags: bool) -> None:
-    """Runs a kernel on `grid` programs. The kernel is compiled for the device, dtype and head dim
-    of `q` (B,N,H,d), and m is the number of keys. Raises ValueError for tensors that are not on a
-    CUDA device."""
+    """Launches the kernel called `name`, a key of `KERNELS`. `grid` is a function: grid(BN, BM)
+    returns the launch grid for blocks of BN queries and BM keys. `q` (B,N,H,d) determines the
+    device, dtype and head dim that the kernel is compiled for; `m` is the number of keys. `args`
+    are the kernel's other arguments, `flags` its flags such as BIAS and REGION. Raises ValueError
+    if the tensors are not on a CUDA device, except in Triton's interpreter."""
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the triton backend needs CUDA tensors, not {q.device.type}; use backend='auto'")
     masked = flags["BIAS"] or flags["REGION"]
@@ -494,13 +515,14 @@ def _launch(name: str, grid: Grid, q: Tensor, m: int, *args: Tensor | int | floa
 
 
 def _blocks(count: int, size: int) -> int:
-    """Returns how many blocks of `size` cover `count`."""
+    """Returns how many blocks of `size` elements are needed to cover `count` elements."""
     return -(-count // size)
 
 
 def _grid(blocks: int, heads: int, images: int) -> tuple[int, int, int]:
-    """Returns the number of programs along each axis of a gradient kernel, in the order that
-    `_place` assumes."""
+    """Returns the launch grid of a gradient kernel: (heads, blocks, images) if the switch
+    `heads_fastest` is on, otherwise (blocks, heads, images). `_place` finds a program's part of the
+    work in it."""
     return (heads, blocks, images) if switches.current.heads_fastest else (blocks, heads, images)
 
 
@@ -517,14 +539,14 @@ def _pointer(x: Tensor | None, otherwise: Tensor) -> Tensor:
 
 
 def _region_pointer(region: Tensor | None, otherwise: Tensor) -> Tensor:
-    """Returns region (B,N) as contiguous int32, which the kernels read, or `otherwise` if `region`
-    is None."""
+    """Returns `region` (B,N) as contiguous int32, the form that the kernels read, or `otherwise` if
+    `region` is None. A kernel needs a pointer even for an argument that it will not read."""
     return otherwise if region is None else region.to(torch.int32).contiguous()
 
 
 def _bias_strides(bias: Tensor | None, q: Tensor, k: Tensor) -> Strides:
-    """Returns the four strides of the bias expanded to (B,H,N,M). They are 0 along dimensions that
-    are broadcast, and all 0 if `bias` is None."""
+    """Returns the four strides of `bias` after expanding it to (B,H,N,M), for q (B,N,H,d) and k
+    (B,M,H,d). They are 0 along dimensions that are broadcast, and all 0 if `bias` is None."""
     if bias is None:
         return (0, 0, 0, 0)
     return bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
@@ -541,14 +563,18 @@ def forward(
     probs: bool,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes attention on inputs already checked.
+    """Computes attention with the Triton kernels. The inputs must have been checked.
 
-    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
-    concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M) float32 and lse (B,H,N)
-    float32, the base-2 log-sum-exp that `backward` needs. `out` is empty if `v` is None; the map is
-    empty without `probs`. If `v` is None and another kernel has computed lse already, it may be
-    given as `lse`, contiguous; the first kernel is then not run, and the returned lse is empty.
-    Raises ValueError for tensors that are not on a CUDA device.
+    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
+    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
+    `length` keys per text.
+
+    Returns (out, map, lse): the output (B,N,H,d), empty if `v` is None; the softmax averaged over
+    heads (B,N,M) float32, empty if `probs` is False; and the base-2 log-sum-exp (B,H,N) float32 of
+    each row of scores, which `backward` needs. If `v` is None and lse is already known, the
+    argument `lse` may hold it, contiguous; the first kernel is then not run, and the returned lse
+    is empty. Raises ValueError if the tensors are not on a CUDA device, except in Triton's
+    interpreter.
     """
     q = _contiguous_rows(q)
     k = _contiguous_rows(k)
@@ -594,11 +620,11 @@ def backward(
     length: int,
     need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of q, k and v, each in the shape of its input.
+    """Computes the gradients of q, k and v. Returns (dq, dk, dv), each in the shape of its input.
 
-    `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of out and map; None means zero.
-    `out` and `lse` are those of `forward`. The gradients of k and v are empty without `need_kv`;
-    the gradient of v is also empty if `v` is None.
+    `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of the output and of the map;
+    None means zero. `out` and `lse` are results of `forward`, and the other arguments are those of
+    `forward`. dk and dv are empty if `need_kv` is False; dv is also empty if `v` is None.
     """
     q = _contiguous_rows(q)
     k = _contiguous_rows(k)

@@ -1,14 +1,16 @@
 """GroupNorm and SiLU in two passes over x, and their gradient in two more: four Triton kernels.
 
 GroupNorm (Wu & He 2018) and SiLU (Ramachandran et al. 2017) precede every convolution of a residual
-block. PyTorch reads x for the statistics, reads and writes it to normalise, and reads and writes it
-again for the SiLU. In this file the second pass normalises and applies the SiLU, which is optional.
-It also adds the block's time embedding (one number per image and channel) before normalising:
+block. PyTorch reads x for the statistics, reads and writes x to normalise, and reads and writes the
+result again for the SiLU. In this file the second pass normalises and applies the SiLU, which is
+optional. It also adds the block's time embedding (one number per image and channel) before
+normalising:
 
     y = SiLU((x + add - mean) / sqrt(var + eps) * weight + bias)
 
-where mean and var are taken over the channels and cells of a group. A program of each kernel takes
-a chunk of the cells of one or several groups, or a smaller block of them:
+where mean and var are taken over the channels and cells of a group. Each program of a kernel takes
+either a chunk (a large part of a group's cells) or a block (a small part, which fits into
+registers), of one or several groups:
 
     1 _statistics   a chunk   computes the chunk's mean, and M2 = sum (x - mean)^2
     2 _normalise    a block   computes y
@@ -22,13 +24,13 @@ or e = dy weight without SiLU. With means over the group,
     3 _gradient_sums   a chunk   computes the chunk's sums of e and of e xhat
     4 _gradient        a block   computes dx
 
-Both recompute z from x, so that only x and the results of kernel 1 are kept for them, while PyTorch
-keeps x and the input of the SiLU.
+Kernels 3 and 4 recompute z from x, so that only x and the results of kernel 1 are kept for them,
+while PyTorch keeps x and the input of the SiLU.
 
 A group is split into chunks because there are fewer groups (32 per image) than a GPU has
-multiprocessors (132 on an H100). Where the mean is large, the difference of sum x^2 and n mean^2
-would lose most digits. So the mean and M2 of each part are merged instead (Chan, Golub & LeVeque
-1979). For parts a and b, with n = na + nb and delta = mean_b - mean_a,
+multiprocessors (132 on an H100). If the mean is large, the difference of sum x^2 and n mean^2 would
+lose most digits. So the mean and M2 of each part are merged instead (Chan, Golub & LeVeque 1979).
+For parts a and b, with n = na + nb and delta = mean_b - mean_a,
 
     mean = mean_a + delta nb / n        M2 = M2_a + M2_b + delta^2 na nb / n
 
@@ -70,8 +72,13 @@ def _block(
     P, sx_c, sx_p,  # cells; strides of x per channel and cell
     CB: tl.constexpr, ADD: tl.constexpr, SUM: tl.constexpr,  # channels of the block; dtype to compute in
 ):  # fmt: skip
-    """Returns x + add of a block (channels, cells) in dtype SUM, and the mask of the entries that
-    exist (block sizes are powers of two)."""
+    """Loads one block of x + add, (channels, cells), in dtype SUM. `c` and `cells` are the indices
+    of the block's channels and cells, P is the number of cells of the image, and CB the number of
+    channels to load. The indices may go beyond CB and P, because the sides of a block are powers of
+    two.
+
+    Returns (values, inside). `inside` is True for the entries that exist.
+    """
     inside = (c[:, None] < CB) & (cells[None, :] < P)
     x = tl.load(X + c[:, None] * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
     if ADD:
@@ -90,8 +97,10 @@ def _statistics(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the mean and M2, the sum of squared deviations, of one chunk of each of GB groups.
-    The blocks of cells are merged within each channel, and then the channels of each group."""
+    """Computes the mean of x + add, and M2, the sum of squared deviations from this mean, over one
+    chunk of the cells of a group. Does this for each of GB groups. The statistics of each channel
+    are computed first, block of cells by block of cells; those of a group's channels are then
+    merged."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -126,8 +135,9 @@ def _moments(
     P, chunk, eps,  # cells, cells per chunk, added to the variance
     CG: tl.constexpr, GB: tl.constexpr, CHUNKS: tl.constexpr,  # channels per group, groups, chunks
 ):  # fmt: skip
-    """Returns the mean and 1 / sqrt(var + eps) of each channel's group, (channels, 1) each. They
-    are merged from the statistics of all chunks of the group."""
+    """Returns (mean, inverse): the mean, and 1 / sqrt(var + eps), of the group of each of the
+    block's channels, (channels, 1) each. Both are merged from the statistics of all chunks of the
+    group."""
     s = tl.arange(0, CHUNKS)
     count = tl.maximum(tl.minimum(P - s * chunk, chunk), 0).to(tl.float32)  # cells in each chunk
     part = count / P
@@ -158,8 +168,8 @@ def _normalise(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes y for one block of cells of GB groups. Each block merges the statistics of all
-    chunks itself."""
+    """Computes y, the normalised x + add with SiLU if SILU is set, for one block of cells of GB
+    groups. Each program merges the statistics of all chunks itself."""
     cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
     g = tl.program_id(1) * GB
     c = tl.arange(0, BC)
@@ -185,8 +195,9 @@ def _upstream(
     CB: tl.constexpr,  # channels of the block
     ADD: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr,  # SUM: the dtype to compute in
 ):  # fmt: skip
-    """Returns (e, xhat, inside): the gradient e of xhat, and xhat, each (channels, cells) and 0
-    outside the mask `inside` of the entries that exist."""
+    """Returns (e, xhat, inside) for one block of (channels, cells), in the notation at the head of
+    this file: the gradient e with respect to xhat, the normalised xhat, and a mask that is True for
+    the entries that exist. e and xhat are 0 elsewhere."""
     x, inside = _block(X, Add, c, cells, P, sx_c, sx_p, CB, ADD, SUM)
     weight = tl.load(Weight + c, mask=c < CB, other=0.0).to(SUM)[:, None]
     xhat = tl.where(inside, (x - mean) * inverse, 0.0)
@@ -212,8 +223,9 @@ def _gradient_sums(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the sums of e, the gradient of the normalised xhat, and of e xhat over one chunk of
-    each of GB groups. Blocks of cells are added within each channel, then the channels of a group."""
+    """Computes two sums over one chunk of the cells of a group: of e, the gradient of the
+    normalised xhat, and of e xhat. Does this for each of GB groups. The sums of each channel are
+    computed first, block of cells by block of cells; those of a group's channels are then added."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -254,8 +266,9 @@ def _gradient(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes dx for one block of cells of GB groups. Each block adds up the sums of all chunks
-    itself."""
+    """Computes dx, the gradient of x, for one block of cells of GB groups. `_gradient_sums` leaves
+    one pair of sums per chunk of a group. Each program of this kernel adds up those of all chunks
+    again."""
     cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
     g = tl.program_id(1) * GB
     SUM: tl.constexpr = Mean.dtype.element_ty
@@ -293,9 +306,13 @@ Grids = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: int) -> int:
-    """Returns how many groups a block covers. It is one, except in channels_last with the switch
-    `wide_norm`: there it is the least power of two with which the rows of a block have at least
-    WIDE and at most 128 channels and a multiple of 16 bytes, or one if there is none."""
+    """Returns how many neighbouring groups one block of the kernels covers. This is 1 if x is not
+    channels_last, or if the switch `wide_norm` is off.
+
+    Otherwise it is the least power of two, up to 32, that divides `groups` and gives a block from
+    WIDE to 128 channels, whose bytes (`itemsize` per element) are a multiple of 16. It is 1 if
+    there is no such power.
+    """
     cg = channels // groups
     if channels_last and switches.current.wide_norm:
         for gb in (1, 2, 4, 8, 16, 32):
@@ -305,8 +322,9 @@ def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: 
 
 
 def configuration(channels: int, groups: int, gb: int = 1) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns (constants, options): the kernels' constants for channels/groups channels per group
-    and `gb` groups per block, and their compiler options."""
+    """Returns (constants, options) for launching the kernels: the values of their tl.constexpr
+    arguments, and their compiler options. A group has channels / groups channels; `gb` is the
+    number of groups per block."""
     cg = channels // groups
     bc = 1 << (gb * cg - 1).bit_length()  # the next power of two
     constants = {"CG": cg, "GB": gb, "BC": bc, "BP": CELLS[bc], "CHUNKS": CHUNKS}
@@ -316,8 +334,13 @@ def configuration(channels: int, groups: int, gb: int = 1) -> tuple[dict[str, in
 def _launch(
     x: Tensor, groups: int, add: Tensor | None
 ) -> tuple[Grids, tuple[int, ...], tuple[int, ...], dict]:
-    """Returns (grids, sizes, strides, constants) of the kernels for x (B,C,h,w). `grids` is a pair:
-    the numbers of programs for kernels that take a chunk, and for kernels that take a block."""
+    """Returns (grids, sizes, strides, constants), with which the kernels are launched for x
+    (B,C,h,w).
+
+    `grids` is a pair of launch grids. The first is for the kernels whose programs take a chunk of
+    cells each, the second for those whose programs take a block of cells each. `sizes` and
+    `strides` are positional arguments of the kernels, `constants` their keyword arguments.
+    """
     b, c, h, w = x.shape
     p = h * w
     nchw = x.is_contiguous()
@@ -331,7 +354,7 @@ def _launch(
 
 
 def _blocks(count: int, size: int) -> int:
-    """Returns how many blocks of `size` cover `count`."""
+    """Returns how many blocks of `size` elements are needed to cover `count` elements."""
     return -(-count // size)
 
 
@@ -342,11 +365,12 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 def forward(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes GroupNorm of x + add, followed by SiLU if `silu`.
+    """Computes GroupNorm of x + add, followed by SiLU if `silu` is True.
 
     x is (B,C,h,w), contiguous or channels_last; weight and bias are (C,); add is (B,C), contiguous,
-    or None. Returns (y, mean, m2): y (B,C,h,w) in the memory format of x, and the mean and M2
-    (sum of squared deviations) of each chunk of a group's cells, which `backward` needs.
+    or None. Returns (y, mean, m2): y (B,C,h,w) in the memory format of x, and the mean and M2 (sum
+    of squared deviations) of each chunk of a group's cells, each (B,groups,CHUNKS), which
+    `backward` needs.
     """
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     y = torch.empty_like(x)
@@ -373,8 +397,8 @@ def backward(
     mean: Tensor,
     m2: Tensor,
 ) -> Tensor:
-    """Computes the gradient of x (B,C,h,w) from `dy`, the gradient of y, in the memory format of x.
-    `mean` and `m2` are those of `forward`."""
+    """Computes the gradient of x (B,C,h,w), in the memory format of x, from `dy`, the gradient of
+    y. `mean` and `m2` are the results of `forward`; the other arguments are those of `forward`."""
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
@@ -410,8 +434,8 @@ class _GroupNorm(torch.autograd.Function):
 def apply(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
 ) -> Tensor:
-    """Computes GroupNorm of x + add, followed by SiLU if `silu`. The result can be differentiated
-    once, and in x alone.
+    """Computes GroupNorm of x + add, followed by SiLU if `silu` is True. The result can be
+    differentiated once, and in x alone.
 
     x is (B,C,h,w), weight and bias are (C,), add is (B,C) or None. Returns y (B,C,h,w) in the
     memory format of x, contiguous or channels_last; an x of any other strides is made contiguous

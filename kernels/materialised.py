@@ -1,6 +1,7 @@
-"""Attention with all probabilities in memory and 16-bit products, for small maps on a GPU.
+"""Attention with all probabilities in memory and 16-bit products, for small maps on a GPU (the map
+is the softmax averaged over heads).
 
-Where a map is so small that launching kernels takes longer than running them, a few matrix products
+If a map is so small that launching kernels takes longer than running them, a few matrix products
 run as fast as the kernels of flash.py, and are launched faster. Operands are 16-bit, as in
 flash.py. Scores, probabilities and every sum are float32, so no score is rounded to 16 bits. The
 formulas of the gradient are derived in flash.py.
@@ -16,7 +17,7 @@ HAS_WIDE_PRODUCT = hasattr(torch.ops.aten.bmm, "dtype")
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a @ b in float32, for a (B,H,n,k) and b (B,H,k,m) in 16 bits."""
+    """Returns the matrix products a @ b in float32, for 16-bit a (B,H,n,k) and b (B,H,k,m)."""
     if a.is_cuda and HAS_WIDE_PRODUCT:
         product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
         return product.unflatten(0, a.shape[:2])
@@ -33,10 +34,11 @@ def forward(
     length: int,
     probs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes attention on inputs already checked, in 16 bits.
+    """Computes attention with all probabilities in memory. q, k and v are 16-bit, and so is the
+    output; the scores and probabilities in between are float32. The inputs must have been checked.
 
-    Arguments and results are those of `reference.forward`. The probabilities (B,H,N,M), float32, are
-    always kept for `backward`.
+    Arguments and results (out, map, kept) are those of `reference.forward`, except that `kept`,
+    which `backward` needs, always holds the probabilities (B,H,N,M), float32.
     """
     s = _product(q.transpose(1, 2), k.permute(0, 2, 3, 1)) * scale  # (B, H, N, M)
     p = probabilities(s, bias, region, length)
@@ -60,8 +62,8 @@ def backward(
     length: int,
     need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of q, k and v. Arguments and results are those of
-    `reference.backward`."""
+    """Computes the gradients of q, k and v from the probabilities `kept`. Arguments and results are
+    those of `reference.backward`."""
     p, heads = kept, q.shape[2]
     dk = q.new_empty(0)
     dv = torch.zeros_like(k) if need_kv and v is not None else q.new_empty(0)

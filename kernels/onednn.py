@@ -3,9 +3,10 @@
 PyTorch contains two libraries: oneDNN for convolutions and, on x86, MKL for float32 matrix
 products. MKL uses AVX-512 only on Intel's own processors. On one core of an AMD EPYC (Zen 5) the
 product of 8192 x 1280 and 1280 x 320 ran at 105 GFLOP/s with MKL and at 240 with oneDNN (measured);
-on Intel no gain is expected. This module calls the operator that torch.compile substitutes for a
-linear layer. It uses PyTorch's own product where the operator is missing or not supported: on other
-devices, under torch.compile, in forward-mode differentiation and in torch.func's transforms.
+on Intel no gain is expected. This module calls the oneDNN operator that torch.compile substitutes
+for a linear layer. It uses PyTorch's own product if that operator is missing or not supported, as
+on other devices, under torch.compile, in forward-mode differentiation and in torch.func's
+transforms.
 """
 
 from typing import Any
@@ -23,7 +24,9 @@ LEAST = 1 << 22  # the smallest N*M*d at which the blocked loop is faster than P
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Returns whether oneDNN's operator can take these tensors. Their dtype is not checked."""
+    """Returns True if oneDNN's operator can be used for `tensors`: they are all on a CPU (None is
+    ignored), PyTorch has the operator, and neither torch.compile, autocast, forward-mode
+    differentiation nor torch.func is active. Dtypes are not checked."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -42,7 +45,8 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes x weight^T + bias with oneDNN, without a gradient.
 
-    x is (...,i), weight (o,i), bias (o,) or None, all of one dtype and on a CPU. Returns (...,o).
+    x is (...,i), weight (o,i), bias (o,) or None, all of one dtype and on a CPU. The result is
+    (...,o).
     """
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
@@ -61,11 +65,11 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes x weight^T + bias for frozen weights. x is (...,i), weight (o,i), bias (o,) or None.
-    Returns (...,o).
+    """Computes x weight^T + bias, faster on some CPUs than PyTorch if the weights are frozen. x is
+    (...,i), weight (o,i), bias (o,) or None. The result is (...,o).
 
-    Only float32 is passed to oneDNN directly, because PyTorch itself uses oneDNN for 16 bits. If a
-    weight needs a gradient, PyTorch's own product is used.
+    Only float32 is passed to oneDNN directly, because PyTorch itself uses oneDNN for 16 bits. If
+    `weight` or `bias` needs a gradient, PyTorch's own product is used.
     """
     if not (
         x.dtype == weight.dtype == torch.float32
@@ -87,18 +91,18 @@ class Linear(nn.Linear):
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Returns whether `attend` accepts q (B,N,H,d), k and v (B,M,H,d), and is expected to be faster
-    than PyTorch's attention."""
+    """Returns True if `attend` supports q (B,N,H,d), k and v (B,M,H,d), and is expected to be
+    faster for them than PyTorch's attention."""
     size = q.shape[1] * k.shape[1] * q.shape[3]
     return size >= LEAST and q.dtype != torch.float64 and available(q) and not _needs_grad(q, k, v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Computes softmax(q k^T scale) v without a gradient. q is (B,N,H,d), k and v are (B,M,H,d).
-    Returns (B,N,H,d).
+    """Computes softmax(q k^T scale) v on a CPU, without a gradient. q is (B,N,H,d), k and v are
+    (B,M,H,d). The result is (B,N,H,d).
 
-    The rows of each head are processed block by block, so that the scores of a block stay in the
-    caches. Products and sums are in float32 for 16-bit inputs too.
+    The rows of each head are processed in blocks, so that the scores of a block stay in the
+    processor's caches. Products and sums are in float32 for 16-bit inputs too.
     """
     (b, n, h, d), m = q.shape, k.shape[1]
     out = q.new_empty(b, n, h, d)

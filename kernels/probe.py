@@ -18,7 +18,7 @@ def _one(X):  # written: one float32
 
 
 def launch(device: torch.device) -> None:
-    """Compiles and launches the kernel on `device`. Errors of Triton and the driver are raised
-    unchanged."""
+    """Compiles a minimal Triton kernel and launches it on `device`. Errors of Triton and the driver
+    are raised unchanged."""
     with torch.cuda.device(device):
         _one[(1,)](torch.zeros(1, device=device))

@@ -3,9 +3,9 @@
 `whole` is the definition, differentiated by autograd; the other backends are tested against it.
 `forward` and `backward` compute the same output, map and gradients, a few rows at a time, and hold
 at most `LIMIT` probabilities. Rows of a softmax are independent, so nothing is approximated.
-flash.py derives the formulas of `backward`. Autograd with a checkpoint per chunk would do without
-them, but made the allocator hold gigabytes. `forward` keeps the probabilities if all of them fit
-the limit; otherwise `backward` recomputes them chunk by chunk.
+flash.py derives the formulas of `backward`. Autograd with a checkpoint per block of rows would not
+need these formulas, but made the allocator hold gigabytes. `forward` keeps the probabilities if
+their number is within the limit; otherwise `backward` recomputes them block by block.
 """
 
 from collections.abc import Iterator
@@ -19,21 +19,26 @@ LIMIT = 1 << 22
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of scores, probabilities and sums for inputs of `dtype`."""
+    """Returns the dtype in which scores, probabilities and sums are computed for inputs of `dtype`:
+    float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _softmax(
     q: Tensor, k: Tensor, scale: float, bias: Tensor | None, region: Tensor | None, length: int
 ) -> Tensor:
-    """Returns the probabilities (B,H,n,M) for q (B,H,n,d) and k (B,H,M,d). A row whose keys are all
-    hidden is 0."""
+    """Returns the attention probabilities (B,H,n,M) for q (B,H,n,d) and k (B,H,M,d). `bias`,
+    `region` and `length` are as for `probabilities`. A row whose keys are all hidden is 0."""
     return probabilities((q * scale) @ k.transpose(-1, -2), bias, region, length)
 
 
 def probabilities(s: Tensor, bias: Tensor | None, region: Tensor | None, length: int) -> Tensor:
-    """Returns the softmax of scores s (B,H,n,M) after adding the bias and hiding keys of other
-    texts. A row whose keys are all hidden is 0."""
+    """Returns the softmax of the scores s (B,H,n,M) over the keys, after adding `bias` to them if
+    it is not None. A row whose keys are all hidden is 0.
+
+    If `region` (B,n) is not None, it holds the index of the text of each query, and the keys of all
+    other texts are hidden from the query. Every text has `length` keys, concatenated along M.
+    """
     if bias is not None:
         s = s + bias.to(s.dtype)
     if region is not None:
@@ -59,8 +64,10 @@ def whole(
     """Computes attention with every probability in memory, for any dtype and any order of
     derivative.
 
-    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
-    concatenated: M = R * length. Returns out (B,N,H,d) and map (B,N,M).
+    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
+    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
+    `length` keys per text. Returns (out, map): the output (B,N,H,d) and the softmax averaged over
+    heads (B,N,M).
     """
     dtype = compute_dtype(q.dtype)
     p = _softmax(q.transpose(1, 2).to(dtype), k.transpose(1, 2).to(dtype), scale, bias, region, length)
@@ -68,15 +75,18 @@ def whole(
 
 
 def _heads_first(y: Tensor) -> Tensor:
-    """Returns y (B,N,H,d) as (B,H,N,d) in the compute dtype."""
+    """Returns y (B,N,H,d) as a contiguous tensor (B,H,N,d) in the dtype of computation
+    (`compute_dtype`)."""
     return y.transpose(1, 2).to(compute_dtype(y.dtype)).contiguous()
 
 
 def _chunks(
     q: Tensor, k: Tensor, bias: Tensor | None, region: Tensor | None
 ) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
-    """Yields (rows, bias_rows, region_rows) for q (B,H,N,d) and k (B,H,M,d): a slice of the N rows,
-    and the parts of bias and region for these rows (None if there is no bias or region)."""
+    """Splits the N rows of queries into blocks small enough for all probabilities of a block to fit
+    in memory (`LIMIT`). q is (B,H,N,d), k is (B,H,M,d). Yields (rows, bias_rows, region_rows) for
+    each block: the slice of its rows, and the parts of `bias` and `region` for these rows (None if
+    there is no bias or no region)."""
     b, h, n, _ = q.shape
     step = max(1, LIMIT // (b * h * k.shape[2]))
     for start in range(0, n, step):
@@ -88,7 +98,8 @@ def _chunks(
 
 
 def keeps(b: int, h: int, n: int, m: int) -> bool:
-    """Returns whether `forward` keeps its probabilities (b,h,n,m) for `backward`."""
+    """Returns True if `forward` keeps all probabilities, of shape (b,h,n,m), for `backward`,
+    because their number is at most `LIMIT`."""
     return b * h * n * m <= LIMIT
 
 
@@ -102,12 +113,15 @@ def forward(
     length: int,
     probs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes attention on inputs already checked.
+    """Computes attention in bounded memory. The inputs must have been checked.
 
-    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
-    concatenated: M = R * length. Returns out (B,N,H,d), map (B,N,M) in the compute dtype, and
-    `kept` for `backward`: the probabilities (B,H,N,M) if `keeps` is true of their shape, otherwise
-    an empty tensor. `out` is empty if `v` is None; the map is empty without `probs`.
+    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
+    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
+    `length` keys per text.
+
+    Returns (out, map, kept): the output (B,N,H,d), empty if `v` is None; the softmax averaged over
+    heads (B,N,M) in `compute_dtype`, empty if `probs` is False; and what `backward` needs, the
+    probabilities (B,H,N,M), or an empty tensor if there are too many of them (`keeps`).
     """
     dtype = q.dtype
     (b, n, h, d), m = q.shape, k.shape[1]
@@ -140,12 +154,12 @@ def backward(
     length: int,
     need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of q, k and v, each in the shape of its input.
+    """Computes the gradients of q, k and v. Returns (dq, dk, dv), each in the shape of its input.
 
-    `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of out and map; None means zero.
-    `kept` is that of `forward`. `out` is not read; the argument exists because flash.py's
-    `backward` has it. The gradients of k and v are empty without `need_kv`; the gradient of v is
-    also empty if `v` is None.
+    `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of the output and of the map;
+    None means zero. `kept` is the third result of `forward`, and the other arguments are those of
+    `forward`. `out` is not read; it is an argument because flash.py's `backward` needs it. dk and
+    dv are empty if `need_kv` is False; dv is also empty if `v` is None.
     """
     dtype, heads = q.dtype, q.shape[2]
     q = _heads_first(q)

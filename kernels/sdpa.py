@@ -1,5 +1,5 @@
-"""Computes attention without probabilities, by PyTorch's scaled_dot_product_attention or, on a CPU,
-by oneDNN (onednn.py)."""
+"""Computes attention without returning probabilities, by PyTorch's scaled_dot_product_attention or,
+on a CPU, by oneDNN (onednn.py)."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,8 +19,8 @@ CUDNN_FIRST = [
 
 
 def _order(q: Tensor) -> AbstractContextManager[object]:
-    """Returns a context manager in whose `with` block PyTorch tries its attention kernels for q in
-    the order that kernels/switches.py sets."""
+    """Returns a context manager. Within its `with` block PyTorch tries its attention kernels for q
+    in the order that switches.py sets (`cudnn_first`)."""
     if q.is_cuda and switches.current.cudnn_first:
         return sdpa_kernel(CUDNN_FIRST, set_priority=True)
     return nullcontext()
@@ -29,10 +29,12 @@ def _order(q: Tensor) -> AbstractContextManager[object]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, region: Tensor | None, length: int
 ) -> Tensor:
-    """Computes attention on inputs already checked, and returns out (B,N,H,d), differentiable.
+    """Computes attention, differentiably. The inputs must have been checked. Returns the output
+    (B,N,H,d).
 
-    Shapes are those of `minsd.kernels.attention`, except that the keys of several texts are
-    concatenated: M = R * length.
+    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
+    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
+    `length` keys per text.
     """
     if bias is None and region is None and onednn.attends(q, k, v):
         return onednn.attend(q, k, v, scale)
@@ -58,11 +60,12 @@ def forward(
 
 
 def with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Computes attention without bias or region. Returns (out, lse): out (B,N,H,d), differentiable,
-    and the log-sum-exp (B,H,N) of each row of scores, float32, base e.
+    """Computes attention without bias or region. q is (B,N,H,d), k and v are (B,M,H,d). Returns
+    (out, lse): the output (B,N,H,d), differentiable, and the log-sum-exp (B,H,N) of each row of
+    scores, float32, base e.
 
-    Calls the operator that scaled_dot_product_attention would choose. Returns None if that operator
-    does not return the log-sum-exp.
+    The operator is the one that scaled_dot_product_attention would choose. Returns None if that
+    operator does not return the log-sum-exp.
     """
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     aten = torch.ops.aten

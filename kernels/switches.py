@@ -1,6 +1,7 @@
-"""Switches for choices on a GPU that are reasoned but not measured, for benches to compare.
+"""Switches for those choices on a GPU that rest on reasoning and not yet on measurements, so that
+benches can compare them.
 
-The comment on each default says what is expected of it. No switch affects results on a CPU. On a
+The comment on each default states what is expected of it. No switch affects results on a CPU. On a
 GPU they change the speed and the rounding, never the formula. A bench tries another value with
 
     with minsd.kernels.switches.use(heads_fastest=False): ...
@@ -51,8 +52,9 @@ current = Switches()
 
 @contextmanager
 def use(**changes: bool | int | None) -> Iterator[Switches]:
-    """Changes some switches within the `with` block, and yields the `Switches` in force. All
-    threads share the switches, so only one thread at a time may use this function."""
+    """Changes the given switches (fields of `Switches`) within the `with` block. Yields all
+    switches as they are set within the block. All threads share the switches, so only one thread at
+    a time may use this function."""
     global current
     before = current
     current = replace(before, **changes)
@@ -64,8 +66,9 @@ def use(**changes: bool | int | None) -> Iterator[Switches]:
 
 @contextmanager
 def in_a_graph() -> Iterator[None]:
-    """Makes kernels be chosen as suits a CUDA graph, in which launching them costs nothing, within
-    the `with` block."""
+    """Chooses kernels for a CUDA graph within the `with` block. In a graph, launching a kernel
+    costs nothing, so the kernels of `group_norm` are used for the gradients of small tensors
+    too."""
     least = None if current.norm_gradient_from is None else 0
     with use(norm_gradient_from=least):
         yield

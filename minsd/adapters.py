@@ -1,11 +1,11 @@
-"""Records which pass each row of a batch belongs to, for adapters that act differently from pass to
-pass.
+"""Records which pass each row of a batch belongs to, for adapters (ControlNets and LoRAs) that act
+differently from pass to pass.
 
-A collage (noise/collage.py) makes several passes per step. A pass is one UNet evaluation with one
-caption, and all passes run as the rows of one batch. A ControlNet (controlnet.py) or a LoRA
-(weights/lora.py) that differs from pass to pass has to know which row belongs to which pass. Such
-an adapter gets an `Adapters` object, and the collage states the passes around each run of a
-network:
+A collage (noise/collage.py) generates an image from several captions, each for one region of the
+image. In each step it makes several passes. A pass is one UNet evaluation with one caption, and all
+passes run as the rows of one batch. A ControlNet (controlnet.py) or a LoRA (weights/lora.py) that
+differs from pass to pass has to know which row belongs to which pass. Such an adapter gets an
+`Adapters` object, and the collage states the passes around each run of a network:
 
     with adapters.rows([0, 0, 1, 1]):
         unet(x, t, context)  # rows 0 and 1 belong to pass 0, rows 2 and 3 to pass 1
@@ -27,9 +27,13 @@ LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
 class Adapters:
-    """An object that a collage shares with all adapters that differ from pass to pass (a pass is
-    one UNet evaluation with one caption). Within a block of `rows`, `passes` holds the number of
-    the pass of each row of the batch. Outside such a block, `passes` is None."""
+    """Tells ControlNets and LoRAs which pass each row of a batch belongs to. A pass is one UNet
+    evaluation with one caption; an image with one caption per region has several passes in one
+    batch.
+
+    Within a `with adapters.rows(...)` block, `passes` holds the number of the pass of each row.
+    Outside such a block, `passes` is None.
+    """
 
     def __init__(self) -> None:
         self._passes: tuple[int, ...] | None = None
@@ -40,8 +44,9 @@ class Adapters:
 
     @contextmanager
     def rows(self, passes: Sequence[int]) -> Iterator[None]:
-        """Sets `passes` within the `with` block: row b of every batch belongs to pass `passes[b]`.
-        At the end of the block `passes` gets its earlier value back, also after an error."""
+        """Sets the property `passes` within the `with` block, so that row b of every batch belongs
+        to the pass (UNet evaluation with one caption) number `passes[b]`. After the block, also if
+        it raises an error, the property has its earlier value again."""
         before = self._passes
         self._passes = tuple(passes)
         try:
@@ -51,15 +56,16 @@ class Adapters:
 
 
 def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str) -> list[int] | None:
-    """Returns, for each of `rows` rows of a batch, the index (0 to count - 1) of the setting that
-    the row uses, where a setting is a scale or a control image. Returns None if the adapter does
-    nothing now.
+    """Returns which setting each of `rows` rows of a batch uses, as a list of indices from 0 to
+    count - 1. A setting is a scale or a control image. Returns None if the adapter (a ControlNet or
+    LoRA) must not act now.
 
-    With `adapters`, a row that belongs to pass k uses setting k modulo `count`, so that a single
-    setting serves every pass. Outside a block of `adapters.rows` the result is None. Without
-    `adapters`, row i uses setting i modulo `count`, so that both halves of guidance use the same
-    settings. Raises ValueError if the number of rows does not fit the number of settings or of
-    passes; `what` is the name of the settings in the message.
+    Without `adapters`, row i uses setting i modulo `count`, so that both halves of guidance use the
+    same settings. With `adapters`, a row that belongs to pass k (a UNet evaluation with one
+    caption) uses setting k modulo `count`, so that a single setting serves every pass; outside a
+    block of `adapters.rows` the result is None. Raises ValueError if the number of rows does not
+    fit the number of settings or of passes. The message calls the settings `what`, such as "control
+    images".
     """
     if adapters is None:
         if rows % count:
@@ -73,8 +79,9 @@ def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str
 
 
 def split_scale(text: str) -> LoRAReference:
-    """Parses "style.safetensors:0.8" into (Path("style.safetensors"), 0.8). The scale is 1 if the
-    text has none. Raises ValueError for other forms."""
+    """Parses the text of a LoRA with its scale: "style.safetensors:0.8" becomes
+    (Path("style.safetensors"), 0.8). Without a scale in the text, the scale is 1. Raises ValueError
+    for text of any other form."""
     tag = re.fullmatch(r"<lora:(.+):([\d.]+)>", text)
     if tag is not None:
         raise ValueError(f"{text} is a prompt's form: give the file, such as {tag[1]}.safetensors:{tag[2]}")
@@ -94,12 +101,13 @@ def split_scale(text: str) -> LoRAReference:
 
 
 def join_scale(path: Path, scale: float) -> str:
-    """Returns FILE:SCALE for a file and a scale, the inverse of `split_scale`."""
+    """Returns "FILE:SCALE" for a LoRA's file and scale, the text that `split_scale` parses."""
     return f"{path}:{scale}"
 
 
 def split_name(text: str) -> tuple[Path, str | None]:
-    """Parses "style.pt:my-style" into the file of an embedding and the word that stands for the
-    embedding in prompts. The word is None if the text has none."""
+    """Parses the text of a textual-inversion embedding: "style.pt:my-style" becomes
+    (Path("style.pt"), "my-style"), the embedding's file and the word that stands for the embedding
+    in prompts. If the text contains no such word, the second item is None."""
     m = re.fullmatch(r"(.+\.(?:safetensors|pt|pth|bin|ckpt)):([^:]+)", text)
     return (Path(text), None) if m is None else (Path(m[1]), m[2])

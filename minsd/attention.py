@@ -16,14 +16,14 @@ KV = tuple[Tensor, Tensor]  # keys and values, each (B, M, heads, d)
 
 
 class AttentionRecorder:
-    """Collects attention probabilities at one resolution, averaged over heads and layers.
+    """Collects a UNet's attention probabilities at one resolution, averaged over heads and layers.
 
     `resolution` is (rows, columns) in cells. By default it is that of the coarsest level with more
     than one transformer block whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512),
     or of the finest level with a transformer block if there is no such level. With `only`, the UNet
     stops after the last layer that records, and returns None. `kinds` lists the kinds of attention
-    that are recorded, "cross" or "self" or both. A recorder can be reused, because every UNet call
-    discards the earlier maps.
+    to record, "cross" or "self" or both. A recorder can be reused, because every UNet call discards
+    the earlier maps.
 
     After `unet(x, t, context, record=r)`, `r.cross` is (B,h,w,M) over the M text positions and
     `r.self` is (B,h,w,h*w). Both are float32 (float64 in a float64 network) and differentiable.
@@ -49,12 +49,12 @@ class AttentionRecorder:
         self.self_layers: list[Tensor] = []
 
     def begin(self, grids: list[tuple[int, int]], counts: list[int]) -> None:
-        """Chooses the resolution and discards earlier maps. The UNet calls this method before its
-        first layer.
+        """Chooses the resolution to record and discards earlier maps. The UNet calls this method
+        before its first layer.
 
-        `grids` lists the grid of cells (rows, columns) of each level, finest first, and `counts`
-        the number of transformer blocks of each level. Raises ValueError if no layer works at the
-        resolution asked for.
+        `grids` lists the grid of cells (rows, columns) of each UNet level, finest first, and
+        `counts` the number of transformer blocks of each level. Raises ValueError if no attention
+        layer works at the resolution that was given to the constructor.
         """
         levels = [level for level, n in enumerate(counts) if n]
         if self.wanted is None:
@@ -74,32 +74,38 @@ class AttentionRecorder:
         self.self_layers = []
 
     def wants(self, grid: tuple[int, int] | None, is_cross: bool) -> bool:
-        """Returns whether a layer records its map. `grid` (rows, columns) is the grid of cells that
-        are the layer's queries, and `is_cross` whether it is cross-attention."""
+        """Returns whether an attention layer must record its attention map: its queries must be
+        cells at the recorder's resolution, and the recorder's `kinds` must include the layer's
+        kind. `grid` is the layer's grid of cells (rows, columns); a layer without a known grid
+        (None) never records. `is_cross` is True for cross-attention and False for
+        self-attention."""
         return grid == self.resolution and ("cross" if is_cross else "self") in self.kinds
 
     @property
     def done(self) -> bool:
-        """Returns whether the UNet may stop, because every layer that records has run and only maps
-        are wanted."""
+        """Returns whether the UNet may stop now: the caller wants only attention maps (`only`), and
+        every layer that records has run."""
         layers = self.cross_layers if "cross" in self.kinds else self.self_layers
         return self.only and len(layers) == self.total
 
     def _mean(self, maps: list[Tensor]) -> Tensor:
-        """Averages the maps (B,h*w,...) of several layers. Returns (B,h,w,...). Raises ValueError
-        if there are no maps yet."""
+        """Averages the attention maps (B,h*w,...) of several layers. Returns (B,h,w,...). Raises
+        ValueError if `maps` is empty, that is, before the first UNet call with this recorder."""
         if not maps:
             raise ValueError("nothing is recorded yet: call unet(x, t, context, record=recorder) first")
         return (sum(maps[1:], maps[0]) / len(maps)).unflatten(1, self.resolution)
 
     @property
     def cross(self) -> Tensor:
-        """Returns the cross-attention averaged over heads and layers: (B,h,w,M)."""
+        """Returns the cross-attention averaged over heads and layers, (B,h,w,M), where M is the
+        number of text positions. Raises ValueError before the first UNet call with this recorder.
+        """
         return self._mean(self.cross_layers)
 
     @property
     def self(self) -> Tensor:
-        """Returns the self-attention averaged over heads and layers: (B,h,w,h*w)."""
+        """Returns the self-attention averaged over heads and layers, (B,h,w,h*w). Raises ValueError
+        before the first UNet call with this recorder."""
         return self._mean(self.self_layers)
 
 
@@ -126,15 +132,19 @@ class Attention(nn.Module):
         self.fused: Tensor | None = None
 
     def fuse(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        """Places the weights of projections with the same input in one buffer, so that one matrix
-        product computes all of them.
+        """Places a self-attention's weights of queries, keys and values in one buffer, so that one
+        matrix product computes all three. Does nothing in cross-attention, where the keys and
+        values of a text are computed once per image, so that a copy of their weights would not pay.
 
-        The weights keep their names, and become views of that buffer, so a loader or an adapter
-        that writes to the weights writes to the buffer. Use this method for frozen weights only,
-        since gradients would not reach the views. A module on the meta device gets an uninitialised
-        buffer on `device` in `dtype`, to be filled through the weights.
+        The weights keep their names and become views of that buffer, so a loader or an adapter that
+        writes to the weights writes to the buffer. Use this method for frozen weights only, since
+        gradients would not reach the views. A module on the meta device gets an uninitialised
+        buffer on `device` in `dtype`, which is filled when the weights are loaded. For other
+        modules both arguments are ignored.
         """
-        layers = (self.to_k, self.to_v) if self.is_cross else (self.to_q, self.to_k, self.to_v)
+        if self.is_cross:
+            return
+        layers = (self.to_q, self.to_k, self.to_v)
         weights = [layer.weight.detach() for layer in layers]
         if weights[0].is_meta:
             fused = torch.empty(sum(map(len, weights)), weights[0].shape[1], device=device, dtype=dtype)
@@ -151,22 +161,23 @@ class Attention(nn.Module):
         return self
 
     def kv(self, context: Tensor) -> KV:
-        """Returns the keys and values, each (B,M,heads,d), of a context (B,M,D).
+        """Returns (keys, values), each (B,M,heads,d), for M text states per image, a context
+        (B,M,D).
 
         The keys and values of a text are the same at every step, so compute them once
-        (`UNet.text_kv`). A context (B,R,M,D) gives (B,R,M,heads,d).
+        (`UNet.text_kv`). A context with R texts per image, (B,R,M,D), has keys and values of shape
+        (B,R,M,heads,d).
         """
-        if self.fused is None:
-            k = self.to_k(context)
-            v = self.to_v(context)
-        else:
-            k, v = linear(context, self.fused).chunk(2, dim=-1)
+        k = self.to_k(context)
+        v = self.to_v(context)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, context: Tensor | KV | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Projects x (B,N,C) and the context. Returns q (B,N,heads,d), k and v (B,M,heads,d).
+        """Projects N cells x (B,N,C), and the context, to queries, keys and values. Returns q
+        (B,N,heads,d), k and v (B,M,heads,d).
 
-        `context` is text states (B,M,D), their `kv`, or None for self-attention.
+        `context` is text states (B,M,D), the (keys, values) that `kv` returns for them, or None for
+        self-attention, where M = N.
         """
         if context is None and self.fused is not None:
             parts = linear(x, self.fused).chunk(3, dim=-1)
@@ -186,12 +197,13 @@ class Attention(nn.Module):
         record: AttentionRecorder | None = None,
         region: Tensor | None = None,
     ) -> Tensor:
-        """Computes attention for x (B,N,C), the cells of `grid` (rows, columns). Returns (B,N,C).
+        """Computes attention for x (B,N,C), the N cells of `grid` (rows, columns). Returns (B,N,C).
 
-        `context` is text states (B,M,D) or their `kv`; None means self-attention. `record` collects
-        the attention map if the recorder's resolution is `grid` and its kinds include this layer's.
-        With `region` (B,N), the context has R texts (B,R,M,D), and cell n of row b attends only to
-        the text with the number region[b,n].
+        `context` is text states (B,M,D), or the (keys, values) that `kv` returns for them; None
+        means self-attention. The attention map is added to the recorder `record`, if one is given
+        and it wants maps of this resolution and kind of attention. With `region` (B,N), the context
+        has R texts per image (B,R,M,D), and cell n of row b attends only to the text with the
+        number region[b,n].
         """
         q, k, v = self.project(x, context)
         if record is not None and not record.wants(grid, self.is_cross):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 CELL = 8  # pixels per side of a latent cell
 LARGEST = 16384  # pixels per side of the largest image
 CONTROL_SCALE_MOST = 100.0  # the largest absolute scale of a ControlNet
-DISTILLED_SCALE = 8.5  # the guidance scale of a network that is told it, unless another is asked for
+DISTILLED_SCALE = 8.5  # the default guidance scale of networks that take the scale as an input
 STRENGTH = 0.8  # image-to-image generation: the fraction of the steps that run, by default
 # minsd's name of each sampler -> its name in other tools. The same samplers are in
 # samplers.SAMPLERS, but importing samplers would import torch.
@@ -65,7 +65,8 @@ class UNetConfig:
     upcast_attention: bool = False
     norm_groups: int = 32
     norm_eps: float = 1e-5
-    # The width of the embedding in which a distilled network is told the guidance scale; 0: none.
+    # The width of the embedding of the guidance scale, an input of some distilled networks. 0 means
+    # that the network has no such input.
     guidance_dim: int = 0
     sample_size: int = 64  # latent cells per side in training
 
@@ -84,7 +85,8 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The sizes of CLIP's text encoder, with the meaning of transformers' CLIPTextConfig."""
+    """The sizes of CLIP's text encoder. The fields have the same meaning as in transformers'
+    CLIPTextConfig."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -148,7 +150,8 @@ class ModelConfig:
         return CELL * self.unet.sample_size
 
     def guidance(self, scale: float | None) -> float:
-        """Returns the guidance scale to use. None means the model's own scale.
+        """Returns the guidance scale to use for a requested `scale`, where None requests the
+        model's own.
 
         Distilled models have the scale 1 (no guidance), but their model cards write 0 for "none".
         In the formula of guidance, 0 would mean the unconditional prediction alone. So for these
@@ -290,8 +293,8 @@ MODELS["shapes-turbo"] = replace(
 
 
 def overflow_advice(dtype: object) -> str:
-    """Returns advice for the user, the end of an error message about values beyond the range of
-    `dtype` (such as "torch.float16")."""
+    """Returns a phrase that advises the user what to do about values beyond the range of `dtype`,
+    such as torch.float16. It is used at the end of error messages."""
     if "float16" in str(dtype) and "bfloat16" not in str(dtype):  # float16 ends at 65504
         return "try --dtype float32 or bfloat16"
     return (

@@ -46,9 +46,9 @@ class ControlImageEmbedding(nn.Module):
 
 
 class ControlNet(UNet):
-    """A UNet without its decoder half. It returns residuals for the UNet's skips and middle block.
-    The constructor makes the network without trained weights; weights/controlnet.py loads weights
-    from files."""
+    """A UNet without its decoder half, which turns a control image into residuals: tensors to add
+    to a UNet's skips and to the output of its middle block. The constructor makes the network
+    without trained weights; weights/controlnet.py loads weights from files."""
 
     def __init__(self, config: UNetConfig, hidden: Sequence[int] = (16, 32, 96, 256), bgr: bool = False):
         super().__init__(config)
@@ -60,8 +60,9 @@ class ControlNet(UNet):
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Embeds control images (B,3,8h,8w) in 0..1. Returns (B,C0,h,w), where C0 is the number of
-        channels of the finest level. The result is the same at every step."""
+        """Embeds control images (B,3,8h,8w), with values in 0..1, for latents (B,4,h,w). Returns
+        (B,C0,h,w), where C0 is the number of channels of the finest level. The result is the same
+        at every step, so compute it once."""
         return self.controlnet_cond_embedding(pictures.flip(1) if self.bgr else pictures)
 
     def forward(
@@ -73,11 +74,12 @@ class ControlNet(UNet):
         *,
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
     ) -> Residuals:
-        """Returns (residuals, middle), the `control` of `UNet.forward`: a list with one residual
-        per skip, and a residual for the output of the middle block.
+        """Returns (residuals, middle): a list with one residual per skip of the UNet, and a
+        residual for the output of the UNet's middle block. `UNet.forward` takes this pair as its
+        argument `control`.
 
-        `x`, `t`, `context` and `region` are as in `UNet.forward`. `embedded` (B,C0,h,w) is what
-        `embed` returns.
+        `x`, `t`, `context` and `region` are as in `UNet.forward`. `embedded` (B,C0,h,w) is the
+        result of `embed` for the control images.
         """
         region_down, region_up = region if isinstance(region, tuple) else (region, region)
         context, whole = self.split(context)
@@ -89,14 +91,16 @@ class ControlNet(UNet):
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet, its control images, how strongly it acts, and when.
+    """A ControlNet with its control images, its scale, and the part of the run in which it acts.
 
     `pictures` (R,3,H,W) in 0..1 are control images: one for all rows of a batch (R = 1), or one per
     row. `scale` multiplies the residuals; it is a number, or a sequence of R numbers. `start` and
     `end` are fractions of the way from noise to image, measured in training timesteps
     (`num_train_timesteps`). With 1000 of them, start 0.2 and end 0.8 mean that the ControlNet acts
     at 200 <= t < 800. With evenly spaced timesteps these are the same fractions of the steps.
-    Raises ValueError for images and numbers that do not fit.
+
+    The constructor raises ValueError if there is no control image, and for a wrong shape, number of
+    scales, start or end.
     """
 
     net: ControlNet
@@ -128,7 +132,8 @@ class Control:
         return [float(scale) for scale in scales]
 
     def is_active(self, t: int | float | Tensor) -> bool:
-        """Returns whether the ControlNet acts at timestep t. If t is a tensor (B,), its first entry
+        """Returns whether the ControlNet acts at timestep t: t must be in the part of the run from
+        `start` to `end`, and some scale must not be zero. If t is a tensor (B,), its first entry
         decides."""
         t = float(t.flatten()[0]) if torch.is_tensor(t) else float(t)
         low, high = (self.num_train_timesteps * (1 - fraction) for fraction in (self.end, self.start))
@@ -139,13 +144,13 @@ class Control:
 
 class Controlled:
     """A UNet together with ControlNets, called in place of the UNet. The residuals of several
-    ControlNets are added up.
+    ControlNets are added up. If `unet` is a `Controlled` itself, its ControlNets are replaced.
 
     Without `adapters`, and with R control images, row i of a batch takes control image i mod R, so
-    that both halves of guidance take the same images. With `adapters`, each row takes the control
-    image of the pass that the row belongs to (a collage has one pass, that is, one UNet evaluation,
-    per caption); outside a `with adapters.rows(...)` block no ControlNet is applied. If `unet` is a
-    `Controlled` itself, its ControlNets are replaced.
+    that both halves of guidance take the same images. `adapters` is for images generated from
+    several captions, by one UNet evaluation (pass) per caption. `adapters` states which pass each
+    row belongs to, and a row of pass k takes control image k mod R. Outside a `with
+    adapters.rows(...)` block no ControlNet is applied.
 
     The constructor raises ValueError for a ControlNet that was made for another model family
     (SD1.x, SD2.x or SDXL). The first call raises ValueError for control images that do not fit the
@@ -164,13 +169,14 @@ class Controlled:
             _check_family(control.net.config, self.unet.config)
 
     def __getattr__(self, name: str) -> Any:  # config, grids, ... are the UNet's
-        if name == "unet":  # not set yet: a copy in the making
+        if name == "unet":  # not set yet while `copy` makes a copy
             raise AttributeError(name)
         return getattr(self.unet, name)
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Returns what `UNet.text_kv` returns, with the keys and values of the ControlNets' layers
-        included."""
+        """Returns a dict of the keys and values that every cross-attention layer computes from the
+        text states `context` (B,77n,D), as `UNet.text_kv` does. It includes the layers of the
+        ControlNets."""
         found = self.unet.text_kv(context)
         for control in self.controls:
             found |= control.net.text_kv(context)
@@ -185,8 +191,8 @@ class Controlled:
         record: AttentionRecorder | None = None,
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
     ) -> Tensor | None:
-        """Evaluates the UNet with the ControlNets' residuals. Arguments and result are those of
-        `UNet.forward`."""
+        """Predicts the noise or v in latents x, with the ControlNets' residuals added inside the
+        UNet. Arguments and result are those of `UNet.forward`."""
         total: list[Tensor] | None = None
         for number, control in enumerate(self.controls):
             if not control.is_active(t):
@@ -202,11 +208,13 @@ class Controlled:
         return self.unet(x, t, context, record=record, region=region, control=residuals)
 
     def _of_rows(self, number: int, images: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (index, scale), both on x's device: the index (B,) of each row's control image,
-        and the scale of each row (B,1,1,1). `number` is the position of the ControlNet in
-        `controls`, and `images` holds the index of each row's control image as a list.
+        """Returns two tensors on x's device for the ControlNet at position `number` in `controls`:
+        the index (B,) of each row's control image, and the scale (B,1,1,1) of each row. `images`
+        holds the same indices as a list of B ints.
+
         The tensors are made once and reused, because copying them to a GPU in every step would make
-        the program wait."""
+        the program wait.
+        """
         key = (number, x.device, x.dtype, *images)
         if key not in self._chosen:
             scales = self.controls[number].scales
@@ -216,8 +224,8 @@ class Controlled:
 
     def _embedding(self, number: int, x: Tensor) -> Tensor:
         """Returns the embedded control images (R,C0,h,w) of the ControlNet at position `number` in
-        `controls`. They are embedded once. Raises ValueError if their size is not 8 times that of
-        the latents x."""
+        `controls`. Only the first call embeds them. Raises ValueError if the height and width of
+        the control images are not 8 times those of the latents x."""
         control = self.controls[number]
         height, width = control.pictures.shape[-2:]
         if (height, width) != (CELL * x.shape[-2], CELL * x.shape[-1]):
@@ -229,8 +237,8 @@ class Controlled:
 
 
 def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
-    """Raises ValueError if the ControlNet's config `theirs` does not fit the UNet's config
-    `ours`."""
+    """Raises ValueError if the ControlNet's config `theirs` does not fit the UNet's config `ours`:
+    the width of text states, the channels, or the number of layers per block differ."""
     if theirs.context_dim != ours.context_dim:
         raise ValueError(
             f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have "

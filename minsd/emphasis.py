@@ -1,15 +1,15 @@
-r"""Reads weights of words and chunk breaks in a prompt, in the syntax of AUTOMATIC1111's web UI, and
-divides long prompts into chunks that the text encoder can read.
+r"""Reads weights of words and chunk breaks in a prompt, in the syntax of AUTOMATIC1111's web UI,
+and divides long prompts into chunks that the text encoder can read.
 
     (words:1.3)   weight 1.3                  \( \) \[ \] \\   the character after the backslash
     (words)       weight 1.1                  BREAK            the words after it begin a new chunk
     [words]       weight 1 / 1.1
 
 Brackets nest, and their weights multiply. A bracket that is not closed acts up to the end of the
-prompt; a closing bracket without an opening one is text. CLIP reads 77 tokens at once, the start
-and end tokens among them, so a chunk has 75 tokens of the prompt. As in the web UI, chunks are
-encoded one by one and their text states stand one after the other. Unlike the web UI, a full chunk
-ends after its 75th token even if a comma is near.
+prompt; a closing bracket without an opening one is text. CLIP reads 77 tokens at once, including
+the start and end tokens, so a chunk has 75 tokens of the prompt. As in the web UI, chunks are
+encoded one by one, and their text states are concatenated. Unlike in the web UI, a full chunk
+always ends after its 75th token; the web UI may end it at a nearby comma.
 """
 
 import math
@@ -23,13 +23,16 @@ Item = TypeVar("Item")
 ROUND = 1.1  # the weight of a pair of round brackets
 DEEPEST = 100  # brackets open at a time
 _LEXEME = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|:", re.ASCII)
+# Numbers to a program, but not in this syntax. The web UI would draw the text "inf" or "1e3".
+_NO_WEIGHT = re.compile(r"\s*[+-]?(?:inf(?:inity)?|nan|(?:\d+\.?\d*|\.\d+)e[+-]?\d+)\s*", re.ASCII | re.I)
+LARGEST = 1e6  # a weight; far beyond it, text states overflow
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _LONE_BREAK = re.compile(r"(?<!\S)BREAK(?![^\s,])")
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A part of a prompt whose words have one weight."""
+    """A part of a prompt whose words all have the same weight."""
 
     text: str  # without brackets, weights and the backslashes of escapes
     weight: float
@@ -37,12 +40,14 @@ class Fragment:
 
 
 def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]:
-    """Divides a prompt into fragments (texts of one weight). The list has at least one fragment.
-    None in the list stands for a BREAK.
+    """Divides a prompt into fragments, texts whose words all have one weight. Returns a list of at
+    least one item, in which None stands for a BREAK.
 
-    With `weights` False the whole prompt, unchanged, is one fragment of weight 1. With `weights`
-    None the same holds unless the prompt contains the syntax unmistakably (`is_weighted`). With
-    True the syntax is always read. Raises ValueError for more than 100 open brackets.
+    `weights` states whether to read the syntax of weights, such as (cat:1.3), and of BREAK: True
+    always reads the syntax, False never, and None only if the prompt contains it unmistakably
+    (`is_weighted`). Otherwise the whole prompt, unchanged, is one fragment of weight 1. Raises
+    ValueError for more than 100 open brackets, and for a weight that is not a plain number, such as
+    (cat:inf), or is beyond 1e6.
     """
     if weights is False or (weights is None and not is_weighted(prompt)):
         return [Fragment(prompt, 1.0, range(len(prompt)))]
@@ -59,6 +64,8 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
             del active[closes[k]]
         else:
             weight = math.prod(reversed(active.values()))
+            if not abs(weight) <= LARGEST:
+                raise ValueError(f"the prompt has a weight beyond {LARGEST:g}: write such as (cat:1.3)")
             for text, start, end in _parts(lexeme):
                 if text is None:
                     found.append(None)
@@ -73,9 +80,11 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
 
 
 def is_weighted(prompt: str) -> bool:
-    """Returns whether a prompt contains the syntax unmistakably: a weight in brackets, such as
-    (cat:1.3), or BREAK between spaces. Brackets alone occur in ordinary text too, and so do times
-    and proportions, such as (10:30) and (16:9)."""
+    """Returns whether a prompt unmistakably contains the syntax of prompt weights: a weight in
+    brackets, such as (cat:1.3), or BREAK between spaces. Brackets alone do not count, because they
+    occur in ordinary text too. Neither do times and proportions, such as (10:30) and (16:9). Other
+    whole numbers count, as in (cat:2), and so does (see fig:2), which has the same form and is a
+    weight to the web UI too. Raises ValueError for a weight such as (cat:inf)."""
     lexemes = list(_LEXEME.finditer(prompt))
     _, closes = _brackets(lexemes)
     for k in closes:
@@ -87,10 +96,14 @@ def is_weighted(prompt: str) -> bool:
 
 
 def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
-    """Returns (factors, closes), dicts whose keys and brackets are indices of lexemes. `factors`
-    has, for each opening bracket, the factor by which it multiplies the weights inside. `closes`
-    has, for each closing bracket, the opening bracket that it ends. Round and square brackets are
-    matched separately, so a pair of one kind may overlap a pair of the other."""
+    """Finds the brackets among the lexemes of a prompt (bracket, weight, escape or text). Returns
+    (factors, closes), two dicts. Lexemes are named by their index.
+
+    `factors` maps each opening bracket to the factor by which it multiplies the weights inside.
+    `closes` maps each closing bracket to its opening bracket; a closing bracket without one is left
+    out. Round and square brackets are matched separately, so a pair of one kind may overlap a pair
+    of the other. Raises ValueError for a weight such as (cat:inf) or (cat:1e3).
+    """
     opened: dict[str, list[int]] = {"(": [], "[": []}
     factors: dict[int, float] = {}
     closes: dict[int, int] = {}
@@ -103,14 +116,27 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
             pair = opened["(" if text[-1] == ")" else "["]
             if pair:
                 closes[k] = pair.pop()
+                _check_weight(*(before[0] for before in lexemes[max(0, k - 2) : k + 1]))
                 if lexeme[1] is not None:
                     factors[closes[k]] = float(lexeme[1])
     return factors, closes
 
 
+def _check_weight(*last: str) -> None:
+    """Raises ValueError for a weight that is not a plain number, such as the end ":inf)" of
+    (cat:inf). `last` holds the texts of a closing bracket and of up to two lexemes before it, such
+    as ":", "inf" and ")"."""
+    if len(last) == 3 and last[0] == ":" and last[2] == ")" and _NO_WEIGHT.fullmatch(last[1]):
+        raise ValueError(
+            f"the weight in (...:{last[1].strip()}) is not a plain number: write such as (cat:1.3), or "
+            "give --no-prompt-weights to draw it as text"
+        )
+
+
 def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
-    """Yields (text, start, end) for each part of a lexeme, with its place [start, end) in the
-    prompt. A BREAK has None as its text."""
+    """Divides a lexeme (a match of `_LEXEME` that is not a bracket) at each BREAK, and removes the
+    backslash of an escape. Yields (text, start, end) for each part, where start and end delimit its
+    characters [start, end) in the prompt. For a BREAK, text is None."""
     start, end = lexeme.span()
     if lexeme[0][0] == "\\":
         yield lexeme[0][1:], start + 1, end
@@ -125,9 +151,9 @@ def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
 
 
 def chunked(units: Iterable[Sequence[Item] | None], size: int) -> list[list[Item]]:
-    """Divides units into chunks of up to `size` items, in order, and returns at least one chunk. A
-    unit is a sequence of items that stay in one chunk. None in place of a unit begins a new
-    chunk."""
+    """Divides units into chunks of up to `size` items, in order. Returns at least one chunk. A unit
+    is a sequence of items that must stay in one chunk. None in place of a unit begins a new chunk.
+    """
     chunks: list[list[Item]] = [[]]
     for unit in units:
         if unit is None or len(chunks[-1]) + len(unit) > size:

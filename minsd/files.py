@@ -41,9 +41,8 @@ JOINERS = "\u200c\u200d"  # zero-width characters that are part of words and of 
 
 def printable(text: object, most: int = 2000) -> str:
     """Returns the text as one line for a terminal: control characters, line breaks and other
-    invisible characters are escaped, and the middle of a text longer than `most` characters is left
-    out.
-    """
+    invisible characters are escaped, and the middle of a text of more than `most` characters is
+    left out."""
     text = str(text)
     if len(text) > most:
         text = f"{text[: most // 2]} ... ({len(text) - most} characters more) ... {text[-most // 2 :]}"
@@ -68,7 +67,8 @@ def dumps(value: Any) -> str:
 
 
 def encodable(text: str) -> str:
-    """Returns the text with the characters that UTF-8 cannot encode escaped."""
+    """Returns the text with characters that UTF-8 cannot encode (lone surrogates) replaced by
+    escape sequences that begin with a backslash."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -76,9 +76,9 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
     """Parses JSON of unknown origin.
 
     Raises ValueError, with a message of one line, if the text is not JSON or not UTF-8, for more
-    than DEEPEST levels of nesting, for integers of more than 400 digits and, with `unique`, for an
-    object with a repeated key. The message states the reason alone, such as "not JSON: ...", for a
-    caller to put the source before it.
+    than 64 levels of nesting, for integers of more than 400 digits and, with `unique`, for an
+    object with a repeated key. The message states only the reason, such as "not JSON: ..."; the
+    caller adds the source.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -98,11 +98,12 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
 
 
 def read_json(path: Path, unique: bool = False) -> Any:
-    """Reads a JSON file of unknown origin, with the limits of `parse_json`.
+    """Reads a JSON file of unknown origin, with the limits of `parse_json`. With `unique`, no
+    object in it may repeat a key.
 
     Raises FileNotFoundError if the file is missing. Raises ValueError, with a message of one line
-    that contains the path, for a pipe or a device, for a file of more than LARGEST_JSON bytes or
-    one that cannot be read, and for anything that `parse_json` refuses.
+    that contains the path, for a pipe or a device, for a file of more than 32 MiB or one that
+    cannot be read, and for anything that `parse_json` refuses.
     """
     try:
         with open(path, "rb", opener=without_blocking) as file:
@@ -122,8 +123,9 @@ def read_json(path: Path, unique: bool = False) -> Any:
 
 
 def without_blocking(path: str, flags: int) -> int:
-    """Opens a file, as the `opener` argument of `open`. Unlike the default opener, it does not wait
-    for the other end of a named pipe."""
+    """Opens a file and returns its file descriptor. This function is for the argument `opener` of
+    the built-in `open`. Unlike the default opener, it does not wait for the other end of a named
+    pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -143,7 +145,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Returns whether a JSON value is nested deeper than `levels`."""
+    """Returns whether the dicts and lists of a JSON value are nested deeper than `levels`."""
     layer = [value]
     for _ in range(levels):
         inner: list[Any] = []
@@ -159,9 +161,8 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def exists(path: Path) -> bool:
-    """Returns whether a path exists. False also for text that cannot be a path, because it is too
-    long or has a NUL character.
-    """
+    """Returns whether a path exists. Returns False, instead of raising an error, for text that
+    cannot be a path because it is too long or contains a NUL character."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -173,9 +174,9 @@ def exists(path: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary(folder: Path) -> Iterator[BinaryIO]:
-    """Creates a temporary file in the folder, and yields it, open for writing, with the permissions
-    of the umask. `put` moves the file to its final name. If the file was not moved, it is deleted
-    at the end of the block.
+    """Creates a temporary file in `folder` and yields it, open for writing. Its permissions follow
+    the umask. `put` moves the file to its final name. If the file was not moved, it is deleted at
+    the end of the block.
 
     The file's name contains the host and the process number, and the file is locked while it is
     open. `remove_stale` uses both to find out whether the process still runs.
@@ -194,8 +195,7 @@ def temporary(folder: Path) -> Iterator[BinaryIO]:
 
 def sync(files: Sequence[BinaryIO]) -> None:
     """Writes the contents of open files to the disk (fsync). Several files are synced at the same
-    time, because file systems join such requests: a batch takes little longer than one file.
-    """
+    time, because file systems combine such requests: several files take little longer than one."""
     if len(files) == 1:
         _sync(files[0])
     elif files:
@@ -213,11 +213,12 @@ def _sync(file: BinaryIO) -> None:
 
 
 def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) -> None:
-    """Moves a temporary file to `path` after its contents are on the disk, so that after a power
-    cut `path` is either the complete file or missing. `synced` means that the caller has called
-    `sync` already.
+    """Moves a temporary file to `path` after its contents are on the disk, so that a power cut
+    never leaves an incomplete file at `path`. `synced` means that the caller has called `sync`
+    already.
 
-    Without `replace`, raises FileExistsError if `path` exists.
+    With `replace`, an existing file at `path` is replaced. Without it, raises FileExistsError if
+    `path` exists.
     """
     if not synced:
         _sync(file)
@@ -235,12 +236,20 @@ def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) 
     os.replace(file.name, path)
 
 
+def write(path: Path, text: str) -> None:
+    """Writes a text file, completely or not at all."""
+    with temporary(path.parent) as file:
+        file.write(encodable(text).encode())
+        put(file, path)
+
+
 def remove_stale(folder: Path) -> list[str]:
     """Removes the temporary files that killed processes left in a folder, and returns their names.
 
-    A file that a process holds locked is never removed. An unlocked one is removed if its process
-    ran on this machine and has ended, or if the file is an hour old. The age is needed because
-    process numbers are used again, and because locks of other machines may not be visible.
+    A file that a running process has locked is never removed. An unlocked file is removed if its
+    process ran on this machine and has ended, or if the file is older than an hour. The age is
+    needed because a new process may have the number of the ended one, and because locks of other
+    machines may not be visible.
     """
     removed: list[str] = []
     if fcntl is None:
@@ -289,8 +298,8 @@ def _alive(pid: int) -> bool:
 
 def own(path: Path, append: bool = False) -> BinaryIO:
     """Opens a file that belongs to minsd for reading and writing, and creates the file if it is
-    missing. With `append` every write goes to the end of the file, even if other processes write to
-    it too.
+    missing. With `append`, every write goes to the end of the file, even while other processes
+    write to it.
 
     A symbolic link at `path` is replaced by a file, with a warning, because in a folder from
     somebody else the link could point to any file of the user. Raises OSError for a folder, a pipe,
@@ -318,11 +327,11 @@ def own(path: Path, append: bool = False) -> BinaryIO:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO | None]:
     """Holds an exclusive lock on the folder within the `with` block, so that no other minsd process
-    holds it. Does nothing if the system cannot lock files.
+    has the folder locked. Where the system cannot lock files, the block runs without a lock.
 
-    Yields the lock file, open for reading and writing. It contains the name of the last image
-    saved. Yields None, with a warning, if the lock file cannot be used, for example because it is a
-    folder.
+    Yields the lock file, open for reading and writing. The lock file contains the file name of the
+    last image saved in the folder. Yields None, with a warning, if the lock file cannot be used,
+    for example because a folder has its name.
     """
     path = folder / ".lock"
     try:
@@ -339,8 +348,8 @@ def locked(folder: Path) -> Iterator[BinaryIO | None]:
 
 
 def _wait(file: BinaryIO, path: Path) -> None:
-    """Waits for an exclusive lock on a file. Warns after PATIENCE seconds, because a process that
-    is suspended keeps its locks."""
+    """Waits until this process has an exclusive lock on `file`, whose path is for the warning.
+    Warns after 10 seconds, because a suspended process could hold the lock for ever."""
     if fcntl is None:
         return
     end = time.monotonic() + PATIENCE

@@ -9,12 +9,11 @@ errors answer at once.
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minsd.app import Tally, mistake, options, ranks, reason, requests
+from minsd.app import Tally, mistake, options, ranks, reason, requests, warned
 from minsd.app.hold import Hold
 from minsd.app.prompts import located
 from minsd.app.requests import Command, Request
@@ -22,16 +21,16 @@ from minsd.files import printable, read_json
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0 if done, 2 for mistakes of the user, 130
-    if interrupted, and 1 for anything else."""
+    """Runs the command line with the arguments `argv` (default: those of the process) and returns
+    its exit code: 0 if all images are done, 2 for a mistake of the user, 130 if interrupted, and 1
+    for any other error."""
     # OpenMP's threads spin while they wait, which takes the processor from other work. torch reads
     # this variable when it is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     argv = sys.argv[1:] if argv is None else argv
     tally = Tally()
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
+        with warned():
             command, lines = requests.read(options.parse(argv))
             go(command, lines, tally)
         return _end(tally)
@@ -46,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
-    """Generates the images, or draws previews of layouts."""
+    """Generates the images, or with --layout-preview draws previews of layouts instead.
+
+    `command` holds the settings of the whole run, and `lines` one request (the settings of one
+    prompt) per prompt. The numbers of saved and failed images are counted in `tally`.
+    """
     quiet = command.quiet or ranks.Share.from_environment().rank > 0
 
     def say(*words: object) -> None:
@@ -74,9 +77,16 @@ def draw(
     say: Callable[..., None],
 ) -> None:
     """Loads the model, plans the jobs (one per image), and runs them. With --list-tokens, prints
-    the tokens of the prompts instead."""
+    the tokens of the prompts instead.
+
+    `command` holds the settings of the whole run, and `lines` one request (the settings of one
+    prompt) per prompt. The numbers of saved and failed images are counted in `tally`. `hold` locks
+    the output folder. `quiet` turns the progress bar off, and `say` prints notes for the user.
+    """
     if command.out.is_dir() and not command.list_tokens:
         hold.take()  # before the minutes of loading; `run` locks a folder that does not exist yet
+    if sys.stderr.isatty():
+        say(f"loading {command.model}")
     from minsd.app.jobs import plan
     from minsd.app.run import run
     from minsd.app.session import open_session
@@ -105,8 +115,9 @@ def draw(
 
 
 def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..., None]) -> None:
-    """Draws previews of the layouts, at the size that the images would have, and writes them to the
-    folder extra/ of the output folder. No model is loaded."""
+    """Draws a preview of the layout of each of `lines` (the requests, one per prompt), at the size
+    that the image would have, and writes it to the folder extra/ of the output folder. Prints the
+    paths with `say`. No model is loaded."""
     from minsd.image import save
     from minsd.noise.layout import preview
 
@@ -123,8 +134,9 @@ def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..
 
 
 def model_size(model: str) -> int:
-    """Returns the default side of a model's images, in pixels, without loading the model. Returns
-    512 if the size is not known before loading, as for a model in a single file."""
+    """Returns the default side, in pixels, of the images of a model (a name, folder, file or hub
+    id), without loading the model. Returns 512 if that side is not known before loading, as for a
+    model in a single file."""
     from minsd.config import CELL, LARGEST, MODELS
 
     if model in MODELS:
@@ -137,7 +149,7 @@ def model_size(model: str) -> int:
 
 
 def list_tokens(text: Any, prompt: str) -> None:
-    """Prints a prompt's tokens with their positions."""
+    """Prints the tokens of a prompt with their positions. `text` is the model's text encoder."""
     for position, token in enumerate(text.tokens(prompt)):
         line = f"{position:3d}  {printable(token)}"
         encoding = sys.stdout.encoding or "utf-8"  # may lack characters of the prompt
@@ -145,8 +157,9 @@ def list_tokens(text: Any, prompt: str) -> None:
 
 
 def _end(tally: Tally) -> int:
-    """Returns the exit code of a run that was not interrupted. If several images were wanted, also
-    prints how many failed."""
+    """Returns the exit code of a run that was not interrupted: 0 if all images are done, 2 if the
+    only image failed by a mistake of the user, otherwise 1. If several images were wanted and some
+    failed, also prints how many."""
     if not tally.failed:
         return 0
     if tally.single:  # its error was printed, and needs no count
@@ -160,8 +173,8 @@ def _end(tally: Tally) -> int:
 
 
 def _report(error: Exception, tally: Tally) -> int:
-    """Prints an error as one line and returns the exit code. Each of several processes prints its
-    own errors."""
+    """Prints an error that ended the run, as one line, and returns the exit code: 2 for a mistake
+    of the user, otherwise 1. If several processes share the run, each prints its own errors."""
     message = reason(error)
     if tally.wanted:
         message = f"{tally.made} of {tally.wanted} images are done; {message}"
@@ -169,18 +182,12 @@ def _report(error: Exception, tally: Tally) -> int:
     return 2 if mistake(error) else 1
 
 
-def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(f"minsd: warning: {printable(message)}", file=sys.stderr)  # above a progress bar, not into it
-
-
 def script() -> int:
-    """Runs `main` as a program and returns its exit code. torchrun, Slurm and timeout end a run by
-    SIGTERM; here SIGTERM stops the run as Ctrl-C does.
+    """Runs the command line of this process as a program and returns its exit code. SIGTERM, which
+    torchrun, Slurm and timeout send to end a run, stops the run as Ctrl-C does.
 
-    If `judge` or `compare` is the first of several arguments, another program runs (minsd/judge.py,
-    minsd/app/study.py). As the only argument, these words are prompts.
+    If the first of several arguments is `judge` or `compare`, another program runs (minsd/judge.py
+    or minsd/app/study.py). As the only argument, either word is a prompt.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if len(sys.argv) > 2 and sys.argv[1] == "judge":

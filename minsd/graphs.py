@@ -1,4 +1,4 @@
-"""CUDA graphs: one evaluation of a network, some 1,500 kernels, launched as one.
+"""CUDA graphs: one evaluation of a network, some 1,500 kernels, launched by a single call.
 
 At batch 1 a GPU finishes a kernel of the UNet before Python has launched the next (expected, not
 measured on a GPU). A CUDA graph records the launches of one evaluation and repeats them in a single
@@ -7,9 +7,10 @@ addresses that they had at the capture. So each graph has input tensors of its o
 call are copied into them, except for tensors that are unchanged since the last call, such as the
 keys and values of a prompt. The output is copied to new memory.
 
-Results do not depend on the graphs. Evaluations that record attention, need gradients or run hooks
-run without them, with one exception. Within `differentiating`, an evaluation that ends after its
-attention maps, and the gradient of these maps in the latents, have graphs too (noise/losses.py).
+Graphs do not change results. Evaluations that record attention, need gradients or run hooks do not
+use graphs, with one exception: within a block of `differentiating`, an evaluation that ends after
+its attention maps, and the gradient of these maps with respect to the latents, use graphs too
+(noise/losses.py).
 
 PyTorch's allocator may not recover from a capture that fails (up to torch 2.11 at least), so that
 the next capture or the next release of memory ends in an internal error. So after one failure, and
@@ -50,9 +51,9 @@ def tensors_of(value: object) -> list[Tensor]:
 
 
 def signature_of(value: Any) -> Hashable:
-    """Returns a key that is equal for two values if one graph can serve both. The key holds the
-    structure of the value, the shapes, dtypes and devices of tensors, and the values of
-    constants."""
+    """Returns a hashable key that is equal for two values if one graph can serve both. The key
+    consists of the value's structure (dicts, lists and tuples), the shapes, dtypes and devices of
+    its tensors, and all other values in it."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
@@ -63,8 +64,8 @@ def signature_of(value: Any) -> Hashable:
 
 
 def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """Returns a copy of nested dicts, lists and tuples in which each tensor is replaced by the next
-    one of `tensors`."""
+    """Returns a copy of nested dicts, lists and tuples in which each tensor, in order, is replaced
+    by the next tensor of the iterator `tensors`."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, dict):
@@ -94,11 +95,12 @@ def cloned(value: Any) -> Any:
 def capture(
     run: Callable[[], Any], pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], Any]:
-    """Captures `run` as a CUDA graph. Returns (replay, output): a function that replays the graph,
-    and the output of `run`, which every replay overwrites.
+    """Captures `run`, a function without arguments, as a CUDA graph. Returns (replay, output): a
+    function that replays the graph, and the output of `run`, which every replay overwrites.
 
-    Graphs with the same `pool` share the memory of their intermediate results, so they must run one
-    after the other. All are captured on one `stream`, which belongs to the network's own device.
+    Graphs with the same memory pool `pool` share the memory of their intermediate results, so they
+    must run one after the other. `stream` is a stream of the network's own device, the same for all
+    captures (`capture_stream`).
     """
     assert stream is not None
     graph = torch.cuda.CUDAGraph()
@@ -110,12 +112,13 @@ def capture(
 
 
 def warm_up(run: Callable[[], list[Tensor]], x: Tensor) -> None:
-    """Runs `run`, and computes the gradient in the leaf x through every output, once.
+    """Calls `run` once, and computes the gradient of each of its outputs with respect to the leaf
+    tensor x once.
 
     A capture must not compile kernels, and must not set up cuBLAS in autograd's thread. This
     function makes both happen before the capture. Earlier evaluations may not have done so: they
-    may have computed no gradient, because the losses were within their limits, or a gradient
-    through some of the outputs only.
+    may have computed no gradient, because the losses were within their limits, or the gradients of
+    some of the outputs only.
     """
     with torch.enable_grad():
         outputs = run()
@@ -125,12 +128,13 @@ def warm_up(run: Callable[[], list[Tensor]], x: Tensor) -> None:
 def capture_gradient(
     run: Callable[[], list[Tensor]], x: Tensor, pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], list[Tensor], Callable[[], None], list[Tensor], Tensor]:
-    """Captures `run`, a function of the leaf x, and its vector-Jacobian product in x.
+    """Captures two graphs: of `run`, a function of the leaf tensor x with several outputs, and of
+    its vector-Jacobian product with respect to x.
 
     Returns (replay, outputs, replay_back, given, gradient). `replay` writes to `outputs`.
     `replay_back` reads the gradients of the outputs from `given`, and writes the gradient of x to
-    `gradient`. `replay_back` must directly follow `replay`, because other graphs of the pool may
-    overwrite the activations.
+    `gradient`. `replay_back` must directly follow `replay`, because other graphs of the memory pool
+    `pool` may overwrite the activations. `stream` is as in `capture`.
     """
     with torch.enable_grad():
         replay, outputs = capture(run, pool, stream)
@@ -141,21 +145,23 @@ def capture_gradient(
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns the stream of all captures on a device, always the same one. cuBLAS keeps up to 32 MB
-    for every stream on which it was captured, and never frees this memory."""
+    """Returns the stream on which all graphs of a device are captured. Every call for the device
+    returns the same stream, because cuBLAS keeps up to 32 MB for each stream on which it was
+    captured, and never frees this memory."""
     return torch.cuda.Stream(device)
 
 
 def empty_cache() -> None:
-    """Returns memory that PyTorch does not use to the device. Does nothing after a failed capture,
-    because the release would end in an internal error."""
+    """Gives memory that PyTorch has reserved on the GPU but does not use back to the device. Does
+    nothing without a GPU, or after a failed capture, when PyTorch would end in an internal error.
+    """
     if torch.cuda.is_available() and not broken:
         torch.cuda.empty_cache()
 
 
 def give_up(error: Exception) -> None:
-    """Drops all graphs of the process after a failed capture, prints a warning with the reason
-    `error`, and prevents further captures."""
+    """Drops all graphs of the process after a capture failed with `error`, prints a warning with
+    the first line of the error, and prevents further captures."""
     global broken
     broken = True
     for graphs in list(_living):
@@ -166,8 +172,8 @@ def give_up(error: Exception) -> None:
 
 @dataclass
 class Graph:
-    """One captured evaluation. Calling the object with the tensors of a call replays the evaluation
-    and returns a new output."""
+    """One captured evaluation. Calling the object with the input tensors of an evaluation copies
+    them into the graph's own inputs, replays the graph, and returns a copy of the output."""
 
     inputs: list[Tensor]  # read by every replay
     sources: list[tuple[Tensor, int]]  # the tensor last copied into each input, and its version
@@ -185,8 +191,8 @@ class Graph:
 
 @dataclass
 class GradientGraph(Graph):
-    """One captured evaluation with several outputs, and its vector-Jacobian product in the first
-    input."""
+    """One captured evaluation with several outputs, together with its captured vector-Jacobian
+    product with respect to the first input."""
 
     replay_back: Callable[[], None]
     given: list[Tensor]  # gradients of the outputs, read by every replay back
@@ -223,10 +229,11 @@ class Graphs:
     There is one graph per input signature (structure, shapes, dtypes). It is captured when the
     signature occurs for the second time. The first evaluation runs without a graph, because it
     compiles kernels and chooses algorithms, which a capture must not do, and because a signature
-    that does not recur is not worth a graph. If memory runs out in `forward` itself, all graphs are
-    released and the network runs without them.
+    that does not recur is not worth a graph. If GPU memory runs out during an evaluation without a
+    graph, all graphs are released and the evaluation is repeated.
 
-    `gradients`: whether evaluations within a `differentiating` block use graphs too.
+    `gradients` states whether graphs also serve evaluations within a block of `differentiating`,
+    whose attention maps are differentiated.
     """
 
     def __init__(self, module: nn.Module, gradients: bool = True):
@@ -256,19 +263,21 @@ class Graphs:
         return sum(graphs.own for graphs in self._beside())
 
     def _beside(self) -> list["Graphs"]:
-        """Returns the `Graphs` of all networks on this network's device, itself included; a
-        ControlNet's, for example."""
+        """Returns the `Graphs` objects of all networks on this network's device: of this network,
+        and for example of ControlNets."""
         return [graphs for graphs in _living if graphs.device == self.device]
 
     def release(self) -> None:
-        """Releases the graphs of all networks on the device. Call this method if other work needs
-        the memory, or if a network has changed."""
+        """Releases the graphs of all networks on this network's device, and gives their memory back
+        to the device. Call this method if other work needs the memory, or if a network has changed.
+        """
         for graphs in self._beside():
             graphs.let_go()
         empty_cache()
 
     def let_go(self) -> None:
-        """Drops this network's graphs, without returning their memory to the device."""
+        """Drops this network's graphs. Their memory stays reserved by PyTorch until `empty_cache`
+        is called."""
         if self.graphs and torch.cuda.is_available():
             # A replay may still be running. Before PyTorch unmaps an expandable segment, it waits for
             # the capture's stream only, and the replay may run on another. After a failed capture
@@ -283,7 +292,9 @@ class Graphs:
     def __call__(
         self, x: Tensor, t: int | float | Tensor, context: Any, *rest: Any, record: Any = None, **more: Any
     ) -> Any:
-        """Returns what `UNet.forward` or `ControlNet.forward` returns."""
+        """Evaluates the network, by replaying a graph if one can serve the call, otherwise by the
+        network's own `forward`. Arguments and result are those of `UNet.forward` or
+        `ControlNet.forward`."""
         if not torch.is_tensor(t):  # a graph would keep a number as a constant
             t = torch.full((), t, device=x.device, dtype=torch.float32)
         if isinstance(context, dict):  # with a ControlNet it holds the keys and values of both networks
@@ -316,9 +327,10 @@ class Graphs:
         return None
 
     def _can(self, tensors: list[Tensor], look: bool) -> bool:
-        """Returns whether a graph may serve the inputs `tensors`, of which x is the first. With
-        `look`, the call records attention maps that are differentiated, so x, and nothing else,
-        must require a gradient. Without `look`, no input may require a gradient."""
+        """Returns whether a graph may serve a call with the inputs `tensors`, of which latents x
+        are the first. `look` states whether the call records attention maps that are
+        differentiated. Then x, and no other input, must require a gradient. Otherwise no input may
+        require one."""
         if broken or self._hooked(look):
             return False
         differentiated = [y for y in tensors if y.requires_grad] if torch.is_grad_enabled() else []
@@ -331,8 +343,8 @@ class Graphs:
 
     def _hooked(self, look: bool) -> bool:
         """Returns whether a part of the network has hooks, such as those of an adapter. Hooks are
-        Python functions, which a replay would skip. Backward hooks matter only with `look`, that
-        is, if attention maps are differentiated."""
+        Python functions, which a replay would skip. Backward hooks count only with `look`, which
+        states that attention maps are recorded and differentiated."""
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return True
         if look and (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks):
@@ -347,8 +359,10 @@ class Graphs:
     def _captured(
         self, key: Hashable, arguments: tuple[Any, ...], tensors: list[Tensor], record: Any
     ) -> bool:
-        """Captures a graph for `key`, and returns whether that succeeded. With a recorder `record`,
-        the graph computes attention maps and their gradient."""
+        """Captures a graph and stores it under `key`, the signature of the inputs. Returns whether
+        that succeeded. `arguments` are the positional and keyword arguments of the call, and
+        `tensors` the tensors in them. With a recorder `record`, the graph computes attention maps
+        and their gradient."""
         if len(self.graphs) >= LIMIT:
             self.let_go()
         device = tensors[0].device
@@ -384,15 +398,15 @@ class Graphs:
             else:
                 parts = capture_gradient(maps, inputs[0], self.pool, stream)
                 self.graphs[key] = GradientGraph(inputs, sources, *parts)
-        except Exception as error:  # Triton's are no RuntimeErrors; the network's own will recur
+        except Exception as error:  # also Triton's; an error of the network itself will occur again
             give_up(error)
             return False
         self.own += (torch.cuda.memory_reserved(device) if cuda else 0) - before
         return True
 
     def _plainly(self, *arguments: Any, **more: Any) -> Any:
-        """Runs the network without a graph. If memory runs out while any network on the device has
-        graphs, releases all of them and runs the network once more."""
+        """Runs the network without a graph and returns its output. If memory runs out while any
+        network on the device has graphs, releases all graphs and runs the network once more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:
@@ -406,8 +420,9 @@ _living: WeakSet[Graphs] = WeakSet()
 
 
 def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> Graphs | None:
-    """Makes a network replay its evaluations from CUDA graphs, and returns its `Graphs`. With `on`
-    False, makes it stop doing so, and returns None. `gradients` is as in `Graphs`."""
+    """Makes a network run its evaluations by replaying CUDA graphs, and returns its `Graphs`
+    object. With `on` False, makes the network run without graphs again, and returns None.
+    `gradients` states whether graphs also serve evaluations within a block of `differentiating`."""
     graphs = graphs_of(network)
     if graphs is not None:
         graphs.release()
@@ -420,17 +435,17 @@ def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> G
 
 
 def graphs_of(network: Any) -> Graphs | None:
-    """Returns the `Graphs` of a network, or None if it does not use graphs."""
+    """Returns the `Graphs` object of a network, or None if the network does not use graphs."""
     forward = getattr(network, "forward", None)
     return forward if isinstance(forward, Graphs) else None
 
 
 @contextlib.contextmanager
 def differentiating(network: Any) -> Iterator[None]:
-    """Makes a network replay evaluations of another kind too within the `with` block: those that
-    end after their attention maps, and the gradients of these maps in the latents. Does nothing if
-    the network has no graphs. The gradient of an evaluation must be computed before the network
-    runs again, and only once."""
+    """Within the `with` block, CUDA graphs also serve evaluations of `network` that end after their
+    attention maps, and the gradients of these maps with respect to the latents. Does nothing if the
+    network has no graphs. In the block, the gradient of an evaluation must be computed before the
+    network runs again, and only once."""
     graphs = graphs_of(network)
     if graphs is None or not graphs.gradients:
         yield

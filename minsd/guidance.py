@@ -1,10 +1,10 @@
 """Noise predictors: callables `predict(x, t) -> eps`, made from the network or from other
 predictors.
 
-v-prediction is converted to eps in this module and nowhere else. This module also applies guidance
-of whole prompts. A collage (noise/collage.py) makes one UNet evaluation per caption, a pass, and
-applies guidance to each pass itself. Samplers and noise methods depend on neither v-prediction nor
-guidance.
+v-prediction is converted to eps in this module and nowhere else. This module also applies
+classifier-free guidance, except to images that are generated from one caption per region
+(noise/collage.py); there it is applied to each caption's evaluation. Samplers and noise methods
+depend on neither v-prediction nor guidance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,19 +55,27 @@ class Model(Protocol):
 
 @contextmanager
 def counted(unet: Any) -> Iterator[list[int]]:
-    """Yields a list. Within the `with` block, every UNet evaluation appends its number of rows to
-    the list. A guided evaluation has two rows per image. An evaluation that gradient checkpointing
-    repeats is counted again."""
+    """Yields a list that counts UNet evaluations. Within the `with` block, every evaluation of
+    `unet` appends its number of rows (its batch size) to the list. A guided evaluation has two rows
+    per image. An evaluation that gradient checkpointing repeats is counted again."""
     rows: list[int] = []
-    handle = unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    try:
+    with evaluations(unet, rows.append):
         yield rows
+
+
+@contextmanager
+def evaluations(unet: Any, begin: Callable[[int], object]) -> Iterator[None]:
+    """Within the `with` block, calls `begin(rows)` before every UNet evaluation."""
+    handle = unet.register_forward_pre_hook(lambda module, inputs: begin(len(inputs[0])))
+    try:
+        yield
     finally:
         handle.remove()
 
 
 def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedule) -> Tensor:
-    """Converts the network's output (B,4,h,w) for latents x at timestep t into predicted noise.
+    """Converts the network's output (B,4,h,w) for latents x at timestep t into predicted noise. The
+    output is noise or v, as the schedule's `prediction_type` states.
 
     A v-predicting network (Salimans & Ho 2022) returns v = sqrt(abar) eps - sqrt(1 - abar) x0,
     where abar is the cumulative product of 1 - beta at t. Since x = sqrt(abar) x0 + sqrt(1 - abar)
@@ -105,13 +113,14 @@ def rescaled(
 
 
 def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV]:
-    """Returns a function texts(n), which returns the texts of a batch for n images: n rows for the
-    first of `contexts`, then n rows for the next, and so on. Its result is text states or their
-    `text_kv`, both of which the network accepts.
+    """Prepares texts for the network. Returns a function texts(n) that returns the context of a
+    batch for n images: n rows for the first of `contexts`, then n rows for the next, and so on.
+    Each of `contexts` is text states, (n,77k,D), or (1,77k,D) for all images.
 
-    The keys and values are computed once for all steps, and, if all contexts are (1,77n,D), once
-    for all images. If text states require a gradient, they are returned themselves, because every
-    step then needs its own autograd graph of the keys and values.
+    The context is a dict of keys and values (`UNet.text_kv`), which are computed once for all
+    steps, and, if every one of `contexts` has one row, once for all images. If text states require
+    a gradient, the context is the text states themselves, because every step then needs its own
+    autograd graph of the keys and values.
     """
     known: dict[int, TextKV] = {}
 
@@ -138,7 +147,8 @@ def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV
 def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
     """Makes a predictor predict(x, t) -> eps (the noise-prediction function that a sampler calls)
     from the network and one text, without guidance. `context` is text states (B,77n,D), or
-    (1,77n,D) for all images of the batch."""
+    (1,77n,D) for all images of the batch. `schedule` states whether the network predicts noise or
+    v."""
     texts = _texts(unet, [context])
 
     def predict(x: Tensor, t: int | float) -> Tensor:
@@ -148,8 +158,10 @@ def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
 
 
 def distilled(unet: Any, context: Tensor, guidance_scale: float, schedule: Schedule) -> Predictor:
-    """Makes a predictor from a network that is told the guidance scale, and one text. Other callers
-    of the network run it at its usual scale."""
+    """Makes a predictor predict(x, t) -> eps from a network that takes the guidance scale as an
+    input (a distilled latent consistency model). `context` is text states (B,77n,D), or (1,77n,D)
+    for all images of the batch. After each call the network gets its usual scale again, for other
+    callers."""
     plain = conditional(unet, context, schedule)
     usual, asked = (unet.guidance_of(scale) for scale in (DISTILLED_SCALE, guidance_scale))
 
@@ -173,12 +185,13 @@ def classifier_free(
 ) -> Predictor:
     """Makes a predictor predict(x, t) -> eps with classifier-free guidance, eps = u + g (c - u) (Ho
     & Salimans 2022), where u is the prediction for `uncond`, c the prediction for `cond`, and g is
-    `guidance_scale`. u and c are computed in one batch. At g = 1 only c is computed.
-    A distilled network (a latent consistency model with a guidance embedding) is told g instead,
-    and only c is computed.
+    `guidance_scale`. u and c are computed in one batch. At g = 1 only c is computed. A distilled
+    network (a latent consistency model with a guidance embedding) takes g as an input instead, and
+    only c is computed.
 
     `cond` and `uncond` are text states (B,77n,D), or (1,77n,D) for all images of the batch.
-    `guidance_rescale` is the `part` of `rescaled`, for guided predictions.
+    `schedule` states whether the network predicts noise or v. `guidance_rescale` is the `part` of
+    `rescaled`, which is applied to guided predictions.
     """
     if getattr(getattr(unet, "config", None), "guidance_dim", 0):
         return distilled(unet, cond, guidance_scale, schedule)

@@ -30,14 +30,15 @@ FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI"
 
 
 def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
-    """Reads an image file of any common kind. The result is upright, is the first frame, and has no
-    transparency.
+    """Reads an image file of any common kind. Returns an upright image without transparency; of a
+    file with several frames, the first.
 
     The image is in mode "RGB". If the file is greyscale with more than 8 bits, as depth maps are,
     the mode is "F" (one channel, values 0..255). Transparent images are laid on the colour `on`,
-    such as "white"; if `on` is None, the alpha channel is dropped, as diffusers does. `what` names
-    the file in error messages. Warns if the file has more than one frame. Raises FileNotFoundError
-    if the file is missing, and ValueError if it cannot be read, each with a message of one line.
+    such as "white"; if `on` is None, the alpha channel is dropped, as diffusers does. `what` is the
+    word for the file in error messages, such as "control image". Warns if the file has more than
+    one frame. Raises FileNotFoundError if the file is missing, and ValueError if it cannot be read,
+    each with a message of one line.
     """
     Image.init()
     try:
@@ -64,14 +65,14 @@ def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.
 
 
 def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
-    """Converts a Pillow image to mode "RGB", or to mode "F" with values 0..255 if it has one
-    channel of more than 8 bits.
+    """Converts a Pillow image to mode "RGB", or, if the image has one channel of more than 8 bits,
+    to mode "F" (one channel of floats) with values 0..255.
 
     White is 65535 in 16-bit images. Wider types do not define white, and programs write 8-bit and
     16-bit values into them. So white is the upper end of the smallest range that holds all values:
     0..1 (floating point only), 0..255, 0..65535, 0..2^31 - 1 (integers only). Raises ValueError for
     values that fit no range. `file_format` is Pillow's name of the format that the image was read
-    from; it is needed if the image itself has lost it.
+    from; it is needed if the image object no longer has this name.
     """
     if picture.info.get(SCALED):
         return picture
@@ -116,14 +117,14 @@ def from_tensor(x: "Tensor") -> list[Image.Image]:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Crops an image about its centre to the proportions of width x height, and scales it to width
-    x height pixels."""
+    """Crops an image about its centre so that its proportions are those of width x height, and
+    scales it to width x height pixels."""
     return ImageOps.fit(levels(picture), (width, height), Image.Resampling.LANCZOS)
 
 
 def parameters(settings: dict[str, Any]) -> str:
-    """Returns the settings in AUTOMATIC1111's text form, which other Stable Diffusion tools read
-    and write."""
+    """Returns the settings of an image in AUTOMATIC1111's text form, which other Stable Diffusion
+    tools read and write. `settings` is the dict that minsd writes into the image's metadata."""
     control = None
     if settings.get("control_image"):
         net = Path(settings["controlnet"]).stem
@@ -146,8 +147,8 @@ def parameters(settings: dict[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """Returns a value in the form that `parameters` uses: as a JSON string if it contains a comma,
-    a colon, a quotation mark or a line break, otherwise unchanged."""
+    """Returns a value as text for the settings line of AUTOMATIC1111's web UI: as a JSON string if
+    it contains a comma, a colon, a quotation mark or a line break, otherwise as it is."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 
@@ -172,12 +173,12 @@ def save_numbered(
     settings: dict[str, Any],
     before: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Writes `NNNNN-SEED.png` with its settings, completely or not at all, and returns its path.
-    NNNNN is one above the highest number in the folder. SEED is the seed that was asked for, even
-    if minsd selected another noise than that seed's.
+    """Writes an image as `NNNNN-SEED.png`, with its settings as metadata, completely or not at all.
+    Returns its path. NNNNN is one above the highest number in the folder. SEED is the seed that the
+    user gave, even if minsd then chose the noise of another seed.
 
-    `before(path)` is called just before the image appears. It saves the files that belong to the
-    image, so that no image lacks them.
+    `before(path)` is called just before the image appears under its name. It is for saving the
+    files that belong to the image, so that there is never an image without them.
     """
     with written(picture, folder, settings) as file:
         return place(file, folder, settings, before)
@@ -186,8 +187,7 @@ def save_numbered(
 @contextlib.contextmanager
 def written(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Iterator[BinaryIO]:
     """Writes an image with its settings to a temporary file in the folder, and yields the open
-    file, which `place` can name. The file is deleted at the end of the block unless it was
-    moved."""
+    file. The file is deleted at the end of the block unless `place` has given it its final name."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, files.dumps(settings))
     info.add_itxt("parameters", files.encodable(parameters(settings)))
@@ -203,11 +203,14 @@ def place(
     before: Callable[[Path], None] = lambda path: None,
     synced: bool = False,
 ) -> Path:
-    """Gives a temporary file its number and name, as `save_numbered` describes, and returns its
-    path. `synced` means that the file has been synced to the disk already.
+    """Moves a temporary PNG file to its final name NNNNN-SEED.png in `folder`, and returns its
+    path. NNNNN is one above the highest number in the folder, and SEED is the seed in `settings`.
+    `before(path)` is called just before the move. `synced` means that the file has been synced to
+    the disk already.
 
-    The folder may hold millions of images. It is listed only if the lock file does not contain the
-    name of an image that exists.
+    The folder may hold millions of images. So the highest number is taken from the folder's lock
+    file, which contains the name of the last image. The folder is listed only if there is no such
+    image.
     """
     with files.locked(folder) as last:
         name = "" if last is None else last.read(300).decode("ascii", "replace")
@@ -241,7 +244,7 @@ COUNTED = re.compile(r"\d{1,12}-\d{1,19}\.png", re.ASCII)
 
 
 def number(name: str) -> int:
-    """Returns the NNNNN of an image's file name as an integer."""
+    """Returns the number NNNNN of an image's file name NNNNN-SEED.png as an integer."""
     return int(name.rpartition("-")[0])
 
 
@@ -249,9 +252,9 @@ def number(name: str) -> int:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads the settings that minsd wrote into an image's metadata, and decodes the whole image.
-    Raises FileNotFoundError if there is no image, and ValueError if it cannot be read or has no
-    settings."""
+    """Returns the settings that minsd wrote into an image's metadata. Decodes the whole image, to
+    find out whether it is damaged. Raises FileNotFoundError if there is no image, and ValueError if
+    it cannot be read or has no settings."""
     read(path)
     try:
         with Image.open(path, formats=["PNG"]) as picture:
@@ -268,9 +271,10 @@ def verified(path: Path, whole: bool = False) -> dict[str, Any]:
     any other file.
 
     Checks the PNG's signature, its chunks up to IEND and their checksums, and that the image has
-    the size given in its settings. In files above SMALL bytes only the first and the last chunk of
-    image data are read, because a write that was cut off damages the end. The pixels are decoded
-    too with `whole`, or if the settings are compressed, which minsd never does.
+    the size given in its settings. In files above 256 KiB the checksums of image data are checked
+    only in the first and the last chunk, because a write that was cut off damages the end. The
+    pixels are decoded too if `whole` is true, or if the settings are compressed. Minsd writes them
+    uncompressed, but another program that saved the image again may have compressed them.
     """
     size, text = _scan(path)
     settings = read_settings(path) if whole or text is None else _parsed(text, path)
@@ -280,8 +284,8 @@ def verified(path: Path, whole: bool = False) -> dict[str, Any]:
 
 
 def _parsed(text: str | bytes, path: Path) -> dict[str, Any]:
-    """Parses the settings of the image at `path`. Raises ValueError if they are not a JSON
-    object."""
+    """Parses `text`, the settings in the metadata of the image at `path`. Raises ValueError if they
+    are not a JSON object."""
     try:
         settings = files.parse_json(text)
     except ValueError as error:
@@ -297,8 +301,9 @@ MOST_CHUNKS = 100_000  # Pillow writes about 64 kB of image data per chunk
 
 
 def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
-    """Returns (size, text) of a complete PNG: its (width, height), and the text of its settings, or
-    None if they are compressed or missing. Raises ValueError for any other file."""
+    """Checks that a file is a complete PNG, without decoding its pixels. Returns (size, text): the
+    image's (width, height), and the text of minsd's settings in its metadata, or None if they are
+    compressed or missing. Raises ValueError for any other file."""
     with open(path, "rb", opener=files.without_blocking) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -311,8 +316,10 @@ def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
 
 
 def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
-    """Does the work of `_scan` on an open file of `size` bytes. Raises struct.error or ValueError
-    if the file is not a complete PNG."""
+    """Reads the chunks of a PNG from an open file whose length is `size` bytes. Returns
+    (dimensions, text): the image's (width, height), and the text of minsd's settings, or None if
+    they are compressed or missing. Raises struct.error or ValueError if the file is not a complete
+    PNG."""
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
         raise ValueError("it lacks a PNG's signature")
     dimensions = None
@@ -345,7 +352,7 @@ def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
 
 def _content(file: BinaryIO, place: int) -> bytes:
     """Returns the content of the chunk that starts at offset `place` of a PNG. Raises ValueError if
-    its checksum is wrong or if it is too long."""
+    the checksum is wrong or the chunk is too long."""
     file.seek(place)
     length, kind = struct.unpack(">I4s", file.read(8))
     if length > LONGEST_TEXT:
@@ -359,8 +366,8 @@ def _content(file: BinaryIO, place: int) -> bytes:
 def contact_sheet(
     pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Arranges images of one size in rows of `columns` images, with one line of caption below each
-    image."""
+    """Arranges images of one size in rows of `columns` images. If `captions` is given, its texts,
+    one per image, stand in one line below each image."""
     w, h = pictures[0].size
     line = 14 if captions else 0
     rows = -(-len(pictures) // columns)

@@ -50,9 +50,10 @@ def load(
 
     `device` defaults to CUDA if available, otherwise to the CPU; `dtype` defaults to float16 on
     CUDA and float32 elsewhere. `vae`, a folder or file, replaces the model's own VAE. `tokenizer`
-    (a folder) and `prediction_type` are for models in a single file, which contains no tokenizer
-    and may not state a prediction type. Raises FileNotFoundError for missing files, and ValueError
-    for anything else that cannot be loaded, with a message of one line.
+    (a folder) and `prediction_type` ("epsilon" or "v_prediction") are for models in a single file,
+    which contains no tokenizer and may not state a prediction type. Raises FileNotFoundError for
+    missing files, and ValueError for anything else that cannot be loaded, with a message of one
+    line.
     """
     from minsd.weights.load import load_model
 
@@ -118,8 +119,9 @@ class StableDiffusion:
         return self.vae.decoder.conv_in.weight.dtype
 
     def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
-        """Sets the attention backend of the UNet and of `others`, such as a ControlNet. Raises
-        ValueError unless `backend` is one that `minsd.kernels.attention` accepts."""
+        """Sets the attention backend of the UNet and of `others`, further networks such as a
+        ControlNet. Raises ValueError unless `backend` is one that `minsd.kernels.attention`
+        accepts."""
         if backend not in BACKENDS:
             raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
         for module in (module for network in (self.unet, *others) for module in network.modules()):
@@ -129,11 +131,12 @@ class StableDiffusion:
             graphs.release()
 
     def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
-        """Makes the UNet, and ControlNets in use, replay their evaluations from CUDA graphs
-        (minsd/graphs.py), or stops this if `on` is False. `load` turns graphs on for CUDA.
+        """Makes the UNet, and the ControlNets in use, run their evaluations by replaying CUDA
+        graphs (minsd/graphs.py). With `on` False, makes them run without graphs again. `load` turns
+        graphs on for CUDA devices.
 
-        With `gradients`, graphs are also used for evaluations whose attention maps are
-        differentiated (expected to matter most at batch 1, not measured on a GPU).
+        With `gradients`, graphs also serve evaluations whose attention maps are differentiated.
+        This should save the largest part of the time at batch 1 (expected, not measured on a GPU).
         """
         unet = self.unet
         if isinstance(unet, Controlled):
@@ -146,8 +149,9 @@ class StableDiffusion:
         """Compiles the UNet with torch.compile. The first step of each image size then takes
         minutes, and later steps are faster.
 
-        `options` are those of torch.compile. If CUDA graphs are on, they capture the compiled UNet.
-        They are turned off if `mode` is given, because some modes use graphs of their own.
+        `options` are keyword arguments of torch.compile. If CUDA graphs are on, they capture the
+        compiled UNet. If the option `mode` is given, CUDA graphs are turned off, because some modes
+        use graphs of their own.
         """
         graphs = self.graphs is not None and "mode" not in options
         self.use_graphs(False)
@@ -186,8 +190,8 @@ class StableDiffusion:
         subjects: str | Sequence[str | int] | None = None,
         pairs: str | None = None,
     ) -> list[Image.Image]:
-        """Generates images, one per seed (default: seed 0) or per unit noise
-        (B,4,height/8,width/8).
+        """Generates images, one per seed (default: seed 0), or one per unit noise if `noise`
+        (B,4,height/8,width/8) is given.
 
         None means the model's own default. `prompt` is one string for all images, or a list with
         one string per image. `height` and `width` are in pixels, multiples of 8. With `init_image`
@@ -195,13 +199,18 @@ class StableDiffusion:
         `strength` (0 to 1) is the fraction of the steps that run. `karras` uses Karras noise
         levels, for the sampler dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each
         step's prediction. `guidance_rescale` (0 to 1) keeps guidance from overexposing images
-        (`guidance.rescaled`). Raises ValueError for sizes, shapes and counts that do not fit.
+        (`guidance.rescaled`).
 
         An `objective` rates latents, for example by their attention maps. It is a function of a
-        `Look` (noise/look.py), a name in noise/objectives/, or FILE.py:NAME. With an objective,
-        noise/steer.py chooses the initial noise, or updates the latents during sampling, so as to
-        improve the rating. `driver`, `settings`, `subjects` and `pairs` are options of
-        noise/steer.py.
+        `Look` (noise/look.py: what one UNet evaluation shows), a name in noise/objectives/, or
+        FILE.py:NAME. The images are then made so as to improve the rating. `driver` states how:
+        "select" chooses among noises of several seeds, "optimize" optimises the noise, and "refine"
+        updates the latents during sampling. `settings` are those of objective and driver, a dict or
+        text such as "lr=5,steps=50". `subjects` lists the words or token indices that the objective
+        is about, and `pairs` names nouns with their attributes.
+
+        Raises ValueError for sizes, shapes and counts that do not fit, and for an objective or
+        settings that do not exist.
         """
         sd = self.with_rescale(guidance_rescale)
         taken = noise is not None or refine is not None
@@ -257,17 +266,19 @@ class StableDiffusion:
         **how: Any,
     ) -> Tensor:
         """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), as one batch, with classifier-free
-        guidance. `guidance_rescale` is that of calling the model itself, and `how` holds further
-        arguments of `denoise`."""
+        guidance. `prompts` is one string for all images, or a list with one string per image.
+        `guidance_rescale` is as in a call of the model. `how` holds further arguments of `denoise`,
+        such as `steps` and `seeds`."""
         sd = self.with_rescale(guidance_rescale)
         return self.denoise(sd.guided(prompts, negative_prompt, guidance_scale), noise, **how)
 
     def guided(
         self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None
     ) -> guidance.Predictor:
-        """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance for
-        prompts: one string for all images, or a list with one string per image. Raises ValueError
-        for a guidance scale that is not finite."""
+        """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
+        `prompts` and away from `negative_prompt`. `prompts` is one string for all images, or a list
+        with one string per image. A guidance scale of None means the model's own. Raises ValueError
+        for a scale that is not finite."""
         guidance_scale = self.config.guidance(guidance_scale)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
@@ -297,8 +308,10 @@ class StableDiffusion:
         `seeds`, a list with one seed per image, are for samplers that draw noise during sampling.
         `init`, the latents of an image, (B,4,h,w) or (1,4,h,w), makes the generation
         image-to-image: noise is added to `init`, and the last `strength` (a fraction) of the steps
-        run. At strength 0 no step runs; at 1 nothing of `init` is left. `progress(i, t)` is called
-        after every step.
+        run. At strength 0 no step runs; at 1 nothing of `init` is left. `refine(i, t, x) -> x` may
+        change the latents before the prediction of step i at timestep t. `progress(i, t)` is called
+        after every step. None for `steps` or `sampler` means the model's default. Raises ValueError
+        for an unknown sampler, and for a strength that `first_step` does not accept.
         """
         sampler = sampler or self.config.sampler
         samplers.check(sampler, karras)
@@ -322,7 +335,8 @@ class StableDiffusion:
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> guidance.Predictor:
         """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
         the text states `context` and away from the text states `uncond`, each (B,77n,D) or
-        (1,77n,D). If their lengths differ, empty chunks are appended to the shorter one."""
+        (1,77n,D). If they differ in n, the number of chunks of 77 text states, empty chunks are
+        appended to the shorter one."""
         guided = guidance_scale != 1 and not self.config.unet.guidance_dim
         if guided and context.shape[1] != uncond.shape[1]:
             context, uncond = (
@@ -333,12 +347,13 @@ class StableDiffusion:
         )
 
     def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor:
-        """Encodes prompts into text states (B,77n,D), in the model's dtype. n is the number of
-        chunks: 1 for up to 75 tokens. Shorter prompts get empty chunks, up to the n of the longest.
+        """Encodes prompts into text states (B,77n,D), in the model's dtype, where n is the number
+        of chunks (parts that CLIP reads at once): 1 for up to 75 tokens. Shorter prompts get empty
+        chunks, up to the n of the longest.
 
         For SDXL the result is (B,77n+1,D). Its last row describes the whole text and the image's
-        size (`text.TwoTextEncoders`). `size` (height, width), in pixels, is for SDXL only: it means
-        that the latents will be a part of an image that large.
+        size (`text.TwoTextEncoders`). `size` is for SDXL only. It is needed if the latents will be
+        a part of a larger image: the (height, width) of that image, in pixels.
         """
         part = {} if size is None else {"size": size}  # other encoders may take prompts alone
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -346,8 +361,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Encodes images of one size, with sides that are multiples of 8, into latents (B,4,h,w).
-        The latents are the mean of the VAE's posterior."""
+        """Encodes images of one size into latents (B,4,h,w), the mean of the VAE's posterior times
+        its scaling factor. Raises ValueError if the images differ in size, or if a side is not a
+        multiple of 8 pixels."""
         x = image.to_tensor([pictures] if isinstance(pictures, Image.Image) else list(pictures))
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
@@ -362,8 +378,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Decodes latents (B,4,h,w) into B images. Raises FloatingPointError if latents or images
-        are not finite, instead of returning a black image."""
+        """Decodes latents (B,4,h,w) into B images. Raises FloatingPointError, instead of returning
+        a black image, if latents or decoded images are not finite."""
         if not latents.isfinite().all():
             raise FloatingPointError(
                 f"the latents are not finite: sampling in {latents.dtype} overflowed; "
@@ -391,7 +407,7 @@ class StableDiffusion:
         return image.from_tensor(torch.cat(pixels))
 
     def _vae_batch(self, height: int, width: int) -> int:
-        """Returns how many images of height x width pixels the VAE processes at once. Returns 0,
+        """Returns how many images of height x width pixels the VAE can process at once. Returns 0,
         with a warning, if memory is too short for one image; the image must then be processed in
         bands (strips of rows, one after another)."""
         need = memory_needed(self.config.vae, height, width, self.vae_dtype)
@@ -413,10 +429,9 @@ class StableDiffusion:
         and at most BATCH_MOST.
 
         On a CPU, these images together have at most as many latent cells as one image at 512x512,
-        because larger batches are no faster. On a GPU, the number is limited by the free memory,
-        and the images have at most sixteen times as many cells as on a CPU. A guided step needs
-        about 100 kB per latent cell of an image and half of guidance in 16 bits (expected, not
-        measured on a GPU).
+        because larger batches are no faster. On a GPU, they have at most sixteen times as many
+        cells, and no more than the free memory allows. A guided step in 16 bits needs about 200 kB
+        per latent cell, half of that for each half of guidance (expected, not measured on a GPU).
         """
         cells = (height // 8) * (width // 8)
         limit = 64 * 64
@@ -431,8 +446,9 @@ def _per_image(
     noise: Tensor | None,
     shape: tuple[int, int, int],
 ) -> tuple[list[str], list[int], Tensor]:
-    """Returns (prompts, seeds, noise), each with one entry per image. `shape` is that of one
-    image's noise. Raises ValueError if the numbers or shapes do not fit."""
+    """Checks the arguments of a call and repeats what is given once. Returns (prompts, seeds,
+    noise), each with one entry per image. If `noise` is None, it is made from the seeds. `shape` is
+    that of one image's noise, (4,h,w). Raises ValueError if the numbers or shapes do not fit."""
     if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
         wanted = f"(images, {', '.join(map(str, shape))})"
         raise ValueError(f"noise of shape {wanted} is needed for this size, not {tuple(noise.shape)}")
@@ -452,8 +468,9 @@ def _per_image(
 
 
 def _decoding_advice(largest: float) -> str:
-    """Returns advice for the user, the end of an error message about finite latents that decode to
-    values that are not finite. `largest` is the largest absolute value of the latents."""
+    """Returns a phrase that advises the user what to do when finite latents decode to pixels that
+    are not finite. It is used at the end of an error message. `largest` is the largest absolute
+    value of the latents."""
     if largest < 1000:  # latents of images are below about 30
         return "the VAE's file is damaged; --vae takes another"
     return f"its latents reach {largest:.3g}; {overflow_advice(torch.float32)}"
@@ -461,8 +478,8 @@ def _decoding_advice(largest: float) -> str:
 
 def first_step(steps: int, strength: float) -> int:
     """Returns how many of `steps` steps an image-to-image generation skips at the noisy end, so
-    that about the fraction `strength` of them runs. Raises ValueError for a strength outside 0..1,
-    and for a strength above 0 with which no step would run."""
+    that the fraction `strength` of them, rounded down, runs. Raises ValueError for a strength
+    outside 0..1, and for a strength above 0 with which no step would run."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be from 0 to 1, not {strength}")
     run = math.floor(steps * strength + 1e-9)
@@ -475,7 +492,7 @@ def first_step(steps: int, strength: float) -> int:
 
 def free_memory(device: torch.device) -> float:
     """Returns the number of free bytes of memory on the device, including memory that PyTorch has
-    reserved but does not use. Returns infinity if the number is unknown."""
+    reserved but does not use. Returns infinity if that number is unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

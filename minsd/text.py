@@ -1,10 +1,10 @@
-"""Turns prompts into text states, and finds the token positions of a prompt's words, to which
-attention maps belong.
+"""Turns prompts into text states, and finds the token positions of a prompt's words. Attention maps
+have one column per token position.
 
 CLIP's text encoder (Radford et al. 2021) and its byte-pair tokenizer run through transformers.
 Padding is done in this module, because the model families differ in it (SD1 pads with the end
-token, SD2 with id 0), and a tokenizer may come from another model. So is the division of long
-prompts into chunks, each of which CLIP reads alone (minsd/emphasis.py).
+token, SD2 with id 0), and a tokenizer may come from another model. Long prompts are divided into
+chunks in this module too, each of which CLIP reads alone (minsd/emphasis.py).
 """
 
 import re
@@ -26,29 +26,36 @@ Item = TypeVar("Item")
 
 
 class TextEncoder:
-    """A CLIPTextModel with its CLIPTokenizer. Token positions are the rows of text states, as in
-    attention maps: position 0 is the start token of the first chunk (part of the prompt that CLIP
-    reads at once), and position 77 that of the second chunk."""
+    """CLIP's text encoder (a CLIPTextModel) with its CLIPTokenizer.
+
+    A prompt is encoded in chunks of 77 token positions, since CLIP reads that many at once. The
+    token positions of all chunks are counted from 0, in the order of the text states: position 0 is
+    the start token of the first chunk, and position 77 that of the second chunk. Attention maps
+    have the same positions.
+    """
 
     def __init__(self, model: "CLIPTextModel", tokenizer: "CLIPTokenizer", pad_token_id: int):
         self.model = model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
         self.max_length: int = model.config.max_position_embeddings  # 77
-        # Whether prompts are read with weights and BREAK; None: where the syntax is unmistakable.
+        # Whether weights and BREAK are read in prompts. None: only in prompts in which their syntax
+        # is unmistakable.
         self.prompt_weights: bool | None = None
         # The last layer that runs, counted from the model's own last layer, which is number 1.
         self.clip_skip = 1
         self.added: dict[str, list[int]] = {}  # the embeddings' names in lower case -> token ids
 
     def ids(self, prompt: str) -> list[int]:
-        """Returns the token ids of a prompt, including the start and end tokens of every chunk, and
-        the padding of every chunk except the last."""
+        """Returns the token ids of a prompt, including the start and end tokens of every chunk (a
+        part of the prompt that CLIP reads at once). All chunks but the last are padded to 77 ids.
+        """
         return [token for chunk in self._rows(prompt) for token, _ in chunk]
 
     def _rows(self, prompt: str) -> list[list[tuple[int, float]]]:
-        """Returns one list of (token id, weight) pairs per chunk of a prompt, from the start token
-        to the end token. All chunks but the last are padded."""
+        """Returns one list of (token id, weight) pairs per chunk (a part of the prompt that CLIP
+        reads at once), from the start token to the end token. All chunks but the last are padded to
+        77 pairs."""
         start, end = ((token, 1.0) for token in self._tokenized(""))
         rows = [
             [start, *((token, fragment.weight) for token, fragment in chunk), end]
@@ -65,9 +72,10 @@ class TextEncoder:
     def _chunks(
         self, prompt: str, units: Callable[[str], list[list[Item]]]
     ) -> list[list[tuple[Item, Fragment]]]:
-        """Divides a prompt into chunks, lists of (item, fragment) pairs. `units` turns the text of
-        a fragment into units: sequences of items that stay in one chunk, such as the token ids of
-        an embedding. Each item is returned with the fragment that it comes from."""
+        """Divides a prompt into chunks (parts that CLIP reads at once). Each chunk is a list of
+        (item, fragment) pairs, where the fragment is the part of the prompt, with one weight, that
+        the item comes from. `units` turns the text of a fragment into a list of units. A unit is a
+        list of items, such as the token ids of an embedding, which must stay in one chunk."""
         found: list[list[tuple[Item, Fragment]] | None] = []
         for fragment in emphasis.fragments(prompt, self.prompt_weights):
             if fragment is None:
@@ -77,17 +85,19 @@ class TextEncoder:
         return emphasis.chunked(found, self.max_length - 2)
 
     def _units(self, text: str) -> list[list[int]]:
-        """Divides a text into units: lists of token ids that stay in one chunk. All vectors of an
-        embedding are one unit; every other token is a unit of its own."""
+        """Divides a text into units, lists of token ids that must stay in one chunk (part of a
+        prompt that CLIP reads at once). All vectors of a textual-inversion embedding are one unit;
+        every other token is a unit of its own."""
         units: list[list[int]] = []
         for piece, _, vectors in self._pieces(text):
             units += [[token] for token in self._tokenized(piece)[1:-1]] if vectors is None else [vectors]
         return units
 
     def _pieces(self, text: str) -> Iterator[tuple[str, int, list[int] | None]]:
-        """Divides a text at the names of embeddings (textual inversion). Yields (piece, start,
-        vectors): the piece, its place in the text, and its token ids if it is such a name,
-        otherwise None."""
+        """Divides a text at the names of textual-inversion embeddings. Yields (piece, start,
+        vectors) for each part: its text, the index of its first character in the text, and, if the
+        part is the name of an embedding, the token ids of the embedding's vectors, otherwise None.
+        """
         start = 0
         if self.added:
             names = "|".join(re.escape(name) for name in sorted(self.added, key=len, reverse=True))
@@ -98,20 +108,23 @@ class TextEncoder:
         yield text[start:], start, None
 
     def chunk_count(self, prompt: str) -> int:
-        """Returns the number of chunks that a prompt is encoded in; 1 for up to 75 tokens."""
+        """Returns the number of chunks (parts that CLIP reads at once) in which a prompt is
+        encoded: 1 for up to 75 tokens."""
         return len(self._rows(prompt))
 
     def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
         """Encodes prompts into text states (B,77n,D) on the model's device, where n is the number
-        of chunks of the longest prompt. Shorter prompts get empty chunks. `size` is ignored;
-        `TwoTextEncoders` (SDXL) uses it."""
+        of chunks (parts that CLIP reads at once) of the longest prompt. Shorter prompts get empty
+        chunks. `size` is ignored; `TwoTextEncoders` (SDXL) uses it."""
         with torch.no_grad():
             chunks = self.inputs(prompts)
             return torch.cat([weighted(self.states(ids), weights) for ids, weights in chunks], dim=1)
 
     def inputs(self, prompts: list[str]) -> list[tuple[Tensor, Tensor | None]]:
-        """Returns one pair (ids, weights) per chunk: the token ids (B,77), and the weights of these
-        tokens (B,77), or None if all weights are 1."""
+        """Tokenizes prompts. Returns a list with one pair (ids, weights) per chunk, where a chunk
+        is the part of the prompts that CLIP reads at once: the token ids (B,77), and the weights of
+        these tokens (B,77), or None if all weights are 1. Prompts with fewer chunks than the
+        longest get empty ones."""
         prompt_rows = [[self._padded(row) for row in self._rows(prompt)] for prompt in prompts]
         empty = [self._padded(row) for row in self._rows("")]
         count = max(map(len, prompt_rows), default=1)
@@ -134,7 +147,8 @@ class TextEncoder:
 
     def skip(self, clip_skip: int) -> None:
         """Sets which layer's output becomes the text states: 1 is the last layer that the model
-        itself uses, 2 the one before it. Raises ValueError for a layer that the model lacks."""
+        itself uses, 2 the layer before it, and so on. Raises ValueError for a layer that the model
+        does not have."""
         layers = self.model.config.num_hidden_layers
         if not 1 <= clip_skip <= layers:
             raise ValueError(f"clip skip must be from 1 (nothing is skipped) to {layers}, not {clip_skip}")
@@ -142,7 +156,7 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        """Returns the number of elements of a token's embedding."""
+        """Returns the number of elements in the embedding vector of a token."""
         return self._embeddings.token_embedding.weight.shape[1]
 
     @property
@@ -150,8 +164,9 @@ class TextEncoder:
         return getattr(self.model, "text_model", self.model).embeddings
 
     def add(self, name: str, vectors: Tensor) -> None:
-        """Makes `name` a word of prompts that stands for the token embeddings `vectors` (k,D).
-        Raises ValueError if an embedding of that name was added before."""
+        """Adds a textual-inversion embedding: in prompts, the word `name` then stands for the k
+        token embeddings `vectors` (k,D). Raises ValueError if an embedding of that name was added
+        before."""
         if name.lower() in self.added:
             raise ValueError(f"two embeddings are called {name}: give one as FILE:NAME with another name")
         table = self._embeddings.token_embedding.weight
@@ -163,8 +178,8 @@ class TextEncoder:
         base.eos_token_id = self._tokenized("")[-1]
 
     def filled(self, context: Tensor, rows: int) -> Tensor:
-        """Returns text states (B,77m,D) with empty chunks appended, so that there are `rows`
-        rows."""
+        """Appends empty chunks of 77 rows to text states `context` (B,77m,D), until there are
+        `rows` rows, and returns the result. Returns longer text states unchanged."""
         missing = (rows - context.shape[1]) // self.max_length
         if missing <= 0:
             return context
@@ -172,8 +187,9 @@ class TextEncoder:
         return torch.cat([context, *[empty] * missing], dim=1)
 
     def tokens(self, prompt: str) -> list[str]:
-        """Returns the tokens of `ids` as text, where `</w>` marks the end of a word. Each vector of
-        an embedding appears as the name of the embedding."""
+        """Returns the text of each token of a prompt, in the order of `ids`, where `</w>` marks the
+        end of a word. Each vector of a textual-inversion embedding appears as the embedding's name.
+        """
         names = {token: name for name, vectors in self.added.items() for token in vectors}
         return [names.get(token) or self._name(token) for token in self.ids(prompt)]
 
@@ -181,12 +197,13 @@ class TextEncoder:
         return str(self.tokenizer.convert_ids_to_tokens(token))
 
     def spans(self, prompt: str) -> list[Span]:
-        """Returns for each token the characters [start, end) of the prompt that it stands for. The
-        first item belongs to position 1, since the first start token is left out, and the last item
-        belongs to the last token before the end token.
+        """Returns a list of the characters [start, end) of the prompt that each token stands for.
+        The list begins with token position 1, leaving out the first start token, and ends with the
+        last token before the last end token.
 
-        The span is (0, 0) for the start, end and padding tokens between chunks, and for a token of
-        unknown origin. Raises ValueError as `_text_spans` does.
+        The entry is (0, 0) for a start, end or padding token between chunks (parts that CLIP reads
+        at once), and for a token of unknown origin. Raises ValueError if a slow tokenizer changes
+        the prompt so that the origin of its tokens cannot be found.
         """
         spans: list[Span] = []
         for c, chunk in enumerate(self._chunks(prompt, self._unit_spans)):
@@ -198,13 +215,15 @@ class TextEncoder:
         return spans
 
     def places(self, prompt: str) -> list[int]:
-        """Returns the positions of the prompt's own tokens, without start, end and padding tokens."""
+        """Returns the token positions (rows of the text states) of a prompt's own tokens, without
+        start, end and padding tokens."""
         chunks = self._chunks(prompt, self._units)
         return [self.max_length * c + i for c, chunk in enumerate(chunks) for i in range(1, len(chunk) + 1)]
 
     def _unit_spans(self, text: str) -> list[list[Span]]:
-        """Returns for each token the characters [start, end) of a fragment's text that it stands
-        for. They are grouped by unit (tokens that stay in one chunk), as in `_units`."""
+        """Returns the characters [start, end) of `text` that each of its tokens stands for. The
+        tokens are grouped by unit (tokens that must stay in one chunk), as in `_units`: a list of
+        one list per unit."""
         units: list[list[Span]] = []
         for piece, at, vectors in self._pieces(text):
             if vectors is not None:
@@ -214,13 +233,13 @@ class TextEncoder:
         return units
 
     def _text_spans(self, text: str) -> list[Span]:
-        """Returns the characters [start, end) of a text that each of its tokens stands for. The
-        span is (0, 0) for a token of unknown origin.
+        """Returns the characters [start, end) of a text that each of its tokens stands for, and (0,
+        0) for a token of unknown origin.
 
-        The bytes of the tokens must be those of the text (`words.token_spans`). If they differ, the
-        offsets that the tokenizer reports are used. If the tokenizer reports none, each part
-        between spaces is tokenized alone. Raises ValueError if the tokens of these parts together
-        differ from the tokens of the text.
+        If the bytes of the tokens are those of the text, `words.token_spans` finds the characters.
+        Otherwise a fast tokenizer reports them itself. With a slow tokenizer, each part between
+        spaces is tokenized alone; ValueError is raised if the tokens of these parts together differ
+        from the tokens of the text.
         """
         tokens = self._text_tokens(text)
         spans = self._spans_of(tokens, text)
@@ -253,8 +272,8 @@ class TextEncoder:
         return token_spans([token_bytes(token) for token in tokens], text, fix)
 
     def positions(self, prompt: str, subject: str) -> list[int]:
-        """Returns the token positions of a word (or of consecutive words) of the prompt. `cat#2`
-        means the second occurrence of "cat".
+        """Returns the token positions of `subject`, a word (or several consecutive words) of the
+        prompt. The subject "cat#2" means the second occurrence of "cat".
 
         Words are found by their characters, whatever tokens they are cut into. Whole words are
         tried first, so that "ball" is not found in "baseball" nor "bird" in "bird-cage". If no
@@ -283,8 +302,9 @@ class TextEncoder:
         return self._tokens_of(prompt, found[int(number or 1) - 1])
 
     def _tokens_of(self, prompt: str, characters: tuple[int, int]) -> list[int]:
-        """Returns the positions of the tokens that stand for the given characters [start, end) of a
-        prompt. Raises ValueError if a letter or digit among them belongs to no token."""
+        """Returns the positions of the tokens that stand for the characters [start, end) of a
+        prompt, where `characters` is (start, end). Raises ValueError if a letter or digit among
+        them belongs to no token."""
         first, last = characters
         spans = dict(enumerate(self.spans(prompt), 1))
         places = [k for k, (start, end) in spans.items() if start < last and end > first]
@@ -299,21 +319,22 @@ class TextEncoder:
 
 
 class TwoTextEncoders(TextEncoder):
-    """The two text encoders of SDXL. The text states of each come from before its last layer. The
+    """The two text encoders of SDXL. The text states of both are taken before their last layer. The
     second encoder also makes a pooled state, one vector for the whole text. Tokens and positions
     are those of the first encoder's tokenizer; the second tokenizer divides text in the same way
     and differs only in padding."""
 
     def __init__(self, first: TextEncoder, second: TextEncoder, zero_empty: bool):
-        """Joins two encoders. With `zero_empty` the states of the prompt "" are zeros."""
+        """Joins two encoders. With `zero_empty`, all text states of an empty prompt are zeros."""
         super().__init__(first.model, first.tokenizer, first.pad_token_id)
         self.second = second
         self.zero_empty = zero_empty
 
     def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
-        """Encodes prompts into contexts (B,77n+1,D). The first 77n rows are text states, those of
-        both encoders side by side. The last row is [pooled state | six numbers | zeros], with the
-        pooled state of the first chunk.
+        """Encodes prompts into contexts (B,77n+1,D), where n is the number of chunks (parts that
+        CLIP reads at once) of the longest prompt. The first 77n rows are text states, those of both
+        encoders side by side. The last row is [pooled state | six numbers | zeros], with the pooled
+        state of the first chunk.
 
         The six numbers are in pixels: height and width of the original image, the numbers of rows
         and columns cut off at its top and left, and height and width after cutting. With `size`
@@ -346,9 +367,10 @@ class TwoTextEncoders(TextEncoder):
         return torch.cat([states, row[:, None]], dim=1)
 
     def filled(self, context: Tensor, rows: int) -> Tensor:
-        """Returns a context (B,77m+1,D) with empty chunks inserted before its last row, so that
-        there are `rows` rows. If all text states of a prompt are zeros, as those of an empty prompt
-        may be, zeros are inserted."""
+        """Inserts empty chunks of 77 rows before the last row of a context (B,77m+1,D), until there
+        are `rows` rows, and returns the result. Returns a longer context unchanged. If all text
+        states of a prompt are zeros, as those of an empty prompt may be, the inserted rows are
+        zeros."""
         missing = (rows - context.shape[1]) // self.max_length
         if missing <= 0:
             return context
@@ -358,9 +380,9 @@ class TwoTextEncoders(TextEncoder):
 
 
 def weighted(states: Tensor, weights: Tensor | None) -> Tensor:
-    """Multiplies the text states (B,77,D) of one chunk by the weights (B,77) of its tokens. Then
-    multiplies all states of an image by the number that restores the mean that they had before, as
-    AUTOMATIC1111's web UI does. If `weights` is None, the states are returned unchanged."""
+    """Multiplies text states (B,77,D) by the weights (B,77) of their tokens, and then, as
+    AUTOMATIC1111's web UI does, multiplies all states of each prompt by the number that restores
+    their mean before weighting. If `weights` is None, returns the states unchanged."""
     if weights is None:
         return states
     scaled = states * weights[..., None].to(states)

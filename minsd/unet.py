@@ -43,8 +43,9 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def guidance_embedding(guidance_scale: float, dim: int) -> Tensor:
-    """Embeds a guidance scale for a distilled network (Luo et al. 2023, section 4.1): the sines,
-    then the cosines of 1000 (scale - 1) at `dim/2` frequencies. Returns (1,dim) float32."""
+    """Embeds a guidance scale for a distilled network (Luo et al. 2023, section 4.1): the sines and
+    then the cosines of 1000 (scale - 1) f, for `dim/2` frequencies f from 1 to 1/10000. Returns
+    (1,dim) float32."""
     half = dim // 2
     frequencies = torch.exp(torch.arange(half) * (-math.log(10000.0) / max(half - 1, 1)))
     angles = (guidance_scale - 1) * 1000.0 * frequencies[None]
@@ -53,7 +54,8 @@ def guidance_embedding(guidance_scale: float, dim: int) -> Tensor:
 
 class TimestepEmbedding(nn.Module):
     """Two linear layers with SiLU between them, which process the output of `timestep_embedding`.
-    With `dim_cond`, a projection of a second embedding of this width is added before them."""
+    With `dim_cond`, a second embedding `cond` of that width is projected and added to the input
+    first."""
 
     def __init__(self, dim: int, dim_out: int, dim_cond: int = 0):
         super().__init__()
@@ -88,8 +90,8 @@ class ResnetBlock(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose output is multiplied by the GELU of another linear layer's output
-    (Shazeer 2020)."""
+    """A linear layer whose output is gated: it is multiplied by the GELU of a second linear layer's
+    output (Shazeer 2020)."""
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
@@ -141,8 +143,9 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Applies transformer blocks to the cells of a level's feature map (B,C,h,w), with a projection
-    before and after them and a residual connection around all."""
+    """Applies transformer blocks to the cells of a level's feature map (B,C,h,w). There is a
+    projection before the blocks and one after them, and a residual connection from input to output.
+    """
 
     def __init__(self, level: int, config: UNetConfig):
         super().__init__()
@@ -188,7 +191,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling to `size`, then a convolution."""
+    """Nearest-neighbour upsampling to `size` (rows, columns), then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -199,8 +202,8 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """The layers of one level, named as in checkpoints. The methods of `UNet` determine the order
-    in which they run."""
+    """The layers of one resolution level, with the attribute names of checkpoints. The methods of
+    `UNet` determine the order in which they run."""
 
     def __init__(
         self,
@@ -285,12 +288,14 @@ class UNet(nn.Module):
         self.attention_blocks[-1] += config.transformer_depth[last]  # those of the middle block
 
     def guidance_of(self, guidance_scale: float) -> Tensor:
-        """Returns the `guidance_embedding` of a scale, in the network's dtype and on its device."""
+        """Returns the sinusoidal embedding (1,guidance_dim) of a guidance scale, for `guide`, in
+        the network's dtype and on its device."""
         return guidance_embedding(guidance_scale, self.config.guidance_dim).to(self.conv_in.weight)
 
     def guide(self, embedding: Tensor) -> None:
-        """Sets the `guidance_embedding` with which a distilled network runs from now on. It is copied
-        into a tensor that stays the same, because CUDA graphs read that tensor."""
+        """Sets the guidance scale with which a distilled network runs from now on. `embedding` is
+        the result of `guidance_of` for that scale. It is copied into one tensor that stays in
+        place, because CUDA graphs read from that tensor's memory."""
         if self.guidance is None:
             self.guidance = embedding.clone()
         else:
@@ -304,10 +309,10 @@ class UNet(nn.Module):
         ]
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Returns the keys and values of every cross-attention layer for text states (B,77n,D).
-        They depend on neither x nor t, so compute them once per run and pass them to `forward` as
-        `context`. For SDXL the result also holds the `Whole`: the pooled text state and the image's
-        size numbers, from the last row of the context."""
+        """Returns the keys and values of every cross-attention layer for text states (B,77n,D), as
+        a dict whose keys are the layers. They depend on neither x nor t, so compute them once per
+        run and pass the dict to `forward` as `context`. For SDXL the dict also holds the pooled
+        text state and the image's size numbers (`Whole`), from the last row of the context."""
         text, whole = self.split(context)
         known: TextKV = {m: m.kv(text) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
         if whole is not None and self.add_embedding is not None:
@@ -316,8 +321,9 @@ class UNet(nn.Module):
 
     def split(self, context: Tensor | TextKV) -> tuple[Any, Whole | None]:
         """Splits a context, or the `text_kv` of a context, into (text, whole). `text` is the part
-        that attention uses. `whole` is the pooled text state and the image's size numbers (`Whole`)
-        for SDXL, and None for other models. Raises ValueError for a wrong number of rows."""
+        that cross-attention uses. `whole` is, for SDXL, the pooled text state and the image's size
+        numbers (`Whole`), and None for other models. Raises ValueError for a wrong number of rows.
+        """
         add = self.add_embedding
         if isinstance(context, dict):
             return context, None if add is None else context[add]
@@ -330,7 +336,7 @@ class UNet(nn.Module):
             raise ValueError(f"{made} (sd.encode_prompt makes it), not {context.shape[-2]} rows")
         if add is None:
             return context, None
-        row = context[:, -1] if context.ndim == 3 else context[:, 0, -1]  # of R texts, that of text 0
+        row = context[:, -1] if context.ndim == 3 else context[:, 0, -1]  # with R texts: of the first
         p = self.config.pooled_dim
         return context[..., :-1, :], (row[:, :p], row[:, p : p + 6])
 
@@ -358,9 +364,9 @@ class UNet(nn.Module):
     ) -> Tensor | None:
         """Predicts the noise or v (B,4,h,w) in latents x (B,4,h,w).
 
-        `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states (B,77n,D)
-        or their `text_kv`; for SDXL it has one row more (minsd/text.py). h and w may be any size,
-        because each upsampling takes its size from the skip that is concatenated next.
+        `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states
+        (B,77n,D) or their `text_kv`; for SDXL it has one row more (minsd/text.py). h and w may be
+        any size, because each upsampling takes its size from the skip that is concatenated next.
 
         `record` collects attention maps. With `record.only` the evaluation ends after the last
         layer that records, and returns None.
@@ -414,12 +420,13 @@ class UNet(nn.Module):
         add: Tensor | None = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Runs the encoder half on latents x (B,4,h,w). Returns the coarsest feature map, the list
-        of skips, and the time embedding (B,4*C0), where C0 is the number of channels of the finest
-        level.
+        """Runs the encoder half on latents x (B,4,h,w) at timestep t. Returns the coarsest feature
+        map, the list of skips, and the time embedding (B,4*C0), where C0 is the number of channels
+        of the finest level.
 
-        `add` (B,C0,h,w) is added to the first feature map. A ControlNet passes its embedded control
-        image as `add`. `context` and `whole` are what `split` returns.
+        `context` and `whole` are the results of `split`. `record` collects attention maps. `region`
+        is the number of the text that each cell attends to, as in `forward`. `add` (B,C0,h,w) is
+        added to the first feature map. A ControlNet passes its embedded control image as `add`.
         """
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
         told = timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)
@@ -453,7 +460,8 @@ class UNet(nn.Module):
         region: CellTexts | None = None,
     ) -> Tensor:
         """Runs the middle block on a feature map of the coarsest level. Returns a feature map of
-        the same shape."""
+        the same shape. `temb` is the time embedding that `encode` returns; `context`, `record` and
+        `region` are as in `encode`."""
         x = self.mid_block.resnets[0](x, temb)
         x = self.mid_block.attentions[0](x, context, record, region)
         return self.mid_block.resnets[1](x, temb)

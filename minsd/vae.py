@@ -94,8 +94,8 @@ Layer = ResnetBlock | Downsample | Upsample
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution. Except at the last level, a layer follows that changes
-    the resolution to that of the next level."""
+    """The residual blocks of one resolution level. Except at the last level, they are followed by a
+    layer that halves (`down`) or doubles (`up`) the resolution."""
 
     def __init__(
         self, c_in: int, c_out: int, layers: int, groups: int, *, down: bool = False, up: bool = False
@@ -121,8 +121,8 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A network that maps images (B,3,H,W) to (B,8,H/8,W/8), the mean and the log-variance of the
-    latents before `VAE.quant_conv`."""
+    """A network that maps images (B,3,H,W) to (B,8,H/8,W/8): four channels for the mean and four
+    for the log-variance of the latents, before the convolution `VAE.quant_conv`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -146,7 +146,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A network that maps latents (B,4,h,w), after `VAE.post_quant_conv`, to images (B,3,8h,8w)."""
+    """A network that maps latents (B,4,h,w), after the convolution `VAE.post_quant_conv`, to images
+    (B,3,8h,8w)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -207,17 +208,17 @@ class VAE(nn.Module):
 
 def memory_needed(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
     """Returns the approximate peak memory, in bytes, for encoding or decoding one image of height x
-    width pixels with whole feature maps. If the image is processed in bands (strips of rows, one
-    after another), the peak is 60 % of that number."""
+    width pixels as a whole. If the image is processed in bands (strips of rows, one after another),
+    the peak is 60 % of that number."""
     return 9 * config.block_out_channels[0] * height * width * dtype.itemsize
 
 
 def _in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) -> Tensor:
-    """Computes layer(x) for x (B,C,H,W) in sixteen bands, which are strips of rows processed one
-    after another.
+    """Computes layer(x) for x (B,C,H,W) in up to sixteen bands, which are strips of rows processed
+    one after another. This takes less memory.
 
     The layer turns each row into `scale` rows (0.5, 1 or 2), and each row of its output may depend
-    on at most two rows above and two below.
+    on at most two input rows above the corresponding one and two below.
     """
     height = x.shape[2]
     band = 2 * max(8, -(-height // 32))  # even, so that a Downsample can halve it
@@ -294,8 +295,8 @@ def decode_in_bands(vae: VAE, z: Tensor) -> Tensor:
 
 
 def encode_in_bands(vae: VAE, images: Tensor) -> Tensor:
-    """Encodes images (B,3,H,W) into the mean (B,4,H/8,W/8) that `VAE.encode` returns, but in bands
-    (strips of rows processed one after another), which takes less memory."""
+    """Encodes images (B,3,H,W) in bands (strips of rows processed one after another), which takes
+    less memory. Returns the mean (B,4,H/8,W/8) of the latents, the first result of `VAE.encode`."""
     encoder = vae.encoder
     x = _in_bands(encoder.conv_in, images)
     for layer in _layers(encoder.down_blocks):

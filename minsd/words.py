@@ -1,8 +1,8 @@
 """Finds the words of a prompt by their characters, and the characters that each token stands for.
 
-Finding words does not depend on how a tokenizer divides them. It could not: CLIP's tokenizer ends
-both "balls" and "baseballs" with the token `balls</w>`, and begins the quoted word in "the word
-'START'" with the token `'s</w>`.
+Words are found without a tokenizer, because the tokens do not show where words begin and end. For
+example, CLIP's tokenizer ends both "balls" and "baseballs" with the token `balls</w>`, and begins
+the quoted word in "the word 'START'" with the token `'s</w>`.
 """
 
 import re
@@ -55,8 +55,8 @@ def words(prompt: str) -> list[Word]:
 
 
 def occurrences(prompt: str, phrase: str) -> list[Span]:
-    """Returns every place (characters [start, end)) where `phrase`, a word or several consecutive
-    words, stands in a prompt, in order. Case, the number of spaces, and the forms of accents,
+    """Returns every place (characters [start, end)) in a prompt where `phrase`, a word or several
+    consecutive words, occurs, in order. Case, the number of spaces, and the forms of accents,
     apostrophes and hyphens do not matter.
 
     Only whole words count: "bird" is not found in "bird-cage". If the phrase is found nowhere as
@@ -66,17 +66,21 @@ def occurrences(prompt: str, phrase: str) -> list[Span]:
 
 
 class Finder:
-    """Searches one prompt for many phrases, as `occurrences` does for one."""
+    """Searches one prompt for many phrases. The prompt is prepared only once, in the
+    constructor."""
 
     def __init__(self, prompt: str):
         self.text, self.where = folded(prompt)
-        # Places inside whole words, and inside parts of words, where no such match begins or ends.
+        # Places inside whole words, and inside parts of compound words. A match of whole words, or
+        # of parts, neither begins nor ends there.
         self.in_words = _inner(_spans(WORD, prompt))
         self.in_parts = _inner(_spans(PART, prompt))
         self.ignored = _ignored(prompt)
 
     def occurrences(self, phrase: str) -> list[Span]:
-        """Returns what the function `occurrences` returns for the prompt and `phrase`."""
+        """Returns every place (characters [start, end)) in the prompt where `phrase` occurs as
+        whole words, or if there is none, as parts of compound words. The function `occurrences` has
+        the rules."""
         found = list(self._everywhere(folded(phrase.strip())[0]))
         whole = [span for span in found if span[0] not in self.ignored and self.in_words.isdisjoint(span)]
         return whole or [span for span in found if self.in_parts.isdisjoint(span)]
@@ -94,14 +98,15 @@ class Finder:
 
 
 def split(subjects: str) -> list[str]:
-    """Splits a list of subjects at its commas, except for commas inside numbers such as 1,000.
-    Spaces around the subjects are removed."""
+    """Splits a list of subjects, such as "cat, rabbit", at its commas, except for commas inside
+    numbers such as 1,000. Spaces around the subjects are removed."""
     return [part.strip() for part in re.split(r",(?!(?<=\d,)(?<!\d{4},)\d{3}(?!\w))", subjects)]
 
 
 def folded(text: str) -> tuple[str, list[Span]]:
-    """Returns (folded, where): the text in a form in which equal words are equal, and for each
-    character of this form the characters [start, end) of `text` that it stands for.
+    """Converts a text to a form in which equal words are equal. Returns (folded, where): the text
+    in this form, and for each of its characters the characters [start, end) of `text` that it
+    stands for.
 
     The form is Unicode's normal form C, in lower case, with one space for any white space, and with
     plain apostrophes and hyphens.
@@ -125,9 +130,9 @@ def folded(text: str) -> tuple[str, list[Span]]:
 
 
 def _kinds(text: str) -> str:
-    """Returns one letter per character of the text: w for a letter, d digit, m mark, f format or
-    control character, j apostrophe or hyphen. Commas, points and spaces (for anything else) stand
-    for themselves."""
+    """Returns one letter per character of the text, its kind: w for a letter, d for a digit, m for
+    a combining mark, f for a format or control character, j for an apostrophe or hyphen. Commas and
+    points stand for themselves. A space stands for anything else."""
     return "".join(map(_kind, text))
 
 
@@ -149,13 +154,15 @@ def _spans(pattern: re.Pattern[str], prompt: str) -> list[Span]:
 
 
 def _inner(spans: Iterable[Span]) -> set[int]:
-    """Returns every place between two characters of the same span."""
+    """Returns the places inside spans: all indices k for which the characters k - 1 and k belong to
+    the same span."""
     return {at for start, end in spans for at in range(start + 1, end)}
 
 
 def _ignored(prompt: str) -> set[int]:
-    """Returns the places of all characters that belong to weights, to numbers alone in brackets, or
-    to tags."""
+    """Returns the set of the indices of all characters of a prompt that the search for words must
+    skip: those of weights such as 1.3 in "(a cat:1.3)", of numbers alone in brackets, and of tags
+    such as "<lora:name:0.8>"."""
     ignored = {at for tag in TAG.finditer(prompt) for at in range(*tag.span())}
     clocks = {clock.end() for clock in CLOCK.finditer(prompt)}
     depth = _depth(prompt)
@@ -189,9 +196,10 @@ def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] 
     """Returns the characters [start, end) of a prompt that each of its tokens stands for. `pieces`
     holds the bytes of each token. Returns None if these bytes are not those of the prompt.
 
-    CLIP's tokenizers convert a prompt to normal form C and lower case, and remove white space. Some
-    also remove control characters, or first run `fix`, which replaces ligatures and typographic
-    quotation marks. Each of these ways is tried, and all bytes have to agree.
+    CLIP's tokenizers convert a prompt to Unicode's normal form C and to lower case, and remove
+    white space. Some also remove control characters. Some first replace ligatures and typographic
+    quotation marks; `fix(text)` is the function that does this, or None if there is none. Each of
+    these conversions is tried, until one gives exactly the bytes of the tokens.
     """
     # At the end of a word, sigma has another lower-case form, which some tokenizers do not use.
     written = b"".join(pieces).replace("ς".encode(), "σ".encode())
@@ -211,8 +219,9 @@ def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] 
 
 
 def _behind(pieces: Sequence[bytes], behind: Sequence[Span]) -> list[Span]:
-    """Returns the characters [start, end) that each piece stands for, (0, 0) for an empty piece.
-    `behind` holds the characters that each byte stands for."""
+    """Returns the characters [start, end) that each piece (the bytes of one token) stands for, and
+    (0, 0) for an empty piece. `behind` lists the characters that each byte of all pieces stands
+    for."""
     spans: list[Span] = []
     at = 0
     for piece in pieces:
@@ -223,16 +232,16 @@ def _behind(pieces: Sequence[bytes], behind: Sequence[Span]) -> list[Span]:
 
 
 def token_bytes(token: str) -> bytes:
-    """Returns the bytes of the prompt that a token of a byte-level vocabulary stands for, without
-    white space."""
+    """Returns the bytes of text that a token stands for, without white space. `token` is written in
+    the byte-level alphabet of CLIP's vocabulary, perhaps with `</w>` at its end."""
     token = token.removesuffix("</w>")
     data = b"".join(bytes([_BYTES[c]]) if c in _BYTES else c.encode() for c in token)
     return bytes(byte for byte in data if byte > 127 or not chr(byte).isspace())
 
 
 def _unicode_to_bytes() -> dict[str, int]:
-    """Returns the inverse of the byte-level alphabet of GPT-2's and CLIP's tokenizers (Radford et
-    al. 2019): character -> byte.
+    """Returns a dict that maps each character of the byte-level alphabet of GPT-2's and CLIP's
+    tokenizers (Radford et al. 2019) to the byte for which it stands.
 
     In that alphabet, bytes that are printable characters of Latin-1 are written as these
     characters, and the other bytes, in order, as the characters from 256 on.
@@ -250,7 +259,8 @@ _BYTES = _unicode_to_bytes()
 
 
 def alphabet() -> list[str]:
-    """Returns the characters of byte-level vocabularies, in the order of CLIP's token ids."""
+    """Returns the characters of the byte-level alphabet of CLIP's vocabulary, in the order of their
+    token ids."""
     return list(_BYTES)
 
 
@@ -258,8 +268,9 @@ def alphabet() -> list[str]:
 
 
 def _characters(text: str) -> list[Span]:
-    """Divides a text into characters [start, end) as a reader counts them, such as a letter with
-    its marks or a Korean syllable. Normal form C never joins two of them."""
+    """Divides a text into characters as a reader counts them, such as a letter with its marks or a
+    Korean syllable. Returns the place [start, end) of each in the text. Unicode's normal form C
+    never joins two of them."""
     spans: list[Span] = []
     for at, c in enumerate(text):
         if spans and not c.isascii():
@@ -274,7 +285,8 @@ def _characters(text: str) -> list[Span]:
 
 
 def _lower(text: str) -> str:
-    """Converts a text to normal form C and lower case, with one form of the small sigma."""
+    """Converts a text to Unicode's normal form C and to lower case. The Greek letter sigma becomes
+    "σ" even at the end of a word, where it is usually written "ς"."""
     if text.isascii():
         return text.lower()
     text = unicodedata.normalize("NFC", text)
@@ -283,6 +295,7 @@ def _lower(text: str) -> str:
 
 def _printed(text: str) -> str:
     """Removes control, format and unassigned characters (Unicode categories C) and replacement
-    characters, as tokenizers derived from BERT's do, and then converts the text as `_lower` does."""
+    characters, as tokenizers derived from BERT's do, and then converts the text to Unicode's normal
+    form C and to lower case."""
     kept = [c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd"]
     return _lower("".join(kept))

@@ -1,9 +1,9 @@
 """Composes initial noise for a layout (noise/layout.py) from several candidate noises.
 
 The initial noise largely decides where things appear, and the attention maps of the first timestep
-predict it. So each region is filled with the noise of the candidate whose cells there attend most
-to the region's caption. Follows Mao, Wang & Aizawa 2023 (arXiv 2305.03382 and 2312.08872), who
-move and collect blocks of noise.
+predict where. So each region is filled with the noise of the candidate whose cells in this region
+attend most to the region's caption. Follows Mao, Wang & Aizawa 2023 (arXiv 2305.03382 and
+2312.08872), who move and collect blocks of noise.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from minsd.noise.look import Ask, Lift, Look
 
 @dataclass
 class Arrangement:
-    """Noise composed for a layout, and the candidates that its parts come from."""
+    """The noise composed for a layout, and the candidates that its parts come from."""
 
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
     # The candidates of the background and then of each region: seeds, or indices from 0 into the
@@ -33,14 +33,13 @@ class Arrangement:
     # falls inside the region.
     fractions: list[float]
     scores: list[float]  # of each candidate as a whole: the product of all regions' fractions
-    rows: int  # UNet evaluations, which end after the last layer whose attention is recorded
+    rows: int  # UNet evaluations; each ends after the last layer whose attention is recorded
 
 
 def caption_subjects(sd: Model, layout: Layout) -> list[list[list[int]]]:
-    """Finds the token positions of the subjects in each region's caption. Returns a list per
-    region, which holds a list of positions per subject (`sd.text.positions`). Raises ValueError for
-    a caption without subjects.
-    """
+    """Finds the subjects of each region's caption (`losses.automatic_subjects`), and their token
+    positions in the caption. Returns a list with one item per region; the item is a list with the
+    token positions of each subject. Raises ValueError for a caption without subjects."""
     found = []
     for k, region in enumerate(layout.regions, 1):
         try:
@@ -60,15 +59,16 @@ def arrange(
     steps: int | None = None,
     sampler: str | None = None,
 ) -> Arrangement:
-    """Composes unit noise for a layout from candidates: seeds, or noises (K,4,h,w).
+    """Composes the initial noise of one image for a layout. `candidates` are seeds, or unit noises
+    (K,4,h,w); each part of the new noise is copied from one of them.
 
-    The UNet is evaluated on every candidate at the first timestep of a run of `steps` steps with
-    `sampler` (None: the model's defaults), once per region with the region's caption as the prompt.
-    The evaluation gives the fraction of the attention to the caption's subjects
+    At the first timestep of a run of `steps` steps with `sampler` (None: the model's defaults), the
+    UNet is evaluated on every candidate once per region, with the region's caption as the prompt.
+    From each evaluation follows the fraction of the attention to the caption's subjects
     (`losses.automatic_subjects`) that falls inside the region. Each region is filled from the
     candidate with the largest fraction, and the background from the candidate with the greatest
     product of the fractions of all regions. Where regions overlap, the region with the greatest
-    weight is taken and, of regions with the same weight, the smallest.
+    weight counts, and the smaller one of regions with the same weight.
 
     Raises ValueError, before any network runs, for a layout without regions, a caption without
     subjects, no candidates, or shapes that do not fit.
@@ -77,12 +77,7 @@ def arrange(
     if not layout.regions:
         raise ValueError("a layout without regions has nothing to arrange noise for: give it some")
     given = _noises(layout, candidates)
-    t = losses.listed_timesteps(sd, steps, sampler)[0]
-    subjects = caption_subjects(sd, layout)
-    attended = [
-        _inside(sd, layout, region, places, given, t) for region, places in zip(layout.regions, subjects)
-    ]
-    fractions = torch.stack(attended)  # (N, K)
+    fractions = attended(sd, layout, given, steps=steps, sampler=sampler)  # (N, K)
     scores = fractions.prod(0)  # (K,)
     background = int(scores.argmax())
     best = fractions.argmax(1).tolist()
@@ -97,10 +92,28 @@ def arrange(
     return Arrangement(noise, chosen, fractions.amax(1).tolist(), scores.tolist(), rows)
 
 
-def _noises(layout: SizedLayout, candidates: Sequence[int] | Tensor) -> Tensor:
-    """Returns the candidates' noises (K,4,h,w). Raises ValueError where there are no candidates, or
-    where their noises do not fit the layout.
+@torch.no_grad()
+def attended(
+    sd: Model, layout: SizedLayout, noise: Tensor, *, steps: int | None = None, sampler: str | None = None
+) -> Tensor:
+    """Returns, for each of N regions and each of the noises (K,4,h,w), the fraction (N,K) of the
+    attention to the subjects of the region's caption that falls inside the region.
+
+    The UNet is evaluated as in `arrange`. Raises ValueError, before any network runs, for a caption
+    without subjects.
     """
+    t = losses.listed_timesteps(sd, steps, sampler)[0]
+    subjects = caption_subjects(sd, layout)
+    parts = [
+        _inside(sd, layout, region, places, noise, t) for region, places in zip(layout.regions, subjects)
+    ]
+    return torch.stack(parts)
+
+
+def _noises(layout: SizedLayout, candidates: Sequence[int] | Tensor) -> Tensor:
+    """Returns the noises (K,4,h,w) of the candidates, which are seeds or the noises themselves.
+    Raises ValueError if there are no candidates, or if their noises do not have the layout's
+    size."""
     shape = (4, layout.height // CELL, layout.width // CELL)
     given = candidates
     if not isinstance(given, Tensor):
@@ -121,13 +134,13 @@ def _inside(
     given: Tensor,
     t: int | float,
 ) -> Tensor:
-    """Returns, for noises `given` (K,4,h,w), the fraction (K,) of the attention to the subjects of
-    a region's caption that falls inside the region. The UNet is evaluated at timestep `t` with that
-    caption as the prompt. `subjects` holds the token positions of each subject.
-    """
+    """Evaluates the UNet on the noises `given` (K,4,h,w) at timestep `t`, with the caption of
+    `region` as the prompt. Returns for each noise the fraction of the attention to the caption's
+    subjects that falls inside the region, averaged over the subjects, (K,). `subjects` holds the
+    token positions of each subject. `layout` is the layout that the region belongs to."""
 
     def fraction(look: Look) -> Tensor:
-        look.read("cross", "self")  # recording both kinds rounds as earlier versions did
+        look.read("cross", "self")  # both kinds, so that rounding is as in earlier versions
         maps = look.maps  # (b, S, rows, columns)
         level = sd.unet.grids(tuple(given.shape[2:])).index(tuple(maps.shape[-2:]))
         fill = torch.from_numpy(coverage(region.pixels, CELL << level)).to(maps)

@@ -1,34 +1,36 @@
-"""Chooses a seed whose image is likely to show every subject, at little cost: ranks many seeds,
-drafts a few, and draws one.
+"""Chooses a seed whose image is likely to show every subject, at little cost. Many seeds are
+ranked, a few are drafted (sampled for a few steps), and one is drawn:
 
-    1. look    ranks the candidates (seeds) by InitNO's attention score, for which each candidate
+    1. rank    orders the candidates (seeds) by InitNO's attention score, for which each candidate
                takes one UNet evaluation that stops after the attention maps
     2. draft   in that order, runs a tenth of the run's steps from each candidate and evaluates the
                response loss (`losses.cross_response`, how little attention the most neglected
                subject gets); stops at the first candidate with a loss below LIMIT; if there is
                none, takes the candidate with the lowest loss
-    3. draw    the run itself
+    3. draw    runs all steps from the chosen seed
 
 Attention maps predict the image less well at the first timestep than after a few steps. A subject
 that is neglected then hardly ever appears in the image. So most images need a single draft, and a
 noise that would fail costs a tenth of a run instead of a whole run. (Verified drafts are an old
 idea; Flash-BoN, arXiv 2607.04461, argues for them by wall-clock time.) The constants were chosen on
 the embedded model: of 18 of its images with two subjects, those that show both had a response loss
-of at most 0.15 after a tenth of the steps, and the others of at least 0.48.
-bench/results/README.md lists the success rate and cost of this method.
+of at most 0.15 after a tenth of the steps, and the others of at least 0.48. bench/results/README.md
+lists the success rate and cost of this method.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minsd.guidance import Model
-from minsd.noise import initno, losses
+from minsd.noise import drivers, initno, losses
+from minsd.noise.drivers import Step
 from minsd.noise.initial import noise as draw_noise
-from minsd.noise.look import Ask, Lift
+from minsd.noise.look import Ask, Course, Lift
 from minsd.noise.losses import Subjects
 from minsd.noise.objectives.initno import InitNO
 from minsd.samplers import SAMPLERS
@@ -41,20 +43,10 @@ PART = 0.1  # length of a draft, as a fraction of the run's steps
 LIMIT = 0.3  # a draft is good enough if its response loss is below this
 
 
-@dataclass(frozen=True)
-class Course:
-    """Settings of the run that draws the image. Drafts are the beginning of such a run."""
-
-    steps: int
-    sampler: str
-    karras: bool = False
-    guidance_scale: float = 7.5
-    negative_prompt: str = ""
-
-
 @dataclass
 class Best:
-    """The seed chosen for one image, and the losses of its candidates."""
+    """The seed chosen for one image, and the scores of the image's candidates. A draft is a run of
+    the first few steps from a candidate's noise."""
 
     seed: int
     scores: dict[int, float]  # seed -> attention score at the first timestep
@@ -62,12 +54,20 @@ class Best:
     met: bool = False  # whether the chosen seed's draft was good enough
 
 
+def check_steps(steps: int) -> None:
+    """Raises ValueError for a run of one step, which has no beginning to draft."""
+    if steps < 2:
+        raise ValueError(
+            "--init-noise best drafts the first steps of a run: give 2 --steps or more, or use select"
+        )
+
+
 def draft(
     sd: Model, prompts: Sequence[str], noise: Tensor, seeds: Sequence[int], stop: int, course: Course
 ) -> tuple[Tensor, Timestep]:
-    """Runs the first `stop` steps from noise (B,4,h,w). Returns (x, t): the latents (B,4,h,w) after
-    them, and the timestep of the next step.
-    """
+    """Runs the first `stop` steps of a run with the settings `course` from noise (B,4,h,w), one
+    prompt and one seed per image. The seeds are for samplers that add noise. Returns (x, t): the
+    latents (B,4,h,w) after these steps, and the timestep of the next step."""
     visited = losses.listed_timesteps(sd, course.steps, course.sampler, course.karras)
     cond, uncond = sd.encode_prompt(list(prompts)), sd.encode_prompt([course.negative_prompt])
     predict = sd.predictor(cond, uncond, course.guidance_scale)
@@ -94,26 +94,34 @@ def choose(
     part: float = PART,
     progress: Callable[[int, str], None] | None = None,
 ) -> list[Best]:
-    """Chooses each image's seed among its candidates (seeds). Returns one Best per image.
+    """Chooses each image's seed among its `candidates`, which are lists of seeds, one list per
+    image. Returns one `Best` per image.
 
-    `shape` is (4,h,w) of one noise. A draft is the first `part` of the run's steps from a
-    candidate's noise. Each image gets at most `drafts` drafts, until the response loss after one is
-    below `limit`; drafts of different images share batches. `progress(b, message)` is called with
-    the progress of image b. Raises ValueError, before any network runs, for subjects that cannot be
-    found.
+    First, all candidates of an image are ranked by `initno.attention_scores` at the first timestep.
+    Then drafts are made from the candidates, the best-ranked first. A draft is the beginning of a
+    run with the settings `course`: the fraction `part` of its steps. No more drafts of an image are
+    made after `drafts` of them, or once one has a response loss (how little attention the most
+    neglected subject gets) below `limit`. The seed of the draft with the lowest response loss is
+    chosen. Drafts of different images run in one batch.
+
+    `subjects` are those of each prompt, as `losses.resolve` takes them. `shape` is (4,h,w) of one
+    image's noise. `progress(b, message)` is called with the progress of image b. Raises ValueError,
+    before any network runs, for subjects that cannot be found and for a run of one step.
     """
+    check_steps(course.steps)
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
     asks = [Ask(prompt, 0, tokens) for prompt, tokens in zip(prompts, places)]
     lift = Lift(sd, asks, InitNO(sd, asks))
     run: dict[str, Any] = {"steps": course.steps, "sampler": course.sampler, "karras": course.karras}
     stop = min(max(1, round(part * course.steps)), course.steps - 1)
     found = []
-    for prompt, words, seeds in zip(prompts, subjects, candidates, strict=True):
+    for b, (prompt, words, seeds) in enumerate(zip(prompts, subjects, candidates, strict=True)):
         noise = draw_noise(list(seeds), shape)
-        found.append(
-            Best(seeds[0], dict(zip(seeds, initno.attention_scores(sd, prompt, words, noise, **run))))
-        )
-    going = list(range(len(found))) if stop else []
+        say = None if progress is None else partial(progress, b)
+        with drivers.looks(sd, len(seeds), say and drivers.part_of(say, b, len(prompts))):
+            scores = dict(zip(seeds, initno.attention_scores(sd, prompt, words, noise, **run)))
+        found.append(Best(min(scores, key=scores.__getitem__), scores))
+    going = list(range(len(found)))
     for turn in range(drafts):
         going = [b for b in going if not found[b].met and turn < len(found[b].scores)]
         if not going:
@@ -128,5 +136,5 @@ def choose(
             one.met = cross < limit
             one.seed = min(one.drafts, key=one.drafts.__getitem__)
             if progress is not None:
-                progress(b, f"draft {turn + 1}/{drafts} cross {cross:.3g}")
+                progress(b, Step(f"draft {turn + 1}/{drafts} cross {cross:.3g}", turn + 1, drafts))
     return found

@@ -2,7 +2,8 @@
 
 A layout (noise/layout.py) has a caption for the whole image, k = 0, and regions k = 1..N with a
 caption and a mask each. In every step the UNet is evaluated once per caption, on the same latents;
-evaluation k is called pass k. The predicted noises eps_k of all passes are merged into one:
+the evaluation with caption k is called pass k. The predicted noises eps_k of all passes are merged
+into one:
 
     eps_k = u_k + g (c_k - u_k)        eps = sum_k M_k eps_k        M_k = w_k a_k / sum_j w_j a_j
 
@@ -12,16 +13,16 @@ region's weight, and w_0 the background weight. Any sampler can take its steps w
 noise.
 
 In pass k >= 1 cross-attention is masked. A cell inside region k attends to the region's caption. A
-cell outside attends to the image's caption or to the empty prompt, which is chosen at random for
-each latent cell, step and region. Self-attention is not masked. The unconditional prediction u_k is
-masked in the same way, with the negative prompts instead of the captions. Where all u_k are equal,
-u is computed once, and a step takes N + 2 UNet rows instead of 2 (N + 1). All rows run as one
-batch. A map for each row holds the number of the text that each cell attends to.
+cell outside attends to the image's caption or to the empty prompt; which of the two is chosen at
+random for each latent cell, step and region. Self-attention is not masked. The unconditional
+prediction u_k is masked in the same way, with the negative prompts instead of the captions. If all
+u_k are equal, u is computed once, and a step takes N + 2 UNet rows instead of 2 (N + 1). All rows
+run as one batch. A map for each row holds the number of the text that each cell attends to.
 
 A region's pass sees the whole latents (the paper's "fixed" crop), and may place its subject outside
-the region. With a crop margin (0: the paper's "flex" crop) the pass runs on a crop of the latents,
-the region's box plus the margin, as if that were the image. Once objects are placed (t < 500) all
-passes see the whole latents again, which blends the crops.
+the region. With a crop margin (the paper's "flex" crop is a margin of 0) the pass runs on a crop of
+the latents, the region's box plus the margin, as if that were the image. Once objects are placed (t
+< 500) all passes see the whole latents again, which blends the crops.
 
 Passes can differ in more than their texts: a ControlNet (noise/collage_control.py) can have another
 control image in each pass, and a LoRA (weights/lora.py, `by_region`) another scale
@@ -30,7 +31,7 @@ control image in each pass, and a LoRA (weights/lora.py, `by_region`) another sc
 A collage can start from noise that was optimised by InitNO, or selected by a score, for the caption
 of the whole image, because pass 0 is the plain run of that caption. The initial noise largely
 decides where things appear, and a collage does not move them far. noise/arrange.py composes noise
-in which they appear where the layout puts them.
+with which things appear where the layout puts them.
 """
 
 import copy
@@ -132,15 +133,20 @@ def predictor(
     adapters: Adapters | None = None,
     cut: Cut | None = None,
 ) -> Predictor:
-    """Returns a collage's predictor: the function predict(x, t) -> eps (B,4,h,w) that a sampler
-    calls, for latents x of the layout's size at timestep t.
+    """Returns a collage's predictor: the function predict(x, t) -> eps that a sampler calls, with
+    latents x (B,4,h,w) of the layout's size at timestep t, and the merged predicted noise eps
+    (B,4,h,w). A collage predicts the noise in several passes; a pass is one UNet evaluation with
+    one caption.
 
-    `Scheme` explains the settings from `background_weight` to `crop_until`. `seed` is one number
-    for all images, or a list with one per image. The random choices of text depend on nothing but
-    this seed, t and the region's number. `adapters` are those that differ from pass to pass (one
-    UNet evaluation per caption), such as the ones that `lora.by_region` yields. With them,
-    unconditional predictions are not shared between passes. `cut(k, place)` returns the model to
-    use while pass k sees only the crop latents[place]; None means `sd`.
+    `seed` is one number for all images, or a list with one per image. Together with t and the
+    number of the pass, it determines the random texts that the cells outside a region attend to.
+    `Scheme` explains the other settings from `background_weight` to `crop_until`.
+
+    `adapters` is needed if LoRAs or ControlNets differ from pass to pass: it tells them which pass
+    each row of the UNet's batch belongs to (`lora.by_region` yields such an object). With
+    `adapters`, each pass computes its own unconditional prediction. `cut(k, place)` returns the
+    model to use while pass k sees only the crop latents[place]; if `cut` is None, the model is
+    `sd`.
 
     Raises ValueError, before any network runs, for settings that are out of range, exclude one
     another, or do not fit the layout.
@@ -196,7 +202,7 @@ def _check(
 
 
 def _size(layout: SizedLayout) -> Grid:
-    """Returns the numbers of rows and columns of the layout's latent cells."""
+    """Returns the layout's size in latent cells, (rows, columns)."""
     return layout.height // CELL, layout.width // CELL
 
 
@@ -211,10 +217,11 @@ def masked_passes(
     seeds: Sequence[int],
     adapters: Adapters | None,
 ) -> Predictor:
-    """Returns a predictor (the noise-prediction function that a sampler calls) that runs the N + 1
-    passes (one UNet evaluation per caption) on the whole latents and merges their noises. `seeds`
-    are one for all images, or one per image, for the random choices of text.
-    """
+    """Returns a predictor (the noise-prediction function that a sampler calls) for a layout of N
+    regions. It runs the N + 1 passes (one UNet evaluation per caption) on the whole latents, masks
+    the cross-attention of each pass unless `scheme.masked` is False, and merges the predicted
+    noises. `seeds` holds one seed for all images, or one per image, for the random choice of texts
+    outside a region. `adapters` are as for the function `predictor`."""
     regions = layout.regions
     masked = scheme.masked and bool(regions)
     cells = _PassCells(sd, layout, scheme, seeds) if masked else None
@@ -244,9 +251,9 @@ def masked_passes(
 
 def attention_only_pass(sd: Model, layout: SizedLayout, ladder: str, guidance_scale: float) -> Predictor:
     """Returns a predictor (the noise-prediction function that a sampler calls) that evaluates the
-    UNet once. Each cell attends to the caption of the topmost region that holds the cell, or to the
-    image's caption if no region does. `ladder` is that of `Scheme`.
-    """
+    UNet once, in place of once per caption. Each cell attends to the caption of the topmost region
+    that holds the cell, or to the image's caption if no region does. `ladder` ("direct" or
+    "compat") is explained in `Scheme`."""
     painted = [
         {grid: _painted(inside, layout.regions) for grid, inside in half.items()}  # (1, 1, cells)
         for half in _region_cells(sd, layout, ladder)
@@ -267,8 +274,10 @@ def single_pass(
     adapters: Adapters | None,
     k: int,
 ) -> Predictor:
-    """Returns a predictor (the noise-prediction function that a sampler calls) that runs pass k
-    alone, without masks, on latents of `size` cells. The prompts are those of `captioned`."""
+    """Returns a predictor (the noise-prediction function that a sampler calls) with one prompt and
+    no masks, on latents of `size` (rows, columns). The prompt and negative prompt are those of
+    `captioned`, the layout or a region. If `adapters` is given, they act as in pass k of a
+    collage."""
     texts = [captioned.prompt], [captioned.negative_prompt]
     if adapters is None:
         cond, uncond = (sd.encode_prompt(text) for text in texts)
@@ -281,9 +290,8 @@ def single_pass(
 @dataclass(frozen=True)
 class Crop:
     """A pass (the UNet evaluation for one caption) that sees only a part of the latents. Holds the
-    predictor for that part, and the weights by which its output is added to the output for the
-    whole latents.
-    """
+    index `place` of that part, the predictor for the part, and the weights by which the predicted
+    noise is multiplied before it is added to the noise for the whole latents."""
 
     place: Place
     weights: Tensor  # (h,w) of the part
@@ -291,9 +299,9 @@ class Crop:
 
 
 def cropped(inner: Predictor, crops: Sequence[Crop], until: float) -> Predictor:
-    """Returns a predictor that merges the predictions of the crops while t >= `until`. At smaller
-    t it calls the predictor `inner` on the whole latents.
-    """
+    """Returns a predictor (the noise-prediction function that a sampler calls). While t >= `until`,
+    its result is the sum of the weighted predictions of all crops; at smaller t, it is the result
+    of the predictor `inner` on the whole latents."""
 
     def predict(x: Tensor, t: int | float) -> Tensor:
         if t < until:
@@ -331,10 +339,9 @@ def _crops(
 
 
 def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
-    """Returns, for each pass, an index into latents (..., h, w) that selects what the pass sees:
-    the whole latents for pass 0, then each region's box in whole cells, widened on each side by
-    `margin` times the box's size.
-    """
+    """Returns an index into latents (..., h, w) for each pass (one UNet evaluation per caption). It
+    selects the part that the pass sees: for pass 0 the whole latents, and for each region the
+    region's box in whole cells, widened on each side by `margin` times the box's size."""
     places = [(..., slice(0, layout.height // CELL), slice(0, layout.width // CELL))]
     for region in layout.regions:
         x0, y0, x1, y1 = region.bounds
@@ -351,10 +358,11 @@ def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
 def _guided(
     sd: Model, eps: Tensor, conditional: int, guidance_scale: float, x: Tensor, t: int | float
 ) -> Tensor:
-    """Applies guidance, and the model's guidance rescale, to eps (rows,B,4,h,w) predicted for x
-    (B,4,h,w) at timestep t. The last `conditional` rows are conditional. Those before them are
-    unconditional: one for all, or one per conditional row. Returns (conditional,B,4,h,w).
-    """
+    """Applies guidance, with the rescaling that `sd.guidance_rescale` asks for, to noises eps
+    (rows,B,4,h,w) predicted for latents x (B,4,h,w) at timestep t. The last `conditional` rows are
+    the conditional predictions. The rows before them are the unconditional ones: a single row for
+    all, or one per conditional row; none are needed if the guidance scale is 1. Returns
+    (conditional,B,4,h,w)."""
     u, c = eps[:-conditional], eps[-conditional:]
     if guidance_scale == 1:
         return c
@@ -362,9 +370,9 @@ def _guided(
 
 
 def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
-    """Returns a predictor that calls `inner`. The returned predictor raises ValueError for latents
-    of another size than `size`, and, if there are several seeds, for another number of images.
-    """
+    """Returns a predictor that calls the predictor `inner` after checking the latents. It raises
+    ValueError if they are not of `size` (rows, columns), or if there are several seeds and not one
+    per image."""
 
     def predict(x: Tensor, t: int | float) -> Tensor:
         if tuple(x.shape[-2:]) != size:
@@ -385,35 +393,40 @@ def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
 
 
 def _fill(layout: SizedLayout, ladder: str) -> np.ndarray:
-    """Returns the fraction of each latent cell that lies inside each region, (N,h,w). With the
-    ladder "compat" it is `compat_fill`, otherwise exact."""
+    """Returns, for each of N regions, the fraction of each latent cell that lies inside the region,
+    (N,h,w). `ladder` is "direct" for exact fractions, or "compat" for those of the published
+    program (`compat_fill`)."""
     compat = ladder == "compat"
     fill = [compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in layout.regions]
     return np.array(fill).reshape(len(layout.regions), *_size(layout))
 
 
 def _merge(sd: Model, layout: SizedLayout, scheme: Scheme) -> Tensor:
-    """Returns the merge weights M (N+1,1,1,h,w) on the model's device."""
+    """Returns the weights M_k, by which the predicted noises of the passes are merged, as
+    (N+1,1,1,h,w) on the model's device, for a layout of N regions."""
     weights = [scheme.background_weight, *(region.weight for region in layout.regions)]
     merge = merge_weights(_fill(layout, scheme.ladder), weights)
     return torch.from_numpy(merge).to(sd.device, sd.dtype)[:, None, None]
 
 
 def compat_fill(pixels: np.ndarray) -> np.ndarray:
-    """Resizes a mask (H,W) to the latent grid as the published program does. Returns (h,w) float64.
-    The mask is resized as an 8-bit image by Pillow's antialiased bicubic filter. Pillow filters one
-    axis after the other, and rounds and clips to 0..255 after each.
-    """
+    """Resizes a mask `pixels` (H,W) to the latent grid as NoiseCollage's published program does.
+    Returns the fraction of each cell that counts as inside, (h,w) float64. The mask is resized as
+    an 8-bit image by Pillow's antialiased bicubic filter. Pillow filters one axis after the other,
+    and rounds and clips to 0..255 after each."""
     high, wide = (n // CELL for n in pixels.shape)
     picture = Image.fromarray(pixels.astype(np.uint8) * 255)
     return np.asarray(picture.resize((wide, high), Image.Resampling.BICUBIC)) / 255
 
 
 def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """Returns the merge weights M (N+1,h,w), which sum to 1 in each cell. `fill` (N,h,w) is the
-    fraction of each latent cell inside each region, and `weights` are w_0 ... w_N.
+    """Returns the weights M (N+1,h,w) by which the predicted noises of the image's caption and of N
+    regions are merged. They sum to 1 in each cell. `fill` (N,h,w) is the fraction of each latent
+    cell inside each region, and `weights` holds the background weight w_0 and the regions' weights
+    w_1 ... w_N.
 
-    Raises ValueError where w_0 is 0 and some cell is in no region, because that cell has no weight.
+    Raises ValueError if w_0 is 0 and some cell is in no region, because the weights of that cell
+    would sum to 0.
     """
     m = np.asarray(weights)[:, None, None] * np.concatenate([np.ones((1, *fill.shape[1:])), fill])
     total = m.sum(0)
@@ -429,8 +442,9 @@ def merge_weights(fill: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 class _PassCells:
-    """The text that each cell attends to in every pass (one UNet evaluation per caption).
-    `any_empty` is True if some cell may attend to the empty prompt."""
+    """The text that each cell attends to in every pass (one UNet evaluation per caption): the
+    region's caption, the image's caption, or the empty prompt. `any_empty` is True if some cell may
+    attend to the empty prompt."""
 
     def __init__(self, sd: Model, layout: SizedLayout, scheme: Scheme, seeds: Sequence[int]):
         self.size = _size(layout)
@@ -449,10 +463,9 @@ class _PassCells:
             self.any_empty = bool((outside == EMPTY).any())
 
     def at(self, t: int | float) -> Halves:
-        """Returns the number of the text (OWN, WHOLE or EMPTY) that each cell attends to at
-        timestep t, on the model's device. For each grid these are (N+1,B,cells), or (N+1,1,cells)
-        if all images have the same.
-        """
+        """Returns which text each cell attends to at timestep t, as numbers (OWN, WHOLE or EMPTY)
+        on the model's device. For each attention grid of cells the numbers are (N+1,B,cells), or
+        (N+1,1,cells) if they are the same for all images."""
         if self.fixed is not None:
             return self.fixed
         drawn = [
@@ -468,8 +481,8 @@ class _PassCells:
 def sent(halves: Halves, device: torch.device) -> Halves:
     """Copies maps (...,cells) from the CPU to `device`, all in one copy, and returns them.
 
-    The copy to a GPU is from pinned memory, so the program does not wait for the copy. It goes on
-    to launch the network, and makes the next step's maps while this step runs.
+    The copy to a GPU is from pinned memory, so the program does not wait for it. Meanwhile the
+    program launches the network, and makes the next step's maps while the present step runs.
     """
     maps = [cells for half in halves for cells in half.values()]
     if device.type == "cpu" or not maps:
@@ -481,15 +494,16 @@ def sent(halves: Halves, device: torch.device) -> Halves:
 
 
 def _levels(sd: Model, size: Grid) -> list[Grid]:
-    """Returns the grids of the UNet levels that have cross-attention, finest first, for latents of
-    `size`."""
+    """Returns the grids (rows, columns) of those UNet levels that have cross-attention, finest
+    first, for latents of `size` (rows, columns)."""
     grids = sd.unet.grids(size)
     return [grid for grid, blocks in zip(grids, sd.unet.attention_blocks) if blocks]
 
 
 def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
-    """Returns, for the grid (h,w) of each UNet level with cross-attention, which cells belong to
-    each region, (N,h,w) boolean."""
+    """Returns which attention cells belong to each of the N regions: for the grid (h,w) of each
+    UNet level with cross-attention, a boolean map (N,h,w). `ladder` ("direct" or "compat") is
+    explained in `Scheme`."""
     size = _size(layout)
     if ladder == "compat":
         return carry(torch.from_numpy(_fill(layout, ladder) == 1), _levels(sd, size), True)
@@ -502,10 +516,9 @@ def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
 
 
 def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """Returns (h,w) boolean, True for each cell (a square of `cell` pixels) at least half of which
-    lies inside a mask (H,W). If there is no such cell, it is True for the cell at the mask's
-    centre.
-    """
+    """Returns which cells (squares of `cell` pixels) belong to a mask `pixels` (H,W), as booleans
+    (h,w). A cell belongs to it if at least half of the cell lies inside the mask. If there is no
+    such cell, the cell at the mask's centre belongs to it."""
     inside = coverage(pixels, cell) >= 0.5
     if not inside.any():
         row, column = (int((places.mean() + 0.5) // cell) for places in np.nonzero(pixels))
@@ -515,20 +528,20 @@ def direct_cells(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 def nearest(maps: Tensor, grid: Grid) -> Tensor:
     """Resizes maps (...,h,w) to a grid of (rows, columns) by nearest neighbours. Row i of the
-    result is row floor(i * h / rows) of the maps; columns likewise.
-    """
+    result is row floor(i * h / rows) of the maps; columns are chosen likewise."""
     rows, columns = (torch.arange(out) * n // out for n, out in zip(maps.shape[-2:], grid))
     return maps[..., rows[:, None], columns]
 
 
 def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
-    """Resizes maps (...,h,w) of the latent cells to the grids `levels`, which are given finest
-    first. Without `compat`, each grid's map is resized from the latent cells, and there is one set
-    of maps for the whole UNet.
+    """Resizes maps (...,h,w) of the latent cells to the attention grids `levels`, which are given
+    finest first. Without `compat`, each grid's map is resized from the latent cells. The result is
+    a list with one dict, grid -> map.
 
     With `compat`, as in the published program, each map is resized from the map before it, in the
     order in which the UNet runs: down through the encoder half, then up through the rest. So the
-    maps of the rest have no more detail than the coarsest grid. Returns the maps of both halves.
+    maps of the rest have no more detail than the coarsest grid. The result is a list with two such
+    dicts, for the encoder half and for the rest.
     """
     if not compat:
         return [{grid: nearest(maps, grid) for grid in levels}]
@@ -545,9 +558,8 @@ def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
 def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: int) -> Tensor:
     """Chooses at random, for every latent cell of `size` (h,w), the text that the cell attends to
     if it lies outside the region: EMPTY (the empty prompt) with probability `drop`, otherwise WHOLE
-    (the image's caption). `seed`, the timestep `t` and the number `k` seed the random generator.
-    The caller ignores the values inside the region.
-    """
+    (the image's caption). The choice is determined by `seed`, the timestep `t` and the region's
+    number `k`. Values inside the region are returned too, but not used."""
     draws = np.random.default_rng((seed, round(float(t) * 2**20), k)).random(size)
     return torch.from_numpy(np.where(draws < drop, EMPTY, WHOLE))
 
@@ -555,10 +567,11 @@ def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: in
 def fixed_surroundings(
     regions: Sequence[SizedRegion], size: Grid, drop: float, pad: float | None
 ) -> Tensor | None:
-    """Returns the text that every latent cell attends to outside each region, (N,1,h,w), if it is
-    the same in every step: with `pad`, or with a `drop` of 0 or 1. `Scheme` explains both. Returns
-    None if the text has to be chosen at random (`drawn_surroundings`).
-    """
+    """Returns the text (WHOLE: the image's caption, or EMPTY: the empty prompt) that every latent
+    cell attends to outside each of N regions, (N,1,h,w), if this text is the same in every step.
+    That is so if `pad` is given, or if `drop` is 0 or 1. Returns None if the text has to be chosen
+    at random in each step (`drawn_surroundings`). `Scheme` explains both settings, `drop` as
+    `background_drop`."""
     if pad is None and drop not in (0, 1):
         return None
     maps = torch.full((len(regions), 1, *size), WHOLE if pad is None and drop == 0 else EMPTY)
@@ -575,10 +588,10 @@ def fixed_surroundings(
 
 
 def _assign(inside: Halves, outside: Halves) -> Halves:
-    """Returns, for each grid, the number of the text that every cell attends to in every pass,
-    (N+1,B,h*w). `inside` (N,h,w), boolean, holds the cells of each region, whose text is OWN.
-    `outside` (N,B,h,w) holds the texts of the other cells. In pass 0 every cell has text OWN (0).
-    """
+    """Returns, for each attention grid, the number of the text that every cell attends to in every
+    pass (one UNet evaluation per caption), (N+1,B,h*w). `inside` (N,h,w), boolean, holds the cells
+    of each region, which get the text OWN. `outside` (N,B,h,w) holds the texts of the other cells.
+    In pass 0 every cell gets OWN, which is then the image's caption."""
     halves = []
     for own, others in zip(inside, outside, strict=True):
         half = {}
@@ -591,18 +604,16 @@ def _assign(inside: Halves, outside: Halves) -> Halves:
 
 def stacked(regions: Sequence[SizedRegion]) -> list[int]:
     """Returns the indices of the regions in the order in which they cover one another, bottom
-    first. The region with the greatest weight is on top and, of regions with the same weight, the
-    smallest.
-    """
+    first. The region with the greatest weight is on top; of regions with the same weight, a smaller
+    one covers a larger one."""
     ranks = [(region.weight, -int(region.pixels.sum())) for region in regions]
     return sorted(range(len(regions)), key=ranks.__getitem__)
 
 
 def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
-    """Returns one text number per cell, (1,1,h*w): 1..N for the topmost region that holds the cell,
-    and 0 (the image's caption) if no region does. `inside` (N,h,w), boolean, holds the cells of
-    each region.
-    """
+    """Returns the number of the caption that each cell attends to, (1,1,h*w): k = 1..N if region k
+    is the topmost region that holds the cell, and 0 (the image's caption) if no region does.
+    `inside` (N,h,w), boolean, holds the cells of each region."""
     cells = torch.zeros(inside.shape[1:], dtype=torch.long)
     for k in stacked(regions):
         cells[inside[k]] = k + 1
@@ -613,21 +624,25 @@ def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
 
 
 class _Part:
-    """One UNet evaluation, of some of the rows for some of the images. Its tensors are kept on the
-    model's device, because a copy in every step would make the program wait for the GPU."""
+    """One UNet evaluation for a part of the rows, where a row is one text for one image. The
+    tensors that the evaluation needs are kept on the model's device, because a copy in every step
+    would make the program wait for the GPU."""
 
     def __init__(self, passes: list[int], image: list[int], text_kv: TextKV, device: torch.device):
         self.passes = passes  # of each row
         self.text_kv = text_kv
         self.pass_of_row = torch.tensor(passes, device=device)
         self.image = torch.tensor(image, device=device)
-        self.cells: Halves | None = None  # whose rows `region` holds
+        self.cells: Halves | None = None  # the maps that `region` was taken from
         self.region: LevelMaps | tuple[LevelMaps, LevelMaps] | None = None
 
     def region_of(self, cells: Halves) -> LevelMaps | tuple[LevelMaps, LevelMaps] | None:
-        """Returns the text numbers of the cells of each row (rows,h*w) for each grid, taken from
-        `cells`, (passes, B or 1, h*w) for each grid. Returns None if `cells` is empty. The result
-        is kept, and returned again for the same object `cells`."""
+        """Returns the argument `region` of the UNet: the number of the text that each cell attends
+        to, (rows,h*w) for each attention grid; a row is one text for one image. The numbers are
+        taken from `cells`, which holds those of all passes of the collage and all images,
+        (passes,B,h*w) or (passes,1,h*w) for each grid. Returns None if `cells` is empty, that is,
+        if attention is not masked. The result is kept, and returned again when the same object
+        `cells` is given."""
         if cells is not self.cells:
             rows = [{grid: self._chosen(maps) for grid, maps in half.items()} for half in cells]
             self.region = (rows[0], rows[1]) if len(rows) == 2 else next(iter(rows), None)
@@ -641,9 +656,9 @@ class _Part:
 
 
 class _Rows:
-    """A runner for the UNet rows of all passes (one UNet evaluation per caption) for every image of
-    a batch. Runs as many rows at once as memory allows. Computes the cross-attention keys and
-    values of the texts once."""
+    """Runs the UNet for all passes of a collage (one UNet evaluation per caption) and every image
+    of a batch; each pass of each image is a row of the UNet's batch. As many rows run at once as
+    memory allows. The cross-attention keys and values of the texts are computed once."""
 
     def __init__(self, sd: Model, rows: Sequence[Row], size: Grid, adapters: Adapters | None):
         self.sd = sd
@@ -664,7 +679,8 @@ class _Rows:
         self.limit = max(2 * images, at_once)
 
     def parts(self, n: int) -> list[_Part]:
-        """Returns the UNet evaluations into which the rows of n images are split."""
+        """Returns the UNet evaluations into which a batch of n images is split, because not all of
+        its rows (each is one text for one image) may fit into memory at once."""
         if n not in self.known:
             device = self.sd.device
             with self.adapters.rows(self.passes):
@@ -679,10 +695,12 @@ class _Rows:
         return self.known[n]
 
     def __call__(self, x: Tensor, t: int | float, cells: Halves) -> Tensor:
-        """Returns the noise predicted in every row, (rows,B,4,h,w), for latents x (B,4,h,w).
+        """Returns the predicted noise (R,B,4,h,w) for latents x (B,4,h,w) at timestep t, with each
+        of the R items of the constructor's argument `rows`.
 
         `cells` holds the number of the text that every cell attends to in each pass, (passes,B,h*w)
-        or (passes,1,h*w) for each grid. It is empty if every row has a single text.
+        or (passes,1,h*w) for each attention grid. It is an empty list if each item of `rows` has a
+        single text.
         """
         out = []
         for part in self.parts(len(x)):

@@ -27,14 +27,15 @@ from minsd.noise.layout import Layout, SizedLayout, ensure_sized
 def read(
     layout: SizedLayout, picture: str | Path | None = None, scale: float = 1.0
 ) -> tuple[Tensor, list[float]]:
-    """Reads the control images of a layout of N regions. Returns (pictures, scales): the images
-    (N+1,3,H,W) with values in 0..1, and a scale for each. The first is the control image of the
-    whole image (`picture`, or else the layout's), and the others are those of the regions.
+    """Reads the control images of a layout of N regions. Returns (pictures, scales): the control
+    images (N+1,3,H,W) with values in 0..1, and a list with the scale of each. The first is that of
+    the whole image: the file `picture` if given, otherwise the layout's. The others are those of
+    the regions.
 
     A region without a control image gets that of the whole image. If there is none either, the
     region gets zeros with scale 0, which means no control. The scale of the whole image is `scale`,
-    and that of a region is the region's `control_scale` (1 if None) times `scale`. Raises
-    ValueError if there is no control image at all.
+    and that of a region is its `control_scale` (1 if None) times `scale`. Raises ValueError if
+    there is no control image at all.
     """
     whole = picture or layout.control_image
     paths = [whole, *(path or whole for path in layout.control_images[1:])]
@@ -66,12 +67,13 @@ def predictor(
     **how: Any,
 ) -> Predictor:
     """Returns the predictor of a collage with the ControlNet `net`: the function predict(x, t) ->
-    eps (B,4,h,w) that a sampler calls. `pictures` (N+1,3,H,W) and `scales` are those that `read`
-    returns for the layout of N regions.
+    eps that a sampler calls, x and eps being (B,4,h,w). `pictures` (N+1,3,H,W) and `scales` are the
+    results of `read` for the layout of N regions.
 
-    `start` and `end` have the same meaning as in `minsd.controlnet.Control`, `masked`, `adapters`
-    and `how` the same as the arguments of `collage.predictor`. Raises ValueError, before any
-    network runs, for settings that do not fit.
+    The ControlNet acts between the fractions `start` and `end` of the way from noise to image,
+    measured in training timesteps. `masked`, `adapters` and the further arguments `how` are passed
+    to `collage.predictor`. Raises ValueError, before any network runs, for settings that do not
+    fit.
     """
     layout = ensure_sized(layout, sd.config.size)
     n = len(layout.regions)
@@ -97,8 +99,9 @@ def predictor(
 
 
 def _beside(sd: Model, control: Control, adapters: Adapters) -> Model:
-    """Returns a copy of the model in which every UNet evaluation includes the ControlNet of
-    `control`."""
+    """Returns a copy of the model `sd` in which every UNet evaluation includes the ControlNet of
+    `control`. The UNet's batch may hold several passes of a collage, each with its own caption and
+    control image; `adapters` tells the ControlNet which rows of the batch belong to which pass."""
     beside = copy.copy(sd)
     beside.unet = Controlled(sd.unet, [control], adapters)
     return beside

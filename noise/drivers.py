@@ -4,43 +4,96 @@
     optimize    descends the gradient on the initial noise
     refine      moves the latents in the steps of a run, before each noise prediction
 
-A driver calls one or both of two functions. `look.Lift` makes them from any objective. A method
+A driver calls one or both of two functions, which `look.Lift` makes from any objective. A method
 whose loss takes more than one UNet evaluation (noise/stability.py, noise/arrange.py) supplies its
-own.
+own functions.
 
-    score(x, rows) -> told                       values (b,) by name, with "loss": lower is better
+    score(x, rows) -> told                       values to report, by name: name -> (b,)
     slope(x, rows, ...) -> (told, gradient)      also the gradient (b,4,h,w) of "loss" in x
 
-`told` holds values to report, by name. `rows` (b,) holds the images' numbers in the batch.
-
-Images of a batch do not influence one another.
+x (b,4,h,w) holds the noises or latents of some images of a batch, and `rows` (b,) the numbers of
+these images in the batch. `told` has the value to minimise under "loss". Images of a batch do not
+influence one another.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from minsd.guidance import Model
+from minsd.guidance import Model, evaluations
 from minsd.noise import losses
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.look import Told, finite, met
-from minsd.noise.regularizers import REGULARIZERS
+from minsd.noise.regularizers import REGULARIZERS, moments
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Refine, Timestep
 
 Score = Callable[[Tensor, Tensor], Told]
-Say = Callable[[int, str], None]  # (image, message)
+Say = Callable[[int, str], None]  # (image, message); a message may be a `Step`
+# (numbers of images whose values or gradients are not finite) -> a message that names them
+NotFinite = Callable[[Sequence[int]], str]
 NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) for which the UNet still treats it as noise
-SHARE = 0.02  # a step of an objective whose scale is unknown, as a fraction of the latents' norm
+SHARE = 0.02  # size of a step, as a fraction of the latents' norm, for gradients of unknown scale
+
+
+class Step(str):
+    """A progress message that also states how far the work is: `done` steps of at most `most`."""
+
+    done: int
+    most: int
+
+    def __new__(cls, text: str, done: int, most: int) -> "Step":
+        step = super().__new__(cls, text)
+        step.done = done
+        step.most = most
+        return step
+
+
+def prefixed(prefix: str, message: str) -> str:
+    """Returns a progress message with `prefix` before its text. A Step stays a Step."""
+    text = prefix + message
+    return Step(text, message.done, message.most) if isinstance(message, Step) else text
+
+
+def part_of(say: Callable[[str], None], k: int, n: int) -> Callable[[str], None]:
+    """Returns a function to report the progress of part number `k` (from 0) of a work of `n` equal
+    parts. It passes each message on to `say`. In a message that is a Step, the counts `done` and
+    `most` of the part are first replaced by those of the whole work."""
+
+    def said(message: str) -> None:
+        if isinstance(message, Step):
+            message = Step(message, k * message.most + message.done, n * message.most)
+        say(message)
+
+    return said
+
+
+@contextmanager
+def looks(sd: Model, most: int, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Within the `with` block, calls `say` with a Step before every UNet evaluation. The Step
+    counts the rows (images in the UNet's batch) evaluated so far; `most` is the number of rows
+    expected in the whole block. Does nothing if `say` is None."""
+    begun = 0
+
+    def begin(rows: int) -> None:
+        nonlocal begun
+        assert say is not None
+        say(Step(f"look {begun + 1}/{most}", begun, most))
+        begun += rows
+
+    with evaluations(sd.unet, begin) if say is not None else nullcontext():
+        yield
 
 
 class Slope(Protocol):
-    """The type of `Lift.slope` and of functions with the same parameters."""
+    """The type of a function that evaluates an objective and its gradient. `Lift.slope` is one, and
+    explains the parameters."""
 
     def __call__(
         self,
@@ -54,21 +107,28 @@ class Slope(Protocol):
 
 
 def values_of(told: Told) -> list[dict[str, float]]:
-    """Converts `told` (values to report: name -> (b,)) to one dict of Python numbers per image."""
+    """Converts `told`, values to report as name -> (b,), to one dict of name -> number per
+    image."""
     columns = torch.stack(list(told.values()), dim=1).tolist()
     return [dict(zip(told, row)) for row in columns]
 
 
+def rounded(value: float) -> float | None:
+    """Rounds a value for runs.jsonl, to five digits after the point. JSON has no NaN and no
+    infinity, so None stands for them."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
 def in_words(values: Mapping[str, float]) -> str:
-    """Formats an image's values without "loss": "cross 0.21 self 0.3". If there is no other value,
-    formats "loss"."""
+    """Formats the values of an image, except "loss", as a text such as "cross 0.21 self 0.3". If
+    there is no value but "loss", formats it alone."""
     shown = {name: value for name, value in values.items() if name != "loss"} or values
     return " ".join(f"{name} {value:.3g}" for name, value in shown.items())
 
 
 def shares(gradient: Tensor, x: Tensor, share: float | None) -> Tensor:
-    """Scales a gradient (B,4,h,w), for each image, to the norm share * |x|. If `share` is None,
-    returns the gradient unchanged."""
+    """Scales each image's gradient (B,4,h,w) to a norm of `share` times the norm of the image's
+    latents x (B,4,h,w). If `share` is None, returns the gradient unchanged."""
     if share is None:
         return gradient
     size = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
@@ -82,10 +142,10 @@ def shares(gradient: Tensor, x: Tensor, share: float | None) -> Tensor:
 class Refining:
     """Settings of `refine`: how the latents move in the first steps of a run.
 
-    `repeats` maps a step to limits (name -> value). At this step, an image that exceeds a limit is
-    moved repeatedly, at most `most` times, until it is within all limits. If the limits are empty,
-    every image is moved `most` times. `share`, if given, replaces `scale`: each update moves the
-    latents by this fraction of their norm.
+    `repeats` maps a step to limits (name of a value -> limit). At this step, an image with a value
+    above its limit is moved repeatedly, at most `most` times, until no value is above its limit. If
+    the limits are empty, every image is moved `most` times. `share`, if given, replaces `scale`:
+    each update moves the latents by this fraction of their norm.
     """
 
     until: int = 25  # steps with updates
@@ -106,7 +166,8 @@ class Refining:
 
 
 def _check_positive(name: str, value: float | None) -> None:
-    """Raises ValueError for a setting below 0 or not finite; None, which means the default, passes."""
+    """Raises ValueError if the value of the setting called `name` is below 0 or not finite. None,
+    which means the default, is accepted."""
     if value is not None and not 0 <= value < math.inf:
         raise ValueError(f"{name} must be 0 or more, not {value}")
 
@@ -122,35 +183,44 @@ def refine(
     sampler: str | None = None,
     karras: bool = False,
     record: "list[Result] | None" = None,
+    not_finite: NotFinite | None = None,
     progress: Say | None = None,
 ) -> Refine:
-    """Returns a function `refine(i, t, x)` -> x that updates the latents of `count` images. Every
-    sampler calls such a function before each noise prediction.
+    """Returns a function `refine(i, t, x) -> x` that updates the latents x of `count` images, step
+    i being at timestep t. Every sampler takes such a function and calls it before each noise
+    prediction. The update moves the latents down the gradient that `slope` computes; `how` has the
+    settings.
 
-    `begin` is called when a run begins. `steps`, `sampler` and `karras` are those of the run. In
-    `record`, one Result per image, the first and the last values of each image are stored. If an
-    image's values or gradient are not finite, this update of the image is left out, with a warning.
-    `progress(b, message)` is called with the progress of image b. The returned function raises
-    ValueError for a batch of another size.
+    `begin` is called when a run begins. `steps`, `sampler` and `karras` are those of the run. If
+    `record` is given, a list with one Result per image, the first and the latest values of each
+    image are stored in it. If an image's values or gradient are not finite, this update of the
+    image is left out, with a warning that begins with what `not_finite` returns. `progress(b,
+    message)` is called with the progress of image b. The returned function raises ValueError for a
+    batch of another size.
     """
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))
     scale = sd.config.update_scale if how.scale is None else how.scale
     sizes = scale * torch.linspace(1, 0.5, n).sqrt() if how.decay == "sqrt" else torch.full((n,), scale)
     moves = [1.0] * n if how.share is not None else sizes.tolist()
-    return _Updates(sd.dtype, slope, how, count, moves, begin, record, progress)
+
+    def lost(rows: Sequence[int]) -> str:
+        return f"losses are not finite in {sd.dtype}: images {', '.join(map(str, rows))}"
+
+    return _Updates(slope, how, count, moves, begin, record, not_finite or lost, progress)
 
 
 @dataclass
 class _Updates:
-    """The callable `refine(i, t, x)` that the function `refine` returns."""
+    """The function that `refine` returns, as an object: calling it with (i, t, x) returns the
+    updated latents x."""
 
-    dtype: torch.dtype  # of the network
     slope: Slope
     how: Refining
     count: int
     moves: list[float]  # the size of each step's update
     begin: Callable[[], None] | None
     record: "list[Result] | None"
+    not_finite: NotFinite
     progress: Say | None
 
     def __call__(self, i: int, t: Timestep, x: Tensor) -> Tensor:
@@ -176,7 +246,9 @@ class _Updates:
         return (x - self.moves[i] * gradient).to(dtype)
 
     def repeat(self, x: Tensor, rows: Tensor, i: int, t: Timestep) -> None:
-        """Moves images `rows` of x, in place, until they are within the limits of step i."""
+        """Updates the latents of the images `rows` (b,) of the batch x, in place and repeatedly. An
+        image is left alone once its values are within the limits of step i; all are after
+        `how.most` updates."""
         for turn in range(self.how.most):
             told, gradient = self.evaluate(x, rows, i, t, "repeat")
             beyond = self.over(told, i)
@@ -188,24 +260,23 @@ class _Updates:
                 return
 
     def evaluate(self, x: Tensor, rows: Tensor, i: int, t: Timestep, phase: str) -> tuple[Told, Tensor]:
-        """Returns (told, gradient) of images `rows` (b,): the values (b,) to report, by name, and
-        the gradient (b,4,h,w). The gradient of an image is 0 if its values or gradient are not
-        finite.
-        """
+        """Evaluates the objective and its gradient for the images `rows` (b,) of the batch x, at
+        step i and timestep t. Returns (told, gradient): the values to report as name -> (b,), and
+        the gradient (b,4,h,w), scaled if the setting `share` is given. The gradient of an image is
+        0 if its values or gradient are not finite. `phase` is "update" or "repeat" (see `Look`)."""
         told, gradient = self.slope(x[rows], rows, t, i, phase)
         fine = finite(told, gradient)
         if not fine.all():
-            lost = ", ".join(map(str, rows[~fine].tolist()))
             warnings.warn(
-                f"losses are not finite in {self.dtype}: images {lost} go on without this update",
+                f"{self.not_finite(rows[~fine].tolist())}; updates that are not finite are left out",
                 stacklevel=3,
             )
         gradient = gradient.where(fine[:, None, None, None], 0.0)
         return told, shares(gradient, x[rows], self.how.share)
 
     def over(self, told: Told, i: int) -> Tensor:
-        """Returns, for each image (b,), whether it exceeds a limit of `how.repeats[i]`. True for
-        every image if there are no limits."""
+        """Returns a boolean per image, (b,): True if one of its values in `told` is above the limit
+        that `how.repeats[i]` sets, or if there are no limits."""
         exceeded = [told[name] > limit for name, limit in self.how.repeats[i].items()]
         if not exceeded:
             return torch.ones_like(told["loss"], dtype=torch.bool)
@@ -269,7 +340,8 @@ class Optimizing:
 
 @dataclass
 class Result:
-    """One image's noise after a driver ran, with the values before, during and after it."""
+    """What `optimize` or `refine` did for one image: the values before, during and after it and,
+    for `optimize`, the noise that was found."""
 
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
     loss: float = math.nan  # of this noise
@@ -290,7 +362,8 @@ Describe = Callable[[int, int, list[dict[str, float]]], str]  # (step, steps, hi
 
 
 def _describe(step: int, steps: int, history: list[dict[str, float]]) -> str:
-    """Formats an image's progress: "optimize 7/50 loss 0.312 best 0.287 cross 0.21 |x| 1.002"."""
+    """Formats an image's progress after `step` of `steps` steps, such as "optimize 7/50 loss 0.312
+    best 0.287 cross 0.21 |x| 1.002". `history` holds the values of every iterate so far."""
     now = history[-1]
     best = min(h["loss"] for h in history)
     told = {name: v for name, v in now.items() if name not in ("loss", "norm", "mean", "std")}
@@ -309,15 +382,18 @@ def optimize(
     dtype: torch.dtype = torch.float32,
     draws: Sequence[torch.Generator] | None = None,
     describe: Describe = _describe,
+    not_finite: NotFinite | None = None,
     progress: Say | None = None,
 ) -> list[Result]:
-    """Descends from noises `start` (b,4,h,w) of images `rows` (b,). Returns one Result per image.
+    """Optimises initial noises by gradient descent, from `start` (b,4,h,w), with the settings
+    `how`. `rows` (b,) holds each image's number in the batch. Returns one Result per image.
 
-    `slope(x, rows)` returns values and a gradient, and `score(x, rows)` values alone, as at the top
-    of this file. The last iterate is only scored. `draws` holds one generator per image, which
-    `jitter` needs. If an image's values or gradient are not finite, its result is the noise that
-    its optimisation began from, with a note and a warning. `progress(b, message)` is called with
-    the progress of image b; `describe` makes the messages.
+    `slope(x, rows)` returns (told, gradient), and `score(x, rows)` returns `told` alone, the values
+    to report as name -> (b,) with the value to minimise under "loss" (see the head of this file).
+    The last iterate is only scored. `draws` holds one random generator per image, which the setting
+    `jitter` needs. If an image's values or gradient are not finite, its result is its starting
+    noise, with a note and a warning, which begin with what `not_finite` returns. `progress(b,
+    message)` is called with the progress of image b; `describe` makes the messages.
     """
     x = start.to(device, dtype)
     first = x
@@ -329,7 +405,7 @@ def optimize(
         told, gradient = (score(x, rows), torch.zeros_like(x)) if last else slope(x, rows)
         fine = finite(told, gradient)
         done = met(told, how.limits) if how.limits else torch.zeros_like(going)
-        told = told | _moments(x)
+        told = told | moments(x)
         for k, (values, healthy, ended, active) in enumerate(
             zip(values_of(told), fine.tolist(), done.tolist(), going.tolist())
         ):
@@ -337,7 +413,8 @@ def optimize(
             if result.note or not active:
                 continue
             if not healthy:
-                _fail(result, start[k], f"not finite at step {step}")
+                reason = f"the noise could not be optimised: not finite at step {step}"
+                _fail(result, start[k], reason if not_finite is None else not_finite([int(rows[k])]))
                 continue
             result.history.append(values)
             kept = {name: value for name, value in values.items() if name not in ("norm", "mean", "std")}
@@ -352,7 +429,8 @@ def optimize(
             if how.norm is None:
                 _warn_of_norm(result.history)
             if progress is not None:
-                progress(int(rows[k]), describe(step, how.steps, result.history))
+                message = describe(step, how.steps, result.history)
+                progress(int(rows[k]), Step(message, step, how.steps))
         going = going & fine & ~done
         if last or not going.any():
             break
@@ -362,7 +440,7 @@ def optimize(
 
 
 class _Descent:
-    """The optimiser of `optimize` (SGD or Adam), with its own state for each image."""
+    """The optimiser of `optimize`, SGD or Adam, with separate state for each image."""
 
     def __init__(self, how: Optimizing, x: Tensor):
         self.how = how
@@ -378,8 +456,10 @@ class _Descent:
         going: Tensor,
         draws: Sequence[torch.Generator] | None,
     ) -> Tensor:
-        """Returns x (b,4,h,w) after one step of the images for which `going` (b,) is true. The
-        other images stay unchanged."""
+        """Returns x (b,4,h,w) after one step of the images for which `going` (b,) is True. The
+        other images stay unchanged. `start` is the noise that the optimisation began from, and
+        `gradient` that of the loss, both (b,4,h,w). `draws` holds one random generator per image
+        for `jitter`."""
         how = self.how
         if how.regularizer is not None:
             pull, own = REGULARIZERS[how.regularizer]
@@ -402,7 +482,8 @@ class _Descent:
         return moved.where(going[:, None, None, None], x)
 
     def _direction(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Returns the step (b,4,h,w) to subtract from x, and updates the optimiser's state."""
+        """Returns the step (b,4,h,w) to subtract from x, computed from the gradient, and updates
+        the optimiser's state."""
         how = self.how
         if how.lr is None:
             gradient = shares(gradient, x, how.share)
@@ -418,17 +499,10 @@ class _Descent:
         return lr * (gradient + how.momentum * self.velocity if how.nesterov else self.velocity)
 
 
-def _moments(x: Tensor) -> Told:
-    flat = x.flatten(1)
-    norm = flat.norm(dim=1) / flat.shape[1] ** 0.5
-    return {"norm": norm, "mean": flat.mean(dim=1), "std": flat.std(dim=1)}
-
-
 def _fail(result: Result, start: Tensor, reason: str) -> None:
-    """Sets an image's result to the noise `start` (4,h,w) that its optimisation began from. Adds a
-    note with the reason, and warns.
-    """
-    result.note = f"the noise could not be optimised: {reason}; it is left as it was"
+    """Sets an image's result to `start` (4,h,w), the noise that its optimisation began from. Adds a
+    note with the reason, and warns."""
+    result.note = f"{reason}; the noise is left as it was"
     result.noise = start[None].cpu()
     result.after = result.before
     result.loss = result.before.get("loss", math.nan)
@@ -436,7 +510,9 @@ def _fail(result: Result, start: Tensor, reason: str) -> None:
 
 
 def _warn_of_norm(history: list[dict[str, float]]) -> None:
-    """Warns if the noise's norm is outside NORMAL for the first time after the latest step."""
+    """Warns if the latest step was the first to leave the noise's norm outside NORMAL, the range
+    for which the UNet still treats it as noise. `history` holds the values of every iterate so
+    far."""
     low, high = NORMAL
     norms = [h["norm"] for h in history[1:]]
     outside = [norm for norm in norms if not low <= norm <= high]
@@ -469,7 +545,8 @@ class Selection:
 
     @property
     def ranked(self) -> list[Any]:
-        """The candidates in order of their scores: the best first, those without a score last."""
+        """The candidates in the order of their scores, the best first. Candidates without a score
+        come last."""
         sign = 1 if self.better == "low" else -1
         return sorted(self.scores, key=lambda key: _rank(sign * self.scores[key]))
 
@@ -490,17 +567,17 @@ def select(
     advice: str = "try --dtype float32 or bfloat16",
     progress: Callable[[str], None] | None = None,
 ) -> Selection:
-    """Chooses one image's noise: the noise of the seed among `seeds` that has the best score. Of
-    equal scores, the first wins.
+    """Chooses one image's noise: that of the seed among `seeds` whose noise has the best score. Of
+    equal scores, the first is taken.
 
     `score(x)` returns the scores of noises x (k,4,h,w). `better` states whether "low" or "high"
     scores are better. `shape` is (4,h,w) of one noise. `at_once` noises are scored at a time.
     Scores that are given in `known` (seed -> score) are not computed again, and a repeated seed is
     scored once. `worst` chooses the worst seed instead, for experiments. `advice` is the end of the
-    error message if no candidate has a score. `progress(message)` is called after every batch, with
-    a message such as "20/100 best 0.912 (seed 7)".
+    error message if no candidate has a score. `progress(message)` is called after every batch of
+    noises, with a message such as "20/100 best 0.912 (seed 7)".
 
-    Raises ValueError if `seeds` is empty, and FloatingPointError if no candidate has a score.
+    Raises ValueError if `seeds` is empty, and FloatingPointError if every candidate's score is NaN.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")
@@ -520,7 +597,8 @@ def select(
         if progress is not None and seed is not None:
             done = sum(s in scores for s in wanted)
             name = "worst" if worst else "best"
-            progress(f"{done}/{len(wanted)} {name} {scores[seed]:.3f} (seed {seed})")
+            message = f"{done}/{len(wanted)} {name} {scores[seed]:.3f} (seed {seed})"
+            progress(Step(message, done, len(wanted)))
     seed = chosen()
     if seed is None:
         raise FloatingPointError(f"no candidate has a score: sampling overflowed; {advice}")
@@ -529,8 +607,8 @@ def select(
 
 
 def neighbours(noise: Tensor, count: int, near: float, generator: torch.Generator) -> Tensor:
-    """Returns `count` random noises (count,4,h,w), each at an angle of cosine `near` to the given
-    noise n (1,4,h,w) and of the same norm.
+    """Returns `count` random noises (count,4,h,w) near the given noise n (1,4,h,w): each has the
+    same norm, and the cosine of its angle to n is `near`.
 
     Each is |n| (c u + sqrt(1 - c^2) w) (Ma et al. 2025, arXiv 2501.09732), where c is `near`, u the
     unit vector along n, and w a random unit vector orthogonal to u.
@@ -542,8 +620,8 @@ def neighbours(noise: Tensor, count: int, near: float, generator: torch.Generato
 
 
 def beside(n: Tensor, v: Tensor, near: float) -> Tensor:
-    """Turns a noise n (d,) towards a direction v (d,), by an angle of cosine `near`, and keeps its
-    norm."""
+    """Rotates a noise n (d,) towards a direction v (d,), by an angle whose cosine is `near`. The
+    norm stays the same."""
     u = n / n.norm()
     w = v - (v @ u) * u
     return n.norm() * (near * u + (1 - near**2) ** 0.5 * w / w.norm())
@@ -563,12 +641,12 @@ def search(
     """Searches for a better noise near the noise of `seed`, without gradients: zero-order search
     (Ma et al. 2025, arXiv 2501.09732).
 
-    Each of the `rounds` scores `count` neighbours of the best noise so far, at an angle of cosine
-    `near` to it. The search moves to the best neighbour if that one has a better score. All random
-    directions come from the seed's generator, so `replay` can make the noise again from the seed
-    and the path. Costs 1 + rounds * count scores. `score`, `shape` and `better` are as in `select`.
-    `progress(message)` is called after every round. Raises FloatingPointError if no noise has a
-    score.
+    Each of `rounds` rounds scores `count` random noises near the best noise so far; the cosine of
+    their angle to it is `near`. The search moves to the best of them if it has a better score. All
+    random directions come from the seed's generator, so `replay` can make the noise again from the
+    seed and the path. The cost is 1 + rounds * count scores. `score`, `shape` and `better` are as
+    in `select`. `progress(message)` is called after every round. Raises FloatingPointError if every
+    score is NaN.
     """
     sign = 1 if better == "low" else -1
     [generator] = generators([seed])
@@ -585,7 +663,7 @@ def search(
             best, pivot = values[k], around[k : k + 1]
             path.append([turn, k])
         if progress is not None:
-            progress(f"round {turn + 1}/{rounds} best {best:.3f}")
+            progress(Step(f"round {turn + 1}/{rounds} best {best:.3f}", turn + 1, rounds))
     if math.isnan(best):
         raise FloatingPointError(
             "no candidate has a score: sampling overflowed; try --dtype float32 or bfloat16"
@@ -596,8 +674,8 @@ def search(
 def replay(
     seed: int, path: Sequence[Sequence[int]], shape: Sequence[int], *, rounds: int, count: int, near: float
 ) -> Tensor:
-    """Returns the noise (1,4,h,w) that `search` found from a seed, given the search's path and
-    settings. Nothing is scored again."""
+    """Makes the noise (1,4,h,w) that `search` found from `seed` again, without any score. `path` is
+    the path of the search's result; the other arguments are those of the search."""
     [generator] = generators([seed])
     pivot = torch.randn(tuple(shape), generator=generator)[None]
     taken = {turn: k for turn, k in path}
@@ -625,9 +703,10 @@ def halve(
     """Chooses a seed in stages. Each stage scores the seeds that remain and drops the worst, so
     that an expensive score is computed for few seeds.
 
-    A stage is (score, keep): `score(seeds)` returns losses, lower is better, and the `keep` seeds
-    with the lowest losses reach the next stage (at least one does). The seed with the lowest loss
-    in the last stage is chosen. Raises ValueError if `seeds` is empty.
+    A stage is a pair (score, keep): `score(seeds)` returns losses, lower is better, and the `keep`
+    seeds with the lowest losses (at least one) reach the next stage. The seed with the lowest loss
+    in the last stage is chosen. `progress(message)` is called after every stage. Raises ValueError
+    if `seeds` is empty, and FloatingPointError if a stage gives no seed a score.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")
@@ -635,8 +714,11 @@ def halve(
     history = []
     for number, (score, keep) in enumerate(stages, 1):
         losses_of = dict(zip(left, map(float, score(left)), strict=True))
+        if all(map(math.isnan, losses_of.values())):
+            raise FloatingPointError("no candidate has a score: sampling overflowed; try --dtype float32")
         history.append(losses_of)
         left = sorted(left, key=lambda seed: _rank(losses_of[seed]))[: max(1, keep)]
         if progress is not None:
-            progress(f"stage {number}/{len(stages)} best {losses_of[left[0]]:.3f} (seed {left[0]})")
+            message = f"stage {number}/{len(stages)} best {losses_of[left[0]]:.3f} (seed {left[0]})"
+            progress(Step(message, number, len(stages)))
     return Halving(left[0], history)

@@ -22,7 +22,7 @@ LARGEST_FILE = 2**32  # bytes: the noise of 64 images of 16384 pixels a side
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Returns the unit normal noise of B seeds, (B, *shape), float32 on the CPU. `shape` is that of
-    one image's latents, (4, h, w).
+    one image's latents, (4, h, w). Each seed has a random generator of its own.
 
     Raises ValueError for a seed outside 0 to 2^63 - 1.
     """
@@ -34,15 +34,15 @@ def candidate_seeds(seed: int, count: int) -> list[int]:
     `seed`, and count - 1 others derived from it.
 
     Derived seed number k is a 63-bit hash of `seed` and k. So images with different seeds share no
-    candidate, and an image has the same candidates alone as together with other images.
+    candidate, and an image has the same candidates whatever other images are in the batch.
     """
     digests = (hashlib.sha256(f"{seed} {k}".encode()).digest() for k in range(1, count))
     return [seed, *(int.from_bytes(digest[:8], "big") >> 1 for digest in digests)]
 
 
 def noise_files(path: Path) -> list[Path]:
-    """Returns the noise files at a path: the file itself, or the noise files in a folder, sorted by
-    name.
+    """Returns the noise files at a path: the file itself, or, for a folder, the noise files in it,
+    sorted by name.
 
     Raises FileNotFoundError if the file does not exist or the folder holds no noise files.
     """
@@ -57,31 +57,31 @@ def noise_files(path: Path) -> list[Path]:
 
 
 def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Reads initial noise (B,4,h,w), float32, from a noise file or a folder of them. `shape` is the
-    shape (4, h, w) of one image's latents.
+    """Reads initial noise (B,4,h,w), float32, from a noise file or from all noise files in a
+    folder. `shape` is the shape (4, h, w) of one image's latents.
 
-    A file holds the noise of one image, of that shape, or of several images, stacked. A
-    .safetensors file holds it in a tensor called noise, a .npy file as its array, and a .pt file as
-    a tensor; nothing else is unpickled. Raises FileNotFoundError if there is no such file, and
-    ValueError if a file holds anything else.
+    A file holds the noise of one image, of that shape, or the noises of several images, stacked. A
+    .safetensors file has them in a tensor called noise, a .npy file as its array, and a .pt or .pth
+    file as a tensor; nothing else is unpickled. Raises FileNotFoundError if there is no such file,
+    and ValueError if a file holds anything else.
     """
     return torch.cat([_checked(_read(file), file, shape) for file in noise_files(path)])
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Reads the metadata that `save_noise` wrote into a noise file: prompt, seed, init_noise,
-    updates, ... Returns an empty dict for a file without metadata.
-    """
+    updates, ... Returns an empty dict if the file has no metadata or is no .safetensors file."""
     from minsd.weights import safetensors_file
 
     return safetensors_file.read_metadata(path) if path.suffix == ".safetensors" else {}
 
 
 def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes noise (B,4,h,w) to a file that `read_noise` reads, replacing any file of that name.
+    """Writes noise (B,4,h,w) and its metadata to a .safetensors file that `read_noise` reads,
+    replacing any file of that name.
 
-    The file is written under a temporary name and then moved, so that it is never seen incomplete.
-    Its folder is created where it is missing.
+    The file is written under a temporary name and then moved, so that no other program finds it
+    incomplete. Its folder is created if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = save({"noise": noise.float().contiguous()}, dict(metadata) if metadata else None)
@@ -91,8 +91,8 @@ def save_noise(noise: Tensor, path: Path, metadata: Mapping[str, str] | None = N
 
 
 def _read(path: Path) -> Tensor:
-    """Reads the tensor of a noise file. Raises ValueError where the file is damaged, holds no
-    noise, or is too large."""
+    """Reads the tensor of a noise file. Raises ValueError if the file is damaged, holds no noise,
+    or is too large."""
     from minsd.weights.safetensors_file import read_header
 
     if path.stat().st_size > LARGEST_FILE:
@@ -100,7 +100,7 @@ def _read(path: Path) -> Tensor:
     if path.suffix == ".npy":
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))
-        except Exception as error:  # NumPy parses the header as Python and raises many kinds
+        except Exception as error:  # NumPy's parser raises errors of many types
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} is not a NumPy file of numbers: {reason}") from None
     if path.suffix in (".pt", ".pth"):
@@ -116,7 +116,7 @@ def _read(path: Path) -> Tensor:
 def _read_pt(path: Path) -> Tensor:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch and the unpickler raise many kinds
+    except Exception:  # torch and the unpickler raise errors of many types
         raise ValueError(
             f"{path} is not a PyTorch file that holds a tensor alone: save the noise by itself"
         ) from None
@@ -128,9 +128,9 @@ def _read_pt(path: Path) -> Tensor:
 
 
 def _checked(noise: Tensor, path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Returns noise of `shape` (4,h,w), or stacked (B,4,h,w), as (B,4,h,w) float32. Raises
-    ValueError, naming the file `path`, for another shape and for numbers that are not finite.
-    """
+    """Returns `noise`, which is (4,h,w) or (B,4,h,w), as (B,4,h,w) float32. Raises ValueError,
+    naming the file `path`, if the noise of an image is not of `shape` (4,h,w) or holds numbers that
+    are not finite."""
     noise = noise[None] if noise.ndim == 3 else noise
     if noise.ndim != 4 or tuple(noise.shape[1:]) != shape or not len(noise):
         wanted = f"(images, {', '.join(map(str, shape))})"

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minsd.guidance import Model
 from minsd.noise import losses
-from minsd.noise.drivers import values_of
+from minsd.noise.drivers import Step, values_of
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.look import Ask, Lift, finite, met
 from minsd.noise.losses import Subjects
@@ -55,13 +55,14 @@ def optimize(
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> "Result":
-    """Optimises a seed's noise until the prompt's subjects are attended to.
+    """Optimises a seed's noise by InitNO, so that every subject of the prompt gets attention.
 
-    `subjects`: words of the prompt or token indices (0 is the start token), or None for the
+    `subjects` are words of the prompt or token indices (0 is the start token), or None for the
     subjects that `losses.automatic_subjects` finds. `steps`, `sampler` and `karras` are those of
-    the later run, because they determine its first timestep. `height` and `width` are in pixels.
-    `settings`: see `Settings`. `progress(message)` is called after every evaluation, with a message
-    such as "round 2/5 step 7/10 cross 0.31 self 0.22".
+    the later run, because they determine the timestep at which the losses are computed, the run's
+    first. `height` and `width` are in pixels. `settings` are fields of `Settings`.
+    `progress(message)` is called after every evaluation, with a message such as "round 2/5 step
+    7/10 cross 0.31 self 0.22".
 
     Raises ValueError, before any network runs, for wrong settings and for subjects that cannot be
     found. If a loss or gradient is not finite, the result is the seed's plain noise, with a note.
@@ -87,7 +88,7 @@ def optimize(
             if not found.finite:
                 return result.failed(seed, sd.dtype)
             if progress is not None:
-                progress(how.message(turn, step, found))
+                progress(Step(how.message(turn, step, found), result.steps, how.evaluations))
             if found.met:
                 return result.ended(x, True)
             if step < how.updates(turn):
@@ -100,7 +101,8 @@ def optimize(
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of InitNO. Raises ValueError for an unknown variant and for counts out of range."""
+    """Settings of InitNO. The constructor raises ValueError for an unknown variant and for counts
+    out of range."""
 
     variant: str = "official"  # or "paper"
     rounds: int = 5  # from fresh noise; 0 leaves the seed's noise as it is
@@ -127,17 +129,24 @@ class Settings:
 
     @property
     def tries(self) -> int:
-        """The number of tries: the rounds and, in the official variant, the last try after them."""
+        """How many times the optimisation of an image may begin: once per round and, in the
+        official variant, once more for the last try. It is 0 without rounds."""
         return self.rounds + self.official if self.rounds else 0
 
+    @property
+    def evaluations(self) -> int:
+        """The number of UNet evaluations of all tries: the most that one image may take."""
+        return sum(self.updates(turn) + 1 for turn in range(1, self.tries + 1))
+
     def updates(self, turn: int) -> int:
-        """Returns the number of updates of the noise in try `turn`, counted from 1. One evaluation
-        precedes each update, and one more follows the last update.
-        """
+        """Returns how many times the noise is updated in try number `turn`, counted from 1 (a
+        round, or the last try). One UNet evaluation precedes each update, and one more follows the
+        last update."""
         return self.last_steps if turn > self.rounds else self.round_steps - 1
 
     def message(self, turn: int, step: int, found: "Evaluation") -> str:
-        """Formats an image's losses in try `turn` after `step` updates, to show its progress."""
+        """Formats an image's losses `found`, in try number `turn` after `step` updates, as a line
+        that shows the progress to the user."""
         where = f"round {turn}/{self.rounds} step {step + 1}/{self.round_steps}"
         if turn > self.rounds:
             where = f"last try step {step + 1}/{self.last_steps}"
@@ -148,7 +157,7 @@ class Settings:
 
 @dataclass
 class Result:
-    """One image's optimised noise, and how the optimisation went."""
+    """One image's optimised noise, and how its optimisation went."""
 
     noise: Tensor  # (1, 4, h, w) on the CPU
     success: bool = False  # this noise met both limits
@@ -159,7 +168,8 @@ class Result:
     note: str | None = None  # what went wrong
 
     def record(self, evaluation: "Evaluation", round: int) -> None:
-        """Counts an evaluation, and stores its losses if they and the gradient are finite."""
+        """Counts an evaluation in round number `round`. Stores its losses if they and the gradient
+        are finite."""
         self.steps += 1
         self.rounds = round
         if evaluation.finite:
@@ -167,15 +177,15 @@ class Result:
             self.losses.setdefault("before", self.losses["after"])
 
     def ended(self, x: Tensor, success: bool) -> "Result":
-        """Sets the final noise x (1,4,h,w) and whether it met both limits. Returns this Result."""
+        """Stores the final noise x (1,4,h,w) in this Result, and as `success` whether its response
+        loss and its conflict loss met their limits. Returns this Result."""
         self.noise = x.cpu()
         self.success = success
         return self
 
     def failed(self, seed: int, dtype: torch.dtype) -> "Result":
-        """Adds a note that a loss or gradient was not finite, and warns. Returns this Result, whose
-        noise is still the seed's plain noise.
-        """
+        """Adds a note that a loss or gradient was not finite in `dtype`, and warns. Returns this
+        Result, whose noise is still the plain noise of `seed`."""
         self.note = (
             f"the noise could not be optimised: the losses are not finite in {dtype}; "
             "the seed's own noise is kept"
@@ -185,18 +195,18 @@ class Result:
 
 
 class Evaluation(NamedTuple):
-    """Losses of one image at one noise."""
+    """The losses of one image at one noise."""
 
     cross: float  # how little attention the most neglected subject gets
-    conflict: float  # how far the regions that subjects claim overlap
+    conflict: float  # how far the regions of the subjects overlap
     score: float  # compares rounds that end with this evaluation; lower is better
     met: bool  # both losses are below their limits
     finite: bool  # losses and gradient are finite
 
 
 class Evaluator:
-    """Computes losses and gradients of the images of a batch, at the first timestep of their
-    run."""
+    """Computes InitNO's losses of the images of a batch, and their gradients, at the first timestep
+    of the run that will follow."""
 
     def __init__(
         self,
@@ -217,9 +227,9 @@ class Evaluator:
         self.dtype = self.lift.dtype  # of noises and their gradients
 
     def __call__(self, x: Tensor, rows: Tensor) -> tuple[list[Evaluation], Tensor]:
-        """Evaluates the losses at noises x (b,4,h,w) of images `rows` (b,). Returns (evaluations,
-        gradient): one Evaluation per image, and the gradient (b,4,h,w) of the loss in x.
-        """
+        """Evaluates the losses at noises x (b,4,h,w) of some images, whose numbers in the batch are
+        `rows` (b,). Returns (evaluations, gradient): one Evaluation per image, and the gradient
+        (b,4,h,w) of the loss in x."""
         told, gradient = self.lift.slope(x, rows, self.t, limits=self.limits)
         flags = {"met": met(told, self.limits), "finite": finite(told, gradient)}
         evaluations = []
@@ -233,8 +243,8 @@ class Evaluator:
 
 
 class Gaussians:
-    """The shift and scale of each image's noise, and an Adam optimiser (Kingma & Ba 2015) with a
-    separate state for each image.
+    """The shift and scale of each image's noise, which InitNO optimises, and an Adam optimiser
+    (Kingma & Ba 2015) with a separate state for each image.
 
     torch.optim.Adam is not used: it has one step count for a whole batch, and would move even
     images with a zero gradient, because their moments are not zero.
@@ -250,29 +260,32 @@ class Gaussians:
         self.count = noise.new_zeros(len(noise))
 
     def restart(self, b: int, noise: Tensor) -> None:
-        """Restarts image b from `noise` (1,4,h,w), and resets its shift, scale and Adam state."""
+        """Starts a new try for image number b, from `noise` (1,4,h,w), and resets the image's
+        shift, scale and Adam state."""
         self.noise[b] = noise[0]
         for state in (self.p, self.first, self.second, self.count):
             state[b] = 0
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Returns the shifted and scaled noise x (b,4,h,w) of images `rows` (b,)."""
+        """Returns the shifted and scaled noise x (b,4,h,w) of some images, whose numbers in the
+        batch are `rows` (b,)."""
         log_var, mu = self.p[rows].unbind(1)
         return self.noise[rows] * (0.5 * log_var).exp() + mu
 
     def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (kl, gradient) of images `rows` (b,): the KL divergences (b,), and their
-        gradients (b,2,4,h,w) in log_var and mu.
-        """
+        """Returns (kl, gradient) for some images, whose numbers in the batch are `rows` (b,): the
+        KL divergence of each image's shift and scale from unit noise, (b,), and its gradient
+        (b,2,4,h,w) in log_var and mu."""
         log_var, mu = self.p[rows].unbind(1)
         gradient = torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[0].numel()
         return losses.kl_divergence(mu, log_var), gradient
 
     def descend(self, rows: Tensor, gradient: Tensor, how: Settings) -> None:
-        """Updates shift and scale of images `rows` (b,), given the loss's gradient (b,4,h,w) in x.
+        """Updates shift and scale of some images, whose numbers in the batch are `rows` (b,), given
+        the gradient (b,4,h,w) of the loss in their noise x.
 
-        Also keeps the KL divergence small: the official variant projects it below its limit after
-        the update, the paper's variant adds it to the loss.
+        Also keeps the KL divergence from unit noise small: the official variant projects it below
+        its limit after the update, the paper's variant adds it to the loss.
         """
         by_log_var = 0.5 * self.noise[rows] * (0.5 * self.p[rows, 0]).exp() * gradient
         by_both = torch.stack([by_log_var, gradient], dim=1)  # (b, 2, 4, h, w)
@@ -283,9 +296,9 @@ class Gaussians:
             self._adam(rows, by_both + how.kl_weight * self.kl(rows)[1])
 
     def project(self, rows: Tensor, limit: float) -> None:
-        """Descends the KL divergence alone, for each of the images `rows` (b,) until its divergence
-        is within the limit. Warns if that takes more than KL_TURNS steps.
-        """
+        """Descends the KL divergence from unit noise alone, for each of the images whose numbers in
+        the batch are `rows` (b,), until the image's divergence is at most `limit`. Warns if that
+        takes more than KL_TURNS steps."""
         if rows.is_cuda:
             done = self._project_unasked(rows, limit)
         else:
@@ -296,8 +309,9 @@ class Gaussians:
             )
 
     def _project_each(self, rows: Tensor, limit: float) -> bool:
-        """Does the work of `project`: each step moves only the images above the limit. Returns
-        whether all images are within it."""
+        """Does the work of `project` on a CPU: each step updates the shift and scale of only those
+        images whose KL divergence is above `limit`. Returns True if the divergence of every image
+        got to at most `limit`."""
         for _ in range(KL_TURNS):
             kl, gradient = self.kl(rows)
             over = kl > limit
@@ -308,11 +322,13 @@ class Gaussians:
         return False
 
     def _project_unasked(self, rows: Tensor, limit: float) -> bool:
-        """Does the work of `project` on a GPU, where every check whether images are done would wait
-        for the GPU. Returns whether all images are within the limit.
+        """Does the work of `project` on a GPU. Returns True if the KL divergence of every image got
+        to at most `limit`.
 
-        Every step computes all images, and leaves those within the limit unchanged. Only every
-        KL_UNASKED-th step checks whether all are done; extra steps change nothing.
+        Each step is computed for all images, but applied only to those whose divergence is above
+        `limit`. To check whether any image is above it makes the program wait for the GPU, so only
+        every KL_UNASKED-th step checks. Steps between the last image's success and the next check
+        change nothing.
         """
         over = torch.ones_like(rows, dtype=torch.bool)
         for turn in range(KL_TURNS):
@@ -326,8 +342,9 @@ class Gaussians:
     def _adam(
         self, rows: Tensor, gradient: Tensor, where: Tensor | None = None, b1: float = 0.9, b2: float = 0.999
     ) -> None:
-        """Takes one Adam step for images `rows` (b,), or only for those where `where` (b,) is
-        true. `gradient` (b,2,4,h,w) is in log_var and mu."""
+        """Takes one Adam step for the images whose numbers in the batch are `rows` (b,), or, if
+        `where` (b,) is given, only for those of them at which it is True. `gradient` (b,2,4,h,w) is
+        that in log_var and mu; b1 and b2 are Adam's betas."""
         n = self.count[rows] + 1
         first = b1 * self.first[rows] + (1 - b1) * gradient
         second = b2 * self.second[rows] + (1 - b2) * gradient**2
@@ -344,7 +361,7 @@ class Gaussians:
 
 
 class _Image:
-    """The state of one image in `optimize_batch`. It advances once per UNet evaluation."""
+    """The state of one image in `optimize_batch`. The state advances once per UNet evaluation."""
 
     def __init__(self, generator: torch.Generator, shape: tuple[int, ...], how: Settings):
         self.generator = generator
@@ -366,10 +383,11 @@ class _Image:
         self.done = True
 
     def move_on(self, found: Evaluation, x: Tensor) -> None:
-        """Advances the image after the evaluation of its noise x (1,4,h,w).
+        """Advances the state after the evaluation `found` of the image's noise x (1,4,h,w).
 
-        Afterwards either the image is done, or `step` has increased by 1 for the update to make, or
-        a new try begins from the noise `z`, with `step` 0.
+        Afterwards there are three cases. The attribute `done` is True; or the attribute `step` has
+        increased by 1, and the caller has to update the noise; or a new try begins, with `step` 0
+        and the noise in the attribute `z`.
         """
         how = self.how
         if found.met:
@@ -402,11 +420,11 @@ def optimize_batch(
     progress: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Runs `optimize` for several images at once. Give one prompt, its subjects and one seed per
-    image.
+    """Runs `optimize` for several images at once, with one prompt, one item of `subjects` and one
+    seed per image. Returns one Result per image.
 
-    The result of each image does not depend on the others. `progress(b, message)` is called with
-    the progress of image b. The other arguments are as in `optimize`. Raises ValueError if the
+    The result of an image does not depend on the other images. `progress(b, message)` is called
+    with the progress of image b. The other arguments are as in `optimize`. Raises ValueError if the
     numbers of prompts, subjects and seeds differ, and for wrong settings and subjects that cannot
     be found.
     """
@@ -433,7 +451,8 @@ def optimize_batch(
                 image.done = True
                 continue
             if progress is not None:
-                progress(b, how.message(image.turn, image.step, found))
+                message = how.message(image.turn, image.step, found)
+                progress(b, Step(message, image.result.steps, how.evaluations))
             image.move_on(found, x[k : k + 1])
             if image.step and not image.done:
                 going.append(k)
@@ -457,8 +476,9 @@ def attention_scores(
     height: int | None = None,
     width: int | None = None,
 ) -> list[float]:
-    """Returns the response loss plus the conflict loss of each candidate at the first timestep.
-    Lower is better.
+    """Computes a score of each candidate noise: InitNO's response loss (how little attention the
+    most neglected subject gets) plus its conflict loss (how far the subjects' regions overlap) at
+    the first timestep of a run. Lower is better.
 
     `candidates` are seeds, or unit noises (K,4,h,w). Each candidate costs one UNet evaluation with
     the prompt, without a gradient, which stops after the attention maps; many run at once. The
@@ -476,5 +496,6 @@ def attention_scores(
 
 
 def _latent_shape(sd: Model, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """Returns the shape of one image's latents at height x width pixels (None: the model's size)."""
+    """Returns the shape (4,h,w) of one image's latents for an image of height x width pixels (None:
+    the model's size)."""
     return 4, (height or sd.config.size) // 8, (width or sd.config.size) // 8

@@ -44,7 +44,7 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1: fractions if all are 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the image with its own caption: a box or a mask."""
+    """A part of the image with its own caption. Its place is given by a box or by a mask."""
 
     prompt: str
     box: Box | None = None  # as given
@@ -60,22 +60,23 @@ class Region:
 
 @dataclass(frozen=True)
 class SizedRegion(Region):
-    """A region on an image of known size."""
+    """A region on an image of known size. `pixels` is True for the image's pixels inside the
+    region."""
 
     # (height, width) boolean, read-only.
     pixels: np.ndarray = field(kw_only=True, repr=False, compare=False)
 
     @property
     def bounds(self) -> tuple[int, int, int, int]:
-        """The smallest box around the region: x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
+        """The smallest box around the region, (x0, y0, x1, y1) in pixels, with x1 and y1
+        exclusive."""
         return _bounds(self.pixels)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The captions and regions of an image, as read. Where `width` and `height` (pixels) are None,
-    the image gets the model's own size.
-    """
+    """The captions and regions of an image, as read from files. If `width` and `height` (pixels)
+    are None, the image gets the model's own size."""
 
     prompt: str
     regions: tuple[Region, ...] = ()
@@ -87,15 +88,16 @@ class Layout:
 
     @property
     def control_images(self) -> list[Path | None]:
-        """The control image of the whole image, then that of each region; None for each that has
-        none."""
+        """The files of the control images: that of the whole image first, then one per region. An
+        entry is None if there is no such image."""
         return [self.control_image, *(region.control_image for region in self.regions)]
 
     def sized(self, width: int, height: int) -> "SizedLayout":
-        """Returns this layout on an image of width x height pixels, multiples of 8.
+        """Returns this layout on an image of width x height pixels, both multiples of 8.
 
         Raises ValueError for a size that is not possible, for too many regions, for a box that
-        leaves the image, and for a region that does not fill half of any latent cell.
+        leaves the image, and for a region that is too small, which means that it fills less than
+        half of every latent cell.
         """
         try:
             check_size(height, width)
@@ -144,10 +146,9 @@ class SizedLayout(Layout):
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the contents of a layout.json for this layout, with absolute file names. Leaves
-        out the control image of the whole image, because layout.json has no key for it. Only the
-        folders of NoiseCollage's program have such an image.
-        """
+        """Returns the content of a layout.json for this layout, with absolute file names. The
+        control image of the whole image is left out, because layout.json has no key for it; only
+        the folders of NoiseCollage's program can hold one."""
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
@@ -158,30 +159,30 @@ class SizedLayout(Layout):
 
 
 def ensure_sized(layout: Layout, default: int) -> SizedLayout:
-    """Returns the layout itself if it is a `SizedLayout`. Otherwise returns it on an image of the
-    width and height that it states, or of `default` x `default` pixels if it states none.
-    """
+    """Returns the layout itself if it is a `SizedLayout`. Otherwise returns a copy of it sized for
+    its width and height, or for `default` x `default` pixels if it has none."""
     if isinstance(layout, SizedLayout):
         return layout
     return layout.sized(layout.width or default, layout.height or default)
 
 
 def load(source: str | Path | dict) -> Layout:
-    """Reads a layout from a layout.json, from a folder of NoiseCollage's program, or from the
-    contents of a layout.json.
+    """Reads a layout. `source` is the path of a layout.json or of a folder of NoiseCollage's
+    program, or the content of a layout.json as a dict:
 
         {"prompt": "two shapes", "negative_prompt": "", "width": 512, "height": 512,
-         "regions": [{"prompt": "a red circle", "box": [0, 0, 0.5, 1], "negative_prompt": "", "weight": 1.0,
-                      "lora": ["FILE:0.8"], "control_image": "edges.png", "control_scale": 1.0},
+         "regions": [{"prompt": "a red circle", "box": [0, 0, 0.5, 1], "negative_prompt": "",
+                      "weight": 1.0, "lora": ["FILE:0.8"], "control_image": "edges.png",
+                      "control_scale": 1.0},
                      {"prompt": "a blue square", "mask": "square.png"}]}
 
     Only the prompts, and a box or a mask for each region, are required. Without width and height
     the image has the model's own size. A region's negative prompt defaults to the image's. File
     names are relative to the folder of the layout.json.
 
-    Raises FileNotFoundError, in one line, for a file that is missing. Raises ValueError, in one
-    line, for contents of any other form, and for regions that do not fit the image, where its size
-    is stated.
+    Raises FileNotFoundError if a file is missing. Raises ValueError for content of any other form
+    and, if the size of the image is stated, for regions that do not fit the image. Messages have
+    one line.
     """
     if isinstance(source, dict):
         return _from_dict(source, Path(), "the layout: ")
@@ -192,9 +193,8 @@ def load(source: str | Path | dict) -> Layout:
 
 
 def coverage(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """Returns (h,w) float64: the fraction of each cell (a square of `cell` pixels, cut at the
-    image's edge) that lies inside a mask (H,W).
-    """
+    """Returns the fraction of each cell that lies inside a mask `pixels` (H,W), as (h,w) float64. A
+    cell is a square of `cell` pixels, cut at the image's edge."""
     high, wide = (-(-n // cell) for n in pixels.shape)
     padded = np.zeros((high * cell, wide * cell))
     padded[: pixels.shape[0], : pixels.shape[1]] = pixels
@@ -206,31 +206,61 @@ def coverage(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 
 def preview(layout: Layout, size: int = 512) -> Image.Image:
-    """Draws the outline and caption of every region, and a line of text per region below. Each
-    latent cell is shaded by the fraction of the cell that the region fills. `size` is the width and
-    height of the image in pixels where the layout states none.
-    """
+    """Draws a preview of a layout: the outline and caption of every region on an empty image, and a
+    line of text per region below it. A latent cell has the colour of a region that fills it, and a
+    paler shade if the region fills only part of the cell. `size` is the width and height of the
+    image in pixels if the layout has none."""
     layout = ensure_sized(layout, size)
-    scale = max(1, round(640 / max(layout.width, layout.height)))
-    high = scale * layout.height
-    wide = scale * layout.width
-    colours = [COLOURS[k % len(COLOURS)] for k in range(len(layout.regions))]
+    scale = _enlargement(layout)
+    colours = _colours(layout)
     lines = _legend(layout, colours)
-    out = Image.new("RGB", (max(wide, 480), high + 16 * len(lines) + 8), "white")
-    out.paste(_shading(layout, colours, scale))
+    high = scale * layout.height
+    out = Image.new("RGB", (max(scale * layout.width, 480), high + 16 * len(lines) + 8), "white")
+    out.paste(_outlined(_shading(layout, colours, scale), layout), (0, 0))
     pen = ImageDraw.Draw(out)
-    pen.rectangle((0, 0, wide - 1, high - 1), outline="black")
-    for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
-        out.paste(colour, (0, 0), _outline(region, scale))
-        x0, y0, *_ = region.bounds
-        pen.text((scale * x0 + 5, scale * y0 + 4), _printable(f"{k} {region.prompt}"), fill=colour)
     for i, (colour, line) in enumerate(lines):
         pen.text((4, high + 4 + 16 * i), _printable(line), fill=colour)
     return out
 
 
+def overlay(picture: Image.Image, layout: SizedLayout) -> Image.Image:
+    """Draws the outline and caption of every region over an image of the layout's size. The result
+    is as large as a `preview`.
+    """
+    scale = _enlargement(layout)
+    large = picture.convert("RGB").resize(
+        (scale * layout.width, scale * layout.height), Image.Resampling.LANCZOS
+    )
+    return _outlined(large, layout)
+
+
+def _enlargement(layout: SizedLayout) -> int:
+    """Returns the whole number by which previews enlarge the layout. With it the longer side gets
+    about 640 pixels; it is at least 1."""
+    return max(1, round(640 / max(layout.width, layout.height)))
+
+
+def _colours(layout: SizedLayout) -> list[str]:
+    """Returns the colour of each region in previews."""
+    return [COLOURS[k % len(COLOURS)] for k in range(len(layout.regions))]
+
+
+def _outlined(large: Image.Image, layout: SizedLayout) -> Image.Image:
+    """Draws the regions' outlines and captions on an image of `_enlargement` times the layout's
+    size, and returns it.
+    """
+    scale = _enlargement(layout)
+    pen = ImageDraw.Draw(large)
+    pen.rectangle((0, 0, large.width - 1, large.height - 1), outline="black")
+    for k, (region, colour) in enumerate(zip(layout.regions, _colours(layout)), 1):
+        large.paste(colour, (0, 0), _outline(region, scale))
+        x0, y0, *_ = region.bounds
+        pen.text((scale * x0 + 5, scale * y0 + 4), _printable(f"{k} {region.prompt}"), fill=colour)
+    return large
+
+
 def _printable(text: str) -> str:
-    """Returns the text with "?" for every character outside Latin-1, which a font may lack."""
+    """Replaces every character outside Latin-1, which a font may lack, by "?"."""
     return text.encode("latin-1", "replace").decode("latin-1")
 
 
@@ -245,8 +275,8 @@ def _shading(layout: SizedLayout, colours: list[str], scale: int) -> Image.Image
 
 
 def _outline(region: SizedRegion, scale: int) -> Image.Image:
-    """Returns a mask of the region's outline: its outermost two pixels in a preview that is
-    enlarged `scale` times."""
+    """Returns a mask of the region's outline, for a preview that is `scale` times as large as the
+    image. The outline is the outermost two preview pixels inside the region."""
     inside = np.pad(region.pixels, 1).repeat(scale, 0).repeat(scale, 1)
     inner = inside.copy()
     for axis in (0, 1):
@@ -256,7 +286,8 @@ def _outline(region: SizedRegion, scale: int) -> Image.Image:
 
 
 def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
-    """Returns the lines of text below a preview, each as (colour, text)."""
+    """Returns the lines of text below a preview, each as (colour, text). `colours` holds one colour
+    per region."""
     lines = [("black", f"0  {layout.prompt!r}, the whole picture, {layout.width}x{layout.height}")]
     times = np.zeros((layout.height, layout.width), np.uint16)  # in how many regions each pixel lies
     for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
@@ -279,7 +310,8 @@ def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
 
 
 def _values(value: Region | Layout, kind: type[Region] | type[Layout]) -> dict[str, Any]:
-    """Returns the fields, by name, that a region or layout has in common with the class `kind`."""
+    """Returns those fields of a region or layout that the class `kind` has too, as a dict of name
+    -> value."""
     return {f.name: getattr(value, f.name) for f in fields(kind)}
 
 
@@ -294,17 +326,17 @@ def _in_fractions(box: Sequence[float]) -> bool:
 
 
 def _hint(box: Sequence[float] | None) -> str:
-    """Returns the end of an error message, for a box in pixels that may have been meant in
-    fractions. An empty string for any other box, and for None."""
+    """Returns the end of an error message about a box: a hint if the box is in pixels and may have
+    been meant in fractions, otherwise an empty string. The box may be None."""
     if box is None or _in_fractions(box) or all(v == int(v) for v in box):
         return ""
     return "; a number above 1 makes all four of a box pixels: fractions are 0 to 1"
 
 
 def _check_box(box: Sequence[float], width: int | None, height: int | None, where: str) -> None:
-    """Raises ValueError for a box that is impossible on any image. If width and height are given,
-    raises ValueError also for a box in pixels that leaves an image of that size.
-    """
+    """Raises ValueError for a box (x0, y0, x1, y1) that is impossible on any image and, if width
+    and height are given, for a box in pixels that leaves an image of that size. The message begins
+    with `where`."""
     x_most = math.inf if width is None else width
     y_most = math.inf if height is None else height
     inside = "the image" if width is None else f"an image of {width}x{height} pixels"
@@ -320,9 +352,9 @@ def _check_box(box: Sequence[float], width: int | None, height: int | None, wher
 
 
 def _box_pixels(box: Box | None, width: int, height: int, where: str) -> np.ndarray:
-    """Returns a boolean mask (height, width) of the pixels inside a box. The edges of the box are
-    rounded to whole pixels. Raises ValueError if `box` is None or leaves the image.
-    """
+    """Returns a boolean mask (height, width) of the pixels inside a box, whose edges are rounded to
+    whole pixels. Raises ValueError if `box` is None or leaves the image. The message begins with
+    `where`."""
     if box is None:
         raise ValueError(f"{where}give a box [x0, y0, x1, y1] or a mask file, one of the two")
     _check_box(box, width, height, where)
@@ -334,7 +366,8 @@ def _box_pixels(box: Box | None, width: int, height: int, where: str) -> np.ndar
 
 
 def _check_filled(pixels: np.ndarray, box: Box | None, where: str) -> None:
-    """Raises ValueError for a region that is empty or does not fill half of any latent cell."""
+    """Raises ValueError if a region with the mask `pixels` (H,W) is empty or fills less than half
+    of every latent cell. `box` is the region's box or None, and `where` begins the message."""
     if not pixels.any():
         mend = "its mask needs white pixels inside"
         if box is not None:
@@ -350,15 +383,16 @@ def _check_filled(pixels: np.ndarray, box: Box | None, where: str) -> None:
 
 
 class _Masks:
-    """A reader for the masks of one layout. Reads each file once, and limits the number of pixels
-    of all masks together."""
+    """Reads the masks of one layout. Each file is read once, and the number of pixels of all masks
+    together is limited."""
 
     def __init__(self) -> None:
         self.known: dict[Path, np.ndarray] = {}
 
     def read(self, path: Path, where: str) -> np.ndarray:
-        """Returns the mask in a file as booleans (H,W). Raises, in one line, FileNotFoundError if
-        there is no file, and ValueError if it is no image or the masks are too large."""
+        """Reads the mask in a file as booleans (H,W). Raises FileNotFoundError if there is no such
+        file, and ValueError if the file is no image or the layout's masks are too large together.
+        Messages begin with `where`."""
         if path not in self.known:
             self.known[path] = _read_mask(path, where)
             if sum(mask.size for mask in self.known.values()) > MOST_PIXELS:
@@ -423,8 +457,8 @@ def _from_dict(given: Any, folder: Path, where: str) -> Layout:
 
 
 def _of_size(layout: Layout, width: int, height: int) -> Layout:
-    """Returns the layout with `width` and `height` set. Raises ValueError where its regions do not
-    fit an image of that size."""
+    """Returns the layout with `width` and `height` (pixels) set. Raises ValueError if its regions
+    do not fit an image of that size."""
     layout.sized(width, height)
     return replace(layout, width=width, height=height)
 
@@ -492,8 +526,8 @@ def _is(value: object, kind: type) -> bool:
 
 
 def _value(given: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
-    """Returns the value of a key in `given`; `default` where the key is missing. Raises ValueError
-    for a value that is not of the type `kind`."""
+    """Returns the value of `key` in `given`, or `default` if the key is missing. Raises ValueError
+    if the value is not of the type `kind`. The message begins with `where`."""
     if key not in given:
         return default
     value = given[key]
@@ -520,10 +554,10 @@ def _required(given: dict[str, Any], key: str, where: str) -> str:
 
 
 def _from_folder(folder: Path) -> Layout:
-    """Reads a folder of NoiseCollage's program, which holds PALL/ and P000/, P001/, ... (numbers
-    may be missing). The image gets the size of the first region's mask. Raises FileNotFoundError
-    where PALL, a caption or a mask is missing, and ValueError for anything else that is wrong.
-    """
+    """Reads a layout from a folder of NoiseCollage's program, which holds PALL/ for the whole image
+    and P000/, P001/, ... for the regions (numbers may be missing). The image gets the size of the
+    first region's mask. Raises FileNotFoundError if PALL, a caption or a mask is missing, and
+    ValueError for anything else that is wrong."""
     whole = folder / "PALL"
     if not whole.is_dir():
         raise FileNotFoundError(

@@ -1,17 +1,19 @@
 """Objectives, and the `Look` (one evaluation of the UNet) that an objective judges.
 
-An objective judges initial noise, or the latents of any step. An objective is a function
+An objective judges initial noise, or the latents of any step. It is a function of a `Look`:
 
     objective(look) -> (b,)              lower is better, one value per image
-    objective(look) -> (b,), told        also `told`: values (b,) to report, by name
+    objective(look) -> (b,), told        also `told`, a dict of further values to report:
+                                         name -> (b,)
 
-of a `Look`, which offers attention maps, predicted noise, predicted clean latents, and the image
-that these latents decode to. A Look computes each of them only when the objective reads it. If the
-objective reads only attention maps, the UNet evaluation stops after the last of them. If it reads
-nothing, the UNet is not evaluated.
+A `Look` offers attention maps, predicted noise, predicted clean latents, the image that these
+latents decode to, and the image that a whole run draws from the noise. Each of them is computed only
+when the objective reads it. If the objective reads only attention maps, the UNet evaluation stops
+after the last of them. If it reads nothing, the UNet is not evaluated.
 
-`Lift` turns an objective into `score` (values) and `slope` (values and gradients). The drivers
-(noise/drivers.py) use nothing else of a method. Published methods are in noise/objectives/.
+`Lift` turns an objective into two functions, `score` (values) and `slope` (values and gradients).
+The drivers (noise/drivers.py) need nothing else to minimise the objective. Published methods are in
+noise/objectives/.
 """
 
 from collections import Counter
@@ -31,6 +33,8 @@ from minsd.noise import losses
 from minsd.noise.layout import SizedLayout
 from minsd.noise.losses import Subjects
 from minsd.noise.pairs import Group, find_groups, read_groups
+from minsd.samplers import SAMPLERS
+from minsd.samplers.random import generators
 from minsd.samplers.schedule import Timestep, clean
 
 Told = dict[str, Tensor]  # values to report, by name: name -> one value per image, (b,)
@@ -39,10 +43,8 @@ Objective = Callable[["Look"], Tensor | tuple[Tensor, Told]]
 
 @dataclass(frozen=True)
 class Ask:
-    """One image's input to an objective: prompt, seed, subjects, groups and layout.
-
-    It is made and checked before any network runs.
-    """
+    """What an objective needs to know of one image: prompt, seed, subjects, groups and layout.
+    Everything is checked before any network runs."""
 
     prompt: str
     seed: int = 0
@@ -50,6 +52,17 @@ class Ask:
     subjects: list[list[int]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)  # nouns with their modifiers
     layout: SizedLayout | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """Settings of the run that will draw the image."""
+
+    steps: int
+    sampler: str
+    karras: bool = False
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
 
 
 def ask(
@@ -60,12 +73,15 @@ def ask(
     pairs: str | None = None,
     layout: SizedLayout | None = None,
 ) -> list[Ask]:
-    """Returns one Ask per image. No network runs.
+    """Makes one `Ask` per image, which holds what an objective needs to know of the image: prompt,
+    seed, subjects, groups and layout. No network runs.
 
-    `subjects`: for each image, words or token indices as `losses.resolve` takes them. If None, the
-    subjects are found in the prompt. `pairs`: nouns with their modifiers, as noise/pairs.py reads
-    them. If None, they are found in the prompt. Where nothing is found in a prompt, the Ask's list
-    is empty. Raises ValueError if given subjects or pairs are malformed or not in the prompt.
+    `subjects` has one item per image, the words or token indices of its subjects, as
+    `losses.resolve` takes them; if `subjects` is None, the subjects are found in the prompt.
+    `pairs` is a text that lists groups of a noun with its modifiers, as noise/pairs.py reads it; if
+    `pairs` is None, the groups are found in the prompt. If a prompt has no subjects or groups, the
+    lists in its Ask are empty. Raises ValueError if given subjects or pairs are malformed or not in
+    the prompt.
     """
     asks = []
     for b, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -85,19 +101,28 @@ def ask(
 
 
 class Look:
-    """Latents x (b,4,h,w) of some images of a batch at timestep t, and what the UNet computes from
-    these latents.
+    """One evaluation of the UNet, as an objective sees it: latents x (b,4,h,w) of some images of a
+    batch at timestep t, and what the UNet computes from them. Attention maps and predictions are
+    computed when they are first read.
 
-    `i` is the step of the run, or None before the run begins. `phase` is "score" for an evaluation
-    without gradients, "update" for the one update of a step, and "repeat" for the repeated updates
-    that may precede it. `index` (b,) holds the images' numbers in the batch. Attention maps and
-    predictions are computed when they are first read.
+    `i` is the number of the run's step, or None before the run begins. `phase` is "score" for an
+    evaluation without gradients, "update" for the one update of a step, and "repeat" for the
+    repeated updates that may precede it. `index` (b,) holds, for each image in x, the image's
+    number in the batch.
     """
 
     def __init__(
-        self, lift: "Lift", x: Tensor, index: Tensor, t: Timestep, i: int | None = None, phase: str = "score"
+        self,
+        lift: "Lift",
+        x: Tensor,
+        index: Tensor,
+        t: Timestep,
+        i: int | None = None,
+        phase: str = "score",
+        seeds: Sequence[int] | None = None,
     ):
         self._lift = lift
+        self._seeds = seeds
         self._held: dict[str, Tensor] = {}
         self.evaluations: list[tuple[str, int]] = []  # ("full" or "stopped", rows) of each evaluation
         self.x = x
@@ -108,17 +133,18 @@ class Look:
 
     @cached_property
     def rows(self) -> list[int]:
-        """The images' numbers in the batch."""
+        """For each image in x, the image's number in the batch, as a list."""
         return self.index.tolist()
 
     @property
     def asks(self) -> list[Ask]:
-        """The Ask (prompt, seed, subjects, groups, layout) of each image."""
+        """The `Ask` of each image in x, which holds prompt, seed, subjects, groups and layout."""
         return [self._lift.asks[row] for row in self.rows]
 
     def read(self, *kinds: str) -> list[Tensor]:
-        """Returns one tensor per kind: "cross", "self", "eps" or "uncond". Evaluates the UNet if a
-        kind is not yet computed.
+        """Returns one tensor for each of `kinds`: "cross" or "self" (attention maps), "eps" or
+        "uncond" (noise predicted with the prompt or the negative prompt). The UNet is evaluated if
+        one of them is not yet computed.
 
         Kinds that are read together come from one evaluation. Each evaluation also computes every
         kind that was read in earlier Looks of the same Lift, so that only the first Look may need
@@ -156,31 +182,34 @@ class Look:
 
     @property
     def cross(self) -> Tensor:
-        """Cross-attention probabilities (b,h,w,77n): the mean over heads and layers."""
+        """Cross-attention probabilities (b,h,w,77n) over the 77n text positions, averaged over
+        heads and layers, at the recorded resolution h x w."""
         return self.read("cross")[0]
 
     @property
     def self(self) -> Tensor:
-        """Self-attention probabilities (b,h,w,h*w): the mean over heads and layers."""
+        """Self-attention probabilities (b,h,w,h*w) at the recorded resolution h x w, averaged over
+        heads and layers. The last axis holds the cells that are attended to."""
         return self.read("self")[0]
 
     @cached_property
     def maps(self) -> Tensor:
-        """Subjects' maps (b,S,h,w): cross-attention to each of S subjects, sharpened by a softmax
-        over tokens and smoothed."""
+        """Attention maps of the subjects, (b,S,h,w): the cross-attention of each cell to each of S
+        subjects, sharpened by a softmax over tokens and smoothed."""
         return losses.subject_maps(self.cross, self._subjects())
 
     @cached_property
     def claims(self) -> Tensor:
-        """For each of S subjects, the smoothed self-attention (b,S,h,w) of the cell at which the
-        subject's cross-attention map is largest."""
+        """The region that each of S subjects is expected to fill, (b,S,h,w): the smoothed
+        self-attention of the cell at which the subject's cross-attention map (`maps`) is
+        largest."""
         own = self.read("cross", "self")[1]  # one evaluation for both: `maps` reads "cross"
         return losses.claims(own, losses.peaks(self.maps))
 
     @cached_property
     def present(self) -> Tensor:
-        """True (b,S) where an image has an s-th subject. Images of a batch may have different
-        numbers of subjects."""
+        """Booleans (b,S): element [k, s] is True if image k has a subject number s. Images of a
+        batch may have different numbers of subjects; S is the largest."""
         return self._subjects().any(dim=-1)
 
     def _subjects(self) -> Tensor:
@@ -191,18 +220,21 @@ class Look:
         return self._lift.select[self.index]
 
     def words(self, select: Tensor, *, sharp: bool = False, smooth: bool = False) -> Tensor:
-        """Returns cross-attention maps (b,S,h,w) of any tokens, which `select` (b,S,77n) from
-        `losses.selector` chooses.
+        """Returns cross-attention maps (b,S,h,w) of any words. `select` (b,S,77n), made by
+        `losses.selector`, selects the tokens of each word; the maps of a word's tokens are
+        averaged.
 
-        With `sharp`, the recorded maps C are first sharpened to softmax(100 C) over all tokens but
-        the first and last of each chunk of 77. With `smooth`, they are smoothed by `losses.smooth`.
+        With `sharp`, the cross-attention C is first sharpened to softmax(100 C) over all tokens but
+        the first and last of each chunk of 77. With `smooth`, the maps are smoothed by
+        `losses.smooth`.
         """
         return _word_maps(self.cross, select, sharp, smooth)
 
     def maps_of(
         self, k: int, words: Sequence[Sequence[int]], *, sharp: bool = True, smooth: bool = True
     ) -> Tensor:
-        """Returns the cross-attention maps (n,h,w) of n words in the Look's k-th image.
+        """Returns the cross-attention maps (n,h,w) of n words in image k of this Look (k counts
+        from 0).
 
         `words` holds the token positions of each word. `sharp` and `smooth` are those of the method
         `words`.
@@ -212,18 +244,19 @@ class Look:
 
     @property
     def eps(self) -> Tensor:
-        """Noise (b,4,h,w) predicted with the prompt."""
+        """The noise (b,4,h,w) predicted with the prompt."""
         return self.read("eps")[0]
 
     @property
     def uncond(self) -> Tensor:
-        """Noise (b,4,h,w) predicted with the negative prompt."""
+        """The noise (b,4,h,w) predicted with the negative prompt."""
         return self.read("uncond")[0]
 
     @cached_property
     def x0(self) -> Tensor:
         """Predicted clean latents (b,4,h,w): (x - sqrt(1 - abar) e) / sqrt(abar), where e is the
-        noise predicted with the guidance scale of the Lift."""
+        predicted noise with the guidance scale that the Lift was given (1: the prompt's prediction
+        alone)."""
         guidance = self._lift.guidance
         if guidance == 1:
             e = self.eps
@@ -234,26 +267,79 @@ class Look:
 
     @cached_property
     def picture(self) -> Tensor:
-        """The images (b,3,H,W), with values 0 to 1, that x0 decodes to. If x0 needs a gradient, the
-        backward pass recomputes the decoder's activations instead of storing them."""
+        """The images (b,3,H,W), with values 0 to 1, that the predicted clean latents x0 decode to.
+        If x0 needs a gradient, the backward pass recomputes the decoder's activations instead of
+        storing them."""
+        return self._decoded(self.x0)
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """The images (b,3,H,W), with values 0 to 1, that the whole run draws from the noises x.
+
+        If x needs a gradient, the backward pass recomputes the activations of every step and of the
+        decoder instead of storing them, so that memory holds those of one of them at a time. Raises
+        ValueError within a run, where x is no noise.
+        """
+        course = self._lift.course
+        if course is None or self.i is not None:
+            raise ValueError(
+                f"{self._lift.name} reads the image that a run draws from a noise, which does not exist "
+                "within a run: use --init-noise select or optimize"
+            )
         sd = self._lift.sd
-        z = self.x0.to(sd.vae_dtype) / sd.config.vae.scaling_factor
-        if torch.is_grad_enabled() and z.requires_grad:
-            decoded = checkpoint(sd.vae.decode, z, use_reentrant=False)
-        else:
-            decoded = sd.vae.decode(z)
-        return (decoded.to(self.x.dtype) / 2 + 0.5).clamp(0, 1)
+        scale = course.guidance_scale
+        uncond = self._lift.uncond if scale != 1 else self._lift.context[:1]
+        predict = sd.predictor(self._lift.context[self.index], uncond, scale)
+        branches = 1 if scale == 1 or sd.config.unet.guidance_dim else 2
+
+        def counted(x: Tensor, t: Timestep) -> Tensor:
+            self.evaluations.append(("full", branches * len(x)))
+            return predict(x, t)
+
+        seeds = [one.seed for one in self.asks] if self._seeds is None else self._seeds
+        options: dict[str, Any] = {"karras": True} if course.karras else {}
+        x = self.x.to(sd.dtype)
+        walk = SAMPLERS[course.sampler](
+            lambda x, t: recomputed(counted, x, t),
+            x,
+            sd.schedule,
+            course.steps,
+            generator=generators(seeds, skip=x.shape[1:]),
+            **options,
+        )
+        for _, _, x in walk:  # noqa: B007
+            pass
+        return self._decoded(x)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Returns the images (b,3,H,W), with values 0 to 1, that latents (b,4,h,w) decode to."""
+        sd = self._lift.sd
+        z = latents.to(sd.vae_dtype) / sd.config.vae.scaling_factor
+        return (recomputed(sd.vae.decode, z).to(self.x.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def recomputed(function: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+    """Returns function(x, *more). If x needs a gradient, the backward pass computes the function's
+    activations again instead of storing them."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return function(x, *more)
+    out = checkpoint(function, x, *more, use_reentrant=False)
+    assert isinstance(out, Tensor)
+    return out
 
 
 class Lift:
-    """An objective bound to a model and to the images of a batch. `score` returns its values,
-    `slope` its values and gradients.
+    """An objective bound to a model and to the images of a batch. `score` returns the objective's
+    values, and `slope` its values and gradients.
 
-    `guidance` is the guidance scale of `Look.x0`, and `negative_prompt` the text of `Look.uncond`.
-    The model's weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that
-    is in use then takes effect. The counter `rows` holds the number of UNet rows of "full"
-    evaluations, of those "stopped" after the attention maps, and of those with a "gradient",
-    whether full or stopped.
+    `guidance` is the guidance scale of `Look.x0`. `negative_prompt` is the prompt of `Look.uncond`.
+    `course` holds the settings of the run by which `Look.drawn` makes the images. The model's
+    weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that is in use
+    then takes effect.
+
+    The attribute `rows` counts UNet rows (a row is one image evaluated with one prompt). It has
+    three keys: "gradient" for rows whose evaluation was differentiated and, of all others,
+    "stopped" for those that stopped after the attention maps, and "full" for the rest.
     """
 
     def __init__(
@@ -265,8 +351,10 @@ class Lift:
         guidance: float = 1.0,
         negative_prompt: str = "",
         name: str = "",
+        course: Course | None = None,
     ):
         self.sd = sd
+        self.course = course
         self.asks = list(asks)
         self.objective = objective
         self.guidance = guidance
@@ -282,7 +370,7 @@ class Lift:
 
     @cached_property
     def uncond(self) -> Tensor:
-        """Text states (1,77n,D) of the negative prompt."""
+        """The text states (1,77n,D) of the negative prompt."""
         return self.sd.encode_prompt([self.negative_prompt])
 
     @property
@@ -291,26 +379,31 @@ class Lift:
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def begin(self) -> None:
-        """Calls the objective's `begin`, if there is one, which resets its state (such as a running
-        mean) for a new run."""
+        """Calls the method `begin` of the objective, if it has one. That method resets the
+        objective's state (such as a running mean) for a new run."""
         begin = getattr(self.objective, "begin", None)
         if begin is not None:
             begin()
 
     def _size(self, x: Tensor) -> int:
-        """Returns how many images of x's size the UNet evaluates at a time."""
+        """Returns how many images with latents of x's size the UNet evaluates at a time."""
         return self.sd.batch_size(8 * x.shape[-2], 8 * x.shape[-1])
 
     @torch.no_grad()
-    def score(self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None) -> Told:
-        """Evaluates the objective at latents x (b,4,h,w) of images `rows` (b,), without gradients.
+    def score(
+        self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None, seeds: Sequence[int] | None = None
+    ) -> Told:
+        """Evaluates the objective, without gradients, at latents x (b,4,h,w) and timestep t. `rows`
+        (b,) holds each image's number in the batch; `i` is the run's step, or None before the run.
 
-        Returns the values (b,) to report, by name, with the loss under "loss". Evaluates as many
-        images at a time as `sd.batch_size` allows.
+        Returns the values to report as name -> (b,), with the objective's own value under "loss".
+        As many images as `sd.batch_size` allows are evaluated at a time. `seeds` (b,) are those from
+        which samplers draw their noise in `Look.drawn`; None means the seeds of the images' Asks.
         """
         parts = []
         for part in torch.arange(len(x), device=x.device).split(self._size(x)):
-            look = Look(self, x[part], rows[part], t, i)
+            own = None if seeds is None else [seeds[k] for k in part.tolist()]
+            look = Look(self, x[part], rows[part], t, i, seeds=own)
             parts.append(self._judged(look)[1])
             self._count(look)
         return _joined(parts)
@@ -324,11 +417,14 @@ class Lift:
         phase: str = "update",
         limits: Mapping[str, float] | None = None,
     ) -> tuple[Told, Tensor]:
-        """Evaluates the objective and the gradient of its loss with respect to x.
+        """Evaluates the objective at latents x (b,4,h,w) and timestep t, and the gradient of its
+        loss with respect to x. `rows` (b,) holds each image's number in the batch; `i` is the run's
+        step, or None before the run; `phase` is passed to the `Look`.
 
-        Returns (told, gradient): the values (b,) to report, by name, as `score` does, and the
-        gradient (b,4,h,w) in x's dtype. On a CPU, if all images that are evaluated together are
-        below all `limits` (name -> value), nothing is differentiated and their gradients are 0.
+        Returns (told, gradient): the values to report as name -> (b,), and the gradient (b,4,h,w)
+        in x's dtype. `limits` (name -> value) saves work: if, on a CPU, all images that are
+        evaluated together have values below all limits, nothing is differentiated and their
+        gradients are 0.
         """
         parts: list[Told] = []
         gradients: list[Tensor] = []
@@ -355,9 +451,9 @@ class Lift:
         return _joined(parts), torch.cat(gradients)
 
     def _judged(self, look: Look) -> tuple[Tensor, Told]:
-        """Calls the objective. Returns its loss (b,), and the values (b,) to report, by name,
-        detached. Raises ValueError unless the loss is a tensor of one value per image.
-        """
+        """Calls the objective. Returns (loss, told): the loss (b,), and the values to report as
+        name -> (b,), detached, with the loss under "loss". Raises ValueError unless the loss is a
+        tensor with one value per image."""
         result: Any = self.objective(look)
         if isinstance(result, tuple) and (len(result) != 2 or not isinstance(result[1], dict)):
             raise ValueError(f"{self.name} must return the loss, or the loss and a dict of further values")
@@ -374,12 +470,22 @@ class Lift:
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in told.items()}}
 
     def _check_gradient(self, loss: Tensor, gradient: Tensor | None) -> None:
-        """Raises ValueError for a loss that does not depend on the latents."""
+        """Raises ValueError if `loss` does not depend on the latents. That is the case if the loss
+        requires no gradient, or if autograd returned None as its `gradient`."""
         if not loss.requires_grad or gradient is None:
             raise ValueError(
                 f"{self.name} does not depend on the latents, so it has no gradient: compute it from the "
                 "look's tensors without detaching them, or use --init-noise select"
             )
+
+    def not_finite(self, rows: Sequence[int]) -> str:
+        """Returns a message for the user: that the objective's value or gradient is not finite for
+        the images `rows` of the batch, which are named by their seeds, and what to do."""
+        seeds = ", ".join(str(self.asks[row].seed) for row in rows)
+        advice = "look in it for a division by 0, and for a log, root or norm of 0"
+        if self.sd.dtype == torch.float16:
+            advice = "try --dtype float32 or bfloat16"
+        return f"the value of {self.name}, or its gradient, is not finite for seed {seeds}: {advice}"
 
     def _count(self, look: Look, differentiated: bool = False) -> None:
         for kind, n in look.evaluations:
@@ -387,13 +493,14 @@ class Lift:
 
 
 def met(told: Told, limits: Mapping[str, float]) -> Tensor:
-    """Returns, for each image (b,), whether its values are below all limits (name -> value)."""
+    """Returns a boolean per image, (b,): True if the values of the image in `told` (name -> (b,))
+    are below all `limits` (name -> value)."""
     return torch.stack([told[name] < limit for name, limit in limits.items()]).all(dim=0)
 
 
 def finite(told: Told, *more: Tensor) -> Tensor:
-    """Returns, for each image (b,), whether all its values in `told` and its rows of the tensors
-    `more` (b,...) are finite."""
+    """Returns a boolean per image, (b,): True if all values of the image in `told` (name -> (b,))
+    are finite, and its rows of the tensors `more` (b,...) too."""
     checks = [value.isfinite() for value in told.values()]
     checks += [tensor.flatten(1).isfinite().all(dim=1) for tensor in more]
     return torch.stack(checks).all(dim=0)

@@ -19,7 +19,6 @@ are used. All functions also work in float64, and none loops over pixels.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +37,8 @@ Subjects = str | Sequence[str | int] | None  # as `resolve` takes them
 
 
 def automatic_subjects(prompt: str) -> list[str]:
-    """Splits the prompt at "and", "with", BREAK and commas, and returns the last word of each part.
+    """Finds the subjects of a prompt: splits the prompt at "and", "with", BREAK and commas, and
+    returns the last word of each part.
 
     A word that occurs more than once in the prompt is numbered: `cat#1` is the first occurrence of
     "cat", `cat#2` the second. Raises ValueError for a prompt without any word.
@@ -47,8 +47,9 @@ def automatic_subjects(prompt: str) -> list[str]:
 
 
 def _chosen(prompt: str) -> list[tuple[str, Word]]:
-    """Returns the automatic subjects of a prompt as (name, word) pairs. The name is the one that
-    `automatic_subjects` returns, and the word records where in the prompt the subject stands."""
+    """Finds the subjects of a prompt as `automatic_subjects` does. Returns (name, word) pairs: the
+    name that `automatic_subjects` returns, and the `Word`, which holds the subject's place in the
+    prompt."""
     chosen: list[Word] = []
     last = None
     for word in [*words(prompt), Word(",", 0, 0)]:
@@ -72,12 +73,11 @@ def _chosen(prompt: str) -> list[tuple[str, Word]]:
 
 
 def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int]]:
-    """Returns a list of token positions for each subject. Runs no network.
+    """Returns the list of token positions of each subject of a prompt. Runs no network.
 
     `subjects` are words of the prompt (a list, or one string with commas), token indices (0 is the
     start token), or None for `automatic_subjects`. Raises ValueError if there are no subjects, and
-    for a subject that is not in the prompt or is given twice. Warns if there is only one subject,
-    because the conflict loss of a single subject is 0.
+    for a subject that is not in the prompt or is given twice.
     """
     if subjects is None:
         subjects = automatic_subjects(prompt)
@@ -94,17 +94,12 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
         if place in places:
             raise ValueError(f"subject {subject!r} is named twice")
         places.append(place)
-    if len(places) == 1:
-        # With stacklevel 1 Python shows the warning once, although several methods call `resolve`.
-        warnings.warn(
-            f"a single subject, {subjects[0]!r}: with nothing to conflict with, that loss is 0", stacklevel=1
-        )
     return places
 
 
 def _index(text: TextEncoder, prompt: str, index: int) -> int:
-    """Returns `index` after checking that it is the index of a token that belongs to a word of the
-    prompt. Raises ValueError otherwise."""
+    """Returns the token index `index` after checking that it belongs to a word of the prompt.
+    Raises ValueError if it does not."""
     if not isinstance(index, int) or isinstance(index, bool):
         raise ValueError(f"a subject is a word of the prompt or a token index, not {index!r}")
     places = text.places(prompt)
@@ -117,9 +112,9 @@ def _index(text: TextEncoder, prompt: str, index: int) -> int:
 
 
 def selector(places: Sequence[Sequence[Sequence[int]]], length: int | None = None) -> Tensor:
-    """Returns weights (B,S,length) that select the tokens of each subject: the product of the
-    weights and the maps of all tokens is the mean map of each subject. `places` holds, for each
-    image, the token positions of each subject.
+    """Returns weights (B,S,length) that select the tokens of each subject: multiplied with the maps
+    of all tokens, they give the mean map of each subject's tokens. `places` holds, for each image,
+    the token positions of each subject.
 
     S is the largest number of subjects of an image. An image with fewer has rows of zeros for the
     rest. `length` defaults to the smallest multiple of 77 (a chunk) that includes all positions.
@@ -138,8 +133,8 @@ def selector(places: Sequence[Sequence[Sequence[int]]], length: int | None = Non
 
 
 def smooth(maps: Tensor) -> Tensor:
-    """Returns maps (...,h,w) smoothed by a 3x3 kernel with reflected edges. Where an axis has a
-    single cell, that cell is its own neighbour on both sides.
+    """Smooths maps (...,h,w) by a 3x3 kernel with reflected edges. If an axis has a single cell,
+    that cell counts as its own neighbour on both sides.
 
     At distance d along an axis the kernel's weight is exp(-(d / (2 * 0.5))^2), normalised to sum 1.
     This is InitNO's kernel, not the usual Gaussian exp(-d^2 / 2s^2).
@@ -157,35 +152,42 @@ def smooth(maps: Tensor) -> Tensor:
 
 
 def mean_maps(maps: Tensor, select: Tensor) -> Tensor:
-    """Returns the mean map of each subject, (B,S,h,w), from the maps of all tokens (B,h,w,K) and
-    the weights of `selector`, (B,S,k) with k <= K."""
+    """Returns the mean map of each subject's tokens, (B,S,h,w), from the maps of all K tokens
+    (B,h,w,K) and the weights `select` (B,S,k), k <= K, that `selector` returns."""
     return torch.einsum("bhwk,bsk->bshw", maps[..., : select.shape[-1]], select.to(maps))
 
 
 def subject_maps(cross: Tensor, select: Tensor) -> Tensor:
-    """Returns the maps M of the subjects, (B,S,h,w), from cross-attention (B,h,w,77n) and the
-    weights of `selector`, (B,S,77m) with m <= n. The top of this file defines M. The start token
-    and the last position of each of the n chunks are left out."""
+    """Returns the subjects' maps M (B,S,h,w), which show where each subject gets attention. `cross`
+    (B,h,w,77n) is recorded cross-attention; `select` (B,S,77m), m <= n, is the result of
+    `selector`.
+
+    The cross-attention C is sharpened over the tokens to softmax(100 C), without the start token
+    and the last position of each of the n chunks; the maps of each subject's tokens are averaged,
+    and the mean is smoothed.
+    """
     sharp = (100 * inner(cross)).softmax(dim=-1)  # (B, h, w, 75n)
     return smooth(mean_maps(sharp, inner(select)))
 
 
 def inner(tokens: Tensor) -> Tensor:
     """Returns `tokens` (...,K) without the first and the last position of every chunk of 77. If K
-    is less than 77, all K positions are one chunk."""
+    is less than 77, all K positions count as one chunk."""
     chunks = max(1, tokens.shape[-1] // CHUNK)
     return tokens.unflatten(-1, (chunks, -1))[..., 1:-1].flatten(-2)
 
 
 def peaks(maps: Tensor) -> Tensor:
-    """Returns the index (B,S) of the largest cell of each map (B,S,h,w), with cells numbered row by
-    row. Has no gradient."""
+    """Returns the index (B,S) of the cell with the largest value in each map (B,S,h,w), with cells
+    numbered row by row. Has no gradient."""
     return maps.detach().flatten(2).argmax(dim=-1)
 
 
 def claims(self_maps: Tensor, at: Tensor) -> Tensor:
-    """Returns the maps A of the subjects, (B,S,h,w): the smoothed self-attention of the queries at
-    the cells `at` (B,S), which `peaks` returns. `self_maps` is (B,h,w,h*w)."""
+    """Returns the subjects' maps A (B,S,h,w), which show the region that each subject is expected
+    to fill: the smoothed self-attention of the query at one cell per subject. `self_maps`
+    (B,h,w,h*w) is recorded self-attention. `at` (B,S) holds the index of that cell, the peak of the
+    subject's map M (see `peaks`)."""
     h, w, n = self_maps.shape[1:]
     rows = self_maps.flatten(1, 2).gather(1, at[:, :, None].expand(-1, -1, n))  # (B, S, h*w)
     return smooth(rows.unflatten(2, (h, w)))
@@ -194,8 +196,9 @@ def claims(self_maps: Tensor, at: Tensor) -> Tensor:
 def listed_timesteps(
     sd: Model, steps: int | None = None, sampler: str | None = None, karras: bool = False
 ) -> list[Timestep]:
-    """Returns every timestep of a run, in order. None means the model's default. Raises ValueError
-    for a sampler or a number of steps that does not exist, as `timesteps` does."""
+    """Returns every timestep of a run, in order. If `steps` or `sampler` is None, the model's
+    default is taken; `karras` selects Karras noise levels. Raises ValueError for an unknown sampler
+    and for a number of steps that the sampler cannot take."""
     steps = sd.config.steps if steps is None else steps
     return timesteps(sampler or sd.config.sampler, sd.schedule, steps, karras=karras)
 
@@ -208,18 +211,19 @@ def _present(maps: Tensor, present: Tensor | None) -> Tensor:
 
 
 def cross_response(maps: Tensor, present: Tensor | None = None) -> Tensor:
-    """Returns InitNO's response loss (B,) of the maps M (B,S,h,w). The loss is large if one of the
-    subjects gets little attention: it is the maximum over the subjects of 1 - max(M).
-    """
+    """Returns InitNO's response loss (B,) of the subjects' maps M (B,S,h,w) (see `subject_maps`).
+    The loss is large if one of the subjects gets little attention: it is the maximum over the
+    subjects of 1 - max(M). `present` (B,S) is True for the subjects that an image has; None means
+    all."""
     highest = maps.flatten(2).gather(2, peaks(maps)[:, :, None])[:, :, 0]  # (B, S)
     return (1 - highest).masked_fill(~_present(maps, present), 0.0).max(dim=1).values
 
 
 def self_conflict(claims: Tensor, present: Tensor | None = None) -> Tensor:
-    """Returns InitNO's conflict loss (B,) of the maps A (B,S,h,w), which `claims` returns. The loss
-    measures how far the regions of the subjects overlap: it is the mean of sum(min(A, A')) /
-    sum(A + A') over all pairs of subjects, and 0 for a single subject.
-    """
+    """Returns InitNO's conflict loss (B,) of the subjects' maps A (B,S,h,w), which the function
+    `claims` returns. The loss measures how far the regions of the subjects overlap: it is the mean
+    of sum(min(A, A')) / sum(A + A') over all pairs of subjects, and 0 for a single subject.
+    `present` (B,S) is True for the subjects that an image has; None means all."""
     present = _present(claims, present)
     i, j = torch.triu_indices(claims.shape[1], claims.shape[1], offset=1, device=claims.device)
     a, b = claims[:, i], claims[:, j]  # (B, pairs, h, w)
@@ -229,12 +233,13 @@ def self_conflict(claims: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def clean_background(maps: Tensor, present: Tensor | None = None) -> Tensor:
-    """Returns a loss (B,) of the maps M (B,S,h,w) that is large if a subject gets attention in more
-    than one place.
+    """Returns a loss (B,) of the subjects' maps M (B,S,h,w) (see `subject_maps`) that is large if a
+    subject gets attention in more than one place. `present` (B,S) is True for the subjects that an
+    image has; None means all.
 
-    The part of a map that holds the peak consists of the cells at or above Otsu's threshold that
-    are connected to the peak. The loss is the largest value of M outside this part, summed over the
-    subjects. A value counts only if it exceeds the smallest value inside the part.
+    The cells of a map at or above Otsu's threshold that are connected to the map's peak form the
+    main part. The loss is the largest value of M outside the main part, summed over the subjects. A
+    value counts only if it exceeds the smallest value inside the main part.
     """
     with torch.no_grad():
         part = component(maps >= otsu(maps)[:, :, None, None].to(maps.dtype) / 255, peaks(maps))
@@ -244,18 +249,20 @@ def clean_background(maps: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def alignment(maps: Tensor, running: Tensor, present: Tensor | None = None) -> Tensor:
-    """Returns the mean absolute difference between maps M (B,S,h,w) and their `running` mean over
-    the steps so far, of the same shape. The difference is summed over the subjects: (B,).
+    """Returns a loss (B,) that is large if attention moves: the mean absolute difference between
+    the subjects' maps M (B,S,h,w) and their running mean over the steps so far (`running`, of the
+    same shape), summed over the subjects. `present` (B,S) is True for the subjects that an image
+    has; None means all.
 
-    The published program averages the maps of all tokens. Since selecting and smoothing are linear,
-    the maps of the subjects give the same result.
+    InitNO's published program averages the maps of all tokens over the steps. Since selecting and
+    smoothing are linear, averaging the maps of the subjects gives the same result.
     """
     return ((maps - running).abs().mean(dim=(2, 3)) * _present(maps, present)).sum(dim=1)
 
 
 def kl_divergence(mu: Tensor, log_var: Tensor) -> Tensor:
-    """Returns KL(N(mu, exp(log_var)) || N(0, 1)), averaged over the elements of each image: (B,)
-    from `mu` and `log_var` (B,...)."""
+    """Returns KL(N(mu, exp(log_var)) || N(0, 1)), averaged over the elements of each image, (B,).
+    `mu` and `log_var` are (B,...)."""
     return -0.5 * (1 + log_var - mu**2 - log_var.exp()).flatten(1).mean(dim=1)
 
 
@@ -263,7 +270,7 @@ def kl_divergence(mu: Tensor, log_var: Tensor) -> Tensor:
 
 
 def otsu(maps: Tensor) -> Tensor:
-    """Returns Otsu's threshold (1979) of each map (...,h,w) with values in 0..1: integers (...)
+    """Returns Otsu's threshold (1979) of each map (...,h,w) with values in 0..1, as integers (...)
     from 0 to 255.
 
     Values are scaled by 255 and truncated to 256 levels. Each level splits the cells into two
@@ -288,12 +295,13 @@ def otsu(maps: Tensor) -> Tensor:
 
 
 def component(mask: Tensor, at: Tensor, asking: int | None = None) -> Tensor:
-    """Returns the 4-connected component of each mask (B,S,h,w) that holds the cell with index `at`
-    (B,S), as a mask. The component is empty if the mask is False at that cell.
+    """Returns, for each mask (B,S,h,w), the mask of those cells that are connected to the cell with
+    index `at` (B,S) by steps up, down, left and right within the mask. The result is empty if the
+    mask is False at that cell.
 
     The component grows from the cell by one ring of neighbours at a time. `asking` is the number of
-    rings between two checks whether it is complete. It defaults to 8 on a GPU, which every check
-    makes the program wait for, and to 1 elsewhere. It does not change the result.
+    rings between two checks whether the component is complete; it does not change the result. By
+    default it is 8 on a GPU, where every check makes the program wait for the GPU, and 1 elsewhere.
     """
     asking = asking or (8 if mask.is_cuda else 1)
     part = torch.zeros_like(mask).flatten(2).scatter(2, at[:, :, None], True).view_as(mask) & mask
@@ -306,7 +314,8 @@ def component(mask: Tensor, at: Tensor, asking: int | None = None) -> Tensor:
 
 
 def _ring(part: Tensor) -> Tensor:
-    """Returns a mask (...,h,w) extended by the cells above, below, left and right of its cells."""
+    """Returns a mask (...,h,w) with the cells above, below, left and right of its True cells
+    added."""
     spread = part.clone()
     spread[..., 1:, :] |= part[..., :-1, :]
     spread[..., :-1, :] |= part[..., 1:, :]

@@ -2,7 +2,8 @@
 
 A method is a function `(sd, batch, say) -> Found`. It takes a `Batch`, whose images differ in
 prompt, subjects and seed alone, and returns their unit noise. `say(message)` reports progress to
-the user. To add a method, write it in a file of its own, wrap it here, and add a row to `METHODS`.
+the user. To add a method, write it in a file of its own, call it from a function in this file, and
+add this function to `METHODS`.
 """
 
 import warnings
@@ -15,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from minsd.guidance import Model
-from minsd.noise import arrange, best, initno, stability
+from minsd.noise import arrange, best, drivers, initno, stability
 from minsd.noise import steer as steering
+from minsd.noise.drivers import rounded
 from minsd.noise.initial import noise as unit_noise
 from minsd.noise.layout import SizedLayout
 
@@ -25,9 +27,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images whose initial noise is found together, and the settings with which the images will
-    then be sampled.
-    """
+    """Images whose initial noise is found together, and the settings of the run that will then
+    sample them."""
 
     prompts: list[str]
     seeds: list[int]
@@ -53,7 +54,7 @@ class Batch:
 
 
 class Found(NamedTuple):
-    """The noise of a batch, and what to record and save for each image."""
+    """The noise that a method found for a batch, and what to record and save for each image."""
 
     noise: Tensor  # (B, 4, h, w), unit normal unless the method optimised it
     notes: list[dict[str, Any]]  # per image: further settings to record, such as the chosen seed
@@ -64,14 +65,14 @@ Method = Callable[[Model, Batch, Say], Found]
 
 
 def random(sd: Model, batch: Batch, say: Say) -> Found:
-    """Returns the noise of each image's own seed."""
+    """Returns, as `Found`, the plain noise of each image's own seed."""
     return Found(unit_noise(batch.seeds, batch.shape), _each(batch), _each(batch))
 
 
 def select(sd: Model, batch: Batch, say: Say) -> Found:
-    """Chooses the best of each image's candidate seeds: by the objective if the batch has one
-    (`batch.steer`), otherwise by attention or by inversion stability (`batch.score`).
-    """
+    """Chooses the best of each image's candidate seeds and returns their noise. If the batch has an
+    objective (`batch.steer`), the best seed is that with the lowest loss. Otherwise the seeds are
+    ranked by attention or by inversion stability (`batch.score`)."""
     if batch.steer is not None:
         found = batch.steer.select(_candidates(batch), batch.shape, say)
         notes = []
@@ -90,8 +91,9 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
     seeds = []
     notes = []
     extras: list[dict[str, Image.Image | Tensor]] = []
-    for prompt, candidates in zip(batch.prompts, _candidates(batch)):
-        chosen = stability.select(sd, prompt, candidates, progress=say, **size, **guided)
+    for k, (prompt, candidates) in enumerate(zip(batch.prompts, _candidates(batch))):
+        told = drivers.part_of(say, k, len(batch.seeds))
+        chosen = stability.select(sd, prompt, candidates, progress=told, **size, **guided)
         seeds.append(chosen.seed)
         scores = chosen.scores
         notes.append(_selection(candidates[0], chosen.seed, scores.keys(), scores.values(), chosen.better))
@@ -100,11 +102,12 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def optimize(sd: Model, batch: Batch, say: Say) -> Found:
-    """Optimises the noise of each image's seed: for the objective if the batch has one
-    (`batch.steer`), otherwise for inversion stability."""
+    """Optimises the noise of each image's seed by gradient descent, and returns it. The loss is
+    that of the batch's objective (`batch.steer`) if there is one, otherwise inversion stability is
+    optimised."""
     if batch.steer is not None:
         start = unit_noise(batch.seeds, batch.shape)
-        found = batch.steer.optimize(start, lambda b, message: say(f"seed {batch.seeds[b]}: {message}"))
+        found = batch.steer.optimize(start, _of_seeds(say, batch.seeds))
         records = [{"objective": record} for record in batch.steer.records]
         return Found(torch.cat([one.noise for one in found]), records, _each(batch))
     results = stability.optimize_batch(
@@ -117,15 +120,16 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
         guidance_scale=batch.guidance_scale,
         height=batch.height,
         width=batch.width,
-        progress=lambda b, message: say(f"seed {batch.seeds[b]}: {message}"),
+        progress=_of_seeds(say, batch.seeds),
     )
     notes = [{"stability": {"before": result.before, "after": result.score}} for result in results]
     return _optimised(results, notes, batch)
 
 
 def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
-    """Runs InitNO (noise/initno.py) from each image's seed or, if `batch.score` is "attention",
-    from the best of the image's candidate seeds by attention."""
+    """Runs InitNO (noise/initno.py), which optimises the noise of each image's seed, and returns
+    it. If `batch.score` is "attention", it starts from the best of the image's candidate seeds by
+    attention instead."""
     seeds = batch.seeds
     notes = _each(batch)
     if batch.score == "attention":
@@ -140,7 +144,7 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
         karras=batch.karras,
         height=batch.height,
         width=batch.width,
-        progress=lambda b, message: say(f"seed {seeds[b]}: {message}"),
+        progress=_of_seeds(say, seeds),
     )
     for note, result in zip(notes, results):
         note["initno"] = {
@@ -153,9 +157,10 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def best_method(sd: Model, batch: Batch, say: Say) -> Found:
-    """Chooses among each image's candidate seeds in two steps (noise/best.py): scores all of them
-    by attention at the first timestep, then samples those with the best scores part of the way, and
-    takes the first that is good enough, or else the best of them."""
+    """Chooses the best of each image's candidate seeds by the method of noise/best.py, and returns
+    their noise. All candidates are scored by attention at the first timestep. Those with the best
+    scores are then sampled for part of the steps, until one is good enough; if none is, the best of
+    them is taken."""
     found = best.choose(
         sd,
         batch.prompts,
@@ -163,12 +168,12 @@ def best_method(sd: Model, batch: Batch, say: Say) -> Found:
         _candidates(batch),
         batch.shape,
         best.Course(batch.steps, batch.sampler, batch.karras, batch.guidance_scale, batch.negative_prompt),
-        progress=lambda b, message: say(f"seed {batch.seeds[b]}: {message}"),
+        progress=_of_seeds(say, batch.seeds),
     )
     notes = []
     for asked, one in zip(batch.seeds, found):
         note = _selection(asked, one.seed, one.scores.keys(), one.scores.values(), "low")
-        drafts = [{"seed": seed, "cross": round(cross, 5)} for seed, cross in one.drafts.items()]
+        drafts = [{"seed": seed, "cross": rounded(cross)} for seed, cross in one.drafts.items()]
         notes.append(note | {"drafts": drafts, "met": one.met})
     return Found(unit_noise([one.seed for one in found], batch.shape), notes, _each(batch))
 
@@ -185,6 +190,11 @@ METHODS: dict[str, Method] = {
 # --- what they share --------------------------------------------------------------------------------------
 
 
+def _of_seeds(say: Say, seeds: Sequence[int]) -> Callable[[int, str], None]:
+    """Returns a function (b, message) that says the message with the seed of image b before it."""
+    return lambda b, message: say(drivers.prefixed(f"seed {seeds[b]}: ", message))
+
+
 def _each(batch: Batch) -> list[dict]:
     return [{} for _ in batch.seeds]
 
@@ -197,14 +207,13 @@ def _candidates(batch: Batch) -> list[list[int]]:
 def _selection(
     asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float], better: str
 ) -> dict[str, Any]:
-    """Returns the settings that record the choice of a seed: the seed `asked` for, the chosen
-    `seed`, the score of every candidate, and whether scores are losses (`better` is "low") or
-    values (`better` is "high").
-    """
+    """Makes the settings that record the choice of a seed, as a dict: the seed `asked` for, the
+    chosen `seed`, and each of the `candidates` with its score. If `better` is "low", the scores are
+    recorded as losses; if it is "high", as values to maximise."""
     return {
         "asked_seed": asked,
         "seed": seed,
-        "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)],
+        "candidates": [{"seed": s, "score": rounded(x)} for s, x in zip(candidates, scores)],
         "score_is": "loss" if better == "low" else "value",
     }
 
@@ -212,32 +221,39 @@ def _selection(
 def _best_by_attention(
     sd: Model, batch: Batch, layout: SizedLayout | None, say: Say
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Returns (seeds, notes): the best candidate seed of each image, and the settings that record
-    the choice.
+    """Chooses the best candidate seed of each image by attention. Returns (seeds, notes): the
+    chosen seeds, and for each image the settings that record the choice.
 
-    With a layout that has regions, the score is `arrange.arrange`'s: how much of the attention to
-    each caption's subjects falls inside the caption's region (higher is better). Otherwise it is
-    `initno.attention_scores`, a loss of the attention to the prompt's subjects (lower is better).
-    Each candidate costs one UNet evaluation, or one per region of the layout, that ends early.
+    If `layout` has regions, the score of a candidate is that of `arrange.arrange`: how much of the
+    attention to each caption's subjects falls inside the caption's region (higher is better).
+    Otherwise it is `initno.attention_scores`, a loss of the attention to the prompt's subjects
+    (lower is better). Each candidate costs one UNet evaluation, or one per region of the layout,
+    which stops after the attention maps.
     """
     chosen = []
     notes = []
-    for prompt, subjects, candidates in zip(batch.prompts, batch.subjects, _candidates(batch)):
+    every = zip(batch.prompts, batch.subjects, _candidates(batch))
+    for k, (prompt, subjects, candidates) in enumerate(every):
+        told = drivers.part_of(say, k, len(batch.seeds))
         if layout is not None and layout.regions:
-            scores = arrange.arrange(sd, layout, candidates, steps=batch.steps, sampler=batch.sampler).scores
+            with drivers.looks(sd, len(candidates) * len(layout.regions), told):
+                scores = arrange.arrange(
+                    sd, layout, candidates, steps=batch.steps, sampler=batch.sampler
+                ).scores
             better = "high"
         else:
-            scores = initno.attention_scores(
-                sd,
-                prompt,
-                subjects,
-                candidates,
-                steps=batch.steps,
-                sampler=batch.sampler,
-                karras=batch.karras,
-                height=batch.height,
-                width=batch.width,
-            )
+            with drivers.looks(sd, len(candidates), told):
+                scores = initno.attention_scores(
+                    sd,
+                    prompt,
+                    subjects,
+                    candidates,
+                    steps=batch.steps,
+                    sampler=batch.sampler,
+                    karras=batch.karras,
+                    height=batch.height,
+                    width=batch.width,
+                )
             better = "low"
         best = max(scores) if better == "high" else min(scores)
         chosen.append(candidates[scores.index(best)])

@@ -1,11 +1,12 @@
-"""Nouns and their modifiers, named by the user or found in a prompt.
+"""Nouns and their modifiers, given by the user or found in a prompt.
 
     "red circle; blue square"            two groups; the last word of each is its noun
     "big red: fire truck; green: apples" a colon stands before a noun of several words
 
-Objectives that bind attributes (noise/objectives/syngen.py and others) take groups as token
-positions. `find_groups` needs no parser of English: it cuts the prompt at commas, "and", "with" and
-prepositions. It does not handle clauses with "that", "which" and "who"; for these, name the pairs.
+Objectives that bind attributes to nouns (noise/objectives/syngen.py and others) take groups as
+token positions. `find_groups` needs no parser of English: it cuts the prompt at commas, "and",
+"with" and prepositions. It does not handle clauses with "that", "which" and "who"; for these, give
+the pairs.
 """
 
 import re
@@ -27,15 +28,17 @@ CARRIERS = frozenset("photo photograph picture painting image drawing".split())
 
 
 class Group(NamedTuple):
-    """A noun and the modifiers that belong to it, as token positions of the prompt."""
+    """A noun and its modifiers. The noun is a list of token positions in the prompt; so is each
+    modifier."""
 
     modifiers: list[list[int]]
     noun: list[int]
 
 
 def read_groups(text: TextEncoder, prompt: str, pairs: str) -> list[Group]:
-    """Parses groups such as "red circle; blue square". Every word must be in the prompt; `cat#2`
-    means the second "cat" in it. A group of one word is a noun without modifiers.
+    """Parses `pairs`, a text that lists groups of a noun with its modifiers, such as "red circle;
+    blue square". Every word must be in the prompt; `cat#2` means the second "cat" in the prompt. A
+    group of one word is a noun without modifiers.
 
     Raises ValueError for an empty group, for a word that is not in the prompt, and for a word that
     is in two groups.
@@ -62,10 +65,11 @@ def read_groups(text: TextEncoder, prompt: str, pairs: str) -> list[Group]:
 
 
 def find_groups(text: TextEncoder, prompt: str) -> list[Group]:
-    """Finds the groups in a prompt by cutting it at commas, "and", "with" and prepositions.
+    """Finds the groups of a noun with its modifiers in a prompt, by cutting the prompt at commas,
+    "and", "with" and prepositions. Returns an empty list if there are none.
 
-    A group is left out if the tokenizer rewrites one of its words, or cuts the word off at the end
-    of a long prompt.
+    A group is left out if one of its words has no token position of its own, because the tokenizer
+    rewrites the word, or because the word is beyond the end of the tokens of a long prompt.
     """
     groups = []
     for modifiers, noun in named_groups(prompt):
@@ -76,8 +80,9 @@ def find_groups(text: TextEncoder, prompt: str) -> list[Group]:
 
 
 def named_groups(prompt: str) -> list[tuple[list[str], str]]:
-    """Returns (modifiers, noun) of each group in a prompt, as words that `TextEncoder.positions`
-    accepts."""
+    """Finds the groups of a noun with its modifiers in a prompt. Returns (modifiers, noun) for
+    each, as words in the form that `TextEncoder.positions` accepts ("cat", or "cat#2" for a second
+    "cat")."""
     named = _named(prompt)
     parts: list[list[tuple[str, str]]] = [[]]  # (case-folded word, its name for `positions`)
     ends: list[str] = []  # the word or comma after each part
@@ -106,8 +111,8 @@ def named_groups(prompt: str) -> list[tuple[list[str], str]]:
 
 
 def _named(prompt: str) -> list[tuple[str, str]]:
-    """Returns (word, name) of each word of the prompt: the word case-folded, and the name by which
-    `TextEncoder.positions` finds it, such as "cat#2"."""
+    """Returns (word, name) for each word of the prompt, where the word is case-folded, and the name
+    is the one by which `TextEncoder.positions` finds it, such as "cat#2"."""
     finder = Finder(prompt)
     out = []
     for word in words(prompt):

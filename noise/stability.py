@@ -49,8 +49,9 @@ PAPER_NUMBERS = 65_536  # size of the latents that the paper's learning rate of 
 
 
 class Trip:
-    """A function of unit noise that denoises the noise to latents, and inverts the latents to the
-    noise'. The `rows` that its methods take are the images' numbers in the batch.
+    """The way of noise through the model and back: a function of unit noise that denoises the noise
+    to latents, and inverts the latents to the noise'. The argument `rows` (b,) of the methods holds
+    each image's number in the batch.
 
     `prompts` is one for all images, or a list with one per image. Denoising takes `steps` steps of
     `sampler` at `guidance_scale` (None: the model's, 7.5 for Stable Diffusion). Inversion takes the
@@ -104,28 +105,29 @@ class Trip:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the latents: float64 for a float64 network, otherwise float32. The network
-        runs in its own precision.
-        """
+        runs in its own precision."""
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def __call__(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Returns noise' (b,4,h,w), which inversion recovers from the latents of `noise` (b,4,h,w)
-        of the images `rows` (b,). `checkpointed` recomputes activations when differentiating. The
-        grad mode is the caller's.
-        """
+        """Denoises `noise` (b,4,h,w) to latents, and inverts the latents. Returns the noise'
+        (b,4,h,w) that results. `rows` (b,) holds each image's number in the batch. With
+        `checkpointed`, activations are recomputed when the result is differentiated, which saves
+        memory. The grad mode is not changed."""
         return self.up(self.down(noise, rows, checkpointed), rows, checkpointed)
 
     def down(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Returns the latents to which noise (b,4,h,w) of the images `rows` (b,) is denoised.
-        `checkpointed` recomputes activations when differentiating."""
+        """Denoises `noise` (b,4,h,w) to latents (b,4,h,w) and returns them. `rows` (b,) holds each
+        image's number in the batch. With `checkpointed`, activations are recomputed when the result
+        is differentiated, which saves memory."""
         predict = self._predictor(self.guidance_scale, rows, checkpointed)
         sample = SAMPLERS[self.sampler]
         return _last(sample(predict, noise, self.sd.schedule, self.steps, final=self.final))
 
     def up(self, latents: Tensor, rows: Tensor, checkpointed: bool = False, iterations: int = 0) -> Tensor:
-        """Returns the noise to which latents (b,4,h,w) of the images `rows` (b,) are inverted.
-        `iterations` is the number of fixed-point iterations of each step, and `checkpointed`
-        recomputes activations when differentiating."""
+        """Inverts `latents` (b,4,h,w) by DDIM to noise (b,4,h,w) and returns it. `rows` (b,) holds
+        each image's number in the batch; `iterations` is the number of fixed-point iterations of
+        each step (`ddim.invert`). With `checkpointed`, activations are recomputed when the result
+        is differentiated, which saves memory."""
         predict = self._predictor(self.guidance_invert, rows, checkpointed)
         how = {"iterations": iterations, "final": self.final}
         return _last(ddim.invert(predict, latents, self.sd.schedule, self.steps, **how))
@@ -148,9 +150,8 @@ def _last(run: Steps) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Returns, for each image, the cosine of the angle between a and b, (B,). Both are (B,...), and
-    the elements of an image are taken as one vector.
-    """
+    """Returns the cosine of the angle between a and b for each image, (B,). Both are (B,...), and
+    the elements of an image are taken as one vector."""
     a, b = a.flatten(1), b.flatten(1)
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
 
@@ -160,7 +161,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Scores:
-    """The inversion stability of noises, and the number of UNet evaluations that it took."""
+    """The inversion stability of several noises, and the number of UNet evaluations that the
+    computation took."""
 
     scores: list[float]  # -1..1, one per noise; nan where sampling overflowed
     rows: int  # UNet evaluations: per noise and step 3 (4 with guidance both ways, 2 without)
@@ -176,8 +178,9 @@ def score(
     width: int | None = None,
     **trip: Any,
 ) -> Scores:
-    """Computes the inversion stability s (the top of this file) of noises (K,4,h,w), or of the
-    noises of seeds at height x width pixels.
+    """Computes the inversion stability s of noises: the cosine between a noise and the noise that
+    DDIM inversion recovers from the latents denoised from it. `noise` holds K noises (K,4,h,w), or
+    seeds, whose noises are made for images of height x width pixels (None: the model's size).
 
     `prompt` is one for all noises, or a list with one per noise. `trip` are the settings of `Trip`:
     `negative_prompt`, `steps` (10), `guidance_scale`, `guidance_invert` (1), `sampler` ("ddim") and
@@ -205,9 +208,9 @@ def _noises(
     height: int | None = None,
     width: int | None = None,
 ) -> Tensor:
-    """Returns the noises (B,4,h,w) that are given, or those of the given seeds at height x width
-    pixels (None: the model's size). Raises ValueError for an image size or a shape that is not
-    possible, and unless `prompt` is one string or has one prompt per noise."""
+    """Returns the noises (B,4,h,w) that are given, or those of the given seeds for images of height
+    x width pixels (None: the model's size). Raises ValueError for an image size or a shape that is
+    not possible, and unless `prompt` is one string or has one prompt per noise."""
     if not isinstance(noise, Tensor):
         height, width = height or sd.config.size, width or sd.config.size
         check_size(height, width)
@@ -234,16 +237,17 @@ def select(
     **trip: Any,
 ) -> Selection:
     """Chooses among `seeds` the one whose noise has the highest inversion stability or, if `worst`
-    is True (for experiments), the lowest. Among equal scores the first seed is taken.
+    is True (for experiments), the lowest. Among equal scores the first seed is taken. Images have
+    height x width pixels (None: the model's size).
 
     `known` holds scores (seed -> score) of the same prompt and settings, which are not computed
     again. A seed that is given twice is scored once. `progress(message)` is called after every
     batch with a message such as "20/100 best 0.912 (seed 7)". `trip` are the settings of `Trip`.
 
     Raises ValueError for settings that `Trip` refuses and for an image size that is not possible.
-    Raises FloatingPointError if no candidate has a score that is a number.
+    Raises FloatingPointError if every candidate's score is NaN.
     """
-    Trip(sd, prompt, **trip)  # its errors come first
+    Trip(sd, prompt, **trip)  # raises its errors before any noise is scored
     height, width = height or sd.config.size, width or sd.config.size
     check_size(height, width)
     spent = 0
@@ -270,9 +274,9 @@ def select(
 
 
 def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: Any) -> Image.Image:
-    """Returns a contact sheet with the images of the `count` best candidates and, below them, of
-    the `count` worst, with seeds and scores. If there are no more than `count` candidates, the
-    sheet has only the first row.
+    """Draws the images of the `count` best candidates of a selection and of the `count` worst.
+    Returns a contact sheet of them with seeds and scores, the worst below the best. If there are no
+    more than `count` candidates, the sheet has only the first row.
 
     `how` are settings of the images, passed to `sd(...)`.
     """
@@ -289,8 +293,8 @@ def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: A
 
 @dataclass(frozen=True)
 class Descent:
-    """The settings of `optimize`, which descends 1 - s by gradient descent with momentum. The
-    constructor raises ValueError for a setting that is out of range.
+    """The settings of `optimize`, which descends 1 - s (s: inversion stability) by gradient descent
+    with momentum. The constructor raises ValueError for a setting that is out of range.
 
     The paper's learning rate of 100 is for latents of 65,536 numbers. For latents of d numbers,
     gradients are proportional to 1 / sqrt(d) and |noise| to sqrt(d). A rate proportional to d
@@ -325,11 +329,12 @@ class Descent:
 
 @dataclass
 class Result:
-    """The optimised noise of one image, and the scores on the way to it."""
+    """The optimised noise of one image, and the inversion stability (score) of the noise before,
+    during and after the optimisation."""
 
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
     score: float = math.nan  # of this noise
-    before: float = math.nan  # of the noise it began from
+    before: float = math.nan  # of the noise that the optimisation began from
     # For each iterate: the score, norm (|noise| / sqrt(d)), mean and std.
     history: list[dict[str, float]] = field(default_factory=list)
     rows: float = 0  # UNet evaluations for this image, recomputed ones included
@@ -344,9 +349,9 @@ def optimize(
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Result:
-    """Optimises the noise of a seed, or a noise (1,4,h,w), for inversion stability. Calls
-    `optimize_batch`, which explains the other arguments, with a batch of one.
-    """
+    """Optimises one noise for inversion stability: the noise of a seed, or a noise (1,4,h,w). Calls
+    `optimize_batch`, which explains `settings`, with a batch of one. `progress(message)` is called
+    after every step."""
 
     def report(b: int, message: str) -> None:
         if progress is not None:
@@ -366,9 +371,10 @@ def optimize_batch(
     progress: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Optimises noises (B,4,h,w), or the noises of seeds at height x width pixels, by gradient
-    descent on 1 - s, where s is the inversion stability. Returns one Result per image. A result
-    does not depend on the other images of the batch.
+    """Optimises noises by gradient descent on 1 - s, where s is the inversion stability (see
+    `score`). `noise` holds B noises (B,4,h,w), or seeds, whose noises are made for images of height
+    x width pixels (None: the model's size). Returns one Result per image. A result does not depend
+    on the other images of the batch.
 
     `settings` are fields of `Descent` and arguments of `Trip`. `progress(b, message)` is called
     after every step of image b with a message such as "step 7/100 score 0.912 best 0.934 norm 1.002
@@ -398,8 +404,9 @@ def optimize_batch(
 def _descend(
     trip: Trip, how: Descent, start: Tensor, rows: Tensor, progress: Callable[[int, str], None] | None
 ) -> list[Result]:
-    """Optimises the noises `start` (b,4,h,w) of the images `rows` (b,) in one batch. Returns one
-    Result per image, without the number of UNet evaluations."""
+    """Optimises the noises `start` (b,4,h,w) in one batch. `rows` (b,) holds each image's number in
+    the whole batch. Returns one Result per image, in which the number of UNet evaluations is not
+    set."""
 
     def evaluate(x: Tensor, rows: Tensor, mode: str) -> tuple[Told, Tensor]:
         scores, gradient = gradients(trip, x, rows, mode, how.checkpointed)
@@ -440,11 +447,13 @@ def _describe(step: int, steps: int, history: list[dict[str, float]]) -> str:
 def gradients(
     trip: Trip, x: Tensor, rows: Tensor, mode: str, checkpointed: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns (scores, gradient): the inversion stability s (b,) of the noises x (b,4,h,w) of
-    images `rows` (b,), and the gradient of 1 - s with respect to x.
+    """Computes the inversion stability s of the noises x (b,4,h,w), and the gradient of 1 - s with
+    respect to x. Returns (scores, gradient), (b,) and (b,4,h,w). `rows` (b,) holds each image's
+    number in the batch.
 
-    `mode` is "full" or "detach" (the top of this file), or "score" for a gradient of zeros.
-    `checkpointed` recomputes activations in mode "full".
+    `mode` is "full" (differentiates through denoising and inversion), "detach" (holds the recovered
+    noise constant), or "score" (the gradient is zero). With `checkpointed`, mode "full" recomputes
+    activations instead of storing them.
     """
     if mode == "full":
         # The gradient of a cosine is so small that float16 would lose it.
@@ -470,7 +479,8 @@ def gradients(
 
 @dataclass
 class Inversion:
-    """The noise that inversion finds for an image, and the image that this noise gives."""
+    """The noise that DDIM inversion finds for an image, and the image that DDIM makes from this
+    noise."""
 
     noise: Tensor  # (1, 4, h, w) float32 on the CPU; DDIM with the same settings gives the image
     picture: Image.Image  # the reconstruction
@@ -493,8 +503,10 @@ def invert_picture(
     height: int | None = None,
     width: int | None = None,
 ) -> Inversion:
-    """Crops and scales an image to height x width pixels, inverts it to noise by DDIM, and
-    reconstructs the image from this noise by DDIM.
+    """Crops and scales an image to height x width pixels (None: the model's size), inverts it to
+    noise by DDIM, and reconstructs the image from this noise by DDIM. `prompt` and
+    `negative_prompt` are used in both directions, with `guidance_invert` in the inversion and
+    `guidance_scale` in the reconstruction.
 
     `iterations` is the number of fixed-point iterations of each inversion step. With 25 steps or
     more they make the inversion more exact; with fewer, larger steps they diverge. If
@@ -523,13 +535,12 @@ def invert_picture(
         x = trip.down(noise, row)
     coded = sd.decode(latents)[0]
     back = sd.decode(x)[0]
-    picture = image.from_tensor(image.to_tensor([picture]))[0]  # in 8 bits, as what it is compared with
+    picture = image.from_tensor(image.to_tensor([picture]))[0]  # in 8 bits, like `back` and `coded`
     return Inversion(noise.float().cpu(), back, psnr(back, picture), psnr(coded, picture), sum(rows))
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Returns the peak signal-to-noise ratio (dB) of two 8-bit images of the same size. It is
-    infinite if the images are equal.
-    """
+    """Returns the peak signal-to-noise ratio, in dB, of two 8-bit images of the same size. It is
+    infinite if the images are equal."""
     error = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
     return math.inf if error == 0 else float(10 * np.log10(255**2 / error))

@@ -2,11 +2,13 @@
 driver (noise/drivers.py) that minimises it, and the settings of both.
 
     steer = choose("syngen", settings={"until": "10"})          # a name of noise/objectives/
+    steer = choose("reward:pickscore")                           # a reward of noise/objectives/reward.py
     steer = choose("mine.py:my", driver="optimize")              # a function in a file
     steer = choose(my, driver="select")                          # a function
 
-`choose` checks everything that can be checked without a model. A file runs as the user who names it,
-so the file's name is taken from a command line or a program, never from a prompts file or an image.
+`choose` checks everything that can be checked without a model. A file of objectives runs as Python
+code with the rights of the user who names it, so its name is taken from a command line or a
+program, never from a prompts file or an image.
 """
 
 import hashlib
@@ -16,8 +18,9 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,22 +30,23 @@ from torch import Tensor
 
 from minsd.guidance import Model
 from minsd.noise import drivers, losses
-from minsd.noise.best import Course, draft
+from minsd.noise.best import draft
 from minsd.noise.drivers import Optimizing, Refining, Result, Say, Selection
 from minsd.noise.initial import candidate_seeds
 from minsd.noise.initial import noise as draw_noise
-from minsd.noise.look import Ask, Lift, Objective, ask
+from minsd.noise.look import Ask, Course, Lift, Objective, ask
 from minsd.noise.losses import Subjects
 from minsd.noise.objectives import NAMES, find
+from minsd.noise.regularizers import measures, moments
 from minsd.samplers.random import generators
-from minsd.samplers.schedule import Refine
+from minsd.samplers.schedule import Refine, Timestep
 
 DRIVERS = ("select", "optimize", "refine")
 
 
 @dataclass(frozen=True)
 class Selecting:
-    """Settings of the driver select."""
+    """Settings of the driver select, the method that scores several noises and chooses the best."""
 
     candidates: int = 16
     # None: scores the noise of every candidate at the first timestep. "zero-order": scores the
@@ -65,12 +69,14 @@ class Selecting:
 
 HOW: dict[str, type] = {"select": Selecting, "optimize": Optimizing, "refine": Refining}
 WORDS = ("norm", "regularizer", "search")  # settings that are a word or None
+NEEDED = inspect.Parameter.empty  # in place of the default of a setting that has none
+SEARCHES = {"rounds": "zero-order", "count": "zero-order", "near": "zero-order", "part": "halving"}
 UNSET = ("repeats", "limits")  # mappings, which a user cannot set
 
 
 @dataclass(frozen=True)
 class Steer:
-    """An objective with its driver and settings, which `choose` has checked."""
+    """An objective with its driver and the settings of both, which `choose` has checked."""
 
     name: str
     target: Callable[..., Any]  # an objective, or a class that makes one
@@ -84,29 +90,32 @@ class Steer:
 
     @property
     def replaces_layout(self) -> bool:
-        """Whether only the objective uses the layout's regions. The image is then drawn from its
-        whole prompt, instead of with one prompt per region."""
+        """Returns True if the regions of a layout are used by the objective alone. The image is
+        then drawn from its whole prompt, instead of with one prompt per region."""
         return self.name == "boxes" or bool(self.settings.get("retention"))
 
     def record(self) -> dict[str, Any]:
-        """Returns what identifies this Steer in an image's saved settings: name, driver, settings,
-        and the SHA-256 of a user's file."""
+        """Returns what identifies this Steer in an image's saved settings, as a dict: name, driver,
+        settings, and the SHA-256 of the user's file if the objective is from one."""
         said = {"name": self.name, "driver": self.driver, "settings": dict(sorted(self.settings.items()))}
         return said if self.sha256 is None else said | {"sha256": self.sha256}
 
     def options(self) -> dict[str, Any]:
-        """Returns the given settings that belong to the objective, and not to its driver."""
+        """Returns the user's settings for the objective, without those for its driver, as name ->
+        value."""
         known = own_options(self.target)
         return {name: value for name, value in self.settings.items() if name in known}
 
     def made(self, sd: Model, asks: Sequence[Ask]) -> Objective:
-        """Returns the objective for some images. Raises ValueError if the objective cannot be used
-        for them, for example because a prompt names no subject."""
+        """Returns the objective for some images; `asks` holds one Ask (prompt, seed, subjects,
+        groups, layout) per image. Raises ValueError if the objective cannot be used for them, for
+        example because a prompt names no subject."""
         return self.target(sd, asks, **self.options()) if self.is_class else self.target
 
     def how(self, objective: Objective) -> Any:
-        """Returns the driver's settings: those published with the objective, or else the driver's
-        defaults, with the given settings changed."""
+        """Returns the settings of the driver, a `Selecting`, `Optimizing` or `Refining`: those
+        published with the objective, or else the driver's defaults, with the user's settings in
+        place of some."""
         kind = HOW[self.driver]
         how: Any = getattr(objective, "how", None)
         if not isinstance(how, kind):
@@ -129,24 +138,33 @@ def choose(
 ) -> Steer:
     """Finds an objective and checks its driver and settings.
 
-    `objective`: a name of noise/objectives/, FILE.py:NAME, a function or a class. `driver`: if
-    None, the driver that the objective is published with, or refine if it states none. `settings`:
-    a mapping, or text such as "lr=5,steps=50". Raises FileNotFoundError if FILE.py does not exist.
-    Raises ValueError if there is no such objective, driver or setting, and for a wrong value.
+    `objective` is a name of noise/objectives/, FILE.py:NAME, a function, or a class that makes one.
+    `driver` is "select", "optimize" or "refine"; None means the driver that the objective is
+    published with, or refine if it states none. `settings` are those of objective and driver, as a
+    mapping, or as text such as "lr=5,steps=50".
+
+    Raises FileNotFoundError if FILE.py does not exist, TypeError for an objective of another type,
+    and ValueError if there is no such objective, driver or setting, for a wrong value, and for a
+    class that cannot be used as an objective.
     """
     sha256 = None
-    if not isinstance(objective, str):
+    if isinstance(objective, str):
+        name = objective
+        target, sha256 = _found(objective)
+    elif callable(objective):
         target = objective
         name = getattr(objective, "__name__", type(objective).__name__)
     else:
-        name = objective
-        target, sha256 = _found(objective)
+        kind = type(objective).__name__
+        raise TypeError(f"an objective is a name, FILE.py:NAME, a function or a class, not of type {kind}")
     driver = driver or getattr(target, "driver", "refine")
     if driver not in DRIVERS:
         raise ValueError(f"no driver is called {driver!r}; choose from {', '.join(DRIVERS)}")
     if hasattr(target, "refine") and driver != "refine":
         raise ValueError(f"the objective {name} has updates of its own: leave out --init-noise {driver}")
     given = read_settings(settings) if isinstance(settings, str) else dict(settings or {})
+    if isinstance(target, type):
+        _check_class(name, target, given)
     known = driver_options(driver) | own_options(target)
     for key, value in given.items():
         if key not in known:
@@ -156,35 +174,69 @@ def choose(
         given[key] = _checked(key, value, known[key])
     if driver == "refine" and {"lr", "scale"} <= given.keys():
         raise ValueError("lr and scale are the same setting under refine: give one")
+    if driver == "select":
+        _check_search({key: given[key] for key in given.keys() - own_options(target).keys()})
     steer = Steer(name, target, driver, given, sha256)
     if not steer.is_class:
-        steer.how(target)  # its errors
+        steer.how(target)  # raises its errors
     else:
         HOW[driver](**{k: v for k, v in given.items() if k in HOW[driver].__dataclass_fields__})
     return steer
 
 
 def driver_options(driver: str) -> dict[str, Any]:
-    """Returns the settings that a driver accepts, name -> default."""
+    """Returns the settings that a driver ("select", "optimize" or "refine") accepts, as name ->
+    default."""
     options = {f.name: f.default for f in fields(HOW[driver]) if f.name not in UNSET}
     return {**options, "guidance": 1.0} | ({"lr": None} if driver == "refine" else {})
 
 
 def own_options(target: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the settings that an objective's class accepts, name -> default. A plain function has
-    none."""
+    """Returns the settings that the class of an objective accepts, as name -> default, or NEEDED
+    for a setting without a default. A plain function has none."""
     if not isinstance(target, type):
         return {}
     parameters = list(inspect.signature(target).parameters.values())[2:]  # after sd and asks
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
+def _check_class(name: str, target: type, given: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a class can be called as cls(sd, asks) with the given settings, and
+    its instances as objective(look)."""
+    if not any("__call__" in vars(cls) for cls in target.__mro__):
+        raise ValueError(f"{name} is a class without __call__: define __call__(self, look)")
+    parameters = list(inspect.signature(target).parameters.values())
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(places) < 2 and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        made = f"{target.__name__}(sd, asks)"
+        raise ValueError(f"{name} is a class that {made} does not make: define __init__(self, sd, asks)")
+    for setting, default in own_options(target).items():
+        if default is NEEDED and setting not in given:
+            raise ValueError(
+                f"{name} needs the setting {setting}: give --objective-set {setting}=VALUE, or a default"
+            )
+
+
+def _check_search(given: Mapping[str, Any]) -> None:
+    """Raises ValueError if `given`, the user's settings of the driver select, has a setting that
+    the chosen search does not use."""
+    search = given.get("search")
+    if search == "zero-order" and "candidates" in given:
+        raise ValueError(
+            "zero-order search begins from the seed's own noise and has no candidates: set its size by "
+            "--objective-set rounds=4,count=4"
+        )
+    for setting, wanted in SEARCHES.items():
+        if setting in given and search != wanted:
+            raise ValueError(f"{setting} is a setting of search={wanted}: give that too, or leave it out")
+
+
 # --- settings ------------------------------------------------------------------------------------
 
 
 def read_settings(text: str) -> dict[str, str]:
-    """Parses settings: "lr=5,steps=50" -> {"lr": "5", "steps": "50"}. Raises ValueError for text of
-    another form and for a name that is given twice."""
+    """Parses a text of settings: "lr=5,steps=50" gives {"lr": "5", "steps": "50"}. Raises
+    ValueError for text of another form and for a name that is given twice."""
     found: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -197,8 +249,8 @@ def read_settings(text: str) -> dict[str, str]:
 
 
 def _checked(key: str, value: Any, default: Any) -> Any:
-    """Converts a setting's value to the type of its default. Raises ValueError if that is not
-    possible."""
+    """Converts `value`, given for the setting `key`, to the type of the setting's default. Raises
+    ValueError if that is not possible."""
     given = value
     if isinstance(value, str):
         words = {"true": True, "false": False, "none": None}
@@ -209,6 +261,8 @@ def _checked(key: str, value: Any, default: Any) -> Any:
                     value = kind(value)
                 except ValueError:
                     continue
+    if default is NEEDED:
+        return value
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if value is None and default is not None and key not in WORDS:
@@ -229,16 +283,18 @@ def _checked(key: str, value: Any, default: Any) -> Any:
 
 
 def is_file(text: str) -> bool:
-    """Returns whether an objective's name is a file's: FILE.py:NAME or FILE.py."""
+    """Returns True if `text`, the name of an objective, refers to a Python file: FILE.py:NAME or
+    FILE.py."""
     return text.rpartition(":")[0].endswith(".py") or text.endswith(".py")
 
 
 def _found(text: str) -> tuple[Callable[..., Any], str | None]:
     if is_file(text):
         return _from_file(text)
-    if text not in NAMES:
+    if text not in NAMES and not text.startswith("reward:"):
         raise ValueError(
-            f"no objective is called {text!r}; choose from {', '.join(NAMES)}, or give FILE.py:NAME"
+            f"no objective is called {text!r}; choose from {', '.join(NAMES)}, reward:NAME, "
+            "or give FILE.py:NAME"
         )
     return find(text), None
 
@@ -247,8 +303,8 @@ _files: dict[Path, tuple[ModuleType, str]] = {}  # imported so far: a file runs 
 
 
 def _from_file(text: str) -> tuple[Callable[..., Any], str]:
-    """Imports FILE.py:NAME. Returns (NAME, SHA-256 of the file). The file's folder is not added to
-    sys.path.
+    """Imports the file in `text`, FILE.py:NAME. Returns (target, sha256): the function or class
+    NAME, and the SHA-256 of the file. The file's folder is not added to sys.path.
 
     Raises FileNotFoundError if there is no such file, and ValueError if the file cannot be imported
     or has no function NAME.
@@ -294,7 +350,8 @@ def _imported(path: Path) -> ModuleType:
 
 @dataclass
 class Run:
-    """A Steer applied to one batch of images: `select`, `optimize` or `refine`."""
+    """A Steer (an objective with its driver and settings) applied to one batch of images. The
+    methods `select`, `optimize` and `refine` run the driver of that name."""
 
     sd: Model
     steer: Steer
@@ -309,82 +366,122 @@ class Run:
     def _lift(self, asks: Sequence[Ask]) -> tuple[Lift, Any]:
         objective = self.steer.made(self.sd, asks)
         guidance = float(self.steer.settings.get("guidance", 1.0))
-        more = {"guidance": guidance, "negative_prompt": self.negative_prompt, "name": self.steer.name}
-        return Lift(self.sd, asks, objective, **more), self.steer.how(objective)
+        lift = Lift(
+            self.sd,
+            asks,
+            objective,
+            guidance=guidance,
+            negative_prompt=self.negative_prompt,
+            name=self.steer.name,
+            course=self._course(),
+        )
+        return lift, self.steer.how(objective)
+
+    def _course(self) -> Course:
+        """Returns the settings of the run that draws the images."""
+        config = self.sd.config
+        scale = config.guidance(self.guidance_scale)
+        sampler = self.sampler or config.sampler
+        return Course(self.steps or config.steps, sampler, self.karras, scale, self.negative_prompt)
 
     def _timesteps(self) -> list[int | float]:
         return losses.listed_timesteps(self.sd, self.steps, self.sampler, self.karras)
 
     def check(self) -> None:
         """Raises ValueError if the objective cannot be used for these images. No network runs."""
-        self.steer.how(self.steer.made(self.sd, self.asks))
+        how = self.steer.how(self.steer.made(self.sd, self.asks))
+        if self.steer.driver == "select" and how.search == "halving":
+            self._draft_steps(how.part)
+
+    def _draft_steps(self, part: float) -> int:
+        """Returns the number of steps of a draft, which is the fraction `part` of the run's steps,
+        but at least 1 and fewer than the run takes. Raises ValueError if the run has a single
+        step."""
+        last = len(self._timesteps()) - 1
+        if last < 1:
+            raise ValueError("search=halving drafts the first steps of a run: give 2 --steps or more")
+        return min(max(1, round(part * (self.steps or self.sd.config.steps))), last)
 
     def select(
         self, candidates: Sequence[Sequence[int]], shape: Sequence[int], say: Callable[[str], None]
     ) -> list[Selection]:
-        """Chooses each image's noise: that of one of the image's candidates (seeds), or with
-        zero-order search a noise near that of the first candidate."""
+        """Chooses each image's noise. `candidates` holds a list of seeds per image, and `shape` is
+        (4,h,w) of one noise. The choice is the candidate with the lowest loss or, with the search
+        "zero-order", a noise near that of the first candidate. Returns one Selection per image.
+        `say(message)` is called with the progress."""
         t = self._timesteps()[0]
         chosen = []
-        for one, seeds in zip(self.asks, candidates, strict=True):
+        for k, (one, seeds) in enumerate(zip(self.asks, candidates, strict=True)):
+            told = drivers.part_of(say, k, len(self.asks))
             begin = time.perf_counter()
             lift, how = self._lift([one])
             drafts: dict[int, float] = {}
 
-            def score(x: Tensor, lift: Lift = lift) -> list[float]:
-                rows = torch.zeros(len(x), dtype=torch.long, device=self.sd.device)
-                return lift.score(x.to(self.sd.device, lift.dtype), rows, t)["loss"].tolist()
+            def score(x: Tensor, own: Sequence[int] | None = None, lift: Lift = lift) -> list[float]:
+                return _scores(lift, x.to(self.sd.device, lift.dtype), t, seeds=own)
 
-            if how.search is None:
-                at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
-                found = drivers.select(score, seeds, shape, at_once=at_once, progress=say)
-            elif how.search == "halving":
-                found, drafts = self._halved(lift, score, seeds, shape, how.part, say)
-            else:
-                found = drivers.search(
-                    score, seeds[0], shape, rounds=how.rounds, count=how.count, near=how.near, progress=say
-                )
+            left = iter(dict.fromkeys(seeds))  # in the order in which `drivers.select` scores them
+
+            def scored(x: Tensor, score: Any = score, left: Iterator[int] = left) -> list[float]:
+                return score(x, list(islice(left, len(x))))
+
+            try:
+                if how.search is None:
+                    at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
+                    found = drivers.select(scored, seeds, shape, at_once=at_once, progress=told)
+                elif how.search == "halving":
+                    found, drafts = self._halved(lift, score, seeds, shape, how.part, told)
+                else:
+                    around = {"rounds": how.rounds, "count": how.count, "near": how.near}
+                    found = drivers.search(score, seeds[0], shape, **around, progress=told)
+            except FloatingPointError:
+                raise ValueError(f"no candidate has a score: {lift.not_finite([0])}") from None
             found.rows = sum(lift.rows.values())
             chosen.append(found)
-            self._note(lift, 1, begin, after={"loss": round(found.score, 5)})
+            self._note(lift, 1, begin, after=_rounded({"loss": found.score}))
             if how.search == "zero-order":
                 self.records[-1]["path"] = found.path  # empty if no neighbour was better
             if drafts:
-                self.records[-1]["drafts"] = [{"seed": s, "loss": round(v, 5)} for s, v in drafts.items()]
+                self.records[-1]["drafts"] = [
+                    {"seed": seed, "loss": drivers.rounded(loss)} for seed, loss in drafts.items()
+                ]
         return chosen
 
     def _halved(
         self,
         lift: Lift,
-        score: Callable[[Tensor], list[float]],
+        score: Callable[[Tensor, Sequence[int]], list[float]],
         seeds: Sequence[int],
         shape: Sequence[int],
         part: float,
         say: Callable[[str], None],
     ) -> tuple[Selection, dict[int, float]]:
-        """Scores all `seeds` at the first timestep, then the best eighth of them (at least 2) after
-        `part` of the run's steps. Chooses the best seed of the second scores. Returns the selection,
-        with the first scores, and the second scores by seed, which are not comparable with them."""
-        config = self.sd.config
-        scale = config.guidance(self.guidance_scale)
-        steps = self.steps or config.steps
-        course = Course(steps, self.sampler or config.sampler, self.karras, scale, self.negative_prompt)
-        stop = min(max(1, round(part * steps)), len(self._timesteps()) - 1)
+        """Chooses one image's seed in two stages, by losses: lower is better. First, `score(noises,
+        seeds)` returns the losses of all `seeds` at the first timestep. Then the eighth of the
+        seeds with the lowest losses (at least 2 seeds) are sampled for the fraction `part` of the
+        run's steps, and `lift` evaluates the loss there. The seed with the lowest second loss is
+        chosen. `shape` is (4,h,w) of one noise. `say(message)` is called after each stage.
+
+        Returns (selection, drafts): the chosen seed with the first losses of all seeds, and the
+        second losses as seed -> loss. First and second losses are not comparable.
+        """
+        course = self._course()
+        stop = self._draft_steps(part)
 
         def drafted(left: list[int]) -> list[float]:
             prompts = [lift.asks[0].prompt] * len(left)
             x, t = draft(self.sd, prompts, draw_noise(left, shape), left, stop, course)
-            lift.rows["full"] += stop * len(left) * (1 if scale == 1 else 2)
-            rows = torch.zeros(len(left), dtype=torch.long, device=self.sd.device)
-            return lift.score(x.to(lift.dtype), rows, t, stop)["loss"].tolist()
+            lift.rows["full"] += stop * len(left) * (1 if course.guidance_scale == 1 else 2)
+            return _scores(lift, x.to(lift.dtype), t, stop)
 
-        stages = [(lambda left: score(draw_noise(left, shape)), max(2, len(seeds) // 8)), (drafted, 1)]
+        stages = [(lambda left: score(draw_noise(left, shape), left), max(2, len(seeds) // 8)), (drafted, 1)]
         found = drivers.halve(seeds, stages, progress=say)
         first, last = found.stages
         return Selection(found.seed, draw_noise([found.seed], shape), last[found.seed], first), last
 
     def optimize(self, start: Tensor, say: Say) -> list[Result]:
-        """Optimises each image's noise, starting from `start` (B,4,h,w)."""
+        """Optimises the noises `start` (B,4,h,w) of the batch by the driver optimize. Returns one
+        Result per image. `say(b, message)` is called with the progress of image b."""
         begin = time.perf_counter()
         lift, how = self._lift(self.asks)
         t = self._timesteps()[0]
@@ -398,16 +495,21 @@ class Run:
             device=self.sd.device,
             dtype=lift.dtype,
             draws=generators([one.seed for one in self.asks], skip=start.shape[1:]),
+            not_finite=lift.not_finite,
             progress=say,
         )
-        for result in results:
-            self._note(lift, len(start), begin, **_ended(result))
+        noise = torch.cat([result.noise for result in results])
+        # Whatever the regularizer was: a noise unlike unit noise may please the objective alone.
+        shape = drivers.values_of(moments(noise)), drivers.values_of(measures(noise, start))
+        for result, of_noise, values in zip(results, *shape):
+            ends = {"noise": _rounded(of_noise), "regularizers": _rounded(values)}
+            self._note(lift, len(start), begin, **_ended(result), **ends)
         return results
 
     def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Returns the noise (B,4,h,w) that the driver, select or optimize, finds from the images'
-        seeds. For select, the candidates are those of `candidate_seeds`, as on the command line.
-        """
+        """Returns the noise (B,4,h,w) that the driver, select or optimize, finds for images with
+        these seeds. `shape` is (4,h,w) of one noise. For select, the candidates of each image are
+        those of `candidate_seeds`, as on the command line."""
         if self.steer.driver == "select":
             count = int(self.steer.settings.get("candidates", Selecting.candidates))
             listed = [candidate_seeds(seed, count) for seed in seeds]
@@ -416,14 +518,16 @@ class Run:
         return torch.cat([result.noise for result in results])
 
     def refine(self, say: Say | None = None) -> tuple[Refine, Callable[[], None]]:
-        """Returns (refine, end): the function that updates the latents before each prediction, and
-        a function to call after the run, which adds to `records`."""
+        """Returns (refine, end): the function `refine(i, t, x) -> x` that samplers call to update
+        the latents before each noise prediction, and a function to call after the run, which adds
+        an entry per image to `records`. `say(b, message)` is called with the progress of image
+        b."""
         begin = time.perf_counter()
         lift, how = self._lift(self.asks)
         results = [Result(torch.empty(0)) for _ in self.asks]
         own = getattr(lift.objective, "refine", None)
         if own is not None:
-            move = own(self.sd, lift, len(self._timesteps()), say)
+            move = own(self.sd, lift, len(self._timesteps()), results, say)
         else:
             run = {"steps": self.steps, "sampler": self.sampler, "karras": self.karras}
             move = drivers.refine(
@@ -433,6 +537,7 @@ class Run:
                 len(self.asks),
                 begin=lift.begin,
                 record=results,
+                not_finite=lift.not_finite,
                 progress=say,
                 **run,
             )
@@ -446,13 +551,28 @@ class Run:
     def _note(self, lift: Lift, images: int, begin: float, **values: Any) -> None:
         rows = {kind: round(n / images, 2) for kind, n in sorted(lift.rows.items())}
         seconds = round((time.perf_counter() - begin) / images, 3)
+        values["reward"] = getattr(lift.objective, "identity", None)
         said = {name: value for name, value in values.items() if value not in (None, {})}
         self.records.append({**self.steer.record(), **said, "rows": rows, "seconds": seconds})
 
 
+def _scores(
+    lift: Lift, x: Tensor, t: Timestep, i: int | None = None, seeds: Sequence[int] | None = None
+) -> list[float]:
+    """Evaluates the objective of the Lift's first image at several latents x (k,4,h,w) and timestep
+    t. Returns a list of the k losses, with NaN for those that are not finite. `i` and `seeds` are
+    as in `Lift.score`."""
+    loss = lift.score(x, torch.zeros(len(x), dtype=torch.long, device=x.device), t, i, seeds)["loss"]
+    return loss.where(loss.isfinite(), math.nan).tolist()
+
+
 def _ended(result: Result) -> dict[str, Any]:
-    before, after = ({k: round(v, 5) for k, v in told.items()} for told in (result.before, result.after))
+    before, after = _rounded(result.before), _rounded(result.after)
     return {"before": before, "after": after, "met": result.met, "note": result.note}
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: drivers.rounded(value) for name, value in values.items()}
 
 
 Begin = Callable[..., tuple[Tensor, Refine | None]]
@@ -466,13 +586,17 @@ def asked(
     pairs: str | None,
     taken: bool,
 ) -> Begin | None:
-    """Prepares an objective for `StableDiffusion.__call__`. Returns a function to call for each
-    batch, or None if `objective` is None. That function returns (noise, refine): the noise
-    (B,4,h,w) to begin from, and the updates of the latents or None.
+    """Prepares an objective for `StableDiffusion.__call__`. Returns None if `objective` is None.
+    Otherwise returns a function to call for each batch, with (sd, prompts, seeds, noise, ...); it
+    returns (noise, refine), where the noise (B,4,h,w) is the one to begin from, and `refine` the
+    function that updates the latents during the run, or None.
 
-    `taken` is whether the caller has also given noise or updates. Raises ValueError if an objective
-    is given although `taken` is true, or if no objective is given although driver, settings, subjects
-    or pairs is. Raises the errors of `choose` too.
+    `objective`, `driver` and `settings` are those of `choose`; `subjects` and `pairs` (nouns with
+    their modifiers) are for the objective. `taken` is True if the caller has also given noise or
+    updates of the latents, which an objective would replace.
+
+    Raises ValueError if an objective is given although `taken` is True, or if no objective is given
+    although driver, settings, subjects or pairs are. Raises the errors of `choose` too.
     """
     if objective is None:
         if any(given is not None for given in (driver, settings, subjects, pairs)):

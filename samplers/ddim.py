@@ -17,17 +17,18 @@ from .schedule import ZERO_SNR, Generators, Predictor, Refine, Schedule, Steps, 
 
 
 def step(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
-    """Takes one deterministic step from level abar = a to level abar = b, in either direction.
-    Latents that begin at zero terminal SNR are all noise, so x itself is the noise that is mixed
-    with the clean latents again."""
+    """Takes one deterministic DDIM step. Returns the latents at level abar = b, computed from the
+    latents x at level abar = a and the noise eps predicted for x, both (B,4,h,w). A step with b > a
+    denoises; a step with b < a inverts. Latents x at zero terminal SNR are all noise, so a step
+    from there mixes the clean latents with x itself."""
     if a == ZERO_SNR:
         return b**0.5 * clean(x, eps, a) + (1 - b) ** 0.5 * x
     return ((b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps).to(x.dtype)
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps, in the model's own spacing,
-    most noise first."""
+    """Lists the timesteps of a run of `steps` steps, most noise first, in the spacing stated by the
+    schedule's config. The first `start` timesteps are left out."""
     return schedule.timesteps(steps)[start:]
 
 
@@ -44,10 +45,13 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w), and yields as every sampler does (`samplers/__init__.py`).
-    With `eta` above 0, fresh noise is drawn from `generator`, a list with one generator per image.
+    """Denoises unit noise x (B,4,h,w) with DDIM's steps. Yields (i, t, x) after every step: the
+    step's number, its timestep, and the latents. `samplers/__init__.py` explains the arguments that
+    all samplers have in common.
 
-    Raises ValueError for an `eta` outside 0 to 1, and for an `eta` above 0 without generators.
+    With `eta` above 0, each step adds fresh noise, drawn from `generator`, a list with one
+    generator per image. Raises ValueError for an `eta` outside 0 to 1, and for an `eta` above 0
+    without generators.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
@@ -80,18 +84,21 @@ def invert(
     iterations: int = 0,
     final: str | None = None,
 ) -> Steps:
-    """Turns latents x (B,4,h,w) into the noise from which DDIM makes them, by DDIM's steps in
-    reverse order. Yields `(i, t, x)`, where x has reached timestep t.
+    """Turns latents x (B,4,h,w) of an image into the noise from which DDIM makes them, by taking
+    DDIM's steps in reverse order. Yields (i, t, x) after every step: the step's number, the
+    timestep t that has been reached, and the latents at the level of t. `final` is the level of the
+    given x: "abar0" (that of timestep 0), "zero" (no noise), or None for the model's own.
 
-    A reversed step needs eps at its noisy end, but the latents there are not known yet. So eps is
-    predicted at the latents where the step begins, with the timestep of the step's end
-    (`anchor="target"`) or of its beginning ("source"). Each of `iterations` then predicts eps again
-    at the end found so far. If the steps are small enough for this to converge, the fixed point
-    inverts the step exactly, provided that guidance is the same in both directions.
+    Exact inversion of a step would need the noise eps predicted at the latents where the reversed
+    step ends, which are not known yet. So eps is first predicted at the latents where the reversed
+    step begins, with the timestep of its end (`anchor="target"`) or of its beginning ("source").
+    Then eps is predicted again, `iterations` times, at the end found so far. If the steps are small
+    enough for this to converge, the fixed point inverts the step exactly, provided that `predict`
+    applies the same guidance when the image is made again.
 
-    Guidance is part of `predict`; the reconstruction is best without guidance. Raises ValueError
-    for an unknown `anchor`, for negative `iterations`, and where the run would end at zero terminal
-    SNR, where eps is x and so does not say what x is.
+    Reconstruction is best if `predict` applies no guidance. Raises ValueError for an unknown
+    `anchor`, for negative `iterations`, and if the inversion would end at zero terminal SNR, where
+    the predicted noise equals the latents and so does not determine them.
     """
     if anchor not in ("target", "source"):
         raise ValueError(f"anchor must be 'target' or 'source', not {anchor!r}")

@@ -1,8 +1,9 @@
 """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): a second-order step from two predictions.
 
-In y and sigma (explained in `samplers/__init__.py`) and with lambda = -log sigma, the exact
-solution for clean latents D that stay constant is y' = (s'/s) y + (1 - s'/s) D. D is extrapolated
-to the middle of the step in lambda from this prediction and the one before.
+`samplers/__init__.py` explains the variables y and sigma; let lambda = -log sigma. A step goes from
+y at level s to y' at level s'. If the predicted clean latents D were constant, the exact solution
+would be y' = (s'/s) y + (1 - s'/s) D. The sampler extrapolates D from the present prediction and
+the one before to the middle of the step in lambda.
 """
 
 import math
@@ -13,8 +14,8 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0, karras: bool = False) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps, most noise first. With `karras`
-    they are fractional."""
+    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
+    them. With `karras` (Karras noise levels) the timesteps are fractional."""
     grid = schedule.karras_timesteps(steps) if karras else schedule.solver_timesteps(steps)
     return grid[start:]
 
@@ -32,11 +33,13 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w), and yields as every sampler does (`samplers/__init__.py`).
+    """Denoises unit noise x (B,4,h,w) with DPM-Solver++(2M). Yields (i, t, x) after every step: the
+    step's number, its timestep, and the latents. `samplers/__init__.py` explains the arguments that
+    all samplers have in common.
 
     The first step is of first order. The last step is of first order too if it ends at sigma 0 or
-    if the run has fewer than 15 steps, because extrapolation would be unstable there. `karras`
-    places more levels where there is little noise (`Schedule.karras_timesteps`).
+    if `steps` is less than 15, because extrapolation would be unstable there. `karras` places more
+    levels where there is little noise (`Schedule.karras_timesteps`).
     """
     visited = timesteps(schedule, steps, start, karras)
     sigmas = schedule.sigmas(visited, final)

@@ -9,20 +9,21 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps, most noise first. With linspace
-    spacing they are fractional."""
+    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
+    them. If the schedule has linspace spacing, the timesteps are fractional."""
     return schedule.timesteps(steps, fractional=True)[start:]
 
 
 def begin(init: Tensor | None, noise: Tensor, schedule: Schedule, t: Timestep) -> Tensor:
-    """Returns the latents (B,4,h,w) with which a run starts at timestep t, from unit `noise`
-    (B,4,h,w) and the clean latents `init` of an image (or None).
+    """Returns the latents (B,4,h,w) with which a run starts at timestep t. `noise` (B,4,h,w) is
+    unit noise. `init` holds the clean latents of an image for image-to-image, and is None
+    otherwise.
 
-    With `init`, the result is the usual mixture of `init` and noise at level t. Without `init`, it
-    depends on the spacing, as in diffusers' classes for Euler's and Heun's rules. Linspace and
-    trailing runs start from y = sigma noise, that is, from pure noise at exactly that level, which
-    in variance-preserving scale is sqrt(1 - abar) noise. Leading runs start from unit noise itself,
-    as all other samplers do.
+    With `init`, the result is the usual mixture of `init` and `noise` at the level of t. Without
+    `init`, the result depends on the schedule's timestep spacing, as in diffusers' classes for
+    Euler's and Heun's rules. Linspace and trailing runs start from y = sigma noise, that is, from
+    pure noise at exactly the level of t, which in variance-preserving scale is sqrt(1 - abar)
+    noise. Leading runs start from unit noise itself, as the runs of all other samplers do.
     """
     if init is None and schedule.config.timestep_spacing != "leading":
         return (1 - schedule.abar(t)) ** 0.5 * noise
@@ -41,8 +42,9 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) along the tangent from each level to the next, and yields as
-    every sampler does (`samplers/__init__.py`)."""
+    """Denoises unit noise x (B,4,h,w) with Euler's rule, which follows the tangent from each level
+    to the next. Yields (i, t, x) after every step: the step's number, its timestep, and the
+    latents. `samplers/__init__.py` explains the arguments."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = begin(init, x, schedule, visited[0])
@@ -66,8 +68,10 @@ def sample_ancestral(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises as `sample` does, but each step goes below its next level and returns to that level
-    by adding fresh noise.
+    """Denoises unit noise x (B,4,h,w) with Euler's rule and fresh noise in every step. Each step
+    first goes to a noise level below the one at which it ends, and then adds noise to reach that.
+    Yields (i, t, x) after every step: the step's number, its timestep, and the latents.
+    `samplers/__init__.py` explains the arguments.
 
     The noise is drawn from `generator`, a list with one generator per image. Raises ValueError
     without generators.

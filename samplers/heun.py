@@ -1,6 +1,6 @@
-"""Heun's second-order rule for dy/dsigma = eps (Karras et al. 2022, algorithm 1, without churn):
-Euler's step, then again with the mean of the slopes at both ends. The variables are explained in
-`samplers/__init__.py`, the first latents in `euler.begin`."""
+"""Heun's second-order rule for dy/dsigma = eps (Karras et al. 2022, algorithm 1, without churn). A
+step is first taken as Euler's, then taken again from its beginning with the mean of the slopes at
+both ends. `samplers/__init__.py` explains the variables; `euler.begin` makes the first latents."""
 
 from torch import Tensor
 
@@ -32,8 +32,9 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with two predictions per step, except one in the last step.
-    Yields as every sampler does (`samplers/__init__.py`)."""
+    """Denoises unit noise x (B,4,h,w) with Heun's rule, which needs two predictions per step but
+    only one in the last step. Yields (i, t, x) after every step: the step's number, its timestep,
+    and the latents. `samplers/__init__.py` explains the arguments."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = euler.begin(init, x, schedule, visited[0])

@@ -12,10 +12,10 @@ TIMESTEP_SCALING = 10.0  # of the boundary condition, as distilled
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps, most noise first. They are
-    chosen from the 50 timesteps of the distillation.
+    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
+    them. They are chosen from the 50 timesteps that latent consistency models are distilled at.
 
-    Raises ValueError for more than 50 steps, and for fewer than 1.
+    Raises ValueError if `steps` is less than 1 or more than 50.
     """
     if not 1 <= steps <= TRAINED_STEPS:
         raise ValueError(f"the lcm sampler takes 1 to {TRAINED_STEPS} steps, not {steps}")
@@ -36,12 +36,13 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) in 1 to 50 steps (the models are made for 1 to 8), and yields
-    as every sampler does (`samplers/__init__.py`).
+    """Denoises unit noise x (B,4,h,w) with a latent consistency model in 1 to 50 steps (the models
+    are made for 1 to 8). Yields (i, t, x) after every step: the step's number, its timestep, and
+    the latents. `samplers/__init__.py` explains the arguments.
 
-    Fresh noise is drawn from `generator`, a list with one generator per image. A run always ends at
-    the clean latents. Raises ValueError for `final="abar0"`, and for more than one step without
-    generators.
+    After every step but the last, fresh noise is added, drawn from `generator`, a list with one
+    generator per image. A run always ends at the clean latents. Raises ValueError for
+    `final="abar0"`, and for more than one step without generators.
     """
     if final not in (None, "zero"):
         raise ValueError(f"the lcm sampler ends at the clean latents: final must be 'zero', not {final!r}")

@@ -1,12 +1,13 @@
-"""PNDM without its Runge-Kutta start, also called PLMS (Liu et al. 2022, sections 3.3 and 4):
-DDIM's step, with eps from the Adams-Bashforth formula over the last four predictions. Stable
-Diffusion 1.x was published with it.
+"""PNDM without its Runge-Kutta start, also called PLMS (Liu et al. 2022, sections 3.3 and 4). A
+step is DDIM's, with eps from the Adams-Bashforth formula over the last four predictions. Stable
+Diffusion 1.x was published with this sampler.
 
-The formula (the paper's equation 12) combines predictions of eps. diffusers' PNDMScheduler combines
-the outputs of a v-predicting network and converts the sum at the newest level only, although each v
-belongs to a level of its own; its runs do not end where DDIM's do even if every v is exact. Here
-`predict` has converted each prediction at its own level. On a test predictor the two runs differ by
-88 % of their norm at 2 steps, 13 % at 10, and 3 % at 50."""
+The formula (the paper's equation 12) combines predictions of eps. For a v-predicting network,
+diffusers' PNDMScheduler combines the network's outputs v, although each v belongs to a level of its
+own, and converts only the sum to eps, at the newest level; its runs do not end where DDIM's do even
+if every v is exact. Here `predict` has converted each prediction at its own level. On a test
+predictor the two runs differ by 88 % of their norm at 2 steps, 13 % at 10, and 3 % at 50.
+"""
 
 from torch import Tensor
 
@@ -15,12 +16,12 @@ from .schedule import ZERO_SNR_SAMPLERS, Generators, Predictor, Refine, Schedule
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps, most noise first. The second
-    timestep is listed twice, so the list has one timestep more than the run has steps, unless a
-    single step is left.
+    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
+    them. The second timestep is listed twice, so the list is one longer than the number of steps
+    left, unless only one step is left.
 
-    Raises ValueError for a run that begins at zero terminal SNR, where eps is x and cannot be
-    combined with the eps of other levels."""
+    Raises ValueError for a run that begins at zero terminal SNR. The predicted noise equals the
+    latents there, and cannot be combined with the noise predicted at other levels."""
     grid = schedule.timesteps(steps)[start:]
     schedule.check_signal(grid, "the sampler pndm", f"take {ZERO_SNR_SAMPLERS}")
     return grid[:1] + grid[1:2] + grid[1:]
@@ -38,13 +39,15 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w), and yields as every sampler does (`samplers/__init__.py`),
-    but one time more than there are steps (unless a single step is left).
+    """Denoises unit noise x (B,4,h,w) with PNDM. Yields (i, t, x) once for every timestep that
+    `timesteps` lists, which is once more than there are steps, unless only one step is left: i
+    counts from 0, t is the timestep, and x the latents. `samplers/__init__.py` explains the
+    arguments.
 
     The second timestep is visited twice. The first of these visits repeats the run's first step
     from the latents where that step began, with the mean of the predictions at the step's two ends.
-    A change that `refine` makes during this visit therefore affects the prediction alone, as in the
-    published program.
+    A change that `refine` makes to the latents during this visit therefore affects only the
+    prediction, as in the published program.
     """
     visited = timesteps(schedule, steps, start)
     stride = schedule.config.num_train_timesteps // steps

@@ -15,9 +15,9 @@ from .schedule import Generators
 def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[torch.Generator]:
     """Makes one CPU generator per seed. Raises ValueError for a seed outside 0 to 2^63 - 1.
 
-    `skip` is the shape (4,h,w) of the initial noise that was already drawn from each seed. Each
-    generator is advanced by as many numbers, so that noise drawn during sampling does not repeat
-    the initial noise.
+    `skip` is the shape (4,h,w) of the initial noise that was drawn from each seed elsewhere. Each
+    new generator skips as many random numbers, so that noise drawn from it during sampling does not
+    repeat the initial noise.
     """
     out = []
     for seed in seeds:
@@ -31,8 +31,8 @@ def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[
 
 
 def randn_like(generator: Generators | None, like: Tensor) -> Tensor:
-    """Draws unit normal noise of the shape (B,...), device and dtype of `like`. Row b comes from
-    generator b.
+    """Draws unit normal noise with the shape (B,...), device and dtype of `like`. `generator` is a
+    list of B generators; image b takes its noise from generator b.
 
     Raises ValueError unless there is one generator per image.
     """

@@ -31,8 +31,9 @@ ZERO_SNR_SAMPLERS = "ddim, euler, euler_a, dpmpp_2m, unipc or lcm"  # those that
 
 
 class Schedule:
-    """The noise levels of a model. `alphas_cumprod` holds abar at every training timestep, (1000,)
-    float32, computed as diffusers does. `abar(t)` gives one of these values as a Python float.
+    """The noise levels of a model, computed from its scheduler config as diffusers computes them.
+    `alphas_cumprod` (1000,), float32, holds abar at every training timestep; the method `abar(t)`
+    returns abar at one timestep as a Python float.
 
     The constructor raises ValueError for an unknown beta schedule or prediction type, and for zero
     terminal SNR without v-prediction.
@@ -65,8 +66,8 @@ class Schedule:
         self._abar: list[float] = self.alphas_cumprod.double().tolist()
 
     def abar(self, t: Timestep) -> float:
-        """Returns abar at timestep t. Between two whole timesteps log sigma is interpolated
-        linearly. With linspace spacing sigma itself is interpolated, as in diffusers' classes for
+        """Returns abar at timestep t. Between two whole timesteps, log sigma is interpolated
+        linearly, or sigma itself if the schedule has linspace spacing, as in diffusers' classes for
         Euler's and Heun's rules."""
         low = min(max(int(t), 0), len(self._abar) - 1)
         if t == low:
@@ -95,7 +96,7 @@ class Schedule:
 
     def final_abar(self, final: str | None = None) -> float:
         """Returns abar at the end of a run. `final` is "abar0" (the level of timestep 0), "zero"
-        (no noise), or None for the model's own choice.
+        (no noise), or None for the level that the model's config states (`set_alpha_to_one`).
 
         Raises ValueError for any other `final`.
         """
@@ -106,36 +107,38 @@ class Schedule:
         return 1.0 if final == "zero" else self._abar[0]
 
     def abar_below(self, t: Timestep, steps: int, final: str | None = None) -> float:
-        """Returns abar where a step of DDIM or PNDM that starts at timestep t ends: at timestep t -
-        1000 // steps (for 1000 training timesteps), or at the final level if that timestep is
-        negative.
+        """Returns abar at the end of a DDIM or PNDM step that starts at timestep t, in a run of
+        `steps` steps. The step ends at timestep t - 1000 // steps (for 1000 training timesteps),
+        or, if that number is negative, at the level that `final` selects (see `final_abar`).
 
-        With linspace spacing that timestep is not exactly the next one visited. The published
-        samplers do the same.
+        With linspace spacing the step's end is not exactly the next timestep of the run. The
+        published samplers do the same.
         """
         below = t - self.config.num_train_timesteps // steps
         return self.abar(below) if below >= 0 else self.final_abar(final)
 
     def sigma(self, t: Timestep) -> float:
-        """Returns the noise-to-signal ratio sigma = sqrt((1 - abar) / abar) at timestep t, the
-        variable of dy/dsigma = eps."""
+        """Returns the noise-to-signal ratio sigma = sqrt((1 - abar) / abar) at timestep t. It is
+        the variable of the equation dy/dsigma = eps that most samplers solve
+        (`samplers/__init__.py`)."""
         return ((1 - self.abar(t)) / self.abar(t)) ** 0.5
 
     def sigmas(self, timesteps: Sequence[Timestep], final: str | None = None) -> list[float]:
-        """Lists sigma at each timestep, followed by sigma of the final level, which is 0 unless
-        `final` is "abar0"."""
+        """Lists sigma (noise-to-signal ratio) at each of the timesteps, followed by sigma at the
+        run's end. If `final` is "abar0", that is sigma at timestep 0; if it is "zero" or None,
+        0."""
         last = self.final_abar(final or "zero")
         return [self.sigma(t) for t in timesteps] + [((1 - last) / last) ** 0.5]
 
     def timesteps(self, steps: int, fractional: bool = False, below: int = 0) -> list[Timestep]:
-        """Lists the training timesteps of a run of `steps` steps in the model's own spacing, most
-        noise first.
+        """Lists the training timesteps of a run of `steps` steps, most noise first, in the spacing
+        stated by the model's config.
 
         With `fractional`, linspace timesteps are not rounded, as in diffusers' classes of some
-        samplers. With `below`, the timesteps are those of a run of `steps + below` steps, without
-        the last `below` of them. NumPy spaces and rounds the numbers, as in diffusers' classes, so
-        that exact halves are rounded the same way. Raises ValueError for a number of steps that is
-        out of range, and for an unknown spacing.
+        samplers. With `below`, the list is that of a run of `steps + below` steps, without its last
+        `below` timesteps. NumPy spaces and rounds the numbers, as in diffusers' classes, so that
+        exact halves are rounded the same way. Raises ValueError for a number of steps that is out
+        of range, and for an unknown spacing.
         """
         self._check(steps)
         n = self.config.num_train_timesteps
@@ -163,16 +166,16 @@ class Schedule:
         raise ValueError(f"unknown timestep_spacing {spacing!r}: use leading, linspace or trailing")
 
     def solver_timesteps(self, steps: int) -> list[Timestep]:
-        """Lists the timesteps of the multistep solvers (DPM++, UniPC), most noise first: those of a
-        run of steps + 1 steps without the last one. With trailing spacing they are the usual
-        timesteps of a run of `steps` steps."""
+        """Lists the timesteps of a run of `steps` steps with a multistep solver (DPM++, UniPC),
+        most noise first. They are those that `timesteps` lists for steps + 1 steps, without the
+        last. With trailing spacing they are those that `timesteps` lists for `steps` steps."""
         return self.timesteps(steps, below=0 if self.config.timestep_spacing == "trailing" else 1)
 
     def karras_timesteps(self, steps: int) -> list[Timestep]:
-        """Lists timesteps whose levels are evenly spaced in sigma^(1/7) (Karras et al. 2022,
-        equation 5), most noise first.
+        """Lists `steps` timesteps whose noise levels are evenly spaced in sigma^(1/7) (Karras et
+        al. 2022, equation 5), most noise first.
 
-        The timesteps are fractional, so that `sigma` at each timestep is exactly the level wanted.
+        The timesteps are fractional, so that `sigma` at each of them is exactly the level wanted.
         Raises ValueError for a number of steps that is out of range.
         """
         self._check(steps)
@@ -196,14 +199,16 @@ class Schedule:
             raise ValueError(f"steps must be a whole number from 1 to {n}, not {steps}")
 
     def begin(self, init: Tensor | None, noise: Tensor, t: Timestep) -> Tensor:
-        """Returns the latents (B,4,h,w) at the start of a run: unit `noise` if `init` is None,
-        otherwise the clean latents `init` with noise added up to the level of timestep t."""
+        """Returns the latents (B,4,h,w) at the start of a run: the unit `noise` itself if `init` is
+        None, otherwise the clean latents `init` with `noise` added up to the level of timestep
+        t."""
         abar = self.abar(t)
         return noise if init is None else abar**0.5 * init + (1 - abar) ** 0.5 * noise
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """Returns clean latents x0 with unit noise, (B,4,h,w) each, added up to the level of
-        timesteps t (an int, or a tensor (B,))."""
+        """Adds noise to clean latents: returns sqrt(abar) x0 + sqrt(1 - abar) noise, with abar at
+        timestep t. `x0` and the unit noise `noise` have the shape (B,4,h,w); t is an int for the
+        whole batch or a tensor (B,) with one timestep per image."""
         abar = self.alphas_cumprod.to(x0.device)[torch.as_tensor(t, device=x0.device).expand(len(x0))]
         abar = abar.to(x0.dtype).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
@@ -229,11 +234,12 @@ def clean(x: Tensor, eps: Tensor, abar: float) -> Tensor:
 
 
 def to_y(x: Tensor, sigma: float) -> Tensor:
-    """Converts variance-preserving latents x to y = x0 + sigma eps (explained in
-    `samplers/__init__.py`)."""
+    """Converts latents x in variance-preserving scale to y = x0 + sigma eps, which is x sqrt(1 +
+    sigma^2) (explained in `samplers/__init__.py`)."""
     return x * (1 + sigma**2) ** 0.5
 
 
 def to_x(y: Tensor, sigma: float) -> Tensor:
-    """Converts y = x0 + sigma eps to variance-preserving latents x, the inverse of `to_y`."""
+    """Converts y = x0 + sigma eps to latents x in variance-preserving scale, which are y / sqrt(1 +
+    sigma^2). The inverse of `to_y`."""
     return y / (1 + sigma**2) ** 0.5

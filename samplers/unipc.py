@@ -1,8 +1,9 @@
-"""UniPC of order 2, B(h) = exp(h) - 1 ("bh2"; Zhao et al. 2023): predictor and free corrector.
+"""UniPC of order 2 with B(h) = exp(h) - 1, called "bh2" (Zhao et al. 2023): a predictor, and a
+corrector that costs no further network evaluation.
 
-Written in y and sigma (explained in `samplers/__init__.py`) like DPM++, a step is
-y' = (s'/s) y + (1 - s'/s) D. The prediction at the end of a step, which the next step needs anyway,
-first corrects the latents there.
+In the variables y and sigma (explained in `samplers/__init__.py`) a step from level s to level s'
+is y' = (s'/s) y + (1 - s'/s) D, as for DPM++, where D estimates the clean latents. The prediction
+at the end of a step, which the next step needs anyway, is used first to correct the latents there.
 """
 
 import math
@@ -13,7 +14,8 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run without its first `start` steps, most noise first."""
+    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
+    them."""
     return schedule.solver_timesteps(steps)[start:]
 
 
@@ -29,8 +31,9 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w), and yields as every sampler does (`samplers/__init__.py`).
-    The first and the last step are of first order."""
+    """Denoises unit noise x (B,4,h,w) with UniPC. Yields (i, t, x) after every step: the step's
+    number, its timestep, and the latents. `samplers/__init__.py` explains the arguments. The first
+    and the last step are of first order."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = schedule.begin(init, x, visited[0])
@@ -66,13 +69,14 @@ def sample(
 
 
 def _corrector_weights(r: float, h: float) -> tuple[float, float]:
-    """Returns (a, b), the corrector's weights of two differences to the clean latents predicted at
-    the step's beginning: a belongs to the prediction one step earlier (its difference divided by
-    r), b to the prediction at the step's end.
+    """Returns (a, b), the two weights of UniPC's corrector. The corrector estimates the clean
+    latents of a step as D + a (D' - D) / r + b (D'' - D), where D was predicted at the step's
+    beginning, D' one step earlier, and D'' at the step's end.
 
-    `h` is the length of the step in lambda. `r` (negative) is the place of the earlier prediction
-    on a scale on which the step goes from 0 to 1. The weights solve [[1, 1], [r, 1]] (a, b) =
-    (phi_2, 2 phi_3), scaled by h and B(h) (theorem 3.1).
+    `h` is the length of the step in lambda = -log sigma. `r` (negative) is the place of the earlier
+    prediction D' on a scale on which the step goes from 0 to 1. The weights solve a + b = phi / B
+    and r a + b = 2 (phi / -h - 1/2) / B, with B = exp(-h) - 1 and phi = B / -h - 1 (theorem 3.1 of
+    the UniPC paper).
     """
     b_h = math.expm1(-h)
     phi = b_h / -h - 1

@@ -1,6 +1,7 @@
 """Loading: models saved by diffusers come back tensor for tensor; faulty ones are refused in one line."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minsd
-from minsd.weights.safetensors_file import PICKLES, read_header
+from minsd.weights.safetensors_file import PICKLES, RenamedTensors, Tensors, read_header
 
 
 def tensors(folder):
@@ -79,7 +80,7 @@ def test_tensors_of_the_right_dtype_stay_mapped(broken_folder, small, dtype):
         here = any(int(a, 16) <= weight.data_ptr() < int(b, 16) for a, b in maps)
         any_place = dtype != torch.float32 or weight.ndim < 2
         aligned = any_place or (start + entry["data_offsets"][0]) % 64 == 0
-        fused = ".attn" in name and ".to_out." not in name and ".attn2.to_q." not in name
+        fused = any(f".attn1.to_{part}." in name for part in "qkv")
         assert here == (aligned and not fused)
         assert any_place or weight.data_ptr() % 64 == 0
         mapped += here
@@ -284,3 +285,28 @@ def test_submodules_resolve_from_minsd_alone():
     root = Path(minsd.__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.stdout == "False True\n", result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tensors_are_read_into_place(tmp_path, dtype):
+    state = {"b": torch.randn(3, 5).half(), "a": torch.randn(7).half(), "c": torch.randn(2, 3, 1, 1).half()}
+    save_file(state, tmp_path / "x.safetensors", {"a": "long header " * 20})
+    tensors = Tensors(tmp_path / "x.safetensors", "", dtype)
+    whole = torch.zeros(10, 5, dtype=dtype)
+    tensors.copy_to(whole[4:7], "b")
+    assert torch.equal(whole[4:7], state["b"].to(dtype)) and not whole[:4].any() and not whole[7:].any()
+    flat = torch.zeros(2, 3, dtype=dtype)
+    RenamedTensors(tensors, "", {"z": ("c", None)}).copy_to(flat, "z")
+    assert torch.equal(flat, state["c"].flatten(1).to(dtype))
+    columns = torch.zeros(5, 3, dtype=dtype).T  # not contiguous
+    tensors.copy_to(columns, "b")
+    assert torch.equal(columns, state["b"].to(dtype))
+
+
+def test_a_file_cut_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    tensors = Tensors(path, "", torch.float32)
+    os.truncate(path, path.stat().st_size - 8)
+    with pytest.raises(ValueError, match="ended early"):
+        tensors.copy_to(torch.empty(1000), "a")

@@ -234,7 +234,8 @@ def test_per_row_everywhere_is_merged_and_each_row_has_its_own(files, small_fold
         assert relative(everywhere[which], expected[0.9, 0.0][which]) < 1e-12
     assert relative(expected[0.9, 0.0][0], expected[0.0, 0.0][0]) > 1e-2
     assert torch.equal(run()[0], expected[0.0, 0.0][0])  # nothing is left behind
-    assert all(m.fused is not None for m in sd.unet.modules() if isinstance(m, minsd.attention.Attention))
+    layers = [m for m in sd.unet.modules() if isinstance(m, minsd.attention.Attention)]
+    assert all((m.fused is None) == m.is_cross for m in layers)
     with lora.per_row([(a, [1.0, 0.0])]), pytest.raises(ValueError, match="2 scales .* 1 rows"):
         sd.unet(x[:1], 400, context[:1])
 

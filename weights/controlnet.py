@@ -1,15 +1,15 @@
 """Loads ControlNets from files: diffusers folders, and single files with diffusers' names or in the
 original layout (`control_model.*`), and control-loras.
 
-The shapes of the tensors give widths, layers, and the levels with cross-attention. They do not give
-the number of attention heads. That number is read from the config.json beside the weights. Without
-a config.json it is the one of the model family (`minsd.config.MODELS`) with the same level widths
-and the same width of text states, or 8 if no family has them.
+The shapes of the tensors show widths, layers, and the levels with cross-attention, but not the
+number of attention heads. That number is read from the config.json beside the weights. Without a
+config.json, the number is that of the model family (`minsd.config.MODELS`) with the same level
+widths and the same width of text states, or 8 if no family has these widths.
 
-A control-lora (Stability AI's and ComfyUI's format) holds a ControlNet as its difference from the
-UNet of the model that it is used with. A file in that format holds an empty tensor
-`lora_controlnet`, low-rank factors `LAYER.up` and `LAYER.down` of the differences of weights, and
-whole the tensors that have no such factors. All other weights are the UNet's own.
+A control-lora (the format of Stability AI and ComfyUI) holds a ControlNet as its difference from
+the UNet of the model that it is used with. The file contains an empty tensor `lora_controlnet`. It
+contains the difference of a weight as two low-rank factors, `LAYER.up` and `LAYER.down`, and other
+tensors as they are. Weights that are not in the file are the UNet's own.
 """
 
 from collections.abc import Iterator
@@ -32,11 +32,12 @@ from minsd.weights.single_file import count, pairs, sizes, unet_of
 def load_controlnet(
     path: str | Path, *, device: torch.device | str, dtype: torch.dtype, unet: UNet | None = None
 ) -> ControlNet:
-    """Loads a ControlNet of Stable Diffusion 1.x, 2.x or XL, frozen, on `device` in `dtype`. `unet`
-    is the UNet of the model that it is used with, which only control-loras need.
+    """Loads a ControlNet of Stable Diffusion 1.x, 2.x or XL, frozen, on `device` in `dtype`. `path`
+    is a diffusers folder or a .safetensors file. `unet` is the UNet of the model that the ControlNet
+    will be used with; only control-loras need it.
 
-    Raises ValueError or FileNotFoundError, in one line, where the file is missing or holds
-    something else.
+    Raises FileNotFoundError if the file is missing, and ValueError if it is a pickle, is malformed,
+    or holds anything but a whole ControlNet. Messages have one line.
     """
     path = Path(path)
     refuse_pickle(path, "ControlNet")
@@ -72,8 +73,8 @@ def load_controlnet(
 
 
 def _rename(name: str) -> list[str]:
-    """Translates a tensor name of the file into ours: a list with the new name, or an empty list if
-    the tensor is not part of the ControlNet."""
+    """Translates a tensor name in a ControlNet's file into minsd's name. Returns a list with the
+    new name, or an empty list if the tensor is not part of the ControlNet."""
     new = controlnet_name(name)
     return [new] if new else []
 
@@ -127,8 +128,9 @@ class ControlLora(RenamedTensors):
 
 
 def hidden_of(tensors: RenamedTensors) -> tuple[int, ...]:
-    """Returns the channel counts inside the network that embeds control images, one number per
-    resolution, finest first."""
+    """Reads the sizes of the network that embeds control images from a ControlNet's tensors.
+    Returns the network's channel counts, one number per resolution, finest first. Raises ValueError
+    if a tensor is missing or a size is impossible."""
     embedding = "controlnet_cond_embedding"
 
     def read() -> dict[str, Any]:
@@ -140,9 +142,10 @@ def hidden_of(tensors: RenamedTensors) -> tuple[int, ...]:
 
 
 def with_config_json(config: UNetConfig, path: Path) -> tuple[UNetConfig, bool]:
-    """Adds to `config` the settings in a config.json that tensor shapes do not show. Returns
-    (config, bgr), where bgr says whether the ControlNet was trained on control images in BGR
-    channel order. Raises ValueError for a config of another kind of network."""
+    """Adds to `config` the settings in a ControlNet's config.json (`path`) that tensor shapes do
+    not show. Returns (config, bgr), where bgr is True if the ControlNet was trained on control
+    images in BGR channel order. Raises ValueError if the file describes another kind of network or
+    a setting that minsd does not support."""
     c = read_json(path)
     if c.get("_class_name", "ControlNetModel") != "ControlNetModel":
         kind = ascii(c["_class_name"])[:80]

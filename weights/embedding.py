@@ -1,10 +1,11 @@
-"""Reads embeddings of textual inversion (Gal et al. 2022): vectors that stand for a word of the
-prompt, in the place of the text encoder's own token embeddings.
+"""Reads embeddings of textual inversion (Gal et al. 2022): vectors for a new word of the prompt,
+which take the place of the text encoder's own token embeddings.
 
-Readable files are safetensors, and pickles with torch.load's restriction to tensors and plain data:
-those of AUTOMATIC1111's web UI (`emb_params`, `string_to_param`), of diffusers (the word itself is
-the name of its tensor), with one tensor per text encoder for SDXL (`clip_l`, `clip_g`), and LoRA
-files with embeddings in them (`bundle_emb.NAME.*`). For example:
+Two formats are read: safetensors, and pickles with torch.load's restriction to tensors and plain
+data. Their tensors may be named as in AUTOMATIC1111's web UI (`emb_params`, `string_to_param`), as
+in diffusers (the word itself is the name of its tensor), as in SDXL's files with one tensor per
+text encoder (`clip_l`, `clip_g`), or as in LoRA files with embeddings in them
+(`bundle_emb.NAME.*`). For example:
 
     add(read("easynegative.safetensors", None, sd), sd)
     images = sd("a red circle", negative_prompt="easynegative")
@@ -27,24 +28,26 @@ LARGEST = 32 * 2**20  # bytes of a pickle; 75 vectors of SDXL take 0.6 MB in flo
 MOST = 75  # vectors, the tokens of a chunk
 _BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(.+)")
 _FAMILIES = {(768,): "Stable Diffusion 1.x", (1024,): "Stable Diffusion 2.x", (768, 1280): "SDXL"}
-# Names that say nothing about the word: the file's name is the word.
+# Tensor names that do not contain the word; the word is then the file's name.
 _NAMELESS = ("emb_params", "string_to_param", "*", "clip_l", "clip_g", "text_encoders_0", "text_encoders_1")
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A word for prompts, and its vectors (k,D) for each text encoder."""
+    """An embedding of textual inversion: `name` is the word to write in prompts, and `vectors`
+    holds one tensor (k,D) per text encoder, the k vectors of width D that stand for this word."""
 
     name: str
     vectors: tuple[Tensor, ...]
 
 
 def read(path: str | Path, name: str | None, sd: Any) -> Embedding:
-    """Reads the embedding in a file for the text encoders of `sd`. `name` is the word for prompts;
-    None means the word that the file states, or else the file's name without its suffix.
+    """Reads the embedding in a file and checks that it fits the text encoders of the model `sd`.
+    `name` is the word for prompts; if `name` is None, the word is the one that the file states, or
+    else the file's name without its suffix.
 
-    Raises FileNotFoundError or ValueError, in one line, for a file that is missing, holds no
-    embedding, or was made for another model.
+    Raises FileNotFoundError if there is no such file, and ValueError if the file holds no embedding
+    or one that was made for another model. Messages have one line.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,8 +68,9 @@ def read(path: str | Path, name: str | None, sd: Any) -> Embedding:
 
 
 def bundled(path: str | Path, sd: Any) -> list[Embedding]:
-    """Reads the embeddings in a LoRA's file. Returns an empty list if the file holds none. Raises
-    ValueError for an embedding that was made for another model."""
+    """Reads the embeddings that are stored in a LoRA's file, for the text encoders of the model
+    `sd`. Returns an empty list if the file holds none. Raises FileNotFoundError if there is no such
+    file, and ValueError for an embedding that was made for another model."""
     from minsd.weights.lora import file_of
 
     path = file_of(Path(path))
@@ -79,8 +83,9 @@ def bundled(path: str | Path, sd: Any) -> list[Embedding]:
 
 
 def add(embedding: Embedding, sd: Any) -> str:
-    """Makes an embedding's name a word of the prompts of `sd`. Returns a note for the user. Raises
-    ValueError if there is an embedding of that name already."""
+    """Makes the embedding's name a word that the prompts of the model `sd` can use. Returns a note
+    of one line for the user. Raises ValueError if the model has an embedding of that name
+    already."""
     for encoder, vectors in zip(encoders(sd), embedding.vectors):
         encoder.add(embedding.name, vectors)
     count = len(embedding.vectors[0])
@@ -88,14 +93,14 @@ def add(embedding: Embedding, sd: Any) -> str:
 
 
 def encoders(sd: Any) -> list[TextEncoder]:
-    """Returns the text encoders of a model: one, or two for SDXL."""
+    """Returns the text encoders of the model `sd`: two for SDXL, otherwise one."""
     second = getattr(sd.text, "second", None)
     return [sd.text] if second is None else [sd.text, second]
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a pickle that holds nothing but tensors and plain data. Raises
-    ValueError for any other."""
+    """Reads the tensors of an embedding's pickle, as a dict of name -> tensor. Raises ValueError if
+    the pickle holds anything but tensors and plain data, is larger than 32 MiB, or is damaged."""
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         try:
@@ -119,7 +124,10 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def _embedding(path: Path, name: str, tensors: Mapping[str, Tensor], sd: Any) -> Embedding:
-    """Checks an embedding's tensors and orders them by text encoder."""
+    """Checks an embedding's tensors (name -> tensor) and sorts them into the order of the text
+    encoders of the model `sd`. Returns the embedding for the word `name`. Raises ValueError, naming
+    the file `path`, if `name` cannot be a word of a prompt or the tensors are no embedding for this
+    model."""
     name = name.strip()
     if not name.isprintable() or not 0 < len(name) <= 100:
         raise ValueError(f"{path}: {ascii(name)[:120]} cannot be a word of a prompt: give FILE:NAME")

@@ -51,16 +51,20 @@ def is_id(model: str) -> bool:
 
 
 def fetch(model: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> Path:
-    """Returns the folder of the hub id `model` in the cache, with all its files. Downloads those
-    that are missing. The folder's name is the hash of the commit that the files are from.
+    """Downloads a model from the hub: those of its files that minsd reads, unless they are in the
+    cache already. Returns the model's folder in the cache. The folder's name is the hash of the
+    commit from which the files come.
 
-    After @ the id may have a revision: a branch, a tag or a commit. Without one, the main branch is
-    taken, or the commit of it that is in the cache already.
+    `model` is owner/name or owner/name@revision, where the revision is a branch, a tag or a commit;
+    without a revision it is the main branch. If the cache has all files of that revision, the hub
+    is not asked for newer ones. If the model has weights in two precisions, the one nearer to
+    `dtype` is downloaded. `check(folder)` is called when the small files (configs, tokenizer) are
+    in the folder and before the weights are downloaded; it must raise an error if the model is of a
+    kind that minsd does not support.
 
-    Files of the precision nearer to `dtype` are preferred. `check(folder)` is called as soon as the
-    small files are in the folder and before the weights are downloaded. It raises an error for a
-    model of another kind. Raises FileNotFoundError or ValueError, in one line, for a repository
-    that does not exist, is closed, or cannot be reached.
+    Raises FileNotFoundError if the repository or the revision does not exist or cannot be reached,
+    and ValueError if the hub refuses access, the repository lacks files that minsd needs, or the
+    cache cannot be written. Messages have one line.
     """
     import huggingface_hub as hf
 
@@ -95,9 +99,9 @@ def fetch(model: str, *, dtype: torch.dtype, check: Callable[[Path], object]) ->
 
 
 def tokenizer() -> Path:
-    """Returns a folder with CLIP's tokenizer (vocab.json, merges.txt). Takes the tokenizer of any
-    known model in the cache or of an installed open_clip_torch, and otherwise downloads it. Raises
-    FileNotFoundError where none of these is possible."""
+    """Returns a folder with CLIP's tokenizer (vocab.json, merges.txt). The tokenizer is that of any
+    known model in the cache, otherwise that of an installed open_clip_torch, otherwise it is
+    downloaded. Raises FileNotFoundError if none of these is possible."""
     import huggingface_hub as hf
 
     from minsd.config import MODELS
@@ -128,8 +132,9 @@ def tokenizer() -> Path:
 
 
 def _open_clip_tokenizer() -> Path | None:
-    """Returns a folder with CLIP's tokenizer made from the merges that the package open_clip_torch
-    brings; None if it is not installed. The folder is in the user's cache."""
+    """Writes CLIP's tokenizer (vocab.json, merges.txt), made from the merges file of the package
+    open_clip_torch, into a folder in the user's cache. Returns the folder, or None if the package
+    is not installed or the folder cannot be written."""
     spec = importlib.util.find_spec("open_clip")
     source = Path(spec.origin or "").parent / "bpe_simple_vocab_16e6.txt.gz" if spec else Path()
     if not source.is_file():
@@ -154,9 +159,9 @@ def _open_clip_tokenizer() -> Path | None:
 
 
 def listed(repo: str, revision: str = "main") -> set[str]:
-    """Returns the names of the files that the hub has in `repo` at a revision. Calls
-    `HfApi.model_info`, because that call fails at once where the hub cannot be reached;
-    huggingface_hub's other calls retry for half a minute."""
+    """Returns the names of all files that the hub repository `repo` has at `revision`. Raises
+    huggingface_hub's errors. The call used, `HfApi.model_info`, fails at once if the hub cannot be
+    reached; huggingface_hub's other calls retry for half a minute."""
     import huggingface_hub as hf
 
     info = hf.HfApi().model_info(repo, revision=revision, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)
@@ -164,8 +169,8 @@ def listed(repo: str, revision: str = "main") -> set[str]:
 
 
 def cached(repo: str, revision: str) -> Path | None:
-    """Returns the folder of `repo` at a revision in the cache, whether complete or not; None if the
-    cache has none."""
+    """Returns the folder in the cache that holds the repository `repo` at `revision`, whether
+    complete or not. Returns None if the cache has no such folder."""
     import huggingface_hub as hf
 
     index = hf.try_to_load_from_cache(repo, "model_index.json", revision=revision)
@@ -178,19 +183,20 @@ def files_in(folder: Path) -> set[str]:
 
 
 def parts_of(names: set[str]) -> dict[str, str]:
-    """Returns the networks of a model whose files are `names`, with the stem of their weight files:
-    `XL_PARTS` if there is a second text encoder (SDXL), otherwise `PARTS`."""
+    """Returns the networks of a model as a dict of subfolder name -> stem of the weight files'
+    names. The dict is `XL_PARTS` if `names`, the paths of the model's files, include a second text
+    encoder (SDXL), otherwise `PARTS`."""
     return XL_PARTS if any(name.startswith("text_encoder_2/") for name in names) else PARTS
 
 
 def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[str] | None:
     """Chooses the weight files of the UNet, the VAE and the text encoders among `names`, the paths
-    of a model's files relative to its folder.
+    of a model's files relative to its folder. Returns the paths of the chosen files.
 
     `order` lists file name variants ("" or ".fp16"), the preferred one first. For each network the
-    first variant that exists is chosen. Where a network is split into shards, the index that lists
-    them is read from `folder`. Returns None if a network has no weights in any variant, or if a
-    small file (a config, the scheduler's settings, the tokenizer) is missing.
+    first variant that exists is chosen. If a network is split into shards, the index that lists
+    them is read from `folder`. Returns None if a network has no weights in any of these variants,
+    or if a small file (a config, the scheduler's settings, the tokenizer) is missing.
     """
     parts = parts_of(names)
     configs = {f"{part}/config.json" for part in parts}
@@ -216,8 +222,8 @@ def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[st
 
 
 def shards(index: Path) -> list[str]:
-    """Returns the files that a shard index lists, as paths relative to the model's folder; an empty
-    list if the index cannot be read."""
+    """Reads the index file of a network that is split into shards. Returns the paths of the shards
+    relative to the model's folder, or an empty list if the index cannot be read."""
     try:
         names = files.read_json(index)["weight_map"].values()
         return sorted({f"{index.parent.name}/{Path(name).name}" for name in names})
@@ -226,8 +232,8 @@ def shards(index: Path) -> list[str]:
 
 
 def unreachable(error: Exception) -> bool:
-    """Returns whether an error means that the hub did not answer. False if the hub answered with a
-    refusal."""
+    """Returns True if an error means that the hub did not answer, and False if the hub answered
+    with a refusal."""
     from huggingface_hub import errors
 
     no_answer = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
@@ -236,7 +242,9 @@ def unreachable(error: Exception) -> bool:
 
 
 def explained(error: Exception, repo: str, revision: str = "main") -> Exception:
-    """Returns an error that says in one line what went wrong with the hub and how to fix it."""
+    """Makes an error for the user from an `error` that occurred while the hub model `repo` was
+    fetched. Returns a FileNotFoundError or a ValueError whose message of one line states what went
+    wrong and how to fix it."""
     from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -1,12 +1,12 @@
-"""Translates tensor names of the original (LDM) single-file checkpoints into the names of our
+"""Translates tensor names of the original (LDM) single-file checkpoints into the names of minsd's
 modules.
 
-Before diffusers one file held everything: `model.diffusion_model.` (the UNet), `first_stage_model.`
-(the VAE) and the text encoder, which is transformers' CLIP in SD1.x
+Before diffusers one file held everything: the UNet (`model.diffusion_model.`), the VAE
+(`first_stage_model.`) and the text encoder, which is transformers' CLIP in SD1.x
 (`cond_stage_model.transformer.`) and OpenCLIP in SD2.x (`cond_stage_model.model.`). SDXL has both
 (`conditioner.embedders.0.transformer.` and `.1.model.`). ControlNets are in `control_model.`. The
-networks are the same as ours, but their layers are numbered differently. The functions of this
-module look at names alone. They return a name that is not of the original layout unchanged, and
+networks are the same as minsd's, but their layers are numbered differently. The functions of this
+module use names alone. They return a name that is not of the original layout unchanged, and
 `load.fill` then reports that name as unexpected.
 """
 
@@ -29,7 +29,8 @@ _LEFT_BEHIND = re.compile(
 
 
 def left_behind(name: str) -> bool:
-    """Returns whether a checkpoint's tensor is a remnant of training that minsd does not need."""
+    """Returns True for the name of a checkpoint's tensor that is a remnant of training and that
+    minsd does not need, such as averaged weights or tables of the noise schedule."""
     return _LEFT_BEHIND.match(name) is not None
 
 
@@ -46,15 +47,15 @@ _RESNET = {
 
 
 def resnet_name(name: str) -> str:
-    """Translates a name inside one of the UNet's residual blocks from the original (LDM) layout
-    into ours."""
+    """Translates a parameter name from the original (LDM) layout into minsd's. `name` is relative
+    to one of the UNet's residual blocks, such as "in_layers.0.weight"."""
     part, _, leaf = name.rpartition(".")
     return f"{_RESNET.get(part, part)}.{leaf}"
 
 
 def unet_name(name: str, layers: int) -> str:
-    """Translates a UNet parameter name, given without the prefix `model.diffusion_model.`, from the
-    original (LDM) layout into ours.
+    """Translates a UNet parameter name from the original (LDM) layout into minsd's. `name` lacks
+    the prefix `model.diffusion_model.`.
 
     `layers` is the number of residual blocks per level in the encoder half; the decoder half has
     one more per level. The original layout numbers the layers of all levels in one sequence, which
@@ -93,9 +94,9 @@ def unet_name(name: str, layers: int) -> str:
 
 
 def unet_layer(name: str, layers: int) -> str:
-    """Translates the name of one of the UNet's layers, written with underscores for dots as
-    adapters of SDXL do, from the original (LDM) layout into ours, with underscores too. `layers` is
-    as for `unet_name`. A name of another form is returned unchanged."""
+    """Translates the name of one of the UNet's layers from the original (LDM) layout into minsd's.
+    Both names have underscores in place of dots, as in adapters of SDXL. `layers` is the number of
+    residual blocks per level in the encoder half. A name of another form is returned unchanged."""
     m = re.fullmatch(
         r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)_(\d+)(?:_(\d+))?(?:_(.+))?", name
     )
@@ -110,9 +111,9 @@ CONTROL_LAYERS = 2  # residual blocks per level in every ControlNet of the origi
 
 
 def controlnet_name(name: str) -> str | None:
-    """Translates a parameter name in a ControlNet's file from the original layout into ours.
-    Original files may also hold the model that the ControlNet was trained with; the result is None
-    for the tensors of that model."""
+    """Translates a parameter name in a ControlNet's file from the original (LDM) layout into
+    minsd's. Returns None for a tensor of the model that the ControlNet was trained with, which
+    original files may also hold."""
     bare = name.removeprefix(CONTROL)
     if bare == name and name.startswith(("model.", VAE, "cond_stage_model.", "model_ema.")):
         return None
@@ -146,9 +147,13 @@ _VAE_ATTENTION = {
 
 
 def vae_name(name: str, levels: int) -> str:
-    """Translates a VAE parameter name, given without the prefix `first_stage_model.`, from the
-    original (LDM) layout into ours. The original layout numbers the decoder's `levels` from the
-    finest; ours numbers them in the order in which they run, which is from the coarsest."""
+    """Translates a VAE parameter name from the original (LDM) layout into minsd's. `name` lacks the
+    prefix `first_stage_model.`. A name of another form is returned unchanged.
+
+    `levels` is the number of levels of the decoder. It is needed because the two layouts count
+    these levels in opposite directions: the original layout begins with the finest level, and minsd
+    with the coarsest, which runs first.
+    """
     name = name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
     if m := re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", name):
         return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"
@@ -182,12 +187,13 @@ _OPEN_CLIP_ENDS = {
 
 
 def open_clip_names(name: str, layers: int) -> list[str]:
-    """Translates the name of a tensor of OpenCLIP's text encoder into the names of transformers'
-    CLIPTextModel, without the prefix `text_model.`.
+    """Translates the name of a tensor of OpenCLIP's text encoder. Returns a list of the
+    corresponding names in transformers' CLIPTextModel, without the prefix `text_model.`.
 
-    Returns three names for the fused projection, whose rows are those of q, then k, then v. Returns
-    an empty list for a tensor that is not used, because SD2 takes the text states after the first
-    `layers` layers and the final norm, without the projection into the space shared with images.
+    A tensor of the fused attention projection gets three names, because its rows are those of q,
+    then k, then v. The list is empty for a tensor that is not used: SD2 takes the text states after
+    the first `layers` layers and the final norm, without the projection into the space shared with
+    images. A name of another form is returned unchanged, in a list.
     """
     if name in ("text_projection", "logit_scale", "attn_mask"):
         return []
@@ -208,16 +214,17 @@ def open_clip_names(name: str, layers: int) -> list[str]:
 
 
 def newer_vae_name(name: str) -> str:
-    """Translates the name of a parameter of the VAE's attention, within the diffusers layout, into
-    the present name. Files of SD1.x use older names. Other names are returned unchanged."""
+    """Translates older names of parameters of the VAE's attention, as SD1.x's files in the
+    diffusers layout have them, into the present names of that layout. Any other name is returned
+    unchanged."""
     m = re.fullmatch(r"(.+\.attentions\.0\.)(\w+)\.(weight|bias)", name)
     return name if m is None else f"{m[1]}{_VAE_ATTENTION.get(m[2], m[2])}.{m[3]}"
 
 
 def clip_name(name: str, layers: int = 1000) -> str | None:
-    """Removes from a text encoder's parameter name the prefix `text_model.` that some versions of
-    transformers add. Returns None for a tensor that is not used: the position numbers that some
-    versions store, and the layers with the numbers `layers` and above."""
+    """Removes the prefix `text_model.`, which some versions of transformers add, from the name of a
+    text encoder's parameter. Returns None for a tensor that is not used: the position numbers that
+    some versions store, and the layers whose number is `layers` or greater."""
     bare = name.removeprefix("text_model.")
     m = re.match(r"encoder\.layers\.(\d+)\.", bare)
     if name.endswith("position_ids") or (m is not None and int(m[1]) >= layers):

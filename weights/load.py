@@ -1,9 +1,10 @@
-"""Loads models from files: strict, frozen, at low peak memory.
+"""Loads models from files. Loading is strict, needs little more memory than the weights, and leaves
+the weights frozen.
 
 Networks are made on the meta device, where parameters have shapes and no memory. Every tensor of
 the file then becomes a parameter straight from the memory-mapped file, cast one at a time. Every
-parameter is filled by exactly one tensor of the parameter's shape. Otherwise the load fails with an
-error that names the parameters that were not filled, and guesses the reason.
+parameter must be filled by exactly one tensor of the parameter's shape. Otherwise the load fails
+with an error that names the mismatches and guesses the reason.
 
 Models come as folders in the diffusers layout, by hub id (hub.py downloads such a folder), and as
 single files in the original layout (single_file.py). safetensors_file.py reads the files and
@@ -60,7 +61,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model: its networks and its configuration. `notes` are lines to show to the user."""
+    """A loaded model: its networks and its configuration. `text` is a `TwoTextEncoders` for SDXL.
+    `notes` are lines to show to the user."""
 
     name: str
     config: ModelConfig
@@ -85,7 +87,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The tensors and the tokenizer of a text encoder, and the token id that pads prompts."""
+    """The files of one text encoder: its tensors, its tokenizer, and the id of the token that pads
+    prompts."""
 
     tensors: Tensors | RenamedTensors
     tokenizer: "CLIPTokenizer"
@@ -101,14 +104,16 @@ def load_model(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> Loaded:
-    """Loads a model by name, path or hub id, frozen, on `device` in `dtype`.
+    """Loads a model, frozen, on `device` in `dtype`. `model` is a name in `minsd.config.MODELS`,
+    the path of a diffusers folder or of a single .safetensors file, or a hub id.
 
     `vae` (a folder or file) replaces the model's own VAE, `tokenizer` (a folder) the model's
     tokenizer, and `prediction_type` ("epsilon" or "v_prediction") the model's prediction type.
     Single files contain no tokenizer, and may not state a prediction type.
 
-    Raises ValueError or FileNotFoundError, in one line, where the model is missing or cannot be
-    loaded.
+    Raises FileNotFoundError if the model or one of its files is missing, and ValueError if the
+    model cannot be loaded, for example because a file is a pickle, is malformed, or belongs to
+    another kind of model. Messages have one line.
     """
     if prediction_type not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
@@ -135,9 +140,10 @@ def load_model(
 
 
 def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded:
-    """Loads a folder in the diffusers layout: model_index.json, unet/, vae/, text_encoder/,
-    tokenizer/, scheduler/, and for SDXL text_encoder_2/ and tokenizer_2/. `name` is the model's
-    name; None means the folder's name."""
+    """Loads a model from a folder in the diffusers layout: model_index.json, unet/, vae/,
+    text_encoder/, tokenizer/, scheduler/, and for SDXL text_encoder_2/ and tokenizer_2/. `wanted`
+    holds the device, the dtype and what replaces the folder's own parts. `name` is the model's
+    name; None means the folder's name. Raises errors as `load_model` does."""
     config = check_folder(folder)
     if name is not None:
         config = replace(config, name=name)
@@ -176,8 +182,9 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
 
 
 def as_turbo(shapes: Loaded) -> Loaded:
-    """Turns the embedded model into shapes-turbo: adds the adapter that weights/shapes/distil.py
-    trained to the weights, and takes the settings of that row of `MODELS`."""
+    """Turns the embedded model `shapes` into shapes-turbo. Merges the adapter that
+    weights/shapes/distil.py trained into the weights of `shapes`, in place. Returns the same
+    networks with the name and the settings of the row "shapes-turbo" of `MODELS`."""
     row = MODELS["shapes-turbo"]
     schedule = replace(shapes.config.schedule, timestep_spacing=row.schedule.timestep_spacing)
     config = replace(row, schedule=schedule, vae=shapes.config.vae)
@@ -187,23 +194,24 @@ def as_turbo(shapes: Loaded) -> Loaded:
 
 
 def _scheduler_note(folder: Path, config: ModelConfig) -> list[str]:
-    """Returns a list with one note for the user on the folder's scheduler (`stated.sampler_of`).
-    The list is empty for a DDIM scheduler, and where the folder asks for the sampler that its model
-    family uses by default."""
+    """Reads the folder's scheduler config, and returns notes for the user about the sampler that is
+    used because of it (`stated.sampler_of`). There is one note, or none if the config names a DDIM
+    scheduler or the sampler that the model family of `config` uses anyway."""
     _, note = stated.sampler_of(read_json(folder / "scheduler" / "scheduler_config.json"))
     return [] if note is None or note.startswith(f"sampler {_family(config).sampler},") else [note]
 
 
 def layers_skipped(tensors: Tensors, config: TextConfig) -> int:
-    """Returns how many of a text encoder's last layers are in the file but not in the config, and
-    so do not run, as with CLIP skip."""
+    """Returns how many of a text encoder's last layers have tensors but do not run, because the
+    config states fewer layers (CLIP skip)."""
     numbers = (re.search(r"encoder\.layers\.(\d{1,3})\.", name) for name in tensors)
     return max(0, 1 + max((int(m[1]) for m in numbers if m), default=-1) - config.num_layers)
 
 
 def check_folder(folder: Path) -> ModelConfig:
-    """Reads the configuration in a folder's JSON files. Raises ValueError unless it is that of a
-    Stable Diffusion 1.x, 2.x or XL model."""
+    """Reads the configuration of a model from the JSON files in a diffusers folder. Raises
+    FileNotFoundError if such a file is missing, and ValueError if the model is not of Stable
+    Diffusion 1.x, 2.x or XL."""
     index = read_json(folder / "model_index.json")
     stated.check_pipeline(index, folder)
     config = folder_config(folder, index)
@@ -218,7 +226,8 @@ def check_folder(folder: Path) -> ModelConfig:
 
 
 def load_file(path: Path, wanted: Wanted) -> Loaded:
-    """Loads a single file in the original layout."""
+    """Loads a model from a single file in the original layout. `wanted` holds the device, the dtype
+    and what replaces the file's own parts. Raises errors as `load_model` does."""
     tensors = Tensors(path, "", wanted.dtype)
     kind = guess(tensors)
     if kind != ORIGINAL:
@@ -263,8 +272,10 @@ def assemble(
     texts: list[TextFiles],
     wanted: Wanted,
 ) -> Loaded:
-    """Builds the UNet, the VAE and the text encoder (SDXL has two), and fills each network from its
-    tensors. SDXL's VAE is loaded in float32 where it overflows in float16."""
+    """Builds the UNet, the VAE and the text encoder, and fills each network from its tensors.
+    `texts` has one entry, or two for SDXL, which has two text encoders. Returns the loaded model
+    without notes. SDXL's VAE is loaded in float32 if its config states that float16 is not enough
+    and `wanted.dtype` is float16."""
 
     def build(
         kind: Callable[[Config], Network],
@@ -294,8 +305,8 @@ def assemble(
 
 
 def empty(kind: Callable[[Config], Network], config: Config, where: object) -> Network:
-    """Builds a network on the meta device, without weights. Raises ValueError, naming the file
-    `where`, for sizes that no network can have."""
+    """Builds a network on the meta device, without weights, by calling `kind(config)`. Raises
+    ValueError, naming the file `where`, if `config` has sizes that no network can have."""
     try:
         with torch.device("meta"):
             return kind(config)
@@ -305,8 +316,9 @@ def empty(kind: Callable[[Config], Network], config: Config, where: object) -> N
 
 
 def empty_clip(config: TextConfig) -> "CLIPTextModel":
-    """Builds CLIP's text encoder in the sizes of `config`: transformers' CLIPTextModel, or
-    CLIPTextModelWithProjection where there is a pooled state."""
+    """Builds CLIP's text encoder with the sizes in `config` and without trained weights. Returns a
+    CLIPTextModelWithProjection of transformers if `config` has a projection width (for the pooled
+    text state), otherwise a CLIPTextModel."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind: Any = CLIPTextModelWithProjection if config.projection_dim else CLIPTextModel
@@ -327,9 +339,14 @@ def empty_clip(config: TextConfig) -> "CLIPTextModel":
 
 
 def find_vae(path: Path, dtype: torch.dtype, own: VAEConfig) -> tuple[VAEConfig, Tensors | RenamedTensors]:
-    """Opens a VAE that replaces the model's `own`: a diffusers folder (or a whole model's folder,
-    with the VAE in vae/), or a file in the original or the diffusers layout. Such a file does not
-    state the scale of its latents, so `own` gives it. Returns (config, tensors)."""
+    """Opens the VAE that replaces a model's own. `path` is a diffusers folder of a VAE, the folder
+    of a whole model with the VAE in vae/, or a file in the original or the diffusers layout. Such a
+    file does not state the scale of its latents, so the scale is taken from `own`, the config of
+    the model's own VAE.
+
+    Returns (config, tensors), with files in the precision nearer to `dtype` preferred. Raises
+    FileNotFoundError if `path` or a file in it is missing, and ValueError if it holds no such VAE.
+    """
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         return vae_config(folder / "config.json"), Tensors(folder, "diffusion_pytorch_model", dtype)
@@ -343,8 +360,8 @@ def find_vae(path: Path, dtype: torch.dtype, own: VAEConfig) -> tuple[VAEConfig,
 
 def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
     """Loads the tokenizer in a folder, or in that folder's subfolder tokenizer/. Raises
-    FileNotFoundError or ValueError, in one line, where there is no tokenizer, where it cannot be
-    read, or where it has more tokens than the text encoder of `config`."""
+    FileNotFoundError if there is no tokenizer, and ValueError if it cannot be read or has more
+    tokens than the text encoder of `config`. Messages have one line."""
     from transformers import CLIPTokenizer
 
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
@@ -374,7 +391,8 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
 
 
 def _token_id(known: object, default: int) -> int:
-    """Returns a tokenizer's token id, or `default` if the tokenizer states none."""
+    """Returns `known`, a token id that a tokenizer states, or `default` if `known` is not an int
+    because the tokenizer states none."""
     return known if isinstance(known, int) else default
 
 
@@ -382,15 +400,17 @@ def _token_id(known: object, default: int) -> int:
 
 
 def heads_per_level(config: dict[str, Any], levels: int) -> tuple[int, ...]:
-    """Reads the number of attention heads per level from a network's config.json."""
+    """Reads the number of attention heads from `config`, the content of a network's config.json.
+    Returns one number for each of the `levels` levels."""
     # Both keys mean the number of heads. The "dim" in the second one is an old mistake.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     return tuple(heads) if isinstance(heads, list) else (heads,) * levels
 
 
 def depth_per_level(config: dict[str, Any], levels: int, path: Path) -> tuple[int, ...]:
-    """Reads the number of transformer blocks per attention layer, for each level, from a network's
-    config.json. Raises ValueError where it differs within a level."""
+    """Reads the number of transformer blocks per attention layer from `config`, the content of a
+    network's config.json. Returns one number for each of the `levels` levels. Raises ValueError,
+    naming the file `path`, if the number differs within a level."""
     depths = config.get("transformer_layers_per_block") or 1
     depths = tuple(depths) if isinstance(depths, list) else (depths,) * levels
     if config.get("reverse_transformer_layers_per_block") or any(isinstance(n, list) for n in depths):
@@ -401,8 +421,10 @@ def depth_per_level(config: dict[str, Any], levels: int, path: Path) -> tuple[in
 
 
 def pooled_dim(config: dict[str, Any], size_dim: int, path: Path) -> int:
-    """Reads the width of SDXL's pooled text state from a network's config.json; 0 for other
-    networks. Raises ValueError where it does not fit."""
+    """Reads the width of SDXL's pooled text state from `config`, the content of a UNet's
+    config.json; returns 0 for a UNet without one. `size_dim` is the width of the embedding of each
+    of SDXL's six image-size numbers. Raises ValueError, naming the file `path`, if the width is
+    impossible."""
     if config.get("addition_embed_type") is None:
         return 0
     # The network's input beside the time is the pooled state and six embedded numbers. In the
@@ -414,9 +436,9 @@ def pooled_dim(config: dict[str, Any], size_dim: int, path: Path) -> int:
 
 
 def checked(config: Config, path: Path) -> Config:
-    """Returns `config` after checking that every field has the type of its default and lies within
-    bounds that keep the construction of a network fast. Raises ValueError for the first field that
-    does not."""
+    """Returns `config` after checking every field: its type must be that of the field's default,
+    and its value must lie within bounds that keep the construction of a network fast. Raises
+    ValueError, naming the file `path`, for the first field that does not pass."""
     for f in fields(config):
         value = getattr(config, f.name)
         values = value if isinstance(f.default, tuple) else (value,)
@@ -435,8 +457,9 @@ def checked(config: Config, path: Path) -> Config:
 
 
 def check_heads(config: UNetConfig, path: Path) -> UNetConfig:
-    """Returns `config` after checking that it has a number of heads for every level, and that this
-    number divides the level's width. Raises ValueError otherwise."""
+    """Returns `config` after checking that it has a number of attention heads for every level, and
+    that this number divides the level's width. Raises ValueError, naming the file `path`,
+    otherwise."""
     heads = config.num_heads
     widths = config.block_out_channels
     if len(heads) != len(widths) or any(n == 0 or width % n for n, width in zip(heads, widths)):
@@ -470,8 +493,9 @@ _UNET_VALUES = {
 
 
 def unet_config(path: Path) -> UNetConfig:
-    """Reads unet/config.json into a UNetConfig. Raises ValueError for an architecture that is not
-    Stable Diffusion 1.x, 2.x or XL."""
+    """Reads the unet/config.json at `path` into a UNetConfig. Raises FileNotFoundError if there is
+    no such file, and ValueError if its architecture is not that of Stable Diffusion 1.x, 2.x or
+    XL."""
     c = read_json(path)
     channels = c.get("in_channels", 4)
     if isinstance(channels, int) and channels in CHANNELS:
@@ -523,7 +547,8 @@ def unet_config(path: Path) -> UNetConfig:
 
 
 def vae_config(path: Path) -> VAEConfig:
-    """Reads vae/config.json into a VAEConfig. Raises ValueError for another kind of VAE."""
+    """Reads the vae/config.json at `path` into a VAEConfig. Raises FileNotFoundError if there is no
+    such file, and ValueError if it describes another kind of VAE."""
     c = read_json(path)
     blocks = c.get("down_block_types", [])
     plain = isinstance(blocks, list) and all(kind == "DownEncoderBlock2D" for kind in blocks)
@@ -550,8 +575,8 @@ def vae_config(path: Path) -> VAEConfig:
 
 
 def text_config(path: Path) -> TextConfig:
-    """Reads text_encoder/config.json into a TextConfig. Raises ValueError where a size is missing
-    or impossible."""
+    """Reads the text_encoder/config.json at `path` into a TextConfig. Raises FileNotFoundError if
+    there is no such file, and ValueError if a size in it is missing or impossible."""
     c = read_json(path)
     projection = 0
     if c.get("architectures") == ["CLIPTextModelWithProjection"]:  # other encoders state a width too
@@ -578,8 +603,9 @@ def text_config(path: Path) -> TextConfig:
 
 
 def schedule_config(path: Path) -> ScheduleConfig:
-    """Reads scheduler/scheduler_config.json into a ScheduleConfig. Raises ValueError for a schedule
-    that is not supported."""
+    """Reads the scheduler/scheduler_config.json at `path` into a ScheduleConfig. Raises
+    FileNotFoundError if there is no such file, and ValueError if it describes a schedule that minsd
+    does not support."""
     c = read_json(path)
     if c.get("trained_betas") is not None:
         raise ValueError(
@@ -605,11 +631,15 @@ def schedule_config(path: Path) -> ScheduleConfig:
 
 
 def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
-    """Reads a model's configuration from its folder, with the content of model_index.json. The
-    networks, the schedule and the name are the folder's; so is the sampler, if the folder's
-    scheduler names one that minsd has. The remaining settings (steps, guidance scale, ...) are
-    the defaults of the model family that the networks belong to, except that latent consistency
-    models get 4 steps and guidance scale 1 (8.5 if the network is told it)."""
+    """Reads a model's configuration from a diffusers folder; `index` is the content of its
+    model_index.json. The name, the sizes of the networks and the noise schedule are the folder's.
+    So is the sampler, if the folder's scheduler config names one that minsd has.
+
+    The remaining settings (steps, guidance scale, ...) are the defaults of the model family (row of
+    `MODELS`) that the networks belong to, with two exceptions. Latent consistency models get 4
+    steps and guidance scale 1. A UNet that takes the guidance scale as an input gets guidance scale
+    8.5.
+    """
     scheduler = folder / "scheduler" / "scheduler_config.json"
     unet = unet_config(folder / "unet" / "config.json")
     config = ModelConfig(
@@ -644,8 +674,8 @@ def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
 
 def _family(config: ModelConfig) -> ModelConfig:
     """Returns the row of `MODELS` with the same UNet, prediction type and timestep spacing as
-    `config`. If no row has them, the row "sdxl" for an SDXL network, otherwise a plain
-    `ModelConfig`."""
+    `config`. If there is none, returns the row "sdxl" (without its hub id) for an SDXL network,
+    otherwise a `ModelConfig` with default settings."""
 
     def is_like(row: ModelConfig) -> bool:
         return (
@@ -670,8 +700,8 @@ def fill(
 ) -> None:
     """Fills each parameter of `module` with its tensor, on `device` in `dtype`, frozen.
 
-    `rename` translates tensor names into parameter names, and returns None for a tensor that is not
-    used. Raises ValueError, in one line, unless each parameter has exactly one tensor of the
+    `rename` translates a tensor name into a parameter name, and returns None for a tensor that is
+    not used. Raises ValueError, in one line, unless each parameter has exactly one tensor, of the
     parameter's shape.
     """
     place(module, tensors, match(module, tensors, rename), device, dtype)
@@ -680,9 +710,10 @@ def fill(
 def match(
     module: nn.Module, tensors: Tensors | RenamedTensors, rename: Callable[[str], str | None]
 ) -> dict[str, str]:
-    """Finds the tensor of every parameter. Returns a dict of parameter name -> tensor name. Raises
-    ValueError, which names the first few mismatches, unless all parameters and tensors match.
-    `rename` is as in `fill`."""
+    """Finds the tensor of every parameter. Returns a dict of parameter name -> tensor name.
+    `rename` translates a tensor name into a parameter name, and returns None for a tensor that is
+    not used. Raises ValueError, which names the first few mismatches, unless all parameters and
+    tensors match."""
     parameters = dict(module.named_parameters())
     own = {rename(name) or name: name for name in parameters}
     sources: dict[str, str] = {}
@@ -729,25 +760,25 @@ def place(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Puts tensors into a module on the meta device. `sources` maps each parameter's name to the
-    tensor's name.
+    """Puts tensors into the parameters of a module that is on the meta device, and freezes them.
+    `sources` maps each parameter's name to the tensor's name.
 
     On a CPU, a tensor that already has the dtype stays memory-mapped if it is aligned
-    (`is_aligned`). Projections of attention that run as one product (`Attention.fuse`) have a
-    buffer of their own, into which the tensors are copied.
+    (`is_aligned`). Attention projections that run as one fused product (`Attention.fuse`) share a
+    buffer, into which their tensors are copied.
     """
     for part in module.modules():
         if isinstance(part, Attention) and part.fused is None:
             part.fuse(device, dtype)
     parameters = dict(module.named_parameters())  # fusing has replaced some parameters
     for name, source in sources.items():
-        tensor = tensors[source].reshape(parameters[name].shape)
         if parameters[name].is_meta:
+            tensor = tensors[source].reshape(parameters[name].shape)
             tensor = tensor.to(device, dtype, copy=not is_aligned(tensor))
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
         else:
-            parameters[name].copy_(tensor)
+            tensors.copy_to(parameters[name], source)
     for name, buffer in module.named_buffers():
         # Files do not hold this buffer, and leaving the meta device leaves it undefined.
         if name.endswith("position_ids"):

@@ -2,12 +2,12 @@
 
     W' = W + scale * (alpha / rank) * up @ down
 
-Readable files are kohya's (`lora_unet_*`, `lora_te_*`, with alphas), those of diffusers and PEFT
-(`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
-adapter_config.json), and ComfyUI's (`diffusion_model.*`). UNet layers may also have the names of the
-original code. Adapters of this kind change linear layers and convolutions of the UNet and of the text
-encoders; other kinds (LoHa, DoRA, ...) are those of weights/lycoris.py. `read` checks every tensor
-against the model. Then use either
+The files of three sources are read: kohya's (`lora_unet_*`, `lora_te_*`, with alphas), those of
+diffusers and PEFT (`unet.*.lora_A.weight`, `*.to_q_lora.down.weight`, ...; a PEFT folder with its
+adapter_config.json), and ComfyUI's (`diffusion_model.*`). UNet layers may also have the names of
+the original code. Adapters of this kind change linear layers and convolutions of the UNet and of
+the text encoders; weights/lycoris.py has the other kinds (LoHa, DoRA, ...). `read` checks every
+tensor against the model. There are two ways to use an adapter:
 
     merge(...)    adds the change to the weights: no cost while sampling, the same scale
                   for every image, can be undone exactly
@@ -60,7 +60,8 @@ _OTHER_KINDS = {  # a pattern of tensor names -> the kind of file with such name
 
 
 class HasNetworks(Protocol):
-    """A `StableDiffusion`, or a model as loaded, of which this module uses only the networks."""
+    """A protocol for what this module needs of a model: the UNet and the text encoder. A
+    `StableDiffusion` fulfils it."""
 
     @property
     def unet(self) -> Any: ...
@@ -70,7 +71,8 @@ class HasNetworks(Protocol):
 
 
 class HasLoRA(Protocol):
-    """A region of a layout (noise/layout.py), of which this module uses only the adapters."""
+    """A protocol for what this module needs of a region of a layout (noise/layout.py): `lora`, the
+    region's adapters as (file, scale) pairs."""
 
     @property
     def lora(self) -> Sequence[tuple[Path, float]]: ...
@@ -78,32 +80,33 @@ class HasLoRA(Protocol):
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one layer: `down` (r,in) and `up` (out,r) for a linear layer, (r,in,k,k) and
-    (out,r,1,1) for a convolution; r is the rank."""
+    """The change of one layer by a LoRA. A linear layer has the matrices `down` (r,in) and `up`
+    (out,r), a convolution has `down` (r,in,k,k) and `up` (out,r,1,1); r is the rank."""
 
     name: str
     module: Layer
-    attention: Attention | None  # set if the layer is a projection that this module may fuse
+    attention: Attention | None  # that may fuse this layer with others (`Attention.fuse`)
     down: Tensor
     up: Tensor
     factor: float  # alpha / rank
     bias: None = None  # unchanged
 
     def delta(self) -> Tensor:
-        """Returns the change of the weight, in the weight's shape and on its device, in float32 or
-        float64."""
+        """Returns the change of the layer's weight, factor * up @ down, with the weight's shape and
+        device, in float32 or float64."""
         weight = self.module.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         down, up = (half.to(weight.device, dtype).flatten(1) for half in (self.down, self.up))
         return self.factor * (up @ down).reshape(weight.shape)
 
     def on(self, like: Tensor) -> "LowRank":
-        """Returns the change with its matrices in the dtype and on the device of `like`."""
+        """Returns a copy of this change whose matrices have the dtype and device of `like`."""
         return replace(self, down=self.down.to(like), up=self.up.to(like))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns the change of the layer's output for the layer's input x. For linear layers x is
-        (B,...,in) and the result (B,...,out); for convolutions (B,in,h,w) and (B,out,h',w')."""
+        """Returns the change of the layer's output if the layer's input is x. For a linear layer, x
+        is (B,...,in) and the result (B,...,out); for a convolution, (B,in,h,w) and
+        (B,out,h',w')."""
         down, up = (half.to(x.device, x.dtype) for half in (self.down, self.up))
         if isinstance(self.module, nn.Conv2d):
             y = F.conv2d(x, down, stride=self.module.stride, padding=self.module.padding)
@@ -113,7 +116,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LoRA:
-    """An adapter: its name, and the change of each layer that it adapts."""
+    """An adapter: its name, and one entry in `parts` for each layer that it changes."""
 
     name: str
     parts: tuple[LowRank | Dense, ...]
@@ -123,11 +126,12 @@ class LoRA:
 
 
 def read(path: str | Path, sd: HasNetworks) -> LoRA:
-    """Reads the adapter in a file (or folder) for the networks of `sd` (`sd.unet`,
-    `sd.text.model`, and for SDXL `sd.text.second.model`).
+    """Reads an adapter from a file (or from the file in a folder) for the networks of the model
+    `sd`: `sd.unet`, `sd.text.model`, and for SDXL `sd.text.second.model`.
 
-    Raises FileNotFoundError or ValueError, in one line, for a file that is missing, is not a LoRA,
-    lacks one of a layer's two matrices, is empty, or was made for another model.
+    Raises FileNotFoundError if there is no such file. Raises ValueError if the file is not a LoRA,
+    lacks one of a layer's two matrices, is empty, or was made for another model. Messages have one
+    line.
     """
     path = file_of(Path(path))
     tensors = Tensors(path, "", torch.float32)
@@ -174,8 +178,9 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
 
 
 def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
-    """Returns the attention module of every projection (to_q, to_k, to_v) that may be fused with
-    others into one product (`Attention.fuse`)."""
+    """Returns a dict that maps each projection layer of the UNet's attention (to_q, to_k, to_v) to
+    its attention module, which may compute several projections as one fused product
+    (`Attention.fuse`)."""
     attentions = [module for module in unet.modules() if isinstance(module, Attention)]
     return {
         layer: attention
@@ -187,9 +192,15 @@ def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
 def _tensor_names(
     path: Path, header: Iterable[str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, str]]]:
-    """Sorts the tensor names of a file. Returns (halves, alphas, others): the names of the two
-    matrices of each layer, by layer and by "down" or "up", the names of the alphas by layer, and
-    those of other kinds of adapters (`lycoris.roles`)."""
+    """Sorts `header`, the tensor names of the file `path`, by layer and role. Returns three dicts
+    (halves, alphas, others):
+
+    - halves: layer -> {"down" or "up": tensor name}, for the two matrices of a LoRA
+    - alphas: layer -> name of its alpha tensor
+    - others: layer -> {role: tensor name}, for other kinds of adapters (`lycoris.roles`)
+
+    Raises ValueError if the file is empty or holds a tensor that is no part of an adapter.
+    """
     header = [name for name in header if not name.startswith("bundle_emb.")]
     if not header:
         raise ValueError(f"{path} is an empty adapter: it holds no tensors")
@@ -221,7 +232,8 @@ def _tensor_names(
 
 
 def _refuse_layer(path: Path, key: str) -> NoReturn:
-    """Raises ValueError for a layer that the model does not have, with the probable reason."""
+    """Raises ValueError, because the model has no layer called `key`, the name in the adapter's
+    file `path`. The message states the probable reason."""
     # Models before SDXL have one transformer block after another block, never several.
     sdxl = r"te2|text_encoder_2|clip_g|add_embedding|label_emb|transformer_blocks[._][1-9]"
     kind = "an SDXL model" if re.search(sdxl, key) else "another kind of model"
@@ -229,7 +241,9 @@ def _refuse_layer(path: Path, key: str) -> NoReturn:
 
 
 def file_of(path: Path) -> Path:
-    """Returns the adapter's file: `path`, or the file in the folder `path`."""
+    """Returns the file of an adapter: `path` itself, or, if `path` is a folder, the adapter's file
+    in it. Raises FileNotFoundError if there is no such file, and ValueError if the file is a
+    pickle."""
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which can run code when opened: get the LoRA's .safetensors version instead"
@@ -247,9 +261,10 @@ def file_of(path: Path) -> Path:
 
 
 def _modules(sd: HasNetworks) -> dict[str, dict[str, tuple[str, Layer]]]:
-    """Lists the layers that can be adapted: network ("unet", "text_encoder" or "text_encoder_2") ->
-    layer name as in files -> (our name, layer). File names have dots, or underscores as kohya writes
-    them; both are listed."""
+    """Lists the layers of a model that can be adapted. Returns a dict of network ("unet",
+    "text_encoder" or "text_encoder_2") -> layer name as in adapter files -> (minsd's name, layer).
+    Layer names in files have dots, or underscores as kohya writes them, so every layer is listed
+    under both names."""
     layers: dict[str, dict[str, tuple[str, Layer]]] = {}
     networks = {"unet": sd.unet, "text_encoder": sd.text.model}
     if hasattr(sd.text, "second"):  # SDXL
@@ -283,8 +298,9 @@ _PREFIXES = {
 def _target(
     key: str, modules: dict[str, dict[str, tuple[str, Layer]]], layers: int
 ) -> tuple[str, Layer] | None:
-    """Returns (our name, layer) for a layer name as in files; None where the model has no such
-    layer. `layers` is the number of residual blocks per level in the UNet's encoder half."""
+    """Finds the layer that an adapter's file calls `key`. Returns (minsd's name, layer), or None if
+    the model has no such layer. `modules` is the result of `_modules`; `layers` is the number of
+    residual blocks per level in the UNet's encoder half."""
     key = key.removeprefix("base_model.model.")  # PEFT's own files
     network = "unet"
     for prefix, whose in _PREFIXES.items():
@@ -303,7 +319,8 @@ def _target(
 
 
 def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> None:
-    """Raises ValueError where the matrices `down` and `up` do not fit the layer."""
+    """Raises ValueError if the LoRA matrices `down` and `up` do not fit the layer `module`. The
+    message names the file `path` and `key`, the layer's name in the file."""
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{path}: {key!r} is of {down.dtype}, not of floating point numbers")
     if down.ndim < 2 or up.ndim < 2:
@@ -322,9 +339,13 @@ def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> Non
 
 
 def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
-    """Returns alpha(name, rank), a function that gives the alpha of a layer without an alpha
-    tensor. It comes from the PEFT configuration in the file's metadata or beside the file. Without
-    a configuration it is the rank, so that alpha / rank is 1."""
+    """Returns a function alpha(name, rank) that returns the alpha of the layer called `name`. It is
+    needed for those layers of the file `path` that have no alpha tensor.
+
+    The alphas come from PEFT's configuration, in the file's `metadata` or in an adapter_config.json
+    beside the file. Without a configuration, alpha is the rank, so that alpha / rank is 1. Raises
+    ValueError if the configuration cannot be read.
+    """
     config: Any = {}
     beside = path.parent / "adapter_config.json"
     try:
@@ -353,12 +374,14 @@ def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]
 
 
 def _alpha_config(config: dict[str, Any], network: str) -> tuple[float | None, dict[str, float], bool]:
-    """Reads a PEFT configuration's settings for one network. Returns (alpha or None, alphas by the
-    ending of a layer's name, whether alpha counts times sqrt(rank)).
+    """Reads the settings for one network ("unet", "text_encoder", ...) from a PEFT configuration.
+    Returns (default, by_layer, root): the alpha of most layers, or None if it is not stated; the
+    alphas of special layers, by the ending of the layer's name; and whether alpha is to be
+    multiplied by sqrt(rank).
 
-    PEFT takes the keys of alpha_pattern as regular expressions. Files have layer names there, and
-    an expression of unknown origin may run for ever, so only names are accepted (with PEFT's ^ for
-    a whole name). Raises ValueError for anything else.
+    PEFT reads the keys of alpha_pattern as regular expressions. In files these keys are layer
+    names, and an expression of unknown origin may run for ever, so only names are accepted (with
+    PEFT's ^ before a whole name). Raises ValueError for anything else.
     """
     own = {key.removeprefix(f"{network}."): value for key, value in config.items()}
     patterns = own.get("alpha_pattern")
@@ -377,14 +400,16 @@ def _alpha_config(config: dict[str, Any], network: str) -> tuple[float | None, d
 
 
 def _number(value: object) -> float:
-    """Returns an alpha of a configuration. Raises ValueError for anything but a finite number."""
+    """Returns `value`, an alpha stated in a configuration. Raises ValueError unless it is a finite
+    number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
         raise ValueError(f"an alpha must be a number, not {ascii(value)[:80]}")
     return value
 
 
 def _alpha(path: Path, tensors: Tensors, name: str) -> float:
-    """Returns the alpha in a tensor. Raises ValueError for anything but one finite number."""
+    """Returns the alpha that the tensor called `name` holds. Raises ValueError, naming the file
+    `path`, unless the tensor holds one finite number."""
     tensor = tensors[name]
     if tensor.numel() != 1 or tensor.is_complex() or not tensor.isfinite().all():
         raise ValueError(f"{path}: {name!r} must hold one number")
@@ -396,14 +421,14 @@ def _alpha(path: Path, tensors: Tensors, name: str) -> float:
 
 @torch.no_grad()
 def merge(scaled: Sequence[tuple[LoRA, float]]) -> Kept:
-    """Adds adapters, (LoRA, scale) pairs, to the weights in place. Returns the old weights, for
-    `unmerge`.
+    """Adds adapters, given as (LoRA, scale) pairs, to the model's weights in place. Returns the
+    earlier weights, which `unmerge` takes, as layer -> (weight, bias or None).
 
-    The old weights take as much memory as the adapted layers, and restoring them is exact.
-    Subtracting the change again would not be, because each merge in float16 leaves a rounding
-    error. Text states and predictors made before the merge contain results of the old weights, so
-    encode the prompt and make the predictor afterwards. Raises ValueError where an adapter is
-    merged already.
+    The earlier weights take as much memory as the adapted layers, and restoring them is exact.
+    Subtracting the change again would not be exact, because each merge in float16 leaves a rounding
+    error. Text states and predictors made before the merge contain results of the earlier weights,
+    so encode the prompt and make the predictor afterwards. Raises ValueError if an adapter is
+    merged into one of the layers already, or a scale is not finite.
     """
     _check_scales([scale for _, scale in scaled])
     changes: dict[Layer, list[tuple[LowRank | Dense, float]]] = {}
@@ -428,7 +453,7 @@ def merge(scaled: Sequence[tuple[LoRA, float]]) -> Kept:
 
 @torch.no_grad()
 def unmerge(kept: Kept) -> None:
-    """Restores the weights and biases that `merge` returned."""
+    """Restores the weights and biases in `kept`, which `merge` returned."""
     for layer, (weight, bias) in kept.items():
         layer.weight.copy_(weight)
         if bias is not None and layer.bias is not None:
@@ -437,8 +462,8 @@ def unmerge(kept: Kept) -> None:
 
 
 class _RowScales:
-    """The scales of one adapter, one for each row of a batch. The tensors that hold them are made
-    once for each combination of rows and output dimensions, then reused."""
+    """The scales of one adapter for the rows of a batch. `of` returns them as tensors, which are
+    kept and returned again for the next batch in which the rows have the same scales."""
 
     def __init__(self, scales: Sequence[float], adapters: Adapters | None):
         self.scales = list(scales)
@@ -446,9 +471,10 @@ class _RowScales:
         self.known: dict[tuple, tuple[Tensor | None, Tensor]] = {}
 
     def of(self, x: Tensor, out: Tensor) -> tuple[Tensor | None, Tensor] | None:
-        """Returns (rows, scales) for a layer's input and output: the indices of the rows to adapt
-        (None means all rows) and the scales of these rows, shaped to multiply `out`. Returns None
-        while the adapter does nothing."""
+        """Returns (rows, scales) for the input x and the output `out` of an adapted layer: the
+        indices of the rows to adapt (None means all rows), and the scales of these rows, shaped to
+        multiply `out`. Returns None while the adapter is inactive, that is, outside a block of
+        `adapters.rows`."""
         choice = settings_of_rows(len(x), len(self.scales), self.adapters, "scales of adapters")
         if choice is None:
             return None
@@ -466,15 +492,19 @@ class _RowScales:
 def per_row(
     scaled: Sequence[tuple[LoRA, Sequence[float]]], adapters: Adapters | None = None
 ) -> Iterator[None]:
-    """Adapts each row of a batch at scales of its own within the `with` block. `scaled` lists
-    (LoRA, R scales) pairs.
+    """Within the `with` block, adds adapters to the outputs of the layers, with a scale for each
+    row of a batch. `scaled` lists (LoRA, scales) pairs, each with the same number R of scales.
 
-    The rows take the R scales in turn, over and over, so with R images rows b and R + b (the two
-    halves of guidance) take scale b. Every batch must have a multiple of R rows, and its text
-    states must have as many rows as the batch. The text encoder's layers act on prompts encoded
-    within the block, with one prompt per row. With `adapters`, each row takes the scale of its pass
-    (one UNet evaluation per caption of a collage; minsd/adapters.py) instead, and nothing is
-    adapted outside a block of `adapters.rows`.
+    Row i of a batch uses scale i modulo R, so with R images both halves of guidance (the rows
+    without and with the prompt) use the same scales. Every batch must have a multiple of R rows,
+    and its text states must have as many rows as the batch. Prompts encoded within the block are
+    adapted too, one prompt per row.
+
+    `adapters` is for a collage, which makes several passes (UNet evaluations with one caption each)
+    in one batch. If it is given, it states which pass each row belongs to (minsd/adapters.py). A
+    row of pass k then uses scale k modulo R. Outside a block of `adapters.rows` nothing is adapted.
+
+    Raises ValueError if the numbers of scales differ or do not fit the batch.
     """
     for _, scales in scaled:
         _check_scales(scales)
@@ -515,9 +545,10 @@ def per_row(
 
 @contextmanager
 def by_region(regions: Sequence[HasLoRA], loaded: Mapping[Path, LoRA]) -> Iterator[Adapters | None]:
-    """Adapts each region of a layout (noise/layout.py) with the LoRAs that the region's `lora`
-    lists, within the `with` block. The rest of the image has none. Yields the `Adapters` to give to
-    `collage.predictor`, or None where no region has a LoRA."""
+    """Within the `with` block, adapts each region of a layout (noise/layout.py) with the LoRAs that
+    the region's `lora` lists, and leaves the rest of the image unadapted. `loaded` maps the file of
+    each LoRA to the LoRA. Yields the `Adapters` object to give to `collage.predictor`, or None if
+    no region has a LoRA."""
     paths = dict.fromkeys(path for region in regions for path, _ in region.lora)
     if not paths:
         yield None

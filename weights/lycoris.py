@@ -9,8 +9,9 @@
     DoRA    W plus any of these, each row (or column) set to the length that the file states, minus W
             (Liu et al. 2024, arXiv 2402.09353)
 
-The first four count times alpha / rank. The names of tensors are those of the LyCORIS library
-(Yeh et al. 2024, arXiv 2309.14859), DoRA's also those of PEFT. weights/lora.py finds the layers.
+The changes of the first four are multiplied by alpha / rank. Tensors have the names that the
+LyCORIS library (Yeh et al. 2024, arXiv 2309.14859) gives them; DoRA's may also have those of PEFT.
+weights/lora.py finds the layers.
 """
 
 import re
@@ -35,8 +36,10 @@ _ROLE = re.compile(
 
 
 def roles(names: list[str]) -> dict[str, dict[str, str]]:
-    """Returns those of a file's tensor names that belong to the kinds of adapters in this module,
-    as layer -> role -> tensor name."""
+    """Finds the tensors of LoHa, LoKr and the other adapters of this module among `names`, the
+    tensor names of a file. Returns a dict of layer name -> role -> tensor name. A role is the
+    ending of a tensor's name, such as "hada_w1_a" or "dora_scale", which states what the tensor is
+    in the adapter."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         m = _ROLE.fullmatch(name)
@@ -51,24 +54,27 @@ def roles(names: list[str]) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class Dense:
-    """The change of one layer's weight, and of its bias (None: unchanged)."""
+    """The change of one layer by an adapter other than plain LoRA (LoHa, LoKr, DoRA, ...). `change`
+    is a function that takes the layer's weight and returns the change of the weight. `bias` is the
+    change of the layer's bias, or None if the bias is not changed."""
 
     name: str
     module: Layer
-    attention: Attention | None  # set if the layer is a projection that this module may fuse
+    attention: Attention | None  # that may fuse this layer with others (`Attention.fuse`)
     change: Change
     bias: Tensor | None = None
 
     def delta(self) -> Tensor:
-        """Returns the change of the weight, in the weight's shape and on its device, in float32 or
-        float64."""
+        """Returns the change of the layer's weight, with the weight's shape and device, in float32
+        or float64."""
         weight = self.module.weight
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return self.change(weight).reshape(weight.shape)
 
     def on(self, like: Tensor) -> "Dense":
-        """Returns the change computed once, in the dtype and on the device of `like`. Raises
-        ValueError for the change of a norm, which only merging can apply."""
+        """Computes the change of the weight once. Returns a copy of this object that holds the
+        result, in the dtype and on the device of `like`. Raises ValueError for the change of a
+        norm, which can only be merged into the weights."""
         if not isinstance(self.module, nn.Linear | nn.Conv2d):
             raise ValueError(
                 f"an adapter of norms ({self.name}) acts on the whole image: give it with --lora"
@@ -78,7 +84,9 @@ class Dense:
         return replace(self, change=lambda weight: delta, bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns the change of the layer's output for the layer's input x, after `on`."""
+        """Returns the change of the layer's output if the layer's input is x. For a linear layer, x
+        is (B,...,in) and the result (B,...,out); for a convolution, (B,in,h,w) and (B,out,h',w').
+        Call this method on the result of `on`."""
         delta = self.change(self.module.weight)
         if isinstance(self.module, nn.Conv2d):
             return F.conv2d(x, delta, self.bias, self.module.stride, self.module.padding)
@@ -93,16 +101,20 @@ def read(
     tensors: Mapping[str, Tensor],
     alpha: Callable[[int], float],
 ) -> Dense:
-    """Makes the change of layer `name` from an adapter's tensors, by role ("up" and "down" are those
-    of a LoRA). `alpha(rank)` is the layer's alpha. Raises ValueError, naming the file `path`, for
-    tensors that are incomplete or do not fit the layer."""
+    """Makes the change of one layer from an adapter's tensors. `name` and `module` are the layer's
+    name and the layer; `attention` is the attention module that may fuse the layer with others, or
+    None. `tensors` maps roles (as in `roles`, and "up" and "down" for a LoRA's matrices) to
+    tensors. `alpha(rank)` returns the layer's alpha.
+
+    Raises ValueError, naming the file `path`, if tensors are missing or do not fit the layer.
+    """
     t = {role: tensor for role, tensor in tensors.items() if role != "on_input"}
     if not all(tensor.is_floating_point() for tensor in t.values()):
         raise ValueError(f"{path}: {name!r} has tensors that are not of floating point numbers")
     on_input = "on_input" in tensors and bool(tensors["on_input"].count_nonzero())
     bias = t.get("b_norm", t.get("diff_b"))
     shape = module.weight.shape
-    try:  # on the meta device this costs nothing, and tells every shape that does not fit
+    try:  # on the meta device this costs nothing, and it fails if a shape does not fit
         meta = {role: tensor.to("meta", torch.float32) for role, tensor in t.items()}
         trial = _change(meta, on_input, alpha)(torch.empty(shape, device="meta"))
         fits = trial.numel() == shape.numel() and (bias is None or _fits(bias, module))
@@ -128,8 +140,10 @@ def _fits(bias: Tensor, module: Layer) -> bool:
 
 
 def _change(t: Mapping[str, Tensor], on_input: bool, alpha: Callable[[int], float]) -> Change:
-    """Returns the function weight -> change that the adapter tensors `t` (role -> tensor) define.
-    Raises KeyError for a missing tensor."""
+    """Returns the function weight -> change of the weight that an adapter defines. `t` maps roles
+    to the adapter's tensors. `on_input` states whether IA3's numbers belong to the weight's columns
+    (inputs) rather than its rows. `alpha(rank)` returns the layer's alpha. Raises KeyError for a
+    missing tensor."""
     if "lora_magnitude_vector" in t or "dora_scale" in t:
         rest = {role: x for role, x in t.items() if role not in ("lora_magnitude_vector", "dora_scale")}
         return _dora(t, _change(rest, on_input, alpha))
@@ -165,8 +179,9 @@ def _change(t: Mapping[str, Tensor], on_input: bool, alpha: Callable[[int], floa
 
 
 def _product(t: Mapping[str, Tensor], role: str, core: str) -> Tensor:
-    """Returns the product of the matrices `role`_a and `role`_b. If `t` has a tensor called `core`,
-    returns the Tucker product of the core and both matrices."""
+    """Returns the product of the matrices whose roles in `t` are `role`_a and `role`_b. If `t` has
+    a tensor with the role `core`, returns the Tucker product of this core and both matrices
+    instead."""
     a, b = t[f"{role}_a"], t[f"{role}_b"]
     if core in t:
         return _tucker(t[core], a, b)
@@ -174,13 +189,16 @@ def _product(t: Mapping[str, Tensor], role: str, core: str) -> Tensor:
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Returns (out,in,k,k) from a core (r,r,k,k), a (r,out) and b (r,in)."""
+    """Returns the Tucker product (out,in,k,k) of a core (r,r,k,k) and the matrices a (r,out) and b
+    (r,in)."""
     return torch.einsum("ij...,io,jn->on...", core, a, b)
 
 
 def _dora(t: Mapping[str, Tensor], change: Change) -> Change:
-    """Returns the change that sets the length of each row of the changed weight, or of each column
-    where the file's lengths are those of columns."""
+    """Returns DoRA's function weight -> change of the weight. It adds `change(weight)` to the
+    weight, and then scales each row of the sum to the length that the file states for this row.
+    Where the file states lengths of columns, columns are scaled in place of rows. `t` maps roles to
+    the tensors."""
     magnitude = t["lora_magnitude_vector"] if "lora_magnitude_vector" in t else t["dora_scale"]
 
     def normed(weight: Tensor) -> Tensor:
@@ -194,8 +212,8 @@ def _dora(t: Mapping[str, Tensor], change: Change) -> Change:
 
 
 def _along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
-    """Reshapes `values`, one per row (axis 0) or column (axis 1) of a weight, so that they multiply
-    the weight."""
+    """Reshapes `values`, which has one number per row (axis 0) or per column (axis 1) of a weight,
+    so that the result can be multiplied with the weight."""
     shape = [1] * weight.ndim
     shape[axis] = weight.shape[axis]
     return values.reshape(shape)

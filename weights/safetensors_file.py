@@ -1,7 +1,7 @@
-"""Reads tensors by name from safetensors files. Headers are checked first; data is memory-mapped,
-not read.
+"""Reads tensors by name from safetensors files. The header of a file is read and checked first; the
+data is memory-mapped rather than read.
 
-The header of a file is JSON that states the position of each tensor in the file
+The header is JSON that states the position of each tensor in the file
 (https://huggingface.co/docs/safetensors, "Format"). Files come from strangers, so sizes, offsets,
 names and dtypes are checked to the byte with bounded work, and a malformed file is refused with an
 error of one line. Pickles can run code and are never opened.
@@ -35,10 +35,12 @@ ITEM_SIZE = {
     "BOOL": 1,
 }
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def refuse_pickle(path: Path, what: str) -> None:
-    """Raises ValueError where the file's suffix is a pickle's. `what` ("model", "VAE", ...) names
-    the file's content in the error."""
+    """Raises ValueError if the suffix of `path` is one of a pickle's (.ckpt, .pt, .pth, .bin).
+    `what` ("model", "VAE", ...) names the file's content in the error."""
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which can run code when opened: get the {what}'s .safetensors"
@@ -47,14 +49,15 @@ def refuse_pickle(path: Path, what: str) -> None:
 
 
 def variants(dtype: torch.dtype) -> tuple[str, str]:
-    """Returns the file name variants of diffusers folders ("" for float32, ".fp16"), with the
-    precision nearer to `dtype` first."""
+    """Returns the two variants of weight files in diffusers folders, as the ending before
+    ".safetensors": "" (float32) and ".fp16". The one whose precision is nearer to `dtype` comes
+    first."""
     return ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object. Raises FileNotFoundError or ValueError, in one line,
-    where the file is missing or holds anything else."""
+    """Reads a JSON file that holds an object. Raises FileNotFoundError if the file is missing, and
+    ValueError if it holds anything else. Messages have one line."""
     try:
         content = files.read_json(path)
     except FileNotFoundError:
@@ -67,8 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Reads a safetensors file's header, checked to the byte. Returns name -> {"dtype", "shape",
-    "data_offsets"}.
+    """Reads a safetensors file's header and checks it to the byte. Returns a dict of tensor name ->
+    {"dtype": ..., "shape": ..., "data_offsets": ...}.
 
     Raises ValueError, in one line, for a malformed file.
     """
@@ -76,13 +79,15 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata of a safetensors file; an empty dict where the file has none. Raises
-    ValueError for a malformed file, as `read_header` does."""
+    """Reads the metadata of a safetensors file. Returns an empty dict if the file has none. Raises
+    ValueError, in one line, for a malformed file."""
     return _checked(path)[1]
 
 
 def _checked(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Reads and checks a file's header. Returns (entries of the tensors, metadata)."""
+    """Reads and checks a safetensors file's header. Returns (entries, metadata): tensor name ->
+    entry as in `read_header`, and the metadata as text -> text. Raises ValueError for a malformed
+    file."""
     header, size = _header_json(path)
     metadata = header.pop("__metadata__", None)
     if metadata is None:
@@ -104,8 +109,9 @@ def _refuse(path: Path, why: str) -> NoReturn:
 
 
 def _header_json(path: Path) -> tuple[dict[str, Any], int]:
-    """Returns (header, size): the header as a JSON object, its entries not checked yet, and the
-    number of bytes in the file after the header."""
+    """Reads the header of a safetensors file. Returns (header, size): the header as a JSON object
+    whose entries are not checked yet, and the number of bytes in the file after the header. Raises
+    ValueError if the header is no JSON object."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -129,8 +135,9 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Checks one header entry. Returns the offset of the tensor's first byte, and the offset after
-    its last byte."""
+    """Checks `entry`, the header entry of the tensor `name`. Returns (begin, end): the offsets of
+    the tensor's first byte and of the byte after its last one. Raises ValueError, naming the file
+    `path`, for a malformed entry."""
     try:
         dtype = entry["dtype"]
         shape = entry["shape"]
@@ -152,23 +159,29 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 class Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of one file, or of all files (shards) of one network in a folder.
+    """A mapping of name -> tensor over one safetensors file, or over all files (shards) of one
+    network in a folder.
 
     The constructor reads and checks the headers; `tensors[name]` memory-maps one tensor's data.
     """
 
     def __init__(self, path: Path, stem: str, dtype: torch.dtype):
-        """Opens `path`, which is a file or a folder whose files are called `stem`. Of a folder's
-        file variants the one nearest to `dtype` is taken. Raises ValueError or FileNotFoundError,
-        in one line."""
+        """Opens `path`, a safetensors file, or a folder that contains one network. In a folder, the
+        network is in the file STEM.safetensors or STEM.fp16.safetensors, where STEM is `stem`, or
+        in the shards of either. If the folder has both variants, the one whose precision is nearer
+        to `dtype` is opened. Raises FileNotFoundError if there is no such file, and ValueError for
+        a malformed one."""
         self.where = path
         self.files: dict[str, tuple[Path, dict[str, Any]]] = {}
+        self.starts: dict[Path, int] = {}  # file -> offset of its tensors, which follow the header
         for file in _choose_files(path, stem, dtype):
             header = read_header(file)
             repeated = self.files.keys() & header.keys()
             if repeated:
                 raise ValueError(f"{file} repeats the tensor {min(repeated)!r} of another shard")
             self.files |= {name: (file, entry) for name, entry in header.items()}
+            length = sum(end - begin for begin, end in (e["data_offsets"] for e in header.values()))
+            self.starts[file] = file.stat().st_size - length
         self._open: dict[Path, Any] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -181,6 +194,25 @@ class Tensors(Mapping[str, torch.Tensor]):
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} cannot be read by safetensors: {reason}; download it again") from None
 
+    def copy_to(self, target: torch.Tensor, name: str) -> None:
+        """Copies the tensor called `name` into `target`. The two may differ in shape, but must have
+        the same number of elements.
+
+        If `target` is contiguous, on the CPU and of the file's dtype, its bytes are read from the
+        file: memory-mapping the file first would cost several times as much as the copy. Raises
+        ValueError if the file has become shorter since its header was checked.
+        """
+        path, entry = self.files[name]
+        direct = target.device.type == "cpu" and target.is_contiguous()
+        if not direct or DTYPES.get(entry["dtype"]) != target.dtype:
+            target.copy_(self[name].reshape(target.shape))
+            return
+        with path.open("rb") as file:
+            file.seek(self.starts[path] + entry["data_offsets"][0])
+            count = file.readinto(target.view(torch.uint8).numpy().data)
+        if count != target.nbytes:
+            raise ValueError(f"{path} ended early: was it replaced while it was read? Start again")
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 
@@ -191,7 +223,7 @@ class Tensors(Mapping[str, torch.Tensor]):
         return tuple(self.files[name][1]["shape"])
 
     def dtype(self, name: str) -> str:
-        """Returns the tensor's dtype as the file format spells it: "F32", "BF16", ..."""
+        """Returns the tensor's dtype as the file format spells it, for example "F32" or "BF16"."""
         return self.files[name][1]["dtype"]
 
 
@@ -217,8 +249,9 @@ def _choose_files(path: Path, stem: str, dtype: torch.dtype) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """Returns the files that a shard index lists, in the index's folder. Raises ValueError for a
-    malformed index and FileNotFoundError where a file is missing."""
+    """Reads the index of a network that is split into shards. Returns the paths of the shards,
+    which are in the index's folder. Raises ValueError for a malformed index, and FileNotFoundError
+    if a shard is missing."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map of file names")
@@ -233,13 +266,13 @@ Source = tuple[str, int | Literal["T"] | None]
 
 
 class RenamedTensors(Mapping[str, torch.Tensor]):
-    """Some of a file's tensors under other names. `names` maps each new name to a pair: the name in
-    the file, and which third of the tensor's rows is meant (0, 1, 2, or None for all rows), or "T"
-    for the transposed tensor."""
+    """A mapping of new name -> tensor over some of a file's tensors. `names` maps each new name to
+    a pair (name in the file, part). The part is None for the whole tensor, 0, 1 or 2 for a third of
+    its rows, and "T" for the transposed tensor."""
 
     def __init__(self, tensors: Tensors, what: str, names: dict[str, Source]):
-        """Renames some of `tensors` by the table `names` (see the class). `what` ("the UNet of",
-        ...) precedes the file's path in errors."""
+        """Gives some of `tensors` new names by the table `names`, which the class's docstring
+        explains. `what` ("the UNet of", ...) precedes the file's path in errors."""
         self.tensors = tensors
         self.names = names
         self.where = f"{what} {tensors.where}"
@@ -250,6 +283,14 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
         if third == "T":
             return tensor.T.contiguous()
         return tensor if third is None else tensor.chunk(3)[third]
+
+    def copy_to(self, target: torch.Tensor, name: str) -> None:
+        """Copies a tensor into `target`, as `Tensors.copy_to` does."""
+        source, part = self.names[name]
+        if part is None:
+            self.tensors.copy_to(target, source)
+        else:
+            target.copy_(self[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -272,8 +313,9 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Returns whether the tensor's data is 64-byte aligned, as PyTorch's own allocations are. Also
-    True for tensors whose results do not depend on the alignment.
+    """Returns True if the tensor's data may be used where it lies: if it is 64-byte aligned, as
+    PyTorch's own allocations are, or if alignment does not matter for this tensor. It matters only
+    for float32 tensors of two or more dimensions.
 
     Files may put tensors at any offset. A product of one row with a misaligned float32 matrix may
     be summed in another order (Intel oneMKL's guide, "Conditional Numerical Reproducibility"), so
@@ -284,7 +326,7 @@ def is_aligned(tensor: torch.Tensor) -> bool:
 
 
 ORIGINAL = "is a single-file checkpoint in the original layout"
-_SIGNS = {  # part of a tensor's name -> what it says of the file; the first that occurs decides
+_SIGNS = {  # part of a tensor's name -> the kind of file; the first that occurs decides
     "double_blocks.": "looks like a Flux checkpoint",
     "joint_blocks.": "looks like an SD3 checkpoint",
     "adapter.body.": "looks like a T2I adapter",
@@ -307,8 +349,8 @@ _SIGNS = {  # part of a tensor's name -> what it says of the file; the first tha
 
 
 def guess(names: Iterable[str]) -> str | None:
-    """Guesses the kind of a file from its tensor names, to explain why the file does not fit.
-    Returns None if the kind is unknown."""
+    """Guesses from tensor names what kind of file they are from, to explain why the file does not
+    fit. Returns a phrase such as "looks like a LoRA", or None if the kind is unknown."""
     names = list(names)
     for sign, what in _SIGNS.items():
         if any(sign in name for name in names):

@@ -1,11 +1,11 @@
 """Reads single files: checkpoints in the original layout, and VAEs in the original or the diffusers
 layout.
 
-Such files hold no config. A whole checkpoint is split into the tensors of the three networks, under
-our names (ldm_keys.py), and the shapes of the tensors give each network's sizes. The kind of text
-encoder distinguishes Stable Diffusion 1 (CLIP) from 2 (OpenCLIP). The remaining settings, such as
-the number of attention heads and the prediction type, come from the model family
-(`minsd.config.MODELS`). SDXL has both kinds, and an embedding of the pooled text state.
+Such files hold no config. A whole checkpoint is split into the tensors of its networks, under
+minsd's names (ldm_keys.py), and the shapes of the tensors give each network's sizes. The kind of
+text encoder distinguishes Stable Diffusion 1 (CLIP) from 2 (OpenCLIP); SDXL has both kinds, and an
+embedding of the pooled text state. The remaining settings, such as the number of attention heads
+and the prediction type, come from the model family (`minsd.config.MODELS`).
 """
 
 import hashlib
@@ -32,7 +32,8 @@ _OTHER_XL = {"edm_mean": "is of the EDM kind (Playground 2.5)", "edm_vpred.sigma
 
 @dataclass(frozen=True)
 class Parts:
-    """A checkpoint in the original layout, split into networks. All tensors have our names."""
+    """A checkpoint in the original layout, split into networks. All tensors have the names of
+    minsd's modules. `vae` is None if the checkpoint holds no VAE."""
 
     config: ModelConfig
     unet: RenamedTensors
@@ -43,9 +44,9 @@ class Parts:
 
 
 def original(tensors: Tensors, prediction_type: str | None, metadata: Mapping[str, str]) -> Parts:
-    """Splits a checkpoint in the original layout into networks. `prediction_type` overrides the one
-    that the file's `metadata` states. Raises ValueError, in one line, for a checkpoint that is not
-    complete."""
+    """Splits a checkpoint in the original layout into networks. `prediction_type` ("epsilon",
+    "v_prediction", or None) overrides the one that the file's `metadata` states. Raises ValueError,
+    in one line, for a checkpoint that is incomplete or of another kind."""
     path = tensors.where
     unet = _unet_tensors(tensors)
     vae = _vae_tensors(tensors)
@@ -89,8 +90,9 @@ def original(tensors: Tensors, prediction_type: str | None, metadata: Mapping[st
 def _family(
     path: Path, prefixes: tuple[str, ...], prediction_type: str | None
 ) -> tuple[ModelConfig, str | None]:
-    """Determines a checkpoint's model family from the `prefixes` of its text encoders' tensors, its
-    prediction type, and its file name. Returns (family, note for the user or None)."""
+    """Determines the model family of the checkpoint `path` from three things: the `prefixes` of its
+    text encoders' tensor names, its prediction type (None if unknown), and its file name. Returns
+    (family, note), where the family is a row of `MODELS` and the note for the user may be None."""
     if ldm_keys.XL_CLIP in prefixes:
         is_turbo = "turbo" in path.stem.lower()
         kind = "a Turbo model (1 step, no guidance)" if is_turbo else "the base model"
@@ -108,8 +110,9 @@ def _family(
 
 
 def check_widths(config: ModelConfig, where: Path) -> None:
-    """Raises ValueError where the UNet takes text states of another width than the text encoders
-    make."""
+    """Raises ValueError, naming the file `where`, if the width of the text states that the UNet
+    takes is not the width that the text encoders make. The pooled text state of SDXL is checked
+    too."""
     second = config.text_2
     made = config.text.hidden_size + (second.hidden_size if second else 0)
     taken = config.unet.context_dim
@@ -126,7 +129,7 @@ def check_widths(config: ModelConfig, where: Path) -> None:
 
 
 def _inside(tensors: Tensors, prefix: str) -> list[str]:
-    """Returns the names that begin with a prefix, without the prefix."""
+    """Returns the tensor names that begin with `prefix`, without the prefix."""
     return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
 
 
@@ -147,8 +150,10 @@ def _vae_tensors(tensors: Tensors) -> RenamedTensors:
 
 
 def _text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ...]]:
-    """Returns the tensors of the text encoder of Stable Diffusion 1 (CLIP) or 2 (OpenCLIP), in a
-    list, and the prefix of their names in the file."""
+    """Finds the text encoder of Stable Diffusion 1 (CLIP) or 2 (OpenCLIP) in a checkpoint. Returns
+    (texts, prefixes). `texts` is a list whose only item holds the encoder's tensors under minsd's
+    names. `prefixes` is a tuple whose only item is the prefix of these tensors' names in the file.
+    Raises ValueError if there is no text encoder."""
     if _inside(tensors, ldm_keys.OPEN_CLIP):
         # SD2 does not use the last of the 24 layers; files made from diffusers folders hold 23.
         text = _open_clip(tensors, ldm_keys.OPEN_CLIP, _SD2.text.num_layers)
@@ -161,8 +166,10 @@ def _text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ..
 
 
 def _xl_text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ...]]:
-    """Returns the tensors of SDXL's two text encoders, and the prefixes of their names in the file.
-    Raises ValueError, in one line, for the relatives of SDXL that minsd does not draw with."""
+    """Finds SDXL's two text encoders in a checkpoint. Returns (texts, prefixes): for each encoder
+    its tensors under minsd's names, and the prefix of their names in the file. Raises ValueError,
+    in one line, for models related to SDXL that minsd does not support, and if an encoder is
+    missing."""
     path = tensors.where
     for key, kind in _OTHER_XL.items():
         if key in tensors:
@@ -203,8 +210,10 @@ def _open_clip(tensors: Tensors, prefix: str, layers: int) -> RenamedTensors:
 
 
 def vae_file(tensors: Tensors, family: VAEConfig) -> tuple[VAEConfig, RenamedTensors]:
-    """Reads the VAE from a VAE file in the original or the diffusers layout, or from a whole
-    checkpoint. Returns (config, tensors). `family` gives the settings that shapes do not show."""
+    """Finds the VAE in `tensors`, the content of a VAE file in the original or the diffusers
+    layout, or of a whole checkpoint in the original layout. Returns (config, vae): the VAE's
+    config, and its tensors under minsd's names. `family` gives the settings that tensor shapes do
+    not show. Raises ValueError if there is no VAE."""
     prefix = ldm_keys.VAE if any(name.startswith(ldm_keys.VAE) for name in tensors) else ""
     names = [
         name.removeprefix(prefix)
@@ -227,12 +236,13 @@ def vae_file(tensors: Tensors, family: VAEConfig) -> tuple[VAEConfig, RenamedTen
 
 
 def pairs(names: Iterable[str], prefix: str, rename: Callable[[str], list[str]]) -> dict[str, Source]:
-    """Makes the table that `RenamedTensors` takes: new name -> (the tensor's name in the file,
-    which third of its rows or None for all).
+    """Makes the table that `RenamedTensors` takes: a dict of new name -> (name in the file, part).
+    The part is None for a whole tensor, and 0, 1 or 2 for the first, second or last third of its
+    rows.
 
-    `names` lack the prefix that they have in the file. `rename` returns the new names as a list: an
-    empty list leaves the tensor out, and three names stand for the thirds of a fused projection.
-    Raises ValueError where two tensors get the same name.
+    `names` are names in the file without their common `prefix`. `rename` returns the new names of a
+    tensor as a list. An empty list leaves the tensor out; three names stand for the thirds of a
+    fused projection. Raises ValueError if two tensors get the same name.
     """
     found: dict[str, Source] = {}
     for name in names:
@@ -251,15 +261,17 @@ def pairs(names: Iterable[str], prefix: str, rename: Callable[[str], list[str]])
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """Returns one more than the greatest number that `pattern` finds at the start of a name; 0 if
-    it finds none."""
+    """Counts the numbered parts (layers, blocks) of a network from its tensors' names. `pattern` is
+    a regular expression that is matched at the start of each name, and whose group is the number of
+    the part. Returns the greatest number plus one, or 0 if no name matches."""
     found = (re.match(pattern, name) for name in names)
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 
 def sizes(read: Callable[[], dict[str, Any]], where: object) -> dict[str, Any]:
-    """Returns the sizes that `read()` takes from tensor shapes, after checking them. Raises
-    ValueError, naming the file `where`, if a tensor is missing or no network has such sizes."""
+    """Returns the result of `read()`, a dict of sizes taken from tensor shapes, after checking the
+    sizes. Raises ValueError, naming the file `where`, if a tensor is missing or no network has such
+    sizes."""
     try:
         found = read()
     except (KeyError, IndexError) as error:
@@ -279,12 +291,15 @@ def sizes(read: Callable[[], dict[str, Any]], where: object) -> dict[str, Any]:
 
 def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetConfig:
     """Derives the config of a UNet from the shapes of its tensors. Settings that shapes do not show
-    come from `family`.
+    come from `family`, except the number of attention heads: one per 64 channels if `family` is
+    SD2's or SDXL's (with linear projections around attention), otherwise 8 per level.
 
-    In SD1 every level has 8 attention heads, and in SD2 a level has one head per 64 channels. For a
-    ControlNet, which has the UNet's encoder half, `family` is None: the family with the same level
-    widths and the same width of text states is taken from `MODELS`, and if there is none every
-    level gets 8 heads.
+    For a ControlNet, which has the UNet's encoder half alone, `family` is None. The settings that
+    shapes do not show then come from the row of `MODELS` with the same level widths and the same
+    width of text states. If there is no such row, they are `UNetConfig`'s defaults, with 8 heads
+    per level.
+
+    Raises ValueError if the tensors are not those of a text-to-image UNet.
     """
     shape = tensors.shape
     middle = "mid_block.attentions.0"
@@ -324,8 +339,9 @@ def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetCo
 
 
 def _depth(tensors: RenamedTensors, level: int, levels: int) -> int:
-    """Returns the number of transformer blocks of a level's attention layers; 1 for a level without
-    attention. Raises ValueError where the layers differ."""
+    """Returns the number of transformer blocks in each attention layer of level number `level` of
+    the UNet's `levels` levels; 1 for a level without attention. Raises ValueError if the attention
+    layers of the level differ."""
     middle = "|mid_block" if level == levels - 1 else ""
     block = rf"((?:down_blocks\.{level}|up_blocks\.{levels - 1 - level}{middle})\.attentions\.\d+)\."
     layers = {m[1] for m in (re.match(block, name) for name in tensors) if m}
@@ -339,7 +355,8 @@ def _depth(tensors: RenamedTensors, level: int, levels: int) -> int:
 
 def vae_of(tensors: RenamedTensors, family: VAEConfig) -> VAEConfig:
     """Derives the config of a VAE from the shapes of its tensors. Settings that shapes do not show
-    come from `family`."""
+    come from `family`. Raises ValueError if a tensor is missing, or if the number of latent
+    channels is not 4."""
 
     def read() -> dict[str, Any]:
         levels = range(min(count(tensors, r"encoder\.down_blocks\.(\d{1,4})\."), 16))
@@ -361,7 +378,8 @@ def vae_of(tensors: RenamedTensors, family: VAEConfig) -> VAEConfig:
 
 def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
     """Derives the config of a text encoder from the shapes of its tensors. Settings that shapes do
-    not show come from `family`."""
+    not show come from `family`. Raises ValueError if a tensor is missing or a size is
+    impossible."""
 
     def read() -> dict[str, Any]:
         embedding = tensors.shape("embeddings.token_embedding.weight")
@@ -383,7 +401,8 @@ def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
 
 class FileHash(threading.Thread):
     """A thread that computes the first ten hex digits of a file's SHA-256, which other tools use to
-    name a model. `digest` is the result, and None if the file cannot be read.
+    name a model. After `join()` the attribute `digest` holds them, or None if the file cannot be
+    read.
 
     Reading gigabytes takes seconds, so digests are stored in a file in the user's cache folder, if
     that folder can be written, under the path, the size and the time of change.

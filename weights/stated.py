@@ -1,9 +1,9 @@
-"""Reads what files state about their model: the metadata of single files, and the pipeline and
-scheduler classes that folders name.
+"""Reads the settings that files state about their model: the metadata of single files, and the
+pipeline and scheduler classes that a folder's JSON files name.
 
 The metadata of single files follows ModelSpec (Stability AI's convention, keys `modelspec.*`) or
-comes from kohya's sd-scripts (keys `ss_*`). Folders name diffusers' classes in model_index.json and
-scheduler_config.json.
+comes from kohya's sd-scripts (keys `ss_*`). The JSON files of folders (model_index.json,
+scheduler_config.json) name diffusers' classes.
 """
 
 import re
@@ -45,8 +45,8 @@ OTHER_KINDS = re.compile(
 
 @dataclass(frozen=True)
 class Stated:
-    """The settings that a single file's metadata states. None means that the metadata does not
-    state the setting."""
+    """The settings that a single file's metadata states. A setting that the metadata does not state
+    is None."""
 
     prediction_type: str | None = None  # "epsilon" or "v_prediction"
     zero_snr: bool = False  # whether the model was trained with zero terminal SNR
@@ -55,12 +55,12 @@ class Stated:
 
 
 def of_file(metadata: Mapping[str, str], names: Container[str] = ()) -> Stated:
-    """Extracts the settings from a safetensors file's metadata, and from the `names` of its tensors.
-    ModelSpec's keys take precedence over kohya's, and both over names.
+    """Extracts the settings from `metadata`, the metadata of a safetensors file, and from `names`,
+    the names of the file's tensors. ModelSpec's keys (`modelspec.*`) take precedence over kohya's
+    (`ss_*`), and these over names.
 
-    Files for ComfyUI and AUTOMATIC1111's web UI hold an empty tensor called "v_pred" if the model
-    predicts v, and one called "ztsnr" if it was trained with zero terminal SNR.
-    """
+    Files for ComfyUI and AUTOMATIC1111's web UI contain an empty tensor "v_pred" if the model
+    predicts v, and an empty tensor "ztsnr" if it was trained with zero terminal SNR."""
     architecture = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     words = {"v": "v_prediction", "vprediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
     prediction = words.get(re.sub(r"[^a-z]", "", metadata.get("modelspec.prediction_type", "").lower()))
@@ -76,9 +76,9 @@ def of_file(metadata: Mapping[str, str], names: Container[str] = ()) -> Stated:
 
 
 def _of_architecture(name: str) -> str | None:
-    """Returns the prediction type that an architecture's name implies, or None. Models named
-    "stable-diffusion-v2-768-v" (ModelSpec) or "sd_v2_v" (kohya) predict v; those named "...-v2-512"
-    predict noise."""
+    """Returns the prediction type that an architecture's name implies: "v_prediction" for names
+    such as "stable-diffusion-v2-768-v" (ModelSpec) or "sd_v2_v" (kohya), "epsilon" for
+    "...-v2-512", and None for all other names."""
     base = name.partition("/")[0]
     if re.search(r"[-_](768-)?v$", base):
         return "v_prediction"
@@ -86,8 +86,9 @@ def _of_architecture(name: str) -> str | None:
 
 
 def _side(resolution: str) -> int | None:
-    """Parses the side of square images in pixels from "768x768", "(512, 512)" or "512". Returns
-    None for images that are not square, and for sides that are no multiple of 8 from 64 to 4096."""
+    """Parses the side of square images, in pixels, from a text such as "768x768", "(512, 512)" or
+    "512". Returns None if the image is not square, or if the side is not a multiple of 8 from 64 to
+    4096."""
     sides = {int(side) for side in re.findall(r"\d{2,5}", resolution)}
     if len(sides) != 1:
         return None
@@ -96,8 +97,9 @@ def _side(resolution: str) -> int | None:
 
 
 def sampler_of(scheduler: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Returns (sampler, note): the sampler that a folder's scheduler config asks for (None means
-    the default of the model family), and a note for the user or None."""
+    """Reads a diffusers scheduler config and returns (sampler, note). The first is the name of
+    minsd's sampler with the same update rule, or None if the default of the model family is to be
+    used. The second is a note for the user, or None."""
     kind = scheduler.get("_class_name")
     if kind in (None, "DDIMScheduler"):
         return None, None
@@ -118,12 +120,13 @@ def sampler_of(scheduler: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def check_pipeline(index: Mapping[str, Any], folder: Path) -> list[str]:
-    """Checks a folder's model_index.json and returns notes for the user. Raises ValueError where
-    the index names networks other than those of Stable Diffusion 1.x, 2.x and XL.
+    """Checks `index`, the content of a folder's model_index.json, and returns notes for the user.
+    Raises ValueError if the index names networks other than those of Stable Diffusion 1.x, 2.x and
+    XL.
 
-    Other pipeline classes (for image-to-image, ControlNet, InitNO, Attend-and-Excite, ...) are
-    accepted if their networks are the same. The index names the class of each network, so the
-    networks are checked, and not the pipeline class.
+    The index names the class of each network, so the networks are checked rather than the
+    pipeline's class. Pipelines of other classes (for image-to-image, ControlNet, InitNO,
+    Attend-and-Excite, ...) are accepted if their networks are the same.
     """
     kind = str(index.get("_class_name", "StableDiffusionPipeline"))
     listed = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}

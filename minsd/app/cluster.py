@@ -1,13 +1,13 @@
 """Draws on a Ray cluster (--engine ray): one worker per GPU, or per group of CPU cores.
 
-A worker is a Ray actor that holds the model. The process of the command line plans the jobs, forms
-the batches, and saves the images, as it does without Ray, so files, rows and --resume are the same.
-Up to AHEAD batches are queued at each worker. A batch whose worker is lost (killed, or with its
-node) is given to another worker. Nodes may join and leave: the number of workers follows the
-cluster's GPUs or cores.
+A worker is a Ray actor that holds the model. The process of the command line plans the jobs (one
+per image), forms the batches, and saves the images, as it does without Ray, so files, rows of
+runs.jsonl and --resume are the same. Up to AHEAD batches are queued at each worker. If a worker is
+lost (killed, or with its node), its batches are given to another worker. Nodes may join and leave:
+the number of workers follows the cluster's GPUs or cores.
 
 The nodes need minsd, and every file of the run (model, adapters, images) under the same path. Only
-this process writes to --out.
+the process of the command line writes to --out.
 """
 
 import importlib
@@ -26,10 +26,12 @@ import torch
 
 from minsd.app import mistake
 from minsd.app.jobs import Job
+from minsd.app.progress import Show
 from minsd.app.requests import Command, Request
 from minsd.app.run import Drawing, Finished, Wanted, attempt, batches
 from minsd.app.session import Session, open_session
 from minsd.graphs import empty_cache
+from minsd.noise.drivers import Step
 
 AHEAD = 2  # batches per worker, so that no worker waits while images are saved
 CORES = 4  # CPU cores of a worker without a GPU, unless OMP_NUM_THREADS is set
@@ -38,10 +40,11 @@ FAILED_STARTS = 10  # workers that may be lost in succession before any has draw
 
 
 class Worker:
-    """A Ray actor that holds the model and draws batches."""
+    """A Ray actor, a process on a node of the cluster, that holds the model and draws batches."""
 
     def open(self, command: Command, requests: Sequence[Request]) -> Exception | None:
-        """Loads the model. Returns the error if loading fails, otherwise None."""
+        """Loads the model, with all files that the command and the requests (the settings of each
+        prompt) name. Returns None, or the error if loading fails."""
         try:
             self.session = open_session(command, requests, quiet=True)
         except Exception as error:
@@ -51,28 +54,27 @@ class Worker:
         return self.session.sd.batch_size(height, width)
 
     def draw(self, part: list[Job]) -> tuple[Finished | Exception, list[str]]:
-        """Draws a batch. If GPU memory runs out while CUDA graphs are held, releases them and draws
-        the batch once more.
+        """Draws a batch of jobs (one per image). If GPU memory runs out while CUDA graphs take up
+        memory, releases the graphs and draws the batch once more.
 
-        Returns (outcome, messages). The outcome is the drawn batch, or the error if drawing failed;
-        the messages are those of the warnings.
+        Returns (outcome, messages): the drawn batch, or the error if drawing failed, and the
+        messages of the warnings.
         """
         with warnings.catch_warnings(record=True) as caught:
-            outcome = attempt(self.session, part)
+            outcome = attempt(self.session, part, Show())
             graphs = self.session.sd.graphs
             if isinstance(outcome, torch.cuda.OutOfMemoryError) and graphs is not None and graphs.held:
                 graphs.release()
                 empty_cache()
-                outcome = attempt(self.session, part)
+                outcome = attempt(self.session, part, Show())
         outcome = _portable(outcome) if isinstance(outcome, Exception) else outcome
         return outcome, [str(warning.message) for warning in caught]
 
 
 def _portable(error: Exception) -> Exception:
     """Converts an error to one that can be sent to another process. Errors of a few plain types are
-    returned unchanged. Any other error becomes a ValueError with the same message if it is the
-    user's mistake, otherwise a RuntimeError with the error's type and message.
-    """
+    returned unchanged. Any other error becomes a ValueError with the same message if it is a
+    mistake of the user, otherwise a RuntimeError whose message is the error's type and message."""
     plain = (ValueError, FileNotFoundError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError)
     if type(error) in plain:
         return error
@@ -81,7 +83,8 @@ def _portable(error: Exception) -> Exception:
 
 @dataclass(eq=False)
 class _Actor:
-    """The handle and state of a worker, held by the process of the command line."""
+    """What the process of the command line knows of one worker: the worker's Ray handle, whether
+    its model is loaded, and its queued batches."""
 
     handle: Any
     open: bool = False
@@ -89,10 +92,12 @@ class _Actor:
 
 
 class Cluster:
-    """A connection to a Ray cluster with its workers."""
+    """A connection to a Ray cluster, and its workers (processes on the cluster that hold the
+    model)."""
 
     def __init__(self, command: Command, requests: Sequence[Request]):
-        """Connects to the cluster at RAY_ADDRESS, or starts one on this machine.
+        """Connects to the cluster at RAY_ADDRESS, or starts one on this machine. `command` holds
+        the settings of the run, and `requests` those of each prompt.
 
         Raises ValueError if Ray is not installed, if the cluster cannot be reached, or if the
         cluster has no GPU or no node with enough CPU cores for a worker.
@@ -122,13 +127,14 @@ class Cluster:
         self.requests = [request for request in requests if request.layout is not None]
         self.actors: list[_Actor] = []
         self.opening: dict[Any, _Actor] = {}
-        self.flying: dict[Any, tuple[_Actor, list[Job], int]] = {}  # (worker, batch, workers lost with it)
+        # Ray references of queued batches -> (worker, batch, workers lost with the batch so far)
+        self.flying: dict[Any, tuple[_Actor, list[Job], int]] = {}
         self.lost = 0  # workers lost since a batch was last drawn
 
     def session(self, quiet: bool) -> Session:
-        """Returns a session whose model is on the CPU. The session serves to plan the jobs; nothing
-        is drawn with it.
-        """
+        """Loads the model on this machine's CPU and returns it as a session (a loaded model with
+        the run's settings). It is needed to plan the jobs; the workers draw the images. `quiet`
+        turns messages off."""
         dtype = self.command.dtype or ("float16" if self.device == "cuda" else "float32")
         plain = replace(
             self.command, device="cpu", dtype=dtype, attention="auto", controlnet=None, compile=False
@@ -136,9 +142,8 @@ class Cluster:
         return replace(open_session(plain, self.requests, quiet), command=self.command)
 
     def draw(self, drawing: Drawing, wanted: Wanted) -> None:
-        """Draws the jobs `wanted` on the workers and saves the images. Then ends the workers and
-        the connection to the cluster.
-        """
+        """Draws the jobs `wanted` on the workers, and saves the images with `drawing`. Then ends
+        the workers and the connection to the cluster."""
         try:
             if wanted:
                 self._draw(drawing, wanted)
@@ -146,6 +151,7 @@ class Cluster:
             self.ray.shutdown()  # ends the workers
 
     def _draw(self, drawing: Drawing, wanted: Wanted) -> None:
+        drawing.show.phase("drawing on the cluster", drawing.tally.wanted)
         coming = batches(wanted, self._batch_size)
         again: deque[tuple[list[Job], int]] = deque()  # batches to repeat, with the workers lost so far
         while True:
@@ -163,18 +169,20 @@ class Cluster:
                 actor.parts.remove(ref)
                 outcome = self._result(ref, actor)
                 if outcome is None:
-                    losses += began  # a batch that had not begun did not end its worker
+                    losses += began  # a batch that had not begun is not to blame for the loss
                     if losses < LOSSES:
                         again.append((part, losses))
                         continue
                     outcome = RuntimeError(f"its worker ended without a message, {losses} times")
                 again.extend((smaller, 0) for smaller in drawing.settle(part, outcome))
+                workers = f"{sum(actor.open for actor in self.actors)} workers"
+                drawing.show.say(Step(workers, drawing.show.done, drawing.tally.wanted))
 
     def _fill(self, coming: Iterator[list[Job]], again: deque[tuple[list[Job], int]]) -> bool:
         """Queues up to AHEAD batches at every worker that has loaded the model. Every worker gets
-        its first batch before any worker gets a second. Batches to repeat (`again`) come before new
-        ones (`coming`). Returns whether no batch is left to queue.
-        """
+        its first batch before any worker gets a second. Batches to repeat come before new ones.
+        `coming` yields the new batches. `again` holds the batches to repeat, each with the number
+        of workers lost with it. Returns whether no batch is left to queue."""
         for depth in range(AHEAD):
             for actor in self.actors:
                 if not actor.open or len(actor.parts) > depth:
@@ -188,9 +196,9 @@ class Cluster:
         return False
 
     def _result(self, ref: Any, actor: _Actor) -> Finished | Exception | None:
-        """Returns the outcome of a batch (the drawn batch, or an error), or None if the worker is
-        lost. Repeats the worker's warnings in this process.
-        """
+        """Returns what the worker `actor` returned for a batch: the drawn batch, or the error if
+        drawing failed. Returns None if the worker is lost. `ref` is the Ray reference of the batch.
+        The worker's warnings are issued again in this process."""
         try:
             outcome, messages = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
@@ -202,9 +210,9 @@ class Cluster:
         return outcome
 
     def _drop(self, actor: _Actor, error: Exception) -> None:
-        """Removes a lost worker. Raises RuntimeError if too many workers are lost without a batch
-        drawn in between: more than FAILED_STARTS plus the number of remaining workers.
-        """
+        """Removes a lost worker. `error` is the error by which the loss was noticed. Raises
+        RuntimeError if, since a batch was last drawn, more workers were lost than FAILED_STARTS
+        plus the number of remaining workers."""
         if actor in self.actors:
             self.actors.remove(actor)
             self.lost += 1
@@ -212,7 +220,8 @@ class Cluster:
             raise RuntimeError(f"{self.lost} workers of the Ray cluster ended in succession: {error}")
 
     def _ready(self, refs: list[Any]) -> list[Any]:
-        """Waits for a second at most, and returns the references whose results are ready."""
+        """Waits at most one second for results. Returns those of the Ray references `refs` whose
+        results are there."""
         if refs:
             return self.ray.wait(refs, timeout=1)[0]
         time.sleep(1)
@@ -224,15 +233,14 @@ class Cluster:
         return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
     def _slots(self) -> int:
-        """Returns how many workers the cluster's GPUs or CPU cores now suffice for, counting those
-        already started.
-        """
+        """Returns how many workers fit on the GPUs, or CPU cores, that the cluster has now. Workers
+        that have been started are included."""
         if self.gpus:
             return sum(int(node.get("GPU", 0)) for node in self._nodes())
         return sum(int(node.get("CPU", 0) // self.cores) for node in self._nodes()) if self.cores else 0
 
     def _grow(self) -> None:
-        """Starts workers until there are as many as `_slots` allows."""
+        """Starts workers until there are as many as fit on the cluster's GPUs or CPU cores."""
         for _ in range(self._slots() - len(self.actors)):
             needs = {"num_gpus": 1, "num_cpus": 1} if self.gpus else {"num_cpus": self.cores}
             actor = _Actor(self.ray.remote(**needs)(Worker).remote())
@@ -241,10 +249,10 @@ class Cluster:
             self.opening[actor.handle.open.remote(command, self.requests)] = actor
 
     def _opened(self, ref: Any) -> None:
-        """Marks a worker as ready to draw after the model is loaded, or removes the worker if it is
-        lost. If the model cannot be loaded, raises the user's mistake unchanged and any other error
-        as a RuntimeError.
-        """
+        """Handles the end of loading the model in a worker; `ref` is the Ray reference of the
+        loading. Marks the worker as ready to draw, or removes it if it is lost. If the model cannot
+        be loaded, raises the worker's error: unchanged if it is a mistake of the user, otherwise as
+        a RuntimeError."""
         actor = self.opening.pop(ref)
         try:
             error = self.ray.get(ref)

@@ -1,7 +1,8 @@
-"""Draws one batch of jobs: finds the initial noise, builds the noise predictor, samples, decodes.
+"""Draws one batch of jobs: finds the initial noise, makes the noise predictor, samples, decodes.
 
-The jobs of a batch (minsd/app/run.py groups them) differ only in prompt, seed, subjects, and index
-in a noise file. All other settings are read from the first job.
+A job holds all settings of one image. The jobs of a batch (minsd/app/run.py groups them) differ
+only in prompt, seed, subjects, and index in a noise file. All other settings are read from the
+first job.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from minsd import image
 from minsd.app.jobs import Job
+from minsd.app.preview import Previews
+from minsd.app.progress import Show
 from minsd.app.session import Session
-from minsd.config import STRENGTH
 from minsd.controlnet import Control, Controlled, read_control_image
-from minsd.guidance import Predictor
-from minsd.noise import collage, collage_control, excite, look, stability
+from minsd.guidance import Predictor, evaluations
+from minsd.noise import arrange, collage, collage_control, excite, look, stability
 from minsd.noise.initial import read_noise
+from minsd.noise.layout import overlay
 from minsd.noise.methods import METHODS, Batch, Found, Say
 from minsd.noise.steer import Run
 from minsd.pipeline import StableDiffusion
@@ -27,12 +30,21 @@ from minsd.samplers import timesteps
 from minsd.weights import lora
 
 Extras = dict[str, Image.Image | Tensor]  # further files of an image, by name
-Progress = Callable[[int, int | float], object]
+
+
+# Noise methods that take a while -> what the user sees them do.
+SEARCHES = {
+    "initno": "optimising the noise",
+    "optimize": "optimising the noise",
+    "select": "selecting the noise",
+    "best": "selecting the noise",
+}
 
 
 @dataclass
 class Drawn:
-    """A drawn batch: its images, the noise they began from, and what to record for each image."""
+    """A drawn batch: its images, their initial noise, and further settings and files to save for
+    each image."""
 
     images: list[Image.Image]
     noise: Tensor  # (B, 4, h, w)
@@ -40,76 +52,98 @@ class Drawn:
     extras: list[Extras]  # per image
 
 
-def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """Draws one batch, or inverts the image of a job with --invert.
-
-    `progress(i, t)` is called after every sampling step, and `say(message)` with status messages of
-    the search for noise and of the objective.
-    """
+def draw(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
+    """Draws one batch of jobs (one per image), or inverts the image of a job with --invert: finds
+    the noise that generates it. `session` holds the loaded model, and `show` receives the
+    progress."""
     session.sd.guidance_rescale = jobs[0].sampling.guidance_rescale or 0.0
     with controlled(session, jobs[0]):
         return (
-            invert(session.sd, jobs[0])
-            if jobs[0].invert is not None
-            else sample(session, jobs, progress, say)
+            invert(session.sd, jobs[0], show) if jobs[0].invert is not None else sample(session, jobs, show)
         )
 
 
-def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
-    """Draws a batch: finds the initial noise, denoises it, and decodes the latents. Calls
-    `progress(i, t)` after every sampling step, and `say(message)` with status messages.
-    """
+def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
+    """Draws a batch of jobs (one per image): finds the initial noise, denoises it, and decodes the
+    latents. `session` holds the loaded model, and `show` receives the progress."""
     sd = session.sd
     first = jobs[0]
-    run = {"steps": first.sampling.steps, "sampler": first.sampling.sampler, "karras": first.sampling.karras}
+    sampling = first.sampling
+    run: dict[str, Any] = {"steps": sampling.steps, "sampler": sampling.sampler, "karras": sampling.karras}
     prompts = [job.prompt for job in jobs]
     subjects = [list(job.subjects) if job.subjects is not None else None for job in jobs]
     run_of = steering(sd, jobs, subjects)
-    found = initial_noise(sd, jobs, say, run_of)
+    search = SEARCHES.get(first.method.name)
+    if search is not None and first.noise_file is None:
+        show.phase(search)
+    found = initial_noise(sd, jobs, show.say, run_of)
     seeds = [note.get("seed", job.seed) for job, note in zip(jobs, found.notes)]
     refine = None
     ended: Callable[[], None] | None = None
     if run_of is not None and run_of.steer.driver == "refine":
-        refine, ended = run_of.refine(lambda b, message: say(f"seed {seeds[b]}: {message}"))
+        refine, ended = run_of.refine(lambda b, message: show.say(f"seed {seeds[b]}: {message}"))
     elif first.excite is not None:
         refine = excite.updates(sd, prompts, subjects, variant=first.excite, **run)
     frames = None
     if session.command.attention_maps:
         refine, frames = excite.watch(sd, prompts, subjects, before=refine, **run)
-    init = None
-    strength = STRENGTH
+    previews = Previews(sd, session.command.preview, show)
+    run |= {"seeds": seeds, "refine": refine, "progress": previews.after}
     if first.init is not None:
-        strength = first.init.strength
         picture = image.read(first.init.path)
-        init = sd.encode(image.fit(picture, first.sampling.width, first.sampling.height))
+        run["init"] = sd.encode(image.fit(picture, sampling.width, sampling.height))
+        run["strength"] = first.init.strength
+    show.phase("sampling", steps_of(sd, first))
     with predictor(session, first, prompts, seeds) as predict:
-        latents = sd.denoise(
-            predict,
-            found.noise,
-            seeds=seeds,
-            init=init,
-            strength=strength,
-            refine=refine,
-            progress=progress,
-            **run,
-        )
+        latents = sd.denoise(previews.watch(predict), found.noise, **run)
+    show.phase("decoding")
     images = sd.decode(latents)
     if run_of is not None and ended is not None:
         ended()
         for note, record in zip(found.notes, run_of.records):
             note["objective"] = record
-    if frames is not None:
+    if first.layout is not None:
+        about_layout(session, first, found, images)
+    if frames is not None and frames.steps:
         for b, (picture, extra) in enumerate(zip(images, found.extras)):
             extra["attention"] = excite.sheet(
                 picture, frames, b, [str(subject) for subject in subjects[b] or ()]
             )
+    if previews.steps:
+        for b, extra in enumerate(found.extras):
+            extra["preview"] = previews.sheet(b)
     return Drawn(images, found.noise, found.notes, found.extras)
 
 
+def about_layout(session: Session, job: Job, found: Found, images: Sequence[Image.Image]) -> None:
+    """Adds an entry `attention_in_regions` to each image's notes in `found`. For each region of the
+    layout, it holds the fraction of the attention to the caption's subjects that falls into the
+    region, and the fraction of the image that the region covers. Nothing is added if a caption has
+    no subject. With --layout-overlay, also adds each image with the regions' outlines drawn over it
+    to the image's extra files in `found`."""
+    assert job.layout is not None
+    if session.command.layout_overlay:
+        for picture, extra in zip(images, found.extras):
+            extra["layout"] = overlay(picture, job.layout)
+    if not job.layout.regions:
+        return
+    try:
+        fractions = arrange.attended(
+            session.sd, job.layout, found.noise, steps=job.sampling.steps, sampler=job.sampling.sampler
+        )
+    except ValueError:
+        return
+    areas = [float(region.pixels.mean()) for region in job.layout.regions]
+    for note, each in zip(found.notes, fractions.T.tolist()):
+        note["attention_in_regions"] = [
+            {"fraction": round(fraction, 3), "area": round(area, 3)} for fraction, area in zip(each, areas)
+        ]
+
+
 def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str | int] | None]) -> Run | None:
-    """Returns the object that applies the jobs' objective (--objective) to this batch, or None if
-    the jobs have no objective. `subjects` holds one list or None per job.
-    """
+    """Returns a `Run`, the object that applies the jobs' objective (--objective) to the images of
+    this batch, or None if the jobs have no objective. `subjects` lists, for each job, the words or
+    token indices that the objective is about, or is None for a job that names none."""
     first = jobs[0]
     if first.steer is None:
         return None
@@ -121,9 +155,9 @@ def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str |
 
 
 def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run | None = None) -> Found:
-    """Returns the initial noise of a batch: read from the jobs' noise file, or found by their noise
-    method. `run` applies the jobs' objective; None if they have none.
-    """
+    """Returns the initial noise of a batch of jobs (one per image), with settings and files to
+    save: read from the jobs' noise file, or found by their noise method (--init-noise). `run`
+    applies the jobs' objective; it is None if they have none. `say(message)` reports the search."""
     first = jobs[0]
     sampling = first.sampling
     if first.noise_file is not None:
@@ -151,30 +185,31 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run |
     return METHODS[method.name](sd, batch, say)
 
 
-def invert(sd: StableDiffusion, job: Job) -> Drawn:
-    """Finds the noise that draws the job's image (--invert). Returns this noise and the image drawn
-    from it, with two PSNRs to record.
-    """
+def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
+    """Finds the noise from which the model generates the image that the job names with --invert.
+    Returns this noise, the image generated from it, and settings to save with the image: the PSNR
+    of the generated image, and that of the original after VAE encoding and decoding alone."""
     assert job.invert is not None
-    found = stability.invert_picture(
-        sd,
-        image.read(job.invert),
-        job.prompt,
-        negative_prompt=job.negative_prompt,
-        steps=job.sampling.steps,
-        guidance_scale=job.sampling.guidance_scale,
-        height=job.sampling.height,
-        width=job.sampling.width,
-    )
+    show.phase("inverting and drawing again", 2 * job.sampling.steps)
+    with evaluations(sd.unet, lambda rows: show.advance()):
+        found = stability.invert_picture(
+            sd,
+            image.read(job.invert),
+            job.prompt,
+            negative_prompt=job.negative_prompt,
+            steps=job.sampling.steps,
+            guidance_scale=job.sampling.guidance_scale,
+            height=job.sampling.height,
+            width=job.sampling.width,
+        )
     note = {"psnr": round(found.psnr, 2), "codec_psnr": round(found.codec_psnr, 2)}
     return Drawn([found.picture], found.noise, [note], [{"noise": found.noise}])
 
 
 @contextmanager
 def controlled(session: Session, job: Job) -> Iterator[None]:
-    """Applies the job's ControlNet to every call of the UNet within the block. Does nothing if
-    there is no ControlNet, or no control image for the whole image.
-    """
+    """Applies the job's ControlNet to every call of the session's UNet within the block. Does
+    nothing if there is no ControlNet, or if only regions of the layout have control images."""
     sd = session.sd
     if job.control is None or job.control.image is None or session.controlnet is None:
         yield
@@ -192,12 +227,13 @@ def controlled(session: Session, job: Job) -> Iterator[None]:
 
 @contextmanager
 def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) -> Iterator[Predictor]:
-    """Yields the noise predictor of a batch (the function that a sampler calls to predict the
-    noise).
+    """Yields the noise predictor predict(x, t) -> eps of a batch (the noise-prediction function
+    that a sampler calls). `prompts` and `seeds` have one entry per image; all other settings are
+    those of `job`.
 
-    With a layout, the predictor follows each region's own caption, with the region's adapters and
-    control image. Without a layout, or if the job's objective replaces the layout, the predictor
-    uses the prompts alone.
+    With a layout, the predictor follows each region's own caption, with the LoRAs and control image
+    of that region. Without a layout, or if the job's objective replaces the layout, the predictor
+    follows the prompts alone.
     """
     sd = session.sd
     scale = job.sampling.guidance_scale
@@ -216,9 +252,7 @@ def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) 
 
 
 def steps_of(sd: StableDiffusion, job: Job) -> int:
-    """Returns how many times the sampler calls `progress` for this job; 0 with --invert."""
-    if job.invert is not None:
-        return 0
+    """Returns the number of sampling steps of a job."""
     sampling = job.sampling
     return len(
         timesteps(sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras)

@@ -1,9 +1,10 @@
-"""Finds the images in an output folder, and keeps their rows in runs.jsonl.
+"""Finds the images in an output folder, and keeps one row (line of settings) per image in its
+runs.jsonl.
 
 The images decide, not the rows: only a complete image counts as done, and the settings embedded in
-it identify the image. A row is ignored if its image is missing, or if the file of that name is a
-different image now. A row is added for an image that has none. Files and rows that cannot be read
-are listed in a note and ignored.
+the image identify it. A row is ignored if its image is missing, or if the file of that name is now
+a different image. A row is added for an image that has none. Files and rows that cannot be read are
+named in a message and ignored.
 """
 
 import os
@@ -18,8 +19,8 @@ from minsd.app.jobs import identity, key
 Row = dict[str, Any]  # an image's settings, its file name, and its cost
 Say = Callable[[str], None]
 
-# Keys of a row that are no settings of the image: its name, and what it cost. `batch` is the number
-# of images drawn together, `peak_mb` the peak of the GPU memory meanwhile (None on a CPU).
+# Keys of a row that are no settings of the image: its file name and its cost. `batch` is the number
+# of images drawn together, and `peak_mb` the peak of the GPU memory during that (None on a CPU).
 NOT_SETTINGS = ("file", "seconds", "unet_rows", "batch", "peak_mb")
 
 
@@ -31,9 +32,9 @@ def silent(message: str) -> None:
 
 
 def recorded(paths: Iterable[Path], say: Say = silent) -> Iterator[Row]:
-    """Yields every complete row of those `paths` that exist, the rows of runs.jsonl first. Lines
-    that are no rows, such as a line cut off by a kill, are skipped and reported to `say`.
-    """
+    """Yields every complete row (a dict of an image's settings, file name and cost) of those files
+    `paths` that exist, the rows of runs.jsonl first. Other lines, such as a line cut off by a kill,
+    are skipped and reported with `say`."""
     # The processes' own files hold the rows since the last merge into runs.jsonl.
     for path in sorted(paths, key=lambda path: (path.name != "runs.jsonl", path.name)):
         broken: list[str] = []
@@ -67,17 +68,17 @@ def _rows(path: Path, broken: list[str]) -> Iterator[Row]:
 
 
 def note_ignored(names: list[str], one: str, several: str, say: Say) -> None:
-    """Reports to `say` that files or lines are ignored, with the first three of `names`. `one` and
-    `several` are the reason in singular and plural ("is no row", "are no rows").
-    """
+    """Reports with `say(message)` that files or lines are ignored. The message contains the first
+    three of `names`, and the reason, which `one` states for a single name ("is no row") and
+    `several` for more ("are no rows")."""
     listed = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
     say(f"{listed} {one if len(names) == 1 else several}: ignored")
 
 
 def key_of(settings: Row) -> bytes | None:
-    """Returns the key of an image (`jobs.key`: a hash of what identifies the image), given its
-    settings or row. Returns None if minsd cannot have written these settings.
-    """
+    """Returns the key of an image, a hash of those settings that identify it. `settings` are the
+    settings in the image's metadata or its row of runs.jsonl. Returns None if minsd cannot have
+    written them."""
     try:
         return key(identity(settings))
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, RecursionError):
@@ -85,12 +86,14 @@ def key_of(settings: Row) -> bytes | None:
 
 
 def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
-    """Returns file name -> row, with one row per file name.
+    """Returns a dict file name -> row (an image's settings, file name and cost), with one of the
+    `rows` for each file name.
 
-    If an image was deleted and its name used again, the name has rows of several images. Then the
-    row of the image that is now in the folder is kept. If no row belongs to that image, the last
-    row's image is kept. If one image has several rows, the first with a time (`seconds`) is
-    preferred to a row reconstructed from the PNG, which has none.
+    Several rows may have the same name, because an image was deleted and its name used again, or
+    because one image has several rows. Then only rows of one image are considered: of the image
+    that is in the folder now or, if it has no row, of the image of the last row. Of these, the
+    first row with a time (`seconds`) is taken, or the last row if none has a time. A row that was
+    restored from a PNG has none.
     """
     best: dict[str, Row] = {}
     rivals: dict[str, list[Row]] = {}
@@ -110,7 +113,8 @@ def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
 
 
 def _key_in(folder: Path, name: str) -> bytes | None:
-    """Returns the key of the image called `name` in the folder; None if there is no such image."""
+    """Returns the key (`key_of`) of the image file `name` in the folder, or None if there is no
+    such complete image."""
     if image.NUMBERED.fullmatch(name):
         with suppress(ValueError, OSError):
             return key_of(image.verified(folder / name))
@@ -118,10 +122,10 @@ def _key_in(folder: Path, name: str) -> bytes | None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Appends one complete row to a file of JSON lines. Creates the file and its folder if they are
-    missing.
+    """Appends one row (a dict of an image's settings, file name and cost) as a line to a file of
+    JSON lines. Creates the file and its folder if they are missing.
 
-    The row is not synced to the disk: a row lost in a power cut is restored from its PNG.
+    The file is not synced to the disk: a row that is lost in a power cut is restored from its PNG.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.locked(path.parent), files.own(path, append=True) as file:  # another process may be merging it
@@ -133,10 +137,9 @@ def append(path: Path, row: Row) -> None:
 
 
 def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
-    """Merges the rows of the files `paths` into the folder's runs.jsonl, one row per image, and
-    deletes the files `paths`. Safe to repeat after an interruption. Lines that are no rows are
-    reported to `say`.
-    """
+    """Merges the rows of the files `paths`, each written by one process, into the folder's
+    runs.jsonl, one row per image, and deletes the files `paths`. A merge that was interrupted can
+    be repeated. Lines that are no rows are reported with `say`."""
     with files.locked(folder):
         rows = by_file(recorded([folder / "runs.jsonl", *paths], say), folder)
         with files.temporary(folder) as file:
@@ -154,13 +157,13 @@ def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
 def done(
     folder: Path, write: Callable[[Row], None], say: Say = silent, mine: Container[bytes] | None = None
 ) -> set[bytes]:
-    """Returns the keys of the complete images in a folder. For each image without a row, calls
-    `write` with a row read from the PNG.
+    """Returns the keys (hashes of the identifying settings) of the complete images in a folder. For
+    each image without a row in runs.jsonl, calls `write` with a row made from the image's metadata.
 
     Every image is checked by `image.verified`; an image without a row is also decoded. Files that
-    are not complete images of minsd are reported to `say`.
+    are not complete images of minsd are reported with `say`.
 
-    `mine` holds the keys of this process's jobs if several processes work on the folder. An image
+    If several processes work on the folder, `mine` holds the keys of this process's jobs. An image
     whose row has a key outside `mine` is then skipped, because another process checks it.
     """
     rows: dict[str, set[bytes | None]] = {}

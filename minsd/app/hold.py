@@ -5,7 +5,7 @@ process of such a run locks one byte of the file .runs.lock in the folder. The o
 releases the lock when the process ends, even by a kill. The text of the file describes the run.
 
 Processes of a run without --resume also lock bytes, in another part of the file. Such runs may
-share a folder; their locks only let a process wait for the others of its run
+share a folder; their locks only let a process wait for the other processes of its run
 (`Hold.wait_for_others`).
 
 Where the system or a network file system has no locks, runs do not exclude each other.
@@ -35,7 +35,11 @@ REGION = 2 * LARGEST_WORLD  # bytes of the file per run; the first region is for
 
 
 class Hold:
-    """This process's lock on a folder, from `take` to `release` or the end of the process."""
+    """This process's lock on an output folder, from `take` to `release` or the end of the process.
+
+    `resume` and `wait` are the options --resume and --wait. `say(message)` is called when the
+    process has to wait.
+    """
 
     def __init__(self, folder: Path, resume: bool, wait: bool, say: Callable[[str], None]):
         self.folder = folder
@@ -48,7 +52,8 @@ class Hold:
 
     def take(self) -> None:
         """Locks the folder, and creates it if it is missing. Does nothing if this object has locked
-        the folder already, in a run of one process without --resume, and on systems without locks.
+        the folder already, for a run without --resume that has a single process, and on systems
+        without locks.
 
         If another run with --resume has locked the folder, waits until that run ends if `wait` was
         given to the constructor. Otherwise raises ValueError with the other run's process and
@@ -70,9 +75,9 @@ class Hold:
             time.sleep(1)
 
     def wait_for_others(self) -> None:
-        """Waits until all other processes of this run have ended or are waiting here too. A process
-        that is about to fail calls this first, because torchrun stops all processes when one fails.
-        """
+        """Waits until every other process of this run has ended or is waiting in this method too. A
+        process that is about to fail calls this method first, because torchrun stops all processes
+        when one fails."""
         if self.file is None or self.share.world == 1:
             return
         told = False
@@ -91,10 +96,9 @@ class Hold:
             self.file = None
 
     def _try(self) -> str | None:
-        """Tries to lock the folder. Returns a description of the run that has locked the folder
-        already, or None if this process may work on it. Warns and returns None if the lock file
-        cannot be used.
-        """
+        """Tries to lock the folder once. Returns None if this process may work on the folder,
+        otherwise a description of the run that has locked it. If the lock file cannot be used,
+        warns and returns None."""
         with files.locked(self.folder):  # one process at a time
             try:
                 self.file = files.own(self.folder / NAME)
@@ -119,10 +123,9 @@ class Hold:
             return holder
 
     def _lock(self, first: int, count: int, on: bool = True) -> bool:
-        """Locks or unlocks `count` bytes, from number `first`, of this run's region of the lock
-        file. Returns False if another process has locked any of them; True otherwise, also where
-        the file system has no locks.
-        """
+        """Locks bytes `first` to first + count - 1 of this run's region of the lock file, or
+        unlocks them if `on` is False. Returns False if another process has locked any of them; True
+        otherwise, also where the file system has no locks."""
         assert fcntl is not None and self.file is not None
         how = fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN
         try:
@@ -132,14 +135,13 @@ class Hold:
         return True
 
     def _alone(self) -> bool:
-        """Returns whether no other process of this run holds a lock."""
+        """Returns whether no other process of this run holds a lock on the folder."""
         with files.locked(self.folder):  # `_free` briefly locks all bytes, which `_try` must not see
             return self._free(0, REGION)
 
     def _free(self, first: int, count: int) -> bool:
-        """Returns whether no other process has locked any of the `count` bytes from number `first`
-        of this run's region. Leaves them unlocked.
-        """
+        """Returns whether no other process has locked any of the bytes `first` to first + count - 1
+        of this run's region of the lock file. Leaves these bytes unlocked."""
         if count == 0:
             return True
         free = self._lock(first, count)
@@ -148,9 +150,8 @@ class Hold:
         return free
 
     def _read(self) -> tuple[object, str]:
-        """Returns (name, description) of the run that the lock file describes. The name is None if
-        the file describes no run.
-        """
+        """Reads from the lock file which run has locked the folder. Returns (name, description) of
+        that run. If the file describes no run, the name is None."""
         assert self.file is not None
         self.file.seek(0)
         try:

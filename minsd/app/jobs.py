@@ -1,9 +1,9 @@
 """Jobs: each describes one image, with all defaults filled in.
 
-`plan` makes the jobs of all requests, as `Jobs`: a list that holds one job per prompt and range of
-seeds, so that millions of images take little memory. Only `Job.settings()` creates the keys in an
-image's metadata and in runs.jsonl. `Job.identity()` identifies an image, to find out whether it is
-done already.
+`plan` makes the jobs of all requests (the checked settings of a prompt). It returns them as `Jobs`,
+which stores one job per prompt and range of seeds, so that millions of images take little memory.
+Only `Job.settings()` creates the keys in an image's metadata and in runs.jsonl. `Job.identity()`
+identifies an image, to find out whether it is done already.
 """
 
 import hashlib
@@ -23,18 +23,21 @@ from minsd.app.prompts import located
 from minsd.app.requests import Command, ControlRequest, InitImage, NoiseMethod, Request, check_count
 from minsd.app.seeds import Seeds, Taken, consecutive
 from minsd.emphasis import is_weighted
-from minsd.noise import arrange, collage, look, losses
+from minsd.noise import arrange, best, collage, look, losses
 from minsd.noise.initial import candidate_seeds, noise_files, read_metadata, read_noise
 from minsd.noise.layout import SizedLayout
+from minsd.noise.objectives import NAMES
 from minsd.noise.pairs import named_groups
 from minsd.noise.steer import Run, Steer
 from minsd.pipeline import StableDiffusion, first_step
 from minsd.samplers import timesteps
 
+FEW_STEPS = 8  # a model whose default is no more steps was distilled to draw in few
+
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The settings of model and hardware, which are the same for all jobs of a run."""
+    """The settings of the model and the hardware, which are the same for all images of a run."""
 
     model: str
     model_hash: str | None
@@ -88,7 +91,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All settings of one image."""
+    """All settings of one image, with defaults filled in."""
 
     prompt: str
     negative_prompt: str
@@ -96,7 +99,7 @@ class Job:
     model: ModelSettings
     sampling: Sampling
     method: NoiseMethod
-    subjects: tuple[str | int, ...] | None = None  # None: neither method nor --attention-maps needs any
+    subjects: tuple[str | int, ...] | None = None  # None if neither method nor --attention-maps needs any
     excite: str | None = None  # a variant of noise.excite.updates
     steer: Steer | None = None
     pairs: str | None = None
@@ -107,35 +110,33 @@ class Job:
     invert: Path | None = None
     noise_file: Path | None = None
     noise_index: int = 0  # of this image's noise in the file
-    chunks: int = 1  # that the prompt takes; a batch would pad shorter prompts
+    # The number of chunks that CLIP reads the prompt in. It is equal for all jobs of a batch, since
+    # shorter prompts would be padded.
+    chunks: int = 1
     # The beginning of an error message about this job: "prompts.jsonl, line 2: ".
     where: str = field(default="", compare=False)
 
     def candidates(self) -> list[int]:
-        """Returns the seeds of the noises that the noise method chooses among, the seed asked for
-        first.
-        """
+        """Returns the seeds whose noises the noise method (--init-noise) chooses among, beginning
+        with the seed that the user gave."""
         if self.method.candidate_seeds is not None:
             return list(self.method.candidate_seeds)
         return candidate_seeds(self.seed, self.method.candidates or 1)
 
     @property
     def start(self) -> int:
-        """Returns how many of the noisiest steps are left out, because the image begins from an
-        init image.
-        """
+        """Returns how many steps are left out at the noisy end, because the generation begins from
+        an image (--init-image). Returns 0 without such an image."""
         return first_step(self.sampling.steps, 1.0 if self.init is None else self.init.strength)
 
     def batch_key(self) -> "Job":
-        """Returns the job without prompt, seed, subjects and noise index. Jobs with equal keys can
-        share a batch.
-        """
+        """Returns a copy of the job with empty prompt, seed, subjects and noise index. Jobs whose
+        copies are equal can be drawn in one batch."""
         return replace(self, prompt="", seed=0, subjects=None, noise_index=0)
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that are written into the image's metadata and its row of
-        runs.jsonl.
-        """
+        """Returns the dict of settings that is written into the image's metadata, and into its row
+        of runs.jsonl."""
         out: dict[str, Any] = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
         out |= self.model.settings()
         out |= vars(self.sampling)
@@ -171,19 +172,21 @@ class Job:
 
 
 def identity(settings: Mapping[str, Any]) -> str:
-    """Returns the text that identifies an image: a job is done if an image with the same identity
-    exists. `settings` are those of a job, of a row, or inside an image.
+    """Returns a text that identifies an image: an image that a run wants is done already if the
+    folder has an image with the same text. `settings` are those in an image's metadata, in its row
+    of runs.jsonl, or of `Job.settings`.
 
-    If the noise was selected among candidates, the identity contains the seed asked for and the
-    number of candidates, not the seed that was chosen.
+    If the noise was selected among candidates, the identity contains the seed that the user gave
+    and the number of candidates, not the seed that was chosen.
     """
     candidates = settings.get("candidates") or 0
     seed = settings.get("asked_seed", settings.get("seed"))
-    if isinstance(candidates, list):  # of a finished image: each seed with its score, the asked one first
+    # A finished image has a list: each candidate's seed and score, the user's own seed first.
+    if isinstance(candidates, list):
         seed = candidates[0]["seed"]
         candidates = len(candidates)
     objective = settings.get("objective")
-    if objective is not None:  # of a finished image it also holds how its run went
+    if objective is not None:  # that of a finished image also holds values measured in its run
         asked = {key: objective.get(key) for key in ("name", "driver", "settings", "sha256")}
         settings = {**settings, "objective": asked}
     rest = [settings.get(key) for key in IDENTITY if key != "seed"]
@@ -195,14 +198,15 @@ def _identity(seed: object, rest: str) -> str:
 
 
 def key(identity: str) -> bytes:
-    """Returns the hash of an identity, 16 bytes. A set of millions of hashes fits into memory."""
+    """Returns a hash, 16 bytes, of the text that identifies an image (`identity`). A set of
+    millions of such hashes fits into memory."""
     return hashlib.blake2b(identity.encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Jobs that differ only in the seed and, if they begin from a noise file, in the index of the
-    noise in that file.
+    """A sequence of jobs (one per image) that differ only in the seed and, if they begin from a
+    noise file, in the index of the noise in that file. Only the first job, `template`, is stored.
     """
 
     template: Job
@@ -213,14 +217,13 @@ class Piece:
         return len(self.seeds)
 
     def job(self, k: int) -> Job:
-        """Returns the job number `k` of this piece, counting from 0."""
+        """Returns the job with the number `k` in this sequence, counting from 0."""
         index = self.noise_index + k if self.template.noise_file is not None else 0
         return replace(self.template, seed=self.seeds[k], noise_index=index)
 
     def keys(self, wanted: Iterable[int]) -> Iterator[bytes]:
-        """Yields the key (the hash of the identity) of each job whose number in this piece is in
-        `wanted`.
-        """
+        """Yields, for each number in `wanted`, the key of the job with that number: a hash of the
+        text that identifies the job's image."""
         if self.template.noise_file is not None:
             yield from (key(self.job(k).identity()) for k in wanted)
             return
@@ -229,9 +232,8 @@ class Piece:
 
 
 class Jobs:
-    """The sequence of all jobs of a run. A job is created only when it is indexed or iterated
-    over.
-    """
+    """The sequence of all jobs of a run, one per image. It is stored as pieces (sequences of jobs
+    that differ only in the seed). A job is created only when it is indexed or iterated over."""
 
     def __init__(self, pieces: Iterable[Piece]):
         self.pieces = list(pieces)
@@ -252,9 +254,8 @@ class Jobs:
         return (piece.job(k) for piece in self.pieces for k in range(len(piece)))
 
     def share(self, first: int, step: int) -> Iterator[tuple[Piece, range]]:
-        """Yields every `step`-th job from number `first` on, as (piece, numbers of the jobs in this
-        piece).
-        """
+        """Selects every `step`-th job from number `first` on, one process's part of the run. Yields
+        pairs (piece, numbers): a piece, and the numbers of the selected jobs within this piece."""
         for piece, end in zip(self.pieces, self.ends):
             begin = end - len(piece)
             skip = (first - begin) % step if begin > first else first - begin
@@ -268,12 +269,13 @@ class Jobs:
 def plan(
     sd: StableDiffusion, command: Command, requests: Sequence[Request], device: str | None = None
 ) -> tuple[Jobs, list[str]]:
-    """Returns (jobs, notes): one job per image, in the order of the prompts and their seeds,
-    without repeated images; and notes for the user. `device` is the type of the device that will
-    draw, by default that of `sd`.
+    """Makes the jobs of a run. Returns (jobs, notes): one job per image, in the order of the
+    prompts and their seeds, without repeated images; and messages for the user.
 
-    Raises ValueError for settings that the model does not accept. The message begins with the file
-    and line of the request, if it comes from a prompts file.
+    `command` holds the settings of the run, and `requests` those of each prompt. `device` is the
+    type of the device that will draw ("cuda", "cpu"), by default that of `sd`. Raises ValueError
+    for settings that the model does not accept. If they are those of a line of a prompts file, the
+    message begins with the file and line.
     """
     model = ModelSettings(
         command.model,
@@ -309,7 +311,8 @@ def plan(
 
 
 def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yields the pieces without the jobs that are equal to a job of an earlier piece."""
+    """Yields the pieces (sequences of jobs that differ only in the seed) again, without those jobs
+    that are equal to a job of an earlier piece."""
     taken: dict[tuple[bytes, int], Taken] = {}
     last = None
     same = b""
@@ -326,9 +329,10 @@ def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def _template(
     sd: StableDiffusion, request: Request, model: ModelSettings, notes: list[str]
 ) -> tuple[Job, Seeds]:
-    """Returns (the first job of a request, the seeds of all jobs of the request). Appends to
-    `notes` what the user may not expect.
-    """
+    """Makes the first job of a request (the settings of one prompt). Returns this job and the seeds
+    of all jobs of the request; the other jobs differ only in the seed. Appends to `notes` messages
+    about what the user may not expect. Raises ValueError for settings that the model does not
+    accept."""
     sampling = _sampling(sd, request)
     if sd.config.guidance_scale == 1 != sampling.guidance_scale:
         notes.append(
@@ -368,8 +372,7 @@ def _template(
     )
     if request.steer is not None:
         _check_steer(sd, job, notes)
-    if job.method.name == "best":
-        notes += _best_notes(sd, job)
+    notes += _method_notes(sd, job)
     notes += _text_notes(sd, request)
     visited = timesteps(
         sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras
@@ -384,10 +387,10 @@ def _template(
 
 
 def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Seeds:
-    """Returns one seed for each noise in a file or folder of noises: the request's seeds or, if the
-    request has a single seed, consecutive seeds from that one. Appends notes on the noises to
-    `notes`. Raises ValueError if the numbers of noises and seeds differ.
-    """
+    """Returns one seed for each noise in `path`, a file or folder of noises: the seeds of the
+    request (the settings of one prompt) or, if it has a single seed, consecutive seeds from that
+    one. `job` is the request's first job. Appends messages about the noises to `notes`. Raises
+    ValueError if the numbers of noises and seeds differ."""
     shape = (4, job.sampling.height // 8, job.sampling.width // 8)
     count = len(read_noise(path, shape))
     notes += [f"{request.where}{note}" for note in _noise_notes(path)]
@@ -399,9 +402,19 @@ def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Se
     return seeds
 
 
-def _best_notes(sd: StableDiffusion, job: Job) -> list[str]:
-    """Returns notes for the user on the limits of --init-noise best for this model and prompt."""
+def _method_notes(sd: StableDiffusion, job: Job) -> list[str]:
+    """Returns messages for the user about what limits the job's noise method, updates and objective
+    with this model and prompt. Raises ValueError for the method "best" in a run of one step."""
     notes = []
+    few = sd.config.steps <= FEW_STEPS or job.sampling.sampler == "lcm"
+    if few and _attends(job):
+        notes.append(
+            f"{job.where}methods that read attention maps were made for models of many steps: the maps "
+            "of a model of few steps may tell them little"
+        )
+    if job.method.name != "best":
+        return notes
+    best.check_steps(job.sampling.steps)
     if sd.config.name != "shapes":
         notes.append("best: its constants were measured on the embedded model alone")
     if len(job.subjects or ()) < 2:
@@ -409,24 +422,36 @@ def _best_notes(sd: StableDiffusion, job: Job) -> list[str]:
     return notes
 
 
+def _attends(job: Job) -> bool:
+    """Returns whether a method of the job reads attention maps. What a user's own objective reads
+    is not known."""
+    by_name = job.steer is not None and job.steer.name in NAMES and job.steer.name != "nlg"
+    return (
+        by_name
+        or job.method.name in ("initno", "best")
+        or job.method.score == "attention"
+        or job.excite is not None
+    )
+
+
 def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
-    """Raises ValueError if the job's objective cannot be applied to its prompt. If the objective
-    binds attributes to nouns and the user named no pairs, appends the pairs found in the prompt to
-    `notes`.
-    """
+    """Raises ValueError if the job's objective (--objective) cannot be applied to its prompt. If
+    the objective binds attributes to nouns, and the user has not given these pairs with --pairs,
+    appends to `notes` the pairs that are found in the prompt."""
     assert job.steer is not None
     subjects = None if job.subjects is None else [list(job.subjects)]
     asks = look.ask(sd, [job.prompt], [job.seed], subjects, job.pairs, job.layout)
-    Run(sd, job.steer, asks).check()
+    run = (job.sampling.steps, job.sampling.sampler, job.sampling.karras)
+    Run(sd, job.steer, asks, *run).check()
     if job.pairs is None and job.steer.name in ("syngen", "contrast", "divide"):
         named = [" ".join([*modifiers, noun]) for modifiers, noun in named_groups(job.prompt)]
         notes.append(f"pairs: {'; '.join(named)}")
 
 
 def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
-    """Returns notes for the user on a request's prompts: that weights such as (word:1.3) are read
-    in them, and that long ones are read in chunks.
-    """
+    """Returns messages for the user about the texts of a request (prompt, negative prompt,
+    captions): that weights such as (word:1.3) are read, and that texts of more than 75 tokens are
+    encoded in parts."""
     texts = [request.prompt, request.negative_prompt]
     for region in () if request.layout is None else request.layout.regions:
         texts += [region.prompt, region.negative_prompt]
@@ -443,9 +468,9 @@ def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
 
 
 def _noise_notes(path: Path) -> list[str]:
-    """Returns a note if latent updates also shaped the images of these noise files, so that the
-    noise alone does not draw the same images again.
-    """
+    """Returns a list with a message for the user, or an empty list, about a file or folder of
+    noises. The message states that the images of these noises were also changed by latent updates
+    while denoising, so that the noise alone does not generate the same images again."""
     updated = []
     for file in noise_files(path):
         updates = read_metadata(file).get("updates", "none")
@@ -476,10 +501,9 @@ def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
 
 
 def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[str | int]:
-    """Returns the subjects of a request (words or token indices). If the request names none, they
-    are found in its prompt and reported in `notes`. Raises ValueError for a subject that is not in
-    the prompt.
-    """
+    """Returns the subjects of a request: the words, or token indices, that must not be neglected in
+    the image. If the request names none, they are found in its prompt and reported in `notes`.
+    Raises ValueError for a subject that is not in the prompt."""
     subjects: list[str | int] = []
     if request.subjects is None:
         subjects += losses.automatic_subjects(request.prompt)
@@ -492,10 +516,10 @@ def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[s
 
 
 def _excite(request: Request) -> str | None:
-    """Returns which latent updates the request uses while denoising. InitNO's ("official") with
-    --init-noise initno, unless --no-excite is given; Attend-and-Excite's if --excite is given. None
-    in all other cases, and always with an objective, which has updates of its own.
-    """
+    """Returns which latent updates the request uses while denoising. They are InitNO's ("official")
+    with --init-noise initno, unless --no-excite is given, and Attend-and-Excite's if --excite is
+    given. Returns None in all other cases, and always with an objective, which has updates of its
+    own."""
     if request.steer is not None:
         return None
     if request.method.name == "initno":

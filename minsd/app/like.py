@@ -1,9 +1,9 @@
-"""Implements --like: takes options that the command line leaves out from the settings inside an
-image.
+"""Implements --like: options that the command line does not give are taken from the settings inside
+an image.
 
-The image may come from somebody else. So the settings pass the same checks as a line of a prompts
+The image may come from somebody else. So its settings pass the same checks as a line of a prompts
 file. Without --trust the image may only name the embedded model and files in its own folder, and
-ask for a limited amount of work. Anything else (a model of the hub, a file elsewhere, days of work)
+request a limited amount of work. Anything else (a model of the hub, a file elsewhere, days of work)
 needs --trust, or the option itself on the command line.
 """
 
@@ -36,11 +36,12 @@ REGION_FILES = ("mask", "control_image")
 
 
 def take_from_image(given: Given, notes: list[str]) -> Given:
-    """Returns the options. Those that `given` leaves out are taken from the settings inside the
-    image of --like. Appends to `notes` which files these settings load.
+    """Returns the options `given` on the command line, completed: options that are not given are
+    taken from the settings inside the image of --like. Appends to `notes` a message about the files
+    that these settings load.
 
-    Raises ValueError, with the image and the setting, for settings that are invalid, or not allowed
-    without --trust.
+    Raises ValueError for settings that are invalid, or not allowed without --trust. The message
+    contains the image and the setting.
     """
     from minsd.image import read_settings
 
@@ -74,9 +75,9 @@ def take_from_image(given: Given, notes: list[str]) -> Given:
 
 
 def _with_revision(settings: Given) -> Given:
-    """Returns the settings. If the model came from the hub, it is named as owner/name@commit, so
-    that a later change of the repository does not change the image.
-    """
+    """Returns an image's `settings`, with the setting "model" changed to owner/name@commit if the
+    model came from the hub. So the new image is the same even if the repository has changed
+    since."""
     model = settings.get("model")
     revision = settings.get("model_revision")
     if not isinstance(model, str) or not isinstance(revision, str) or "@" in model:
@@ -90,8 +91,8 @@ def _with_revision(settings: Given) -> Given:
 
 
 def _value(name: str, value: Any) -> Any:
-    """Converts the image's setting `name` to the value that the command line would give. Raises
-    ValueError if the setting has a wrong type or is outside the option's range.
+    """Converts `value`, the image's setting called `name`, to the value that the command line would
+    give for this option. Raises ValueError if it has a wrong type or is outside the option's range.
     """
     option = OPTIONS[name]
     if name == "layout":  # the contents of a layout.json, which noise/layout.py checks
@@ -106,20 +107,21 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _joined(part: Any) -> Any:
-    """Converts an adapter from [file, scale], as in images of earlier versions, to "FILE:SCALE".
-    Returns anything else unchanged.
-    """
+    """Converts a LoRA from a list [file, scale], as images of earlier versions contain it, to the
+    text "FILE:SCALE". Returns anything else unchanged."""
     if isinstance(part, list) and len(part) == 2 and not isinstance(part[1], (list, dict)):
         return f"{part[0]}:{part[1]}"
     return part
 
 
 def _take_method(given: Given, settings: Given, taken: Given) -> Given:
-    """Copies the options of the image's noise method to `given` and `taken`. Returns the image's
-    settings, with the seed that the search for noise began from.
+    """Copies the options of the image's noise method (--init-noise) from the image's `settings` to
+    `given`, the options of the new run. `taken` collects the options from an image whose amount of
+    work is checked later; the number of candidates is copied to it too. Returns the settings, with
+    the seed replaced by the one from which the search for noise began.
 
-    If the noise was selected, the same candidates are used again, unless the command line gives
-    another seed or number of candidates.
+    If the noise was selected among candidates, the new run uses the same candidates, unless the
+    command line gives another seed or number of candidates.
     """
     seeds = _candidates(settings.get("candidates"))
     if isinstance(seeds, list):
@@ -139,13 +141,15 @@ def _take_method(given: Given, settings: Given, taken: Given) -> Given:
 
 
 def _take_objective(given: Given, objective: Any) -> None:
-    """Copies an image's objective to `given`. Raises ValueError for an objective in a Python file,
-    because an image must not make minsd run code; for settings that are neither numbers nor known
-    words; and, without --trust, for settings that would make the run long.
-    """
+    """Copies `objective`, the objective in an image's settings, to the options `given`. Raises
+    ValueError for an objective in a Python file, because an image must not make minsd run code; for
+    settings that are neither numbers nor known words; and, without --trust, for settings that would
+    make the run long."""
     if not isinstance(objective, dict) or not isinstance(objective.get("settings", {}), dict):
         raise ValueError("'objective' must be an object with a name and settings")
     name = objective.get("name")
+    if str(name).startswith("reward:") and name not in OBJECTIVES.split(", "):
+        raise ValueError(f"made with {str(name)[:80]}, which may download weights: give --objective yourself")
     if "sha256" in objective or name not in OBJECTIVES.split(", "):
         raise ValueError(
             f"made with {str(name)[:80]} (sha256 {str(objective.get('sha256'))[:64]}): "
@@ -153,7 +157,7 @@ def _take_objective(given: Given, objective: Any) -> None:
         )
     given["objective"] = name
     settings = {str(key): value for key, value in objective.get("settings", {}).items()}
-    settings.pop("candidates", None)  # of which the image has a list
+    settings.pop("candidates", None)  # the image's list of candidates holds their number
     for key, value in settings.items():
         if not isinstance(value, (int, float)) and value not in (None, *WORDS):
             raise ValueError(f"'objective' sets {key[:40]!r} to neither a number nor a known word")
@@ -164,10 +168,9 @@ def _take_objective(given: Given, objective: Any) -> None:
 
 
 def _candidates(ranked: Any) -> list[int] | int | None:
-    """Checks and returns the image's setting `candidates`: the list of the candidates' seeds, only
-    their number if the setting holds no more, or None if there is none. Raises ValueError if it is
-    invalid.
-    """
+    """Checks `ranked`, the setting `candidates` of an image. Returns the list of the candidates'
+    seeds, or only their number if the setting contains no more, or None if the image has no such
+    setting. Raises ValueError for anything else."""
     option = OPTIONS["candidates"]
     if ranked is None:
         return None
@@ -185,9 +188,9 @@ def _candidates(ranked: Any) -> list[int] | int | None:
 
 
 def _take_subjects(given: Given, settings: Given, method: Given) -> None:
-    """Copies the image's subjects to `given` if the new run needs subjects and the command line
-    names none. `method` holds the noise method of the new run ("init_noise", "score").
-    """
+    """Copies the subjects (words or token indices that must not be neglected) from the image's
+    `settings` to the options `given`, if the new run needs subjects and the command line gives
+    none. `method` holds the new run's options "init_noise" and "score"."""
     asks = method.get("init_noise") in ("initno", "best") or method.get("score") == "attention"
     asks = asks or given["excite"] or given["attention_maps"]
     named = given["token_indices"] is not None or given["subjects"] is not None
@@ -202,9 +205,8 @@ def _take_subjects(given: Given, settings: Given, method: Given) -> None:
 
 
 def _check_work(given: Given, taken: Given) -> None:
-    """Raises ValueError if one of the options `taken` from an image asks for more work, or a larger
-    image, than is allowed without --trust.
-    """
+    """Raises ValueError if one of the options `taken` from an image requests more work, or a larger
+    image, than is allowed without --trust. `given` holds all options."""
     for name, value in taken.items():
         option = OPTIONS[name]
         if isinstance(value, (int, float)) and value > option.unasked:
@@ -226,9 +228,9 @@ def _check_work(given: Given, taken: Given) -> None:
 
 
 def _check_product(given: Given, taken: Given) -> None:
-    """Raises ValueError if the options together need more than MOST_EVALUATIONS UNet evaluations,
-    although each option alone is allowed.
-    """
+    """Raises ValueError if the options together need more UNet evaluations than MOST_EVALUATIONS,
+    although each option alone is allowed. `taken` holds the options that come from an image, and
+    `given` all options."""
     options = given | taken
     regions = 0
     if isinstance(options["layout"], dict) and isinstance(options["layout"].get("regions"), list):
@@ -251,9 +253,9 @@ def _check_product(given: Given, taken: Given) -> None:
 
 
 def _check_model(given: Given, taken: Given) -> None:
-    """Raises ValueError if the model that an image names, or the tokenizer of such a model in a
-    single file, would be downloaded from the hub.
-    """
+    """Raises ValueError if the model that an image names would be downloaded from the hub, or, for
+    a model in a single file, its tokenizer. `taken` holds the options that come from the image, and
+    `given` all options."""
     model = taken.get("model", "shapes")
     if model != "shapes" and not exists(Path(model)):
         raise ValueError(
@@ -268,9 +270,8 @@ def _check_model(given: Given, taken: Given) -> None:
 
 
 def _check_places(path: Path, taken: Given) -> None:
-    """Raises ValueError if the options `taken` from the image at `path` name files outside the
-    image's folder.
-    """
+    """Raises ValueError if one of the options `taken` from the image at `path` names a file outside
+    the image's folder."""
     folder = os.path.realpath(path.parent)
     outside: dict[str, str] = {}
     for name, place in _places(taken):
@@ -295,7 +296,8 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _places(taken: Given) -> list[tuple[str, str]]:
-    """Returns (option, path) for every file that an image names and that will be loaded."""
+    """Returns pairs (option, path) for all files that the options `taken` from an image would
+    load."""
     places = [("model", taken["model"])] if "model" in taken else []
     places += [(name, str(taken[name])) for name in FILES if name in taken]
     places += [("lora", str(split_scale(text)[0])) for text in taken.get("lora", ())]

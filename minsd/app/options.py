@@ -22,14 +22,15 @@ from minsd.config import CONTROL_SCALE_MOST, SAMPLER_NAMES, STRENGTH, check_size
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 METHODS = ("random", "initno", "select", "optimize", "best")  # noise.methods.METHODS, without its imports
-OBJECTIVES = "initno, excite, syngen, boxes, divide, contrast, overlap, saga, nlg"  # noise.objectives.NAMES
+# noise.objectives.NAMES, and the reward that needs no weights
+OBJECTIVES = "initno, excite, syngen, boxes, divide, contrast, overlap, saga, nlg, reward:soft-shapes"
 
 IMAGE = "what to draw (each also a key of a line of --prompts FILE.jsonl)"
 NOISE = "the initial noise (each also a key of such a line)"
 MODEL = "model and hardware"
 RUN = "many images, files, messages"
 
-KARRAS = " karras"  # what the value of --sampler ends with where a name means these noise levels as well
+KARRAS = " karras"  # the end of a value of --sampler that also turns on Karras noise levels
 
 Given = dict[str, Any]  # option name -> value, None where it was left out
 
@@ -74,7 +75,7 @@ class Option:
         return self.group in (IMAGE, NOISE)
 
     def add_to(self, group: Any) -> None:
-        """Adds this option to an argparse group."""
+        """Adds this option to an argparse parser's argument group."""
         if self.name == "prompt":
             group.add_argument("prompt", nargs="?", metavar=self.metavar, help=self.help)
             group.add_argument("--prompt", dest="prompt_option", help=argparse.SUPPRESS)
@@ -93,8 +94,8 @@ class Option:
             )
 
     def choose(self, text: str) -> str:
-        """Returns the choice that a text names, whatever its case and punctuation. Raises
-        ArgumentTypeError if the text names no choice.
+        """Returns the choice that a text means; case and punctuation do not matter, and other
+        tools' names of the choices count too. Raises ArgumentTypeError if the text means no choice.
         """
         if self.name == "device" and re.fullmatch(r"cuda:\d+", text):
             return text
@@ -128,10 +129,9 @@ class Option:
         return isinstance(value, taken) and (not isinstance(value, bool) or self.kind is bool)
 
     def from_json(self, value: Any) -> Any:
-        """Converts a value of a prompts file or of an image's settings to the value that the
-        command line would give. Raises ValueError for a value of another type, and for one that is
-        not among the choices.
-        """
+        """Converts a JSON value, from a prompts file or an image's settings, to the value that the
+        command line would give. Raises ValueError if this option does not take values of that type,
+        or if the value is not among the choices."""
         if self.listed and isinstance(value, list):
             parts: list[object] = list(value)
             if not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts):
@@ -139,7 +139,7 @@ class Option:
                     f"{self.name!r} must be a list of words or whole numbers, not {_short(value)}"
                 )
             return ",".join(map(str, parts))
-        value = cast(Any, value)  # no list from here on, which type checkers would remember
+        value = cast(Any, value)  # for type checkers, which would still take it for a list
         if not self.takes(value):
             kinds = {bool: "true or false", float: "a number", int: "a whole number"}
             raise ValueError(f"{self.name!r} must be {kinds.get(self.kind, 'text')}, not {_short(value)}")
@@ -151,7 +151,7 @@ class Option:
                     f"{self.name!r} must be one of {', '.join(self.choices)}, not {_short(value)}"
                 ) from None
         if self.kind is float:
-            with suppress(OverflowError):  # a huge whole number stays one: the range check refuses it
+            with suppress(OverflowError):  # a huge whole number is unchanged; the range check refuses it
                 return float(value)
         return Path(value) if self.kind is Path else value
 
@@ -164,7 +164,7 @@ def plain(text: str) -> str:
 
 
 def _short(value: object) -> str:
-    """Returns a value as JSON of at most 80 characters, for error messages."""
+    """Returns a value as JSON for error messages, cut off after 80 characters."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:80] + " ..."
 
@@ -174,10 +174,19 @@ def _text(bound: float) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises ValueError instead of printing a usage block and exiting."""
+    """An argument parser that raises ValueError for a wrong command line, where argparse would
+    print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(" ".join(f"{message} (--help lists the options)".split()))
+
+
+def positive(text: str) -> int:
+    """Converts the text of an option to a whole number of at least 1. Raises ArgumentTypeError for
+    any other text."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 def parser() -> Parser:
@@ -195,9 +204,9 @@ def parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> Given:
-    """Parses the command line into option name -> value. Raises ValueError, with a message of one
-    line, for a command line that cannot be parsed.
-    """
+    """Parses the command line. Returns a dict option name -> value, in which options that are not
+    given are None. Raises ValueError, with a message of one line, for a command line that cannot be
+    parsed."""
     argv = [_spelled(word) for word in argv]
     for word, following in zip(argv, [*argv[1:], ""]):
         if word.startswith("--save-noise=") or (
@@ -219,9 +228,8 @@ def parse(argv: Sequence[str]) -> Given:
 
 
 def normalised(given: Given) -> Given:
-    """Returns the options in a single form: a seed of -1 becomes None (a random seed), and the
-    sampler "DPM++ 2M Karras" becomes a sampler and the option `karras`.
-    """
+    """Returns the options in a single form: a seed of -1 becomes None, which means a random seed,
+    and the sampler "dpmpp_2m karras" becomes the sampler "dpmpp_2m" and the option `karras`."""
     given = dict(given)
     if given["seed"] == -1:
         given["seed"] = None
@@ -232,9 +240,8 @@ def normalised(given: Given) -> Given:
 
 
 def named(key: str) -> str | None:
-    """Returns the name of the option that a key means, by its own name or another tool's. Returns
-    None if there is no such option.
-    """
+    """Returns the name of the option that `key` means: the option's own name, in any spelling of
+    its hyphens, or its name in another tool. Returns None if there is no such option."""
     name = key.replace("-", "_")
     if name in OPTIONS:
         return name
@@ -242,9 +249,9 @@ def named(key: str) -> str | None:
 
 
 def _spelled(word: str) -> str:
-    """Returns a word of the command line, with another tool's option name replaced by this
-    program's: --cfg_scale=7 -> --guidance-scale=7.
-    """
+    """Returns a word of the command line unchanged, unless it is an option under another tool's
+    name; then that name is replaced by this program's, so that --cfg_scale=7 becomes
+    --guidance-scale=7."""
     if word == "-n":
         return OPTIONS["num_images"].flag
     if not re.match(r"--[a-zA-Z]", word):
@@ -255,7 +262,8 @@ def _spelled(word: str) -> str:
 
 
 def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
-    """Returns the error message for words that the parser does not know."""
+    """Returns the error message for the words `rest` of the command line, which the parser does not
+    know. `prompt` is the word that the parser took for the prompt."""
     flags = [word for word in rest if word.startswith("-")]
     if not flags:
         whole = " ".join([prompt or "", *rest]).strip()
@@ -271,7 +279,8 @@ def _unrecognized(rest: Sequence[str], prompt: str | None) -> str:
 
 
 def check_ranges(given: Given) -> None:
-    """Raises ValueError if an option that a line of a prompts file may set is outside its range."""
+    """Raises ValueError if one of the options is outside its range. Only options that a line of a
+    prompts file may set are checked."""
     for name in PER_LINE:
         OPTIONS[name].check(given[name])
 
@@ -347,6 +356,10 @@ _ROWS = (
     Option("crop_margin", IMAGE, float, "FRACTION",
            "early steps: show each region only its box plus a margin of this fraction of it (try 0.25)",
            least=0, most=1000, like=True, identity="crop_margin"),
+    Option("layout_method", IMAGE, str, None,
+           "how to draw a --layout: by crops, from the best of 50 noises (crops; default of the embedded "
+           "model), or as NoiseCollage was published (paper; default of all others)",
+           choices=("crops", "paper"), identity="crop_margin init_noise score"),
     Option("control_image", IMAGE, Path, "FILE",
            "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
            like=True, identity="control_image"),
@@ -366,8 +379,9 @@ _ROWS = (
            "and was no better than chance on the embedded model)",
            choices=("stability", "attention"), like_method=True, identity="score"),
     Option("objective", NOISE, str, "NAME|FILE.py:NAME",
-           f"what the noise, or the latents while denoising, are judged by: {OBJECTIVES}, or a function of "
-           "your own; --init-noise select or optimize says how it is used",
+           f"what the noise, or the latents while denoising, are judged by: {OBJECTIVES}, reward: and a "
+           "judge such as pickscore, reward:reno, or a function of your own; --init-noise select or optimize "
+           "says how it is used",
            identity="objective"),
     Option("objective_set", NOISE, str, "SETTINGS", "settings of the objective, such as lr=5,steps=50",
            identity="objective"),
@@ -445,9 +459,16 @@ _ROWS = (
     Option("layout_preview", RUN, bool, None,
            "draw the --layout itself to DIR/extra, and stop", default=False,
            harmless="draws no image"),
+    Option("layout_overlay", RUN, bool, None,
+           "also save each image with the outlines and captions of its --layout, in DIR/extra", default=False,
+           harmless="writes one more file"),
     Option("attention_maps", RUN, bool, None,
            "save a sheet per image of where the words of its subjects attended, in DIR/extra", default=False,
            harmless="writes one more file"),
+    Option("preview", RUN, int, "N",
+           "show the predicted image after every N steps: DIR/extra/preview.png while drawing, and a sheet"
+           " per image",
+           least=1, most=1000, harmless="writes one more file"),
     Option("like", RUN, Path, "PNG", "make this image again; other options override its settings",
            harmless="the settings it supplies are recorded one by one"),
     Option("trust", RUN, bool, None,

@@ -20,10 +20,12 @@ from minsd.files import parse_json
 
 
 def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
-    """Reads a prompts file. The options of each line override those `given` on the command line.
+    """Reads a prompts file. The options of each line override the options `given` on the command
+    line.
 
-    Yields (where, options); an error message about that line begins with `where`. Raises
-    ValueError or FileNotFoundError with a message of one line.
+    Yields (where, options) for each line, where `where` is the beginning of error messages about
+    that line, such as "prompts.jsonl, line 2: ". Raises ValueError, or FileNotFoundError for a
+    missing file, with a message of one line.
     """
     found = False
     for number, content in enumerate(_text(path).split("\n"), 1):
@@ -44,9 +46,9 @@ def read_prompts(path: Path, given: Given) -> Iterator[tuple[str, Given]]:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Prepends `where` (the file and line of a request) to the message of a ValueError or
-    FileNotFoundError raised in the block.
-    """
+    """Within the `with` block, `where` is put before the message of any ValueError or
+    FileNotFoundError that is raised. `where` is the place of the mistake, such as "prompts.jsonl,
+    line 2: "."""
     try:
         yield
     except FileNotFoundError as error:
@@ -72,9 +74,8 @@ def _text(path: Path) -> str:
 
 
 def _options(content: str) -> Given:
-    """Parses the options of one line of a .jsonl file. Raises ValueError for anything but an object
-    of known keys with a prompt or layout.
-    """
+    """Returns the options in one line of a .jsonl file. Raises ValueError unless the line is an
+    object whose keys are known options, with a prompt or a layout among them."""
     line = parse_json(content, unique=True)
     if not isinstance(line, dict):
         raise ValueError('a line must be an object, such as {"prompt": "a red circle", "seeds": "0-3"}')

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 LARGEST_WORLD = 1_000_000  # the most processes of one run
 
@@ -16,10 +17,9 @@ class Share:
 
     @classmethod
     def from_environment(cls) -> "Share":
-        """Reads RANK and WORLD_SIZE. Raises ValueError, in one line, if they are no whole numbers
-        or contradict each other, because images would be left out silently or drawn by every
-        process.
-        """
+        """Reads RANK and WORLD_SIZE from the environment. Raises ValueError, in one line, if they
+        are no whole numbers or contradict each other, because otherwise images would be left out
+        silently or drawn by every process."""
         rank = _number("RANK")
         world = _number("WORLD_SIZE")
         if rank is not None and world is None:
@@ -45,16 +45,25 @@ class Share:
     def rows_file(self) -> str:
         return f"runs-{self.rank}.jsonl" if self.world > 1 else "runs.jsonl"
 
+    def parts(self, folder: Path, stem: str) -> list[Path]:
+        """Returns those files STEM-RANK.jsonl in a folder that this process has to merge: its own
+        and, for the first process, those that a killed run with more processes left behind."""
+        numbers = {path: path.stem.removeprefix(f"{stem}-") for path in folder.glob(f"{stem}-*.jsonl")}
+        ranks = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
+        left = self.world if self.rank == 0 else LARGEST_WORLD
+        return sorted(path for path, rank in ranks.items() if rank == self.rank or rank >= left)
+
     @property
     def label(self) -> str:
-        """The beginning of this process's messages: "rank 1 of 2: ", empty for a single process."""
+        """Returns the beginning of this process's messages, such as "rank 1 of 2: "; empty for a
+        single process."""
         return f"rank {self.rank} of {self.world}: " if self.world > 1 else ""
 
 
 def label() -> str:
-    """Returns `Share.label`, or an empty string if RANK and WORLD_SIZE are invalid, so that errors
-    about them can be printed.
-    """
+    """Returns the beginning of this process's messages, such as "rank 1 of 2: "; empty for a single
+    process. It is also empty if RANK or WORLD_SIZE is invalid, so that the error about them can be
+    printed."""
     try:
         return Share.from_environment().label
     except ValueError:
@@ -62,9 +71,8 @@ def label() -> str:
 
 
 def run_name() -> str:
-    """Returns a name that is the same in all processes of a run and differs between runs. It
-    consists of torchrun's run id and address, or of Slurm's job and step.
-    """
+    """Returns a name that all processes of a run share and no other run has. It consists of
+    torchrun's run id and address, or of Slurm's job and step."""
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     if "MASTER_ADDR" not in os.environ:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID")

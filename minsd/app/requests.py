@@ -3,14 +3,14 @@ reported here, in one line.
 
 `read` takes the parsed command line, merges the settings of an image (`--like`) or the lines of a
 prompts file into it, and returns a `Command` (the settings of the whole run) and one `Request` per
-prompt. Nothing heavy is imported until a file needs it.
+prompt. Heavy packages such as torch are imported only when a file needs them.
 """
 
 import difflib
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,19 +23,26 @@ from minsd.app.ranks import Share
 from minsd.app.seeds import Seeds, consecutive, parse
 from minsd.config import MODELS, STRENGTH
 from minsd.files import exists
-from minsd.words import split
+from minsd.words import split, words
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
     from minsd.noise.steer import Steer
 
 
+# How the embedded model draws a layout by default: measured best in bench/results/README.md.
+CROP_MARGIN = 0.25
+LAYOUT_CANDIDATES = 50
+# Options that say where the noise comes from, and those beside which nothing is chosen for a layout.
+FINDS_NOISE = ("init_noise", "score", "candidates", "noise", "init_image", "objective")
+DECIDES = (*FINDS_NOISE, "crop_margin", "excite", "subjects", "token_indices", "controlnet", "layout_preview")
+
 MOST_IMAGES = 10_000_000  # of one run; they would take 11 days on 100 GPUs at 10 s per image
 
 
 @dataclass(frozen=True)
 class Command:
-    """The settings that hold for the whole run."""
+    """The settings of the command line that hold for the whole run."""
 
     model: str
     vae: Path | None
@@ -56,7 +63,9 @@ class Command:
     engine: str | None
     save_noise: bool
     layout_preview: bool
+    layout_overlay: bool
     attention_maps: bool
+    preview: int | None
     list_tokens: bool
     quiet: bool
     json: bool
@@ -66,7 +75,8 @@ class Command:
 
 @dataclass(frozen=True)
 class NoiseMethod:
-    """How the initial noise is found. A field is None if the method does not have this option."""
+    """How the initial noise of an image is found (--init-noise). A field is None if the method does
+    not have this option."""
 
     name: str  # of noise.methods.METHODS; or "invert"
     candidates: int | None = None
@@ -78,7 +88,8 @@ class NoiseMethod:
 
 @dataclass(frozen=True)
 class InitImage:
-    """The image that image to image begins from, and the fraction of the steps that is run."""
+    """The image from which an image-to-image generation begins, and the fraction of the steps that
+    run."""
 
     path: Path
     strength: float
@@ -86,9 +97,8 @@ class InitImage:
 
 @dataclass(frozen=True)
 class ControlRequest:
-    """A ControlNet, its conditioning image (None if only regions of the layout have one), and the
-    weight of the ControlNet.
-    """
+    """A ControlNet, its control image (None if only regions of the layout have one), and the scale
+    of the ControlNet."""
 
     net: Path
     image: Path | None
@@ -122,12 +132,16 @@ class Request:
     init: InitImage | None
     layout: "Layout | None"
     crop_margin: float | None
+    layout_method: str | None
     control: ControlRequest | None
     invert: Path | None
 
 
-def read(given: Given) -> tuple[Command, list[Request]]:
-    """Returns (the settings of the whole run, one request per prompt).
+def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tuple[Command, list[Request]]:
+    """Converts the options `given` on the command line. Returns (command, requests): the settings
+    of the whole run, and one request, the settings of one prompt, per prompt. `lines` are the
+    options of each prompt, as pairs (where, options) in which `where` begins error messages. By
+    default they come from the command line or its prompts file.
 
     Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
     found before a model is loaded.
@@ -141,6 +155,7 @@ def read(given: Given) -> tuple[Command, list[Request]]:
         raise ValueError("--layout-preview is for --layout FILE")
     if given["wait"] and not given["resume"]:
         raise ValueError("--wait is for --resume")
+    OPTIONS["preview"].check(given["preview"])
     several = Share.from_environment().world > 1
     if several and given["engine"] == "ray":
         raise ValueError("--engine ray divides the work itself: start one process, without torchrun")
@@ -150,13 +165,20 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     chance = random.SystemRandom().randrange(2**32)
     requests: list[Request] = []
     images = 0
-    for where, line in _lines(given):
+    for where, line in _lines(given) if lines is None else lines:
         if line["seed"] is None and line["seeds"] is None:
             _check_seeded(given, several)
         with located(where):
             requests.append(request(line, where, chance))
             images += requests[-1].seeds.count
             check_count(images)
+    if given["layout_method"] is None and any(one.layout_method for one in requests):
+        notes.append(
+            f"layout: drawn by crops, from the best of {LAYOUT_CANDIDATES} noises "
+            "(--layout-method paper draws it as NoiseCollage was published)"
+        )
+    if given["layout_overlay"] and not any(one.layout for one in requests):
+        raise ValueError("--layout-overlay is for --layout FILE")
     _check_files(given)
     if not given["list_tokens"]:
         _check_writable(given["out"])
@@ -164,9 +186,9 @@ def read(given: Given) -> tuple[Command, list[Request]]:
 
 
 def _check_seeded(given: Given, several: bool) -> None:
-    """Raises ValueError for a prompt without seeds in a run with --resume or of `several`
-    processes, where every run or process would choose random seeds of its own.
-    """
+    """Checks whether a prompt may do without seeds, so that they are chosen at random. Raises
+    ValueError with --resume, where every run would choose other seeds, and if `several` processes
+    share the run, because each would choose seeds of its own."""
     if given["resume"]:
         raise ValueError(
             "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
@@ -178,7 +200,7 @@ def _check_seeded(given: Given, several: bool) -> None:
 
 
 def check_count(images: int) -> None:
-    """Raises ValueError for more images than MOST_IMAGES."""
+    """Raises ValueError if a run would draw more images than MOST_IMAGES."""
     if images > MOST_IMAGES:
         raise ValueError(f"a run draws at most {MOST_IMAGES:,} images: split the list into several runs")
 
@@ -191,9 +213,9 @@ def _command(given: Given, notes: list[str]) -> Command:
 
 
 def _lines(given: Given) -> Iterator[tuple[str, Given]]:
-    """Yields (where, options) for each prompt. Error messages about the prompt begin with
-    `where`.
-    """
+    """Yields (where, options) for each prompt: that of the command line, or those of the prompts
+    file. `where` is the beginning of error messages about the prompt, such as "prompts.jsonl, line
+    2: ". Raises ValueError if no prompt is given, or both a prompt and a prompts file."""
     if given["prompts"] is not None:
         if given["prompt"] is not None:
             raise ValueError("give a prompt or --prompts FILE, not both")
@@ -208,10 +230,15 @@ def _lines(given: Given) -> Iterator[tuple[str, Given]]:
 
 
 def request(given: Given, where: str, chance: int) -> Request:
-    """Checks one prompt's options and fills in their defaults. Error messages about the prompt
-    begin with `where`. `chance` is the seed to use if none is given. Raises ValueError or
-    FileNotFoundError as `read` does.
+    """Checks the options `given` for one prompt, and returns them with their defaults filled in.
+    `where` is the beginning of error messages about the prompt. `chance` is the seed to use if none
+    is given.
+
+    Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
+    found before a model is loaded.
     """
+    layout = _layout(given)
+    given = _placed(given, layout)
     steer = _steer(given)
     method = _method(given) if steer is None else _steered(given, steer)
     asked = _subjects(given)
@@ -226,7 +253,6 @@ def request(given: Given, where: str, chance: int) -> Request:
             "--subjects and --token-indices are for --init-noise initno, --excite, --score attention, "
             "--objective or --attention-maps"
         )
-    layout = _layout(given)
     by_captions = (
         layout is not None and layout.regions and method.name == "select" and method.score == "attention"
     )
@@ -241,6 +267,8 @@ def request(given: Given, where: str, chance: int) -> Request:
         given |= {
             name: getattr(layout, name) for name in ("width", "height") if getattr(layout, name) is not None
         }
+        if layout.regions and (steer is None or not steer.replaces_layout):
+            _check_drafts(method, steer)
     control = _control(given, layout)
     if given["invert"] is not None:
         _check_invert(given, method)
@@ -269,17 +297,17 @@ def request(given: Given, where: str, chance: int) -> Request:
         init=_init_image(given),
         layout=layout,
         crop_margin=given["crop_margin"],
+        layout_method=given["layout_method"],
         control=control,
         invert=given["invert"],
     )
 
 
 def _steer(given: Given) -> "Steer | None":
-    """Returns the objective with its driver (how the objective is used: to select noise, to
-    optimise noise, or to move the latents while denoising) and its settings, checked. Returns None
-    without --objective. Raises ValueError for options that do not go with the objective, or that
-    need one.
-    """
+    """Returns the objective of --objective, checked, with its settings and its driver. The driver
+    states how the objective is used: to select noise, to optimise noise, or to update the latents
+    while denoising. Returns None without --objective. Raises ValueError for options that cannot be
+    combined with the objective, or that need one."""
     if given["objective"] is None:
         for name in ("objective_set", "pairs"):
             if given[name] is not None:
@@ -297,7 +325,8 @@ def _steer(given: Given) -> "Steer | None":
 
     settings: dict[str, object] = {**read_settings(given["objective_set"] or "")}
     for option, setting in (("optimize_steps", "steps"), ("candidates", "candidates")):
-        if given[option] is not None:
+        # `best` has candidates of its own, besides an objective that is followed while denoising.
+        if given[option] is not None and (option, given["init_noise"]) != ("candidates", "best"):
             if setting in settings:
                 raise ValueError(
                     f"{OPTIONS[option].flag} and --objective-set {setting}= are the same: give one"
@@ -314,10 +343,22 @@ def _steer(given: Given) -> "Steer | None":
     return steer
 
 
+def _check_drafts(method: NoiseMethod, steer: "Steer | None") -> None:
+    """Raises ValueError for the methods that draft the beginning of a run (--init-noise best and
+    search=halving). It is called if the image will be drawn with the regions of a layout, because
+    drafts would be drawn without them."""
+    by = "--init-noise best" if method.name == "best" else "search=halving"
+    if method.name == "best" or (steer is not None and steer.settings.get("search") == "halving"):
+        raise ValueError(
+            f"{by} drafts the prompt without the layout's regions: use --init-noise select, which ranks "
+            "noises by where the regions' captions attend"
+        )
+
+
 def _steered(given: Given, steer: "Steer") -> NoiseMethod:
     """Returns how the initial noise is found if there is an objective: by the objective if its
-    driver is select or optimize, otherwise by --init-noise.
-    """
+    driver is "select" or "optimize". With the driver "refine", which updates the latents instead,
+    the noise is found as --init-noise states."""
     if steer.driver == "refine":
         plain: Given = {"optimize_steps": None} | (
             {} if given["init_noise"] == "best" else {"candidates": None}
@@ -334,9 +375,8 @@ def _steered(given: Given, steer: "Steer") -> NoiseMethod:
 
 
 def _method(given: Given) -> NoiseMethod:
-    """Returns how the initial noise is found, with the method's defaults filled in. Raises
-    ValueError for options that the method does not have.
-    """
+    """Returns how the initial noise is found (--init-noise), with the method's defaults filled in.
+    Raises ValueError for options that the method does not have."""
     name = given["init_noise"] or "random"
     score = given["score"]
     candidates = given["candidates"]
@@ -387,10 +427,9 @@ def _subjects(given: Given) -> list[str | int] | None:
 
 
 def _layout(given: Given) -> "Layout | None":
-    """Reads the layout, or returns None if there is none. Prompts given on the command line replace
-    the layout's own. Raises ValueError for options that do not go with the layout, and
-    FileNotFoundError for a missing file.
-    """
+    """Reads the layout of --layout. Returns None if there is none. A prompt or negative prompt
+    given on the command line replaces that of the layout. Raises ValueError for options that cannot
+    be combined with the layout, and FileNotFoundError for a missing file."""
     if given["layout"] is None:
         if given["crop_margin"] is not None:
             raise ValueError(
@@ -416,11 +455,40 @@ def _layout(given: Given) -> "Layout | None":
     return layout
 
 
-def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
-    """Returns the ControlNet with its conditioning image and weight, or None if no ControlNet is
-    given. Raises ValueError for a control image or scale without a ControlNet, for a ControlNet
-    without a control image, and for settings of regions that would be ignored.
+def _placed(given: Given, layout: "Layout | None") -> Given:
+    """Returns the options, with those filled in that --layout-method stands for. The method "crops"
+    stands for a crop margin and, if no option says where the noise comes from, for selecting the
+    noise by attention. The method "paper" adds nothing. Raises ValueError for options that
+    contradict the method.
+
+    If the user names no method, "crops" is used with the embedded model, for which it was measured
+    to be best, but not with --like or with options that already decide how the layout is drawn or
+    where the noise comes from.
     """
+    named = given["layout_method"]
+    if layout is None:
+        if named is not None:
+            raise ValueError("--layout-method is for --layout FILE")
+        return given
+    if named == "paper" and given["crop_margin"] is not None:
+        raise ValueError("--layout-method paper has no crops: leave out --crop-margin")
+    decided = [name for name in DECIDES if given[name] not in (None, False)]
+    usual = given["model"] in (None, "shapes") and given["like"] is None and not decided
+    usual = usual and all(words(region.prompt) for region in layout.regions)
+    if named == "paper" or not layout.regions or not (named == "crops" or usual):
+        return given
+    given = given | {"layout_method": "crops"}
+    if given["crop_margin"] is None:
+        given["crop_margin"] = CROP_MARGIN
+    if not any(given[name] is not None for name in FINDS_NOISE):
+        given |= {"init_noise": "select", "score": "attention", "candidates": LAYOUT_CANDIDATES}
+    return given
+
+
+def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
+    """Returns the ControlNet with its control image and scale, or None if no ControlNet is given.
+    Raises ValueError for a control image or scale without a ControlNet, for a ControlNet without a
+    control image, and for settings of the layout's regions that would be ignored."""
     net = given["controlnet"]
     image = given["control_image"]
     if given["control_scale"] is not None and net is None:
@@ -435,7 +503,8 @@ def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
         )
     for path in filter(None, images if net is not None else []):
         check_image(path)
-    # The settings of an image spell out every region's scale, asked for or not.
+    # Only for a layout from a file: the layout in an image's settings always has every region's
+    # scale, even if the user gave none.
     if layout is not None and isinstance(given["layout"], Path) and not given["layout_preview"]:
         _check_region_control(layout, given["layout"].is_dir(), net, image)
     if net is None:
@@ -447,11 +516,12 @@ def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
 
 
 def _check_region_control(layout: "Layout", published: bool, net: Path | None, image: Path | None) -> None:
-    """Raises ValueError for per-region control settings that would otherwise be ignored silently.
-    `net` and `image` are the ControlNet and the control image of the command line.
+    """Raises ValueError if a region of the layout has control settings (a control image or scale)
+    that would be ignored silently. `net` and `image` are the ControlNet and the control image of
+    the command line, or None.
 
     `published` states that the layout is a NoiseCollage folder. Such a folder always contains
-    control images, whether they are used or not, so they need no ControlNet.
+    control images, so it is accepted without a ControlNet.
     """
     for k, region in enumerate(layout.regions, 1):
         keys = [key for key in ("control_image", "control_scale") if getattr(region, key) is not None]
@@ -467,9 +537,9 @@ def _check_region_control(layout: "Layout", published: bool, net: Path | None, i
 
 
 def _check_invert(given: Given, method: NoiseMethod) -> None:
-    """Raises ValueError for options that do not go with --invert, which finds the noise of one
-    image by ddim.
-    """
+    """Raises ValueError for options that cannot be combined with --invert, which finds the noise of
+    one image by running ddim backwards. Raises FileNotFoundError if that image is missing. `method`
+    is the noise method of --init-noise."""
     others = ("noise", "init_image", "layout", "excite", "attention_maps", "seeds", "num_images")
     clashes = [OPTIONS[name].flag for name in others if given[name]]
     if method.name != "random":
@@ -482,9 +552,8 @@ def _check_invert(given: Given, method: NoiseMethod) -> None:
 
 
 def _check_values(given: Given) -> None:
-    """Raises ValueError for values out of range and for options that need another option, and
-    FileNotFoundError for a missing noise file.
-    """
+    """Raises ValueError for values out of range, and for options that need another option that is
+    not given. Raises FileNotFoundError for a missing noise file."""
     for name in ("prompt", "negative_prompt"):
         try:
             (given[name] or "").encode()
@@ -507,9 +576,8 @@ def _init_image(given: Given) -> InitImage | None:
 
 
 def _seeds(given: Given, default: int) -> Seeds:
-    """Returns the seeds, one per image. `default` is the first seed if none is given. Raises
-    ValueError if they are invalid.
-    """
+    """Returns the seeds of a prompt, one per image. `default` is the first seed if the options
+    contain none. Raises ValueError for seeds that are invalid or given in two ways."""
     if given["seeds"] is not None:
         if given["seed"] is not None or given["num_images"] is not None:
             raise ValueError(
@@ -523,8 +591,8 @@ def _seeds(given: Given, default: int) -> Seeds:
 
 
 def _check_files(given: Given) -> None:
-    """Raises FileNotFoundError if a file of the whole run is missing (model, VAE, tokenizer,
-    ControlNet, embedding or adapter), before anything heavy is imported.
+    """Raises FileNotFoundError if a file that the whole run needs is missing (model, VAE,
+    tokenizer, ControlNet, embedding or LoRA). This check comes before heavy packages are imported.
     """
     from minsd.weights import hub
 
@@ -560,9 +628,9 @@ def check_image(path: Path) -> None:
 
 
 def _check_writable(out: Path) -> None:
-    """Raises ValueError if files cannot be written to the folder --out or, if it does not exist
-    yet, to its nearest existing parent. The folder itself is created with the first image.
-    """
+    """Raises ValueError if files cannot be written to the output folder or, if it does not exist
+    yet, to its nearest parent that exists. Does not create the folder, which is done with the first
+    image."""
     folder = out
     try:
         while not folder.exists():

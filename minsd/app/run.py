@@ -1,10 +1,12 @@
-"""Runs jobs: forms batches, saves images and rows, resumes, and divides work between processes.
+"""Runs jobs (one per image): forms batches, saves images and rows, resumes, and divides work
+between processes.
 
-A row is appended to runs.jsonl after its image is in place, so that every row has an image. Under
-torchrun every process knows the whole list of jobs and takes a fixed part of it: processes do not
-communicate, and do not wait for work. Each process writes rows to its own file and merges that file
-into runs.jsonl at its end. minsd/app/draw.py draws one batch; this module chooses the batches and
-saves the images. An image that cannot be drawn is reported, and the others are still drawn.
+An image's row, a line with its settings and cost, is appended to runs.jsonl after the image is in
+place, so that every row has an image. Under torchrun every process knows the whole list of jobs and
+takes a fixed part of it: processes do not communicate, and do not wait for work. Each process
+writes rows to its own file and merges that file into runs.jsonl at its end. minsd/app/draw.py draws
+one batch; this module chooses the batches and saves the images. An image that cannot be drawn is
+reported, and the others are still drawn.
 """
 
 import json
@@ -21,15 +23,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from minsd import files, image
 from minsd.app import Tally, mistake, reason
-from minsd.app.draw import Drawn, Extras, Progress, draw, steps_of
+from minsd.app.draw import Drawn, Extras, draw
 from minsd.app.folder import Row, Say, append, done, merge, silent
 from minsd.app.folder import recorded as recorded
 from minsd.app.hold import Hold
 from minsd.app.jobs import Job, Jobs, Piece
+from minsd.app.progress import Progress, Show
 from minsd.app.ranks import Share
 from minsd.app.session import Session
 from minsd.graphs import empty_cache
@@ -46,11 +48,13 @@ def run(
     tally: Tally,
     hold: Hold | None = None,
     engine: "Callable[[Drawing, Wanted], None] | None" = None,
+    show: Progress | None = None,
 ) -> None:
-    """Draws and saves the jobs of this process. `tally` counts the images that are saved and those
-    that failed. `hold` is the lock on the folder; None creates one. `engine(drawing, wanted)` draws
-    the jobs elsewhere; None draws them in this process.
-    """
+    """Draws and saves those of the jobs (one per image) that are this process's part. `session`
+    holds the loaded model, and `tally` counts the images that are saved and those that failed.
+    `hold` is the lock on the folder; None creates one. `engine(drawing, wanted)` draws the jobs
+    elsewhere, such as on a Ray cluster; None draws them in this process. `show` receives the
+    progress; None shows it on standard error."""
     command = session.command
     share = Share.from_environment()
 
@@ -75,10 +79,11 @@ def run(
         if command.resume:
             by_whom = " by this process" if share.world > 1 else ""
             say(f"{tally.wanted} of {len(jobs)} images are still to be made{by_whom}")
-        drawing = Drawing(session, record, tally)
-        drawing.begin(mine)
-        with drawing.bar:
-            (engine or Drawing.all)(drawing, mine)
+        show = show or Progress(tally.wanted, command.out, hidden=session.quiet)
+        try:
+            (engine or Drawing.all)(Drawing(session, record, tally, show), mine)
+        finally:
+            show.close()
         _merge_rows(command.out, share, say if share.rank == 0 else silent)
         if tally.failed:
             hold.wait_for_others()
@@ -87,9 +92,9 @@ def run(
 
 
 def _missing(out: Path, mine: Wanted, share: Share, record: Callable[[Row], None], say: Say) -> Wanted:
-    """Returns those of this process's jobs (`mine`) whose images are not in the folder `out`. In
-    the first process, also calls `record` with a new row for each image that has none.
-    """
+    """Returns those of the jobs `mine`, this process's part of the run, whose images are not in the
+    folder `out` yet. In the first process, also calls `record` with a new row for each image in the
+    folder that has no row, and `say` with messages."""
     keys = None
     if share.world > 1:
         keys = {key for piece, numbers in mine for key in piece.keys(numbers)}
@@ -104,9 +109,8 @@ def _missing(out: Path, mine: Wanted, share: Share, record: Callable[[Row], None
 
 
 def _record(path: Path, row: Row) -> None:
-    """Appends an image's row to the file at `path`. Only warns if the file cannot be written,
-    because the image itself also contains its settings.
-    """
+    """Appends an image's row, a dict of its settings and cost, to the file at `path`. If the file
+    cannot be written, only warns, because the image itself also contains its settings."""
     try:
         append(path, row)
     except (IsADirectoryError, PermissionError) as error:
@@ -114,14 +118,11 @@ def _record(path: Path, row: Row) -> None:
 
 
 def _merge_rows(out: Path, share: Share, say: Say) -> None:
-    """Merges this process's rows into runs.jsonl. The first process also merges the rows that a
-    killed run with more processes left behind.
-    """
-    paths = [out / share.rows_file] if share.world > 1 else []
-    if share.rank == 0:
-        left = [path for path in out.glob("runs-*.jsonl") if path.stem[5:].isdecimal()]
-        paths += [path for path in left if int(path.stem[5:]) >= share.world or share.world == 1]
-    if paths and out.is_dir():
+    """Merges the rows that this process wrote to its own file into runs.jsonl in the folder `out`.
+    The first process also merges the files of processes that do not exist in this run: an earlier
+    run with more processes was killed and left them behind."""
+    paths = share.parts(out, "runs")
+    if (paths or share.world > 1) and out.is_dir():
         try:
             merge(out, paths, say)
         except (IsADirectoryError, PermissionError) as error:
@@ -133,25 +134,23 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
 
 @dataclass
 class Finished:
-    """A batch that was drawn, and the part of each image's row that states its cost."""
+    """A batch that was drawn, and its cost (seconds, UNet rows, memory), which is added to each
+    image's row."""
 
     drawn: Drawn
     cost: Row
 
 
-def attempt(
-    session: Session, part: list[Job], advance: Progress = lambda i, t: None, say: Say = silent
-) -> Finished | Exception:
-    """Draws a batch. Returns the batch with its cost, or the error if drawing fails. Calls
-    `advance(i, t)` after every sampling step, and `say(message)` with status messages.
-    """
+def attempt(session: Session, part: list[Job], show: Show) -> Finished | Exception:
+    """Draws the batch of jobs `part`, and reports its progress to `show`. Returns the drawn batch
+    with its cost, or the error if drawing failed."""
     device = session.sd.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
     try:
         with counted(session.sd.unet) as rows:
-            drawn = draw(session, part, advance, say)
+            drawn = draw(session, part, show)
     except Exception as error:
         return error
     seconds = (time.perf_counter() - begin) / len(part)
@@ -164,69 +163,48 @@ def attempt(
 
 
 class Drawing:
-    """Draws jobs batch by batch, and saves the images. A batch that fails or does not fit the GPU
-    is drawn again in halves, so that one bad image does not fail the others.
+    """Draws jobs (one per image) batch by batch, and saves the images. A batch that fails, or that
+    does not fit into the GPU's memory, is drawn again in halves, so that one bad image does not
+    fail the others.
+
+    `session` holds the loaded model. `record` is called with the row of every saved image. `tally`
+    counts saved and failed images.
     """
 
-    def __init__(self, session: Session, record: Callable[[Row], None], tally: Tally):
+    def __init__(self, session: Session, record: Callable[[Row], None], tally: Tally, show: Progress):
         self.session = session
         self.command = session.command
         self.record = record
         self.tally = tally
-        self.counted = False  # whether the progress bar counts steps while a batch is drawn
-
-    def begin(self, wanted: Wanted) -> None:
-        """Creates the progress bar, with the number of sampling steps of the jobs `wanted`."""
-        known: dict[tuple, int] = {}  # most jobs share their number of steps
-        steps = 0
-        for piece, numbers in wanted:
-            job = piece.template
-            key = (job.sampling, job.start, job.invert is None)
-            if key not in known:
-                known[key] = steps_of(self.session.sd, job)
-            steps += len(numbers) * known[key]
-        hidden = self.session.quiet or not steps
-        self.bar = tqdm(total=steps, unit="step", disable=hidden, file=sys.stderr)
+        self.show = show
 
     def all(self, wanted: Wanted) -> None:
         """Draws and saves the jobs `wanted` in this process."""
-        self.counted = True
         again: deque[list[Job]] = deque()  # parts of batches that failed
         coming = batches(wanted, self.session.sd.batch_size)
         while (part := again.popleft() if again else next(coming, None)) is not None:
             again.extendleft(reversed(self._draw(part)))
 
     def _draw(self, part: list[Job]) -> list[list[Job]]:
-        """Draws and saves a batch. Returns the batches to draw instead after an error, an empty
-        list if there are none.
-        """
-        first = self.tally.made + self.tally.failed + 1
-        last = first + len(part) - 1
-        numbers = f"image {first}" if len(part) == 1 else f"images {first}-{last}"
-        self.bar.set_description(f"{numbers}/{self.tally.wanted}")
-        drawn_before = self.bar.n
-        outcome = attempt(
-            self.session, part, lambda i, t: self.bar.update(len(part)), self.bar.set_postfix_str
-        )
-        if isinstance(outcome, Exception):
-            self.bar.n = drawn_before
-            if isinstance(outcome, torch.cuda.OutOfMemoryError):
-                smaller = _smaller(self.session.sd, part)
-                if smaller:
-                    return smaller
-        self.bar.set_postfix_str("")
+        """Draws and saves the batch of jobs `part`. Returns an empty list, or, after an error, the
+        smaller batches in which to draw these jobs again."""
+        self.show.batch(len(part))
+        outcome = attempt(self.session, part, self.show)
+        if isinstance(outcome, torch.cuda.OutOfMemoryError):
+            smaller = _smaller(self.session.sd, part)
+            if smaller:
+                return smaller
         return self.settle(part, outcome)
 
     def settle(self, part: list[Job], outcome: Finished | Exception) -> list[list[Job]]:
-        """Saves a batch that was drawn, and returns an empty list. If `outcome` is an error,
-        returns the two halves of the batch, to draw again; a batch of one image is reported as
-        failed instead. Raises the error with --debug, or if it would also occur in all later
-        images.
+        """Handles the `outcome` of drawing the batch of jobs `part`. A drawn batch is saved. After
+        an error, a batch of one image is reported as failed, and a larger batch is divided.
+
+        Returns the two halves to draw again if the batch was divided, otherwise an empty list.
+        Raises the error with --debug, or if it would also occur in all later images.
         """
         if isinstance(outcome, Finished):
             self._save(part, outcome)
-            if not self.counted:
-                self.bar.update(len(part) * steps_of(self.session.sd, part[0]))
             return []
         error = outcome
         if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -252,14 +230,13 @@ class Drawing:
         what = f"{job.where}seed {job.seed} of {files.printable(job.prompt, 100)!r}"
         label = Share.from_environment().label
         line = files.printable(f"{label}{what} is not drawn: {reason(error)}")
-        self.bar.write(f"minsd: error: {line}", file=sys.stderr)
+        self.show.failed(f"minsd: error: {line}")
 
     def _save(self, jobs: Sequence[Job], finished: Finished) -> None:
-        """Saves a batch. All images are written to temporary files and synced to the disk together,
-        which takes little longer than for one image. Then each image is moved to its final name and
-        its row is recorded. An image that cannot be saved is reported, and the others are still
-        saved.
-        """
+        """Saves the images of a drawn batch of jobs. All images are written to temporary files and
+        synced to the disk together, which takes little longer than for one image. Then each image
+        is moved to its final name and its row is recorded. An image that cannot be saved is
+        reported, and the others are still saved."""
         out = self.command.out
         out.mkdir(parents=True, exist_ok=True)
         drawn = finished.drawn
@@ -285,12 +262,31 @@ class Drawing:
                 self._made(path, row)
 
     def _made(self, path: Path, row: Row) -> None:
-        """Counts and announces an image that was saved."""
+        """Counts an image that was saved at `path`, and prints the path, or with --json the image's
+        row."""
         self.tally.made += 1
+        self.show.made(path, row)
         if self.command.json:
-            print(json.dumps(row), flush=True)  # ASCII, which every encoding of stdout has
+            print(json.dumps(row), flush=True)  # in ASCII, so that every encoding of stdout can print it
         elif not self.session.quiet:
-            self.bar.write(f"minsd: {files.printable(path)}", file=sys.stderr)
+            self.show.write(f"minsd: {files.printable(path)}{_about_regions(row)}")
+
+
+def _about_regions(row: Row) -> str:
+    """Returns the text to print about an image drawn with a layout, or "" for other images. It
+    states the fraction of the attention to each caption that falls into the caption's region. A
+    warning follows for regions whose fraction is no larger than the part of the image that they
+    cover, as it would be if the attention were spread evenly."""
+    regions = row.get("attention_in_regions")
+    if not regions:
+        return ""
+    told = " and ".join(f"{one['fraction']:.0%}" for one in regions)
+    low = [str(k) for k, one in enumerate(regions, 1) if one["fraction"] <= one["area"]]
+    text = f": its regions hold {told} of their captions' attention"
+    if not low:
+        return text
+    these = "regions" if len(low) > 1 else "region"
+    return f"{text}; warning: {these} {' and '.join(low)} may lack the caption's object"
 
 
 def _ends_the_run(error: Exception) -> bool:
@@ -303,9 +299,9 @@ def _ends_the_run(error: Exception) -> bool:
 
 
 def batches(wanted: Wanted, batch_size: Callable[[int, int], int]) -> Iterator[list[Job]]:
-    """Groups consecutive jobs that differ only in prompt, seed or subjects into batches of at most
-    batch_size(height, width) images.
-    """
+    """Groups the jobs `wanted` into batches. The jobs of a batch follow one another, and differ
+    only in prompt, seed, subjects, or index in a noise file. A batch has at most batch_size(height,
+    width) images."""
     # All sizes are asked for before drawing, because later some of the memory is in use.
     kinds = {(piece.template.sampling.height, piece.template.sampling.width) for piece, _ in wanted}
     sizes = {kind: batch_size(*kind) for kind in kinds}
@@ -328,9 +324,9 @@ def batches(wanted: Wanted, batch_size: Callable[[int, int], int]) -> Iterator[l
 
 
 def _smaller(sd: StableDiffusion, part: list[Job]) -> list[list[Job]]:
-    """Returns what to try after a batch did not fit the GPU: first the same batch without the
-    memory of CUDA graphs, then its halves. Returns an empty list if a single image does not fit.
-    """
+    """Returns the batches to try after the batch `part` did not fit into the GPU's memory. If CUDA
+    graphs took up memory, they are released, and the same batch is tried again. Otherwise the
+    halves of the batch are tried; for a single image the list is empty."""
     held = sd.graphs is not None and bool(sd.graphs.held)
     if len(part) == 1 and not held:
         return []
@@ -346,9 +342,9 @@ def _halves(part: list[Job]) -> list[list[Job]]:
 
 
 def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
-    """Saves the further files (noise, attention sheet) of an image that is about to be saved at
-    `path`, in the folder extra/ beside it.
-    """
+    """Saves the files that belong to an image, such as its noise or attention maps, to the folder
+    extra/ beside it. The image itself is about to be saved at `path`. `extras` holds the files'
+    contents by name."""
     for name, extra in extras.items():
         stem = f"{path.stem}-{name}"
         if isinstance(extra, torch.Tensor):
@@ -358,9 +354,8 @@ def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
 
 
 def noise_metadata(settings: Row) -> dict[str, str]:
-    """Returns the metadata to write into an image's noise file, taken from the image's settings.
-    The key `updates` names the method that also moved the image's latents while denoising, or is
-    "none".
+    """Returns the metadata for the noise file of an image, taken from the image's settings. The key
+    `updates` names the method that also updated the image's latents while denoising, or is "none".
     """
     named = ("prompt", "negative_prompt", "seed", "init_noise", "model", "model_hash")
     texts = {name: str(settings[name]) for name in named if settings.get(name) is not None}

@@ -9,7 +9,7 @@ MOST_PER_RANGE = 1_000_000
 
 
 class Seeds:
-    """A list of seeds, in order, kept as ranges of consecutive numbers."""
+    """A list of seeds, in order, stored as ranges of consecutive numbers."""
 
     def __init__(self, ranges: Iterable[range]):
         self.ranges: list[range] = []
@@ -30,14 +30,17 @@ class Seeds:
 
 
 def consecutive(first: int, count: int) -> Seeds:
-    """Returns `count` consecutive seeds from `first`. Raises ValueError beyond the largest seed."""
+    """Returns `count` consecutive seeds beginning with `first`. Raises ValueError if the last one
+    would be above the largest seed, 2^63 - 1."""
     if first + count - 1 > MOST_SEED:
         raise ValueError(f"seeds go up to 2^63 - 1, not to {first + count - 1}")
     return Seeds([range(first, first + count)])
 
 
 def parse(text: str) -> Seeds:
-    """Parses "0-9,12" into the seeds 0, ..., 9, 12. Raises ValueError for anything else."""
+    """Parses a list of numbers and ranges: "0-9,12" becomes the seeds 0, ..., 9, 12. Raises
+    ValueError for other text, for seeds above 2^63 - 1, and for a range of more than a million
+    seeds."""
     return Seeds(_part(part, text) for part in text.split(","))
 
 
@@ -59,14 +62,15 @@ def _part(part: str, text: str) -> range:
 
 
 class Taken:
-    """A set of whole numbers, kept as sorted ranges that do not touch."""
+    """A set of whole numbers, stored as sorted ranges that do not touch."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.stops: list[int] = []
 
     def take(self, wanted: range) -> list[range]:
-        """Adds numbers to the set. Returns those that were not in it, as ranges in order."""
+        """Adds the numbers `wanted` to the set. Returns those of them that were not in the set
+        before, as ranges in order."""
         # The ranges number `low` to `high` - 1 overlap or touch `wanted`.
         low = bisect_right(self.stops, wanted.start - 1)
         high = bisect_right(self.starts, wanted.stop)

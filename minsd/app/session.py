@@ -1,4 +1,4 @@
-"""Loads what a run needs: the model, its ControlNet, and the adapters of layouts' regions."""
+"""Loads what a run needs: the model, its ControlNet, and the LoRAs of layouts' regions."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from minsd.weights.controlnet import load_controlnet
 
 @dataclass
 class Session:
-    """The loaded model of a run, with its ControlNet and the adapters of layouts' regions."""
+    """The loaded model of a run, with the run's settings, the ControlNet, and the LoRAs of layouts'
+    regions."""
 
     sd: StableDiffusion
     command: Command
@@ -29,9 +30,10 @@ class Session:
 
 
 def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> Session:
-    """Loads the model with the VAE, tokenizer, adapters, embeddings and ControlNet that the command
-    names, and the adapters of the requests' layouts. Raises FileNotFoundError for a missing file,
-    and ValueError for one that cannot be loaded or for options that do not suit the device.
+    """Loads the model with the VAE, tokenizer, LoRAs, embeddings and ControlNet that the command
+    names, and the LoRAs for regions in the layouts of the requests (the settings of each prompt).
+    `quiet` turns progress bars and messages off in the run. Raises FileNotFoundError for a missing
+    file, and ValueError for one that cannot be loaded or for options that do not suit the device.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()

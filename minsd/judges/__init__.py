@@ -1,12 +1,12 @@
-"""Judges: how well an image shows what its prompt asks for, as numbers.
+"""Judges: each rates, as numbers, how well an image shows what its prompt asks for.
 
 `load(name)` returns a judge: frozen networks with the published weights, in float32. The judge's
 method `pictures` returns the reported numbers of PIL images. Some judges also have a method
-`score`, which takes pixels (B,3,H,W) in 0..1 and is differentiable in them, so that it can serve as
-a reward.
+`score`, which takes pixels (B,3,H,W) in 0..1 and is differentiable with respect to them, so that it
+can serve as a reward.
 
-`JUDGES` lists all judges, `WEIGHTS` the files that they need. Nothing heavy is imported here, and
-nothing is downloaded unless the caller says so.
+`JUDGES` lists all judges, `WEIGHTS` the files that they need. Heavy packages such as torch are
+imported only when a judge is loaded, and nothing is downloaded unless the caller allows it.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 class Judged(NamedTuple):
-    """A judge's result for one image: column -> value. If the judge cannot judge the image,
-    `values` is empty and `reason` states why."""
+    """A judge's result for one image. `values` is a dict column -> value. If the judge cannot judge
+    the image, `values` is empty and `reason` states why."""
 
     values: dict[str, float]
     found: "Sequence[Detection] | None" = None  # everything found, if the judge has a detector
@@ -34,7 +34,7 @@ class Judged(NamedTuple):
 
 
 class Judge(Protocol):
-    """The methods and attributes of a judge that `load` returns."""
+    """The interface of the judges that `load` returns."""
 
     identity: dict[str, Any]  # name, weights, dtype and options, written into every line of scores
 
@@ -44,15 +44,16 @@ class Judge(Protocol):
         prompts: Sequence[str],
         asked: Sequence[Mapping[str, Any] | None],
     ) -> list[Judged]:
-        """Returns one result for each RGB image. `asked` holds, per image, what a detector must
-        look for (`objects.Asked`), or None if that is not known."""
+        """Judges RGB images with their prompts, and returns one result per image. `asked` holds for
+        each image what a detector must look for (objects with colours, counts and places, see
+        `objects.Asked`), or None if that is not known."""
         ...
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Published files: where they are on the hub, and what the user should know before a
-    download."""
+    """A published file of weights: where it is on the hub, and its size and licence, which the user
+    is told before a download."""
 
     repo: str
     file: str  # the weights; a second name after | is taken where the first is missing
@@ -93,40 +94,32 @@ WEIGHTS: dict[str, Weights] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of JUDGES: the module of minsd.judges that builds the judge, the columns of its scores,
-    the weights that it needs, and a description."""
+    """A row of the table JUDGES: the module of minsd.judges that builds the judge, the names in
+    WEIGHTS of the weights that it needs, and a description."""
 
     module: str
-    columns: tuple[str, ...]
     weights: tuple[str, ...]
     about: str
 
 
 JUDGES: dict[str, Entry] = {
-    "shapes": Entry(
-        "shapes", ("right", "no_neglect", "strict"), (), "the embedded model's own pixel detector"
-    ),
-    "clip": Entry("clip", ("clip",), ("clip-b16",), "cosine of image and prompt, ViT-B/16"),
-    "clip-b32": Entry("clip", ("clip-b32",), ("clip-b32",), "the same, ViT-B/32"),
-    "clip-l14": Entry("clip", ("clip-l14",), ("clip-l14",), "the same, ViT-L/14"),
-    "clip-h14": Entry("clip", ("clip-h14",), ("clip-h14",), "the same, OpenCLIP's ViT-H/14"),
-    "least": Entry("clip", ("least",), ("clip-b16",), "the part of the prompt that the image neglects most"),
-    "pickscore": Entry("clip", ("pickscore",), ("pickscore",), "PickScore, human preference"),
-    "hpsv2": Entry("clip", ("hpsv2",), ("hpsv2",), "Human Preference Score v2, times 100"),
-    "hpsv2.1": Entry("clip", ("hpsv2.1",), ("hpsv2.1",), "Human Preference Score v2.1, times 100"),
-    "hpsv2.1@plain": Entry("clip", ("hpsv2.1@plain",), ("hpsv2.1",), "the same, resized without antialias"),
-    "aesthetic": Entry("clip", ("aesthetic",), ("clip-l14", "aesthetic"), "LAION's aesthetic predictor v2"),
-    "imagereward": Entry("blip", ("imagereward",), ("imagereward", "bert"), "ImageReward, human preference"),
+    "shapes": Entry("shapes", (), "the embedded model's own pixel detector"),
+    "clip": Entry("clip", ("clip-b16",), "cosine of image and prompt, ViT-B/16"),
+    "clip-b32": Entry("clip", ("clip-b32",), "the same, ViT-B/32"),
+    "clip-l14": Entry("clip", ("clip-l14",), "the same, ViT-L/14"),
+    "clip-h14": Entry("clip", ("clip-h14",), "the same, OpenCLIP's ViT-H/14"),
+    "least": Entry("clip", ("clip-b16",), "the part of the prompt that the image neglects most"),
+    "pickscore": Entry("clip", ("pickscore",), "PickScore, human preference"),
+    "hpsv2": Entry("clip", ("hpsv2",), "Human Preference Score v2, times 100"),
+    "hpsv2.1": Entry("clip", ("hpsv2.1",), "Human Preference Score v2.1, times 100"),
+    "hpsv2.1@plain": Entry("clip", ("hpsv2.1",), "the same, resized without antialias"),
+    "aesthetic": Entry("clip", ("clip-l14", "aesthetic"), "LAION's aesthetic predictor v2"),
+    "imagereward": Entry("blip", ("imagereward", "bert"), "ImageReward, human preference"),
     "geneval-style": Entry(
-        "mask2former",
-        ("geneval-style",),
-        ("mask2former", "clip-l14"),
-        "GenEval's rules on Mask2Former's detections",
+        "mask2former", ("mask2former", "clip-l14"), "GenEval's rules on Mask2Former's detections"
     ),
-    "tiam-like": Entry("mask2former", ("tiam-like",), ("mask2former",), "TIAM's rule: every object is there"),
-    "region_clip": Entry(
-        "regions", ("region_clip", "nearest_own"), ("clip-b32",), "cosine of each box with its caption"
-    ),
+    "tiam-like": Entry("mask2former", ("mask2former",), "TIAM's rule: every object is there"),
+    "region_clip": Entry("regions", ("clip-b32",), "cosine of each box with its caption"),
 }
 
 RATES = ("right", "no_neglect", "strict", "geneval-style", "tiam-like")  # columns of 0 and 1
@@ -134,7 +127,8 @@ LOWER = ("strays",)  # columns of which less is better
 
 
 def check(name: str) -> Entry:
-    """Returns the row of JUDGES for a name. Raises ValueError for a name that is not in JUDGES."""
+    """Returns the row of JUDGES for the judge `name`. Raises ValueError if there is no such
+    judge."""
     if name not in JUDGES:
         raise ValueError(f"there is no judge {name!r}: known are {', '.join(JUDGES)}")
     return JUDGES[name]
@@ -151,27 +145,45 @@ def load(
     """Loads a judge by its name in JUDGES.
 
     `weights` maps names of WEIGHTS to a folder, a file or a hub id to be used in place of the
-    published files. Files that are not given are looked for in the hub's cache; `fetch` allows a
-    download. `options` are passed to the judge's `build`. Raises ValueError for an unknown name or
-    an unsuitable file, and FileNotFoundError for missing weights, each in one line.
+    published files. Files that are not given are looked for in the hub's cache; with `fetch`,
+    missing ones are downloaded. `dtype` defaults to float32. `options` are passed to the function
+    `build` of the judge's module. Raises ValueError for an unknown name or an unsuitable file, and
+    FileNotFoundError for missing weights, each in one line.
     """
+    files = found(name, weights or {}, fetch)
+    return built(identity(name, files, str(dtype or "float32"), options), files, device, options)
+
+
+def found(name: str, weights: Mapping[str, str], fetch: bool) -> dict[str, Path]:
+    """Returns the paths of a judge's weights, by their names in WEIGHTS. The arguments and errors
+    are those of `load`."""
+    return {key: find(key, name, weights, fetch) for key in check(name).weights}
+
+
+def built(
+    identity: dict[str, Any],
+    files: Mapping[str, Path],
+    device: "torch.device | str",
+    options: Mapping[str, Any],
+) -> Any:
+    """Loads the judge that `identity` describes, from the weights at the paths `files`. `identity`
+    is the result of the function `identity`: the judge's name, weights, dtype and options. `files`
+    maps names of WEIGHTS to paths. `options` are passed to the function `build` of the judge's
+    module. Raises ValueError, in one line, for an unsuitable file."""
     import torch
 
-    entry = check(name)
-    files = {key: find(key, name, weights or {}, fetch) for key in entry.weights}
-    module = importlib.import_module(f"minsd.judges.{entry.module}")
-    dtype = dtype or torch.float32
-    return module.build(
-        identity(name, files, str(dtype), options), files=files, device=device, dtype=dtype, **options
-    )
+    module = importlib.import_module(f"minsd.judges.{check(identity['judge']).module}")
+    dtype = getattr(torch, identity["dtype"])
+    return module.build(identity, files=files, device=device, dtype=dtype, **options)
 
 
 def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what makes two scores of one judge comparable: its name, weights, dtype and options.
-    `files` maps names of WEIGHTS to paths.
+    """Returns the settings of a judge that its scores depend on: its name, weights, dtype and
+    options. Two scores can be compared only if these are equal. `files` maps names of WEIGHTS to
+    paths.
 
-    Files in the hub's cache are identified by their revision, others by the first ten digits of
-    their SHA-256.
+    A file in the hub's cache is identified by its revision, any other file by the first ten digits
+    of its SHA-256.
     """
     from minsd.weights.single_file import FileHash
 
@@ -188,7 +200,8 @@ def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[
 
 
 def short(identity: Mapping[str, Any]) -> str:
-    """Returns a hash of an identity, eight hex digits, for comparisons."""
+    """Returns a hash, eight hex digits, of a judge's identity (name, weights, dtype and options) or
+    of any other JSON object, for comparisons."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -196,10 +209,14 @@ def short(identity: Mapping[str, Any]) -> str:
 
 
 def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) -> Path:
-    """Returns the path of the weights `WEIGHTS[key]`. They are looked for in the folder or file
-    `given[key]`, if there is one. Otherwise they come from the hub's cache or, with `fetch`, from a
-    download; `given[key]` may then be the hub id to use. Raises FileNotFoundError, in one line, if
-    they are not found. `judge` is the name to print in the error."""
+    """Returns the path of the weights `WEIGHTS[key]`. `given` maps names of WEIGHTS to the folder,
+    the file or the hub id that the user chose for them.
+
+    If the user chose a folder or a file, the weights are taken from it. Otherwise they are those of
+    the chosen hub id, or of the published one, and come from the hub's cache or, with `fetch`, from
+    a download. Raises FileNotFoundError, in one line, if they are not found. `judge` is the name to
+    print in the error.
+    """
     row = WEIGHTS[key]
     place = given.get(key)
     if place is not None and Path(place).exists():
@@ -218,8 +235,9 @@ def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) ->
 
 
 def _in_folder(place: Path, row: Weights, key: str) -> Path:
-    """Returns the weight file in the folder that the user gave, or `place` itself if it is a file.
-    Raises FileNotFoundError if the weights or a small file beside them are missing."""
+    """Returns the path of the weight file described by `row` in the folder `place`, which the user
+    gave for `WEIGHTS[key]`, or `place` itself if it is a file. Raises FileNotFoundError if the
+    weights, or a small file that belongs to them, are missing."""
     if place.is_file():
         return place
     names = [name for name in row.file.split("|") if (place / name).is_file()]
@@ -234,8 +252,8 @@ def _in_folder(place: Path, row: Weights, key: str) -> Path:
 
 
 def _cached(repo: str, row: Weights) -> Path | None:
-    """Returns the weight file in the hub's cache. Returns None if the weights or a small file
-    beside them are missing."""
+    """Returns the path of the weight file described by `row` in the hub's cache of the repository
+    `repo`. Returns None if the weights, or a small file that belongs to them, are missing."""
     import huggingface_hub as hf
 
     if any(not isinstance(hf.try_to_load_from_cache(repo, name), str) for name in row.more):
@@ -248,8 +266,9 @@ def _cached(repo: str, row: Weights) -> Path | None:
 
 
 def _fetched(repo: str, row: Weights, key: str) -> Path:
-    """Downloads the weights and small files of a repository, after printing a line about the
-    download. Returns the path of the weights."""
+    """Downloads the weights described by `row`, and the small files that belong to them, from the
+    hub repository `repo`, after printing a line about the download. Returns the path of the
+    weights. Raises an error that explains the cause if the download fails."""
     import sys
 
     import huggingface_hub as hf
@@ -270,7 +289,8 @@ def _fetched(repo: str, row: Weights, key: str) -> Path:
 
 def tensors(path: Path) -> "dict[str, torch.Tensor]":
     """Returns the tensors of a .safetensors file, or of a pickle that holds nothing but tensors and
-    containers. Raises ValueError, in one line, for anything else; nothing in the file is run."""
+    containers, by name. Raises ValueError, in one line, for anything else. No code in the file is
+    run."""
     import pickle  # nosec B403: for its error types
 
     import torch
@@ -297,12 +317,13 @@ def tensors(path: Path) -> "dict[str, torch.Tensor]":
 def fill(
     network: "torch.nn.Module", held: "Mapping[str, torch.Tensor]", spare: Sequence[str], path: Path
 ) -> None:
-    """Fills a network that was made on the meta device with tensors of the same names, in float32,
-    and freezes the network. `path` is the file to name in errors.
+    """Fills a network that was made on the meta device with the tensors in `held` (name -> tensor),
+    in float32, and freezes the network.
 
-    Every parameter of the network must be there with its shape. Only tensors whose names begin with
-    one of `spare`, or end with "position_ids", may be left over. Otherwise raises ValueError, in
-    one line.
+    Raises ValueError, in one line, unless `held` has a tensor of the right shape for every
+    parameter of the network and no others. Two kinds of other tensors are allowed and ignored:
+    those whose names begin with one of the prefixes `spare`, and those whose names end with
+    "position_ids". `path` is the file to name in the error.
     """
     import torch
 

@@ -4,8 +4,8 @@ prompt with cross-attention to the image.
     value = (head(h) - 0.16717362830052426) / 1.0333394966054072
 
 h is the last hidden state of the text's first token, and head is five linear layers. The networks
-are transformers' BLIP classes. Only the image encoder's tensors are published under other names
-than in transformers.
+are transformers' BLIP classes. In the published file, only the image encoder's tensors have names
+other than those in transformers.
 """
 
 import re
@@ -39,8 +39,8 @@ IMAGE = {  # the authors' names of the image encoder, in order of replacement ->
 
 
 def vision_config(**sizes: Any) -> "BlipVisionConfig":
-    """Returns the configuration of ImageReward's image encoder, a ViT-L/16; `sizes` override it.
-    Its layer norms have an eps of 1e-6; transformers' default is 1e-5."""
+    """Returns the configuration of ImageReward's image encoder, a ViT-L/16. `sizes` replace values
+    in it. The eps of its layer norms is 1e-6, where transformers' default is 1e-5."""
     from transformers import BlipVisionConfig
 
     large = {
@@ -53,8 +53,8 @@ def vision_config(**sizes: Any) -> "BlipVisionConfig":
 
 
 def text_config(**sizes: Any) -> "BlipTextConfig":
-    """Returns the configuration of ImageReward's BERT; `sizes` override it. `is_decoder` gives the
-    layers cross-attention."""
+    """Returns the configuration of ImageReward's BERT. `sizes` replace values in it. The value
+    `is_decoder` gives the layers cross-attention."""
     from transformers import BlipTextConfig
 
     base = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -63,7 +63,12 @@ def text_config(**sizes: Any) -> "BlipTextConfig":
 
 
 class ImageReward:
-    """The judge ImageReward, a model of human preference."""
+    """The judge ImageReward, a network that predicts human preference.
+
+    The constructor's `held` maps the names of the tensors in ImageReward's published file to the
+    tensors, and `path` is that file, to be named in errors. `words` is BERT's tokenizer. `vision`
+    and `text` are the configurations of the two encoders, by default the published ones.
+    """
 
     def __init__(
         self,
@@ -98,17 +103,18 @@ class ImageReward:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Returns the reward of each RGB image, as column "imagereward". Images may have any
-        sizes."""
+        """Returns the reward of each RGB image for its prompt, in the column "imagereward". Images
+        may have any sizes. `asked` is ignored."""
         values = self._values(pixels.pil(images, self.size), prompts).tolist()
         return [Judged({"imagereward": value}) for value in values]
 
     def score(
         self, x: Tensor, prompts: Sequence[str], checkpoint: bool = False, rounding: bool = True
     ) -> Tensor:
-        """Returns the reward (B,) of pixels (B,3,H,W) in 0..1, differentiable in the pixels.
-        `checkpoint` computes activations again in the backward pass, for less memory. `rounding`
-        rounds the resized pixels to 8 bits, with the gradient passed through."""
+        """Returns the reward (B,) of pixels x (B,3,H,W) in 0..1 for one prompt per image,
+        differentiable with respect to the pixels. With `checkpoint`, activations are computed again
+        in the backward pass, which takes less memory. With `rounding`, the resized pixels are
+        rounded to 8 bits, and the gradient is passed through the rounding unchanged."""
         seen = pixels.tensor(x, self.size, rounding)
         if not checkpoint:
             return self._values(seen, prompts)
@@ -142,7 +148,8 @@ def _under(prefix: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def renamed(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the image encoder's tensors of ImageReward's file under BlipVisionModel's names."""
+    """Returns the image encoder's tensors in ImageReward's file under the names that
+    BlipVisionModel gives them. `held` are all tensors of the file."""
     out = {}
     for name, value in _under("blip.visual_encoder.", held).items():
         for pattern, new in IMAGE.items():
@@ -154,7 +161,9 @@ def renamed(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> ImageReward:
-    """Returns the judge ImageReward with its weights and BERT's tokenizer."""
+    """Returns the judge ImageReward, loaded from `files` (names of WEIGHTS -> paths): its weights
+    and BERT's vocabulary. `identity` holds the judge's name, weights, dtype and options, and is
+    written into every line of scores."""
     from transformers import BertTokenizer
 
     words = BertTokenizer(str(files["bert"]), do_lower_case=True)

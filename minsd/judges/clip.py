@@ -8,8 +8,9 @@ al. 2021, arXiv 2103.00020), and the judges are
     hpsv2      100 c                   (Wu et al. 2023, arXiv 2306.09341)
     aesthetic  w . e + b               (LAION's improved aesthetic predictor, five linear layers)
 
-`least` is Attend-and-Excite's minimum object similarity (Chefer et al. 2023, arXiv 2301.13826).
-transformers' CLIPModel holds all networks; `from_open_clip` renames HPSv2's tensors for it.
+`least` is Attend-and-Excite's minimum object similarity (Chefer et al. 2023, arXiv 2301.13826). All
+networks are instances of transformers' CLIPModel; `from_open_clip` converts the names of HPSv2's
+tensors.
 """
 
 import html
@@ -38,8 +39,8 @@ AESTHETIC = tuple(f"layers.{k}" for k in (0, 2, 4, 6, 7))  # linear layers, with
 
 
 def h14() -> "CLIPConfig":
-    """Returns the configuration of OpenCLIP's ViT-H/14, which HPSv2 and PickScore use. The
-    activation is GELU, not CLIP's quick_gelu."""
+    """Returns the configuration of OpenCLIP's ViT-H/14, which HPSv2 and PickScore use. Its
+    activation is GELU, where OpenAI's CLIP has quick_gelu."""
     from transformers import CLIPConfig
 
     text = {
@@ -92,8 +93,9 @@ BLOCK = re.compile(
 
 
 def from_open_clip(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns open_clip's tensors under CLIPModel's names. Projections are transposed, and the
-    joint projection of an attention layer is split into queries, keys and values."""
+    """Converts the tensors `held` from open_clip's names to those of transformers' CLIPModel.
+    Projections are transposed, and the joint projection of an attention layer is split into
+    queries, keys and values."""
     out: dict[str, Tensor] = {}
     for name, value in held.items():
         name = name.removeprefix("model.")
@@ -117,9 +119,9 @@ def from_open_clip(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network(path: Path, config: "CLIPConfig | None" = None) -> "CLIPModel":
-    """Returns a CLIPModel with the weights in a file, whose tensors have transformers' or
-    open_clip's names. The configuration is config.json beside the file or, if there is none,
-    `config`. Raises ValueError if the tensors do not fit."""
+    """Returns a CLIPModel with the weights in the file `path`, whose tensors have transformers' or
+    open_clip's names. The configuration is read from config.json beside the file; if there is none,
+    it is `config`. Raises ValueError if the tensors do not fit the configuration."""
     from transformers import CLIPConfig, CLIPModel
 
     held = tensors(path)
@@ -136,7 +138,7 @@ def network(path: Path, config: "CLIPConfig | None" = None) -> "CLIPModel":
 
 
 def tokenizer(folder: Path) -> "CLIPTokenizer":
-    """Returns CLIP's tokenizer from the folder. If the folder holds none, the tokenizer comes from
+    """Loads CLIP's tokenizer from `folder`. If the folder contains none, the tokenizer comes from
     the hub's cache or from a download. Raises FileNotFoundError if neither is possible."""
     from transformers import CLIPTokenizer
 
@@ -154,7 +156,8 @@ def tokenizer(folder: Path) -> "CLIPTokenizer":
 
 
 class Clip:
-    """CLIP's image encoder and text encoder, which return vectors of unit length."""
+    """CLIP's image encoder and text encoder, whose results are vectors of unit length. `words` is
+    the tokenizer."""
 
     def __init__(
         self, model: "CLIPModel", words: "CLIPTokenizer", device: torch.device | str, dtype: torch.dtype
@@ -166,14 +169,15 @@ class Clip:
         self.known: dict[str, Tensor] = {}  # text -> the text's vector, on the CPU
 
     def images(self, seen: Tensor) -> Tensor:
-        """Returns the unit vectors (B,D) float32 of preprocessed images (B,3,size,size)."""
+        """Returns the unit vectors (B,D), float32, of images `seen` (B,3,size,size), which have
+        been preprocessed as CLIP needs them."""
         weight = self.model.visual_projection.weight
         out = self.model.get_image_features(pixel_values=seen.to(weight.device, weight.dtype))
         return unit(_vector(out))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Returns the unit vectors (B,D) of texts, on the CPU. Each text is encoded only once. A
-        text of more than 77 tokens is cut, with a warning."""
+        """Returns the unit vectors (B,D) of texts, on the CPU. Each text is encoded only once, and
+        its vector is kept. A text of more than 77 tokens is cut off, with a warning."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         for at in range(0, len(new), 64):
             part = new[at : at + 64]
@@ -197,20 +201,21 @@ class Clip:
 
 
 def _vector(out: Any) -> Tensor:
-    """Returns the projected vectors (B,D) from the output of a CLIPModel's get_..._features, which
-    is an object in transformers 5 and a tensor before."""
+    """Returns the projected vectors (B,D) from `out`, the output of a CLIPModel's get_..._features.
+    That output is an object in transformers 5 and a tensor in earlier versions."""
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Returns vectors (B,D) of length 1, in float32 at least. A zero vector stays zero."""
+    """Divides vectors (B,D) by their lengths. The result is in float32, or float64 for float64
+    vectors. A zero vector stays zero."""
     wide = vectors if vectors.dtype == torch.float64 else vectors.float()
     return wide / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def parts(prompt: str) -> list[str]:
-    """Returns the parts of a prompt between commas, "and" and "with", or an empty list if there is
-    only one part."""
+    """Splits a prompt at commas, "and" and "with". Returns the list of its parts, or an empty list
+    if there is only one part."""
     found = [part.strip() for part in PARTS.split(prompt) if part.strip()]
     return found if len(found) > 1 else []
 
@@ -219,7 +224,7 @@ def parts(prompt: str) -> list[str]:
 
 
 class Head(NamedTuple):
-    """A linear head on the unit image vector: value = vectors @ weight + bias."""
+    """A linear function of the unit image vectors: value = vectors @ weight + bias."""
 
     weight: Tensor  # (D,)
     bias: Tensor  # ()
@@ -227,8 +232,8 @@ class Head(NamedTuple):
 
 def fold(held: Mapping[str, Tensor], path: Path, names: Sequence[str] = AESTHETIC) -> Head:
     """Combines consecutive linear layers, with no activations between them, into a single one,
-    computed in float64. `names` lists the layers in order. Raises ValueError if the file at `path`
-    holds other layers."""
+    computed in float64. `held` are the tensors of the file at `path`, and `names` lists the layers
+    in order. Raises ValueError if the file contains other layers."""
     wanted = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
     if set(held) != wanted:
         wrong = sorted(set(held) ^ wanted)[0]
@@ -244,7 +249,14 @@ def fold(held: Mapping[str, Tensor], path: Path, names: Sequence[str] = AESTHETI
 
 
 class ClipJudge:
-    """A judge that computes one value per image from CLIP's vectors."""
+    """A judge that computes one value per image, the column `column`, from CLIP's vectors.
+
+    By default the value is the cosine of image and prompt, multiplied by `factor`. With `head`, the
+    value is `head`'s linear function of the image's vector, and the prompt does not matter. With
+    `least`, the prompt is split into parts, and the value is the smallest of their cosines. `box`,
+    if given, is a function that prepares images for the network in place of CLIP's preprocessing;
+    HPSv2 needs one.
+    """
 
     def __init__(
         self,
@@ -269,8 +281,9 @@ class ClipJudge:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Returns the value of each RGB image. Images may have any sizes. The judge `least` has no
-        value for a prompt with a single part."""
+        """Returns the value of each RGB image for its prompt. Images may have any sizes. `asked` is
+        ignored. There is no value for a prompt of a single part if the judge was made with `least`,
+        which compares parts."""
         if self.box is None:
             seen = pixels.pil(images, self.clip.size)
         else:
@@ -285,9 +298,11 @@ class ClipJudge:
     def score(
         self, x: Tensor, prompts: Sequence[str], checkpoint: bool = False, rounding: bool = True
     ) -> Tensor:
-        """Returns the value (B,) of pixels (B,3,H,W) in 0..1, differentiable in the pixels.
-        `checkpoint` computes activations again in the backward pass, for less memory. `rounding`
-        rounds the resized pixels to 8 bits, with the gradient passed through; HPSv2 ignores it."""
+        """Returns the value (B,) of pixels x (B,3,H,W) in 0..1 for one prompt per image,
+        differentiable with respect to the pixels. With `checkpoint`, activations are computed again
+        in the backward pass, which takes less memory. With `rounding`, the resized pixels are
+        rounded to 8 bits, and the gradient is passed through the rounding unchanged; HPSv2 ignores
+        `rounding`."""
         seen = pixels.tensor(x, self.clip.size, rounding) if self.box is None else self.box(x, self.clip.size)
         if checkpoint:
             from torch.utils.checkpoint import checkpoint as again
@@ -313,7 +328,9 @@ class ClipJudge:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> ClipJudge:
-    """Returns the judge called `identity["judge"]`, with the weights in `files`."""
+    """Returns the judge called `identity["judge"]`, loaded from `files` (names of WEIGHTS ->
+    paths). `identity` holds the judge's name, weights, dtype and options, and is written into every
+    line of scores."""
     name: str = identity["judge"]
     path = next(iter(files.values()))
     model = network(path, h14())

@@ -1,11 +1,11 @@
 """Judges that apply GenEval's or TIAM's rules to the objects that Mask2Former finds (Cheng et al.
-2022, arXiv 2112.01527). CLIP finds the objects' colours.
+2022, arXiv 2112.01527). CLIP determines the objects' colours.
 
-GenEval uses the same network with other weights (mmdetection's), so its column is called
-geneval-style here. Masks become detections as mmdetection does it: the 100 best pairs of query and
-class, score = class probability times the mean of sigmoid(mask logits) inside the mask. The network
-is transformers' Mask2FormerForUniversalSegmentation; its own post-processing thresholds small masks
-and is not used.
+GenEval uses the same network with other weights (mmdetection's), so the column is called
+geneval-style here. Masks become detections as in mmdetection: the 100 best pairs of query and class
+are kept, with the class probability times the mean of sigmoid(mask logits) inside the mask as their
+score. The network is transformers' Mask2FormerForUniversalSegmentation. Its own post-processing is
+not used, because it removes small masks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +26,14 @@ SHORT, LONG = 800, 1333  # pixels: the shorter side of the resized image, the mo
 DIVISOR = 32
 BEST = 100  # pairs of query and class that are kept
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-GREY = 0x99  # what surrounds an object whose colour is asked for
+GREY = 0x99  # the value of the pixels around an object while its colour is determined
 
 
 def prepared(image: Image.Image, short: int = SHORT, long: int = LONG) -> tuple[Tensor, tuple[int, int]]:
-    """Returns (the network's input, (height, width)). The input (1,3,H,W) is the image, resized so
-    that its shorter side is `short` and its longer at most `long` pixels, normalised, and padded
-    with zeros at the right and below to multiples of 32. Height and width are those without the
-    padding."""
+    """Prepares an image for the network: resizes it so that its shorter side is `short` and its
+    longer side at most `long` pixels, normalises it, and pads it with zeros at the right and below
+    to multiples of 32. Returns (input, (height, width)): the network's input (1,3,H,W), and the
+    height and width of the image in it, without the padding."""
     (x,) = pixels.to_pixels([image])
     height, width = x.shape[-2:]
     scale = min(short / min(height, width), long / max(height, width))
@@ -46,12 +46,12 @@ def prepared(image: Image.Image, short: int = SHORT, long: int = LONG) -> tuple[
 def detections(
     classes: Tensor, masks: Tensor, inside: tuple[int, int], padded: tuple[int, int], size: tuple[int, int]
 ) -> list[Detection]:
-    """Returns the detections that the network's outputs for one image contain.
+    """Converts the network's outputs for one image to detections.
 
-    `classes` (Q, C+1) are class logits, the last for "nothing". `masks` (Q, h, w) are mask logits
-    for the padded input. `padded` is the (height, width) of this input, `inside` the (height,
-    width) of the image in it, and `size` the (height, width) of the original image. The returned
-    masks and boxes are in pixels of the original image. Empty masks are left out.
+    `classes` (Q, C+1) are class logits for Q queries, the last for "nothing". `masks` (Q, h, w) are
+    mask logits for the padded input. `padded` is the (height, width) of this input, `inside` the
+    (height, width) of the image in it, and `size` the (height, width) of the original image. The
+    returned masks and boxes are in pixels of the original image. Empty masks are left out.
     """
     probs = classes.softmax(-1)[:, :-1].flatten()
     best = probs.topk(min(BEST, len(probs)))
@@ -74,8 +74,8 @@ def detections(
 
 
 def crop(image: Image.Image, one: Detection) -> Image.Image:
-    """Returns the part of an image inside a detection's box. Pixels outside the detection's mask
-    are grey."""
+    """Returns the part of an image inside the box of the detection `one`. Pixels outside the
+    detection's mask are made grey."""
     array = np.array(image.convert("RGB"))
     if one.mask is not None:
         array[~one.mask] = GREY
@@ -85,8 +85,8 @@ def crop(image: Image.Image, one: Detection) -> Image.Image:
 
 
 class Colours:
-    """A classifier of an object's colour by CLIP: the nearest of ten colours, each represented by
-    the mean vector of three sentences."""
+    """Classifies the colour of an object by CLIP: finds the nearest of ten colours, each of which
+    is represented by the mean vector of three sentences."""
 
     SENTENCES = (
         "a photo of a {colour} {name}",
@@ -99,7 +99,8 @@ class Colours:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, one: Detection) -> str:
-        """Returns the colour of a detected object, one of COLOURS."""
+        """Returns the colour, one of COLOURS, of the object that the detection `one` marks in an
+        image."""
         vector = self.clip.images(pixels.pil([crop(image, one)], self.clip.size))[0]
         texts = [s.format(colour=colour, name=one.name) for colour in COLOURS for s in self.SENTENCES]
         means = unit(self.clip.texts(texts).to(vector).reshape(len(COLOURS), len(self.SENTENCES), -1).mean(1))
@@ -107,8 +108,13 @@ class Colours:
 
 
 class Mask2Former:
-    """A judge by the objects that Mask2Former finds: by GenEval's rules if `colours` is given,
-    otherwise by TIAM's."""
+    """A judge that applies rules to the objects that Mask2Former finds: GenEval's rules if
+    `colours` is given, otherwise TIAM's.
+
+    If two boxes of one class overlap with an IoU of `nms` or more, the one with the lower score is
+    dropped; 1 drops none. Images are resized so that the shorter side is `sides[0]` pixels and the
+    longer at most `sides[1]`.
+    """
 
     def __init__(
         self,
@@ -126,7 +132,8 @@ class Mask2Former:
 
     @torch.no_grad()
     def find(self, image: Image.Image) -> list[Detection]:
-        """Returns all objects found in an RGB image."""
+        """Returns all objects that the network finds in an RGB image, also those with a low
+        score."""
         x, inside = prepared(image, *self.sides)
         weight = next(self.model.parameters())
         out = self.model(pixel_values=x.to(weight.device, weight.dtype))
@@ -141,8 +148,9 @@ class Mask2Former:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images one after the other. An image has no value if its prompt asks for
-        nothing that the detector knows."""
+        """Judges RGB images, one after the other. `asked` holds for each image what to look for, or
+        None. An image has no values if its prompt asks for something that the detector does not
+        know, or if nothing is known about what the prompt asks for."""
         return [self._judge(*one) for one in zip(images, prompts, asked)]
 
     def _judge(self, image: Image.Image, prompt: str, asked: Asked | None) -> Judged:
@@ -175,15 +183,17 @@ class Mask2Former:
 
 
 def known(asked: Asked | None) -> bool:
-    """Returns whether a detector of COCO's classes can judge what is asked for: there is at least
-    one clause, and every clause is about one of these classes."""
+    """Returns whether a detector of COCO's classes can judge what is asked for: `asked` must
+    contain at least one clause (a requirement on one class), and the classes of all clauses must be
+    COCO's."""
     clauses = [*(asked or {}).get("include", ()), *(asked or {}).get("exclude", ())]
     return bool(clauses) and all(one["class"] in COCO for one in clauses)
 
 
 def names_of(prompt: str, asked: Asked | None) -> list[str]:
-    """Returns the objects that a prompt asks for: those of `asked` or, if that lists none, one for
-    each part of the prompt. Returns an empty list if one of them is not a COCO class."""
+    """Returns the classes of the objects that a prompt asks for: those of the clauses in `asked`
+    or, if there are none, one for each part of the prompt. Returns an empty list if one of them is
+    not a COCO class."""
     if asked and "include" in asked:
         names = [one["class"] for one in asked["include"]]
     else:
@@ -194,9 +204,9 @@ def names_of(prompt: str, asked: Asked | None) -> list[str]:
 
 
 def load_network(path: Path) -> Any:
-    """Returns the network whose weight file is at `path`, frozen. Its tensors
-    are renamed by transformers, because the new names differ between versions of transformers.
-    Raises ValueError, in one line, if the file cannot be read or tensors are missing."""
+    """Returns the Mask2Former network, frozen, with the weights at `path`. transformers loads the
+    file, because it renames tensors to the names of its own version. Raises ValueError, in one
+    line, if the file cannot be read or tensors are missing."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     try:
@@ -222,8 +232,10 @@ def build(
     dtype: torch.dtype,
     nms: float = 1.0,
 ) -> Mask2Former:
-    """Returns the judge called `identity["judge"]`, with the weights in `files`. `nms` is the limit
-    of `objects.kept`."""
+    """Returns the judge called `identity["judge"]`, loaded from `files` (names of WEIGHTS ->
+    paths). `identity` holds the judge's name, weights, dtype and options, and is written into every
+    line of scores. If two boxes of one class overlap with an IoU of `nms` or more, the one with the
+    lower score is dropped; 1 drops none."""
     model = load_network(files["mask2former"]).to(device=device, dtype=dtype)
     if "clip-l14" not in files:
         return Mask2Former(identity, model, None, nms)

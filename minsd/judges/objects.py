@@ -1,9 +1,10 @@
-"""Right or wrong by what a detector found: the rules of GenEval, of TIAM, and of layouts.
+"""Rules that decide from detected objects whether an image is right: those of GenEval, of TIAM, and
+of layouts.
 
 GenEval (Ghosh et al. 2023, arXiv 2310.11513) asks for objects with a number, a colour and a
-relative position; TIAM (Grimal et al. 2024, arXiv 2307.05134) asks that every named object is
-there. All functions here are pure functions of detections and of what was asked for, so every
-detector shares them. Images are never opened here, and no network is used.
+relative position; TIAM (Grimal et al. 2024, arXiv 2307.05134) asks that every named object is in
+the image. All functions here are pure functions of detections and of what was asked for, so they
+serve every detector. Images are never opened here, and no network is used.
 
 An `Asked` is one line of GenEval's evaluation_metadata.jsonl: `include` and `exclude` list clauses
 {"class", "count", "color"?, "position"?: [relation, number of an earlier clause]}. Two keys are
@@ -40,7 +41,7 @@ MARGIN = 0.1  # fraction of the two objects' sizes that their centres may differ
 
 
 class Detection(NamedTuple):
-    """One object that a detector found."""
+    """One object that a detector found in an image."""
 
     name: str
     score: float
@@ -49,23 +50,78 @@ class Detection(NamedTuple):
     colour: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """Returns the detection as it is written to scores.jsonl, without its mask."""
+        """Returns the detection as a dict in the form in which it is written to scores.jsonl,
+        without its mask."""
         values = {"name": self.name, "score": round(self.score, 4), "box": [round(v, 1) for v in self.box]}
         return values | ({} if self.colour is None else {"colour": self.colour})
 
 
-def from_row(row: Mapping[str, Any]) -> Detection:
-    """Converts a detection in a line of scores.jsonl to a Detection."""
-    x0, y0, x1, y1 = row["box"]
-    return Detection(row["name"], row["score"], (x0, y0, x1, y1), colour=row.get("colour"))
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def check(asked: Asked) -> None:
+    """Raises ValueError, in one line, if what is asked for has another form than this module's
+    docstring states."""
+    for key in ("include", "exclude"):
+        clauses = asked.get(key, [])
+        if not isinstance(clauses, list):
+            raise ValueError(f"{key!r} must be a list of clauses")
+        for number, clause in enumerate(clauses):
+            problem = _problem(clause, number)
+            if problem:
+                raise ValueError(f"clause {number + 1} of {key!r} {problem}")
+    if not _whole(asked.get("bodies", 0), 0, 1000):
+        raise ValueError("'bodies' must be a whole number from 0 to 1000")
+    if "layout" in asked and not _is_layout(asked["layout"]):
+        raise ValueError("'layout' must hold regions with a prompt and a box [x0, y0, x1, y1] or a mask")
+
+
+def _problem(clause: Any, number: int) -> str:
+    """Returns what is wrong with clause `number`, for the end of an error message; an empty string
+    if nothing is."""
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+        return 'needs a "class", such as {"class": "cat", "count": 1}'
+    if not _whole(clause.get("count"), 1, 1000):
+        return 'needs a "count" from 1 to 1000'
+    if not isinstance(clause.get("color", ""), str):
+        return 'has a "color" that is no text'
+    place = clause.get("position", [RELATIONS[0], 0])
+    if not isinstance(place, list) or len(place) != 2 or place[0] not in RELATIONS:
+        return f'needs a "position" of the form [relation, number]; relations are {", ".join(RELATIONS)}'
+    if "position" in clause and not _whole(place[1], 0, number - 1):
+        return 'has a "position" without the number of an earlier clause; the first is 0'
+    return ""
+
+
+def _is_layout(layout: Any) -> bool:
+    """Returns True if `layout` has the form of a layout: a list of regions, each of which has a
+    caption. The box of a region may be missing, but must not be malformed or empty."""
+    regions = layout.get("regions") if isinstance(layout, Mapping) else None
+    return isinstance(regions, list) and all(
+        isinstance(region, Mapping)
+        and isinstance(region.get("prompt"), str)
+        and ("box" not in region or _is_box(region["box"]))
+        for region in regions
+    )
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box)
+    return numbers and box[0] < box[2] and box[1] < box[3]
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 # --- boxes ----------------------------------------------------------------------------------------
 
 
 def iou(a: Box, b: Box, more: float = 0.0) -> float:
-    """Returns the intersection over union of two boxes. `more` is added to every width and height:
-    GenEval adds 1; boxes with exclusive ends need 0."""
+    """Returns the intersection over union of two boxes (x0, y0, x1, y1). `more` is added to every
+    width and height: 1 for GenEval's rule, 0 for boxes whose ends are exclusive."""
 
     def area(x0: float, y0: float, x1: float, y1: float) -> float:
         return max(x1 - x0 + more, 0.0) * max(y1 - y0 + more, 0.0)
@@ -76,7 +132,8 @@ def iou(a: Box, b: Box, more: float = 0.0) -> float:
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """Returns how box `a` lies relative to box `b`: none, one or two of `RELATIONS`.
+    """Returns where box `a` lies relative to box `b`: none, one or two of `RELATIONS`, such as
+    "left of".
 
     GenEval's rule: along each axis, the distance between the two centres is reduced by MARGIN times
     the sum of the boxes' sizes. A relation holds if the rest exceeds half the straight distance
@@ -95,11 +152,11 @@ def relations(a: Box, b: Box) -> set[str]:
 
 
 def kept(found: Iterable[Detection], sure: float, nms: float = 1.0) -> dict[str, list[Detection]]:
-    """Returns class -> the detections that GenEval counts: at most MOST of those with a score above
-    `sure`, from the best to the worst.
+    """Returns a dict class -> the detections of this class that GenEval counts: those with a score
+    above `sure`, at most MOST of them, from the best to the worst.
 
-    `nms`: a detection is dropped if its IoU with a better one of its class reaches this limit; 1.0
-    turns that off, which is the published program's default.
+    A detection is dropped if its IoU with a better detection of its class is `nms` or more. The
+    default 1.0, which is that of GenEval's program, drops none.
     """
     out: dict[str, list[Detection]] = {}
     best_first = sorted(found, key=lambda detection: -detection.score)
@@ -126,9 +183,13 @@ def geneval(
     colour: Colour = lambda detection: detection.colour,
 ) -> list[str]:
     """Returns the reasons why an image is wrong by GenEval's rules; an empty list if it is right.
+    `found` are the detections in the image, and `asked` is what the image must contain.
 
-    `sure` holds the scores above which a detection counts: in general, and for the tag `counting`.
-    `colour` names a detection's colour; it is called only for detections whose colour matters.
+    A detection counts only if its score is above a threshold. `sure` holds two of them: one for
+    prompts with the tag `counting` (the second), and one for all others (the first). If two
+    detections of a class overlap with an IoU of `nms` or more, the one with the lower score is
+    dropped; 1 drops none. `colour` returns a detection's colour; it is called only for detections
+    whose colour matters.
     """
     objects = kept(found, sure[asked.get("tag") == "counting"], nms)
     wrong = []
@@ -161,8 +222,9 @@ def geneval(
 
 
 def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
-    """Returns for each of `names` whether such an object is there, by TIAM's rule without colours.
-    An image is right if all are there."""
+    """Returns a list with one bool for each class in `names`: whether an object of this class is in
+    the image, by TIAM's rule without colours. TIAM calls an image right if the whole list is
+    True."""
     there = {one.name for one in found if one.score >= TIAM_SURE}
     return [name in there for name in names]
 
@@ -171,19 +233,22 @@ def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
 
 
 def class_of(caption: str, names: Iterable[str]) -> str | None:
-    """Returns which of the class names (`names`) a caption is about: the one that ends last in the
-    caption, and of several that end there the longest. Returns None if the caption contains
-    none."""
+    """Returns which of the classes `names` a caption is about, or None if the caption contains none
+    of the names. If it contains several, the name that ends closest to the end of the caption
+    decides. If two end at the same place ("bear", "teddy bear"), the longer one decides."""
     text = f" {caption.lower()} "
     places = {name: text.rfind(f" {name} ") + len(name) for name in names if f" {name} " in text}
     return max(places, key=lambda name: (places[name], len(name)), default=None)
 
 
 def boxes_of(layout: Mapping[str, Any], width: int, height: int) -> list[Box]:
-    """Returns the boxes of a layout.json's regions in pixels. Boxes given in fractions are scaled
-    to the image's width and height."""
+    """Returns the boxes (x0, y0, x1, y1) of a layout.json's regions in pixels. A box given in
+    fractions is scaled to the image's width and height. Returns an empty list if a region has a
+    mask in place of a box."""
     out = []
     for region in layout["regions"]:
+        if "box" not in region:
+            return []
         x0, y0, x1, y1 = region["box"]
         if max(region["box"]) <= 1:
             x0, y0, x1, y1 = x0 * width, y0 * height, x1 * width, y1 * height
@@ -194,24 +259,27 @@ def boxes_of(layout: Mapping[str, Any], width: int, height: int) -> list[Box]:
 def layout(
     found: Iterable[Detection], asked: Mapping[str, Any], size: tuple[int, int], names: Sequence[str]
 ) -> dict[str, float]:
-    """Returns how well detections fill the boxes of a layout (`asked`) in an image of `size`
-    (width, height). `names` are the detector's classes.
+    """Returns, as a dict column -> value, how well the detections `found` fill the boxes of the
+    layout `asked` in an image of `size` (width, height). `names` are the detector's classes.
 
     Each region is matched with at most one detection of its class, and each detection with at most
     one region, so that the sum of IoUs is greatest. A region without a match has an IoU of 0.
     `box_iou` is the mean IoU, `box_half` the fraction of regions with an IoU of at least 0.5,
     `box_any` the fraction of regions whose class is found anywhere in the image, and `strays` the
-    number of detections of the regions' classes that match no region.
+    number of detections of the regions' classes that match no region. A layout without boxes has no
+    values.
     """
     boxes = boxes_of(asked, *size)
+    if not boxes:
+        return {}
     classes = [class_of(region["prompt"], names) for region in asked["regions"]]
     objects = [one for several in kept(found, SURE).values() for one in several if one.name in classes]
     objects = sorted(objects, key=lambda one: -one.score)[:MOST]
 
     @cache
     def best(region: int, used: int) -> tuple[float, ...]:
-        """Returns the IoUs of the regions from number `region` on, in the best matching that leaves
-        out the detections in `used` (a set, one bit per detection)."""
+        """Returns the IoUs of the regions from number `region` on, in the best matching that does
+        not use the detections in `used`. `used` is a set, stored as one bit per detection."""
         if region == len(boxes):
             return ()
         options = [(0.0, *best(region + 1, used))]

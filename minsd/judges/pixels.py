@@ -1,10 +1,11 @@
-"""Converts images to the pixels that judges see, in two ways: from PIL images for reported numbers,
-and differentiably from tensors.
+"""Preprocesses images for judges, in two ways: from PIL images, for reported numbers, and
+differentiably, from tensors.
 
 `pil` is CLIP's own preprocessing (Radford et al. 2021), bit for bit that of transformers' processor
 without torchvision. `tensor` approximates `pil` in torch: antialiased bicubic, clamped and rounded
-to 8 bits with the gradient passed through. `letterbox` is HPSv2's preprocessing (Wu et al. 2023),
-which shows the whole image on black; it is the same for PIL images and tensors.
+to 8 bits, with the gradient passed through the rounding unchanged. `letterbox` is HPSv2's
+preprocessing (Wu et al. 2023), which keeps the whole image and pads it with black; it is the same
+for PIL images and tensors.
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,8 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def sides(width: int, height: int, size: int) -> tuple[int, int]:
-    """Returns (width, height) scaled so that the shorter side is `size` pixels; the other is
-    rounded down."""
+    """Returns the (width, height) of an image that is scaled so that its shorter side is `size`
+    pixels. The longer side is rounded down."""
     short, long = sorted((width, height))
     other = int(size * long / short)
     return (size, other) if width <= height else (other, size)
@@ -57,10 +58,10 @@ def pil(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 def tensor(pixels: Tensor, size: int, rounding: bool = True) -> Tensor:
-    """Preprocesses pixels (B,3,H,W) in 0..1 for CLIP, differentiably. Returns (B,3,size,size).
-    `rounding` rounds to 8 bits, with the gradient passed through. In the mean, the result is off
-    from that of `pil` by a seventh of an 8-bit step; without antialiasing it would be twelve
-    steps."""
+    """Preprocesses pixels (B,3,H,W) in 0..1 for CLIP, differentiably. Returns (B,3,size,size). With
+    `rounding`, the resized pixels are rounded to 8 bits, and the gradient is passed through the
+    rounding unchanged. On average the result differs from that of `pil` by a seventh of an 8-bit
+    step; without antialiasing it would be twelve steps."""
     width, height = sides(pixels.shape[-1], pixels.shape[-2], size)
     small = interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
     small = small.clamp(0, 1)
@@ -71,8 +72,9 @@ def tensor(pixels: Tensor, size: int, rounding: bool = True) -> Tensor:
 
 
 def letterbox(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
-    """Preprocesses pixels (B,3,H,W) in 0..1 for HPSv2: resizes the longer side to `size`, pads with
-    black to a square, and normalises. Returns (B,3,size,size)."""
+    """Preprocesses pixels (B,3,H,W) in 0..1 for HPSv2: resizes the longer side to `size` by bicubic
+    interpolation, with or without `antialias`, pads with black to a square, and normalises. Returns
+    (B,3,size,size)."""
     height, width = pixels.shape[-2:]
     long = max(height, width)
     new = round(height * size / long), round(width * size / long)

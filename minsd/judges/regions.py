@@ -1,8 +1,9 @@
 """Judges layouts by CLIP, as NoiseCollage's evaluation does (Shirakawa and Uchida 2024, arXiv
-2403.03485): compares each region's box, centred on a white square, with the region's caption.
+2403.03485): the contents of each region's box, centred on a white square, are compared with the
+region's caption.
 
-`region_clip` is the mean cosine over regions, `nearest_own` the fraction of regions whose own
-caption is the nearest of all captions.
+`region_clip` is the mean cosine over regions, and `nearest_own` the fraction of regions to which
+their own caption is nearer than any other caption.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,8 @@ SIDE = 512  # pixels of the square that a region is shown on
 
 
 def on_white(image: Image.Image, box: Box) -> Image.Image:
-    """Returns the part of an image inside a box, centred on a white square of SIDE x SIDE
-    pixels."""
+    """Returns the part of an image inside a box, centred on a white square and resized to SIDE x
+    SIDE pixels."""
     part = image.convert("RGB").crop([round(v) for v in box])  # type: ignore[arg-type]
     side = max(part.size)
     square = Image.new("RGB", (side, side), "white")
@@ -30,7 +31,7 @@ def on_white(image: Image.Image, box: Box) -> Image.Image:
 
 
 class Regions:
-    """A judge of how well each region of a layout shows its caption."""
+    """A judge of how well each region of a layout shows the region's caption, by CLIP."""
 
     def __init__(self, identity: dict[str, Any], clip: Clip):
         self.identity = identity
@@ -40,14 +41,15 @@ class Regions:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images. `asked[i]["layout"]` is the layout of image i; an image whose layout
-        is missing or has no boxes gets no values."""
+        """Judges RGB images. `asked[i]["layout"]` is the layout of image i. An image whose layout
+        is missing, or has a region without a box, gets no values. `prompts` are ignored."""
         return [self._judge(image, (item or {}).get("layout")) for image, item in zip(images, asked)]
 
     def _judge(self, image: Image.Image, layout: Mapping[str, Any] | None) -> Judged:
-        if not layout or any("box" not in region for region in layout["regions"]):
+        boxes = boxes_of(layout, *image.size) if layout else []
+        if not layout or not boxes:
             return Judged({}, reason="the prompt has no layout of boxes")
-        parts = [on_white(image, box) for box in boxes_of(layout, *image.size)]
+        parts = [on_white(image, box) for box in boxes]
         vectors = self.clip.images(pixels.pil(parts, self.clip.size))
         texts = self.clip.texts([region["prompt"] for region in layout["regions"]]).to(vectors)
         cosines = vectors @ texts.T  # (regions, captions)
@@ -59,6 +61,8 @@ class Regions:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> Regions:
-    """Returns the judge with the CLIP weights in `files`."""
+    """Returns the judge of regions with the CLIP weights in `files` (names of WEIGHTS -> paths).
+    `identity` holds the judge's name, weights, dtype and options, and is written into every line of
+    scores."""
     path = files["clip-b32"]
     return Regions(identity, Clip(network(path, h14()), tokenizer(path.parent), device, dtype))

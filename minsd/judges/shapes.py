@@ -1,10 +1,10 @@
-"""The embedded model's judge: applies GenEval's rules to what weights/shapes/detector.py finds in
-an image's pixels.
+"""The embedded model's judge: applies GenEval's rules to the shapes that weights/shapes/detector.py
+finds in an image's pixels.
 
-For a caption in the training data's grammar, what is asked for follows from the caption itself; a
-prompt set may ask for more. Columns: `right` (GenEval's rules, 0 or 1), `no_neglect` (nothing
-missing, merged or wrongly coloured), `strict` (exactly what was asked for, and nothing else), and
-for layouts those of `objects.layout`.
+A caption in the training data's grammar states by itself what the image must show; a prompt set may
+ask for more. The columns are `right` (by GenEval's rules, 0 or 1), `no_neglect` (no object is
+missing, merged or wrongly coloured), `strict` (the image shows exactly what was asked for, and
+nothing else), and for layouts those of `objects.layout`.
 """
 
 import re
@@ -18,16 +18,14 @@ from minsd.judges.objects import Asked, Detection
 from minsd.weights.shapes import detector
 from minsd.weights.shapes.data import COLOURS, SHAPES
 
-LAYOUT = ("box_iou", "box_half", "box_any", "strays")
-
 PREFIX = re.compile(r"(?:a photo of|a picture of|an image of)\s+")
 PHRASE = re.compile(rf"an? (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})")
 JOINT = re.compile(rf"\s*(, and|,|and|with|{'|'.join(objects.RELATIONS)})\s+")
 
 
 def read_caption(caption: str) -> dict[str, Any] | None:
-    """Returns what a caption in the training data's grammar asks for (`objects.Asked`); None for
-    any other caption.
+    """Returns what a caption in the training data's grammar asks for, as a dict (`objects.Asked`).
+    Returns None for any other caption.
 
     The grammar: an optional "a photo of", then phrases "a [colour] shape" joined by commas, "and",
     "with", or by one relation such as "left of" between two.
@@ -56,14 +54,15 @@ def read_caption(caption: str) -> dict[str, Any] | None:
 
 
 def clause(colour: str | None, shape: str) -> dict[str, Any]:
-    """Returns GenEval's clause that asks for one shape, of a colour if one is given."""
+    """Returns the clause, in GenEval's form, that asks for one object of a shape and, unless
+    `colour` is None, of that colour."""
     return {"class": shape, "count": 1} | ({} if colour is None else {"color": colour})
 
 
 def detections(bodies: Sequence[detector.Found]) -> list[Detection]:
-    """Converts every body (connected drawn object) to a Detection. The score is the body's overlap
-    with the best template. A body that is badly drawn or has two colours is named "malformed" or
-    "hybrid", a class that no prompt asks for."""
+    """Converts the detector's bodies (connected drawn objects) to Detections. The score is the
+    overlap of the body with the most similar template. A body that is badly drawn gets the class
+    "malformed", and one with two colours the class "hybrid"; no prompt asks for these classes."""
     out = []
     for body in bodies:
         name = body.shape if body.iou >= detector.IOU else "malformed"
@@ -73,7 +72,7 @@ def detections(bodies: Sequence[detector.Found]) -> list[Detection]:
 
 
 class Shapes:
-    """A judge of images of coloured shapes."""
+    """The judge of the embedded model's images, which show coloured shapes."""
 
     def __init__(self, identity: dict[str, Any], **unused: Any) -> None:
         self.identity = identity
@@ -81,12 +80,14 @@ class Shapes:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images. An image has no values if its prompt asks for no shapes."""
+        """Judges RGB images. What an image must show comes from `asked` or, if that is None, from
+        the prompt. An image has no values if its prompt asks for no shapes."""
         return [self._judge(*one) for one in zip(images, prompts, asked)]
 
     def _judge(self, image: Image.Image, prompt: str, asked: Asked | None) -> Judged:
         asked = asked if asked and "include" in asked else {**(asked or {}), **(read_caption(prompt) or {})}
-        subjects = [(one.get("color"), one["class"]) for one in asked.get("include", ())]
+        clauses = asked.get("include", ())
+        subjects = [(one.get("color"), one["class"]) for one in clauses for _ in range(one["count"])]
         found = detections(detector.find(image))
         if not subjects or any(shape not in SHAPES for _, shape in subjects):
             return Judged({}, found, "the prompt asks for no shapes")
@@ -100,8 +101,9 @@ class Shapes:
 
     @staticmethod
     def rules(found: Sequence[Detection], asked: Asked, size: tuple[int, int]) -> dict[str, float]:
-        """Returns the values that need no more than the detections: `right` and, for a layout, the
-        values of `objects.layout`."""
+        """Returns those values of an image of `size` (width, height) that follow from the
+        detections `found` alone: `right` and, if `asked` has a layout, the values of
+        `objects.layout`."""
         values = {"right": float(not objects.geneval(found, asked, sure=(0, 0)))}
         if asked.get("layout"):
             values |= objects.layout(found, asked["layout"], size, SHAPES)

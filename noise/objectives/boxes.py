@@ -1,7 +1,7 @@
 """BoxDiff (Xie et al., ICCV 2023, arXiv 2307.10816): subjects in the boxes of a layout.
 
-With M a subject's sharpened, smoothed map, m its region's mask, and top(k, .) the mean of the k
-largest values, k = max(1, floor(P sum m)), k' the same of 1 - m:
+With M a subject's sharpened, smoothed attention map, m its region's mask, and top(k, .) the mean of
+the k largest values, k = max(1, floor(P sum m)), and k' the same number for 1 - m:
 
     L = sum over subjects of inner + outer + corner_x + corner_y
     inner = 1 - top(k, M m),   outer = top(k', M (1 - m))
@@ -26,12 +26,16 @@ P, L = 0.2, 1
 
 
 def terms(maps: Tensor, mask: Tensor, p: float = P, reach: int = L) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (inner, outer, corner_x + corner_y) of a map (h,w) and a mask (h,w) of 0 and 1."""
+    """Returns BoxDiff's terms (inner, outer, corner_x + corner_y) for a subject's attention map
+    (h,w) and its region's mask (h,w) of 0 and 1. The head of this file defines the terms. `p` is
+    its P: the means of inner and outer are over this fraction of the cells inside and outside the
+    mask. `reach` is its L: the corner terms count the rows and columns within this many cells of
+    the box's edges."""
     k, rest = (max(1, int(p * float(part.sum()))) for part in (mask, 1 - mask))
     inner = 1 - (maps * mask).flatten().topk(k).values.mean()
     outer = (maps * (1 - mask)).flatten().topk(rest).values.mean()
     corner = 0 * inner
-    for axis in (0, 1):  # over rows: columns are left; over columns: rows
+    for axis in (0, 1):  # the maximum over rows leaves columns, and vice versa
         q = mask.amax(dim=axis)
         cells = torch.arange(len(q), device=q.device)
         first, last = q.nonzero()[0], q.nonzero()[-1] + 1

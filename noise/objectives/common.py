@@ -15,27 +15,29 @@ from minsd.words import occurrences
 
 
 def need_subjects(asks: Sequence[Ask]) -> None:
-    """Raises ValueError if an image's prompt has no subjects."""
+    """Raises ValueError if the prompt of an image names no subjects. `asks` holds one Ask per
+    image."""
     for ask in asks:
         if not ask.subjects:
             raise ValueError(f"the prompt {ask.prompt!r} names nothing to attend to: name the subjects")
 
 
 def need_groups(asks: Sequence[Ask]) -> None:
-    """Raises ValueError if an image's prompt has no groups of a noun with its modifiers."""
+    """Raises ValueError if the prompt of an image has no groups of a noun with its modifiers.
+    `asks` holds one Ask per image."""
     for ask in asks:
         if not ask.groups:
             raise ValueError(f"no nouns are found in {ask.prompt!r}: give --pairs 'red circle; blue square'")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError if the value of the setting `name` is not one of `choices`."""
+    """Raises ValueError if `value`, given for the setting `name`, is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
 
 
 class Earlier:
-    """Stores one tensor per image: that of the last evaluation in the previous step."""
+    """Stores one tensor per image from the last evaluation in the previous step of the run."""
 
     def __init__(self) -> None:
         self.clear()
@@ -45,8 +47,10 @@ class Earlier:
         self.before: dict[int, list[Tensor]] = {}
 
     def step(self, row: int, i: int | None, now: Tensor) -> list[Tensor]:
-        """Stores image `row`'s tensor of step i. Returns a list with the detached tensor of the
-        step before, or an empty list if there is none."""
+        """Stores `now`, the tensor of image number `row` at step i, in place of one stored at the
+        same step. Returns a list with one detached tensor: the last one that was stored for this
+        image before step i. The list is empty if there is no such tensor. If `i` is None (before
+        the run), nothing is stored and the list is empty."""
         if i is None:  # before the run there are no steps
             return []
         if row in self.last and self.last[row][0] != i:
@@ -56,16 +60,16 @@ class Earlier:
 
 
 class Regions:
-    """The subjects named in a layout's region captions: their maps in the whole prompt, and
-    masks."""
+    """The subjects that the captions of a layout's regions name, with their token positions in the
+    whole prompt and the masks of their regions."""
 
     def __init__(self, sd: Model, asks: Sequence[Ask]):
         self.found = [regions_of(sd, ask) for ask in asks]
 
     def __call__(self, look: Look, k: int) -> tuple[Tensor, Tensor]:
-        """Returns (maps, masks), each (S,h,w), of the Look's k-th image. A mask holds the fraction
-        of each cell that lies in the subject's region.
-        """
+        """Returns (maps, masks), each (S,h,w), for image k of `look` (k counts from 0): the
+        cross-attention maps of its S subjects, and for each subject the fraction of each cell that
+        lies in the subject's region."""
         found = self.found[look.rows[k]]
         maps = look.maps_of(k, [tokens for tokens, _ in found])
         cell = CELL * look.x.shape[-2] // maps.shape[-2]  # pixels
@@ -74,11 +78,11 @@ class Regions:
 
 
 def regions_of(sd: Model, ask: Ask) -> list[tuple[list[int], np.ndarray]]:
-    """Returns (positions, pixels) for each subject of each region of the layout: the subject's
-    token positions in the whole prompt, and the region's pixels.
+    """Returns (positions, pixels) for each subject that the captions of the layout's regions name:
+    the subject's token positions in the whole prompt, and the mask (H,W) of its region.
 
     If the prompt contains a word several times, the n-th region that names this word gets its n-th
-    occurrence. Raises ValueError if there are no regions, and if a caption's subject is not in the
+    occurrence. Raises ValueError if there are no regions, or if a caption's subject is not in the
     prompt.
     """
     if ask.layout is None or not ask.layout.regions:

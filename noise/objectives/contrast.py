@@ -1,11 +1,13 @@
-"""CONFORM (Meral et al., CVPR 2024, arXiv 2312.06059): maps of a group alike, of two groups unlike.
+"""CONFORM (Meral et al., CVPR 2024, arXiv 2312.06059) makes the attention maps of a group (a noun
+with its modifiers) alike, and those of different groups unlike.
 
 The smoothed maps of every word of every group, now and at the step before, are vectors; s(a, b) is
 the cosine of two. For every ordered pair (a, p) of one group, with n the vectors of other groups,
 
     L = mean over (a, p) of - log( e^{s(a,p)/T} / (e^{s(a,p)/T} + sum over n of e^{s(a,n)/T}) )
 
-Without pairs (single words at the first step, where L has no gradient), or with `form="pairs"`:
+If there are no pairs (every group has a single word, at the first step), L has no gradient. Then,
+and always with `form="pairs"`, another loss is used:
 
     L = mean over pairs of a group of max(0, 1 - s) + mean over pairs of two groups of s where s > 0
 
@@ -22,17 +24,23 @@ from minsd.noise.drivers import Refining
 from minsd.noise.look import Ask, Look
 from minsd.noise.objectives.common import Earlier, check_choice, need_groups
 
+SMALLEST_T = 1e-6  # far below it, 1 / T is beyond float32
+
 
 def contrastive(vectors: Tensor, labels: Tensor, t: float = 0.5, form: str = "ntxent") -> Tensor:
-    """Returns L of vectors (n,d), where labels (n,) holds the number of each vector's group."""
+    """Returns CONFORM's loss L, a scalar, of vectors (n,d), which are flattened attention maps.
+    `labels` (n,) holds the number of each vector's group, `t` is the temperature T, and `form` is
+    "ntxent" or "pairs" (the head of this file has both formulas)."""
     unit = vectors / (vectors.norm(dim=1, keepdim=True) + 1e-12)
     s = unit @ unit.T
     same = labels[:, None] == labels
     pairs = same & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
     if form == "ntxent" and pairs.any():
-        others = (s / t).exp().masked_fill(same, 0.0).sum(dim=1, keepdim=True)
-        e = (s / t).exp()
-        return -(e / (e + others)).log()[pairs].mean()
+        a, p = pairs.nonzero(as_tuple=True)
+        # With e^{s(a,p)/T} divided out, L = log(e^0 + sum over n of e^{(s(a,n) - s(a,p))/T}), whose
+        # logsumexp overflows at no T.
+        gaps = ((s[a] - s[a, p, None]) / t).masked_fill(same[a], -torch.inf)
+        return torch.nn.functional.pad(gaps, (1, 0)).logsumexp(dim=1).mean()
     near = (1 - s[pairs]).clamp(min=0)
     far = s[~same & (s > 0)]
     return sum((part.mean() for part in (near, far) if part.numel()), 0 * vectors.sum())
@@ -45,6 +53,8 @@ class Contrast:
         self, sd: Model, asks: Sequence[Ask], t: float = 0.5, form: str = "ntxent", repeats: bool = False
     ):
         check_choice("form", form, ("ntxent", "pairs"))
+        if not t >= SMALLEST_T:
+            raise ValueError(f"t must be {SMALLEST_T:g} or more, not {t:g}")
         need_groups(asks)
         self.t, self.form, self.earlier = t, form, Earlier()
         self.begin = self.earlier.clear

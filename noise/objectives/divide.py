@@ -21,12 +21,15 @@ from minsd.noise.objectives.common import need_subjects
 
 
 def variation(maps: Tensor) -> Tensor:
-    """Returns the total variation TV (...) of maps (...,h,w)."""
+    """Returns the total variation of maps (...,h,w), which is the sum of the absolute differences
+    of neighbouring cells, as (...)."""
     return maps.diff(dim=-2).abs().sum((-2, -1)) + maps.diff(dim=-1).abs().sum((-2, -1))
 
 
 def divergence(a: Tensor, b: Tensor, softmax: bool = False) -> Tensor:
-    """Returns the Jensen-Shannon divergence JSD of two maps (h,w)."""
+    """Returns the Jensen-Shannon divergence, a scalar, of two attention maps (h,w), each made a
+    distribution over cells: by a softmax if `softmax` is True, otherwise by dividing it by its
+    sum."""
     flat = torch.stack([a.flatten(), b.flatten()])
     p = flat.softmax(dim=1) if softmax else flat / flat.sum(dim=1, keepdim=True)
     p = p.clamp(min=torch.finfo(p.dtype).tiny)
@@ -48,7 +51,8 @@ class DivideAndBind:
         return attend + self.weight * bind, {"attend": attend, "bind": bind}
 
     def bound(self, look: Look, k: int) -> Tensor:
-        """Returns the sum of the JSDs of all (modifier, noun) pairs, for image k of `look`."""
+        """Returns the sum, over all (modifier, noun) pairs in the prompt of image k of `look`, of
+        the Jensen-Shannon divergence of the two words' attention maps."""
         pairs = [(modifier, g.noun) for g in look.asks[k].groups for modifier in g.modifiers]
         maps = [look.maps_of(k, pair) for pair in pairs]
         parts = [divergence(two[0], two[1], self.softmax) for two in maps]

@@ -24,7 +24,9 @@ from minsd.noise.objectives.common import Regions, need_subjects
 
 
 def overlap(maps: Tensor, present: Tensor) -> Tensor:
-    """Returns overlap (B,) of maps (B,S,h,w), over the subjects that are `present` (B,S)."""
+    """Returns the overlap (B,) of the subjects' attention maps (B,S,h,w): the mean of sum min(A, B)
+    / sum (A + B) over all pairs of subjects. `present` (B,S) is True for the subjects that an image
+    has."""
     i, j = torch.triu_indices(maps.shape[1], maps.shape[1], offset=1, device=maps.device)
     a, b = maps[:, i], maps[:, j]
     both = present[:, i] & present[:, j]
@@ -33,7 +35,9 @@ def overlap(maps: Tensor, present: Tensor) -> Tensor:
 
 
 def retention(maps: Tensor, masks: Tensor) -> Tensor:
-    """Returns retention () of one image's maps and masks, each (S,h,w)."""
+    """Returns the retention loss, a scalar, of one image's attention maps and region masks, each
+    (S,h,w). It is low if each subject's map M fills its mask m: the mean over subjects of 1 - sum
+    min(M, m) / sum (M + m)."""
     return (1 - torch.minimum(maps, masks).sum((1, 2)) / (maps + masks).sum((1, 2))).mean()
 
 

@@ -1,12 +1,15 @@
-"""SynGen (Rassin et al., NeurIPS 2023, arXiv 2306.08877, section 3): bind attributes to their nouns.
+"""SynGen (Rassin et al., NeurIPS 2023, arXiv 2306.08877, section 3): bind attributes to their
+nouns.
 
-Each token's cross-attention is taken as a distribution over cells. With dist(a, b) = KL(a||b) / 2 +
-KL(b||a) / 2, and u the prompt's tokens outside a group of a noun v and modifiers m,
+Each token's cross-attention is taken as a distribution over cells, and dist(a, b) = KL(a||b) / 2 +
+KL(b||a) / 2 compares those of two tokens. A group consists of a noun v and its modifiers m; u are
+the prompt's tokens outside the group.
 
     L = sum over groups, over m of dist(m, v) - (mean over u of dist(v, u) + mean of dist(m, u)) / 2
 
-A noun without modifiers gives - mean of dist(v, u). A word of several tokens takes the largest
-dist of them. `outside="groups"` takes u from the other groups alone. L has no lower bound.
+A noun without modifiers gives - mean of dist(v, u). For a word of several tokens, the largest of
+their dist is taken. With `outside="groups"`, u are the tokens of the other groups alone. L has no
+lower bound.
 """
 
 from collections.abc import Sequence
@@ -22,7 +25,9 @@ from minsd.noise.pairs import Group
 
 
 def distances(maps: Tensor, rows: Sequence[int]) -> Tensor:
-    """Returns dist (r,K) between r tokens `rows` and all K tokens, from maps (K,h,w) above 0."""
+    """Returns dist(a, b) = KL(a||b) / 2 + KL(b||a) / 2 between each of the r tokens with the
+    positions `rows` and all K tokens, (r,K). `maps` (K,h,w), with values above 0, are the tokens'
+    attention maps, taken as distributions over cells."""
     p = maps.flatten(1)
     p = (p / p.sum(dim=1, keepdim=True)).clamp(min=torch.finfo(p.dtype).tiny)
     a, b = p[list(rows), None], p[None]
@@ -30,8 +35,9 @@ def distances(maps: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def binding(maps: Tensor, group: Group, outside: Sequence[int]) -> Tensor:
-    """Returns one group's part of L, from maps (K,h,w) of all tokens and the positions u
-    outside."""
+    """Returns one group's part of SynGen's loss, a scalar. `group` has the token positions of a
+    noun and its modifiers, `outside` those of the tokens outside the group, and `maps` (K,h,w) are
+    the attention maps of all K tokens."""
 
     def dist(word: Sequence[int], others: Sequence[int]) -> Tensor:
         return distances(maps, word)[:, list(others)].max(dim=0).values

@@ -1,2 +1,2 @@
-"""The embedded model and all that it was made with: training data, training program, detector, and
-model card (README.md)."""
+"""The embedded model and everything that it was made with: the training data, the training program,
+the detector, and the model card (README.md)."""

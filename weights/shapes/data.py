@@ -47,8 +47,8 @@ RADII = {1: (20, 34), 2: (17, 27), 3: (16, 23)}  # pixels, by number of objects
 
 
 def outline(shape: str, turn: float = 0.0) -> np.ndarray:
-    """Returns the polygon (n,2) of a shape with its centre at (0, 0) and a radius of about 1,
-    turned by `turn` radians; x points right and y down."""
+    """Returns the outline of a shape as a polygon (n,2): n points (x, y), x to the right and y
+    down, with the centre at (0, 0) and a radius of about 1, rotated by `turn` radians."""
     if shape == "circle":
         a = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         points = 0.92 * np.stack([np.cos(a), np.sin(a)], 1)
@@ -87,8 +87,8 @@ class Object:
     turn: float  # radians
 
     def mask(self) -> np.ndarray:
-        """Returns how much of each pixel the object covers, (SIZE,SIZE) float32 in 0..1,
-        anti-aliased."""
+        """Returns the fraction of each pixel that the object covers, (SIZE,SIZE) float32 in
+        0..1."""
         k = 4  # supersampling
         canvas = Image.new("L", (SIZE * k, SIZE * k))
         points = (outline(self.shape, self.turn) * self.radius + (self.x, self.y)) * k
@@ -116,7 +116,8 @@ class Example:
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
         """Draws the image. Returns (picture, masks): the image (SIZE,SIZE,3) uint8, and the masks
-        (n,SIZE,SIZE) of the n objects, float32 in 0..1."""
+        (n,SIZE,SIZE) float32, which hold the fraction of each pixel that each of the n objects
+        covers."""
         picture = np.empty((SIZE, SIZE, 3), np.float32)
         picture[:] = self.ground
         masks = np.stack([o.mask() for o in self.objects])
@@ -126,13 +127,15 @@ class Example:
 
 
 def _pairs_allowed(shapes: Iterable[str]) -> bool:
-    """Returns whether the shapes contain no pair of `HELD_OUT_PAIRS`."""
+    """Returns True if the shapes contain no pair of `HELD_OUT_PAIRS`, the pairs that never occur in
+    training images."""
     return not any(pair <= set(shapes) for pair in HELD_OUT_PAIRS)
 
 
 def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
-    """Chooses n (colour, shape) combinations at random, without repeated colours or shapes. No
-    combination is in `HELD_OUT`, and no pair of the shapes is in `HELD_OUT_PAIRS`."""
+    """Chooses n (colour, shape) combinations at random, without repeated colours or shapes. What
+    training images never have is left out: the combinations in `HELD_OUT`, and the pairs of shapes
+    in `HELD_OUT_PAIRS`."""
     while True:
         picks = [COMBINATIONS[i] for i in rng.choice(len(COMBINATIONS), n, replace=False)]
         colours, shapes = zip(*picks)
@@ -155,7 +158,7 @@ def place(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]]:
 
 
 def example(seed: int, index: int) -> Example:
-    """Returns image number `index` of the training set with this seed."""
+    """Returns image number `index` of the training set that belongs to `seed`, with its caption."""
     rng = np.random.default_rng((seed, index))
     n = 1 + int(rng.choice(3, p=COUNTS))
     absent = int(n < 3 and rng.random() < ABSENT)
@@ -172,8 +175,9 @@ def example(seed: int, index: int) -> Example:
 def _caption(
     rng: np.random.Generator, subjects: list[tuple[str, str]], n: int, objects: tuple[Object, ...]
 ) -> tuple[list[str], list[tuple[int | None, int, int | None]]]:
-    """Makes a caption at random that names `subjects`. Returns (words, named) as in `Example`. The
-    first n of `subjects` are `objects`, which are in the image; the others are not in it."""
+    """Makes a caption at random that names `subjects`, which are (colour, shape) pairs. The first n
+    of them are the `objects` in the image; the others are not in the image. Returns (words, named)
+    as in `Example`."""
     order = [int(i) for i in rng.permutation(len(subjects))]
     colours = rng.random() >= 0.1  # a tenth of the captions omit the colours
     style = rng.random()

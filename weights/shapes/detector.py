@@ -1,11 +1,11 @@
 """Finds the coloured shapes in an image from its pixels alone, without a trained model.
 
-The pixels that differ from the background form bodies, which are connected groups of pixels. The
-colour of a body is the nearest colour of the palette. The shape of a body is the shape of the
-template (an outline of `data.outline` at one angle) that overlaps the body most, after both are
-brought to the same centre and area. `judge` compares the bodies with the objects of a caption. The
-thresholds tolerate the VAE: with FOREGROUND = 30 and IOU = 0.70 nearly all true images still pass
-after encoding and decoding (README.md has the figures, false accepts included).
+The pixels that differ from the background form bodies, which are connected groups of pixels. A
+body's colour is the nearest colour of the palette. Its shape is that of the template (an outline of
+`data.outline` at one angle) that overlaps the body most, after both are brought to the same centre
+and area. `judge` compares the bodies with the objects of a caption. The thresholds allow for the
+loss of detail in the VAE: with FOREGROUND = 30 and IOU = 0.70 nearly all true images are still
+judged right after encoding and decoding (README.md has the figures, false accepts included).
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,8 @@ class Found:
 
     @property
     def whole(self) -> bool:
-        """Returns whether the body has one colour and is well drawn."""
+        """Returns True if the body has exactly one colour and overlaps the template of its shape
+        well enough (`iou` >= IOU)."""
         return len(self.colours) == 1 and self.iou >= IOU
 
 
@@ -58,11 +59,14 @@ class Found:
 class Verdict:
     """The result of comparing an image with the objects asked for.
 
-    `found` holds all bodies (connected groups of pixels) of the image. `failures` holds one of
-    `KINDS` for each of the `subjects_failed` objects that were not found, then one for each surplus
-    body. `strict` means that the image has exactly the objects asked for and nothing else.
-    `no_neglect` means that no object is missing, merged with another, or in a wrong colour, while
-    badly drawn shapes and extra copies are accepted.
+    `found` holds all bodies (connected groups of pixels) of the image. `subjects_failed` is the
+    number of objects asked for that were not found. `failures` is a tuple of items of `KINDS`:
+    first one for each object that was not found, which states why, then one for each body that is
+    left over.
+
+    `strict` is True if the image has exactly the objects asked for and nothing else. `no_neglect`
+    is True if no object is missing, merged with another, or in a wrong colour; badly drawn shapes
+    and extra copies are accepted.
     """
 
     found: tuple[Found, ...]
@@ -79,7 +83,8 @@ class Verdict:
 
     @property
     def kind(self) -> str:
-        """Returns the most serious failure (the first in `KINDS`), or "right"."""
+        """Returns the most serious failure, which is the one that comes first in `KINDS`, or
+        "right" if there is none."""
         return min(self.failures, key=KINDS.index, default="right")
 
 
@@ -101,8 +106,8 @@ def bodies(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """Resamples the mask (H,W) of a body to (GRID,GRID), with its centroid in the middle, scaled to
-    the area of a circle with a radius of GRID/4 cells."""
+    """Resamples the mask (H,W) of a body to (GRID,GRID). The body's centroid comes to the middle,
+    and the body is scaled so that its area is that of a circle with a radius of GRID/4 cells."""
     rows, columns = np.nonzero(mask)
     scale = (len(rows) / np.pi) ** 0.5 / (GRID / 4)  # pixels per cell
     at = (np.arange(GRID) - (GRID - 1) / 2) * scale
@@ -113,8 +118,9 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 @cache
 def templates() -> np.ndarray:
-    """Returns the masks (shapes, turns, GRID, GRID) of the outlines of all shapes at five angles,
-    normalised as bodies are. The angles cover the range of the training set."""
+    """Returns the templates (shapes, turns, GRID, GRID): the masks of the outlines of all shapes at
+    five angles, centred and scaled as `_normalised` does it for bodies. The angles cover the range
+    of the training set."""
     out = []
     for shape in SHAPES:
         out.append([])
@@ -135,17 +141,18 @@ def shape_of(mask: np.ndarray) -> tuple[str, float]:
 
 
 def _inner(mask: np.ndarray) -> np.ndarray:
-    """Returns the mask of a body without its rim, where colours mix with the background. Returns
-    the whole mask if too few pixels would remain."""
+    """Returns the mask (H,W) of a body without its outermost pixels, whose colours mix with the
+    background. Returns the mask unchanged if too few pixels would remain."""
     padded = np.pad(mask, 1)
     inner = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inner if inner.sum() >= SPECK // 2 else mask
 
 
 def find(picture: np.ndarray | Image.Image) -> list[Found]:
-    """Finds every body (connected group of pixels) of an image (H,W,3), 8-bit RGB, on a light
-    background. The bodies are sorted by the size of the group, the largest first, except that two
-    well-drawn objects that touch are returned as two bodies."""
+    """Finds every body (connected group of pixels) in an image (H,W,3), 8-bit RGB, on a light
+    background. Returns the bodies sorted by the number of pixels in the group, the largest first. A
+    group of two colours is returned as two bodies if both parts are well-drawn shapes, that is, if
+    two objects touch."""
     array = np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
     pixels = array.astype(np.float32)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
@@ -175,8 +182,9 @@ def find(picture: np.ndarray | Image.Image) -> list[Found]:
 
 
 def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None) -> Found:
-    """Returns a description of the body whose mask is `mask`. If `colours` is None, the body's colour
-    is the palette colour nearest to its median colour, or none if no palette colour is near."""
+    """Describes the body with the mask `mask` (H,W) in the image `pixels` (H,W,3). If `colours` is
+    None, the body gets the palette colour nearest to its median colour, or none if no palette
+    colour is near."""
     if colours is None:
         distance = np.linalg.norm(np.median(pixels[_inner(mask)], 0) - PALETTE, axis=-1)
         colours = (NAMES[int(distance.argmin())],) if distance.min() <= FAR else ()
@@ -187,8 +195,8 @@ def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None
 
 
 def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Verdict:
-    """Compares an image with the (colour, shape) pairs `subjects` that its caption names. The
-    colour None accepts any colour."""
+    """Compares an image (H,W,3), 8-bit RGB, with `subjects`, the (colour, shape) pairs that its
+    caption names. The colour None accepts any colour."""
     found = find(picture)
     left = list(found)
     missed = []
@@ -217,8 +225,9 @@ def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Ver
 
 
 def _explain(subject: Subject, left: list[Found], subjects: Sequence[Subject]) -> tuple[Found | None, str]:
-    """Returns (body, kind) for a subject that was not found: the body in `left` that was drawn in
-    its place, or None if there is none, and the kind of failure."""
+    """Explains why a subject was not found. Returns (body, kind): the body in `left` that was drawn
+    in the subject's place (None if there is none), and the kind of failure, an item of `KINDS`.
+    `left` holds the bodies that match no subject; `subjects` holds all subjects of the caption."""
     colour, shape = subject
     others = [s for s in subjects if s != subject]
     for body in left:

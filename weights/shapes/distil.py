@@ -2,10 +2,10 @@
 
     python -m minsd.weights.shapes.distil [--quick] [--samples N] [--minutes M] [--export] [--out FILE]
 
-The student is the model's own UNet with a low-rank adapter (weights/lora.py), and the adapter is
-all that this script writes. It is trained by distribution matching distillation (Yin et al. 2024,
-arXiv 2311.18828) as simplified in DMD2 (Yin et al. 2024, arXiv 2405.14867): no images and no
-recorded sampling runs are needed. A training step does three things:
+The student is the embedded model's UNet with a low-rank adapter (weights/lora.py). Only the adapter
+is trained and written. It is trained by distribution matching distillation (Yin et al. 2024, arXiv
+2311.18828) as simplified in DMD2 (Yin et al. 2024, arXiv 2405.14867), which needs no images and no
+recorded sampling runs. A training step does three things:
 
 1. The student generates clean latents x0 from unit noise, in one to four Euler steps at the
    timesteps that shapes-turbo uses later. The gradient flows through the last step alone.
@@ -16,7 +16,8 @@ recorded sampling runs are needed. A training step does three things:
 3. The copy takes a step of ordinary denoising training on the same noised x0.
 
 Prompts are chosen at random, without those that bench/shapes.py uses. Checkpoints go to `run/`, and
-the same command resumes. train.py describes this, and how several processes share the work.
+the same command resumes from the newest one. train.py describes checkpoints, and how several
+processes share the work.
 """
 
 import math
@@ -56,7 +57,7 @@ LEARNING_RATE = 6e-4  # of the copy ("fake")
 # The adapter's learning rate, relative to the copy's. The copy has to keep up with the student. If
 # it does not, the student's colours swing around those of the embedded model.
 RATE = 0.5
-GUIDANCE = 5.0  # of the embedded model, which is its own default
+GUIDANCE = 5.0  # guidance scale of the embedded model: its default
 # Sampling steps of the student's run -> how often in training. A single step is the hardest.
 STEPS = {1: 0.7, 2: 0.14, 3: 0.04, 4: 0.12}
 CAPTIONS = 0.25  # fraction of the prompts that are captions of data.py; the rest are plain lists
@@ -64,12 +65,13 @@ NOISED = (20, 980)  # timesteps at which the two predictions are compared: from,
 
 
 class LowRank(nn.Module):
-    """The low-rank changes of all linear layers and convolutions of a UNet, as parameters to be
+    """A low-rank change for every linear layer and convolution of a UNet, as parameters to be
     trained."""
 
     def __init__(self, unet: UNet, rank: int = RANK):
-        """Makes the parameters. The matrices `up` are zeros, so that the UNet is not changed at
-        first."""
+        """Makes two matrices for every linear layer and convolution of `unet`, `down` (r,in) and
+        `up` (out,r), whose product is added to the weight. r is `rank`, or less for small layers.
+        `up` starts at zero, so that the UNet is not changed at first."""
         super().__init__()
         layers = {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
         self.names = list(layers)
@@ -79,8 +81,8 @@ class LowRank(nn.Module):
         self.up = nn.ParameterList(torch.zeros(m, r) for r, (m, _) in zip(ranks, shapes))
 
     def weights(self, unet: UNet) -> dict[str, Tensor]:
-        """Returns a dict of the adapted weights of `unet`: parameter name -> tensor,
-        differentiable."""
+        """Returns the weights of `unet` with the low-rank changes added, as a dict of parameter
+        name -> tensor. Gradients flow to the low-rank matrices."""
         named = dict(unet.named_parameters())
         return {
             f"{name}.weight": named[f"{name}.weight"] + (up @ down).view_as(named[f"{name}.weight"])
@@ -90,7 +92,7 @@ class LowRank(nn.Module):
 
 def plain(subjects: list[tuple[str, str]]) -> list[str]:
     """Returns the words of a plain list of objects, such as "a red circle , a blue square and a
-    green star"."""
+    green star", from (colour, shape) pairs."""
     words: list[str] = []
     for k, (colour, shape) in enumerate(subjects):
         if k:
@@ -101,8 +103,8 @@ def plain(subjects: list[tuple[str, str]]) -> list[str]:
 
 def benched() -> set[tuple[str, ...]]:
     """Returns the prompts with two and three objects that bench/shapes.py uses, as tuples of words.
-    Training leaves them out. Prompts with one object are not left out, because bench/shapes.py uses
-    all of them."""
+    They are left out of training. Prompts with one object are not left out, because bench/shapes.py
+    uses all that exist."""
     prompts = set()
     for count in (2, 3):
         rng = np.random.default_rng((7, count - 1))  # SEED and the group's index there
@@ -111,8 +113,9 @@ def benched() -> set[tuple[str, ...]]:
 
 
 def draw_prompt(rng: np.random.Generator, without: set[tuple[str, ...]]) -> list[str]:
-    """Chooses the words of one prompt at random: a caption as in the model's training, or a plain
-    list of one to three objects. Prompts in `without` are never chosen."""
+    """Chooses a prompt at random and returns its words. The prompt is a caption as in the embedded
+    model's training, or a plain list of one to three objects, but never one of the prompts in
+    `without`."""
     while True:
         if rng.random() < CAPTIONS:
             words = list(data.example(SEED + 2, int(rng.integers(2**40))).words)
@@ -123,7 +126,10 @@ def draw_prompt(rng: np.random.Generator, without: set[tuple[str, ...]]) -> list
 
 
 class Distillation:
-    """The networks of the distillation, and the losses of a training step."""
+    """The networks of the distillation (DMD2), and the losses of a training step. `teacher` is the
+    frozen UNet of the embedded model. The student is the teacher with the weight changes of
+    `adapter`, which is trained. `fake` is a copy of the teacher that is trained to denoise the
+    student's images."""
 
     def __init__(self, workers: Workers):
         model = load_model("shapes", device=torch.device(workers.device), dtype=torch.float32)
@@ -144,34 +150,36 @@ class Distillation:
 
     @torch.no_grad()
     def encode(self, prompts: list[list[str]]) -> Tensor:
-        """Returns the text states (n,77,D) of prompts, each a list of words."""
+        """Returns the text states (n,77,D) of n prompts, each given as a list of words."""
         ids = torch.tensor([token_ids(words) for words in prompts])
         return self.text(ids.to(self.workers.device)).last_hidden_state
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (signal, noise) at timesteps t (B,): sqrt(abar) and sqrt(1 - abar), each
+        """Returns (signal, noise) for timesteps t (B,): sqrt(abar) and sqrt(1 - abar), each
         (B,1,1,1)."""
         abar = self.schedule.alphas_cumprod[t].view(-1, 1, 1, 1).to(self.workers.device)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def clean(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Returns the clean latents (x - sqrt(1 - abar) eps) / sqrt(abar) for latents x (B,4,h,w)
-        with the predicted noise `eps` at timesteps t (B,)."""
+        """Returns the clean latents (x - sqrt(1 - abar) eps) / sqrt(abar) that follow from latents
+        x and their predicted noise `eps`, both (B,4,h,w), at timesteps t (B,)."""
         signal, noise = self.levels(t)
         return (x - noise * eps) / signal
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, **weights: Tensor) -> Tensor:
-        """Predicts the noise in latents x (B,4,h,w) with a network, some of whose parameters are
-        replaced by `weights`."""
+        """Predicts the noise in latents x (B,4,h,w) at timesteps t (B,) with text states `context`
+        (B,77,D). `weights` (parameter name -> tensor) replace some of the network's parameters."""
         with self.workers.autocast():
             return functional_call(network, weights, (x, t.to(x.device), context)).float()
 
     def draw(
         self, weights: dict[str, Tensor], noise: Tensor, context: Tensor, steps: int, last: int
     ) -> Tensor:
-        """Runs the student from unit noise (B,4,h,w) with Euler's rule, at the timesteps of a run
-        of `steps` steps, up to step number `last`. Returns the clean latents that this step
-        predicts. Gradients flow through this step alone."""
+        """Runs the student from unit `noise` (B,4,h,w) with Euler's rule. `weights` are the
+        student's (from `LowRank.weights`), `context` (B,77,D) the prompts' text states. The
+        timesteps are those of a run of `steps` steps, and the run stops at step number `last`,
+        counted from 0. Returns the clean latents (B,4,h,w) that are predicted in this last step.
+        Gradients flow through the last step alone."""
         grid = [int(t) for t in self.schedule.timesteps(steps)]
         x = euler.begin(None, noise, self.schedule, grid[0])
         frozen = {name: weight.detach() for name, weight in weights.items()}
@@ -187,8 +195,8 @@ class Distillation:
     def losses(
         self, batch: int, rng: np.random.Generator, generator: torch.Generator
     ) -> dict[str, tuple[Tensor, float]]:
-        """Returns the losses of one training step on `batch` images, with their weights: name ->
-        (loss, weight), as `Run.train` needs them."""
+        """Returns the losses of one training step on `batch` images as name -> (loss, weight), the
+        form that `Run.train` needs. All random numbers come from `rng` and `generator`."""
         device = self.workers.device
         context = self.encode([draw_prompt(rng, self.without) for _ in range(batch)])
         size = ROW.unet.sample_size
@@ -221,7 +229,8 @@ class Distillation:
 
 
 def export(adapter: LowRank, unet: UNet, path: Path) -> None:
-    """Writes the adapter as a LoRA file in fp16, with PEFT's tensor names."""
+    """Writes the adapter as a LoRA file in fp16, with PEFT's tensor names. `unet` is the UNet that
+    the adapter was made for."""
     tensors = {}
     for name, down, up in zip(adapter.names, adapter.down, adapter.up):
         shape = unet.get_submodule(name).weight.shape
@@ -236,7 +245,8 @@ def export(adapter: LowRank, unet: UNet, path: Path) -> None:
 
 
 def export_checkpoint(run: Path, out: Path) -> None:
-    """Writes the adapter from the newest checkpoint of an incomplete run to `out`."""
+    """Writes the adapter from the newest checkpoint in the folder `run`, whose training may be
+    incomplete, to the file `out`."""
     unet = UNet(ROW.unet)
     adapter = LowRank(unet)
     state = torch.load(run / "turbo.pt", map_location="cpu", weights_only=True)
@@ -246,7 +256,8 @@ def export_checkpoint(run: Path, out: Path) -> None:
 
 
 def work(rank: int, world: int, device: str, options: Options) -> None:
-    """Runs the whole distillation in process number `rank` of `world` processes."""
+    """Runs the whole distillation in process number `rank` of `world` processes, on `device` ("cpu"
+    or "cuda")."""
     workers = begin(rank, world, device, options)
     deadline = time.time() + 60 * options.minutes if options.minutes else math.inf
     distillation = Distillation(workers)

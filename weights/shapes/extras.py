@@ -3,13 +3,14 @@
     python -m minsd.weights.shapes.extras control     # a ControlNet -> extras/outlines/
     python -m minsd.weights.shapes.extras style       # a LoRA -> extras/pierced.safetensors
 
-With the ControlNet (Zhang et al. 2023), outlines determine the places of shapes. It starts as a
-copy of the UNet's encoder half, joined to the UNet by convolutions that start at zero. Its control
-images are white outlines of the objects on black, with the kind of captions that the model itself
-was trained on, so colours still come from the caption. With the LoRA (Hu et al. 2021), every shape
-gets a hole in its middle. It has rank 8, on attention layers and convolutions of the UNet; its
-`down` matrices start at random, its `up` matrices at zero. It has no trigger word. The weights of
-the model stay frozen.
+The ControlNet (Zhang et al. 2023) lets outlines determine the places of shapes. It starts as a copy
+of the UNet's encoder half, joined to the UNet by convolutions that start at zero. Its control
+images are white outlines of the objects on black, with the kind of captions that the embedded model
+was trained on, so colours still come from the caption.
+
+The LoRA (Hu et al. 2021) puts a hole into the middle of every shape. It has rank 8, on attention
+layers and convolutions of the UNet; its `down` matrices start at random, its `up` matrices at zero.
+It has no trigger word. The weights of the model stay frozen.
 
 Training takes minutes on a CPU; bench/control.py measures the effect of the ControlNet and of the
 LoRA.
@@ -53,7 +54,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, indices of the im
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a training: what to train, for how long, and where to write."""
+    """The options of one training: what to train, for how long, and where to write it."""
 
     what: str  # "control" or "style"
     out: Path
@@ -65,8 +66,8 @@ class Options:
 
 
 def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Image:
-    """Draws a control image (128x128, RGB): white outlines of the objects, `width` pixels wide, on
-    black."""
+    """Draws a control image (128x128, RGB): the outlines of the objects in white, `width` pixels
+    wide, on black."""
     k = 4  # supersampling
     canvas = Image.new("L", (data.SIZE * k, data.SIZE * k))
     for o in objects:
@@ -76,13 +77,13 @@ def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Imag
 
 
 def plain(example: data.Example) -> np.ndarray:
-    """Draws the image (SIZE,SIZE,3) uint8 of an example."""
+    """Returns the image (SIZE,SIZE,3) uint8 of an example, drawn without changes."""
     return example.render()[0]
 
 
 def pierced(example: data.Example) -> np.ndarray:
-    """Draws the image (SIZE,SIZE,3) uint8 of an example, with a round hole through the middle of
-    each object."""
+    """Returns the image (SIZE,SIZE,3) uint8 of an example, drawn with a round hole through the
+    middle of each object."""
     picture = plain(example).astype(np.float32)
     y, x = np.mgrid[: data.SIZE, : data.SIZE]
     for o in example.objects:
@@ -95,9 +96,9 @@ def pierced(example: data.Example) -> np.ndarray:
 def examples(
     sd: Model, count: int, draw: Callable[[data.Example], np.ndarray]
 ) -> tuple[Tensor, Tensor, list[data.Example]]:
-    """Makes `count` examples of the training data, draws each with `draw` and encodes it. Returns
-    (latents, texts, made): latents (n,4,16,16), text states (n,77,D) of the captions, and the
-    examples."""
+    """Makes `count` examples of the training data, draws an image of each with `draw`, and encodes
+    images and captions with the model `sd`. Returns (latents, texts, made): latents
+    (count,4,16,16), text states (count,77,D) of the captions, and the examples."""
     made = [data.example(SEED, i) for i in range(count)]
     parts = [made[i : i + 32] for i in range(0, count, 32)]
     latents = torch.cat([sd.encode([Image.fromarray(draw(e)) for e in part]) for part in parts])
@@ -108,8 +109,11 @@ def examples(
 def train(
     sd: Model, parameters: list[nn.Parameter], predict: Predict, latents: Tensor, options: Options, lr: float
 ) -> None:
-    """Trains `parameters` to minimise the squared error of the predicted noise, weighted as in the
-    model's own training (train.py). `lr` is the highest learning rate.
+    """Trains `parameters` so that `predict` predicts noise. The loss is the squared error, weighted
+    as in the embedded model's own training (train.py). `latents` (n,4,16,16) are those of the
+    training images. predict(x, t, rows) returns the noise predicted in the noisy latents x at
+    timesteps t; `rows` are the indices of x's images in `latents`. `lr` is the highest learning
+    rate.
 
     The state is saved every 50 steps, and the same command resumes from the saved state.
     """
@@ -150,8 +154,9 @@ def train(
 
 
 def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: int) -> Tensor:
-    """Returns the weighted squared error of the predicted noise on a random batch of `latents`. The
-    number `step` determines all random numbers."""
+    """Returns the weighted squared error of predicted noise. Chooses `batch` rows of `latents` and
+    as many timesteps at random, adds noise, and lets `predict` (as in `train`) predict the noise.
+    `step` is the number of the training step, which determines all random numbers."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     pick = torch.randint(len(latents), (batch,), generator=generator)
     t = torch.randint(1000, (batch,), generator=generator)
@@ -164,14 +169,16 @@ def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: i
 
 
 def drop(texts: Tensor, pick: Tensor, empty: Tensor) -> Tensor:
-    """Returns the text states of a batch, whose images have the indices `pick` in `texts`. Every
-    tenth row is replaced by the empty prompt's text states `empty`, for guidance."""
+    """Returns the text states (B,77,D) of a batch: the rows `pick` (B,) of `texts`, except that
+    every tenth row is replaced by `empty`, the text states of the empty prompt, as guidance
+    needs."""
     keep = torch.arange(len(pick)) % 10 > 0
     return torch.where(keep[:, None, None], texts[pick], empty)
 
 
 def train_control(sd: Model, options: Options) -> None:
-    """Trains the ControlNet and writes its folder, outlines/."""
+    """Trains the ControlNet for the embedded model `sd` and writes the ControlNet's folder,
+    outlines/."""
     torch.manual_seed(SEED)
     net = ControlNet(sd.config.unet, HIDDEN)
     theirs = sd.unet.state_dict()
@@ -202,7 +209,7 @@ def train_control(sd: Model, options: Options) -> None:
 
 
 def control_json(sd: Model) -> dict[str, Any]:
-    """Returns the content of the ControlNet's config.json."""
+    """Returns the content of the config.json of the ControlNet for the embedded model `sd`."""
     c = sd.config.unet
     return {
         "_class_name": "ControlNetModel",
@@ -223,7 +230,8 @@ def control_json(sd: Model) -> dict[str, Any]:
 
 
 def train_style(sd: Model, options: Options) -> None:
-    """Trains the LoRA and writes its file, pierced.safetensors."""
+    """Trains the LoRA for the embedded model `sd` and writes the LoRA's file,
+    pierced.safetensors."""
     torch.manual_seed(SEED)
     fused = lora.fused_layers(sd.unet)
     parts = []
@@ -256,7 +264,8 @@ def train_style(sd: Model, options: Options) -> None:
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Saves tensors in fp16. An interruption leaves no partial file at `path`."""
+    """Writes tensors in fp16 to the safetensors file `path`. An interruption leaves no partial file
+    there."""
     temporary = path.with_suffix(".tmp")
     halves = {name: p.detach().half().contiguous() for name, p in tensors.items()}
     save_file(halves, temporary, {"format": "pt"})

@@ -11,9 +11,9 @@ without the interruption. `--minutes` stops early, to be resumed later; `--expor
 from the newest checkpoint.
 
 README.md explains what this model needs beyond plain denoising: a schedule shifted for 16x16
-latents (config.py), errors weighted towards the noisy end, where layout is decided, captions that
-sometimes name absent objects (data.py), and attention maps supervised for the first third of the
-training.
+latents (config.py); errors weighted towards the noisy end, where layout is decided; captions that
+sometimes name absent objects (data.py); and attention maps that are supervised for the first third
+of the training.
 """
 
 import argparse
@@ -68,7 +68,8 @@ Losses = Callable[[float, np.random.Generator, torch.Generator], dict[str, tuple
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a training: what to train, where to write, and for how long."""
+    """The options of one training: where to write, for how long to train, and on how many
+    images."""
 
     run: Path  # folder of the checkpoints
     out: Path  # folder of the finished model
@@ -80,14 +81,16 @@ class Options:
 
 
 def token_ids(words: Iterable[str]) -> list[int]:
-    """Returns the 77 token ids of a caption: start, words, end, and padding with the end token.
-    Every caption word is one token, so no tokenizer is needed."""
+    """Returns the 77 token ids of a caption: the start token, one token per word, and the end
+    token, which is repeated as padding. Every caption word is one token, so no tokenizer is
+    needed."""
     ids = [ROW.text.vocab_size - 2] + [VOCABULARY[f"{w}</w>"] for w in words]
     return ids + [ROW.text.eos_token_id] * (ROW.text.max_length - len(ids))
 
 
 class Workers:
-    """One process of the training: its `rank` among `world` processes, and its device."""
+    """One process of the training: its number `rank`, the number `world` of processes, and its
+    device."""
 
     def __init__(self, rank: int, world: int, device: str):
         self.rank = rank
@@ -95,7 +98,7 @@ class Workers:
         self.device = device
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replaces every gradient by its mean over all processes."""
+        """Replaces the gradient of each parameter by its mean over all processes."""
         if self.world == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -106,7 +109,7 @@ class Workers:
             grad.copy_(mean.view_as(grad))
 
     def log(self, *words: object) -> None:
-        """Prints the words with the time, in the process of rank 0 alone."""
+        """Prints the words after the time of day, but only in the process of rank 0."""
         if self.rank == 0:
             print(time.strftime("%H:%M:%S"), *words, flush=True)
 
@@ -115,9 +118,9 @@ class Workers:
 
 
 class Run:
-    """Networks under training, together with their optimiser, the moving average of their weights,
-    and their checkpoint. The training of the VAE uses one Run, and the training of the UNet with
-    the text encoder another."""
+    """The training of some networks, with their optimiser, the moving average of their weights, and
+    their checkpoint. The VAE is trained by one Run, and the UNet with the text encoder by
+    another."""
 
     def __init__(
         self,
@@ -132,10 +135,11 @@ class Run:
         rates: Mapping[str, float] | None = None,
         momentum: float = 0.9,
     ):
-        """Sets up the networks `modules` for training, and resumes from the checkpoint
-        `out`/`name`.pt if it exists. `samples` and `batch` are totals over all processes; `warmup`
-        is in steps. `rates` holds, for some of the networks, a factor of the learning rate `lr`;
-        `momentum` is Adam's beta 1."""
+        """Sets up the training of the networks `modules`, or resumes it from the checkpoint
+        `out`/`name`.pt if that file exists. `samples` is the total number of training images,
+        repetitions counted, and `batch` the number per step, both over all processes. `lr` is the
+        highest learning rate, reached after `warmup` steps; for some of the networks, `rates` holds
+        a factor by which `lr` is multiplied. `momentum` is Adam's beta 1."""
         self.name = name
         self.modules = modules
         self.workers = workers
@@ -160,7 +164,7 @@ class Run:
             workers.log(f"{name}: resumes at step {self.step} of {self.steps}")
 
     def save(self) -> None:
-        """Writes the checkpoint, in the process of rank 0 alone."""
+        """Writes the checkpoint, but only in the process of rank 0."""
         if self.workers.rank:
             return
         state = {
@@ -173,8 +177,9 @@ class Run:
         os.replace(self.path.with_suffix(".tmp"), self.path)
 
     def train(self, losses: Losses, deadline: float) -> bool:
-        """Trains until the last step or the `deadline` (in seconds, as time.time gives). Saves a
-        checkpoint about every two minutes and at the end. Returns whether the run is complete."""
+        """Trains until the last step or until the `deadline`, a time in seconds as time.time()
+        returns it. `losses` computes the losses of one step. Saves a checkpoint about every two
+        minutes and at the end. Returns True if the last step was reached."""
         start = saved = time.time()
         first = self.step
         shown: dict[str, float] = {}
@@ -197,8 +202,8 @@ class Run:
         return True
 
     def _one_step(self, losses: Losses) -> dict[str, tuple[Tensor, float]]:
-        """Performs one optimiser step and updates the moving averages. Returns the losses and
-        weights that `losses` returned."""
+        """Performs one optimiser step and updates the moving averages. Returns the result of
+        `losses`, a dict of name -> (loss, weight)."""
         for group in self.optimizer.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
             rate = self.lr * group["rate"]
@@ -229,13 +234,14 @@ class Run:
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Converts images (128,128,3) in 0..255 to a tensor (n,3,128,128) in -1..1."""
+    """Converts n images (128,128,3) in 0..255 to a tensor (n,3,128,128) in -1..1."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tuple[bool, VAE]:
-    """Trains the VAE. Returns (done, vae): whether the training is complete, and a VAE with the
-    moving average of the weights."""
+    """Trains the VAE on `samples` images, with its checkpoint in the folder `out`, until the
+    `deadline`, a time in seconds as time.time() returns it. Returns (done, vae): whether the
+    training is complete, and a VAE with the moving average of the weights."""
     torch.manual_seed(SEED)
     vae = VAE(ROW.vae).to(workers.device)
     run = Run("vae", {"vae": vae}, workers, samples, VAE_BATCH, 1.5e-3, out)
@@ -261,8 +267,9 @@ def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tup
 
 @torch.no_grad()
 def confused(vae: VAE, workers: Workers) -> list[str]:
-    """Returns the colours of the palette that the VAE turns into another colour of the palette. The
-    check is needed because the training can end in a state where green becomes black."""
+    """Returns the names of the colours that come out of the VAE, after encoding and decoding,
+    nearer to another colour of the palette. The check is needed because the training can end in a
+    state where green becomes black."""
     palette = torch.tensor(list(data.COLOURS.values())).float()
     lost = []
     for index, colour in enumerate(data.COLOURS):
@@ -277,13 +284,14 @@ def confused(vae: VAE, workers: Workers) -> list[str]:
 
 @torch.no_grad()
 def latents_of(vae: VAE, workers: Workers, out: Path, count: int) -> dict[str, Tensor]:
-    """Encodes this process's part of the training set with the VAE and stores the result in a file,
-    or loads that file if it exists.
+    """Encodes this process's part of the first `count` training images with the VAE and stores the
+    result in a file in the folder `out`, or loads that file if it exists.
 
     Returns a dict of tensors: `latents` (n,4,16,16), token ids `ids` (n,77), and, for up to three
-    objects of each caption, `masks` (n,3,16,16) and `places` (n,3,2). `masks` is how much of each
-    latent cell the object covers, in 0..255, zero if the object is not in the image. `places` holds
-    the token positions of the colour word and of the shape word, -1 if the caption lacks the word.
+    objects that each caption names, `masks` (n,3,16,16) and `places` (n,3,2). `masks` holds the
+    fraction of each latent cell that the object covers, scaled to 0..255; it is zero if the object
+    is not in the image. `places` holds the token positions of the object's colour word and of its
+    shape word, and -1 if the caption lacks the word.
     """
     path = out / f"latents-{workers.rank}-of-{workers.world}.pt"
     if path.exists():
@@ -326,11 +334,12 @@ def attention_in_full(
     q: Tensor, k: Tensor, v: Tensor, *, probs: str | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Computes attention as minsd.kernels.attention does, but in autocast's bfloat16 and with all
-    probabilities kept for the backward pass. In this training weights take gradients and latents
+    probabilities kept for the backward pass. In this training, weights take gradients and latents
     are small, so on a CPU this function is faster than any backend of minsd.kernels.
 
-    q is (B,N,heads,d), k and v are (B,M,heads,d). Returns the output (B,N,heads,d), and with
-    `probs` the probabilities averaged over heads (B,N,M), otherwise None. `backend` is ignored.
+    q is (B,N,heads,d); k and v are (B,M,heads,d). Returns (out, probs): the output (B,N,heads,d),
+    and the probabilities averaged over heads (B,N,M), or None if the argument `probs` is None.
+    `backend` is ignored.
     """
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, N, d)
     p = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1)  # (B, heads, N, M)
@@ -346,7 +355,7 @@ def use_attention_in_full(network: nn.Module) -> None:
 
 
 def text_model() -> CLIPTextModel:
-    """Makes the text encoder of the embedded model, without trained weights."""
+    """Makes the text encoder of the embedded model, with random weights."""
     c = ROW.text
     config = CLIPTextConfig(
         vocab_size=c.vocab_size,
@@ -366,15 +375,16 @@ def text_model() -> CLIPTextModel:
 
 
 def attention_loss(recorder: AttentionRecorder, masks: Tensor, places: Tensor) -> Tensor:
-    """Returns the attention loss: the squared error, summed over all cells, between the 16x16
-    attention maps of the caption's words and the target level x mask. `LEVELS` has one level for
-    colour words and one for shape words.
+    """Returns the attention loss of a batch: the squared error between the 16x16 attention maps of
+    the caption's words, which `recorder` holds, and their targets. The target for a word that names
+    an object is level x mask, where `LEVELS` has one level for colour words and one for shape
+    words. The target for the word of an absent object is a map of zeros.
 
-    masks (B,3,16,16) in 0..1 and places (B,3,2) are as in `latents_of`. The error is least where
-    the map is level x P(object in this cell | what is visible in the noise), so the loss calibrates
-    maps rather than sharpening them. The target for the word of an absent object is a map of zeros.
-    The error is divided by the error that a map of zeros has for an average object (16 cells), so
-    that the loss starts near 1.
+    masks (B,3,16,16) in 0..1 and places (B,3,2) are rows of the tensors that `latents_of` returns.
+    The expected error is least where the map is level x P(object in this cell | what is visible in
+    the noise), so the loss calibrates maps rather than sharpening them. The error is summed over
+    all cells, averaged over the words, and divided by the error that a map of zeros has for an
+    average object (16 cells), so that the loss starts near 1.
     """
     total = count = masks.new_zeros(())
     maps = recorder.cross.float()  # (B, 16, 16, 77)
@@ -392,11 +402,13 @@ def attention_loss(recorder: AttentionRecorder, masks: Tensor, places: Tensor) -
 def train_unet(
     workers: Workers, samples: int, out: Path, deadline: float, scale: float, store: dict[str, Tensor]
 ) -> tuple[bool, dict[str, nn.Module]]:
-    """Trains the UNet and the text encoder together. Returns (done, average): whether the training
-    is complete, and the networks "unet" and "text" with the moving averages of their weights.
+    """Trains the UNet and the text encoder together on `samples` images, with their checkpoint in
+    the folder `out`, until the `deadline`, a time in seconds as time.time() returns it. Returns
+    (done, average): whether the training is complete, and the networks "unet" and "text" with the
+    moving averages of their weights.
 
-    `store` is the training set that `latents_of` returns; `scale` is the factor that brings its latents to
-    unit variance.
+    `store` is the training set that `latents_of` returns; `scale` is the factor that brings its
+    latents to unit variance.
     """
     torch.manual_seed(SEED + 1)
     device = workers.device
@@ -446,7 +458,7 @@ def train_unet(
 
 
 def unet_json() -> dict[str, Any]:
-    """Returns the content of the UNet's config.json."""
+    """Returns the content of the config.json of the embedded model's UNet."""
     u = ROW.unet
     kinds = ["CrossAttn" if cross else "" for cross in u.cross_attention]
     return {
@@ -474,7 +486,8 @@ def unet_json() -> dict[str, Any]:
 
 
 def vae_json(scale: float) -> dict[str, Any]:
-    """Returns the content of the VAE's config.json."""
+    """Returns the content of the VAE's config.json. `scale` is the factor that brings the VAE's
+    latents to unit variance."""
     v = ROW.vae
     levels = len(v.block_out_channels)
     return {
@@ -494,7 +507,7 @@ def vae_json(scale: float) -> dict[str, Any]:
 
 
 def scheduler_json() -> dict[str, Any]:
-    """Returns the content of scheduler_config.json."""
+    """Returns the content of the embedded model's scheduler_config.json."""
     s = ROW.schedule
     return {
         "_class_name": "DDIMScheduler",
@@ -513,7 +526,7 @@ def scheduler_json() -> dict[str, Any]:
 
 
 def text_json() -> dict[str, Any]:
-    """Returns the content of the text encoder's config.json."""
+    """Returns the content of the config.json of the embedded model's text encoder."""
     t = ROW.text
     return {
         "architectures": ["CLIPTextModel"],
@@ -534,7 +547,7 @@ def text_json() -> dict[str, Any]:
 
 
 def index_json() -> dict[str, Any]:
-    """Returns the content of model_index.json."""
+    """Returns the content of the embedded model's model_index.json."""
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.30.0",
@@ -551,8 +564,9 @@ def index_json() -> dict[str, Any]:
 
 
 def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folder: Path) -> None:
-    """Writes the model as a diffusers folder: fp16 safetensors, JSON files that describe the
-    networks, and, outside this folder, a copy of the tokenizer."""
+    """Writes the model to `folder` in the diffusers layout: fp16 safetensors, and JSON files that
+    describe the networks. If `folder` is not the embedded model's own, the tokenizer is copied into
+    it as well. `scale` is the factor that brings the VAE's latents to unit variance."""
     for name, content in {
         "model_index.json": index_json(),
         "unet/config.json": unet_json(),
@@ -582,7 +596,8 @@ def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folde
 
 
 def export_checkpoint(run: Path, out: Path) -> None:
-    """Writes the diffusers folder from the newest checkpoint of an incomplete run to `out`."""
+    """Writes the model from the newest checkpoints in the folder `run`, whose training may be
+    incomplete, to the folder `out` in the diffusers layout."""
     vae, unet, text = VAE(ROW.vae), UNet(ROW.unet), text_model()
     state = torch.load(run / "unet.pt", map_location="cpu", weights_only=True)
     unet.load_state_dict(state["average"]["unet"])
@@ -596,8 +611,8 @@ def export_checkpoint(run: Path, out: Path) -> None:
 
 
 def begin(rank: int, world: int, device: str, options: Options) -> Workers:
-    """Prepares this process, number `rank` of `world` processes, and connects it with the others.
-    Returns its `Workers`."""
+    """Prepares this process, number `rank` of `world` processes, for training on `device` ("cpu" or
+    "cuda"), and connects it with the others. Returns its `Workers`."""
     if device == "cpu":
         torch.set_num_threads(1)
         torch.backends.mkldnn.set_flags(True)
@@ -608,8 +623,8 @@ def begin(rank: int, world: int, device: str, options: Options) -> Workers:
 
 
 def start(work: Callable[[int, int, str, Options], None], workers: int | None, options: Options) -> None:
-    """Runs work(rank, world, device, options) in one process on the GPU if there is one, otherwise
-    on the CPU in `workers` processes (None: one per core)."""
+    """Calls work(rank, world, device, options) in one process if there is a GPU, otherwise on the
+    CPU in `workers` processes at once (None: one per core)."""
     if torch.cuda.is_available():
         work(0, 1, "cuda", options)
     else:
@@ -620,7 +635,8 @@ def start(work: Callable[[int, int, str, Options], None], workers: int | None, o
 
 
 def work(rank: int, world: int, device: str, options: Options) -> None:
-    """Runs the whole training in process number `rank` of `world` processes."""
+    """Runs the whole training in process number `rank` of `world` processes, on `device` ("cpu" or
+    "cuda")."""
     workers = begin(rank, world, device, options)
     began = time.time()
     deadline = began + 60 * options.minutes if options.minutes else math.inf
@@ -652,8 +668,9 @@ def work(rank: int, world: int, device: str, options: Options) -> None:
 
 
 def command_line(description: str, product: str, samples: str) -> argparse.ArgumentParser:
-    """Returns the parser of a training script's options. `product` names what the script writes,
-    and `samples` is the help text of --samples."""
+    """Makes a parser with the options that all training scripts have in common. `description` is
+    the script's; `product` ("model", "adapter") names what the script writes; `samples` is the help
+    text of the option --samples."""
     parser = argparse.ArgumentParser(description=description)
     a = parser.add_argument
     a("--quick", action="store_true", help=f"a worse {product} in less time, for trying changes")
