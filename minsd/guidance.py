@@ -97,12 +97,14 @@ def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedul
 def rescaled(
     guided: Tensor, cond: Tensor, x: Tensor, t: int | float, part: float, schedule: Schedule
 ) -> Tensor:
-    """Rescales guided noise (...,4,h,w), so that it does not overexpose images (Lin et al. 2023,
-    equations 14 to 16). `cond` (...,4,h,w) is the prediction for the prompt, x (B,4,h,w) the latents.
+    """Rescales `guided`, noise (...,4,h,w) predicted with guidance for latents x (B,4,h,w) at
+    timestep t, against overexposed images (Lin et al. 2023, section 3.4). `cond` (...,4,h,w) is the
+    noise predicted for the prompt alone.
 
-    The network's output behind `guided` is scaled, image by image, towards the standard deviation
-    of the output behind `cond`: wholly for `part` 1, not at all for 0. For a network that predicts
-    v, the outputs are sqrt(abar) v = eps - sqrt(1 - abar) x.
+    Each image's guided network output o gets the standard deviation of the output for the prompt
+    alone, o' = o std(cond) / std(o), and is mixed: part o' + (1 - part) o, with `part` from 0 (no
+    change) to 1. If the network predicts v, eps - sqrt(1 - abar) x is its output times sqrt(abar),
+    so this difference is rescaled.
     """
     if part == 0:
         return guided

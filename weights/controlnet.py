@@ -105,9 +105,12 @@ class ControlLora(RenamedTensors):
             return super().__getitem__(name)
         weight = self.own[name].detach()
         if name not in self.layers:
-            return weight
+            return weight.clone()  # an adapter may change the UNet's own weight later
         up, down = (self.tensors[f"{self.layers[name]}.{one}"].to(weight.device) for one in ("up", "down"))
         return weight.float() + (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
+
+    def copy_to(self, target: torch.Tensor, name: str) -> None:
+        target.copy_(self[name].reshape(target.shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter({**self.own, **self.layers, **self.names})

@@ -614,7 +614,7 @@ def schedule_config(path: Path) -> ScheduleConfig:
     if "EDM" in str(c.get("_class_name")):
         raise ValueError(
             f"{path}: {c['_class_name']} is for models of the EDM kind (Playground 2.5): minsd draws with"
-            " those that predict noise"
+            " those that predict noise or v"
         )
     for key, known in {
         "prediction_type": ("epsilon", "v_prediction"),
