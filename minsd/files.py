@@ -334,7 +334,7 @@ def locked(folder: Path) -> Iterator[BinaryIO | None]:
 
     Yields the lock file, open for reading and writing in binary mode. It contains the file name of
     the last image that was saved in the folder. If the lock file cannot be used, for example
-    because a folder has its name, prints a warning, runs the block without a lock and yields None.
+    because a folder has its name, warns, runs the block without a lock, and yields None.
     """
     path = folder / ".lock"
     try:

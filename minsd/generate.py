@@ -178,8 +178,8 @@ def _end(tally: Tally) -> int:
 
 def _report(error: Exception, tally: Tally) -> int:
     """Prints `error`, which ended the run, as one line. Returns the exit code: 2 if the error is a
-    mistake of the user, otherwise 1. If several images were asked for, the line also states how
-    many are done."""
+    mistake of the user, otherwise 1. If `tally` knows how many images were asked for, the line also
+    states how many are done."""
     message = reason(error)
     if tally.wanted:
         message = f"{tally.made} of {tally.wanted} images are done; {message}"

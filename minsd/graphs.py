@@ -153,9 +153,9 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def empty_cache() -> None:
-    """Returns unused GPU memory that PyTorch has reserved to the device. Does nothing if there is
-    no GPU, or if a capture has failed in this process, because PyTorch would then end in an
-    internal error."""
+    """Frees unused GPU memory that PyTorch has reserved, so that others can use it. Does nothing if
+    there is no GPU, or if a capture has failed in this process, because PyTorch would then end in
+    an internal error."""
     if torch.cuda.is_available() and not broken:
         torch.cuda.empty_cache()
 
@@ -271,9 +271,8 @@ class Graphs:
         return [graphs for graphs in _living if graphs.device == self.device]
 
     def release(self) -> None:
-        """Releases the graphs of all networks on the same device as this network, and returns their
-        memory to the device. Call this method when other work needs the memory, or when a network
-        has changed."""
+        """Releases the graphs of all networks on the same device as this network, and frees their
+        memory. Call this method when other work needs the memory, or when a network has changed."""
         for graphs in self._beside():
             graphs.let_go()
         empty_cache()
