@@ -70,8 +70,9 @@ class Picture:
 
 def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
     """Finds the images with prompts in a folder and its subfolders. With `by_folder`, the prompt of
-    an image is the name of the subfolder in which it lies. Raises FileNotFoundError if there is no
-    such folder, and ValueError if it has no images with prompts."""
+    an image is the name of the subfolder in which it lies, with spaces for underscores. Raises
+    FileNotFoundError if there is no such folder, and ValueError if it has no images with
+    prompts."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     asked = _asked(folder)
