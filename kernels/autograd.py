@@ -34,16 +34,17 @@ def apply(
     heads. Both have first derivatives. `kernel`, the backend, is "reference", "materialised" or
     "triton". The inputs are not checked.
 
-    q is (B,N,H,d); k and v are (B,M,H,d); `bias`, if given, broadcasts to (B,H,N,M). `region`
-    (B,N), if given, holds the index of each query's text; k and v then hold the keys and values of
-    all texts, one text after another along M, with `length` keys per text.
+    q is (B,N,H,d); k and v are (B,M,H,d). The scores are `scale` q.k, to which `bias` is added if it
+    is given; it broadcasts to (B,H,N,M). If `region` (B,N) is given, k and v hold several texts, one
+    after another along M, with `length` keys each, and query n of image b attends only to the text
+    with the number region[b,n]. Without `region`, `length` is ignored.
 
-    Returns (out, map). `out` is (B,N,H,d), or empty if `v` is None. The map is (B,N,M), or empty if
-    `probs` is False.
+    Returns (out, map). `out` is (B,N,H,d), or empty if `v` is None. The map is (B,N,M), with zeros at
+    keys of other texts, or empty if `probs` is False.
 
-    `lse` (B,H,N) is the base-2 log-sum-exp of each row of scores, if it is already known; "triton"
-    then does not compute it again. It may be given only if `kernel` is "triton" and `v` is None,
-    and is ignored under torch.compile.
+    `lse` (B,H,N) is log2 of the sum of exp(score) over the keys of each query, if it is already
+    known; "triton" then does not compute it again. It may be given only if `kernel` is "triton" and
+    `v` is None, and is ignored under torch.compile.
     """
     arguments = q, k, v, scale, bias, region, length, probs, kernel
     if torch.compiler.is_compiling():

@@ -78,8 +78,9 @@ def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Imag
 
 
 def plain(example: data.Example) -> np.ndarray:
-    """Draws the image of an example as the embedded model was trained on it. Returns the image,
-    (SIZE,SIZE,3) uint8."""
+    """Draws an example's shapes without any change, as in the images that the embedded model (the
+    package's own small model of coloured shapes) was trained on. Returns the image, (SIZE,SIZE,3)
+    uint8."""
     return example.render()[0]
 
 
