@@ -27,12 +27,13 @@ LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
 class Adapters:
-    """Tells ControlNets and LoRAs which pass each row of a batch belongs to. A pass is one UNet
-    evaluation with one caption. An image that has one caption per region needs several passes, and
-    they run as rows of one batch.
+    """Tells ControlNets and LoRAs which caption each row of a UNet batch is evaluated with.
 
-    Within a `with adapters.rows(...)` block, `passes` has one number for each row, that of the
-    row's pass. Outside such a block, `passes` is None.
+    A layout has N + 1 captions: number 0 is that of the whole image, and number k that of region k.
+    "Pass k" is the evaluation with caption k; the passes of an image are rows of one batch. Within a
+    `with adapters.rows(passes)` block, `passes[b]` is the number of the caption of row b. Rows of
+    different images and rows without a prompt (for guidance) have the same numbers. Outside such a
+    block, `passes` is None.
     """
 
     def __init__(self) -> None:

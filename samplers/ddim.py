@@ -82,15 +82,16 @@ def invert(
     """Turns the latents x (B,4,h,w) of an image into the noise from which DDIM makes these latents
     again, by taking DDIM's steps in reverse order. Yields (i, t, x) after every step: the step's
     number, the timestep at which it ends, and the latents there. `final` is the noise level of the
-    given x: "abar0" (the level of timestep 0), "zero" (no noise), or None for the level that the
-    model's config states.
+    image's latents x, at which sampling ended: "abar0" (the level of timestep 0), "zero" (no
+    noise), or None for the level that the model's config states.
 
-    To invert a step exactly, noise would have to be predicted at the latents where the reversed
-    step ends, and these are not known yet. So noise is first predicted at the latents where it
-    begins, with the timestep of its end (`anchor="target"`) or of its beginning
-    (`anchor="source"`). Then noise is predicted `iterations` more times, at the end found so far.
-    With small steps and several iterations the inversion becomes exact, if the image is later made
-    with the same `predict`. The results are best if `predict` applies no guidance.
+    The exact inverse of a step needs the noise prediction at the step's noisier end, whose latents
+    are what is sought. The first prediction is therefore made at the latents of the less noisy end,
+    with the timestep of the noisier end (`anchor="target"`) or of the less noisy end
+    (`anchor="source"`). `iterations` further predictions are made at the noisier latents that the
+    prediction before gave, with the timestep of the noisier end. With small steps and several
+    iterations the inversion becomes exact, if the image is later made with the same `predict`. The
+    results are best if `predict` applies no guidance.
 
     Raises ValueError for another `anchor` and for negative `iterations`.
     """
