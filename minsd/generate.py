@@ -85,6 +85,8 @@ def draw(
     """
     if command.out.is_dir() and not command.list_tokens:
         hold.take()  # before the minutes of loading; `run` locks a folder that does not exist yet
+    if sys.stderr.isatty():
+        say(f"loading {command.model}")
     from minsd.app.jobs import plan
     from minsd.app.run import run
     from minsd.app.session import open_session

@@ -58,9 +58,16 @@ def counted(unet: Any) -> Iterator[list[int]]:
     `unet` appends its number of rows (its batch size) to the list. A guided evaluation has two rows
     per image. An evaluation that gradient checkpointing repeats is counted again."""
     rows: list[int] = []
-    handle = unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    try:
+    with evaluations(unet, rows.append):
         yield rows
+
+
+@contextmanager
+def evaluations(unet: Any, begin: Callable[[int], object]) -> Iterator[None]:
+    """Within the `with` block, calls `begin(rows)` before every UNet evaluation."""
+    handle = unet.register_forward_pre_hook(lambda module, inputs: begin(len(inputs[0])))
+    try:
+        yield
     finally:
         handle.remove()
 

@@ -20,13 +20,15 @@ lists the success rate and cost of this method.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minsd.guidance import Model
-from minsd.noise import initno, losses
+from minsd.noise import drivers, initno, losses
+from minsd.noise.drivers import Step
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.look import Ask, Lift
 from minsd.noise.losses import Subjects
@@ -124,9 +126,11 @@ def choose(
     run: dict[str, Any] = {"steps": course.steps, "sampler": course.sampler, "karras": course.karras}
     stop = min(max(1, round(part * course.steps)), course.steps - 1)
     found = []
-    for prompt, words, seeds in zip(prompts, subjects, candidates, strict=True):
+    for b, (prompt, words, seeds) in enumerate(zip(prompts, subjects, candidates, strict=True)):
         noise = draw_noise(list(seeds), shape)
-        scores = dict(zip(seeds, initno.attention_scores(sd, prompt, words, noise, **run)))
+        say = None if progress is None else partial(progress, b)
+        with drivers.looks(sd, len(seeds), say and drivers.part_of(say, b, len(prompts))):
+            scores = dict(zip(seeds, initno.attention_scores(sd, prompt, words, noise, **run)))
         found.append(Best(min(scores, key=scores.__getitem__), scores))
     going = list(range(len(found)))
     for turn in range(drafts):
@@ -143,5 +147,5 @@ def choose(
             one.met = cross < limit
             one.seed = min(one.drafts, key=one.drafts.__getitem__)
             if progress is not None:
-                progress(b, f"draft {turn + 1}/{drafts} cross {cross:.3g}")
+                progress(b, Step(f"draft {turn + 1}/{drafts} cross {cross:.3g}", turn + 1, drafts))
     return found

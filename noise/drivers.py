@@ -18,14 +18,15 @@ influence one another.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from minsd.guidance import Model
+from minsd.guidance import Model, evaluations
 from minsd.noise import losses
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.look import Told, finite, met
@@ -34,11 +35,58 @@ from minsd.samplers.random import generators
 from minsd.samplers.schedule import Refine, Timestep
 
 Score = Callable[[Tensor, Tensor], Told]
-Say = Callable[[int, str], None]  # (image, message)
+Say = Callable[[int, str], None]  # (image, message); a message may be a `Step`
 # (numbers of images whose values or gradients are not finite) -> a message that names them
 NotFinite = Callable[[Sequence[int]], str]
 NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) for which the UNet still treats it as noise
 SHARE = 0.02  # size of a step, as a fraction of the latents' norm, for gradients of unknown scale
+
+
+class Step(str):
+    """A progress message that also states how far the work is: `done` steps of at most `most`."""
+
+    done: int
+    most: int
+
+    def __new__(cls, text: str, done: int, most: int) -> "Step":
+        step = super().__new__(cls, text)
+        step.done = done
+        step.most = most
+        return step
+
+
+def prefixed(prefix: str, message: str) -> str:
+    """Returns a progress message with `prefix` before its text. A Step stays a Step."""
+    text = prefix + message
+    return Step(text, message.done, message.most) if isinstance(message, Step) else text
+
+
+def part_of(say: Callable[[str], None], k: int, n: int) -> Callable[[str], None]:
+    """Returns a function like `say` for part `k`, counted from 0, of `n` parts of equal work. Its
+    Steps count the steps of all parts."""
+
+    def said(message: str) -> None:
+        if isinstance(message, Step):
+            message = Step(message, k * message.most + message.done, n * message.most)
+        say(message)
+
+    return said
+
+
+@contextmanager
+def looks(sd: Model, most: int, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Within the `with` block, reports the UNet evaluations to `say`, as Steps. `most` is the number
+    of rows that they have together. Does nothing if `say` is None."""
+    begun = 0
+
+    def begin(rows: int) -> None:
+        nonlocal begun
+        assert say is not None
+        say(Step(f"look {begun + 1}/{most}", begun, most))
+        begun += rows
+
+    with evaluations(sd.unet, begin) if say is not None else nullcontext():
+        yield
 
 
 class Slope(Protocol):
@@ -378,7 +426,8 @@ def optimize(
             if how.norm is None:
                 _warn_of_norm(result.history)
             if progress is not None:
-                progress(int(rows[k]), describe(step, how.steps, result.history))
+                message = describe(step, how.steps, result.history)
+                progress(int(rows[k]), Step(message, step, how.steps))
         going = going & fine & ~done
         if last or not going.any():
             break
@@ -545,7 +594,8 @@ def select(
         if progress is not None and seed is not None:
             done = sum(s in scores for s in wanted)
             name = "worst" if worst else "best"
-            progress(f"{done}/{len(wanted)} {name} {scores[seed]:.3f} (seed {seed})")
+            message = f"{done}/{len(wanted)} {name} {scores[seed]:.3f} (seed {seed})"
+            progress(Step(message, done, len(wanted)))
     seed = chosen()
     if seed is None:
         raise FloatingPointError(f"no candidate has a score: sampling overflowed; {advice}")
@@ -610,7 +660,7 @@ def search(
             best, pivot = values[k], around[k : k + 1]
             path.append([turn, k])
         if progress is not None:
-            progress(f"round {turn + 1}/{rounds} best {best:.3f}")
+            progress(Step(f"round {turn + 1}/{rounds} best {best:.3f}", turn + 1, rounds))
     if math.isnan(best):
         raise FloatingPointError(
             "no candidate has a score: sampling overflowed; try --dtype float32 or bfloat16"
@@ -666,5 +716,6 @@ def halve(
         history.append(losses_of)
         left = sorted(left, key=lambda seed: _rank(losses_of[seed]))[: max(1, keep)]
         if progress is not None:
-            progress(f"stage {number}/{len(stages)} best {losses_of[left[0]]:.3f} (seed {left[0]})")
+            message = f"stage {number}/{len(stages)} best {losses_of[left[0]]:.3f} (seed {left[0]})"
+            progress(Step(message, number, len(stages)))
     return Halving(left[0], history)

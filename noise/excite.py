@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from minsd.attention import AttentionRecorder
@@ -81,6 +81,7 @@ class Frames:
 
     places: list[list[list[int]]]  # token positions of each subject of each image
     steps: list[int] = field(default_factory=list)
+    timesteps: list[Timestep] = field(default_factory=list)
     cross: list[Tensor] = field(default_factory=list)  # cross-attention to each subject
     self: list[Tensor] = field(default_factory=list)  # self-attention at that map's peak
 
@@ -125,6 +126,7 @@ def watch(
                 peaks = losses.peaks(losses.subject_maps(record.cross, select))
                 claims = losses.claims(record.self, peaks)
             frames.steps.append(i)
+            frames.timesteps.append(t)
             frames.cross.append(cross.cpu())
             frames.self.append(claims.cpu())
         return x
@@ -132,26 +134,77 @@ def watch(
     return refine, frames
 
 
-def heat(values: Tensor, picture: Image.Image) -> Image.Image:
-    """Makes a heat map: blends a map `values` (h,w), in colour, over a grey version of the image.
-    The map is dark blue at 0, then violet and red, and yellow at its maximum."""
-    v = (values / values.max().clamp(min=1e-12)).float()
+def ramp(values: Tensor) -> Image.Image:
+    """Returns an image (h,w) of values in 0..1: dark blue at 0, then violet and red, and yellow at
+    1. Values outside are clipped."""
+    v = values.float().clamp(0, 1)
     red = (2 * v).clamp(0, 1)
     green = (2 * v - 1).clamp(0, 1)
     blue = (1 - 2 * (v - 0.3).abs()).clamp(0, 1)
-    ramp = (255 * torch.stack([red, green, blue], dim=-1)).round().to(torch.uint8)  # (h, w, 3)
-    colours = Image.fromarray(ramp.numpy()).resize(picture.size, Image.Resampling.BICUBIC)
-    return Image.blend(picture.convert("L").convert("RGB"), colours, 0.6)
+    colours = (255 * torch.stack([red, green, blue], dim=-1)).round().to(torch.uint8)  # (h, w, 3)
+    return Image.fromarray(colours.numpy())
+
+
+def heat(values: Tensor, picture: Image.Image, top: float | None = None) -> Image.Image:
+    """Blends a map (h,w) over a grey version of the image, in the colours of `ramp`. `top` is the
+    value of the brightest colour; None: the map's maximum."""
+    top = float(values.max()) if top is None else top
+    colours = ramp(values / max(top, 1e-12)).resize(picture.size, Image.Resampling.BICUBIC)
+    return Image.blend(picture.convert("L").convert("RGB"), colours, 0.7)
+
+
+TITLES = {
+    "cross": "Cross-attention: where, and how strongly, each subject's word is attended to",
+    "self": "Self-attention of the place that attends most to the word: the region that the subject claims",
+}
+LEAST = 128  # pixels: the side of a tile that its caption fits
+LINE = 16  # pixels: the height of a line of text
 
 
 def sheet(picture: Image.Image, frames: Frames, b: int, names: Sequence[str]) -> Image.Image:
-    """Makes a sheet with the heat maps of image number b, whose finished image is `picture`. Each
-    subject has a row of cross-attention and a row of self-attention maps; each recorded step has a
-    column. `names` are the subjects' captions."""
-    tiles: list[Image.Image] = []
-    captions: list[str] = []
-    for s, name in enumerate(names):
-        for kind, maps in (("cross", frames.cross), ("self", frames.self)):
-            tiles += [heat(m[b, s], picture) for m in maps]
-            captions += [f"{name} {kind} {i}" for i in frames.steps]
-    return contact_sheet(tiles, len(frames.steps), captions)
+    """Makes a sheet of heat maps of image b, with a column per recorded step: first a row of
+    cross-attention maps per subject, then a row of self-attention maps per subject.
+
+    All maps of a kind have one colour scale, shown as a bar, so that a neglected subject stays
+    dark. `names` are the subjects' names. Each map's caption gives the step, the timestep and the
+    map's maximum.
+    """
+    scale = max(1.0, LEAST / min(picture.size))
+    picture = picture.resize((round(scale * picture.width), round(scale * picture.height)))
+    parts: list[Image.Image] = []
+    for kind, maps in (("cross", frames.cross), ("self", frames.self)):
+        top = max((float(m[b, : len(names)].max()) for m in maps), default=0.0)
+        parts.append(_title(TITLES[kind], top))
+        for s, name in enumerate(names):
+            steps = zip(frames.steps, frames.timesteps, maps)
+            captions = [f"step {i}, t {t:.0f}: {m[b, s].max():.3f}" for i, t, m in steps]
+            tiles = [heat(m[b, s], picture, top) for m in maps]
+            parts += [_line(name), contact_sheet(tiles, len(tiles), captions)]
+    out = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    y = 0
+    for part in parts:
+        out.paste(part, (0, y))
+        y += part.height
+    return out
+
+
+def _line(text: str) -> Image.Image:
+    """Returns a line of text as an image."""
+    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), text)
+    line = Image.new("RGB", (round(box[2]) + 8, LINE), "white")
+    ImageDraw.Draw(line).text((2, 2), text, fill="black")
+    return line
+
+
+def _title(text: str, top: float) -> Image.Image:
+    """Returns the title of a kind of maps, with the colour bar of values from 0 to `top` below."""
+    texts = [_line(text), _line("0"), _line(f"{top:.3f}, the largest of all these maps")]
+    bar = ramp(torch.linspace(0, 1, 128)[None].expand(LINE - 4, -1))
+    width = max(texts[0].width, texts[1].width + bar.width + texts[2].width)
+    out = Image.new("RGB", (width, 3 * LINE), "white")
+    out.paste(texts[0], (0, LINE // 2))
+    x = 0
+    for part in (texts[1], bar, texts[2]):
+        out.paste(part, (x, 3 * LINE // 2 + 2))
+        x += part.width
+    return out

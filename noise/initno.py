@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minsd.guidance import Model
 from minsd.noise import losses
-from minsd.noise.drivers import values_of
+from minsd.noise.drivers import Step, values_of
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.look import Ask, Lift, finite, met
 from minsd.noise.losses import Subjects
@@ -88,7 +88,7 @@ def optimize(
             if not found.finite:
                 return result.failed(seed, sd.dtype)
             if progress is not None:
-                progress(how.message(turn, step, found))
+                progress(Step(how.message(turn, step, found), result.steps, how.evaluations))
             if found.met:
                 return result.ended(x, True)
             if step < how.updates(turn):
@@ -132,6 +132,11 @@ class Settings:
         """How many times the optimisation of an image may begin: once per round and, in the
         official variant, once more for the last try. It is 0 without rounds."""
         return self.rounds + self.official if self.rounds else 0
+
+    @property
+    def evaluations(self) -> int:
+        """The number of UNet evaluations of all tries: the most that one image may take."""
+        return sum(self.updates(turn) + 1 for turn in range(1, self.tries + 1))
 
     def updates(self, turn: int) -> int:
         """Returns how many times the noise is updated in try number `turn`, counted from 1 (a
@@ -443,7 +448,8 @@ def optimize_batch(
                 image.done = True
                 continue
             if progress is not None:
-                progress(b, how.message(image.turn, image.step, found))
+                message = how.message(image.turn, image.step, found)
+                progress(b, Step(message, image.result.steps, how.evaluations))
             image.move_on(found, x[k : k + 1])
             if image.step and not image.done:
                 going.append(k)

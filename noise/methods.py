@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from minsd.guidance import Model
-from minsd.noise import arrange, best, initno, stability
+from minsd.noise import arrange, best, drivers, initno, stability
 from minsd.noise import steer as steering
 from minsd.noise.drivers import rounded
 from minsd.noise.initial import noise as unit_noise
@@ -91,8 +91,9 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
     seeds = []
     notes = []
     extras: list[dict[str, Image.Image | Tensor]] = []
-    for prompt, candidates in zip(batch.prompts, _candidates(batch)):
-        chosen = stability.select(sd, prompt, candidates, progress=say, **size, **guided)
+    for k, (prompt, candidates) in enumerate(zip(batch.prompts, _candidates(batch))):
+        told = drivers.part_of(say, k, len(batch.seeds))
+        chosen = stability.select(sd, prompt, candidates, progress=told, **size, **guided)
         seeds.append(chosen.seed)
         scores = chosen.scores
         notes.append(_selection(candidates[0], chosen.seed, scores.keys(), scores.values(), chosen.better))
@@ -106,7 +107,7 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
     optimised."""
     if batch.steer is not None:
         start = unit_noise(batch.seeds, batch.shape)
-        found = batch.steer.optimize(start, lambda b, message: say(f"seed {batch.seeds[b]}: {message}"))
+        found = batch.steer.optimize(start, _of_seeds(say, batch.seeds))
         records = [{"objective": record} for record in batch.steer.records]
         return Found(torch.cat([one.noise for one in found]), records, _each(batch))
     results = stability.optimize_batch(
@@ -119,7 +120,7 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
         guidance_scale=batch.guidance_scale,
         height=batch.height,
         width=batch.width,
-        progress=lambda b, message: say(f"seed {batch.seeds[b]}: {message}"),
+        progress=_of_seeds(say, batch.seeds),
     )
     notes = [{"stability": {"before": result.before, "after": result.score}} for result in results]
     return _optimised(results, notes, batch)
@@ -143,7 +144,7 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
         karras=batch.karras,
         height=batch.height,
         width=batch.width,
-        progress=lambda b, message: say(f"seed {seeds[b]}: {message}"),
+        progress=_of_seeds(say, seeds),
     )
     for note, result in zip(notes, results):
         note["initno"] = {
@@ -167,7 +168,7 @@ def best_method(sd: Model, batch: Batch, say: Say) -> Found:
         _candidates(batch),
         batch.shape,
         best.Course(batch.steps, batch.sampler, batch.karras, batch.guidance_scale, batch.negative_prompt),
-        progress=lambda b, message: say(f"seed {batch.seeds[b]}: {message}"),
+        progress=_of_seeds(say, batch.seeds),
     )
     notes = []
     for asked, one in zip(batch.seeds, found):
@@ -187,6 +188,11 @@ METHODS: dict[str, Method] = {
 
 
 # --- what they share --------------------------------------------------------------------------------------
+
+
+def _of_seeds(say: Say, seeds: Sequence[int]) -> Callable[[int, str], None]:
+    """Returns a function (b, message) that says the message with the seed of image b before it."""
+    return lambda b, message: say(drivers.prefixed(f"seed {seeds[b]}: ", message))
 
 
 def _each(batch: Batch) -> list[dict]:
@@ -226,22 +232,28 @@ def _best_by_attention(
     """
     chosen = []
     notes = []
-    for prompt, subjects, candidates in zip(batch.prompts, batch.subjects, _candidates(batch)):
+    every = zip(batch.prompts, batch.subjects, _candidates(batch))
+    for k, (prompt, subjects, candidates) in enumerate(every):
+        told = drivers.part_of(say, k, len(batch.seeds))
         if layout is not None and layout.regions:
-            scores = arrange.arrange(sd, layout, candidates, steps=batch.steps, sampler=batch.sampler).scores
+            with drivers.looks(sd, len(candidates) * len(layout.regions), told):
+                scores = arrange.arrange(
+                    sd, layout, candidates, steps=batch.steps, sampler=batch.sampler
+                ).scores
             better = "high"
         else:
-            scores = initno.attention_scores(
-                sd,
-                prompt,
-                subjects,
-                candidates,
-                steps=batch.steps,
-                sampler=batch.sampler,
-                karras=batch.karras,
-                height=batch.height,
-                width=batch.width,
-            )
+            with drivers.looks(sd, len(candidates), told):
+                scores = initno.attention_scores(
+                    sd,
+                    prompt,
+                    subjects,
+                    candidates,
+                    steps=batch.steps,
+                    sampler=batch.sampler,
+                    karras=batch.karras,
+                    height=batch.height,
+                    width=batch.width,
+                )
             better = "low"
         best = max(scores) if better == "high" else min(scores)
         chosen.append(candidates[scores.index(best)])

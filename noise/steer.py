@@ -390,7 +390,8 @@ class Run:
         `say(message)` is called with the progress."""
         t = self._timesteps()[0]
         chosen = []
-        for one, seeds in zip(self.asks, candidates, strict=True):
+        for k, (one, seeds) in enumerate(zip(self.asks, candidates, strict=True)):
+            told = drivers.part_of(say, k, len(self.asks))
             begin = time.perf_counter()
             lift, how = self._lift([one])
             drafts: dict[int, float] = {}
@@ -401,12 +402,12 @@ class Run:
             try:
                 if how.search is None:
                     at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
-                    found = drivers.select(score, seeds, shape, at_once=at_once, progress=say)
+                    found = drivers.select(score, seeds, shape, at_once=at_once, progress=told)
                 elif how.search == "halving":
-                    found, drafts = self._halved(lift, score, seeds, shape, how.part, say)
+                    found, drafts = self._halved(lift, score, seeds, shape, how.part, told)
                 else:
                     around = {"rounds": how.rounds, "count": how.count, "near": how.near}
-                    found = drivers.search(score, seeds[0], shape, **around, progress=say)
+                    found = drivers.search(score, seeds[0], shape, **around, progress=told)
             except FloatingPointError:
                 raise ValueError(f"no candidate has a score: {lift.not_finite([0])}") from None
             found.rows = sum(lift.rows.values())

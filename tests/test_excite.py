@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_losses import PROMPT, Whole, plain_losses
 
 import minsd
@@ -160,6 +161,12 @@ def test_watching_changes_nothing_and_makes_a_sheet(shapes):
     assert 0 <= min(m.min() for m in frames.cross) and max(m.max() for m in frames.cross) <= 1
     sheet = excite.sheet(watched[1], frames, 1, ["red circle", "square"])
     assert sheet.width >= 3 * 128 and sheet.height >= 4 * 128
+    frames.cross = [torch.stack([m[:, 0], m[:, 0] / 50], dim=1) for m in frames.cross]  # square neglected
+    frames.self = frames.cross
+    rows = np.asarray(excite.sheet(Image.new("L", (128, 128)), frames, 0, ["circle", "square"]))[..., 0]
+    first, second = 4 * 16, 4 * 16 + 128 + 18 + 16  # below the title, and below another row of maps
+    reds = [rows[top + 8 : top + 120, 8:120].max() for top in (first, second)]
+    assert reds[0] > 60 and reds[1] < 10  # on one scale the neglected subject stays dark
     hot = np.asarray(excite.heat(torch.eye(16), watched[0])).astype(int)
     assert hot[60:64, 60:64].mean() > hot[60:64, 0:4].mean() + 30  # bright on the diagonal
 

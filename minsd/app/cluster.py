@@ -26,10 +26,12 @@ import torch
 
 from minsd.app import mistake
 from minsd.app.jobs import Job
+from minsd.app.progress import Show
 from minsd.app.requests import Command, Request
 from minsd.app.run import Drawing, Finished, Wanted, attempt, batches
 from minsd.app.session import Session, open_session
 from minsd.graphs import empty_cache
+from minsd.noise.drivers import Step
 
 AHEAD = 2  # batches per worker, so that no worker waits while images are saved
 CORES = 4  # CPU cores of a worker without a GPU, unless OMP_NUM_THREADS is set
@@ -59,12 +61,12 @@ class Worker:
         messages of the warnings.
         """
         with warnings.catch_warnings(record=True) as caught:
-            outcome = attempt(self.session, part)
+            outcome = attempt(self.session, part, Show())
             graphs = self.session.sd.graphs
             if isinstance(outcome, torch.cuda.OutOfMemoryError) and graphs is not None and graphs.held:
                 graphs.release()
                 empty_cache()
-                outcome = attempt(self.session, part)
+                outcome = attempt(self.session, part, Show())
         outcome = _portable(outcome) if isinstance(outcome, Exception) else outcome
         return outcome, [str(warning.message) for warning in caught]
 
@@ -149,6 +151,7 @@ class Cluster:
             self.ray.shutdown()  # ends the workers
 
     def _draw(self, drawing: Drawing, wanted: Wanted) -> None:
+        drawing.show.phase("drawing on the cluster", drawing.tally.wanted)
         coming = batches(wanted, self._batch_size)
         again: deque[tuple[list[Job], int]] = deque()  # batches to repeat, with the workers lost so far
         while True:
@@ -172,6 +175,8 @@ class Cluster:
                         continue
                     outcome = RuntimeError(f"its worker ended without a message, {losses} times")
                 again.extend((smaller, 0) for smaller in drawing.settle(part, outcome))
+                workers = f"{sum(actor.open for actor in self.actors)} workers"
+                drawing.show.say(Step(workers, drawing.show.done, drawing.tally.wanted))
 
     def _fill(self, coming: Iterator[list[Job]], again: deque[tuple[list[Job], int]]) -> bool:
         """Queues up to AHEAD batches at every worker that has loaded the model. Every worker gets

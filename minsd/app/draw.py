@@ -15,10 +15,11 @@ from torch import Tensor
 
 from minsd import image
 from minsd.app.jobs import Job
+from minsd.app.preview import Previews
+from minsd.app.progress import Show
 from minsd.app.session import Session
-from minsd.config import STRENGTH
 from minsd.controlnet import Control, Controlled, read_control_image
-from minsd.guidance import Predictor
+from minsd.guidance import Predictor, evaluations
 from minsd.noise import collage, collage_control, excite, look, stability
 from minsd.noise.initial import read_noise
 from minsd.noise.methods import METHODS, Batch, Found, Say
@@ -28,7 +29,15 @@ from minsd.samplers import timesteps
 from minsd.weights import lora
 
 Extras = dict[str, Image.Image | Tensor]  # further files of an image, by name
-Progress = Callable[[int, int | float], object]
+
+
+# Noise methods that take a while -> what the user sees them do.
+SEARCHES = {
+    "initno": "optimising the noise",
+    "optimize": "optimising the noise",
+    "select": "selecting the noise",
+    "best": "selecting the noise",
+}
 
 
 @dataclass
@@ -42,69 +51,63 @@ class Drawn:
     extras: list[Extras]  # per image
 
 
-def draw(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
+def draw(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
     """Draws one batch of jobs (one per image), or inverts the image of a job with --invert: finds
-    the noise that generates it. `session` holds the loaded model.
-
-    `progress(i, t)` is called after every sampling step. `say(message)` is called with messages
-    about the search for noise and about the objective.
-    """
+    the noise that generates it. `session` holds the loaded model, and `show` receives the
+    progress."""
     with controlled(session, jobs[0]):
         return (
-            invert(session.sd, jobs[0])
-            if jobs[0].invert is not None
-            else sample(session, jobs, progress, say)
+            invert(session.sd, jobs[0], show) if jobs[0].invert is not None else sample(session, jobs, show)
         )
 
 
-def sample(session: Session, jobs: Sequence[Job], progress: Progress, say: Say) -> Drawn:
+def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
     """Draws a batch of jobs (one per image): finds the initial noise, denoises it, and decodes the
-    latents. `session` holds the loaded model. `progress(i, t)` is called after every sampling step,
-    and `say(message)` with messages about the search for noise and about the objective."""
+    latents. `session` holds the loaded model, and `show` receives the progress."""
     sd = session.sd
     first = jobs[0]
-    run = {"steps": first.sampling.steps, "sampler": first.sampling.sampler, "karras": first.sampling.karras}
+    sampling = first.sampling
+    run: dict[str, Any] = {"steps": sampling.steps, "sampler": sampling.sampler, "karras": sampling.karras}
     prompts = [job.prompt for job in jobs]
     subjects = [list(job.subjects) if job.subjects is not None else None for job in jobs]
     run_of = steering(sd, jobs, subjects)
-    found = initial_noise(sd, jobs, say, run_of)
+    search = SEARCHES.get(first.method.name)
+    if search is not None and first.noise_file is None:
+        show.phase(search)
+    found = initial_noise(sd, jobs, show.say, run_of)
     seeds = [note.get("seed", job.seed) for job, note in zip(jobs, found.notes)]
     refine = None
     ended: Callable[[], None] | None = None
     if run_of is not None and run_of.steer.driver == "refine":
-        refine, ended = run_of.refine(lambda b, message: say(f"seed {seeds[b]}: {message}"))
+        refine, ended = run_of.refine(lambda b, message: show.say(f"seed {seeds[b]}: {message}"))
     elif first.excite is not None:
         refine = excite.updates(sd, prompts, subjects, variant=first.excite, **run)
     frames = None
     if session.command.attention_maps:
         refine, frames = excite.watch(sd, prompts, subjects, before=refine, **run)
-    init = None
-    strength = STRENGTH
+    previews = Previews(sd, session.command.preview, show)
+    run |= {"seeds": seeds, "refine": refine, "progress": previews.after}
     if first.init is not None:
-        strength = first.init.strength
         picture = image.read(first.init.path)
-        init = sd.encode(image.fit(picture, first.sampling.width, first.sampling.height))
+        run["init"] = sd.encode(image.fit(picture, sampling.width, sampling.height))
+        run["strength"] = first.init.strength
+    show.phase("sampling", steps_of(sd, first))
     with predictor(session, first, prompts, seeds) as predict:
-        latents = sd.denoise(
-            predict,
-            found.noise,
-            seeds=seeds,
-            init=init,
-            strength=strength,
-            refine=refine,
-            progress=progress,
-            **run,
-        )
+        latents = sd.denoise(previews.watch(predict), found.noise, **run)
+    show.phase("decoding")
     images = sd.decode(latents)
     if run_of is not None and ended is not None:
         ended()
         for note, record in zip(found.notes, run_of.records):
             note["objective"] = record
-    if frames is not None:
+    if frames is not None and frames.steps:
         for b, (picture, extra) in enumerate(zip(images, found.extras)):
             extra["attention"] = excite.sheet(
                 picture, frames, b, [str(subject) for subject in subjects[b] or ()]
             )
+    if previews.steps:
+        for b, extra in enumerate(found.extras):
+            extra["preview"] = previews.sheet(b)
     return Drawn(images, found.noise, found.notes, found.extras)
 
 
@@ -153,21 +156,23 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run |
     return METHODS[method.name](sd, batch, say)
 
 
-def invert(sd: StableDiffusion, job: Job) -> Drawn:
+def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
     """Finds the noise from which the model generates the image that the job names with --invert.
     Returns this noise, and the image generated from it. The PSNRs of the generated image and of the
     image after VAE encoding and decoding are recorded."""
     assert job.invert is not None
-    found = stability.invert_picture(
-        sd,
-        image.read(job.invert),
-        job.prompt,
-        negative_prompt=job.negative_prompt,
-        steps=job.sampling.steps,
-        guidance_scale=job.sampling.guidance_scale,
-        height=job.sampling.height,
-        width=job.sampling.width,
-    )
+    show.phase("inverting and drawing again", 2 * job.sampling.steps)
+    with evaluations(sd.unet, lambda rows: show.advance()):
+        found = stability.invert_picture(
+            sd,
+            image.read(job.invert),
+            job.prompt,
+            negative_prompt=job.negative_prompt,
+            steps=job.sampling.steps,
+            guidance_scale=job.sampling.guidance_scale,
+            height=job.sampling.height,
+            width=job.sampling.width,
+        )
     note = {"psnr": round(found.psnr, 2), "codec_psnr": round(found.codec_psnr, 2)}
     return Drawn([found.picture], found.noise, [note], [{"noise": found.noise}])
 
@@ -218,10 +223,7 @@ def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) 
 
 
 def steps_of(sd: StableDiffusion, job: Job) -> int:
-    """Returns how many times `draw` calls `progress` for this job, once per sampling step; 0 with
-    --invert."""
-    if job.invert is not None:
-        return 0
+    """Returns the number of sampling steps of a job."""
     sampling = job.sampling
     return len(
         timesteps(sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras)

@@ -453,6 +453,10 @@ _ROWS = (
     Option("attention_maps", RUN, bool, None,
            "save a sheet per image of where the words of its subjects attended, in DIR/extra", default=False,
            harmless="writes one more file"),
+    Option("preview", RUN, int, "N",
+           "show the predicted image after every N steps: DIR/extra/preview.png while drawing, and a sheet"
+           " per image",
+           least=1, most=1000, harmless="writes one more file"),
     Option("like", RUN, Path, "PNG", "make this image again; other options override its settings",
            harmless="the settings it supplies are recorded one by one"),
     Option("trust", RUN, bool, None,

@@ -57,6 +57,7 @@ class Command:
     save_noise: bool
     layout_preview: bool
     attention_maps: bool
+    preview: int | None
     list_tokens: bool
     quiet: bool
     json: bool
@@ -144,6 +145,7 @@ def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tupl
         raise ValueError("--layout-preview is for --layout FILE")
     if given["wait"] and not given["resume"]:
         raise ValueError("--wait is for --resume")
+    OPTIONS["preview"].check(given["preview"])
     several = Share.from_environment().world > 1
     if several and given["engine"] == "ray":
         raise ValueError("--engine ray divides the work itself: start one process, without torchrun")

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from minsd import files, image
 from minsd.app import Tally, mistake, reason
-from minsd.app.draw import Drawn, Extras, Progress, draw, steps_of
+from minsd.app.draw import Drawn, Extras, draw
 from minsd.app.folder import Row, Say, append, done, merge, silent
 from minsd.app.folder import recorded as recorded
 from minsd.app.hold import Hold
 from minsd.app.jobs import Job, Jobs, Piece
+from minsd.app.progress import Progress, Show
 from minsd.app.ranks import Share
 from minsd.app.session import Session
 from minsd.graphs import empty_cache
@@ -48,11 +48,13 @@ def run(
     tally: Tally,
     hold: Hold | None = None,
     engine: "Callable[[Drawing, Wanted], None] | None" = None,
+    show: Progress | None = None,
 ) -> None:
     """Draws and saves those of the jobs (one per image) that are this process's part. `session`
     holds the loaded model, and `tally` counts the images that are saved and those that failed.
     `hold` is the lock on the folder; None creates one. `engine(drawing, wanted)` draws the jobs
-    elsewhere, such as on a Ray cluster; None draws them in this process."""
+    elsewhere, such as on a Ray cluster; None draws them in this process. `show` receives the
+    progress; None shows it on standard error."""
     command = session.command
     share = Share.from_environment()
 
@@ -77,10 +79,11 @@ def run(
         if command.resume:
             by_whom = " by this process" if share.world > 1 else ""
             say(f"{tally.wanted} of {len(jobs)} images are still to be made{by_whom}")
-        drawing = Drawing(session, record, tally)
-        drawing.begin(mine)
-        with drawing.bar:
-            (engine or Drawing.all)(drawing, mine)
+        show = show or Progress(tally.wanted, command.out, hidden=session.quiet)
+        try:
+            (engine or Drawing.all)(Drawing(session, record, tally, show), mine)
+        finally:
+            show.close()
         _merge_rows(command.out, share, say if share.rank == 0 else silent)
         if tally.failed:
             hold.wait_for_others()
@@ -141,19 +144,16 @@ class Finished:
     cost: Row
 
 
-def attempt(
-    session: Session, part: list[Job], advance: Progress = lambda i, t: None, say: Say = silent
-) -> Finished | Exception:
-    """Draws the batch of jobs `part`. Returns the drawn batch with its cost, or the error if
-    drawing failed. Calls `advance(i, t)` after every sampling step, and `say(message)` with
-    messages about the search for noise."""
+def attempt(session: Session, part: list[Job], show: Show) -> Finished | Exception:
+    """Draws the batch of jobs `part`, and reports its progress to `show`. Returns the drawn batch
+    with its cost, or the error if drawing failed."""
     device = session.sd.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
     try:
         with counted(session.sd.unet) as rows:
-            drawn = draw(session, part, advance, say)
+            drawn = draw(session, part, show)
     except Exception as error:
         return error
     seconds = (time.perf_counter() - begin) / len(part)
@@ -174,30 +174,15 @@ class Drawing:
     counts saved and failed images.
     """
 
-    def __init__(self, session: Session, record: Callable[[Row], None], tally: Tally):
+    def __init__(self, session: Session, record: Callable[[Row], None], tally: Tally, show: Progress):
         self.session = session
         self.command = session.command
         self.record = record
         self.tally = tally
-        self.counted = False  # whether the progress bar counts steps while a batch is drawn
-
-    def begin(self, wanted: Wanted) -> None:
-        """Creates the progress bar, whose length is the number of sampling steps of the jobs
-        `wanted`."""
-        known: dict[tuple, int] = {}  # most jobs share their number of steps
-        steps = 0
-        for piece, numbers in wanted:
-            job = piece.template
-            key = (job.sampling, job.start, job.invert is None)
-            if key not in known:
-                known[key] = steps_of(self.session.sd, job)
-            steps += len(numbers) * known[key]
-        hidden = self.session.quiet or not steps
-        self.bar = tqdm(total=steps, unit="step", disable=hidden, file=sys.stderr)
+        self.show = show
 
     def all(self, wanted: Wanted) -> None:
         """Draws and saves the jobs `wanted` in this process."""
-        self.counted = True
         again: deque[list[Job]] = deque()  # parts of batches that failed
         coming = batches(wanted, self.session.sd.batch_size)
         while (part := again.popleft() if again else next(coming, None)) is not None:
@@ -206,21 +191,12 @@ class Drawing:
     def _draw(self, part: list[Job]) -> list[list[Job]]:
         """Draws and saves the batch of jobs `part`. Returns an empty list, or, after an error, the
         smaller batches in which to draw these jobs again."""
-        first = self.tally.made + self.tally.failed + 1
-        last = first + len(part) - 1
-        numbers = f"image {first}" if len(part) == 1 else f"images {first}-{last}"
-        self.bar.set_description(f"{numbers}/{self.tally.wanted}")
-        drawn_before = self.bar.n
-        outcome = attempt(
-            self.session, part, lambda i, t: self.bar.update(len(part)), self.bar.set_postfix_str
-        )
-        if isinstance(outcome, Exception):
-            self.bar.n = drawn_before
-            if isinstance(outcome, torch.cuda.OutOfMemoryError):
-                smaller = _smaller(self.session.sd, part)
-                if smaller:
-                    return smaller
-        self.bar.set_postfix_str("")
+        self.show.batch(len(part))
+        outcome = attempt(self.session, part, self.show)
+        if isinstance(outcome, torch.cuda.OutOfMemoryError):
+            smaller = _smaller(self.session.sd, part)
+            if smaller:
+                return smaller
         return self.settle(part, outcome)
 
     def settle(self, part: list[Job], outcome: Finished | Exception) -> list[list[Job]]:
@@ -232,8 +208,6 @@ class Drawing:
         """
         if isinstance(outcome, Finished):
             self._save(part, outcome)
-            if not self.counted:
-                self.bar.update(len(part) * steps_of(self.session.sd, part[0]))
             return []
         error = outcome
         if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -259,7 +233,7 @@ class Drawing:
         what = f"{job.where}seed {job.seed} of {files.printable(job.prompt, 100)!r}"
         label = Share.from_environment().label
         line = files.printable(f"{label}{what} is not drawn: {reason(error)}")
-        self.bar.write(f"minsd: error: {line}", file=sys.stderr)
+        self.show.failed(f"minsd: error: {line}")
 
     def _save(self, jobs: Sequence[Job], finished: Finished) -> None:
         """Saves the images of a drawn batch of jobs. All images are written to temporary files and
@@ -294,10 +268,11 @@ class Drawing:
         """Counts an image that was saved at `path`, and prints the path, or with --json the image's
         row."""
         self.tally.made += 1
+        self.show.made(path, row)
         if self.command.json:
             print(json.dumps(row), flush=True)  # in ASCII, so that every encoding of stdout can print it
         elif not self.session.quiet:
-            self.bar.write(f"minsd: {files.printable(path)}", file=sys.stderr)
+            self.show.write(f"minsd: {files.printable(path)}")
 
 
 def _ends_the_run(error: Exception) -> bool:
