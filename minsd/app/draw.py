@@ -20,8 +20,9 @@ from minsd.app.progress import Show
 from minsd.app.session import Session
 from minsd.controlnet import Control, Controlled, read_control_image
 from minsd.guidance import Predictor, evaluations
-from minsd.noise import collage, collage_control, excite, look, stability
+from minsd.noise import arrange, collage, collage_control, excite, look, stability
 from minsd.noise.initial import read_noise
+from minsd.noise.layout import overlay
 from minsd.noise.methods import METHODS, Batch, Found, Say
 from minsd.noise.steer import Run
 from minsd.pipeline import StableDiffusion
@@ -100,6 +101,8 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
         ended()
         for note, record in zip(found.notes, run_of.records):
             note["objective"] = record
+    if first.layout is not None:
+        about_layout(session, first, found, images)
     if frames is not None and frames.steps:
         for b, (picture, extra) in enumerate(zip(images, found.extras)):
             extra["attention"] = excite.sheet(
@@ -109,6 +112,31 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
         for b, extra in enumerate(found.extras):
             extra["preview"] = previews.sheet(b)
     return Drawn(images, found.noise, found.notes, found.extras)
+
+
+def about_layout(session: Session, job: Job, found: Found, images: Sequence[Image.Image]) -> None:
+    """Adds an entry `attention_in_regions` to each image's notes in `found`. For each region of the
+    layout, it holds the fraction of the attention to the caption's subjects that falls into the
+    region, and the fraction of the image that the region covers. Nothing is added if a caption has
+    no subject. With --layout-overlay, also adds each image with the regions' outlines drawn over it
+    to the image's extra files in `found`."""
+    assert job.layout is not None
+    if session.command.layout_overlay:
+        for picture, extra in zip(images, found.extras):
+            extra["layout"] = overlay(picture, job.layout)
+    if not job.layout.regions:
+        return
+    try:
+        fractions = arrange.attended(
+            session.sd, job.layout, found.noise, steps=job.sampling.steps, sampler=job.sampling.sampler
+        )
+    except ValueError:
+        return
+    areas = [float(region.pixels.mean()) for region in job.layout.regions]
+    for note, each in zip(found.notes, fractions.T.tolist()):
+        note["attention_in_regions"] = [
+            {"fraction": round(fraction, 3), "area": round(area, 3)} for fraction, area in zip(each, areas)
+        ]
 
 
 def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str | int] | None]) -> Run | None:
@@ -158,8 +186,8 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run |
 
 def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
     """Finds the noise from which the model generates the image that the job names with --invert.
-    Returns this noise, and the image generated from it. The PSNRs of the generated image and of the
-    image after VAE encoding and decoding are recorded."""
+    Returns this noise, the image generated from it, and settings to save with the image: the PSNR
+    of the generated image, and that of the original after VAE encoding and decoding alone."""
     assert job.invert is not None
     show.phase("inverting and drawing again", 2 * job.sampling.steps)
     with evaluations(sd.unet, lambda rows: show.advance()):

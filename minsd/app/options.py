@@ -22,7 +22,8 @@ from minsd.config import CONTROL_SCALE_MOST, SAMPLER_NAMES, STRENGTH, check_size
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 METHODS = ("random", "initno", "select", "optimize", "best")  # noise.methods.METHODS, without its imports
-OBJECTIVES = "initno, excite, syngen, boxes, divide, contrast, overlap, saga, nlg"  # noise.objectives.NAMES
+# noise.objectives.NAMES, and the reward that needs no weights
+OBJECTIVES = "initno, excite, syngen, boxes, divide, contrast, overlap, saga, nlg, reward:soft-shapes"
 
 IMAGE = "what to draw (each also a key of a line of --prompts FILE.jsonl)"
 NOISE = "the initial noise (each also a key of such a line)"
@@ -352,6 +353,10 @@ _ROWS = (
     Option("crop_margin", IMAGE, float, "FRACTION",
            "early steps: show each region only its box plus a margin of this fraction of it (try 0.25)",
            least=0, most=1000, like=True, identity="crop_margin"),
+    Option("layout_method", IMAGE, str, None,
+           "how to draw a --layout: by crops, from the best of 50 noises (crops; default of the embedded "
+           "model), or as NoiseCollage was published (paper; default of all others)",
+           choices=("crops", "paper"), identity="crop_margin init_noise score"),
     Option("control_image", IMAGE, Path, "FILE",
            "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
            like=True, identity="control_image"),
@@ -371,8 +376,9 @@ _ROWS = (
            "and was no better than chance on the embedded model)",
            choices=("stability", "attention"), like_method=True, identity="score"),
     Option("objective", NOISE, str, "NAME|FILE.py:NAME",
-           f"what the noise, or the latents while denoising, are judged by: {OBJECTIVES}, or a function of "
-           "your own; --init-noise select or optimize says how it is used",
+           f"what the noise, or the latents while denoising, are judged by: {OBJECTIVES}, reward: and a "
+           "judge such as pickscore, reward:reno, or a function of your own; --init-noise select or optimize "
+           "says how it is used",
            identity="objective"),
     Option("objective_set", NOISE, str, "SETTINGS", "settings of the objective, such as lr=5,steps=50",
            identity="objective"),
@@ -450,6 +456,9 @@ _ROWS = (
     Option("layout_preview", RUN, bool, None,
            "draw the --layout itself to DIR/extra, and stop", default=False,
            harmless="draws no image"),
+    Option("layout_overlay", RUN, bool, None,
+           "also save each image with the outlines and captions of its --layout, in DIR/extra", default=False,
+           harmless="writes one more file"),
     Option("attention_maps", RUN, bool, None,
            "save a sheet per image of where the words of its subjects attended, in DIR/extra", default=False,
            harmless="writes one more file"),

@@ -23,12 +23,19 @@ from minsd.app.ranks import Share
 from minsd.app.seeds import Seeds, consecutive, parse
 from minsd.config import MODELS, STRENGTH
 from minsd.files import exists
-from minsd.words import split
+from minsd.words import split, words
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
     from minsd.noise.steer import Steer
 
+
+# How the embedded model draws a layout by default: measured best in bench/results/README.md.
+CROP_MARGIN = 0.25
+LAYOUT_CANDIDATES = 50
+# Options that say where the noise comes from, and those beside which nothing is chosen for a layout.
+FINDS_NOISE = ("init_noise", "score", "candidates", "noise", "init_image", "objective")
+DECIDES = (*FINDS_NOISE, "crop_margin", "excite", "subjects", "token_indices", "controlnet", "layout_preview")
 
 MOST_IMAGES = 10_000_000  # of one run; they would take 11 days on 100 GPUs at 10 s per image
 
@@ -56,6 +63,7 @@ class Command:
     engine: str | None
     save_noise: bool
     layout_preview: bool
+    layout_overlay: bool
     attention_maps: bool
     preview: int | None
     list_tokens: bool
@@ -123,6 +131,7 @@ class Request:
     init: InitImage | None
     layout: "Layout | None"
     crop_margin: float | None
+    layout_method: str | None
     control: ControlRequest | None
     invert: Path | None
 
@@ -162,6 +171,13 @@ def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tupl
             requests.append(request(line, where, chance))
             images += requests[-1].seeds.count
             check_count(images)
+    if given["layout_method"] is None and any(one.layout_method for one in requests):
+        notes.append(
+            f"layout: drawn by crops, from the best of {LAYOUT_CANDIDATES} noises "
+            "(--layout-method paper draws it as NoiseCollage was published)"
+        )
+    if given["layout_overlay"] and not any(one.layout for one in requests):
+        raise ValueError("--layout-overlay is for --layout FILE")
     _check_files(given)
     if not given["list_tokens"]:
         _check_writable(given["out"])
@@ -220,6 +236,8 @@ def request(given: Given, where: str, chance: int) -> Request:
     Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
     found before a model is loaded.
     """
+    layout = _layout(given)
+    given = _placed(given, layout)
     steer = _steer(given)
     method = _method(given) if steer is None else _steered(given, steer)
     asked = _subjects(given)
@@ -234,7 +252,6 @@ def request(given: Given, where: str, chance: int) -> Request:
             "--subjects and --token-indices are for --init-noise initno, --excite, --score attention, "
             "--objective or --attention-maps"
         )
-    layout = _layout(given)
     by_captions = (
         layout is not None and layout.regions and method.name == "select" and method.score == "attention"
     )
@@ -278,6 +295,7 @@ def request(given: Given, where: str, chance: int) -> Request:
         init=_init_image(given),
         layout=layout,
         crop_margin=given["crop_margin"],
+        layout_method=given["layout_method"],
         control=control,
         invert=given["invert"],
     )
@@ -324,8 +342,9 @@ def _steer(given: Given) -> "Steer | None":
 
 
 def _check_drafts(method: NoiseMethod, steer: "Steer | None") -> None:
-    """Raises ValueError for methods that draft the beginning of a run: they would draft the prompt
-    alone, and the image would then be drawn with the layout's regions."""
+    """Raises ValueError for the methods that draft the beginning of a run (--init-noise best and
+    search=halving). It is called if the image will be drawn with the regions of a layout, because
+    drafts would be drawn without them."""
     by = "--init-noise best" if method.name == "best" else "search=halving"
     if method.name == "best" or (steer is not None and steer.settings.get("search") == "halving"):
         raise ValueError(
@@ -432,6 +451,36 @@ def _layout(given: Given) -> "Layout | None":
         if own is not None and given[name] not in (None, own):
             raise ValueError(f"the layout is for a {name} of {own} pixels: leave out --{name}")
     return layout
+
+
+def _placed(given: Given, layout: "Layout | None") -> Given:
+    """Returns the options, with those filled in that --layout-method stands for. The method "crops"
+    stands for a crop margin and, if no option says where the noise comes from, for selecting the
+    noise by attention. The method "paper" adds nothing. Raises ValueError for options that
+    contradict the method.
+
+    If the user names no method, "crops" is used with the embedded model, for which it was measured
+    to be best, but not with --like or with options that already decide how the layout is drawn or
+    where the noise comes from.
+    """
+    named = given["layout_method"]
+    if layout is None:
+        if named is not None:
+            raise ValueError("--layout-method is for --layout FILE")
+        return given
+    if named == "paper" and given["crop_margin"] is not None:
+        raise ValueError("--layout-method paper has no crops: leave out --crop-margin")
+    decided = [name for name in DECIDES if given[name] not in (None, False)]
+    usual = given["model"] in (None, "shapes") and given["like"] is None and not decided
+    usual = usual and all(words(region.prompt) for region in layout.regions)
+    if named == "paper" or not layout.regions or not (named == "crops" or usual):
+        return given
+    given = given | {"layout_method": "crops"}
+    if given["crop_margin"] is None:
+        given["crop_margin"] = CROP_MARGIN
+    if not any(given[name] is not None for name in FINDS_NOISE):
+        given |= {"init_noise": "select", "score": "attention", "candidates": LAYOUT_CANDIDATES}
+    return given
 
 
 def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:
