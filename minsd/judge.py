@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -177,8 +177,9 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 def scores(folder: Path) -> dict[str, dict[str, Line]]:
     """Returns the scores of the images in a folder: a dict file -> judge -> line, where a line is a
-    dict with the keys LINE. If there are several lines for one image and judge, the last counts.
-    Incomplete lines, such as a line cut off by a kill, are skipped."""
+    dict with one judge's values for one image (the constant `LINE` lists its keys). If there are
+    several lines for one image and judge, the last counts. Incomplete lines, such as a line cut off
+    by a kill, are skipped."""
     from minsd.app.folder import recorded
 
     # The processes' own files hold the lines since the last merge.
@@ -190,10 +191,12 @@ def scores(folder: Path) -> dict[str, dict[str, Line]]:
     return out
 
 
-def merge(folder: Path, parts: Sequence[Path]) -> None:
-    """Merges the files `parts`, each written by one process, into the folder's scores.jsonl, with
-    one line per image and judge, and deletes the files `parts`. A merge that was interrupted can be
-    repeated."""
+def merge(folder: Path, share: Share) -> None:
+    """Merges files scores-RANK.jsonl, each written by one process, into the folder's scores.jsonl,
+    with one line per image and judge, and deletes the merged files. These are this process's own
+    file and, in the first process, those that a killed run with more processes left behind. Safe to
+    repeat after an interruption."""
+    parts = share.parts(folder, "scores")
     if not parts:
         return
     with files.locked(folder):
@@ -221,8 +224,7 @@ class Run:
     the number of images per batch. With `again`, images are judged although they have valid scores.
     """
 
-    rank: int
-    world: int
+    share: Share
     quiet: bool
     batch: int
     again: bool
@@ -234,39 +236,38 @@ class Run:
         self.failed += 1
         print(f"minsd: error: {label()}{files.printable(message)}", file=sys.stderr)
 
-    def judge(self, name: str, found: Sequence[Picture], ready: "Ready") -> None:
-        """Judges this process's part of the images `found` with the judge `name`. Images that have
-        a valid line of scores are left out, except with --again. `ready` loads the judge, which
-        happens only if there are images to judge."""
+    def judge(self, ready: "Ready", found: Sequence[Picture]) -> None:
+        """Judges this process's part of the images `found`. Images that have a valid line of scores
+        are left out, except with --again. The judge is loaded only if there are images to judge."""
         known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
         wanted = []
-        for picture in found[self.rank :: self.world]:
-            line = valid(known[picture.folder].get(picture.file, {}), picture).get(name)
+        for picture in found[self.share.rank :: self.share.world]:
+            line = valid(known[picture.folder].get(picture.file, {}), picture).get(ready.name)
             if self.again or line is None or line["identity"] != ready.identity:
                 wanted.append(picture)
         if not wanted:
             return
         judge = ready.load()
-        size = self.batch
-        parts = [wanted[at : at + size] for at in range(0, len(wanted), size)]
-        with ThreadPoolExecutor(4) as pool:  # images are opened while the network works
-            coming = [(part, pool.map(opened, part)) for part in parts[:2]]
-            for number in range(len(parts)):
-                part, images = coming.pop(0)
-                if number + 2 < len(parts):
-                    coming.append((parts[number + 2], pool.map(opened, parts[number + 2])))
-                self._part(name, judge, part, list(images))
+        parts = [wanted[at : at + self.batch] for at in range(0, len(wanted), self.batch)]
+        done = 0
+        with ThreadPoolExecutor(4) as pool:  # opens a batch while the network works on the one before
+            images = pool.map(opened, parts[0])
+            for part, later in zip(parts, [*parts[1:], []]):
+                these = list(images)
+                images = pool.map(opened, later)
+                self._part(judge, part, these)
+                done += len(part)
                 if not self.quiet:
-                    done = min((number + 1) * size, len(wanted))
                     end = "\n" if done == len(wanted) else "\r"
-                    print(f"minsd: {name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
+                    print(f"minsd: {ready.name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
 
-    def _part(self, name: str, judge: Any, part: Sequence[Picture], images: Sequence[Any]) -> None:
+    def _part(self, judge: judges.Judge, part: Sequence[Picture], images: Sequence[Any]) -> None:
         """Judges one batch and appends a line of scores for each image. `images` holds for each of
         `part` the opened image, or the error if it could not be opened. Prints these errors, and
         prints an error for a value that is not finite."""
         from minsd.app.folder import append
 
+        name = judge.identity["judge"]
         pairs = []
         for picture, image in zip(part, images):
             if isinstance(image, Exception):
@@ -292,19 +293,8 @@ class Run:
                 line["found"] = [one.row() for one in result.found if one.score > 0.05]
             if result.reason:
                 line["reason"] = result.reason
-            append(picture.folder / f"scores-{self.rank}.jsonl", line)
+            append(picture.folder / f"scores-{self.share.rank}.jsonl", line)
             self.judged += 1
-
-    def merge(self, folders: Iterable[Path]) -> None:
-        """Merges this process's file of scores in each folder into the folder's scores.jsonl. The
-        process of rank 0 also merges the files of processes that do not exist in this run: an
-        earlier run with more processes was killed and left them behind."""
-        for folder in folders:
-            parts = [folder / f"scores-{self.rank}.jsonl"]
-            if self.rank == 0:
-                numbered = [path for path in folder.glob("scores-*.jsonl") if path.stem[7:].isdecimal()]
-                parts += [path for path in numbered if int(path.stem[7:]) >= self.world]
-            merge(folder, [path for path in parts if path.exists()])
 
 
 def opened(picture: Picture) -> Any:
@@ -318,7 +308,7 @@ def opened(picture: Picture) -> Any:
         return error
 
 
-def halving(judge: Any, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
+def halving(judge: judges.Judge, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
     """Returns a judge's results for a batch of (picture, opened image) pairs, in order. If GPU
     memory runs out, the batch is divided into two halves, which are judged one after the other.
     Raises OutOfMemoryError if a single image does not fit."""
@@ -353,7 +343,7 @@ class Ready:
         self.identity = judges.identity(name, self.files, args.dtype, self.options)
         self.device = args.device
 
-    def load(self) -> Any:
+    def load(self) -> judges.Judge:
         """Loads the judge onto the device of --device, by default a GPU if there is one, and
         returns it. Turns TF32 off for the whole process."""
         import torch
@@ -368,8 +358,9 @@ class Ready:
 
 
 def places(given: Sequence[str]) -> dict[str, str]:
-    """Returns a dict that maps names of WEIGHTS to places, from texts NAME=PLACE. Raises ValueError
-    for an unknown name."""
+    """Parses the texts NAME=PLACE of --weights. Returns a dict name -> place: the name of a judge's
+    weights, and the file or folder to load them from. Raises ValueError for a name that
+    `judges.WEIGHTS` does not have."""
     held = {name: place for name, _, place in (text.partition("=") for text in given)}
     unknown = sorted(set(held) - set(WEIGHTS))
     if unknown:
@@ -410,21 +401,19 @@ def options() -> Parser:
     return p
 
 
-def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> list[tuple[str, bool]]:
-    """Returns the judges to run on the images `found`, as pairs (judge, whether missing weights may
-    be downloaded). They are the judges of --judges, whose weights may be downloaded. For "all",
-    they are the judges whose weights are on this machine. Without --judges, they are `shapes` for
-    images of the embedded model, and those of DEFAULT for other images."""
+def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> "list[Ready]":
+    """Returns the judges to run on the images `found`: those of --judges, whose missing weights are
+    downloaded. For "all", they are the judges whose weights are on this machine. Without --judges,
+    they are `shapes` for images of the embedded model, and those of DEFAULT for other images."""
     if args.judges is None:
         own = all(picture.model == "shapes" for picture in found)
-        return [(name, False) for name in (("shapes",) if own else DEFAULT)]
+        return [Ready(name, args, False) for name in (("shapes",) if own else DEFAULT)]
     if args.judges != ["all"]:
-        return [(name, True) for name in args.judges]
+        return [Ready(name, args, True) for name in args.judges]
     there = []
     for name in JUDGES:
         with suppress(FileNotFoundError):
-            Ready(name, args, False)
-            there.append((name, False))
+            there.append(Ready(name, args, False))
     return there
 
 
@@ -472,6 +461,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("a folder of images is needed, for example: python -m minsd.judge outputs")
     if args.nms is not None and not 0 < args.nms <= 1:
         raise ValueError(f"--nms must be above 0 and at most 1, not {args.nms}")
+    if args.export and args.export.suffix != ".csv":
+        raise ValueError(f"--export writes a table of the form .csv: not {args.export.name}")
     found = pictures(args.folder, args.folders)
     folders = sorted({picture.folder for picture in found})
     for folder in folders:
@@ -479,21 +470,22 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"scores cannot be written into {folder}: it is read-only")
     share = Share.from_environment()
     quiet = args.quiet or share.rank > 0
-    work = Run(share.rank, share.world, quiet, args.batch, args.again)
-    names = chosen(args, found)
-    # All weights are found before the first image is judged.
-    ready = [Ready(name, args, fetch) for name, fetch in names]
-    work.merge(folders)  # so that lines left by a killed run do not come after this run's
+    work = Run(share, quiet, args.batch, args.again)
+    ready = chosen(args, found)  # all weights are found before the first image is judged
+    for folder in folders:
+        merge(folder, share)  # so that lines left by a killed run do not come after this run's
     try:
         for one in ready:
-            work.judge(one.name, found, one)
+            work.judge(one, found)
     finally:
-        work.merge(folders)
+        for folder in folders:
+            merge(folder, share)
     if args.export:
         export(args.export, found)
     if not quiet:
-        what = ", ".join(name for name, _ in names)
-        print(f"minsd: {len(found)} images, {what}: {work.judged} new scores", file=sys.stderr)
+        what = ", ".join(one.name for one in ready)
+        whose = " of this process" if share.world > 1 else ""
+        print(f"minsd: {len(found)} images, {what}: {work.judged} new scores{whose}", file=sys.stderr)
     return 1 if work.failed else 0
 
 

@@ -332,6 +332,7 @@ def test_one_bad_image_stops_nothing(folder, capsys):
         (["--judges", "pickscore"], "needs yuvalkirstain/PickScore_v1 (3.9 GB), not in the hub cache"),
         (["--judges", "clip", "--weights", "clop=x"], "--weights clop=...: the names are clip-b16"),
         (["--judges", "clip", "--weights", "clip-b16=nowhere"], "there is no such folder or file"),
+        (["--export", "x.parquet"], "--export writes a table of the form .csv: not x.parquet"),
         (["--nms", "2"], "--nms must be above 0 and at most 1"),
         (["--batch", "0"], "--batch: must be a whole number of at least 1"),
     ],

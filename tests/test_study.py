@@ -455,8 +455,8 @@ def test_compare_draws_judges_and_tables(tmp_path, capsys, monkeypatch):
     results = read(tmp_path / "c", unjudged=True)
     assert results.values == {} and len(results.pairs) == 2
     cells = compute(results, "plain")
-    from minsd.app import study_page
+    from minsd.app import study_page, study_plots
 
-    text = study_page.markdown(results, cells, "plain", None)
-    assert study_page.page(results, cells, "plain", text, 1).count("<img") == 2
-    assert "<svg" in study_page.differences(cells, "plain")
+    report = study_page.report(results, cells, "plain", None)
+    assert study_page.page(results, cells, "plain", report, 1).count("<img") == 2
+    assert "<svg" in study_plots.differences(cells, "plain")

@@ -13,7 +13,6 @@ here are not theirs. The sets named shapes-... are for the embedded model.
 import csv
 import io
 import itertools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from minsd.app.options import OPTIONS
 from minsd.app.prompts import located
 from minsd.judges import objects
 from minsd.judges.objects import COCO, COLOURS, RELATIONS
+from minsd.judges.shapes import clause
 from minsd.weights.shapes import data
 
 Item = dict[str, Any]
@@ -115,11 +115,7 @@ def geneval() -> list[Item]:
         first, second = (COLOURS[k] for k in rng.choice(len(COLOURS), 2, replace=False))
         words = f"{named(first)} {COCO[a]} and {named(second)} {COCO[b]}"
         add("color_attr", [one(a, color=first), one(b, color=second)], words)
-    return _distinct(items)
-
-
-def _distinct(items: Sequence[Item]) -> list[Item]:
-    return list({json.dumps(item): item for item in items}.values())
+    return _by_prompt(items)
 
 
 def _by_prompt(items: Sequence[Item]) -> list[Item]:
@@ -162,35 +158,38 @@ def cases(group: str, n: int) -> list[Subjects]:
     return [data.draw_subjects(rng, {"two": 2, "three": 3}[group]) for _ in range(n)]
 
 
-def _one(shape: str, colour: str | None = None, **more: Any) -> Item:
-    return {"class": shape, "count": 1, **({} if colour is None else {"color": colour}), **more}
-
-
 def shapes_geneval(n: int = 40) -> list[Item]:
-    """Returns items for GenEval's six tasks in miniature, for the embedded model: 6 + 26 + 40 + 3 n
-    prompts.
+    """Returns items for GenEval's six tasks in miniature, for the embedded model. There are 6 + 26
+    + 40 prompts of the tasks with one object, two objects and colours, and `n` of each of the other
+    three.
 
-    No caption of the training data has number words, so prompts of the task `counting` do not use
-    them. They name three different objects, and the image must show exactly three bodies.
+    No caption of the training data has number words, so the prompts of the task `counting` have
+    none either. They name three different objects, and the image must show exactly three.
     """
     rng = np.random.default_rng(SEED)
-    items = [{"tag": "single_object", "include": [_one(a)], "prompt": f"a {a}"} for a in data.SHAPES]
+    items = [{"tag": "single_object", "include": [clause(None, a)], "prompt": f"a {a}"} for a in data.SHAPES]
     for a, b in itertools.permutations(data.SHAPES, 2):
         if frozenset((a, b)) not in data.HELD_OUT_PAIRS:
-            items.append({"tag": "two_object", "include": [_one(a), _one(b)], "prompt": f"a {a} and a {b}"})
+            items.append(
+                {
+                    "tag": "two_object",
+                    "include": [clause(None, a), clause(None, b)],
+                    "prompt": f"a {a} and a {b}",
+                }
+            )
     for colour, shape in data.COMBINATIONS:
         prompt = f"{named(colour)} {shape}"
-        items.append({"tag": "colors", "include": [_one(shape, colour)], "prompt": prompt})
+        items.append({"tag": "colors", "include": [clause(colour, shape)], "prompt": prompt})
     for subjects in _draws(rng, 2, n):
-        include = [_one(shape, colour) for colour, shape in subjects]
+        include = [clause(*one) for one in subjects]
         items.append({"tag": "color_attr", "include": include, "prompt": sentence(subjects)})
     for (first, a), (second, b) in _draws(rng, 2, n):
         relation = str(rng.choice(RELATIONS))
-        include = [_one(b, second), _one(a, first, position=[relation, 0])]
+        include = [clause(second, b), clause(first, a) | {"position": [relation, 0]}]
         words = f"{named(first)} {a} {relation} {named(second)} {b}"
         items.append({"tag": "position", "include": include, "prompt": words})
     for subjects in _draws(rng, 3, n):
-        include = [_one(shape, colour) for colour, shape in subjects]
+        include = [clause(*one) for one in subjects]
         items.append({"tag": "counting", "include": include, "bodies": 3, "prompt": sentence(subjects)})
     return items
 
@@ -209,7 +208,7 @@ def _shapes(group: str, n: int = 200) -> list[Item]:
     """Returns items with n different prompts of coloured shapes, or all such prompts if there are
     fewer. `group` is one of GROUPS and states which shapes are combined."""
     items = [
-        {"tag": group, "include": [_one(shape, colour) for colour, shape in subjects], "prompt": words}
+        {"tag": group, "include": [clause(*one) for one in subjects], "prompt": words}
         for subjects, words in ((these, sentence(these)) for these in cases(group, 2 * n))
     ]
     return _by_prompt(items)[:n]
@@ -238,7 +237,7 @@ def shapes_layout(n: int, count: int = 200) -> list[Item]:
         subjects = data.draw_subjects(rng, n)
         places = boxes(rng, n)
         regions = [{"prompt": sentence([one]), "box": box} for one, box in zip(subjects, places)]
-        include = [_one(shape, colour) for colour, shape in subjects]
+        include = [clause(*one) for one in subjects]
         prompt = sentence(subjects)
         layout = {"prompt": prompt, "regions": regions}
         items.append({"tag": f"{n} boxes", "include": include, "prompt": prompt, "layout": layout})

@@ -7,7 +7,7 @@ method has an image are compared.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,9 @@ def read(folder: Path, unjudged: bool = False) -> Results:
     columns = dict.fromkeys(key for rows in held.values() for pair in pairs for key in rows[pair]["values"])
 
     def table(part: str, key: str) -> dict[str, np.ndarray]:
-        """Returns a dict from each method to an array with the value of `key` for each pair of a
-        prompt and a seed. A missing value is NaN."""
+        """Returns a dict from each method to an array with one value per (prompt, seed) pair: that
+        of `key` in the dict `part` of the pair's data, which is "values" (by judges) or "row" (of
+        runs.jsonl). A missing value is NaN."""
         return {
             name: np.array([rows[pair][part].get(key) for pair in pairs], float)
             for name, rows in held.items()
@@ -112,8 +113,9 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
     user gave) -> dict with the image's path, its row of runs.jsonl, the values by all judges, the
     detected objects, and the judges' identities.
 
-    Images without a seed are numbered within their prompt. Messages about such and about skipped
-    images are appended to `notes`. Images without scores are skipped unless `unjudged` is true.
+    Images without a seed get a number in place of it, counted per prompt. Images without scores are
+    skipped unless `unjudged` is true. Messages about images without a seed and about skipped images
+    or scores are appended to `notes`.
     """
     from minsd.app.folder import recorded
 
@@ -154,6 +156,14 @@ def described(identity: Mapping[str, Any]) -> str:
 
 
 # --- the table ------------------------------------------------------------------------------------
+
+
+def head(column: str) -> str:
+    """Returns the heading of a table's column: the name of the judged value, followed by % for a
+    rate, or by "(less is better)"."""
+    if column in LOWER:
+        return f"{column} (less is better)"
+    return f"{column} %" if column in RATES else column
 
 
 @dataclass(frozen=True)
@@ -197,50 +207,58 @@ class Cell:
         }
 
 
-def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
+def compute(results: Results, baseline: str) -> list[Cell]:
     """Returns every number of the table of a study, in which each method is compared to the method
-    `baseline`. Rates are in per cent. With `by_tag`, there are also the values for each tag (group
-    of prompts). Raises ValueError if the baseline is not among the methods."""
+    `baseline`. Rates are in per cent. If the prompts have several tags (groups of prompts), there
+    are also the values for each tag. Raises ValueError if the baseline is not among the methods."""
     if baseline not in results.methods:
         raise ValueError(f"--baseline {baseline} is not among the methods: {', '.join(results.methods)}")
     resample = Resample(results.prompts)
     cells: list[Cell] = []
-    tags = list(dict.fromkeys(results.tags)) if by_tag else []
     for column, by_method in results.values.items():
         rate = column in RATES
-        scale = 100.0 if rate else 1.0
         digits = 1 if rate else _digits(by_method)
         for method, values in by_method.items():
-            n = int(np.isfinite(values).sum())
-            mean = resample.estimate(values)
-            if rate:
-                mean = statistics.wilson(float(np.nansum(values)), n)
-            cells.append(Cell("values", method, column, _scaled(mean, scale), n, digits))
-            if len(tags) > 1:
-                cells += _by_tag(results, method, column, tags, rate, digits)
+            mean = _mean(values, rate, resample)
+            cells.append(Cell("values", method, column, mean, _count(values), digits))
+            if len(set(results.tags)) > 1:
+                cells += _by_tag(results.tags, method, column, values, rate, digits)
             if method != baseline:
                 cells += _against(method, column, values, by_method[baseline], resample, rate, digits)
     return cells + _costs(results, baseline)
 
 
+def _mean(values: np.ndarray, rate: bool, resample: Resample | None) -> Estimate:
+    """Returns the mean of `values` without those that are NaN, with its 95 % interval. If `rate` is
+    true, the values are right or wrong (1 or 0), the mean is in per cent, and the interval is
+    Wilson's. Otherwise the interval is that of the bootstrap `resample`, or NaN if `resample` is
+    None."""
+    there = values[np.isfinite(values)]
+    if rate:
+        return _scaled(statistics.wilson(float(there.sum()), len(there)), 100.0)
+    if resample is not None:
+        return resample.estimate(values)
+    return Estimate(float(there.mean()) if len(there) else math.nan, math.nan, math.nan)
+
+
+def _count(values: np.ndarray) -> int:
+    return int(np.isfinite(values).sum())
+
+
 def _by_tag(
-    results: Results, method: str, column: str, tags: list[str], rate: bool, digits: int
+    tags: Sequence[str], method: str, column: str, values: np.ndarray, rate: bool, digits: int
 ) -> list[Cell]:
-    """Returns the mean value of a method in one column for each of `tags` (groups of prompts), and
-    the unweighted mean over the tags, which is GenEval's overall score. `rate` states whether the
-    values are right or wrong (1 or 0), and `digits` how many decimals to show."""
+    """Returns the mean of a method's `values` in one column for each tag (group of prompts), and
+    the unweighted mean over the tags, which is GenEval's overall score. `tags` and `values` have
+    one entry per (prompt, seed) pair. `rate` states whether the values are right or wrong (1 or 0),
+    and `digits` how many decimals to show."""
     out = []
-    scale = 100.0 if rate else 1.0
-    values = results.values[column][method]
-    for tag in tags:
-        inside = values[[one == tag for one in results.tags]]
-        inside = inside[np.isfinite(inside)]
-        mean = Estimate(float(inside.mean()) if len(inside) else math.nan, math.nan, math.nan)
-        if rate:
-            mean = statistics.wilson(float(inside.sum()), len(inside))
-        out.append(Cell("by tag", method, column, _scaled(mean, scale), len(inside), digits, tag))
+    for tag in dict.fromkeys(tags):
+        inside = values[[one == tag for one in tags]]
+        mean = _mean(inside, rate, None)
+        out.append(Cell("by tag", method, column, mean, _count(inside), digits, tag))
     overall = Estimate(float(np.mean([cell.estimate.value for cell in out])), math.nan, math.nan)
-    return [*out, Cell("by tag", method, column, overall, len(values), digits, "mean of groups")]
+    return [*out, Cell("by tag", method, column, overall, _count(values), digits, "mean of groups")]
 
 
 def _against(
@@ -257,7 +275,7 @@ def _against(
     better and, for PickScore, the probability that its image is preferred. `rate` states whether
     the values are right or wrong (1 or 0), and `digits` how many decimals to show."""
     difference = values - base
-    n = int(np.isfinite(difference).sum())
+    n = _count(difference)
     more = ""
     if rate:
         repaired, broken = int((difference > 0).sum()), int((difference < 0).sum())

@@ -121,11 +121,8 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
     """Merges the rows that this process wrote to its own file into runs.jsonl in the folder `out`.
     The first process also merges the files of processes that do not exist in this run: an earlier
     run with more processes was killed and left them behind."""
-    paths = [out / share.rows_file] if share.world > 1 else []
-    if share.rank == 0:
-        left = [path for path in out.glob("runs-*.jsonl") if path.stem[5:].isdecimal()]
-        paths += [path for path in left if int(path.stem[5:]) >= share.world or share.world == 1]
-    if paths and out.is_dir():
+    paths = share.parts(out, "runs")
+    if (paths or share.world > 1) and out.is_dir():
         try:
             merge(out, paths, say)
         except (IsADirectoryError, PermissionError) as error:
@@ -276,10 +273,10 @@ class Drawing:
 
 
 def _about_regions(row: Row) -> str:
-    """Returns what to tell of an image with a layout: the fraction of each caption's attention that
-    falls into the caption's region, and a warning where it is no more than attention that is spread
-    evenly over the image would give. Returns "" for other images.
-    """
+    """Returns the text to print about an image drawn with a layout, or "" for other images. It
+    states the fraction of the attention to each caption that falls into the caption's region. A
+    warning follows for regions whose fraction is no larger than the part of the image that they
+    cover, as it would be if the attention were spread evenly."""
     regions = row.get("attention_in_regions")
     if not regions:
         return ""

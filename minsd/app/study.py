@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minsd import __version__, files, judge
-from minsd.app import Tally, ended, options, prompt_sets, requests, study_file, study_page
+from minsd.app import Tally, ended, options, prompt_sets, requests, study_file, study_page, study_plots
 from minsd.app.options import OPTIONS, Given, Parser, positive
 from minsd.app.prompt_sets import slug
 from minsd.app.prompts import located
@@ -68,39 +68,28 @@ def method_options(method: str) -> list[str]:
     Raises ValueError, in one line, for a method that this version does not have."""
     name, _, rest = method.partition(":")
     if method in PLAIN:
-        return _known(method, PLAIN[method])
+        return PLAIN[method]
     if name == "select" and re.fullmatch(r".+:\d+", rest):
         score, _, count = rest.rpartition(":")
         by = "--score" if score in OPTIONS["score"].choices else "--objective"
-        return _known(method, ["--init-noise", "select", by, score, "--candidates", count])
+        return ["--init-noise", "select", by, score, "--candidates", count]
     if name == "optimize" and rest.isdecimal():
         return ["--init-noise", "optimize", "--optimize-steps", rest]
     if name == "collage" and re.fullmatch(r"(\d*\.?\d+)?", rest):
         return ["--crop-margin", rest] if rest else ["--layout-method", "paper"]
     if name in ("select", "optimize", "collage"):
         raise ValueError(f"there is no method {method!r}: the forms are {', '.join(FORMS)}")
-    return _known(method, ["--objective", method])
-
-
-def _known(method: str, words: list[str]) -> list[str]:
-    """Returns `words`, the options for which a method stands, unchanged. Raises ValueError if this
-    version does not have one of the options, or not with this value."""
-    for flag, value in zip(words, [*words[1:], ""]):
-        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if not flag.startswith("--"):
-            continue
-        if name not in OPTIONS or (OPTIONS[name].choices and value not in OPTIONS[name].choices):
-            raise ValueError(f"there is no method {method!r}: the forms are {', '.join(FORMS)}")
-    return words
+    return ["--objective", method]
 
 
 # --- draw -----------------------------------------------------------------------------------------
 
 
 def seeds_of(text: str, number: int) -> str:
-    """Returns the seeds of prompt number `number`, as text for --seeds. If `text` is "apart:K",
-    every prompt has K seeds of its own, counted on from prompt to prompt. Any other text is
-    returned unchanged, so that all prompts have the same seeds."""
+    """Returns the seeds of prompt number `number` (from 0), as text for --seeds. If `text` is
+    "apart:K", every prompt has K seeds of its own: 0 to K - 1 for the first prompt, K to 2K - 1 for
+    the second, and so on. Any other text is returned unchanged, so that all prompts have the same
+    seeds."""
     apart = re.fullmatch(r"apart:([1-9]\d*)", text)
     if not apart:
         return text
@@ -136,8 +125,10 @@ def requested(study: Study, method: str, folder: Path) -> tuple[Command, list[Re
 
 
 def _lines(study: Study, method: str, given: Given, subjects: bool = False) -> Iterator[tuple[str, Given]]:
-    """Yields (where, options) for each prompt, as `requests.read` takes them. `given` holds the
-    options of all prompts. `subjects` adds the prompts' subjects."""
+    """Yields (where, options) for each prompt of the study, as `requests.read` takes them, for the
+    run of one method. `where` is the beginning of error messages about the prompt. `given` holds
+    the options that all prompts have in common. With `subjects`, the prompts' subjects are
+    added."""
     for number, item in enumerate(study.prompts):
         own: Given = {"prompt": item["prompt"], "seeds": seeds_of(study.seeds, number)}
         if method.partition(":")[0] == "collage":
@@ -218,17 +209,19 @@ def table(args: argparse.Namespace) -> int:
     results = read(args.study, args.unjudged)
     baseline = args.baseline or results.methods[0]
     cells = compute(results, baseline)
-    text = study_page.markdown(results, cells, baseline, PRESETS.get(args.preset, {}).get("published"))
+    published = PRESETS.get(args.preset, {}).get("published")
+    report = study_page.report(results, cells, baseline, published)
+    text = study_page.markdown(report)
     texts = {
         "table.md": text,
         "table.csv": study_page.as_csv(results, cells),
-        "differences.svg": study_page.differences(cells, baseline),
-        "cost.svg": study_page.cost(results, cells),
+        "differences.svg": study_plots.differences(cells, baseline),
+        "cost.svg": study_plots.cost(results, cells),
     }
     if args.latex:
         texts["table.tex"] = study_page.latex(results, cells)
     if args.page:
-        texts["index.html"] = study_page.page(results, cells, baseline, text, args.rows)
+        texts["index.html"] = study_page.page(results, cells, baseline, report, args.rows)
     out = args.out or args.study
     out.mkdir(parents=True, exist_ok=True)
     for name, content in texts.items():

@@ -52,8 +52,8 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """A published file of weights: where it is on the hub, and its size and licence, for the user
-    to know before a download."""
+    """A published file of weights: where it is on the hub, and its size and licence, which the user
+    is told before a download."""
 
     repo: str
     file: str  # the weights; a second name after | is taken where the first is missing
@@ -94,40 +94,32 @@ WEIGHTS: dict[str, Weights] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table JUDGES: the module of minsd.judges that builds the judge, the columns of
-    its scores, the names in WEIGHTS of the weights that it needs, and a description."""
+    """A row of the table JUDGES: the module of minsd.judges that builds the judge, the names in
+    WEIGHTS of the weights that it needs, and a description."""
 
     module: str
-    columns: tuple[str, ...]
     weights: tuple[str, ...]
     about: str
 
 
 JUDGES: dict[str, Entry] = {
-    "shapes": Entry(
-        "shapes", ("right", "no_neglect", "strict"), (), "the embedded model's own pixel detector"
-    ),
-    "clip": Entry("clip", ("clip",), ("clip-b16",), "cosine of image and prompt, ViT-B/16"),
-    "clip-b32": Entry("clip", ("clip-b32",), ("clip-b32",), "the same, ViT-B/32"),
-    "clip-l14": Entry("clip", ("clip-l14",), ("clip-l14",), "the same, ViT-L/14"),
-    "clip-h14": Entry("clip", ("clip-h14",), ("clip-h14",), "the same, OpenCLIP's ViT-H/14"),
-    "least": Entry("clip", ("least",), ("clip-b16",), "the part of the prompt that the image neglects most"),
-    "pickscore": Entry("clip", ("pickscore",), ("pickscore",), "PickScore, human preference"),
-    "hpsv2": Entry("clip", ("hpsv2",), ("hpsv2",), "Human Preference Score v2, times 100"),
-    "hpsv2.1": Entry("clip", ("hpsv2.1",), ("hpsv2.1",), "Human Preference Score v2.1, times 100"),
-    "hpsv2.1@plain": Entry("clip", ("hpsv2.1@plain",), ("hpsv2.1",), "the same, resized without antialias"),
-    "aesthetic": Entry("clip", ("aesthetic",), ("clip-l14", "aesthetic"), "LAION's aesthetic predictor v2"),
-    "imagereward": Entry("blip", ("imagereward",), ("imagereward", "bert"), "ImageReward, human preference"),
+    "shapes": Entry("shapes", (), "the embedded model's own pixel detector"),
+    "clip": Entry("clip", ("clip-b16",), "cosine of image and prompt, ViT-B/16"),
+    "clip-b32": Entry("clip", ("clip-b32",), "the same, ViT-B/32"),
+    "clip-l14": Entry("clip", ("clip-l14",), "the same, ViT-L/14"),
+    "clip-h14": Entry("clip", ("clip-h14",), "the same, OpenCLIP's ViT-H/14"),
+    "least": Entry("clip", ("clip-b16",), "the part of the prompt that the image neglects most"),
+    "pickscore": Entry("clip", ("pickscore",), "PickScore, human preference"),
+    "hpsv2": Entry("clip", ("hpsv2",), "Human Preference Score v2, times 100"),
+    "hpsv2.1": Entry("clip", ("hpsv2.1",), "Human Preference Score v2.1, times 100"),
+    "hpsv2.1@plain": Entry("clip", ("hpsv2.1",), "the same, resized without antialias"),
+    "aesthetic": Entry("clip", ("clip-l14", "aesthetic"), "LAION's aesthetic predictor v2"),
+    "imagereward": Entry("blip", ("imagereward", "bert"), "ImageReward, human preference"),
     "geneval-style": Entry(
-        "mask2former",
-        ("geneval-style",),
-        ("mask2former", "clip-l14"),
-        "GenEval's rules on Mask2Former's detections",
+        "mask2former", ("mask2former", "clip-l14"), "GenEval's rules on Mask2Former's detections"
     ),
-    "tiam-like": Entry("mask2former", ("tiam-like",), ("mask2former",), "TIAM's rule: every object is there"),
-    "region_clip": Entry(
-        "regions", ("region_clip", "nearest_own"), ("clip-b32",), "cosine of each box with its caption"
-    ),
+    "tiam-like": Entry("mask2former", ("mask2former",), "TIAM's rule: every object is there"),
+    "region_clip": Entry("regions", ("clip-b32",), "cosine of each box with its caption"),
 }
 
 RATES = ("right", "no_neglect", "strict", "geneval-style", "tiam-like")  # columns of 0 and 1
@@ -174,8 +166,10 @@ def built(
     device: "torch.device | str",
     options: Mapping[str, Any],
 ) -> Any:
-    """Loads the judge with this `identity`, from the weights at the paths `files`. Raises
-    ValueError, in one line, for an unsuitable file."""
+    """Loads the judge that `identity` describes, from the weights at the paths `files`. `identity`
+    is the result of the function `identity`: the judge's name, weights, dtype and options. `files`
+    maps names of WEIGHTS to paths. `options` are passed to the function `build` of the judge's
+    module. Raises ValueError, in one line, for an unsuitable file."""
     import torch
 
     module = importlib.import_module(f"minsd.judges.{check(identity['judge']).module}")
@@ -215,10 +209,14 @@ def short(identity: Mapping[str, Any]) -> str:
 
 
 def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) -> Path:
-    """Returns the path of the weights `WEIGHTS[key]`. `given` maps names of WEIGHTS to a folder, a
-    file or a hub id that the user chose; a folder or file is taken from there. Otherwise the
-    weights come from the hub's cache or, with `fetch`, from a download. Raises FileNotFoundError,
-    in one line, if they are not found. `judge` is the name to print in the error."""
+    """Returns the path of the weights `WEIGHTS[key]`. `given` maps names of WEIGHTS to the folder,
+    the file or the hub id that the user chose for them.
+
+    If the user chose a folder or a file, the weights are taken from it. Otherwise they are those of
+    the chosen hub id, or of the published one, and come from the hub's cache or, with `fetch`, from
+    a download. Raises FileNotFoundError, in one line, if they are not found. `judge` is the name to
+    print in the error.
+    """
     row = WEIGHTS[key]
     place = given.get(key)
     if place is not None and Path(place).exists():
@@ -319,12 +317,13 @@ def tensors(path: Path) -> "dict[str, torch.Tensor]":
 def fill(
     network: "torch.nn.Module", held: "Mapping[str, torch.Tensor]", spare: Sequence[str], path: Path
 ) -> None:
-    """Fills a network that was made on the meta device with the tensors `held`, by name, in
-    float32, and freezes the network. `path` is the file to name in errors.
+    """Fills a network that was made on the meta device with the tensors in `held` (name -> tensor),
+    in float32, and freezes the network.
 
-    Every parameter of the network must be among the tensors, with its shape. Tensors that the
-    network does not have are ignored if their names begin with one of `spare`, or end with
-    "position_ids". Otherwise raises ValueError, in one line.
+    Raises ValueError, in one line, unless `held` has a tensor of the right shape for every
+    parameter of the network and no others. Two kinds of other tensors are allowed and ignored:
+    those whose names begin with one of the prefixes `spare`, and those whose names end with
+    "position_ids". `path` is the file to name in the error.
     """
     import torch
 
