@@ -25,9 +25,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line with the arguments `argv` (default: those of the process) and returns
     its exit code: 0 if all images are done, 2 for a mistake of the user, 130 if interrupted, and 1
     for any other error."""
-    # OpenMP's threads spin while they wait, which takes the processor from other work. torch reads
-    # this variable when it is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     argv = sys.argv[1:] if argv is None else argv
     tally = Tally()
     try:
@@ -198,6 +195,14 @@ def script() -> int:
     or minsd/app/study.py). As the only argument, either word is a prompt.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # OpenMP's threads spin while they wait, which takes the processor from other work. torch reads
+    # this variable when it is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if len(sys.argv) > 1 and sys.argv[1] == "web":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the package is imported
+        from minsd.app import web
+
+        return web.main(sys.argv[2:])
     if len(sys.argv) > 2 and sys.argv[1] == "judge":
         from minsd import judge
 
