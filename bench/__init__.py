@@ -11,7 +11,6 @@ import csv
 import datetime
 import functools
 import json
-import math
 import multiprocessing
 import multiprocessing.pool
 import os
@@ -133,16 +132,12 @@ def report(name: str, rows: Sequence[Row], keep: bool, device: Device = "cpu") -
         print("written to", write_csv(name, rows, device))
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns Wilson's interval (low, high) of the rate successes / n (Wilson 1927), at 95 % for
-    the default `z`."""
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
-    z2 = z * z
-    middle = p + z2 / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval (low, high) of the rate successes / n."""
+    from minsd.app import statistics
+
+    _, low, high = statistics.wilson(successes, n)
+    return low, high
 
 
 def rate(name: str, successes: int, n: int) -> Row:

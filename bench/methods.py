@@ -2,28 +2,34 @@
 
     python -m bench.methods --csv --keep out --sheets out    # 200 prompts per group: hours
     python -m bench.methods --quick                          # 10 per group and few methods: minutes
-    python -m bench.methods --tune 40 --methods syngen overlap    # step scales, on separate seeds
+    python -m bench.methods --tune 40 --keep out             # step sizes first, on separate seeds
+    python -m bench.methods --plot methods.png               # from bench/results/methods.csv
 
 Every method of noise/objectives/ draws the same prompts with the embedded model from the same
 seeds: two objects, three objects, and two objects of which one has a colour that training never
 showed on its shape (`binding`). A detector that reads only pixels judges the images: right (exactly
 the prompt's objects), without neglect (no object is missing), and with the right colours. Gains
 over plain sampling are paired, image by image. `pick-K` draws the best of K seeds by attention
-score. A method is worthwhile only if it is better than the `pick-K` that takes the same time.
+score. A method is worthwhile only if it is better than its rival, the `pick-K` that takes the most
+similar time; the column `over_rival_95` is the paired difference.
 
-Each method has its published settings, and a step size that is multiplied by the method's factor in
-SCALES, chosen by `--tune` on prompts and seeds that the table does not use. Seconds are processor
-seconds of one thread, per image, so that other work on the machine does not count. Finished parts
-are kept in the folder `--keep`, so a stopped run can be continued, and `--report` makes the table
-of the parts finished so far.
+Each method has its published settings. `--tune` draws prompts and seeds that the table does not
+use with several step sizes (`--factors`, multiples of the published one; 1/40 of it on the embedded
+model), chooses each method's best factor, and writes it to the file scales.json in the folder
+`--keep`. A table whose `--keep` folder has this file uses these factors, and otherwise 1. Seconds
+are processor seconds of one thread, per image, so that other work on the machine does not count.
+Finished parts are kept in the folder `--keep`, so a stopped run can be continued, and `--report`
+makes the table of the parts finished so far.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench import Row, forget_peak, loaded, parser, peak_mb, pool, print_table, rate, write_csv
+from bench import RESULTS, Row, forget_peak, loaded, parser, peak_mb, pool, print_table, rate, write_csv
 from bench.alignment import Cost, save_sheet
 from bench.shapes import BATCH, Subjects, cases, sentence
 from minsd.noise import best, initno, look, steer
@@ -46,9 +52,8 @@ GROUPS = ("two", "three", "binding")
 SHOWN = 8  # rows of a sheet
 TUNED = 1_000_000  # seeds of --tune begin here
 MOVED = frozenset(("hybrid", "mixed", "wrong colour"))  # failures of colours
-# Method -> the factor by which its step size is multiplied. The step size is the published one, on
-# the embedded model 1/40 of it.
-SCALES: dict[str, float] = {}
+SCALES = "scales.json"  # in the folder --keep: method -> factor, as `--tune` has chosen
+PRINTED = ("rival", "over_rival_95")  # columns of the printed table alone
 
 
 class Method(NamedTuple):
@@ -84,6 +89,7 @@ METHODS = {
     "optimize-excite": Method("excite", "optimize", {"steps": 10}),
     "saga": Method("saga"),
 }
+PICKS = ("plain", "pick-5", "pick-16", "pick-50")  # what every method is compared with at equal time
 QUICK = ("plain", "pick-5", "excite", "syngen")
 
 
@@ -130,8 +136,9 @@ def draw(
         if method.initno:
             results = initno.optimize_batch(sd, prompts, [None] * len(prompts), starts)
             x = torch.cat([result.noise for result in results])
-        x, refine, run = steered(sd, method, asks, starts, x)
+        x, refine, end, run = steered(sd, method, asks, starts, x)
         images = sd.decode(sd.sample(prompts, x, seeds=starts, refine=refine))
+        end()
     for record in [] if run is None else run.records:
         rows.update(record["rows"])
     costs = cost.per_image(len(prompts)) | {"peak_mb": peak_mb()}
@@ -141,20 +148,21 @@ def draw(
 
 def steered(
     sd: StableDiffusion, method: Method, asks: list[look.Ask], seeds: list[int], x: Tensor
-) -> tuple[Tensor, Any, steer.Run | None]:
-    """Applies a method's objective to noise x (B,4,h,w). Returns (noise, refine, run): the noise,
-    perhaps chosen or optimised; the function that updates latents while denoising, or None; and the
-    object that applies the objective, or None if the method has no objective. `asks` describes the
-    images."""
+) -> tuple[Tensor, Any, Callable[[], None], steer.Run | None]:
+    """Applies a method's objective to noise x (B,4,h,w). Returns (noise, refine, end, run): the
+    noise, perhaps chosen or optimised; the function that updates latents while denoising, or None;
+    a function to call after the run; and the object that applies the objective and records its
+    costs, or None if the method has no objective. `asks` describes the images."""
+
+    def nothing() -> None: ...
+
     if method.objective is None:
-        return x, None, None
+        return x, None, nothing, None
     chosen = steer.choose(method.objective, driver=method.driver, settings=method.settings)
     run = steer.Run(sd, chosen, asks)
     if chosen.driver != "refine":
-        return run.noise(seeds, x.shape[1:]), None, run
-    refine, end = run.refine()
-    end()  # rows are counted by `Cost`
-    return x, refine, run
+        return run.noise(seeds, x.shape[1:]), None, nothing, run
+    return x, *run.refine(), run
 
 
 def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
@@ -197,11 +205,18 @@ class Judged(NamedTuple):
     costs: dict[str, float]
 
 
+def steps(name: str) -> bool:
+    """Returns whether a method has a step size. Methods without an objective, with the driver
+    select, and SAGA, whose updates are its own, have none."""
+    method = METHODS[name]
+    return method.objective not in (None, "saga") and method.driver != "select"
+
+
 def scaled(sd: StableDiffusion, name: str, factor: float) -> Method:
     """Returns the method called `name` with its step size multiplied by `factor`. Methods without a
-    step size (no objective, the driver select, SAGA's own updates) are returned unchanged."""
+    step size are returned unchanged."""
     method = METHODS[name]
-    if factor == 1 or method.objective in (None, "saga") or method.driver == "select":
+    if factor == 1 or not steps(name):
         return method
     if method.objective == "nlg":
         size = {"lr": 1.0}
@@ -242,22 +257,22 @@ def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
     prompts come before those for the next batch, so that a stopped run can still compare methods on
     the same prompts."""
     n = args.tune or args.n
+    scales = {} if args.tune else read_scales(args.keep)
     for start in range(0, n, BATCH):
-        for group in ("two",) if args.tune else args.groups:
+        for group in args.groups:
             for method in args.methods:
-                tried = args.factors if args.tune else [SCALES.get(method, 1.0)]
-                for scale in tried if METHODS[method].objective or not args.tune else []:
+                tried = args.factors if steps(method) else []
+                for scale in tried if args.tune else [scales.get(method, 1.0)]:
                     yield Job(args.model, group, method, scale, n, start, bool(args.tune), args.keep)
 
 
 # --- tables --------------------------------------------------------------------------------------
 
 
-def paired(ours: Sequence[Judged], plain: Sequence[Judged], of: Callable[[Judged], bool]) -> str:
-    """Returns, as text, how much a rate is greater than with plain sampling, with the 95 % interval
-    of the paired differences. `ours` and `plain` are the images of the method and of plain
-    sampling, and `of(image)` states whether an image counts for the rate."""
-    change = np.array([float(of(a)) - float(of(b)) for a, b in zip(ours, plain)])
+def paired(ours: Sequence[Judged], others: Sequence[Judged]) -> str:
+    """Returns, as text, how much greater the rate of images without neglect is among `ours` than
+    among `others`, images of the same prompts, with the 95 % interval of the paired differences."""
+    change = np.array([float(a.no_neglect) - float(b.no_neglect) for a, b in zip(ours, others)])
     half = 1.96 * change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan
     return f"{change.mean():+.3f} [{change.mean() - half:+.3f}, {change.mean() + half:+.3f}]"
 
@@ -274,26 +289,63 @@ def table(jobs: Sequence[Job]) -> list[Row]:
             for key in keys
         }
         shared = sorted(set.intersection(*(set(parts) for parts in found.values())))
-        for (method, scale), parts in found.items():
-            judged = [one for start in shared for one in parts[start]]
-            plain = found.get(("plain", 1.0), parts)
+        images = {key: [one for start in shared for one in parts[start]] for key, parts in found.items()}
+        for (method, scale), judged in images.items() if shared else ():
             row: Row = {"group": group, "method": method, "scale": scale, "n": len(judged)}
-            if not judged:
-                continue
             row |= rate("right", sum(j.right for j in judged), len(judged))
             row |= rate("no_neglect", sum(j.no_neglect for j in judged), len(judged))
             row |= rate("right_colours", sum(j.colours for j in judged), len(judged))
-            base = [one for start in shared for one in plain[start]]
-            row["gain_no_neglect_95"] = paired(judged, base, lambda j: j.no_neglect)
+            row["gain_no_neglect_95"] = paired(judged, images.get(("plain", 1.0), judged))
             for key in ("cpu_seconds", "unet_rows", "gradient", "stopped", "peak_mb"):
                 row[key] = round(float(np.mean([j.costs[key] for j in judged])), 2)
+            rival = rival_of(method, images)
+            row["rival"] = rival[0]
+            row["over_rival_95"] = paired(judged, images.get(rival, judged))
             rows.append(row)
     return rows
 
 
+def rival_of(method: str, images: Mapping[tuple[str, float], Sequence[Judged]]) -> tuple[str, float]:
+    """Returns the (name, scale) of the other method among plain sampling and `pick-K` whose time
+    per image is the most similar, as a ratio. ("", 1) if there is none. `images` holds the images
+    of each (name, scale)."""
+    seconds = {key: np.mean([j.costs["cpu_seconds"] for j in judged]) for key, judged in images.items()}
+    [own] = [value for key, value in seconds.items() if key[0] == method][:1]
+    rivals = [key for key in seconds if key[0] in PICKS and key[0] != method]
+    return min(rivals, key=lambda key: abs(math.log(seconds[key] / own)), default=("", 1.0))
+
+
+def chosen_scales(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns the best factor of each method, from the rows of `--tune`: the one with the most
+    images without neglect, over all groups, and of equal ones that with the most right images, and
+    then the one closest to 1, the published step size."""
+    totals: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        total = totals.setdefault((row["method"], row["scale"]), [0.0, 0.0])
+        total[0] += row["n"] * row["no_neglect"]
+        total[1] += row["n"] * row["right"]
+    ranked = sorted(totals, key=lambda key: (*(-round(x, 2) for x in totals[key]), abs(math.log(key[1]))))
+    return {method: scale for method, scale in reversed(ranked)}
+
+
+def read_scales(keep: Path) -> dict[str, float]:
+    """Returns the factors that `--tune` has written to the folder `keep`, by method."""
+    path = keep / SCALES
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def recorded() -> list[Row]:
+    """Returns the rows of bench/results/methods.csv, the last one of each group and method."""
+    with (RESULTS / "methods.csv").open(newline="") as file:
+        rows = {(row["group"], row["method"]): row for row in csv.DictReader(file)}
+    numbers = ("cpu_seconds", "no_neglect")
+    return [row | {name: float(row[name]) for name in numbers} for row in rows.values()]
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Plots, for each group, the rate of images without neglect against processor seconds. A grey
-    line joins the methods whose rate is greater than that of every faster method."""
+    """Plots, for each group, the rate of images without neglect, with its 95 % interval, against
+    processor seconds. A grey line joins the methods whose rate is greater than that of every faster
+    method."""
     import matplotlib  # pyright: ignore[reportMissingImports]  (of the extra "bench")
 
     matplotlib.use("Agg")
@@ -305,12 +357,30 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         points = sorted((r["cpu_seconds"], r["no_neglect"], r["method"]) for r in rows if r["group"] == group)
         front = [p for k, p in enumerate(points) if all(p[1] > q[1] for q in points[:k])]
         axis.plot([p[0] for p in front], [p[1] for p in front], color="0.7")
+        for row in rows:
+            if row["group"] == group:
+                ends = [float(end) for end in row["no_neglect_95"].split("-")]
+                axis.plot([row["cpu_seconds"]] * 2, ends, color="tab:blue", alpha=0.3)
         for seconds, value, method in points:
             axis.plot(seconds, value, "o", color="tab:blue")
             axis.annotate(method, (seconds, value), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(title=group, xlabel="processor seconds per image", ylabel="without neglect", xscale="log")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
+
+
+def save_sheets(args: argparse.Namespace) -> None:
+    """Saves one contact sheet per group to the folder --sheets: a row per prompt, a column per
+    method."""
+    for group in args.groups:
+        tiles = []
+        for k in range(SHOWN):
+            for method in args.methods:
+                path = args.keep / f"{group}-{method}-{k}.png"
+                if path.exists():
+                    tiles.append((Image.open(path).convert("RGB"), f"{method} {k}"))
+        if tiles:
+            save_sheet(args.sheets / f"methods-{group}.png", tiles, len(args.methods))
 
 
 def main() -> None:
@@ -330,7 +400,13 @@ def main() -> None:
     options.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
     )
+    options.add_argument("--plot", type=Path, metavar="FILE", help="only plot the rows of methods.csv")
     args = options.parse_args()
+    if (args.sheets or args.plot) and find_spec("matplotlib") is None:
+        options.error("--sheets and --plot need matplotlib: pip install 'minsd[bench]'")
+    if args.plot:
+        plot(recorded(), args.plot)
+        return
     if args.quick:
         args.n, args.groups, args.methods = BATCH, ("two",), args.methods or QUICK
     wanted = args.methods or list(METHODS)
@@ -347,24 +423,21 @@ def main() -> None:
     if not rows:
         print("no batch is finished for every method yet")
         return
-    print_table(
-        [{k: v for k, v in row.items() if not k.endswith("_95") or k.startswith("gain")} for row in rows]
-    )
-    if args.sheets:
-        args.sheets.mkdir(parents=True, exist_ok=True)
-        if not args.tune:
-            plot(rows, args.sheets / "methods.png")
-        for group in () if args.tune else args.groups:
-            tiles = []
-            for k in range(SHOWN):
-                for method in args.methods:
-                    path = args.keep / f"{group}-{method}-{k}.png"
-                    if path.exists():
-                        tiles.append((Image.open(path).convert("RGB"), f"{method} {k}"))
-            if tiles:
-                save_sheet(args.sheets / f"methods-{group}.png", tiles, len(args.methods))
+    hidden = ["right_95", "no_neglect_95", "right_colours_95"]
+    if args.tune:  # plain sampling is not drawn
+        hidden += ["gain_no_neglect_95", *PRINTED]
+    print_table([{k: v for k, v in row.items() if k not in hidden} for row in rows])
+    if args.tune:
+        scales = read_scales(args.keep) | chosen_scales(rows)
+        (args.keep / SCALES).write_text(json.dumps(scales))
+        print(f"written to {args.keep / SCALES}: {scales}")
     if args.csv:
-        print("written to", write_csv("methods-tune" if args.tune else "methods", rows))
+        kept = [{k: v for k, v in row.items() if k not in PRINTED} for row in rows]
+        print("written to", write_csv("methods-tune" if args.tune else "methods", kept))
+    if args.sheets and not args.tune:
+        args.sheets.mkdir(parents=True, exist_ok=True)
+        plot(rows, args.sheets / "methods.png")
+        save_sheets(args)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ Item = TypeVar("Item")
 ROUND = 1.1  # the weight of a pair of round brackets
 DEEPEST = 100  # brackets open at a time
 _LEXEME = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|:", re.ASCII)
+# Numbers to a program, but not in this syntax. The web UI would draw the text "inf" or "1e3".
+_NO_WEIGHT = re.compile(r"\s*[+-]?(?:inf(?:inity)?|nan|(?:\d+\.?\d*|\.\d+)e[+-]?\d+)\s*", re.ASCII | re.I)
+LARGEST = 1e6  # a weight; far beyond it, text states overflow
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _LONE_BREAK = re.compile(r"(?<!\S)BREAK(?![^\s,])")
 
@@ -43,7 +46,8 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
     `weights` states whether to read the syntax of weights, such as (cat:1.3), and of BREAK: True
     always reads the syntax, False never, and None only if the prompt contains it unmistakably
     (`is_weighted`). Otherwise the whole prompt, unchanged, is one fragment of weight 1. Raises
-    ValueError for more than 100 open brackets.
+    ValueError for more than 100 open brackets, and for a weight that is not a plain number, such as
+    (cat:inf), or is beyond 1e6.
     """
     if weights is False or (weights is None and not is_weighted(prompt)):
         return [Fragment(prompt, 1.0, range(len(prompt)))]
@@ -60,6 +64,8 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
             del active[closes[k]]
         else:
             weight = math.prod(reversed(active.values()))
+            if not abs(weight) <= LARGEST:
+                raise ValueError(f"the prompt has a weight beyond {LARGEST:g}: write such as (cat:1.3)")
             for text, start, end in _parts(lexeme):
                 if text is None:
                     found.append(None)
@@ -76,7 +82,9 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
 def is_weighted(prompt: str) -> bool:
     """Returns whether a prompt unmistakably contains the syntax of prompt weights: a weight in
     brackets, such as (cat:1.3), or BREAK between spaces. Brackets alone do not count, because they
-    occur in ordinary text too. Neither do times and proportions, such as (10:30) and (16:9)."""
+    occur in ordinary text too. Neither do times and proportions, such as (10:30) and (16:9). Other
+    whole numbers count, as in (cat:2), and so does (see fig:2), which has the same form and is a
+    weight to the web UI too. Raises ValueError for a weight such as (cat:inf)."""
     lexemes = list(_LEXEME.finditer(prompt))
     _, closes = _brackets(lexemes)
     for k in closes:
@@ -94,7 +102,8 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
     `factors` maps the index of each lexeme that is an opening bracket to the factor by which the
     bracket multiplies the weights inside. `closes` maps the index of each closing bracket that has
     an opening one to the index of that one. Round and square brackets are matched separately, so a
-    pair of one kind may overlap a pair of the other.
+    pair of one kind may overlap a pair of the other. Raises ValueError for a weight such as
+    (cat:inf) or (cat:1e3).
     """
     opened: dict[str, list[int]] = {"(": [], "[": []}
     factors: dict[int, float] = {}
@@ -108,9 +117,20 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
             pair = opened["(" if text[-1] == ")" else "["]
             if pair:
                 closes[k] = pair.pop()
+                _check_weight(*(before[0] for before in lexemes[max(0, k - 2) : k + 1]))
                 if lexeme[1] is not None:
                     factors[closes[k]] = float(lexeme[1])
     return factors, closes
+
+
+def _check_weight(*last: str) -> None:
+    """Raises ValueError if `last`, a closing bracket and up to two lexemes before it, is such as
+    ":", "inf" and ")", a weight that is not a plain number."""
+    if len(last) == 3 and last[0] == ":" and last[2] == ")" and _NO_WEIGHT.fullmatch(last[1]):
+        raise ValueError(
+            f"the weight in (...:{last[1].strip()}) is not a plain number: write such as (cat:1.3), or "
+            "give --no-prompt-weights to draw it as text"
+        )
 
 
 def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:

@@ -236,6 +236,13 @@ def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) 
     os.replace(file.name, path)
 
 
+def write(path: Path, text: str) -> None:
+    """Writes a text file, completely or not at all."""
+    with temporary(path.parent) as file:
+        file.write(encodable(text).encode())
+        put(file, path)
+
+
 def remove_stale(folder: Path) -> list[str]:
     """Removes the temporary files that killed processes left in a folder, and returns their names.
 

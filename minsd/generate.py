@@ -9,12 +9,11 @@ errors answer at once.
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minsd.app import Tally, mistake, options, ranks, reason, requests
+from minsd.app import Tally, mistake, options, ranks, reason, requests, warned
 from minsd.app.hold import Hold
 from minsd.app.prompts import located
 from minsd.app.requests import Command, Request
@@ -28,8 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     tally = Tally()
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
+        with warned():
             command, lines = requests.read(options.parse(argv))
             go(command, lines, tally)
         return _end(tally)
@@ -179,12 +177,6 @@ def _report(error: Exception, tally: Tally) -> int:
         message = f"{tally.made} of {tally.wanted} images are done; {message}"
     print(f"minsd: error: {ranks.label()}{printable(message)}", file=sys.stderr)
     return 2 if mistake(error) else 1
-
-
-def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(f"minsd: warning: {printable(message)}", file=sys.stderr)  # above a progress bar, not into it
 
 
 def script() -> int:

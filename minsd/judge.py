@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from minsd import files, judges
-from minsd.app import mistake, reason
+from minsd.app import ended, prompt_sets, study_file
+from minsd.app.options import Parser, positive
+from minsd.app.prompts import located
 from minsd.app.ranks import Share, label, local_rank
 from minsd.judges import JUDGES, WEIGHTS
 
@@ -35,7 +37,8 @@ FORMS = (
     "runs.jsonl of minsd, prompts.jsonl or prompts.csv with columns file and prompt, GenEval's "
     "NNNNN/metadata.jsonl, PNGs that hold their prompt, or with --folders one folder per prompt"
 )
-LINE = {"file", "judge", "identity", "asked", "size", "values"}  # keys of a line of scores
+Line = dict[str, Any]  # one line of scores.jsonl
+LINE = {"judge": str, "identity": dict, "asked": str, "size": int, "values": dict}  # its keys
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -90,55 +93,54 @@ def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
     """Returns a dict that maps prompts to what a detector must look for in their images (objects
     with colours, counts and places). The dict comes from the study.json in the folder or its
     parent. If there is none, it contains the prompts of the GenEval benchmark."""
-    for place in (folder, folder.parent):
-        if (place / "study.json").is_file():
-            items = files.read_json(place / "study.json")["prompts"]
-            return {item["prompt"]: item for item in items}
-    from minsd.app.prompt_sets import geneval
-
-    return {item["prompt"]: item for item in geneval()}
+    study = study_file.read(folder) or study_file.read(folder.parent)
+    items = prompt_sets.geneval() if study is None else study.prompts
+    return {item["prompt"]: item for item in items}
 
 
 def _images(folder: Path) -> list[str]:
-    """Returns the names of the images in a folder, sorted."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    """Returns the names of the images in a folder, sorted. There are none if the folder is
+    missing."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in paths if path.suffix.lower() in IMAGES)
 
 
 def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     """Yields the images that the rows of minsd's runs*.jsonl files name, in this folder and the
-    folders below it. An image whose file is missing is left out if another row with the same
-    settings has a file, because --resume draws a missing image again under a new name. `asked` maps
-    prompts to what a detector must look for."""
+    folders below it. `asked` maps prompts to what a detector must look for.
+
+    --resume draws a missing or broken image again under a new name. So of several images with the
+    same settings, those that cannot be read are left out, if at least one can be read."""
     from minsd.app.folder import by_file, key_of, recorded
 
     for sub in sorted({path.parent for path in folder.rglob("runs*.jsonl")}):
         rows = by_file(recorded(sub.glob("runs*.jsonl")), sub)
-        present = {key_of(row) for name, row in rows.items() if (sub / name).is_file()} - {None}
-        for name, row in sorted(rows.items()):
-            if key_of(row) in present and not (sub / name).is_file():
-                continue
+        same: dict[bytes | None, list[Picture]] = {}  # images of the same settings
+        for name, row in rows.items():
             prompt = str(row.get("prompt", ""))
-            yield Picture(sub, name, prompt, asked.get(prompt), row.get("model"))
+            one = Picture(sub, name, prompt, asked.get(prompt), row.get("model"))
+            same.setdefault(key_of(row), []).append(one)
+        for key, several in same.items():
+            if key is not None and len(several) > 1:
+                whole = [one for one in several if not isinstance(opened(one), Exception)]
+                several[:] = whole or several[-1:]
+        yield from sorted((one for several in same.values() for one in several), key=lambda one: one.file)
 
 
 def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     """Yields the images that the folder's prompts.jsonl or prompts.csv lists. `asked` maps prompts
     to what a detector must look for; a row with the key "include" states this itself. Raises
-    ValueError for a row without a file or prompt."""
-    rows: list[Mapping[str, Any]] = []
-    if (folder / "prompts.jsonl").is_file():
-        text = (folder / "prompts.jsonl").read_text(encoding="utf-8")
-        lines = text.split("\n")  # of JSON: other line breaks may be part of a prompt
-        rows = [files.parse_json(line) for line in lines if line.strip()]
-    elif (folder / "prompts.csv").is_file():
-        with (folder / "prompts.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    for row in rows:
-        texts = [row.get("file"), row.get("prompt")] if isinstance(row, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{folder}: every row of prompts.jsonl or prompts.csv needs file and prompt")
-        own = row if "include" in row else asked.get(row["prompt"])
-        yield Picture(folder, row["file"], row["prompt"], own)
+    ValueError, with the line, for a row without a file or prompt or with malformed clauses."""
+    for name in ("prompts.jsonl", "prompts.csv"):
+        if (folder / name).is_file():
+            for where, row in prompt_sets.rows(folder / name):
+                with located(where):
+                    prompt_sets.check(row)
+                    if not isinstance(row.get("file"), str):
+                        raise ValueError('there is no "file"')
+                own = row if "include" in row else asked.get(row["prompt"])
+                yield Picture(folder, row["file"], row["prompt"], own)
+            return
 
 
 def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
@@ -147,8 +149,8 @@ def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
     `asked` is ignored. Raises ValueError for metadata without a prompt."""
     for path in sorted(folder.glob("*/metadata.jsonl")):
         item = files.read_json(path)
-        if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
-            raise ValueError(f"{path} holds no prompt")
+        with located(f"{path}: "):
+            prompt_sets.check(item)
         for name in _images(path.parent / "samples"):
             yield Picture(folder, f"{path.parent.name}/samples/{name}", item["prompt"], item)
 
@@ -173,40 +175,44 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Returns the scores of the images in a folder: a dict (file, judge) -> line, where a line is a
+def scores(folder: Path) -> dict[str, dict[str, Line]]:
+    """Returns the scores of the images in a folder: a dict file -> judge -> line, where a line is a
     dict with the keys LINE. If there are several lines for one image and judge, the last counts.
     Incomplete lines, such as a line cut off by a kill, are skipped."""
     from minsd.app.folder import recorded
 
     # The processes' own files hold the lines since the last merge.
     rows = [*recorded([folder / SCORES]), *recorded(folder.glob("scores-*.jsonl"))]
-    good = [row for row in rows if LINE <= row.keys() and isinstance(row["judge"], str)]
-    return {(row["file"], row["judge"]): row for row in good if isinstance(row["values"], dict)}
+    out: dict[str, dict[str, Line]] = {}
+    for row in rows:
+        if all(isinstance(row.get(key), kind) for key, kind in LINE.items()):
+            out.setdefault(row["file"], {})[row["judge"]] = row
+    return out
 
 
-def merge(folder: Path, parts: Sequence[Path]) -> None:
-    """Merges the files `parts`, each written by one process, into the folder's scores.jsonl, with
-    one line per image and judge, and deletes the files `parts`. A merge that was interrupted can be
-    repeated."""
+def merge(folder: Path, share: Share) -> None:
+    """Merges the files of scores that this process merges (`Share.parts`) into the folder's
+    scores.jsonl, with one line per image and judge, and deletes them. Safe to repeat after an
+    interruption."""
+    parts = share.parts(folder, "scores")
     if not parts:
         return
     with files.locked(folder):
-        lines = scores(folder)
-        with files.temporary(folder) as file:
-            file.writelines((files.dumps(lines[key]) + "\n").encode() for key in sorted(lines))
-            files.put(file, folder / SCORES)
+        lines = [
+            line for _, by_judge in sorted(scores(folder).items()) for _, line in sorted(by_judge.items())
+        ]
+        files.write(folder / SCORES, "".join(files.dumps(line) + "\n" for line in lines))
         for path in parts:
             path.unlink(missing_ok=True)
 
 
-def stands(line: Mapping[str, Any] | None, picture: Picture, identity: str) -> bool:
-    """Returns whether `line`, the earlier scores of an image (None if there are none), is still
-    valid. The size of the image's file, the prompt, what a detector must look for, and the judge's
-    `identity` (a hash) must be unchanged."""
-    if line is None or line["asked"] != picture.question or judges.short(line["identity"]) != identity:
-        return False
-    return picture.path.is_file() and picture.path.stat().st_size == line["size"]
+def valid(lines: Mapping[str, Line], picture: Picture) -> dict[str, Line]:
+    """Returns those of an image's lines of scores (judge -> line) that are still valid: the size of
+    the image's file, the prompt, and what a detector must look for must be unchanged."""
+    if not lines or not picture.path.is_file():
+        return {}
+    now = picture.path.stat().st_size, picture.question
+    return {name: line for name, line in lines.items() if (line["size"], line["asked"]) == now}
 
 
 @dataclass
@@ -216,8 +222,7 @@ class Run:
     the number of images per batch. With `again`, images are judged although they have valid scores.
     """
 
-    rank: int
-    world: int
+    share: Share
     quiet: bool
     batch: int
     again: bool
@@ -229,40 +234,38 @@ class Run:
         self.failed += 1
         print(f"minsd: error: {label()}{files.printable(message)}", file=sys.stderr)
 
-    def judge(self, name: str, found: Sequence[Picture], ready: "Ready") -> None:
-        """Judges this process's part of the images `found` with the judge `name`. Images that have
-        a valid line of scores are left out, except with --again. `ready` loads the judge, which
-        happens only if there are images to judge."""
+    def judge(self, ready: "Ready", found: Sequence[Picture]) -> None:
+        """Judges this process's part of the images `found`. Images that have a valid line of scores
+        are left out, except with --again. The judge is loaded only if there are images to judge."""
         known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
-        wanted = [
-            picture
-            for picture in found[self.rank :: self.world]
-            if self.again
-            or not stands(known[picture.folder].get((picture.file, name)), picture, ready.identity)
-        ]
+        wanted = []
+        for picture in found[self.share.rank :: self.share.world]:
+            line = valid(known[picture.folder].get(picture.file, {}), picture).get(ready.name)
+            if self.again or line is None or line["identity"] != ready.identity:
+                wanted.append(picture)
         if not wanted:
             return
         judge = ready.load()
-        size = self.batch
-        parts = [wanted[at : at + size] for at in range(0, len(wanted), size)]
-        with ThreadPoolExecutor(4) as pool:  # images are opened while the network works
-            coming = [(part, pool.map(opened, part)) for part in parts[:2]]
-            for number in range(len(parts)):
-                part, images = coming.pop(0)
-                if number + 2 < len(parts):
-                    coming.append((parts[number + 2], pool.map(opened, parts[number + 2])))
-                self._part(name, judge, part, list(images))
+        parts = [wanted[at : at + self.batch] for at in range(0, len(wanted), self.batch)]
+        done = 0
+        with ThreadPoolExecutor(4) as pool:  # opens a batch while the network works on the one before
+            images = pool.map(opened, parts[0])
+            for part, later in zip(parts, [*parts[1:], []]):
+                these = list(images)
+                images = pool.map(opened, later)
+                self._part(judge, part, these)
+                done += len(part)
                 if not self.quiet:
-                    done = min((number + 1) * size, len(wanted))
                     end = "\n" if done == len(wanted) else "\r"
-                    print(f"minsd: {name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
+                    print(f"minsd: {ready.name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
 
-    def _part(self, name: str, judge: Any, part: Sequence[Picture], images: Sequence[Any]) -> None:
+    def _part(self, judge: judges.Judge, part: Sequence[Picture], images: Sequence[Any]) -> None:
         """Judges one batch and appends a line of scores for each image. `images` holds for each of
         `part` the opened image, or the error if it could not be opened. Prints these errors, and
         prints an error for a value that is not finite."""
         from minsd.app.folder import append
 
+        name = judge.identity["judge"]
         pairs = []
         for picture, image in zip(part, images):
             if isinstance(image, Exception):
@@ -288,19 +291,8 @@ class Run:
                 line["found"] = [one.row() for one in result.found if one.score > 0.05]
             if result.reason:
                 line["reason"] = result.reason
-            append(picture.folder / f"scores-{self.rank}.jsonl", line)
+            append(picture.folder / f"scores-{self.share.rank}.jsonl", line)
             self.judged += 1
-
-    def merge(self, folders: Iterable[Path]) -> None:
-        """Merges this process's file of scores in each folder into the folder's scores.jsonl. The
-        process of rank 0 also merges the files of processes that do not exist in this run: an
-        earlier run with more processes was killed and left them behind."""
-        for folder in folders:
-            parts = [folder / f"scores-{self.rank}.jsonl"]
-            if self.rank == 0:
-                numbered = [path for path in folder.glob("scores-*.jsonl") if path.stem[7:].isdecimal()]
-                parts += [path for path in numbered if int(path.stem[7:]) >= self.world]
-            merge(folder, [path for path in parts if path.exists()])
 
 
 def opened(picture: Picture) -> Any:
@@ -314,7 +306,7 @@ def opened(picture: Picture) -> Any:
         return error
 
 
-def halving(judge: Any, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
+def halving(judge: judges.Judge, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
     """Returns a judge's results for a batch of (picture, opened image) pairs, in order. If GPU
     memory runs out, the batch is divided into two halves, which are judged one after the other.
     Raises OutOfMemoryError if a single image does not fit."""
@@ -344,18 +336,12 @@ class Ready:
     def __init__(self, name: str, args: argparse.Namespace, fetch: bool):
         entry = judges.check(name)
         self.name = name
-        self.weights = dict(text.partition("=")[::2] for text in args.weights)
-        unknown = sorted(set(self.weights) - set(WEIGHTS))
-        if unknown:
-            raise ValueError(f"--weights {unknown[0]}=...: the names are {', '.join(WEIGHTS)}")
         self.options = {"nms": args.nms} if args.nms is not None and entry.module == "mask2former" else {}
-        files = {key: judges.find(key, name, self.weights, fetch) for key in entry.weights}
-        self.dtype = args.dtype
-        said = judges.identity(name, files, args.dtype, self.options)
-        self.identity = judges.short(said)
+        self.files = judges.found(name, places(args.weights), fetch)
+        self.identity = judges.identity(name, self.files, args.dtype, self.options)
         self.device = args.device
 
-    def load(self) -> Any:
+    def load(self) -> judges.Judge:
         """Loads the judge onto the device of --device, by default a GPU if there is one, and
         returns it. Turns TF32 off for the whole process."""
         import torch
@@ -366,17 +352,25 @@ class Ready:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda" and local_rank() is not None:
             device = f"cuda:{local_rank()}"
-        return judges.load(self.name, self.weights, device, getattr(torch, self.dtype), **self.options)
+        return judges.built(self.identity, self.files, device, self.options)
+
+
+def places(given: Sequence[str]) -> dict[str, str]:
+    """Returns a dict that maps names of WEIGHTS to places, from texts NAME=PLACE. Raises ValueError
+    for an unknown name."""
+    held = {name: place for name, _, place in (text.partition("=") for text in given)}
+    unknown = sorted(set(held) - set(WEIGHTS))
+    if unknown:
+        raise ValueError(f"--weights {unknown[0]}=...: the names are {', '.join(WEIGHTS)}")
+    return held
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """Returns the parser of the command."""
-    p = argparse.ArgumentParser(
-        prog="python -m minsd.judge", description="Judge images by how well they show their prompts."
-    )
+    p = Parser(prog="python -m minsd.judge", description="Judge images by how well they show their prompts.")
     p.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="images, also in folders below it")
     p.add_argument(
         "--judges",
@@ -391,7 +385,7 @@ def options() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="print the judges and their weights, and stop")
     p.add_argument("--folders", action="store_true", help="a folder per prompt, named by it")
     p.add_argument("--again", action="store_true", help="judge again what is judged already")
-    p.add_argument("--batch", type=int, default=16, metavar="N", help="images per batch (default: 16)")
+    p.add_argument("--batch", type=positive, default=16, metavar="N", help="images per batch (default: 16)")
     p.add_argument("--device", metavar="NAME", help="default: cuda where there is one")
     p.add_argument(
         "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="default: float32"
@@ -404,48 +398,47 @@ def options() -> argparse.ArgumentParser:
     return p
 
 
-def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> list[tuple[str, bool]]:
-    """Returns the judges to run on the images `found`, as pairs (judge, whether missing weights may
-    be downloaded). They are the judges of --judges, whose weights may be downloaded. For "all",
-    they are the judges whose weights are on this machine. Without --judges, they are `shapes` for
-    images of the embedded model, and those of DEFAULT for other images."""
+def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> "list[Ready]":
+    """Returns the judges to run on the images `found`: those of --judges, whose missing weights are
+    downloaded. For "all", they are the judges whose weights are on this machine. Without --judges,
+    they are `shapes` for images of the embedded model, and those of DEFAULT for other images."""
     if args.judges is None:
         own = all(picture.model == "shapes" for picture in found)
-        return [(name, False) for name in (("shapes",) if own else DEFAULT)]
+        return [Ready(name, args, False) for name in (("shapes",) if own else DEFAULT)]
     if args.judges != ["all"]:
-        return [(name, True) for name in args.judges]
+        return [Ready(name, args, True) for name in args.judges]
     there = []
     for name in JUDGES:
         with suppress(FileNotFoundError):
-            Ready(name, args, False)
-            there.append((name, False))
+            there.append(Ready(name, args, False))
     return there
 
 
 def listing(args: argparse.Namespace) -> None:
     """Prints the judges, their weights with size and licence, and whether the weights are on this
     machine."""
+    given = places(args.weights)
     for name, entry in JUDGES.items():
         print(f"{name:14} {entry.about}")
         for key in entry.weights:
             row = WEIGHTS[key]
             state = "there"
             try:
-                judges.find(key, name, dict(text.partition("=")[::2] for text in args.weights))
+                judges.find(key, name, given)
             except FileNotFoundError:
                 state = "not there"
             print(f"{'':14}   {key}: {row.repo or row.file}, {row.size}, licence {row.licence}, {state}")
 
 
 def export(path: Path, found: Sequence[Picture]) -> None:
-    """Writes a CSV file with one row per image of `found`: its path, its prompt, and its values by
-    all judges."""
+    """Writes a CSV file with one row per image of `found`: its path, its prompt, and its valid
+    values by all judges."""
     known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
     rows: list[dict[str, Any]] = []
     for picture in found:
         values: dict[str, Any] = {"file": str(picture.path), "prompt": picture.prompt}
-        for (file, _), line in known[picture.folder].items():
-            values |= line["values"] if file == picture.file else {}
+        for line in valid(known[picture.folder].get(picture.file, {}), picture).values():
+            values |= line["values"]
         rows.append(values)
     columns = dict.fromkeys(key for row in rows for key in row)
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -463,8 +456,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.folder is None:
         raise ValueError("a folder of images is needed, for example: python -m minsd.judge outputs")
-    if args.batch < 1:
-        raise ValueError("--batch must be at least 1")
+    if args.nms is not None and not 0 < args.nms <= 1:
+        raise ValueError(f"--nms must be above 0 and at most 1, not {args.nms}")
+    if args.export and args.export.suffix != ".csv":
+        raise ValueError(f"--export writes a table of the form .csv: not {args.export.name}")
     found = pictures(args.folder, args.folders)
     folders = sorted({picture.folder for picture in found})
     for folder in folders:
@@ -472,21 +467,22 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"scores cannot be written into {folder}: it is read-only")
     share = Share.from_environment()
     quiet = args.quiet or share.rank > 0
-    work = Run(share.rank, share.world, quiet, args.batch, args.again)
-    names = chosen(args, found)
-    # All weights are found before the first image is judged.
-    ready = [Ready(name, args, fetch) for name, fetch in names]
-    work.merge(folders)  # so that lines left by a killed run do not come after this run's
+    work = Run(share, quiet, args.batch, args.again)
+    ready = chosen(args, found)  # all weights are found before the first image is judged
+    for folder in folders:
+        merge(folder, share)  # so that lines left by a killed run do not come after this run's
     try:
         for one in ready:
-            work.judge(one.name, found, one)
+            work.judge(one, found)
     finally:
-        work.merge(folders)
+        for folder in folders:
+            merge(folder, share)
     if args.export:
         export(args.export, found)
     if not quiet:
-        what = ", ".join(name for name, _ in names)
-        print(f"minsd: {len(found)} images, {what}: {work.judged} new scores", file=sys.stderr)
+        what = ", ".join(one.name for one in ready)
+        whose = " of this process" if share.world > 1 else ""
+        print(f"minsd: {len(found)} images, {what}: {work.judged} new scores{whose}", file=sys.stderr)
     return 1 if work.failed else 0
 
 
@@ -494,15 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line with the arguments `argv` (default: those of the process). Returns 0 if
     all images were judged, 1 if some could not be judged or another error occurred, 2 for a mistake
     of the user, and 130 if the user stopped the run."""
-    args = options().parse_args(argv)
-    try:
-        return run(args)
-    except Exception as error:
-        print(f"minsd: error: {label()}{files.printable(reason(error, ''))}", file=sys.stderr)
-        return 2 if mistake(error) else 1
-    except KeyboardInterrupt:
-        print("minsd: stopped; the same command goes on", file=sys.stderr)
-        return 130
+    return ended(lambda: run(options().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -77,12 +77,7 @@ def arrange(
     if not layout.regions:
         raise ValueError("a layout without regions has nothing to arrange noise for: give it some")
     given = _noises(layout, candidates)
-    t = losses.listed_timesteps(sd, steps, sampler)[0]
-    subjects = caption_subjects(sd, layout)
-    attended = [
-        _inside(sd, layout, region, places, given, t) for region, places in zip(layout.regions, subjects)
-    ]
-    fractions = torch.stack(attended)  # (N, K)
+    fractions = attended(sd, layout, given, steps=steps, sampler=sampler)  # (N, K)
     scores = fractions.prod(0)  # (K,)
     background = int(scores.argmax())
     best = fractions.argmax(1).tolist()
@@ -95,6 +90,24 @@ def arrange(
         chosen = [candidates[k] for k in chosen]
     rows = len(given) * len(layout.regions)
     return Arrangement(noise, chosen, fractions.amax(1).tolist(), scores.tolist(), rows)
+
+
+@torch.no_grad()
+def attended(
+    sd: Model, layout: SizedLayout, noise: Tensor, *, steps: int | None = None, sampler: str | None = None
+) -> Tensor:
+    """Returns, for each of N regions and each of the noises (K,4,h,w), the fraction (N,K) of the
+    attention to the subjects of the region's caption that falls inside the region.
+
+    The UNet is evaluated as in `arrange`. Raises ValueError, before any network runs, for a caption
+    without subjects.
+    """
+    t = losses.listed_timesteps(sd, steps, sampler)[0]
+    subjects = caption_subjects(sd, layout)
+    parts = [
+        _inside(sd, layout, region, places, noise, t) for region, places in zip(layout.regions, subjects)
+    ]
+    return torch.stack(parts)
 
 
 def _noises(layout: SizedLayout, candidates: Sequence[int] | Tensor) -> Tensor:

@@ -66,6 +66,14 @@ class Best:
     met: bool = False  # whether the chosen seed's draft was good enough
 
 
+def check_steps(steps: int) -> None:
+    """Raises ValueError for a run of one step, which has no beginning to draft."""
+    if steps < 2:
+        raise ValueError(
+            "--init-noise best drafts the first steps of a run: give 2 --steps or more, or use select"
+        )
+
+
 def draft(
     sd: Model, prompts: Sequence[str], noise: Tensor, seeds: Sequence[int], stop: int, course: Course
 ) -> tuple[Tensor, Timestep]:
@@ -109,8 +117,9 @@ def choose(
 
     `subjects` are those of each prompt, as `losses.resolve` takes them. `shape` is (4,h,w) of one
     image's noise. `progress(b, message)` is called with the progress of image b. Raises ValueError,
-    before any network runs, for subjects that cannot be found.
+    before any network runs, for subjects that cannot be found and for a run of one step.
     """
+    check_steps(course.steps)
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
     asks = [Ask(prompt, 0, tokens) for prompt, tokens in zip(prompts, places)]
     lift = Lift(sd, asks, InitNO(sd, asks))
@@ -121,9 +130,9 @@ def choose(
         noise = draw_noise(list(seeds), shape)
         say = None if progress is None else partial(progress, b)
         with drivers.looks(sd, len(seeds), say and drivers.part_of(say, b, len(prompts))):
-            scores = initno.attention_scores(sd, prompt, words, noise, **run)
-        found.append(Best(seeds[0], dict(zip(seeds, scores))))
-    going = list(range(len(found))) if stop else []
+            scores = dict(zip(seeds, initno.attention_scores(sd, prompt, words, noise, **run)))
+        found.append(Best(min(scores, key=scores.__getitem__), scores))
+    going = list(range(len(found)))
     for turn in range(drafts):
         going = [b for b in going if not found[b].met and turn < len(found[b].scores)]
         if not going:

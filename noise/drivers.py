@@ -30,12 +30,14 @@ from minsd.guidance import Model, evaluations
 from minsd.noise import losses
 from minsd.noise.initial import noise as draw_noise
 from minsd.noise.look import Told, finite, met
-from minsd.noise.regularizers import REGULARIZERS
+from minsd.noise.regularizers import REGULARIZERS, moments
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Refine, Timestep
 
 Score = Callable[[Tensor, Tensor], Told]
 Say = Callable[[int, str], None]  # (image, message); a message may be a `Step`
+# (numbers of images whose values or gradients are not finite) -> a message that names them
+NotFinite = Callable[[Sequence[int]], str]
 NORMAL = (0.97, 1.03)  # |noise| / sqrt(d) for which the UNet still treats it as noise
 SHARE = 0.02  # size of a step, as a fraction of the latents' norm, for gradients of unknown scale
 
@@ -109,6 +111,12 @@ def values_of(told: Told) -> list[dict[str, float]]:
     return [dict(zip(told, row)) for row in columns]
 
 
+def rounded(value: float) -> float | None:
+    """Rounds a value for runs.jsonl, to five digits after the point. JSON has no NaN and no
+    infinity, so None stands for them."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
 def in_words(values: Mapping[str, float]) -> str:
     """Formats the values of an image, except "loss", as a text such as "cross 0.21 self 0.3". If
     there is no value but "loss", formats it alone."""
@@ -173,6 +181,7 @@ def refine(
     sampler: str | None = None,
     karras: bool = False,
     record: "list[Result] | None" = None,
+    not_finite: NotFinite | None = None,
     progress: Say | None = None,
 ) -> Refine:
     """Returns a function `refine(i, t, x) -> x` that updates the latents x of `count` images, step
@@ -183,14 +192,19 @@ def refine(
     `begin` is called when a run begins. `steps`, `sampler` and `karras` are those of the run. If
     `record` is given, a list with one Result per image, the first and the latest values of each
     image are stored in it. If an image's values or gradient are not finite, this update of the
-    image is left out, with a warning. `progress(b, message)` is called with the progress of image
-    b. The returned function raises ValueError for a batch of another size.
+    image is left out, with a warning that begins with what `not_finite` returns. `progress(b,
+    message)` is called with the progress of image b. The returned function raises ValueError for a
+    batch of another size.
     """
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))
     scale = sd.config.update_scale if how.scale is None else how.scale
     sizes = scale * torch.linspace(1, 0.5, n).sqrt() if how.decay == "sqrt" else torch.full((n,), scale)
     moves = [1.0] * n if how.share is not None else sizes.tolist()
-    return _Updates(sd.dtype, slope, how, count, moves, begin, record, progress)
+
+    def lost(rows: Sequence[int]) -> str:
+        return f"losses are not finite in {sd.dtype}: images {', '.join(map(str, rows))}"
+
+    return _Updates(slope, how, count, moves, begin, record, not_finite or lost, progress)
 
 
 @dataclass
@@ -198,13 +212,13 @@ class _Updates:
     """The function that `refine` returns, as an object: calling it with (i, t, x) returns the
     updated latents x."""
 
-    dtype: torch.dtype  # of the network
     slope: Slope
     how: Refining
     count: int
     moves: list[float]  # the size of each step's update
     begin: Callable[[], None] | None
     record: "list[Result] | None"
+    not_finite: NotFinite
     progress: Say | None
 
     def __call__(self, i: int, t: Timestep, x: Tensor) -> Tensor:
@@ -250,9 +264,8 @@ class _Updates:
         told, gradient = self.slope(x[rows], rows, t, i, phase)
         fine = finite(told, gradient)
         if not fine.all():
-            lost = ", ".join(map(str, rows[~fine].tolist()))
             warnings.warn(
-                f"losses are not finite in {self.dtype}: images {lost} go on without this update",
+                f"{self.not_finite(rows[~fine].tolist())}; updates that are not finite are left out",
                 stacklevel=3,
             )
         gradient = gradient.where(fine[:, None, None, None], 0.0)
@@ -366,6 +379,7 @@ def optimize(
     dtype: torch.dtype = torch.float32,
     draws: Sequence[torch.Generator] | None = None,
     describe: Describe = _describe,
+    not_finite: NotFinite | None = None,
     progress: Say | None = None,
 ) -> list[Result]:
     """Optimises initial noises by gradient descent, from `start` (b,4,h,w), with the settings
@@ -375,8 +389,8 @@ def optimize(
     to report as name -> (b,) with the value to minimise under "loss" (see the head of this file).
     The last iterate is only scored. `draws` holds one random generator per image, which the setting
     `jitter` needs. If an image's values or gradient are not finite, its result is its starting
-    noise, with a note and a warning. `progress(b, message)` is called with the progress of image b;
-    `describe` makes the messages.
+    noise, with a note and a warning, which begin with what `not_finite` returns. `progress(b,
+    message)` is called with the progress of image b; `describe` makes the messages.
     """
     x = start.to(device, dtype)
     first = x
@@ -388,7 +402,7 @@ def optimize(
         told, gradient = (score(x, rows), torch.zeros_like(x)) if last else slope(x, rows)
         fine = finite(told, gradient)
         done = met(told, how.limits) if how.limits else torch.zeros_like(going)
-        told = told | _moments(x)
+        told = told | moments(x)
         for k, (values, healthy, ended, active) in enumerate(
             zip(values_of(told), fine.tolist(), done.tolist(), going.tolist())
         ):
@@ -396,7 +410,8 @@ def optimize(
             if result.note or not active:
                 continue
             if not healthy:
-                _fail(result, start[k], f"not finite at step {step}")
+                reason = f"the noise could not be optimised: not finite at step {step}"
+                _fail(result, start[k], reason if not_finite is None else not_finite([int(rows[k])]))
                 continue
             result.history.append(values)
             kept = {name: value for name, value in values.items() if name not in ("norm", "mean", "std")}
@@ -481,16 +496,10 @@ class _Descent:
         return lr * (gradient + how.momentum * self.velocity if how.nesterov else self.velocity)
 
 
-def _moments(x: Tensor) -> Told:
-    flat = x.flatten(1)
-    norm = flat.norm(dim=1) / flat.shape[1] ** 0.5
-    return {"norm": norm, "mean": flat.mean(dim=1), "std": flat.std(dim=1)}
-
-
 def _fail(result: Result, start: Tensor, reason: str) -> None:
     """Sets an image's result to `start` (4,h,w), the noise that its optimisation began from. Adds a
     note with the reason, and warns."""
-    result.note = f"the noise could not be optimised: {reason}; it is left as it was"
+    result.note = f"{reason}; the noise is left as it was"
     result.noise = start[None].cpu()
     result.after = result.before
     result.loss = result.before.get("loss", math.nan)
@@ -694,7 +703,7 @@ def halve(
     A stage is a pair (score, keep): `score(seeds)` returns losses, lower is better, and the `keep`
     seeds with the lowest losses (at least one) reach the next stage. The seed with the lowest loss
     in the last stage is chosen. `progress(message)` is called after every stage. Raises ValueError
-    if `seeds` is empty.
+    if `seeds` is empty, and FloatingPointError if a stage gives no seed a score.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")
@@ -702,6 +711,8 @@ def halve(
     history = []
     for number, (score, keep) in enumerate(stages, 1):
         losses_of = dict(zip(left, map(float, score(left)), strict=True))
+        if all(map(math.isnan, losses_of.values())):
+            raise FloatingPointError("no candidate has a score: sampling overflowed; try --dtype float32")
         history.append(losses_of)
         left = sorted(left, key=lambda seed: _rank(losses_of[seed]))[: max(1, keep)]
         if progress is not None:

@@ -211,22 +211,51 @@ def preview(layout: Layout, size: int = 512) -> Image.Image:
     the region fills. `size` is the width and height of the image in pixels if the layout has
     none."""
     layout = ensure_sized(layout, size)
-    scale = max(1, round(640 / max(layout.width, layout.height)))
-    high = scale * layout.height
-    wide = scale * layout.width
-    colours = [COLOURS[k % len(COLOURS)] for k in range(len(layout.regions))]
+    scale = _enlargement(layout)
+    colours = _colours(layout)
     lines = _legend(layout, colours)
-    out = Image.new("RGB", (max(wide, 480), high + 16 * len(lines) + 8), "white")
-    out.paste(_shading(layout, colours, scale))
+    high = scale * layout.height
+    out = Image.new("RGB", (max(scale * layout.width, 480), high + 16 * len(lines) + 8), "white")
+    out.paste(_outlined(_shading(layout, colours, scale), layout), (0, 0))
     pen = ImageDraw.Draw(out)
-    pen.rectangle((0, 0, wide - 1, high - 1), outline="black")
-    for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
-        out.paste(colour, (0, 0), _outline(region, scale))
-        x0, y0, *_ = region.bounds
-        pen.text((scale * x0 + 5, scale * y0 + 4), _printable(f"{k} {region.prompt}"), fill=colour)
     for i, (colour, line) in enumerate(lines):
         pen.text((4, high + 4 + 16 * i), _printable(line), fill=colour)
     return out
+
+
+def overlay(picture: Image.Image, layout: SizedLayout) -> Image.Image:
+    """Draws the outline and caption of every region over an image of the layout's size. The result
+    is as large as a `preview`.
+    """
+    scale = _enlargement(layout)
+    large = picture.convert("RGB").resize(
+        (scale * layout.width, scale * layout.height), Image.Resampling.LANCZOS
+    )
+    return _outlined(large, layout)
+
+
+def _enlargement(layout: SizedLayout) -> int:
+    """Returns the whole number by which previews enlarge the layout, to about 640 pixels."""
+    return max(1, round(640 / max(layout.width, layout.height)))
+
+
+def _colours(layout: SizedLayout) -> list[str]:
+    """Returns the colour of each region in previews."""
+    return [COLOURS[k % len(COLOURS)] for k in range(len(layout.regions))]
+
+
+def _outlined(large: Image.Image, layout: SizedLayout) -> Image.Image:
+    """Draws the regions' outlines and captions on an image of `_enlargement` times the layout's
+    size, and returns it.
+    """
+    scale = _enlargement(layout)
+    pen = ImageDraw.Draw(large)
+    pen.rectangle((0, 0, large.width - 1, large.height - 1), outline="black")
+    for k, (region, colour) in enumerate(zip(layout.regions, _colours(layout)), 1):
+        large.paste(colour, (0, 0), _outline(region, scale))
+        x0, y0, *_ = region.bounds
+        pen.text((scale * x0 + 5, scale * y0 + 4), _printable(f"{k} {region.prompt}"), fill=colour)
+    return large
 
 
 def _printable(text: str) -> str:

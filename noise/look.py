@@ -400,6 +400,15 @@ class Lift:
                 "look's tensors without detaching them, or use --init-noise select"
             )
 
+    def not_finite(self, rows: Sequence[int]) -> str:
+        """Returns a message for the user: that the objective's value or gradient is not finite for
+        the images `rows` of the batch, which are named by their seeds, and what to do."""
+        seeds = ", ".join(str(self.asks[row].seed) for row in rows)
+        advice = "look in it for a division by 0, and for a log, root or norm of 0"
+        if self.sd.dtype == torch.float16:
+            advice = "try --dtype float32 or bfloat16"
+        return f"the value of {self.name}, or its gradient, is not finite for seed {seeds}: {advice}"
+
     def _count(self, look: Look, differentiated: bool = False) -> None:
         for kind, n in look.evaluations:
             self.rows["gradient" if differentiated else kind] += n

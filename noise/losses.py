@@ -19,7 +19,6 @@ are used. All functions also work in float64, and none loops over pixels.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -78,8 +77,7 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
 
     `subjects` are words of the prompt (a list, or one string with commas), token indices (0 is the
     start token), or None for `automatic_subjects`. Raises ValueError if there are no subjects, and
-    for a subject that is not in the prompt or is given twice. Warns if there is only one subject,
-    because its conflict loss (how far the regions of subjects overlap) is 0.
+    for a subject that is not in the prompt or is given twice.
     """
     if subjects is None:
         subjects = automatic_subjects(prompt)
@@ -96,11 +94,6 @@ def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int
         if place in places:
             raise ValueError(f"subject {subject!r} is named twice")
         places.append(place)
-    if len(places) == 1:
-        # With stacklevel 1 Python shows the warning once, although several methods call `resolve`.
-        warnings.warn(
-            f"a single subject, {subjects[0]!r}: with nothing to conflict with, that loss is 0", stacklevel=1
-        )
     return places
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from minsd.guidance import Model
 from minsd.noise import arrange, best, drivers, initno, stability
 from minsd.noise import steer as steering
+from minsd.noise.drivers import rounded
 from minsd.noise.initial import noise as unit_noise
 from minsd.noise.layout import SizedLayout
 
@@ -172,7 +173,7 @@ def best_method(sd: Model, batch: Batch, say: Say) -> Found:
     notes = []
     for asked, one in zip(batch.seeds, found):
         note = _selection(asked, one.seed, one.scores.keys(), one.scores.values(), "low")
-        drafts = [{"seed": seed, "cross": round(cross, 5)} for seed, cross in one.drafts.items()]
+        drafts = [{"seed": seed, "cross": rounded(cross)} for seed, cross in one.drafts.items()]
         notes.append(note | {"drafts": drafts, "met": one.met})
     return Found(unit_noise([one.seed for one in found], batch.shape), notes, _each(batch))
 
@@ -212,7 +213,7 @@ def _selection(
     return {
         "asked_seed": asked,
         "seed": seed,
-        "candidates": [{"seed": s, "score": round(x, 5)} for s, x in zip(candidates, scores)],
+        "candidates": [{"seed": s, "score": rounded(x)} for s, x in zip(candidates, scores)],
         "score_is": "loss" if better == "low" else "value",
     }
 

@@ -61,6 +61,23 @@ def _bounds(flat: Tensor) -> Tensor:
     return l1.clamp(max=-math.log(2)) + l2.clamp(max=-math.log(2))
 
 
+def moments(x: Tensor) -> dict[str, Tensor]:
+    """Returns "norm" (|x| / sqrt(d)), "mean" and "std" of each image's noise x (B,4,h,w), all
+    (B,). Unit noise has about 1, 0 and 1."""
+    flat = x.flatten(1)
+    norm = flat.norm(dim=1) / flat.shape[1] ** 0.5
+    return {"norm": norm, "mean": flat.mean(dim=1), "std": flat.std(dim=1)}
+
+
+def measures(x: Tensor, start: Tensor) -> dict[str, Tensor]:
+    """Returns every regularizer's value (B,), by name and without its weight, of noise x
+    (B,4,h,w) that was optimised from `start`. "norm" is given above its least value."""
+    x, start = x.double(), start.double()
+    values = {name: of(x, start) for name, (of, _) in REGULARIZERS.items()}
+    n = x[0].numel() - 1
+    return values | {"norm": values["norm"] - n / 2 + n * math.log(n) / 2}
+
+
 # Name -> (regularizer, usual weight). The weights are those of ReNO, the InitNO paper, and DNO.
 REGULARIZERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
     "norm": (norm, 0.01),

@@ -35,8 +35,9 @@ from minsd.noise.initial import noise as draw_noise
 from minsd.noise.look import Ask, Lift, Objective, ask
 from minsd.noise.losses import Subjects
 from minsd.noise.objectives import NAMES, find
+from minsd.noise.regularizers import measures, moments
 from minsd.samplers.random import generators
-from minsd.samplers.schedule import Refine
+from minsd.samplers.schedule import Refine, Timestep
 
 DRIVERS = ("select", "optimize", "refine")
 
@@ -66,6 +67,8 @@ class Selecting:
 
 HOW: dict[str, type] = {"select": Selecting, "optimize": Optimizing, "refine": Refining}
 WORDS = ("norm", "regularizer", "search")  # settings that are a word or None
+NEEDED = inspect.Parameter.empty  # in place of the default of a setting that has none
+SEARCHES = {"rounds": "zero-order", "count": "zero-order", "near": "zero-order", "part": "halving"}
 UNSET = ("repeats", "limits")  # mappings, which a user cannot set
 
 
@@ -138,22 +141,28 @@ def choose(
     published with, or refine if it states none. `settings` are those of objective and driver, as a
     mapping, or as text such as "lr=5,steps=50".
 
-    Raises FileNotFoundError if FILE.py does not exist. Raises ValueError if there is no such
-    objective, driver or setting, and for a wrong value.
+    Raises FileNotFoundError if FILE.py does not exist, TypeError for an objective of another type,
+    and ValueError if there is no such objective, driver or setting, for a wrong value, and for a
+    class that cannot be used as an objective.
     """
     sha256 = None
-    if not isinstance(objective, str):
+    if isinstance(objective, str):
+        name = objective
+        target, sha256 = _found(objective)
+    elif callable(objective):
         target = objective
         name = getattr(objective, "__name__", type(objective).__name__)
     else:
-        name = objective
-        target, sha256 = _found(objective)
+        kind = type(objective).__name__
+        raise TypeError(f"an objective is a name, FILE.py:NAME, a function or a class, not of type {kind}")
     driver = driver or getattr(target, "driver", "refine")
     if driver not in DRIVERS:
         raise ValueError(f"no driver is called {driver!r}; choose from {', '.join(DRIVERS)}")
     if hasattr(target, "refine") and driver != "refine":
         raise ValueError(f"the objective {name} has updates of its own: leave out --init-noise {driver}")
     given = read_settings(settings) if isinstance(settings, str) else dict(settings or {})
+    if isinstance(target, type):
+        _check_class(name, target, given)
     known = driver_options(driver) | own_options(target)
     for key, value in given.items():
         if key not in known:
@@ -163,6 +172,8 @@ def choose(
         given[key] = _checked(key, value, known[key])
     if driver == "refine" and {"lr", "scale"} <= given.keys():
         raise ValueError("lr and scale are the same setting under refine: give one")
+    if driver == "select":
+        _check_search({key: given[key] for key in given.keys() - own_options(target).keys()})
     steer = Steer(name, target, driver, given, sha256)
     if not steer.is_class:
         steer.how(target)  # raises its errors
@@ -179,12 +190,42 @@ def driver_options(driver: str) -> dict[str, Any]:
 
 
 def own_options(target: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the settings that the class of an objective accepts, as name -> default. A plain
-    function has none."""
+    """Returns the settings that the class of an objective accepts, as name -> default, or NEEDED
+    for a setting without a default. A plain function has none."""
     if not isinstance(target, type):
         return {}
     parameters = list(inspect.signature(target).parameters.values())[2:]  # after sd and asks
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _check_class(name: str, target: type, given: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a class can be called as cls(sd, asks) with the given settings, and
+    its instances as objective(look)."""
+    if not any("__call__" in vars(cls) for cls in target.__mro__):
+        raise ValueError(f"{name} is a class without __call__: define __call__(self, look)")
+    parameters = list(inspect.signature(target).parameters.values())
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(places) < 2 and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        made = f"{target.__name__}(sd, asks)"
+        raise ValueError(f"{name} is a class that {made} does not make: define __init__(self, sd, asks)")
+    for setting, default in own_options(target).items():
+        if default is NEEDED and setting not in given:
+            raise ValueError(
+                f"{name} needs the setting {setting}: give --objective-set {setting}=VALUE, or a default"
+            )
+
+
+def _check_search(given: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings of the driver select that its search does not use."""
+    search = given.get("search")
+    if search == "zero-order" and "candidates" in given:
+        raise ValueError(
+            "zero-order search begins from the seed's own noise and has no candidates: set its size by "
+            "--objective-set rounds=4,count=4"
+        )
+    for setting, wanted in SEARCHES.items():
+        if setting in given and search != wanted:
+            raise ValueError(f"{setting} is a setting of search={wanted}: give that too, or leave it out")
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -217,6 +258,8 @@ def _checked(key: str, value: Any, default: Any) -> Any:
                     value = kind(value)
                 except ValueError:
                     continue
+    if default is NEEDED:
+        return value
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if value is None and default is not None and key not in WORDS:
@@ -327,7 +370,16 @@ class Run:
 
     def check(self) -> None:
         """Raises ValueError if the objective cannot be used for these images. No network runs."""
-        self.steer.how(self.steer.made(self.sd, self.asks))
+        how = self.steer.how(self.steer.made(self.sd, self.asks))
+        if self.steer.driver == "select" and how.search == "halving":
+            self._draft_steps(how.part)
+
+    def _draft_steps(self, part: float) -> int:
+        """Returns how many steps a draft takes. Raises ValueError if the run has a single step."""
+        last = len(self._timesteps()) - 1
+        if last < 1:
+            raise ValueError("search=halving drafts the first steps of a run: give 2 --steps or more")
+        return min(max(1, round(part * (self.steps or self.sd.config.steps))), last)
 
     def select(
         self, candidates: Sequence[Sequence[int]], shape: Sequence[int], say: Callable[[str], None]
@@ -345,25 +397,28 @@ class Run:
             drafts: dict[int, float] = {}
 
             def score(x: Tensor, lift: Lift = lift) -> list[float]:
-                rows = torch.zeros(len(x), dtype=torch.long, device=self.sd.device)
-                return lift.score(x.to(self.sd.device, lift.dtype), rows, t)["loss"].tolist()
+                return _scores(lift, x.to(self.sd.device, lift.dtype), t)
 
-            if how.search is None:
-                at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
-                found = drivers.select(score, seeds, shape, at_once=at_once, progress=told)
-            elif how.search == "halving":
-                found, drafts = self._halved(lift, score, seeds, shape, how.part, told)
-            else:
-                found = drivers.search(
-                    score, seeds[0], shape, rounds=how.rounds, count=how.count, near=how.near, progress=told
-                )
+            try:
+                if how.search is None:
+                    at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
+                    found = drivers.select(score, seeds, shape, at_once=at_once, progress=told)
+                elif how.search == "halving":
+                    found, drafts = self._halved(lift, score, seeds, shape, how.part, told)
+                else:
+                    around = {"rounds": how.rounds, "count": how.count, "near": how.near}
+                    found = drivers.search(score, seeds[0], shape, **around, progress=told)
+            except FloatingPointError:
+                raise ValueError(f"no candidate has a score: {lift.not_finite([0])}") from None
             found.rows = sum(lift.rows.values())
             chosen.append(found)
-            self._note(lift, 1, begin, after={"loss": round(found.score, 5)})
+            self._note(lift, 1, begin, after=_rounded({"loss": found.score}))
             if how.search == "zero-order":
                 self.records[-1]["path"] = found.path  # empty if no neighbour was better
             if drafts:
-                self.records[-1]["drafts"] = [{"seed": s, "loss": round(v, 5)} for s, v in drafts.items()]
+                self.records[-1]["drafts"] = [
+                    {"seed": seed, "loss": drivers.rounded(loss)} for seed, loss in drafts.items()
+                ]
         return chosen
 
     def _halved(
@@ -385,16 +440,15 @@ class Run:
         """
         config = self.sd.config
         scale = config.guidance(self.guidance_scale)
-        steps = self.steps or config.steps
-        course = Course(steps, self.sampler or config.sampler, self.karras, scale, self.negative_prompt)
-        stop = min(max(1, round(part * steps)), len(self._timesteps()) - 1)
+        run = (self.steps or config.steps, self.sampler or config.sampler, self.karras)
+        course = Course(*run, scale, self.negative_prompt)
+        stop = self._draft_steps(part)
 
         def drafted(left: list[int]) -> list[float]:
             prompts = [lift.asks[0].prompt] * len(left)
             x, t = draft(self.sd, prompts, draw_noise(left, shape), left, stop, course)
             lift.rows["full"] += stop * len(left) * (1 if scale == 1 else 2)
-            rows = torch.zeros(len(left), dtype=torch.long, device=self.sd.device)
-            return lift.score(x.to(lift.dtype), rows, t, stop)["loss"].tolist()
+            return _scores(lift, x.to(lift.dtype), t, stop)
 
         stages = [(lambda left: score(draw_noise(left, shape)), max(2, len(seeds) // 8)), (drafted, 1)]
         found = drivers.halve(seeds, stages, progress=say)
@@ -417,10 +471,15 @@ class Run:
             device=self.sd.device,
             dtype=lift.dtype,
             draws=generators([one.seed for one in self.asks], skip=start.shape[1:]),
+            not_finite=lift.not_finite,
             progress=say,
         )
-        for result in results:
-            self._note(lift, len(start), begin, **_ended(result))
+        noise = torch.cat([result.noise for result in results])
+        # Whatever the regularizer was: a noise unlike unit noise may please the objective alone.
+        shape = drivers.values_of(moments(noise)), drivers.values_of(measures(noise, start))
+        for result, of_noise, values in zip(results, *shape):
+            ends = {"noise": _rounded(of_noise), "regularizers": _rounded(values)}
+            self._note(lift, len(start), begin, **_ended(result), **ends)
         return results
 
     def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -444,7 +503,7 @@ class Run:
         results = [Result(torch.empty(0)) for _ in self.asks]
         own = getattr(lift.objective, "refine", None)
         if own is not None:
-            move = own(self.sd, lift, len(self._timesteps()), say)
+            move = own(self.sd, lift, len(self._timesteps()), results, say)
         else:
             run = {"steps": self.steps, "sampler": self.sampler, "karras": self.karras}
             move = drivers.refine(
@@ -454,6 +513,7 @@ class Run:
                 len(self.asks),
                 begin=lift.begin,
                 record=results,
+                not_finite=lift.not_finite,
                 progress=say,
                 **run,
             )
@@ -471,9 +531,19 @@ class Run:
         self.records.append({**self.steer.record(), **said, "rows": rows, "seconds": seconds})
 
 
+def _scores(lift: Lift, x: Tensor, t: Timestep, i: int | None = None) -> list[float]:
+    """Returns the loss of each latents x (k,4,h,w) of the Lift's first image, NaN if not finite."""
+    loss = lift.score(x, torch.zeros(len(x), dtype=torch.long, device=x.device), t, i)["loss"]
+    return loss.where(loss.isfinite(), math.nan).tolist()
+
+
 def _ended(result: Result) -> dict[str, Any]:
-    before, after = ({k: round(v, 5) for k, v in told.items()} for told in (result.before, result.after))
+    before, after = _rounded(result.before), _rounded(result.after)
     return {"before": before, "after": after, "met": result.met, "note": result.note}
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: drivers.rounded(value) for name, value in values.items()}
 
 
 Begin = Callable[..., tuple[Tensor, Refine | None]]

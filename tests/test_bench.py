@@ -56,7 +56,7 @@ def test_rates_have_wilsons_interval():
     for n in (1, 7, 200):
         for k in range(n + 1):
             truth = binomtest(k, n).proportion_ci(method="wilson")
-            assert bench.wilson(k, n) == pytest.approx((truth.low, truth.high), abs=2e-5)  # z is 1.96 here
+            assert bench.wilson(k, n) == pytest.approx((truth.low, truth.high), abs=1e-6)
             assert "-0.000-" not in bench.rate("strict", k, n)["strict_95"]
             assert not bench.rate("strict", k, n)["strict_95"].startswith("-")
 
@@ -120,3 +120,33 @@ def test_the_methods_bench_pairs_what_all_methods_have_drawn(tmp_path):
     plain, excite = methods.table(jobs)
     assert (plain["n"], plain["right"], excite["right"], excite["right_colours"]) == (20, 0.4, 0.75, 1.0)
     assert excite["gain_no_neglect_95"].startswith("+0.350 [+0.136")  # 0.35 - 1.96 * sd / sqrt(20)
+    assert (excite["rival"], excite["over_rival_95"]) == ("plain", excite["gain_no_neglect_95"])
+    images = {
+        (name, 1.0): [methods.Judged(True, True, True, "right", {"cpu_seconds": seconds})]
+        for name, seconds in (("plain", 1), ("pick-5", 1.1), ("pick-16", 1.9), ("initno", 2.5), ("best", 2))
+    }
+    assert [methods.rival_of(name, images)[0] for name in ("initno", "pick-16", "plain")] == [
+        "pick-16",
+        "pick-5",
+        "pick-5",
+    ]
+
+
+def test_the_methods_bench_tunes_step_sizes_and_then_uses_them(tmp_path):
+    from bench import methods
+
+    kept = {"model": "shapes", "keep": tmp_path, "groups": ["two"], "n": 10, "factors": [0.5, 1.0, 2.0]}
+    args = SimpleNamespace(**kept, tune=10, methods=["plain", "pick-5", "excite", "saga", "overlap"])
+    tried = list(methods.all_jobs(args))
+    assert {(job.method, job.scale, job.tune) for job in tried} == {
+        (method, scale, True) for method in ("excite", "overlap") for scale in (0.5, 1.0, 2.0)
+    }
+    values = [("excite", 0.5, 0.8, 0.6), ("excite", 2.0, 0.8, 0.7), ("excite", 1.0, 0.7, 0.7)]
+    values += [("overlap", 2.0, 0.5, 0.4), ("overlap", 1.0, 0.5, 0.4), ("overlap", 0.5, 0.5, 0.3)]
+    columns = ("method", "scale", "no_neglect", "right", "n")
+    scales = methods.chosen_scales([dict(zip(columns, (*row, 10))) for row in values])
+    assert scales == {"excite": 2.0, "overlap": 1.0}  # the more right; of equal ones the published
+    (tmp_path / methods.SCALES).write_text(json.dumps(scales))
+    args.tune = 0
+    drawn = {job.method: job.scale for job in methods.all_jobs(args)}
+    assert drawn == {"plain": 1.0, "pick-5": 1.0, "excite": 2.0, "saga": 1.0, "overlap": 1.0}

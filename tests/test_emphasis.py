@@ -59,6 +59,7 @@ def test_the_syntax_of_the_web_ui(prompt):
         ("a ((cat) dog:2) x", True),
         ("a cat BREAK a dog", True),
         ("(1990:1.5)", True),
+        ("(see fig:2)", True),  # of the form of (cat:2); the web UI takes it as a weight too
         ("a man (in a hat) [smiling]", False),
         ("a photo (16:9) at (10:30)", False),
         ("a cat:1.2 and a dog:0.5)", False),
@@ -71,6 +72,17 @@ def test_only_unmistakable_syntax_counts_unasked(prompt, weighted):
     plain = [Fragment(prompt, 1.0, range(len(prompt)))]
     assert fragments(prompt, False) == plain
     assert (fragments(prompt) == plain) != weighted
+
+
+@pytest.mark.parametrize("weight", ["inf", "-Infinity", "NaN ", " 1e400", ".5E-1", "9" * 400])
+def test_weights_that_are_no_plain_numbers_are_refused(weight):
+    prompt = f"a (red (cat:{weight})) dog"
+    for weights in (None, True):
+        with pytest.raises(ValueError, match=r"is not a plain number|a weight beyond 1e\+06") as error:
+            fragments(prompt, weights)
+        assert "write such as (cat:1.3)" in str(error.value)
+    assert fragments(prompt, False)[0].text == prompt
+    assert fragments(rf"\(cat:{weight}\), cat:{weight})") is not None  # no brackets around it
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

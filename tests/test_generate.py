@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sd_parsers import ParserManager
 
 from minsd import image
-from minsd.app import options
+from minsd.app import options, requests, run
 from minsd.config import SAMPLER_NAMES
 from minsd.generate import main
 from minsd.noise.initial import noise, read_metadata
@@ -194,6 +194,7 @@ def test_every_option_identifies_an_image_or_says_why_it_changes_none():
     keys = {*options.IDENTITY, "candidates"}
     per_line = {"noise": "noise_file", "seeds": "seed", "num_images": "seed", "token_indices": "subjects"}
     per_line["objective_set"] = "objective"
+    per_line["layout_method"] = "crop_margin"
     assert keys >= {per_line.get(name, name) for name in options.PER_LINE}
 
 
@@ -619,13 +620,13 @@ def test_layout_and_its_preview(tmp_path, capfd):
         str(tmp_path / "o"),
         "--quiet",
     ]
+    paper = [*args, "--layout-method", "paper"]
     assert main([*args, "--layout-preview"]) == 0
     assert [p.name for p in (tmp_path / "o").rglob("*.png")] == ["layout-0.png"]
-    assert main(args) == 0
+    assert main(paper) == 0
     (row,) = lines(tmp_path / "o")
-    assert (
-        row["prompt"] == PROMPT and row["unet_rows"] == 2 * 4
-    )  # two regions, the whole, and one shared unconditional half
+    # Two regions, the whole, and one shared unconditional half; then a look at each region.
+    assert row["prompt"] == PROMPT and row["unet_rows"] == 2 * 4 + 2
     assert row["layout"]["regions"][1]["box"] == [0.5, 0, 1, 1]
     assert main(["--like", str(tmp_path / "o" / row["file"]), "--out", str(tmp_path / "o"), "--quiet"]) == 0
     assert np.array_equal(pixels(tmp_path / "o/00000-1.png"), pixels(tmp_path / "o/00001-1.png"))
@@ -633,7 +634,9 @@ def test_layout_and_its_preview(tmp_path, capfd):
     assert main([*args, "--crop-margin", "0.25"]) == 0
     cropped = lines(tmp_path / "o")[2]
     assert (
-        cropped["crop_margin"] == 0.25 and cropped["unet_rows"] == 6 + 4 and cropped["file"] == "00002-1.png"
+        cropped["crop_margin"] == 0.25
+        and cropped["unet_rows"] == 6 + 4 + 2
+        and cropped["file"] == "00002-1.png"
     )
     assert np.abs(pixels(tmp_path / "o/00002-1.png") - pixels(tmp_path / "o/00001-1.png")).max() > 2
     assert main(["--like", str(tmp_path / "o/00002-1.png"), "--out", str(tmp_path / "o"), "--quiet"]) == 0
@@ -646,6 +649,53 @@ def test_layout_and_its_preview(tmp_path, capfd):
             main([*late, *more]) == 0
             and ("crop_margin changes nothing here" in capfd.readouterr().err) == noted
         )
+
+
+def test_a_layout_is_drawn_as_was_measured_best(tmp_path, capfd, monkeypatch):
+    """By crops and chosen noise on the embedded model, unless an option says otherwise."""
+    monkeypatch.chdir(tmp_path)
+    boxes = [
+        {"prompt": "a red circle", "box": [0, 0, 0.5, 1]},
+        {"prompt": "a blue square", "box": [0.5, 0, 1, 1]},
+    ]
+    (tmp_path / "l.json").write_text(json.dumps({"prompt": PROMPT, "regions": boxes}))
+    args = ["--layout", "l.json", *"--seed 1 --steps 2 --out o".split()]
+    args += ["--height", "64", "--width", "64"]
+    assert requests.LAYOUT_CANDIDATES == 50  # as measured; here less
+    monkeypatch.setattr(requests, "LAYOUT_CANDIDATES", 4)
+    chosen = ["--init-noise", "select", "--candidates", "4", "--crop-margin", "0.25"]
+    assert main([*args, "--layout-overlay"]) == 0
+    told = capfd.readouterr().err
+    assert main([*args, *chosen]) == 0 and main(["--like", "o/00000-1.png", "--out", "o"]) == 0
+    assert main([*args, "--layout-method", "paper"]) == 0
+    first, same, again, paper = lines(tmp_path / "o")
+    for row in (same, again):
+        assert np.array_equal(pixels(f"o/{row['file']}"), pixels(f"o/{first['file']}"))
+        assert row["crop_margin"] == 0.25 and len(row["candidates"]) == 4
+    assert "crop_margin" not in paper and "candidates" not in paper and paper["seed"] == 1
+    regions = first["attention_in_regions"]
+    assert "--layout-method paper" in told
+    parts = " and ".join(f"{one['fraction']:.0%}" for one in regions)
+    assert f"its regions hold {parts} of their captions' attention" in told
+    assert [one["area"] for one in regions] == [0.5, 0.5]
+    scores = {one["seed"]: one["score"] for one in first["candidates"]}  # the product of the fractions
+    product = regions[0]["fraction"] * regions[1]["fraction"]
+    assert product == pytest.approx(scores[first["seed"]], abs=2e-3)
+    with Image.open("o/extra/00000-1-layout.png") as over:
+        assert over.size == (640, 640)
+        assert over.getpixel((0, 320)) == over.getpixel((319, 320)) == (0xD6, 0x27, 0x28)  # the outlines
+        assert over.getpixel((320, 320)) == (0x1F, 0x77, 0xB4)
+    low = {"attention_in_regions": [{"fraction": 0.2, "area": 0.5}, {"fraction": 0.6, "area": 0.5}]}
+    assert run._about_regions(low).endswith("attention; warning: region 1 may lack the caption's object")
+    assert run._about_regions({}) == ""
+    capfd.readouterr()
+    for more, says in (
+        (["--layout-method", "paper", "--crop-margin", "0.25"], "leave out --crop-margin"),
+        (["--layout-method", "crop"], "did you mean crops?"),
+    ):
+        assert main([*args, *more]) == 2 and says in capfd.readouterr().err
+    assert main([PROMPT, "--layout-method", "crops"]) == 2 and "is for --layout" in capfd.readouterr().err
+    assert main([PROMPT, "--layout-overlay"]) == 2 and "is for --layout" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -723,18 +773,14 @@ def test_adapters_and_controlnet(tmp_path, made, capfd, monkeypatch):
         run = [
             "--layout",
             str(tmp_path / f"{name}.json"),
-            *"--seed 3 --steps 2 --out".split(),
+            *"--layout-method paper --seed 3 --steps 2 --out".split(),
             str(tmp_path / "o"),
             "--quiet",
         ]
         assert main([*run, *given]) == 0
     rows = lines(tmp_path / "o")
-    assert [row["unet_rows"] for row in rows] == [
-        2 * 4,
-        2 * 6,
-        2 * 6,
-        2 * 6,
-    ]  # with something of its own no pass shares a half
+    # With something of its own no pass shares a half. Two more rows look at the regions.
+    assert [row["unet_rows"] for row in rows] == [10, 14, 14, 14]
     plain, *others = (pixels(tmp_path / "o" / row["file"]) for row in rows)
     assert all(
         np.abs(a - b).max() > 2
@@ -835,7 +881,7 @@ def test_pictures_of_layouts_that_ask_for_no_controlnet_can_be_made_again(tmp_pa
     Image.new("L", (128, 128)).save(tmp_path / "P001" / "canny_image.png")
     out = ["--steps", "1", "--out", str(tmp_path / "o")]
     assert (
-        main(["--layout", str(tmp_path), "--seed", "1", *out]) == 0
+        main(["--layout", str(tmp_path), "--layout-method", "paper", "--seed", "1", *out]) == 0
         and "are not used" in capfd.readouterr().err
     )
     assert main(["--like", str(tmp_path / "o" / "00000-1.png"), "--trust", *out]) == 0

@@ -186,6 +186,18 @@ def test_captions_of_the_data_are_read_and_others_are_not():
         assert shapes.read_caption(other) is None, other
 
 
+def test_more_than_one_of_a_kind_and_layouts_of_masks():
+    example = next(e for e in (data.example(5, k) for k in range(100)) if len(e.objects) == 1)
+    picture = Image.fromarray(example.render()[0])
+    (drawn,) = example.objects
+    clause = shapes.clause(drawn.colour, drawn.shape)
+    layout = {"regions": [{"prompt": "a circle", "mask": "m.png"}]}
+    for count, right in ((1, 1.0), (2, 0.0)):
+        asked = {"include": [clause | {"count": count}], "layout": layout}
+        (one,) = shapes.Shapes({}).pictures([picture], [""], [asked])
+        assert one.values == {"right": right, "no_neglect": right, "strict": right}
+
+
 def test_rendered_images_are_right_and_wrong_with_one_word_changed():
     """Truth is the renderer: >= 97 % of its images are right, and at most 3 % with a wrong word."""
     rng = np.random.default_rng(0)
@@ -270,6 +282,25 @@ def test_an_image_that_was_drawn_again_is_judged_under_its_new_name(folder, caps
     assert {line["file"] for line in lines_of(folder)} == {row["file"] for row in rows[2:]} | {again.name}
 
 
+def test_a_truncated_image_that_was_drawn_again_is_no_error(folder, capsys):
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    old, again = folder / rows[0]["file"], folder / "00006-0.png"
+    shutil.copy(old, again)
+    twice = folder / "00007-1.png"  # drawn twice, without --resume
+    shutil.copy(folder / rows[1]["file"], twice)
+    old.write_bytes(old.read_bytes()[:300])
+    with (folder / "runs.jsonl").open("a") as file:
+        for row, path in ((rows[0], again), (rows[1], twice)):
+            file.write(json.dumps(row | {"file": path.name}) + "\n")
+    assert run(folder) == 0
+    assert "error" not in capsys.readouterr().err
+    files = {line["file"] for line in lines_of(folder)}
+    assert files == {row["file"] for row in rows[1:]} | {again.name, twice.name}
+    again.unlink()
+    assert run(folder) == 1  # no image of these settings is whole
+    assert len(capsys.readouterr().err.splitlines()) >= 1
+
+
 def test_killed_runs_and_several_processes_judge_each_image_once(folder, monkeypatch, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     shutil.copytree(folder, alone, dirs_exist_ok=True)
@@ -301,7 +332,9 @@ def test_one_bad_image_stops_nothing(folder, capsys):
         (["--judges", "pickscore"], "needs yuvalkirstain/PickScore_v1 (3.9 GB), not in the hub cache"),
         (["--judges", "clip", "--weights", "clop=x"], "--weights clop=...: the names are clip-b16"),
         (["--judges", "clip", "--weights", "clip-b16=nowhere"], "there is no such folder or file"),
-        (["--batch", "0"], "--batch must be at least 1"),
+        (["--export", "x.parquet"], "--export writes a table of the form .csv: not x.parquet"),
+        (["--nms", "2"], "--nms must be above 0 and at most 1"),
+        (["--batch", "0"], "--batch: must be a whole number of at least 1"),
     ],
 )
 def test_mistakes_are_one_line(folder, capsys, monkeypatch, argv, message):

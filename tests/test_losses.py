@@ -244,8 +244,7 @@ def test_subjects_are_found_by_word_or_index(shapes):
     assert losses.resolve(shapes.text, PROMPT, None) == [[3], [7]]
     assert losses.resolve(shapes.text, PROMPT, "red circle, square") == [[2, 3], [7]]
     assert losses.resolve(shapes.text, "a red circle and a blue circle", ["circle#2", 2]) == [[7], [2]]
-    with pytest.warns(UserWarning, match="single subject"):
-        assert losses.resolve(shapes.text, PROMPT, [7]) == [[7]]
+    assert losses.resolve(shapes.text, PROMPT, [7]) == [[7]]
 
 
 @pytest.mark.parametrize(

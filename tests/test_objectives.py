@@ -4,6 +4,8 @@ drivers against plain sampling; a user's own function, and every way to name one
 import copy
 import json
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 import torch
 
 from minsd.app import options, requests
-from minsd.app.jobs import identity
+from minsd.app.jobs import identity, plan
+from minsd.config import MODELS
 from minsd.generate import main
 from minsd.guidance import counted
 from minsd.noise import best, drivers, layout, look, losses, pairs, regularizers, steer
-from minsd.noise.initial import noise
+from minsd.noise.initial import noise, read_noise
 from minsd.noise.look import Ask, Lift, Look
 from minsd.noise.objectives import NAMES, boxes, contrast, divide, find, nlg, overlap, saga, syngen
 from minsd.noise.pairs import Group
@@ -88,6 +91,27 @@ def test_conform_numbers():
     for t, expected in ((0.5, 0.409776), (0.07, 0.000947)):
         assert contrast.contrastive(vectors, labels, t).item() == pytest.approx(expected, **NEAR)
     assert contrast.contrastive(vectors[[0, 2]], labels[[0, 2]]).item() == 0
+    g = torch.Generator().manual_seed(0)
+    mixed = torch.rand(6, 9, generator=g, dtype=torch.float64)
+    of = torch.tensor([0, 0, 1, 1, 2, 2])
+    s = torch.nn.functional.normalize(mixed).mm(torch.nn.functional.normalize(mixed).T).tolist()
+    pairs_of = [(a, p) for a in range(6) for p in range(6) if a != p and of[a] == of[p]]
+    for t in (0.05, 0.5, 2.0):  # as the formula is written
+
+        def part(a, p, t=t):
+            e = math.exp(s[a][p] / t)
+            return -math.log(e / (e + sum(math.exp(s[a][n] / t) for n in range(6) if of[n] != of[a])))
+
+        mean = sum(part(*pair) for pair in pairs_of) / len(pairs_of)
+        assert contrast.contrastive(mixed, of, t).item() == pytest.approx(mean, rel=1e-12)
+    for t in (1e-3, 1e-6):  # e^{1/T} is beyond any dtype; in the limit the largest gap decides
+        small = mixed.float().requires_grad_()
+        loss = contrast.contrastive(small, of, t)
+        gaps = [max(0, max(s[a][n] - s[a][p] for n in range(6) if of[n] != of[a])) for a, p in pairs_of]
+        assert t * loss.item() == pytest.approx(sum(gaps) / len(gaps), rel=1e-2)
+        assert torch.autograd.grad(loss, small)[0].isfinite().all()
+    with pytest.raises(ValueError, match="t must be 1e-06 or more"):
+        contrast.Contrast(None, asked(), t=0.0)
     # The pair form, by hand: 1 - 0.8 twice, and the one positive cosine of two groups, 0.36.
     assert contrast.contrastive(vectors, labels, form="pairs").item() == pytest.approx(0.2 + 0.36, **NEAR)
 
@@ -151,6 +175,15 @@ def test_regularizers_numbers_and_gradients():
     assert regularizers.white(2 * torch.eye(4).double().view(1, 16), x, 0).item() == pytest.approx(
         2 * math.log(2), **NEAR
     )
+    # The specification's table: a shift of 0.05 and a scale of 1.05, of 16384 numbers.
+    z = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z *= 1.0083 * 128 / z.norm()
+    for moved, norm, kl in ((z + 0.05, 1.2, 0.00125), (1.05 * z, 55.6, 0.00127), (z, 1.2, 0)):
+        found = {name: value.item() for name, value in regularizers.measures(moved, z).items()}
+        assert found["norm"] == pytest.approx(norm, rel=0.2) and found["kl"] == pytest.approx(kl, rel=0.01)
+        assert found["white"] == pytest.approx(regularizers.white(moved, z).item())
+    spread = {name: value.item() for name, value in regularizers.moments(double([[1, 1, 1, 5]])).items()}
+    assert spread == pytest.approx({"norm": 7**0.5, "mean": 2, "std": 2})
     far = torch.randn(2, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.7
     for pull, _ in regularizers.REGULARIZERS.values():
         start = far + 1
@@ -526,6 +559,19 @@ def leaf(look):
     return torch.zeros(len(look.x), requires_grad=True)
 def const(look):
     return 0 * good(look)
+def nan(look):
+    return (good(look) - 2).log()
+class Needs:
+    def __init__(self, sd, asks, weight):
+        self.weight = weight
+    def __call__(self, look):
+        return self.weight * good(look)
+class Bare(Needs):
+    def __init__(self):
+        pass
+class Uncalled:
+    def __init__(self, sd, asks):
+        pass
 """
 
 
@@ -537,13 +583,16 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
+SEARCH = "--objective syngen --init-noise select --objective-set "
+
+
 @pytest.mark.parametrize(
     "given, says",
     [
         ("--objective synge", "no objective is called 'synge'; choose from initno, excite, syngen"),
         ("--objective none.py:my", "there is no file none.py"),
-        ("--objective own.py:my", "no function my; its functions are: const, good, leaf, loose"),
-        ("--objective own.py", "its functions are: const, good"),
+        ("--objective own.py:my", "no function my; its functions are: Bare, Needs, Uncalled, const, good"),
+        ("--objective own.py", "its functions are: Bare, Needs, Uncalled, const"),
         ("--objective broken.py:my", "broken.py cannot be imported: ZeroDivisionError"),
         ("--objective syngen --score attention", "--score and --objective both say"),
         ("--objective syngen --excite", "--excite is --objective excite"),
@@ -565,6 +614,14 @@ def own(tmp_path, monkeypatch):
         ("--objective nlg --objective-set clip=-1", "clip must be 0 or more"),
         ("--objective-set lr=2", "--objective-set is for --objective"),
         ("--pairs x", "--pairs is for --objective"),
+        ("--objective=", "no objective is called ''"),
+        ("--init-noise=", "--init-noise: invalid choice: ''"),
+        ("--objective own.py:Needs", "needs the setting weight: give --objective-set weight=VALUE"),
+        ("--objective own.py:Bare", "define __init__(self, sd, asks)"),
+        ("--objective own.py:Uncalled", "define __call__(self, look)"),
+        (f"{SEARCH}search=zero-order --candidates 4", "has no candidates: set its size by"),
+        (f"{SEARCH}rounds=2", "rounds is a setting of search=zero-order"),
+        (f"{SEARCH}search=zero-order,part=0.1", "part is a setting of search=halving"),
     ],
 )
 def test_what_is_wrong_with_an_objective_is_said_before_a_model_is_loaded(own, given, says):
@@ -590,6 +647,14 @@ def test_what_a_users_function_returns_is_checked(own, shapes, name, driver, say
         shapes(PROMPT, seeds=[0], steps=2, objective=name, driver=driver)
 
 
+def test_what_is_no_objective_is_refused_and_a_needed_setting_is_taken(own, shapes):
+    with pytest.raises(TypeError, match="a name, FILE.py:NAME, a function or a class, not of type int"):
+        shapes(PROMPT, objective=5)
+    assert steer.choose("own.py:Needs", settings="weight=2.5").options() == {"weight": 2.5}
+    line = [PROMPT, *"--objective syngen --init-noise best --candidates 3".split()]
+    assert requests.read(options.parse(line))[1][0].method.candidates == 3
+
+
 @pytest.mark.parametrize("setting", [{"scale": -3.0}, {"share": -1.0}, {"scale": math.inf}])
 def test_updates_never_climb(setting):
     with pytest.raises(ValueError, match="must be 0 or more"):
@@ -607,6 +672,125 @@ def test_records_of_searches(own):
     assert len(looks) == 4 and set(drafts) == set(sorted(looks, key=lambda seed: looks[seed])[:2])
     assert halved["seed"] == min(drafts, key=lambda seed: drafts[seed])
     assert halved["objective"]["rows"] == {"full": 4, "stopped": 6}  # two drafts of one guided step
+
+
+def test_an_objective_that_is_not_finite_is_named_with_the_image_and_advice(own, capfd):
+    said = "the value of own.py:nan, or its gradient, is not finite for seed 7: look in it for a division"
+    how = [PROMPT, *"--seed 7 --steps 2 --out o --objective own.py:nan".split()]
+    assert main(how) == 0 and f"{said} by 0" in capfd.readouterr().err
+    assert main([*how, "--init-noise", "optimize", "--optimize-steps", "1"]) == 0
+    assert said in capfd.readouterr().err
+    for search in ("none", "zero-order", "halving"):
+        asked_for = f"--init-noise select --objective-set search={search}".split()
+        assert main([*how, *asked_for]) == 2
+        assert f"no candidate has a score: {said}" in capfd.readouterr().err
+    texts = (own / "o" / "runs.jsonl").read_text().splitlines()
+    strict = [json.loads(text, parse_constant=pytest.fail) for text in texts]  # JSON has no NaN
+    assert strict[0]["objective"]["before"] == {"loss": None} and said in strict[1]["objective"]["note"]
+
+
+def test_an_image_of_saga_that_is_not_finite_is_left_as_it_was(shapes):
+    asks = look.ask(shapes, [PROMPT] * 2, [8, 9])
+    learner = saga.Saga(shapes, asks)
+    learner.iterations = 2
+    second = []
+
+    def objective(seen):
+        loss, told = learner(seen)
+        second.extend(loss[seen.index > 0].tolist())
+        return loss.where(seen.index > 0, math.nan), told
+
+    records = [drivers.Result(torch.empty(0)) for _ in range(2)]
+    judge = Lift(shapes, asks, objective, name="saga")
+    x = noise([8, 9], (4, 16, 16))
+    with pytest.warns(UserWarning, match="value of saga, or its gradient, is not finite for seed 8"):
+        moved = learner.refine(shapes, judge, 50, records, None)(10, 781, x)
+    assert torch.equal(moved[0], x[0]) and not torch.equal(moved[1], x[1])
+    assert not records[0].before and records[1].before.keys() == {"loss", "excite", "second"}
+    means = [sum(second[:10]) / 10, sum(second[10:]) / 10]  # of ten draws in each iteration
+    assert [records[1].before["loss"], records[1].after["loss"]] == pytest.approx(means)
+
+
+def test_a_run_records_the_regularizers_of_the_noise_it_ends_with(own):
+    how = "--seed 1 --steps 2 --quiet --out o --save-noise --init-noise optimize --optimize-steps 3".split()
+    assert main([PROMPT, *how, "--objective", "excite", "--objective-set", "regularizer=kl"]) == 0
+    [row] = [json.loads(text) for text in (own / "o" / "runs.jsonl").read_text().splitlines()]
+    start = noise([1], (4, 16, 16))
+    x = read_noise(next((own / "o" / "extra").glob("*.safetensors")), start.shape[1:])
+    kept, told = row["objective"]["noise"], row["objective"]["regularizers"]
+    assert kept["norm"] == pytest.approx(x.norm().item() / 32, abs=1e-4)
+    assert kept["mean"] == pytest.approx(x.mean().item(), abs=1e-4)
+    kl = 0.5 * (x - start).square().mean().item()
+    assert kl > 1e-4 and told["kl"] == pytest.approx(kl, abs=1e-5)
+    assert told.keys() == {"norm", "kl", "white"}
+
+
+def test_what_drafts_refuses_a_layout_and_a_single_step(own, capfd):
+    lay = {"prompt": PROMPT, "regions": [{"prompt": "a red circle", "box": [0, 0, 0.5, 1]}]}
+    (own / "lay.json").write_text(json.dumps(lay))
+    halving = ["--init-noise", "select", "--objective-set", "search=halving", "--objective"]
+    drafts = "drafts the prompt without the layout's regions: use --init-noise select"
+    for given, says in (
+        (["--init-noise", "best"], f"--init-noise best {drafts}"),
+        ([*halving, "excite"], f"search=halving {drafts}"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            requests.read(options.parse(["--layout", "lay.json", *given]))
+    requests.read(
+        options.parse(["--layout", "lay.json", *halving, "boxes"])
+    )  # the layout steers nothing else
+    one = [PROMPT, *"--steps 1 --seed 1 --out o".split()]
+    for given in (["--init-noise", "best"], [*halving, "excite"]):
+        assert main([*one, *given]) == 2
+        assert "drafts the first steps of a run: give 2 --steps or more" in capfd.readouterr().err
+    assert not (own / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "given, noted",
+    [
+        ("--model shapes-turbo --objective syngen", True),
+        ("--model shapes-turbo --init-noise initno", True),
+        ("--model shapes-turbo --excite", True),
+        ("--model shapes-turbo --init-noise select", True),
+        ("--sampler lcm --steps 4 --excite", True),
+        ("--model shapes-turbo --objective nlg", False),
+        ("--model shapes-turbo", False),
+        ("--steps 4 --excite", False),
+    ],
+)
+def test_a_note_where_attention_meets_a_model_of_few_steps(given, noted, shapes):
+    command, lines = requests.read(options.parse([PROMPT, "--seed", "1", *given.split()]))
+    sd = copy.copy(shapes)
+    sd.config = MODELS[command.model]
+    _, notes = plan(sd, command, lines)
+    assert any("were made for models of many steps" in note for note in notes) == noted
+
+
+def test_the_example_of_the_contributors_page_works_as_written(own, shapes):
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    (own / "mine.py").write_text(re.search(r"works with every driver:\n\n```python\n(.*?)```", page, re.S)[1])
+    one = "a red circle"
+    run = steer.Run(
+        shapes,
+        steer.choose("mine.py:Apart", driver="select", settings={"weight": 2}),
+        look.ask(shapes, [PROMPT, one], [1, 2]),
+    )
+    x, rows = noise([1, 2], (4, 16, 16)), torch.arange(2)
+    lift, _ = run._lift(run.asks)
+    told = lift.score(x, rows, 981)
+    a, b = Look(lift, x, rows, 981).maps[0].detach()
+    assert told["shared"].tolist() == pytest.approx([a.minimum(b).sum().item(), 0], rel=1e-4)
+    assert torch.allclose(told["loss"], told["seen"] + 2 * told["shared"])
+    assert len(shapes(one, seeds=[1], steps=1, objective="mine.py:Apart")) == 1
+
+
+def test_only_the_conflict_loss_warns_of_a_single_subject(shapes, recwarn):
+    asks = look.ask(shapes, ["a circle"], [0])
+    find("excite")(shapes, asks), find("syngen")(shapes, asks)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="'a circle' has a single subject, so InitNO's loss of conflicts"):
+        find("initno")(shapes, asks)
 
 
 def test_a_box_smaller_than_a_cell_of_the_maps_is_drawn(own, capfd):

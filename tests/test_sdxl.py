@@ -633,11 +633,11 @@ def test_every_command_line(sdxl, sdxl_folder, adapters, tmp_path, capfd, monkey
         assert len(run(PROMPT, *how.split())["candidates"]) == 2
     how = "--seed 1 --init-noise optimize --optimize-steps 1 --optimize-mode detach"
     assert run(PROMPT, *how.split())["stability"]
-    assert run("--layout", "plain.json", "--seed", "1")["unet_rows"] == 8
+    assert run("--layout", "plain.json", "--seed", "1")["unet_rows"] == 8 + 2  # a look at each region
     assert run("--layout", "plain.json", "--seed", "1", "--crop-margin", "0.25")["crop_margin"] == 0.25
     select = "--layout plain.json --seed 1 --init-noise select --score attention --candidates 2"
     assert len(run(*select.split())["candidates"]) == 2
-    assert run("--layout", "lora.json", "--seed", "1")["unet_rows"] == 12
+    assert run("--layout", "lora.json", "--seed", "1")["unet_rows"] == 12 + 2
     assert run(PROMPT, *f"--seed 1 --init-image {picture} --strength 0.5".split())["strength"] == 0.5
     assert run("--invert", picture)["psnr"] > 0
     assert run("--prompts", "prompts.txt", "--seed", "1")["prompt"] == NEGATIVE

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -79,8 +80,15 @@ def test_prompts_from_files(tmp_path, name, text, prompts):
     "name, text, message",
     [
         ("a.csv", "id,words\n1,a cat\n", "has no column named prompt"),
-        ("a.jsonl", "{broken", "a.jsonl: not JSON"),
+        ("a.jsonl", "{broken", "a.jsonl, line 1: not JSON"),
         ("a.json", "[]", "holds no prompts"),
+        ("a.json", '{"prompts": ["a cat"]}', "a.json holds no list of prompts"),
+        ("a.json", '["a cat", {"prompt": 3}]', 'entry 2: there is no "prompt"'),
+        ("a.tsv", "id\tprompt\n1\ta cat\n2\n", 'line 3: there is no "prompt"'),
+        ("a.jsonl", '{"prompt": "a", "tag": ["x"]}', "line 1: 'tag' must be text"),
+        ("a.jsonl", '{"prompt": "a", "subjects": [2.5]}', "line 1: 'subjects' must be a list"),
+        ("a.jsonl", '{"prompt": "a", "layout": {"regions": [{"box": [0, 0, 1, 1]}]}}', "'layout' must hold"),
+        ("a.jsonl", '{"prompt": "a", "layout": {"regions": [{"prompt": "b", "box": [1, 0, 0, 1]}]}}', "box"),
         ("a.pdf", "x", "prompts come from"),
     ],
 )
@@ -89,6 +97,34 @@ def test_bad_files_of_prompts_are_one_line(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message) as error:
         prompt_sets.load(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "include, message",
+    [
+        ('"cat"', "'include' must be a list of clauses"),
+        ('["cat"]', "clause 1 of 'include' needs a \"class\""),
+        ('[{"class": 3, "count": 1}]', 'needs a "class"'),
+        ('[{"class": "cat"}]', 'needs a "count" from 1'),
+        ('[{"class": "cat", "count": true}]', 'needs a "count" from 1'),
+        ('[{"class": "cat", "count": 1, "color": 5}]', 'has a "color" that is no text'),
+        ('[{"class": "cat", "count": 1, "position": "above"}]', 'needs a "position" of the form'),
+        ('[{"class": "cat", "count": 1, "position": ["near", 0]}]', "relations are left of"),
+        ('[{"class": "cat", "count": 1, "position": ["above", 0]}]', "without the number of an earlier"),
+    ],
+)
+def test_malformed_clauses_are_one_line_with_the_line(tmp_path, include, message, capsys):
+    good = '{"prompt": "a cat", "include": [{"class": "cat", "count": 1}]}\n\n'
+    line = f'"prompt": "a dog", "include": {include}'
+    (tmp_path / "a.jsonl").write_text(good + "{" + line + "}\n")
+    assert study.main(["draw", str(tmp_path / "s"), "--prompts", str(tmp_path / "a.jsonl")]) == 2
+    (out,) = capsys.readouterr().err.splitlines()
+    assert "a.jsonl, line 3: " in out and message in out
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "prompts.jsonl").write_text('{"file": "a.png", ' + line + "}\n")
+    assert judge.main([str(tmp_path), "--judges", "shapes"]) == 2
+    (out,) = capsys.readouterr().err.splitlines()
+    assert "prompts.jsonl, line 1: " in out and message in out
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -147,7 +183,7 @@ def test_methods_by_name_and_by_hand():
         "mine": "--init-noise select --candidates 3".split(),
     }
     assert study.split_methods(["collage", "collage:0.25", "optimize:3"]) == {
-        "collage": [],
+        "collage": ["--layout-method", "paper"],
         "collage:0.25": ["--crop-margin", "0.25"],
         "optimize:3": "--init-noise optimize --optimize-steps 3".split(),
     }
@@ -264,10 +300,122 @@ def test_a_study_keeps_its_prompts_and_seeds(drawn, capsys):
     assert not (drawn / "prompts" / "frobnicate.jsonl").exists()
 
 
+def test_two_draws_at_once_lose_no_method(tmp_path, monkeypatch):
+    """The second begins and ends while the first has read the folder and not yet written to it."""
+    words = ["draw", str(tmp_path), "--count", "1", "--options", "--steps 1", "--quiet", "--methods"]
+    read_requests = study.requests.read
+
+    def interrupted(*args):
+        monkeypatch.setattr(study.requests, "read", read_requests)
+        assert study.main([*words, "plain"]) == 0
+        return read_requests(*args)
+
+    monkeypatch.setattr(study.requests, "read", interrupted)
+    assert study.main([*words, "x: --guidance-scale 2"]) == 0
+    held = json.loads((tmp_path / "study.json").read_text())
+    assert held["methods"] == {"plain": [], "x": ["--guidance-scale", "2"]}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--count", "0"], "--count: must be a whole number of at least 1, not '0'"),
+        (["--count", "-2"], "--count: must be a whole number of at least 1, not '-2'"),
+        (["--seeds", "apart:0"], "--seeds takes numbers and ranges"),
+        (["--methods", "select:attention:0"], "--candidates must be from"),
+        (["--methods", "plain", "optimize:200000"], "--optimize-steps must be from"),
+        (["--methods", "plain", "collage"], "method collage: it needs prompts with a layout"),
+        (["--methods", "x: --embedding none.pt"], "method x: there is no embedding none.pt"),
+        (["--methods", "x: --prompts a.txt"], "--prompts is not for studies"),
+        (["--options", "'"], "No closing quotation"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_a_refused_draw_writes_nothing(tmp_path, capsys, words, message):
+    assert study.main(["draw", str(tmp_path / "s"), *words]) == 2
+    (out,) = capsys.readouterr().err.splitlines()
+    assert message in out
+    assert not (tmp_path / "s").exists()
+
+
+def test_impossible_numbers_of_a_table_are_one_line(drawn, capsys):
+    for words in (["--sheet", "-3"], ["--sheet", "0"], ["--rows", "0"], ["--rows", "x"]):
+        assert study.main(["table", str(drawn), *words]) == 2
+        (out,) = capsys.readouterr().err.splitlines()
+        assert f"{words[0]}: must be a whole number of at least 1, not '{words[1]}'" in out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 3}, "unknown key 'seed'; known are set, seeds"),
+        ({"methods": None}, "there is no 'methods'"),
+        ({"methods": ["plain"]}, "'methods' must be an object"),
+        ({"methods": {"plain": "--steps 3"}}, "method 'plain' must have a list of options"),
+        ({"methods": {"a:b": [], "a-b": []}}, "would share the folder a-b"),
+        ({"seeds": 0}, "'seeds' must be text"),
+        ({"prompts": [{"prompt": "a"}, {"tag": "x"}]}, 'prompt 2: there is no "prompt"'),
+        ({"prompts": [{"prompt": "a", "include": [3]}]}, "prompt 1: clause 1 of 'include'"),
+        ([], "not a study"),
+    ],
+)
+def test_malformed_studies_are_one_line_for_every_command(drawn, tmp_path, capsys, changes, message):
+    held = json.loads((drawn / "study.json").read_text())
+    if isinstance(changes, dict):
+        changes = {key: value for key, value in (held | changes).items() if value is not None}
+    (tmp_path / "study.json").write_text(json.dumps(changes))
+    for program in (
+        lambda: study.main(["draw", str(tmp_path)]),
+        lambda: judge.main([str(tmp_path)]),
+        lambda: study.main(["table", str(tmp_path)]),
+    ):
+        assert program() == 2
+        (out,) = capsys.readouterr().err.splitlines()
+        assert "study.json" in out and message in out
+    assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
+
+
+def test_a_column_mixes_no_weights(drawn, tmp_path, capsys):
+    """Also of images of one method; judging again mends it."""
+    shutil.copytree(drawn, tmp_path / "s")
+    path = tmp_path / "s" / "plain" / "scores.jsonl"
+    first, *rest = path.read_text().splitlines()
+    other = json.loads(first)
+    other["identity"]["dtype"] = "float16"
+    path.write_text("\n".join([json.dumps(other), *rest]) + "\n")
+    assert study.main(["table", str(tmp_path / "s")]) == 2
+    (out,) = capsys.readouterr().err.splitlines()
+    assert "scores of judge shapes" in out and "dtype float16; dtype float32" in out
+    assert f"python -m minsd.judge {tmp_path / 's'} --judges shapes" in out
+    assert judge.main([str(tmp_path / "s"), "--judges", "shapes"]) == 0
+    assert "1 new scores" in capsys.readouterr().err
+    assert study.main(["table", str(tmp_path / "s")]) == 0
+
+
+def test_subjects_of_prompts_go_to_the_methods_that_take_them(tmp_path):
+    """And a method's folder lies in the study, whatever its name."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "a red circle and a blue square", "subjects": ["square"]}\n'
+    )
+    words = ["--prompts", str(tmp_path / "a.jsonl"), "--options", "--steps 1", "--quiet", "--seeds", "3"]
+    words += ["--methods", "..: --guidance-scale 2", "x: --init-noise select --candidates 2"]
+    assert study.main(["draw", str(tmp_path / "s"), *words]) == 0
+    rows = [json.loads((tmp_path / "s" / name / "runs.jsonl").read_text()) for name in ("set", "x")]
+    assert [row.get("subjects") for row in rows] == [None, ["square"]]
+
+
+def test_methods_of_other_settings_of_the_model_load_it_again():
+    def command(*words):
+        return study.requests.read(study.options.parse(["a", *words]))[0]
+
+    plain = study._model(command())
+    assert plain == study._model(command("--resume", "--seed", "1", "--out", "x"))
+    for words in (["--clip-skip", "2"], ["--prompt-weights"], ["--dtype", "bfloat16"]):
+        assert study._model(command(*words)) != plain
+
+
 def test_any_folder_of_folders_is_a_study(drawn, tmp_path):
     """Images without rows pair by their place among those of their prompt, which the table says."""
-    import shutil
-
     for name in ("plain", "guided"):
         (tmp_path / name).mkdir()
         for path in (drawn / name).glob("*.png"):
@@ -307,8 +455,8 @@ def test_compare_draws_judges_and_tables(tmp_path, capsys, monkeypatch):
     results = read(tmp_path / "c", unjudged=True)
     assert results.values == {} and len(results.pairs) == 2
     cells = compute(results, "plain")
-    from minsd.app import study_page
+    from minsd.app import study_page, study_plots
 
-    text = study_page.markdown(results, cells, "plain", None)
-    assert study_page.page(results, cells, "plain", text, 1).count("<img") == 2
-    assert "<svg" in study_page.differences(cells, "plain")
+    report = study_page.report(results, cells, "plain", None)
+    assert study_page.page(results, cells, "plain", report, 1).count("<img") == 2
+    assert "<svg" in study_plots.differences(cells, "plain")

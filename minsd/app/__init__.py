@@ -3,7 +3,15 @@ minsd/pipeline.py.
 """
 
 import errno
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from minsd.app.ranks import label
+from minsd.files import printable
 
 
 @dataclass
@@ -32,3 +40,31 @@ def reason(error: Exception, hint: str = " (--debug shows where)") -> str:
     if mistake(error):
         return " ".join(str(error).split())
     return " ".join(f"{type(error).__name__}: {error}{hint}".split())
+
+
+@contextmanager
+def warned() -> Iterator[None]:
+    """Prints the warnings of the block in one line each, above a progress bar."""
+
+    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"minsd: warning: {printable(message)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def ended(program: Callable[[], int]) -> int:
+    """Runs a program and returns its exit code, or 2 for the user's mistakes, 1 for other errors,
+    and 130 if the user stopped it. Prints warnings and errors in one line each."""
+    try:
+        with warned():
+            return program()
+    except Exception as error:
+        print(f"minsd: error: {label()}{printable(reason(error, ''))}", file=sys.stderr)
+        return 2 if mistake(error) else 1
+    except KeyboardInterrupt:
+        print("minsd: stopped; the same command goes on", file=sys.stderr)
+        return 130

@@ -20,8 +20,9 @@ from minsd.app.progress import Show
 from minsd.app.session import Session
 from minsd.controlnet import Control, Controlled, read_control_image
 from minsd.guidance import Predictor, evaluations
-from minsd.noise import collage, collage_control, excite, look, stability
+from minsd.noise import arrange, collage, collage_control, excite, look, stability
 from minsd.noise.initial import read_noise
+from minsd.noise.layout import overlay
 from minsd.noise.methods import METHODS, Batch, Found, Say
 from minsd.noise.steer import Run
 from minsd.pipeline import StableDiffusion
@@ -100,6 +101,8 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
         ended()
         for note, record in zip(found.notes, run_of.records):
             note["objective"] = record
+    if first.layout is not None:
+        about_layout(session, first, found, images)
     if frames is not None and frames.steps:
         for b, (picture, extra) in enumerate(zip(images, found.extras)):
             extra["attention"] = excite.sheet(
@@ -109,6 +112,31 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
         for b, extra in enumerate(found.extras):
             extra["preview"] = previews.sheet(b)
     return Drawn(images, found.noise, found.notes, found.extras)
+
+
+def about_layout(session: Session, job: Job, found: Found, images: Sequence[Image.Image]) -> None:
+    """Adds to the batch's notes `attention_in_regions`: for each region, the fraction of its
+    caption's attention that falls into it, and the fraction of the image that it covers. Layouts
+    with a caption that has no subject are not measured. For --layout-overlay, also adds each image
+    with the regions' outlines to the image's further files.
+    """
+    assert job.layout is not None
+    if session.command.layout_overlay:
+        for picture, extra in zip(images, found.extras):
+            extra["layout"] = overlay(picture, job.layout)
+    if not job.layout.regions:
+        return
+    try:
+        fractions = arrange.attended(
+            session.sd, job.layout, found.noise, steps=job.sampling.steps, sampler=job.sampling.sampler
+        )
+    except ValueError:
+        return
+    areas = [float(region.pixels.mean()) for region in job.layout.regions]
+    for note, each in zip(found.notes, fractions.T.tolist()):
+        note["attention_in_regions"] = [
+            {"fraction": round(fraction, 3), "area": round(area, 3)} for fraction, area in zip(each, areas)
+        ]
 
 
 def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str | int] | None]) -> Run | None:

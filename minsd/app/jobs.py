@@ -23,13 +23,16 @@ from minsd.app.prompts import located
 from minsd.app.requests import Command, ControlRequest, InitImage, NoiseMethod, Request, check_count
 from minsd.app.seeds import Seeds, Taken, consecutive
 from minsd.emphasis import is_weighted
-from minsd.noise import arrange, collage, look, losses
+from minsd.noise import arrange, best, collage, look, losses
 from minsd.noise.initial import candidate_seeds, noise_files, read_metadata, read_noise
 from minsd.noise.layout import SizedLayout
+from minsd.noise.objectives import NAMES
 from minsd.noise.pairs import named_groups
 from minsd.noise.steer import Run, Steer
 from minsd.pipeline import StableDiffusion, first_step
 from minsd.samplers import timesteps
+
+FEW_STEPS = 8  # a model whose default is no more steps was distilled to draw in few
 
 
 @dataclass(frozen=True)
@@ -366,8 +369,7 @@ def _template(
     )
     if request.steer is not None:
         _check_steer(sd, job, notes)
-    if job.method.name == "best":
-        notes += _best_notes(sd, job)
+    notes += _method_notes(sd, job)
     notes += _text_notes(sd, request)
     visited = timesteps(
         sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras
@@ -397,15 +399,36 @@ def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Se
     return seeds
 
 
-def _best_notes(sd: StableDiffusion, job: Job) -> list[str]:
-    """Returns messages for the user about what limits the noise method "best" (--init-noise best)
-    with this model and prompt."""
+def _method_notes(sd: StableDiffusion, job: Job) -> list[str]:
+    """Returns messages for the user about what limits the job's noise method, updates and objective
+    with this model and prompt. Raises ValueError for the method "best" in a run of one step."""
     notes = []
+    few = sd.config.steps <= FEW_STEPS or job.sampling.sampler == "lcm"
+    if few and _attends(job):
+        notes.append(
+            f"{job.where}methods that read attention maps were made for models of many steps: the maps "
+            "of a model of few steps may tell them little"
+        )
+    if job.method.name != "best":
+        return notes
+    best.check_steps(job.sampling.steps)
     if sd.config.name != "shapes":
         notes.append("best: its constants were measured on the embedded model alone")
     if len(job.subjects or ()) < 2:
         notes.append("best: with a single subject it looks only for noise that attends to that one")
     return notes
+
+
+def _attends(job: Job) -> bool:
+    """Returns whether a method of the job reads attention maps. What a user's own objective reads
+    is not known."""
+    by_name = job.steer is not None and job.steer.name in NAMES and job.steer.name != "nlg"
+    return (
+        by_name
+        or job.method.name in ("initno", "best")
+        or job.method.score == "attention"
+        or job.excite is not None
+    )
 
 
 def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
@@ -415,7 +438,8 @@ def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
     assert job.steer is not None
     subjects = None if job.subjects is None else [list(job.subjects)]
     asks = look.ask(sd, [job.prompt], [job.seed], subjects, job.pairs, job.layout)
-    Run(sd, job.steer, asks).check()
+    run = (job.sampling.steps, job.sampling.sampler, job.sampling.karras)
+    Run(sd, job.steer, asks, *run).check()
     if job.pairs is None and job.steer.name in ("syngen", "contrast", "divide"):
         named = [" ".join([*modifiers, noun]) for modifiers, noun in named_groups(job.prompt)]
         notes.append(f"pairs: {'; '.join(named)}")

@@ -180,6 +180,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(" ".join(f"{message} (--help lists the options)".split()))
 
 
+def positive(text: str) -> int:
+    """Converts the text of an option to a whole number of at least 1. Raises ArgumentTypeError for
+    any other text."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
 def parser() -> Parser:
     p = Parser(
         prog="python -m minsd.generate",
@@ -344,6 +352,10 @@ _ROWS = (
     Option("crop_margin", IMAGE, float, "FRACTION",
            "early steps: show each region only its box plus a margin of this fraction of it (try 0.25)",
            least=0, most=1000, like=True, identity="crop_margin"),
+    Option("layout_method", IMAGE, str, None,
+           "how to draw a --layout: by crops, from the best of 50 noises (crops; default of the embedded "
+           "model), or as NoiseCollage was published (paper; default of all others)",
+           choices=("crops", "paper"), identity="crop_margin init_noise score"),
     Option("control_image", IMAGE, Path, "FILE",
            "conditioning image for --controlnet (edges, a pose, ...), used unprocessed",
            like=True, identity="control_image"),
@@ -442,6 +454,9 @@ _ROWS = (
     Option("layout_preview", RUN, bool, None,
            "draw the --layout itself to DIR/extra, and stop", default=False,
            harmless="draws no image"),
+    Option("layout_overlay", RUN, bool, None,
+           "also save each image with the outlines and captions of its --layout, in DIR/extra", default=False,
+           harmless="writes one more file"),
     Option("attention_maps", RUN, bool, None,
            "save a sheet per image of where the words of its subjects attended, in DIR/extra", default=False,
            harmless="writes one more file"),

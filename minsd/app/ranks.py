@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 LARGEST_WORLD = 1_000_000  # the most processes of one run
 
@@ -43,6 +44,14 @@ class Share:
     @property
     def rows_file(self) -> str:
         return f"runs-{self.rank}.jsonl" if self.world > 1 else "runs.jsonl"
+
+    def parts(self, folder: Path, stem: str) -> list[Path]:
+        """Returns those files STEM-RANK.jsonl in a folder that this process has to merge: its own
+        and, for the first process, those that a killed run with more processes left behind."""
+        numbers = {path: path.stem.removeprefix(f"{stem}-") for path in folder.glob(f"{stem}-*.jsonl")}
+        ranks = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
+        left = self.world if self.rank == 0 else LARGEST_WORLD
+        return sorted(path for path, rank in ranks.items() if rank == self.rank or rank >= left)
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ import difflib
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +23,19 @@ from minsd.app.ranks import Share
 from minsd.app.seeds import Seeds, consecutive, parse
 from minsd.config import MODELS, STRENGTH
 from minsd.files import exists
-from minsd.words import split
+from minsd.words import split, words
 
 if TYPE_CHECKING:
     from minsd.noise.layout import Layout
     from minsd.noise.steer import Steer
 
+
+# How the embedded model draws a layout by default: measured best in bench/results/README.md.
+CROP_MARGIN = 0.25
+LAYOUT_CANDIDATES = 50
+# Options that say where the noise comes from, and those beside which nothing is chosen for a layout.
+FINDS_NOISE = ("init_noise", "score", "candidates", "noise", "init_image", "objective")
+DECIDES = (*FINDS_NOISE, "crop_margin", "excite", "subjects", "token_indices", "controlnet", "layout_preview")
 
 MOST_IMAGES = 10_000_000  # of one run; they would take 11 days on 100 GPUs at 10 s per image
 
@@ -56,6 +63,7 @@ class Command:
     engine: str | None
     save_noise: bool
     layout_preview: bool
+    layout_overlay: bool
     attention_maps: bool
     preview: int | None
     list_tokens: bool
@@ -123,13 +131,16 @@ class Request:
     init: InitImage | None
     layout: "Layout | None"
     crop_margin: float | None
+    layout_method: str | None
     control: ControlRequest | None
     invert: Path | None
 
 
-def read(given: Given) -> tuple[Command, list[Request]]:
+def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tuple[Command, list[Request]]:
     """Converts the options `given` on the command line. Returns (command, requests): the settings
-    of the whole run, and one request, the settings of one prompt, per prompt.
+    of the whole run, and one request, the settings of one prompt, per prompt. `lines` are the
+    options of each prompt, as pairs (where, options) in which `where` begins error messages. By
+    default they come from the command line or its prompts file.
 
     Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
     found before a model is loaded.
@@ -153,13 +164,20 @@ def read(given: Given) -> tuple[Command, list[Request]]:
     chance = random.SystemRandom().randrange(2**32)
     requests: list[Request] = []
     images = 0
-    for where, line in _lines(given):
+    for where, line in _lines(given) if lines is None else lines:
         if line["seed"] is None and line["seeds"] is None:
             _check_seeded(given, several)
         with located(where):
             requests.append(request(line, where, chance))
             images += requests[-1].seeds.count
             check_count(images)
+    if given["layout_method"] is None and any(one.layout_method for one in requests):
+        notes.append(
+            f"layout: drawn by crops, from the best of {LAYOUT_CANDIDATES} noises "
+            "(--layout-method paper draws it as NoiseCollage was published)"
+        )
+    if given["layout_overlay"] and not any(one.layout for one in requests):
+        raise ValueError("--layout-overlay is for --layout FILE")
     _check_files(given)
     if not given["list_tokens"]:
         _check_writable(given["out"])
@@ -218,6 +236,8 @@ def request(given: Given, where: str, chance: int) -> Request:
     Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
     found before a model is loaded.
     """
+    layout = _layout(given)
+    given = _placed(given, layout)
     steer = _steer(given)
     method = _method(given) if steer is None else _steered(given, steer)
     asked = _subjects(given)
@@ -232,7 +252,6 @@ def request(given: Given, where: str, chance: int) -> Request:
             "--subjects and --token-indices are for --init-noise initno, --excite, --score attention, "
             "--objective or --attention-maps"
         )
-    layout = _layout(given)
     by_captions = (
         layout is not None and layout.regions and method.name == "select" and method.score == "attention"
     )
@@ -247,6 +266,8 @@ def request(given: Given, where: str, chance: int) -> Request:
         given |= {
             name: getattr(layout, name) for name in ("width", "height") if getattr(layout, name) is not None
         }
+        if layout.regions and (steer is None or not steer.replaces_layout):
+            _check_drafts(method, steer)
     control = _control(given, layout)
     if given["invert"] is not None:
         _check_invert(given, method)
@@ -274,6 +295,7 @@ def request(given: Given, where: str, chance: int) -> Request:
         init=_init_image(given),
         layout=layout,
         crop_margin=given["crop_margin"],
+        layout_method=given["layout_method"],
         control=control,
         invert=given["invert"],
     )
@@ -301,7 +323,8 @@ def _steer(given: Given) -> "Steer | None":
 
     settings: dict[str, object] = {**read_settings(given["objective_set"] or "")}
     for option, setting in (("optimize_steps", "steps"), ("candidates", "candidates")):
-        if given[option] is not None:
+        # `best` has candidates of its own, besides an objective that is followed while denoising.
+        if given[option] is not None and (option, given["init_noise"]) != ("candidates", "best"):
             if setting in settings:
                 raise ValueError(
                     f"{OPTIONS[option].flag} and --objective-set {setting}= are the same: give one"
@@ -316,6 +339,17 @@ def _steer(given: Given) -> "Steer | None":
             f"--init-noise {name} finds the noise, and {steer.name} by {steer.driver} would as well: give one"
         )
     return steer
+
+
+def _check_drafts(method: NoiseMethod, steer: "Steer | None") -> None:
+    """Raises ValueError for methods that draft the beginning of a run: they would draft the prompt
+    alone, and the image would then be drawn with the layout's regions."""
+    by = "--init-noise best" if method.name == "best" else "search=halving"
+    if method.name == "best" or (steer is not None and steer.settings.get("search") == "halving"):
+        raise ValueError(
+            f"{by} drafts the prompt without the layout's regions: use --init-noise select, which ranks "
+            "noises by where the regions' captions attend"
+        )
 
 
 def _steered(given: Given, steer: "Steer") -> NoiseMethod:
@@ -416,6 +450,33 @@ def _layout(given: Given) -> "Layout | None":
         if own is not None and given[name] not in (None, own):
             raise ValueError(f"the layout is for a {name} of {own} pixels: leave out --{name}")
     return layout
+
+
+def _placed(given: Given, layout: "Layout | None") -> Given:
+    """Returns the options, with those filled in that --layout-method stands for: by crops, a crop
+    margin and a selection of the noise. Raises ValueError for options that contradict the method.
+
+    Crops are the default where they were measured to be best: for the embedded model, if no option
+    says how the layout is drawn or where the noise comes from. An image of --like says so itself.
+    """
+    named = given["layout_method"]
+    if layout is None:
+        if named is not None:
+            raise ValueError("--layout-method is for --layout FILE")
+        return given
+    if named == "paper" and given["crop_margin"] is not None:
+        raise ValueError("--layout-method paper has no crops: leave out --crop-margin")
+    decided = [name for name in DECIDES if given[name] not in (None, False)]
+    usual = given["model"] in (None, "shapes") and given["like"] is None and not decided
+    usual = usual and all(words(region.prompt) for region in layout.regions)
+    if named == "paper" or not layout.regions or not (named == "crops" or usual):
+        return given
+    given = given | {"layout_method": "crops"}
+    if given["crop_margin"] is None:
+        given["crop_margin"] = CROP_MARGIN
+    if not any(given[name] is not None for name in FINDS_NOISE):
+        given |= {"init_noise": "select", "score": "attention", "candidates": LAYOUT_CANDIDATES}
+    return given
 
 
 def _control(given: Given, layout: "Layout | None") -> ControlRequest | None:

@@ -7,16 +7,15 @@ method has an image are compared.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minsd import files, judge
-from minsd.app import statistics
-from minsd.app.prompt_sets import slug
+from minsd import judge
+from minsd.app import statistics, study_file
 from minsd.app.statistics import Estimate, Resample
 from minsd.judges import LOWER, RATES
 
@@ -49,21 +48,21 @@ class Results:
 def read(folder: Path, unjudged: bool = False) -> Results:
     """Reads a study, or any folder with one judged folder per method. With `unjudged`, images
     without scores count too. Raises FileNotFoundError if there is no folder, and ValueError if
-    there are no scores, or if no (prompt, seed) pair has an image of every method."""
-    path = folder / "study.json"
-    study = files.read_json(path) if path.is_file() else None
+    there are no scores, if no (prompt, seed) pair has an image of every method, or if the scores of
+    a judge come from different weights or options."""
+    study = study_file.read(folder)
     if study is not None:
-        places = {name: folder / slug(name) for name in study["methods"]}
+        places = {name: folder / sub for name, sub in study_file.folders(study.methods).items()}
     elif folder.is_dir():
         places = {sub.name: sub for sub in sorted(folder.iterdir()) if sub.is_dir()}
     else:
         raise FileNotFoundError(f"there is no folder {folder}")
     pattern = "runs*.jsonl" if unjudged else "scores*.jsonl"
     places = {name: place for name, place in places.items() if any(place.rglob(pattern))}
-    left_out = sorted(set(study["methods"]) - set(places)) if study else []
+    left_out = sorted(set(study.methods) - set(places)) if study else []
     if not places:
         raise ValueError(f"{folder} holds no scores: python -m minsd.judge {folder}")
-    tags = {item["prompt"]: item.get("tag", "") for item in study["prompts"]} if study else {}
+    tags = {item["prompt"]: item.get("tag", "") for item in study.prompts} if study else {}
     notes = [f"method {name} is left out: it has no scores" for name in left_out]
     held = {name: _of_method(place, notes, unjudged) for name, place in places.items()}
     common = set.intersection(*(set(rows) for rows in held.values()))
@@ -85,10 +84,16 @@ def read(folder: Path, unjudged: bool = False) -> Results:
             for name, rows in held.items()
         }
 
-    identities = {}
+    identities: dict[str, dict[str, Any]] = {}
     for rows in held.values():
         for pair in pairs:
-            identities |= rows[pair]["identities"]
+            for name, identity in rows[pair]["identities"].items():
+                if identities.setdefault(name, identity) != identity:
+                    raise ValueError(
+                        f"the scores of judge {name} in {folder} come from different weights or options "
+                        f"({described(identities[name])}; {described(identity)}): python -m minsd.judge "
+                        f"{folder} --judges {name} judges again those that differ from its own"
+                    )
     return Results(
         list(held),
         pairs,
@@ -114,22 +119,16 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
 
     out: dict[tuple[str, Any], dict[str, Any]] = {}
     count: dict[str, int] = {}
-    scored: dict[Path, dict[str, list[dict[str, Any]]]] = {}
+    known: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}  # folder -> rows, scores, by file
     for one in judge.pictures(place):
-        if one.folder not in scored:
-            rows = {row["file"]: row for row in recorded(one.folder.glob("runs*.jsonl"))}
-            by_file: dict[str, list[dict[str, Any]]] = {}
-            for (file, _), line in judge.scores(one.folder).items():
-                by_file.setdefault(file, []).append(line)
-            scored[one.folder] = by_file
-            scored[one.folder][""] = [rows]
-        row = scored[one.folder][""][0].get(one.file, {})
+        if one.folder not in known:
+            rows = recorded(one.folder.glob("runs*.jsonl"))
+            known[one.folder] = {row["file"]: row for row in rows}, judge.scores(one.folder)
+        row, judged = (held.get(one.file, {}) for held in known[one.folder])
         if not one.path.is_file():
             notes.append("images that are listed in runs.jsonl but missing from their folder are left out")
             continue
-        size = one.path.stat().st_size
-        judged = scored[one.folder].get(one.file, [])
-        lines = [line for line in judged if line["size"] == size and line["asked"] == one.question]
+        lines = judge.valid(judged, one)
         if len(lines) < len(judged):
             notes.append("scores of images that have changed since are left out: judge the folder again")
         if not lines and not unjudged:
@@ -142,14 +141,27 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
         out[one.prompt, seed] = {
             "path": one.path,
             "row": row,
-            "values": {key: value for line in lines for key, value in line["values"].items()},
-            "found": [found for line in lines for found in line.get("found", ())],
-            "identities": {line["judge"]: line["identity"] for line in lines},
+            "values": {key: value for line in lines.values() for key, value in line["values"].items()},
+            "found": [found for line in lines.values() for found in line.get("found", ())],
+            "identities": {name: line["identity"] for name, line in lines.items()},
         }
     return out
 
 
+def described(identity: Mapping[str, Any]) -> str:
+    """Returns a judge's weights, dtype and options in words."""
+    return ", ".join(f"{key} {value}" for key, value in identity.items() if key != "judge")
+
+
 # --- the table ------------------------------------------------------------------------------------
+
+
+def head(column: str) -> str:
+    """Returns the heading of a table's column: the name of the judged value, followed by % for a
+    rate, or by "(less is better)"."""
+    if column in LOWER:
+        return f"{column} (less is better)"
+    return f"{column} %" if column in RATES else column
 
 
 @dataclass(frozen=True)
@@ -193,50 +205,57 @@ class Cell:
         }
 
 
-def compute(results: Results, baseline: str, by_tag: bool = True) -> list[Cell]:
+def compute(results: Results, baseline: str) -> list[Cell]:
     """Returns every number of the table of a study, in which each method is compared to the method
-    `baseline`. Rates are in per cent. With `by_tag`, there are also the values for each tag (group
-    of prompts). Raises ValueError if the baseline is not among the methods."""
+    `baseline`. Rates are in per cent. If the prompts have several tags (groups of prompts), there
+    are also the values for each tag. Raises ValueError if the baseline is not among the methods."""
     if baseline not in results.methods:
         raise ValueError(f"--baseline {baseline} is not among the methods: {', '.join(results.methods)}")
     resample = Resample(results.prompts)
     cells: list[Cell] = []
-    tags = list(dict.fromkeys(results.tags)) if by_tag else []
     for column, by_method in results.values.items():
         rate = column in RATES
-        scale = 100.0 if rate else 1.0
         digits = 1 if rate else _digits(by_method)
         for method, values in by_method.items():
-            n = int(np.isfinite(values).sum())
-            mean = resample.estimate(values)
-            if rate:
-                mean = statistics.wilson(float(np.nansum(values)), n)
-            cells.append(Cell("values", method, column, _scaled(mean, scale), n, digits))
-            if len(tags) > 1:
-                cells += _by_tag(results, method, column, tags, rate, digits)
+            mean = _mean(values, rate, resample)
+            cells.append(Cell("values", method, column, mean, _count(values), digits))
+            if len(set(results.tags)) > 1:
+                cells += _by_tag(results.tags, method, column, values, rate, digits)
             if method != baseline:
                 cells += _against(method, column, values, by_method[baseline], resample, rate, digits)
     return cells + _costs(results, baseline)
 
 
+def _mean(values: np.ndarray, rate: bool, resample: Resample | None) -> Estimate:
+    """Returns the mean of the values that are there, with its 95 % interval. If `rate` is true, the
+    values are right or wrong (1 or 0), and the mean is in per cent. The mean of other values has no
+    interval without `resample`."""
+    there = values[np.isfinite(values)]
+    if rate:
+        return _scaled(statistics.wilson(float(there.sum()), len(there)), 100.0)
+    if resample is not None:
+        return resample.estimate(values)
+    return Estimate(float(there.mean()) if len(there) else math.nan, math.nan, math.nan)
+
+
+def _count(values: np.ndarray) -> int:
+    return int(np.isfinite(values).sum())
+
+
 def _by_tag(
-    results: Results, method: str, column: str, tags: list[str], rate: bool, digits: int
+    tags: Sequence[str], method: str, column: str, values: np.ndarray, rate: bool, digits: int
 ) -> list[Cell]:
-    """Returns the mean value of a method in one column for each of `tags` (groups of prompts), and
-    the unweighted mean over the tags, which is GenEval's overall score. `rate` states whether the
-    values are right or wrong (1 or 0), and `digits` how many decimals to show."""
+    """Returns the mean of a method's `values` in one column for each tag (group of prompts), and
+    the unweighted mean over the tags, which is GenEval's overall score. `tags` are those of the
+    pairs. `rate` states whether the values are right or wrong (1 or 0), and `digits` how many
+    decimals to show."""
     out = []
-    scale = 100.0 if rate else 1.0
-    values = results.values[column][method]
-    for tag in tags:
-        inside = values[[one == tag for one in results.tags]]
-        inside = inside[np.isfinite(inside)]
-        mean = Estimate(float(inside.mean()) if len(inside) else math.nan, math.nan, math.nan)
-        if rate:
-            mean = statistics.wilson(float(inside.sum()), len(inside))
-        out.append(Cell("by tag", method, column, _scaled(mean, scale), len(inside), digits, tag))
+    for tag in dict.fromkeys(tags):
+        inside = values[[one == tag for one in tags]]
+        mean = _mean(inside, rate, None)
+        out.append(Cell("by tag", method, column, mean, _count(inside), digits, tag))
     overall = Estimate(float(np.mean([cell.estimate.value for cell in out])), math.nan, math.nan)
-    return [*out, Cell("by tag", method, column, overall, len(values), digits, "mean of groups")]
+    return [*out, Cell("by tag", method, column, overall, _count(values), digits, "mean of groups")]
 
 
 def _against(
@@ -253,7 +272,7 @@ def _against(
     better and, for PickScore, the probability that its image is preferred. `rate` states whether
     the values are right or wrong (1 or 0), and `digits` how many decimals to show."""
     difference = values - base
-    n = int(np.isfinite(difference).sum())
+    n = _count(difference)
     more = ""
     if rate:
         repaired, broken = int((difference > 0).sum()), int((difference < 0).sum())

@@ -121,11 +121,8 @@ def _merge_rows(out: Path, share: Share, say: Say) -> None:
     """Merges the rows that this process wrote to its own file into runs.jsonl in the folder `out`.
     The first process also merges the files of processes that do not exist in this run: an earlier
     run with more processes was killed and left them behind."""
-    paths = [out / share.rows_file] if share.world > 1 else []
-    if share.rank == 0:
-        left = [path for path in out.glob("runs-*.jsonl") if path.stem[5:].isdecimal()]
-        paths += [path for path in left if int(path.stem[5:]) >= share.world or share.world == 1]
-    if paths and out.is_dir():
+    paths = share.parts(out, "runs")
+    if (paths or share.world > 1) and out.is_dir():
         try:
             merge(out, paths, say)
         except (IsADirectoryError, PermissionError) as error:
@@ -272,7 +269,24 @@ class Drawing:
         if self.command.json:
             print(json.dumps(row), flush=True)  # in ASCII, so that every encoding of stdout can print it
         elif not self.session.quiet:
-            self.show.write(f"minsd: {files.printable(path)}")
+            self.show.write(f"minsd: {files.printable(path)}{_about_regions(row)}")
+
+
+def _about_regions(row: Row) -> str:
+    """Returns what to tell of an image with a layout: the fraction of each caption's attention that
+    falls into the caption's region, and a warning where it is no more than attention that is spread
+    evenly over the image would give. Returns "" for other images.
+    """
+    regions = row.get("attention_in_regions")
+    if not regions:
+        return ""
+    told = " and ".join(f"{one['fraction']:.0%}" for one in regions)
+    low = [str(k) for k, one in enumerate(regions, 1) if one["fraction"] <= one["area"]]
+    text = f": its regions hold {told} of their captions' attention"
+    if not low:
+        return text
+    these = "regions" if len(low) > 1 else "region"
+    return f"{text}; warning: {these} {' and '.join(low)} may lack the caption's object"
 
 
 def _ends_the_run(error: Exception) -> bool:

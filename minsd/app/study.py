@@ -10,21 +10,26 @@ and seeds cannot change. `table` also takes any folder with one judged folder pe
 """
 
 import argparse
-import json
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minsd import __version__, files, judge
-from minsd.app import Tally, mistake, options, prompt_sets, reason, requests, study_page
-from minsd.app.options import OPTIONS
+from minsd.app import Tally, ended, options, prompt_sets, requests, study_file, study_page, study_plots
+from minsd.app.options import OPTIONS, Given, Parser, positive
 from minsd.app.prompt_sets import slug
-from minsd.app.ranks import Share, label
+from minsd.app.prompts import located
+from minsd.app.ranks import Share
+from minsd.app.requests import Command, Request
 from minsd.app.results import compute, read
+from minsd.app.study_file import Study
+
+if TYPE_CHECKING:
+    from minsd.app.session import Session
 
 PLAIN: dict[str, list[str]] = {  # methods without arguments -> options of minsd.generate
     "plain": [],
@@ -33,6 +38,7 @@ PLAIN: dict[str, list[str]] = {  # methods without arguments -> options of minsd
     "initno": ["--init-noise", "initno"],
     "excite": ["--excite"],
 }
+NOT_IN_STUDIES = ("prompt", "prompts", "like", "invert", "layout_preview", "list_tokens", "engine")
 FORMS = (*PLAIN, "select:SCORE:K", "optimize:STEPS", "collage[:MARGIN]", '"NAME: --options"')
 
 
@@ -52,9 +58,7 @@ def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
             continue
         for name in filter(None, (part.strip() for part in word.split(","))):
             out[name] = method_options(name)
-    folders = [slug(name) for name in out]
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"two methods would share the folder {max(folders, key=folders.count)}")
+    study_file.folders(out)
     return out
 
 
@@ -64,30 +68,18 @@ def method_options(method: str) -> list[str]:
     Raises ValueError, in one line, for a method that this version does not have."""
     name, _, rest = method.partition(":")
     if method in PLAIN:
-        return _known(method, PLAIN[method])
+        return PLAIN[method]
     if name == "select" and re.fullmatch(r".+:\d+", rest):
         score, _, count = rest.rpartition(":")
         by = "--score" if score in OPTIONS["score"].choices else "--objective"
-        return _known(method, ["--init-noise", "select", by, score, "--candidates", count])
+        return ["--init-noise", "select", by, score, "--candidates", count]
     if name == "optimize" and rest.isdecimal():
         return ["--init-noise", "optimize", "--optimize-steps", rest]
     if name == "collage" and re.fullmatch(r"(\d*\.?\d+)?", rest):
-        return ["--crop-margin", rest] if rest else []
+        return ["--crop-margin", rest] if rest else ["--layout-method", "paper"]
     if name in ("select", "optimize", "collage"):
         raise ValueError(f"there is no method {method!r}: the forms are {', '.join(FORMS)}")
-    return _known(method, ["--objective", method])
-
-
-def _known(method: str, words: list[str]) -> list[str]:
-    """Returns `words`, the options for which a method stands, unchanged. Raises ValueError if this
-    version does not have one of the options, or not with this value."""
-    for flag, value in zip(words, [*words[1:], ""]):
-        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if not flag.startswith("--"):
-            continue
-        if name not in OPTIONS or (OPTIONS[name].choices and value not in OPTIONS[name].choices):
-            raise ValueError(f"there is no method {method!r}: the forms are {', '.join(FORMS)}")
-    return words
+    return ["--objective", method]
 
 
 # --- draw -----------------------------------------------------------------------------------------
@@ -104,100 +96,80 @@ def seeds_of(text: str, number: int) -> str:
     return f"{number * count}-{number * count + count - 1}"
 
 
-def prepare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the contents for study.json in `folder`: those of the existing file with the methods
-    of `args` added, or those of a new study. Writes nothing. Raises ValueError if the existing
-    study has other prompts, seeds, model or options, or a method of the same name with other
-    options."""
-    items = [{"prompt": args.prompt}] if args.prompt else prompt_sets.load(args.prompts, args.count)
-    study: dict[str, Any] = {
-        "set": None if args.prompt else Path(args.prompts).name,
-        "seeds": args.seeds,
-        "model": args.model,
-        "options": args.options,
-        "prompts": items,
-        "methods": {},
-        "versions": {"minsd": __version__},
-    }
-    path = folder / "study.json"
-    if path.exists():
-        old = files.read_json(path)
-        for key in ("prompts", "seeds", "model", "options"):
-            if old[key] != study[key]:
-                raise ValueError(f"{path} has other {key}: a study keeps them; take a new folder")
-        study = old
-    for name, words in split_methods(args.methods).items():
-        if study["methods"].setdefault(name, words) != words:
-            raise ValueError(f"{path} has a method {name} with other options: give this one another name")
-    return study
+def asked_for(args: argparse.Namespace) -> Study:
+    """Returns the study that the command's options ask for. Raises ValueError or FileNotFoundError
+    for mistakes in the options."""
+    if args.prompt is None:
+        items = prompt_sets.load(args.prompts, args.count)
+        name = Path(args.prompts).name
+    else:
+        items = [{"prompt": args.prompt}]
+        name = None
+    methods = split_methods(args.methods)
+    return Study(name, args.seeds, args.model, args.options, items, methods, {"minsd": __version__})
 
 
-def write_lines(study: Mapping[str, Any], folder: Path, method: str) -> Path:
-    """Writes, for one method of a study, the prompts file for minsd.generate and the layout files
-    that it names. Returns the path of the prompts file. Raises ValueError if the method needs
-    layouts and a prompt has none."""
-    place = folder / "prompts"
-    place.mkdir(parents=True, exist_ok=True)
-    by_layout = method.partition(":")[0] == "collage"
-    lines = []
-    for number, item in enumerate(study["prompts"]):
-        line: dict[str, Any] = {"prompt": item["prompt"], "seeds": seeds_of(study["seeds"], number)}
-        if item.get("subjects") and not by_layout:
-            line["subjects"] = item["subjects"]
-        if by_layout:
+def requested(study: Study, method: str, folder: Path) -> tuple[Command, list[Request]]:
+    """Returns the settings of one method's run, and the request for each prompt. Raises ValueError
+    or FileNotFoundError if minsd.generate would refuse them."""
+    words = ["--model", study.model, *shlex.split(study.options), *study.methods[method]]
+    given = options.parse([*words, "--out", str(folder / slug(method)), "--resume", "--wait"])
+    for name in NOT_IN_STUDIES:
+        if given[name]:
+            raise ValueError(f"{OPTIONS[name].flag} is not for studies: leave it out")
+    command, lines = requests.read(given, _lines(study, method, given))
+    if lines[0].wants_subjects or lines[0].steer:  # other methods refuse subjects
+        command, lines = requests.read(given, _lines(study, method, given, subjects=True))
+    return command, lines
+
+
+def _lines(study: Study, method: str, given: Given, subjects: bool = False) -> Iterator[tuple[str, Given]]:
+    """Yields (where, options) for each prompt, as `requests.read` takes them. `given` holds the
+    options of all prompts. `subjects` adds the prompts' subjects."""
+    for number, item in enumerate(study.prompts):
+        own: Given = {"prompt": item["prompt"], "seeds": seeds_of(study.seeds, number)}
+        if method.partition(":")[0] == "collage":
             if not item.get("layout"):
-                raise ValueError(f"method {method} needs prompts with a layout, such as shapes-layout-2")
-            path = place / f"layout-{number:05d}.json"
-            _put(path, json.dumps(item["layout"], ensure_ascii=False))
-            line = {"layout": str(path), "seeds": line["seeds"]}
-        lines.append(json.dumps(line, ensure_ascii=False))
-    path = place / f"{slug(method)}.jsonl"
-    _put(path, "\n".join(lines) + "\n")
-    return path
-
-
-def _put(path: Path, text: str) -> None:
-    """Writes a text file completely or not at all, even if several processes write the same file at
-    once."""
-    with files.temporary(path.parent) as file:
-        file.write(text.encode())
-        files.put(file, path)
+                raise ValueError("it needs prompts with a layout, such as shapes-layout-2")
+            own |= {"prompt": None, "layout": item["layout"]}
+        elif subjects and item.get("subjects"):
+            own["subjects"] = OPTIONS["subjects"].from_json(item["subjects"])
+        yield f"prompt {number + 1}: " if number else "", given | own
 
 
 def draw(args: argparse.Namespace) -> int:
     """Draws those images of the study's methods that are missing. Returns the exit code: 1 if
-    images failed, otherwise 0. Raises ValueError or FileNotFoundError for mistakes in the options.
-    """
-    study = prepare(args.study, args)
-    drawn = [name for name in study["methods"] if (args.study / slug(name)).is_dir()]
-    asked = []
-    for name in split_methods(args.methods):
-        path = write_lines(study, args.study, name)
-        words = ["--prompts", str(path), "--out", str(args.study / slug(name)), "--resume"]
-        words += ["--model", study["model"], *shlex.split(study["options"]), *study["methods"][name]]
-        try:
-            asked.append((name, *requests.read(options.parse(words))))
-        except (ValueError, FileNotFoundError) as error:
-            if name not in drawn:
-                path.unlink()
-            where = re.compile(rf"{re.escape(str(path))}, (?:line 1: )?")  # of a file that `draw` wrote
-            raise ValueError(f"method {name}: {where.sub('', str(error))}") from None
+    images failed, otherwise 0. Raises ValueError or FileNotFoundError for mistakes in the options;
+    nothing is written then."""
+    study = asked_for(args)
+    study_file.joined(args.study, study)  # raises ValueError if the folder holds another study
+    parts: list[tuple[Command, list[Request]]] = []
+    for name in study.methods:
+        with located(f"method {name}: "):
+            parts.append(requested(study, name, args.study))
     from minsd.app.jobs import plan
     from minsd.app.run import run
-    from minsd.app.session import open_session
 
     rank = Share.from_environment().rank
-    if rank == 0:
-        _put(args.study / "study.json", json.dumps(study, ensure_ascii=False, indent=1) + "\n")
+    quiet = args.quiet or rank > 0
     session = None
+    plans = []
+    notes: list[str] = []
+    for name, (command, lines) in zip(study.methods, parts):  # mistakes are found before drawing
+        session = _opened(session, command, parts, quiet)
+        with located(f"method {name}: "):
+            jobs, more = plan(session.sd, command, lines)
+        plans.append(jobs)
+        notes += [*command.notes, *session.sd.notes, *more]
+    for note in dict.fromkeys(notes):
+        if not quiet and not note.startswith("subjects: "):  # one for nearly every prompt
+            print(f"minsd: {files.printable(note)}", file=sys.stderr)
+    if rank == 0:
+        study_file.add(args.study, study)
     failed = 0
-    for name, command, lines in asked:
-        lines = list(lines)
-        if session is None or _model(session.command) != _model(command):
-            session = open_session(command, lines, args.quiet or rank > 0)
-        session = replace(session, command=command)
-        jobs, _ = plan(session.sd, command, lines)
-        if not session.quiet:
+    for name, (command, _), jobs in zip(study.methods, parts, plans):
+        session = _opened(session, command, parts, quiet)
+        if not quiet:
             print(f"minsd: method {name}: {len(jobs)} images", file=sys.stderr)
         tally = Tally()
         run(session, jobs, tally)
@@ -205,11 +177,23 @@ def draw(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _model(command: requests.Command) -> list[Any]:
+def _opened(
+    session: "Session | None", command: Command, parts: Sequence[tuple[Command, list[Request]]], quiet: bool
+) -> "Session":
+    """Returns a session for the run of one method (`command`): that of the last method, if both use
+    the same model, otherwise a new one. `parts` holds the runs of all methods."""
+    from minsd.app.session import open_session
+
+    if session is not None and _model(session.command) == _model(command):
+        return replace(session, command=command)
+    lines = [line for other, lines in parts if _model(other) == _model(command) for line in lines]
+    return open_session(command, lines, quiet)
+
+
+def _model(command: Command) -> list[Any]:
     """Returns those settings of a run that must be equal in two runs for them to use the same
     loaded model."""
-    names = ("model", "vae", "tokenizer", "prediction_type", "controlnet", "lora")
-    return [getattr(command, name) for name in (*names, "device", "dtype", "attention", "compile")]
+    return [getattr(command, name) for name, option in OPTIONS.items() if option.group == options.MODEL]
 
 
 # --- the commands ---------------------------------------------------------------------------------
@@ -222,19 +206,27 @@ def table(args: argparse.Namespace) -> int:
     results = read(args.study, args.unjudged)
     baseline = args.baseline or results.methods[0]
     cells = compute(results, baseline)
+    published = PRESETS.get(args.preset, {}).get("published")
+    report = study_page.report(results, cells, baseline, published)
+    text = study_page.markdown(report)
+    texts = {
+        "table.md": text,
+        "table.csv": study_page.as_csv(results, cells),
+        "differences.svg": study_plots.differences(cells, baseline),
+        "cost.svg": study_plots.cost(results, cells),
+    }
+    if args.latex:
+        texts["table.tex"] = study_page.latex(results, cells)
+    if args.page:
+        texts["index.html"] = study_page.page(results, cells, baseline, report, args.rows)
     out = args.out or args.study
     out.mkdir(parents=True, exist_ok=True)
-    text = study_page.markdown(results, cells, baseline, PRESETS.get(args.preset, {}).get("published"))
-    _put(out / "table.md", text)
-    _put(out / "table.csv", study_page.as_csv(results, cells))
-    _put(out / "differences.svg", study_page.differences(cells, baseline))
-    _put(out / "cost.svg", study_page.cost(results, cells))
-    if args.latex:
-        _put(out / "table.tex", study_page.latex(results, cells))
-    if args.page:
-        _put(out / "index.html", study_page.page(results, cells, baseline, text, args.rows))
+    for name, content in texts.items():
+        files.write(out / name, content)
     if args.sheet:
         study_page.sheet(results, args.sheet, out / "sheet.png")
+    written = ", ".join([*texts, *(["sheet.png"] if args.sheet else [])])
+    print(f"minsd: written to {files.printable(out)}: {written}", file=sys.stderr)
     encoding = sys.stdout.encoding or "utf-8"  # may lack characters of a method's name
     print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
@@ -256,9 +248,7 @@ def compare(args: argparse.Namespace) -> int:
         if args.judges:
             raise
         print(f"minsd: the images are not judged: {files.printable(error)}", file=sys.stderr)
-    code = table(args)
-    print(f"minsd: {args.study / 'index.html'}", file=sys.stderr)
-    return failed or code
+    return table(args) or failed
 
 
 # The protocols of papers on the initial noise, as far as they were read in the papers' programs, and
@@ -325,10 +315,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def parser(prog: str) -> argparse.ArgumentParser:
+def parser(prog: str) -> Parser:
     """Returns the parser of the commands `draw`, `table` and `compare`. `prog` is the program's
     name in its help."""
-    p = argparse.ArgumentParser(prog=prog, description="Compare noise methods over a prompt set.")
+    p = Parser(prog=prog, description="Compare noise methods over a prompt set.")
     actions = p.add_subparsers(dest="action", required=True)
     d = actions.add_parser("draw", help="draw all methods' images; what is there stays")
     d.add_argument("study", type=Path, metavar="STUDY", help="the study's folder")
@@ -343,8 +333,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     t.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: STUDY)")
     t.add_argument("--latex", action="store_true", help="also table.tex")
     t.add_argument("--page", action="store_true", help="also index.html, with the images")
-    t.add_argument("--rows", type=int, default=200, metavar="N", help="rows of the page (default: 200)")
-    t.add_argument("--sheet", type=int, metavar="N", help="also sheet.png: N rows drawn at random")
+    t.add_argument("--rows", type=positive, default=200, metavar="N", help="rows of the page (default: 200)")
+    t.add_argument("--sheet", type=positive, metavar="N", help="also sheet.png: N rows drawn at random")
     t.add_argument("--preset", choices=tuple(PRESETS), help="add what the paper published")
     c = actions.add_parser("compare", help="draw, judge and table in one go")
     c.add_argument("prompt", nargs="?", metavar="PROMPT", help="one prompt; or give --prompts")
@@ -360,7 +350,7 @@ def _draw_options(p: argparse.ArgumentParser) -> None:
     them."""
     sets = ", ".join(prompt_sets.SETS)
     p.add_argument("--prompts", metavar="SET|FILE", help=f"{sets}, or a file")
-    p.add_argument("--count", type=int, metavar="N", help="the first N prompts of each tag")
+    p.add_argument("--count", type=positive, metavar="N", help="the first N prompts of each tag")
     p.add_argument(
         "--seeds", metavar="LIST", help="the same for all prompts (0-63), or apart:K: K each of its own"
     )
@@ -375,22 +365,25 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study")
     """Runs the command line `argv` (default: that of the process). Returns 0 if all is done, 1 if
     images failed or another error occurred, 2 for a mistake of the user, and 130 if the user
     stopped the run."""
-    args = parser(prog).parse_args(argv)
-    try:
-        if args.action == "table":
-            return table(args)
-        defaults = DEFAULTS | PRESETS.get(args.preset, {}).get("draw", {})
-        if args.prompt:
-            defaults |= {"seeds": "0-3"}
-        for name, default in defaults.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default)
-        if args.action == "compare" and args.judges is None and args.model != "shapes":
-            args.judges = PRESETS.get(args.preset, {}).get("judges")
-        return draw(args) if args.action == "draw" else compare(args)
-    except Exception as error:
-        print(f"minsd: error: {label()}{files.printable(reason(error, ''))}", file=sys.stderr)
-        return 2 if mistake(error) else 1
-    except KeyboardInterrupt:
-        print("minsd: stopped; the same command goes on", file=sys.stderr)
-        return 130
+    return ended(lambda: _run(parser(prog).parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Runs the command that the options name. Returns the exit code."""
+    if args.action == "table":
+        return table(args)
+    if args.prompt is not None and (args.prompts or args.count):
+        raise ValueError("give a prompt or --prompts with --count, not both")
+    preset = PRESETS.get(args.preset, {})
+    defaults = DEFAULTS | preset.get("draw", {}) | ({} if args.prompt is None else {"seeds": "0-3"})
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.action == "draw":
+        code = draw(args)
+        if not args.quiet and Share.from_environment().rank == 0:
+            print(f"minsd: to judge the images: python -m minsd.judge {args.study}", file=sys.stderr)
+        return code
+    if args.judges is None and args.model != "shapes":
+        args.judges = preset.get("judges")
+    return compare(args)

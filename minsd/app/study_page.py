@@ -1,7 +1,7 @@
-"""Formats a study's results: as Markdown, CSV, LaTeX, two plots, a page with images, and a sheet.
+"""Formats a study's results: as Markdown, CSV, LaTeX, a page with images, and a sheet.
 
-Plots are SVG that is generated here, so that no plotting package is needed. The page contains its
-plots and thumbnails, so that it is a single file that opens anywhere without a network.
+The page contains its plots and thumbnails, so that it is a single file that opens anywhere without
+a network.
 """
 
 import base64
@@ -12,115 +12,138 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minsd import image
-from minsd.app.results import Cell, Results
+from minsd.app.results import Cell, Results, described, head
+from minsd.app.statistics import DRAWS, FEW, Resample
+from minsd.app.study_plots import cost, differences
 from minsd.judges import LOWER, RATES
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 THUMBNAIL = 256  # pixels
 
 
 # --- text -----------------------------------------------------------------------------------------
 
 
-def head(column: str) -> str:
-    """Returns the heading of a table's column: the name of the judged value, followed by % for a
-    rate, or by "(less is better)"."""
-    if column in LOWER:
-        return f"{column} (less is better)"
-    return f"{column} %" if column in RATES else column
+class Table(NamedTuple):
+    """A table of texts: the headings of its columns, and its rows."""
+
+    names: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
-def markdown(results: Results, cells: Sequence[Cell], baseline: str, reference: str | None) -> str:
-    """Returns the tables of a study in Markdown, with notes below. `cells` are the tables' numbers.
-    `reference` is a text about published numbers, or None."""
+Block = str | list[str] | Table  # a paragraph, a list of notes, or a table
+
+
+def report(results: Results, cells: Sequence[Cell], baseline: str, reference: str | None) -> list[Block]:
+    """Returns the tables of a study with their texts, and notes below. `cells` are the tables'
+    numbers. `reference` is a text about published numbers, or None."""
     columns = list(results.values)
     pick = {(c.part, c.method, c.column, c.tag): c for c in cells}
+
+    def table(part: str, names: Sequence[str], keys: Sequence[tuple[str, str]]) -> Table:
+        """Returns a table with one row per method. `keys` are (column, tag) of the cells of a row,
+        and `names` their headings."""
+        rows = [[m, *(pick[part, m, *key].text for key in keys)] for m in results.methods]
+        return Table(["method", *names], rows)
+
     n = len(results.pairs)
     prompts = len(set(results.prompts))
-    out = [f"{n} pairs of {prompts} prompts and their seeds. Means and rates with 95 % intervals.\n"]
-    out += _table(
-        ["method", *(head(column) for column in columns)],
-        [[m, *(pick["values", m, c, ""].text for c in columns)] for m in results.methods],
-    )
-    others = [m for m in results.methods if m != baseline]
-    if others:
-        out.append(
-            f"Paired differences to {baseline}, and the fraction of pairs won (ties count half), in %:\n"
-        )
-        names = [name for c in columns for name in (head(c), f"won by {c} %")]
-        rows = []
-        for m in others:
-            row = [m]
-            for c in columns:
-                row += [_signed(pick["differences", m, c, ""]), pick["wins", m, c, ""].text]
-            rows.append(row)
-        out += _table(["method", *names], rows)
-        lines = [
-            f"- {m}, {c}: {pick['differences', m, c, ''].more}"
-            for c in columns
-            for m in others
-            if pick["differences", m, c, ""].more
-        ]
-        if lines:
-            out += ["Images that changed between wrong and right (McNemar's exact test):\n", *lines, ""]
-        preferred = [c for c in cells if c.part == "preferred"]
-        if preferred:
-            texts = [f"{c.method} {c.text}" for c in preferred]
-            out.append(f"PickScore's probability of preference over {baseline}, in %: {'; '.join(texts)}\n")
+    out: list[Block] = [
+        f"{n} pairs of {prompts} prompts and their seeds. Means and rates with 95 % intervals.",
+        table("values", [head(c) for c in columns], [(c, "") for c in columns]),
+    ]
+    if len(results.methods) > 1:
+        out += _compared(results, cells, baseline)
     costs = list(dict.fromkeys(c.column for c in cells if c.part == "costs"))
-    out.append("Cost per image, searching and optimising included (seconds: median; memory: greatest):\n")
-    out += _table(
-        ["method", *costs], [[m, *(pick["costs", m, c, ""].text for c in costs)] for m in results.methods]
-    )
+    out.append("Cost per image, searching and optimising included (seconds: median; memory: greatest):")
+    out.append(table("costs", costs, [(c, "") for c in costs]))
     tags = list(dict.fromkeys(c.tag for c in cells if c.part == "by tag"))
     for column in columns if tags else ():
-        out.append(f"{head(column)} by group of prompts:\n")
-        out += _table(
-            ["method", *(f"{tag} (n = {pick['by tag', baseline, column, tag].n})" for tag in tags)],
-            [[m, *(pick["by tag", m, column, tag].text for tag in tags)] for m in results.methods],
-        )
-    if reference:
-        out += [reference, ""]
-    return "\n".join([*out, *notes(results, cells)]) + "\n"
+        names = [f"{tag} (n = {pick['by tag', baseline, column, tag].n})" for tag in tags]
+        out.append(f"{head(column)} by group of prompts:")
+        out.append(table("by tag", names, [(column, tag) for tag in tags]))
+    return [*out, *([reference] if reference else []), notes(results, cells)]
 
 
-def _signed(cell: Cell) -> str:
-    """Returns the text of a number that is a difference, with a plus sign if it is positive."""
-    return "+" + cell.text if cell.estimate.value > 0 else cell.text
+def _compared(results: Results, cells: Sequence[Cell], baseline: str) -> list[Block]:
+    """Returns the table of paired differences to the baseline, and the texts about them."""
+    columns = list(results.values)
+    pick = {(c.part, c.method, c.column): c for c in cells}
+    others = [m for m in results.methods if m != baseline]
+    rows = []
+    for m in others:
+        row = [m]
+        for c in columns:
+            gain = pick["differences", m, c]
+            row += ["+" * (gain.estimate.value > 0) + gain.text, pick["wins", m, c].text]
+        rows.append(row)
+    out: list[Block] = [
+        f"Paired differences to {baseline}, and the fraction of pairs won (ties count half), in %:",
+        Table(["method", *(name for c in columns for name in (head(c), f"won by {c} %"))], rows),
+    ]
+    changed = [c for c in cells if c.part == "differences" and c.more]
+    if changed:
+        out.append("Images that changed between wrong and right (McNemar's exact test):")
+        out.append([f"{c.method}, {c.column}: {c.more}" for c in changed])
+    preferred = [f"{c.method} {c.text}" for c in cells if c.part == "preferred"]
+    if preferred:
+        out.append(f"PickScore's probability of preference over {baseline}, in %: {'; '.join(preferred)}")
+    return out
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a Markdown table, followed by an empty line. `names` are the headings of
-    the columns."""
-    lines = [names, ["---"] * len(names), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
+def markdown(blocks: Sequence[Block]) -> str:
+    """Returns the blocks of a report in Markdown."""
+    out = []
+    for block in blocks:
+        if isinstance(block, Table):
+            lines = [block.names, ["---"] * len(block.names), *block.rows]
+            rows = (" | ".join(text.replace("|", "\\|") for text in line) for line in lines)
+            out.append("\n".join(f"| {row} |" for row in rows))
+        else:
+            out.append(block if isinstance(block, str) else "\n".join(f"- {line}" for line in block))
+    return "\n\n".join(out) + "\n"
+
+
+def as_html(blocks: Sequence[Block]) -> str:
+    """Returns the blocks of a report in HTML."""
+    out = []
+    for block in blocks:
+        if isinstance(block, Table):
+            rows = "".join(f"<tr>{_cells('td', row)}" for row in block.rows)
+            out.append(f"<div class=wide><table><tr>{_cells('th', block.names)}{rows}</table></div>")
+        elif isinstance(block, str):
+            out.append(f"<p>{html.escape(block)}</p>")
+        else:
+            out.append("<ul>" + "".join(f"<li>{html.escape(line)}" for line in block) + "</ul>")
+    return "".join(out)
+
+
+def _cells(tag: str, texts: Sequence[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(text)}" for text in texts)
 
 
 def notes(results: Results, cells: Sequence[Cell]) -> list[str]:
     """Returns notes below the table, one line each: how the intervals are computed, which values
     are missing, and the judges' weights and options."""
     compared = sum(cell.part == "differences" for cell in cells)
-    few = len(set(results.prompts)) < 10
-    how = "pairs, because there are fewer than 10 prompts" if few else "prompts, each with all its seeds"
+    few = len(set(results.prompts)) < FEW
+    how = f"pairs, because there are fewer than {FEW} prompts" if few else "prompts, each with all its seeds"
     out = [
-        f"- Intervals of means, differences and won pairs: bootstrap over {how} (10,000 draws, seed 0). "
-        "Rates: Wilson's interval.",
-        f"- {compared} comparisons, uncorrected." if compared else "",
+        f"Intervals of means, differences and won pairs: bootstrap over {how} ({DRAWS:,} draws, seed 0). "
+        "Rates: Wilson's interval."
     ]
+    if compared:
+        out.append(f"{compared} comparisons, uncorrected.")
     for column, by_method in results.values.items():
         missing = sum(int(np.isnan(values).sum()) for values in by_method.values())
         if missing:
-            out.append(f"- {column}: {missing} images have no value.")
-    out += [f"- {note[:1].upper()}{note[1:]}." for note in results.notes]
-    for name, identity in results.identities.items():
-        said = ", ".join(f"{key} {value}" for key, value in identity.items() if key != "judge")
-        out.append(f"- Judge {name}: {said}.")
-    return [line for line in out if line]
+            out.append(f"{column}: {missing} images have no value.")
+    out += [f"{note[:1].upper()}{note[1:]}." for note in results.notes]
+    return out + [f"Judge {name}: {described(identity)}." for name, identity in results.identities.items()]
 
 
 def as_csv(results: Results, cells: Sequence[Cell]) -> str:
@@ -139,8 +162,6 @@ def latex(results: Results, cells: Sequence[Cell]) -> str:
     """Returns the table of values in LaTeX, for the package booktabs. The best value of a column is
     bold if it is clearly better than the next best: the bootstrap interval of their paired
     difference does not contain 0."""
-    from minsd.app.statistics import Resample
-
     pick = {(c.method, c.column): c for c in cells if c.part == "values"}
     resample = Resample(results.prompts)
     best = {}
@@ -168,124 +189,8 @@ def latex(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def _tex(text: str) -> str:
-    return "".join("\\" + c if c in "_%&#$" else c for c in text)
-
-
-# --- plots ----------------------------------------------------------------------------------------
-
-
-def _svg(width: int, height: int, parts: Sequence[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
-        f'<rect width="{width}" height="{height}" fill="white"/>' + "".join(parts) + "</svg>\n"
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", fill: str = "#222") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{html.escape(text)}</text>'
-
-
-def _line(x0: float, y0: float, x1: float, y1: float, stroke: str = "#ccc", width: float = 1) -> str:
-    return (
-        f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" '
-        f'stroke="{stroke}" stroke-width="{width}"/>'
-    )
-
-
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Returns the places of an axis's ticks between `low` and `high`: multiples of a round step (1,
-    2 or 5 times a power of ten). There are about `about` of them at most."""
-    raw = (high - low) / about or 1.0
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def differences(cells: Sequence[Cell], baseline: str) -> str:
-    """Returns an SVG plot of every method's paired difference to the baseline, with its interval,
-    in every column of values."""
-    shown = [c for c in cells if c.part == "differences" and math.isfinite(c.estimate.low)]
-    columns = list(dict.fromkeys(c.column for c in shown))
-    # The baseline counts too, so that a method has one colour in both plots.
-    methods = list(dict.fromkeys(c.method for c in cells))
-    left, width, row = 190, 420, 20
-    parts: list[str] = []
-    y = 30.0
-    for column in columns:
-        mine = [c for c in shown if c.column == column]
-        low = min(0.0, *(c.estimate.low for c in mine))
-        high = max(0.0, *(c.estimate.high for c in mine))
-        pad = 0.05 * (high - low) or 1.0
-        low, high = low - pad, high + pad
-
-        def at(value: float, low: float = low, high: float = high) -> float:
-            return left + width * (value - low) / (high - low)
-
-        parts.append(_text(8, y, f"{column}: difference to {baseline}"))
-        bottom = y + 8 + row * len(mine)
-        for tick in ticks(low, high):
-            parts.append(_line(at(tick), y + 8, at(tick), bottom, "#222" if abs(tick) < 1e-12 else "#ddd"))
-            parts.append(_text(at(tick), bottom + 14, f"{tick:g}", "middle", "#666"))
-        for k, cell in enumerate(mine):
-            middle = y + 8 + row * (k + 0.5)
-            colour = COLOURS[methods.index(cell.method) % len(COLOURS)]
-            parts.append(_text(left - 8, middle + 4, cell.method, "end"))
-            parts.append(_line(at(cell.estimate.low), middle, at(cell.estimate.high), middle, colour, 2))
-            parts.append(
-                f'<circle cx="{at(cell.estimate.value):.1f}" cy="{middle:.1f}" r="4" fill="{colour}"/>'
-            )
-        y = bottom + 46
-    return _svg(left + width + 30, int(y) - 10, parts)
-
-
-def cost(results: Results, cells: Sequence[Cell]) -> str:
-    """Returns one SVG with a plot for each column of values: each method's mean value against its
-    median seconds per image, on a logarithmic axis of seconds."""
-    seconds = {c.method: c.estimate.value for c in cells if c.part == "costs" and c.column == "seconds"}
-    seconds = {method: value for method, value in seconds.items() if value > 0}
-    parts: list[str] = []
-    left, width, height = 60, 460, 200
-    if not seconds:
-        return _svg(300, 40, [_text(8, 24, "no seconds are known")])
-    x_low = math.log10(min(seconds.values())) - 0.1
-    x_high = math.log10(max(seconds.values())) + 0.35
-    top = 30.0
-    for column in results.values:
-        mine = [c for c in cells if c.part == "values" and c.column == column and c.method in seconds]
-        mine = [c for c in mine if math.isfinite(c.estimate.low)]
-        if not mine:
-            continue
-        low = min(c.estimate.low for c in mine)
-        high = max(c.estimate.high for c in mine)
-        pad = 0.05 * (high - low) or 1.0
-        low, high = low - pad, high + pad
-
-        def y(value: float, low: float = low, high: float = high, top: float = top) -> float:
-            return top + height * (1 - (value - low) / (high - low))
-
-        def x(value: float) -> float:
-            return left + width * (math.log10(value) - x_low) / (x_high - x_low)
-
-        parts.append(_text(8, top - 12, f"{head(column)} against seconds per image"))
-        for tick in ticks(low, high, 4):
-            parts += [
-                _line(left, y(tick), left + width, y(tick)),
-                _text(left - 6, y(tick) + 4, f"{tick:g}", "end"),
-            ]
-        for tick in (k * 10.0**p for p in range(-3, 5) for k in (1, 2, 5)):
-            if x_low <= math.log10(tick) <= x_high:
-                parts.append(_line(x(tick), top, x(tick), top + height, "#eee"))
-                parts.append(_text(x(tick), top + height + 16, f"{tick:g} s", "middle", "#666"))
-        for cell in mine:
-            colour = COLOURS[results.methods.index(cell.method) % len(COLOURS)]
-            px, py = x(seconds[cell.method]), y(cell.estimate.value)
-            parts.append(_line(px, y(cell.estimate.low), px, y(cell.estimate.high), colour, 2))
-            parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{colour}"/>')
-            parts.append(_text(px + 7, py + 4, cell.method))
-        top += height + 66
-    return _svg(left + width + 80, int(top) - 20, parts)
+    named = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    return "".join(named.get(c, "\\" + c if c in "_%&#${}" else c) for c in text)
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -348,98 +253,76 @@ for(const s of [method,column,order])s.addEventListener('change',sort);sort();
 """
 
 
-def page(results: Results, cells: Sequence[Cell], baseline: str, text: str, rows: int) -> str:
-    """Returns the whole study as one HTML file: the tables (`text`, in Markdown), the plots, and at
-    most `rows` (prompt, seed) pairs, each with the images of all methods. `cells` are the tables'
+def page(results: Results, cells: Sequence[Cell], baseline: str, blocks: Sequence[Block], rows: int) -> str:
+    """Returns the whole study as one HTML file: its report (`blocks`), the plots, and at most
+    `rows` (prompt, seed) pairs, each with the images of all methods. `cells` are the tables'
     numbers."""
     shown = _order(results, baseline, rows)
-    columns = list(results.values)
-    blocks = []
+    images = []
     for k in shown:
         prompt, seed = results.pairs[k]
-        figures = []
-        for method in results.methods:
-            values = [(c, results.values[c][method][k]) for c in columns]
-            said = ", ".join(f"{c} {v:.3g}" for c, v in values if np.isfinite(v))
-            found = results.found[method][k]
-            seen = ", ".join(f"{one.get('colour', '')} {one['name']}".strip() for one in found[:6])
-            first = values[0][1] if values and columns[0] in RATES else math.nan
-            mark = "" if math.isnan(first) else (" class=good" if first else " class=bad")
-            figures.append(
-                f'<figure><img src="{thumbnail(results.files[method][k], found)}" alt="" loading="lazy">'
-                f"<figcaption><b{mark}>{html.escape(method)}</b><br>{html.escape(said)}<br>"
-                f"{html.escape(seen)}</figcaption></figure>"
-            )
-        where = html.escape(f"seed {seed} {results.tags[k]}")
-        title = f"{html.escape(prompt)} <small>{where}</small>"
-        blocks.append(f'<div class="row"><p>{title}</p><div class="images">{"".join(figures)}</div></div>')
-    numbers = {
-        c: {
-            m: [float(v) if np.isfinite(v) else None for v in results.values[c][m][shown]]
-            for m in results.methods
-        }
-        for c in columns
-    }
-    data = {
-        "baseline": baseline,
-        "values": numbers,
-        "random": [int(k) for k in np.random.default_rng(1).permutation(len(shown))],
-    }
-    of = f"{len(shown)} of {len(results.pairs)}"
-    others = [m for m in results.methods if m != baseline] or [baseline]
-    choices = (
-        f"<p>{of} rows, by <select id=order><option value=gain>greatest gain<option value=loss>greatest loss"
-        f"<option value=random>random</select>of <select id=method>{_choices(others)}</select>"
-        f"over {html.escape(baseline)} in <select id=column>{_choices(columns)}</select></p>"
-    )
-    said = json.dumps(data).replace("</", "<\\/")
+        title = f"{html.escape(prompt)} <small>{html.escape(f'seed {seed} {results.tags[k]}')}</small>"
+        figures = "".join(_figure(results, method, k) for method in results.methods)
+        images.append(f'<div class="row"><p>{title}</p><div class="images">{figures}</div></div>')
+    choices, script = _sorting(results, baseline, shown)
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(', '.join(results.methods))}</title><style>{STYLE}</style>"
-        f"<h1>{len(results.methods)} methods, {len(results.pairs)} pairs</h1>{as_html(text)}"
-        f"{differences(cells, baseline)}{cost(results, cells)}<h2>Images</h2>{choices}"
-        f"<div id=rows>{''.join(blocks)}</div>"
-        f"<script id=data type='application/json'>{said}</script><script>{SCRIPT}</script></html>\n"
+        f"<h1>{len(results.methods)} methods, {len(results.pairs)} pairs</h1>{as_html(blocks)}"
+        f"{differences(cells, baseline)}{cost(results, cells)}"
+        f"<h2>Images</h2><p>{len(shown)} of {len(results.pairs)} rows{choices}</p>"
+        f"<div id=rows>{''.join(images)}</div>{script}</html>\n"
     )
+
+
+def _figure(results: Results, method: str, k: int) -> str:
+    """Returns the image of one method and pair in HTML, with its values and what was found in it."""
+    values = {column: by_method[method][k] for column, by_method in results.values.items()}
+    said = ", ".join(f"{column} {value:.3g}" for column, value in values.items() if np.isfinite(value))
+    found = results.found[method][k]
+    seen = ", ".join(f"{one.get('colour', '')} {one['name']}".strip() for one in found[:6])
+    first = next(iter(values), "")
+    mark = ""
+    if first in RATES and np.isfinite(values[first]):
+        mark = " class=good" if values[first] else " class=bad"
+    return (
+        f'<figure><img src="{thumbnail(results.files[method][k], found)}" alt="" loading="lazy">'
+        f"<figcaption><b{mark}>{html.escape(method)}</b><br>{html.escape(said)}<br>"
+        f"{html.escape(seen)}</figcaption></figure>"
+    )
+
+
+def _sorting(results: Results, baseline: str, shown: Sequence[int]) -> tuple[str, str]:
+    """Returns, in HTML, the choices by which the rows `shown` are sorted, and the script that sorts
+    them. Both are empty if there is nothing to compare."""
+    others = [m for m in results.methods if m != baseline]
+    if not others or not results.values:
+        return "", ""
+    values = {
+        column: {
+            # The script takes what is greater as better.
+            m: [(-v if column in LOWER else v) if math.isfinite(v) else None for v in of[shown].tolist()]
+            for m, of in by_method.items()
+        }
+        for column, by_method in results.values.items()
+    }
+    random = np.random.default_rng(1).permutation(len(shown)).tolist()
+    data = json.dumps({"baseline": baseline, "values": values, "random": random}).replace("</", "<\\/")
+    choices = (
+        ", by <select id=order><option value=gain>greatest gain<option value=loss>greatest loss"
+        f"<option value=random>random</select>of <select id=method>{_choices(others)}</select>"
+        f"over {html.escape(baseline)} in <select id=column>{_choices([*values])}</select>"
+    )
+    return choices, f"<script id=data type='application/json'>{data}</script><script>{SCRIPT}</script>"
 
 
 def _choices(names: Sequence[str]) -> str:
     return "".join(f'<option value="{html.escape(name)}">{html.escape(name)}' for name in names)
 
 
-def as_html(text: str) -> str:
-    """Converts Markdown to HTML. Only the forms that this module writes are supported: paragraphs,
-    tables and lists."""
-    out = []
-    for block in text.split("\n\n"):
-        lines = [line for line in block.split("\n") if line.strip()]
-        run: list[str] = []
-        for line in [*lines, ""]:
-            if run and line[:2] != run[0][:2]:
-                out.append(_block(run))
-                run = []
-            if line:
-                run.append(line)
-    return "".join(out)
-
-
-def _block(lines: Sequence[str]) -> str:
-    if lines[0].startswith("| "):
-        rows = [line.strip("| ").split(" | ") for line in lines if not line.startswith("| ---")]
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        cells[0] = cells[0].replace("td>", "th>")
-        return f"<div class=wide><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table></div>"
-    if lines[0].startswith("- "):
-        return "<ul>" + "".join(f"<li>{html.escape(line[2:])}</li>" for line in lines) + "</ul>"
-    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-
-
 def sheet(results: Results, rows: int, path: Path) -> None:
     """Saves a contact sheet of `rows` (prompt, seed) pairs, chosen at random with a fixed seed, at
     `path`. Each row of the sheet shows a pair, and each column a method."""
-
-    from minsd.image import contact_sheet, save
-
     n = len(results.pairs)
     drawn = sorted(int(k) for k in np.random.default_rng(0).permutation(n)[:rows])
     first = next(iter(results.values.values()), {})
@@ -453,4 +336,4 @@ def sheet(results: Results, rows: int, path: Path) -> None:
             captions.append(f"{method} {first[method][k]:.3g}" if first else method)
     side = pictures[0].size
     pictures = [picture if picture.size == side else picture.resize(side) for picture in pictures]
-    save(contact_sheet(pictures, len(results.methods), captions), path)
+    image.save(image.contact_sheet(pictures, len(results.methods), captions), path)

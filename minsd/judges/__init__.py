@@ -94,40 +94,32 @@ WEIGHTS: dict[str, Weights] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table JUDGES: the module of minsd.judges that builds the judge, the columns of
-    its scores, the names in WEIGHTS of the weights that it needs, and a description."""
+    """A row of the table JUDGES: the module of minsd.judges that builds the judge, the names in
+    WEIGHTS of the weights that it needs, and a description."""
 
     module: str
-    columns: tuple[str, ...]
     weights: tuple[str, ...]
     about: str
 
 
 JUDGES: dict[str, Entry] = {
-    "shapes": Entry(
-        "shapes", ("right", "no_neglect", "strict"), (), "the embedded model's own pixel detector"
-    ),
-    "clip": Entry("clip", ("clip",), ("clip-b16",), "cosine of image and prompt, ViT-B/16"),
-    "clip-b32": Entry("clip", ("clip-b32",), ("clip-b32",), "the same, ViT-B/32"),
-    "clip-l14": Entry("clip", ("clip-l14",), ("clip-l14",), "the same, ViT-L/14"),
-    "clip-h14": Entry("clip", ("clip-h14",), ("clip-h14",), "the same, OpenCLIP's ViT-H/14"),
-    "least": Entry("clip", ("least",), ("clip-b16",), "the part of the prompt that the image neglects most"),
-    "pickscore": Entry("clip", ("pickscore",), ("pickscore",), "PickScore, human preference"),
-    "hpsv2": Entry("clip", ("hpsv2",), ("hpsv2",), "Human Preference Score v2, times 100"),
-    "hpsv2.1": Entry("clip", ("hpsv2.1",), ("hpsv2.1",), "Human Preference Score v2.1, times 100"),
-    "hpsv2.1@plain": Entry("clip", ("hpsv2.1@plain",), ("hpsv2.1",), "the same, resized without antialias"),
-    "aesthetic": Entry("clip", ("aesthetic",), ("clip-l14", "aesthetic"), "LAION's aesthetic predictor v2"),
-    "imagereward": Entry("blip", ("imagereward",), ("imagereward", "bert"), "ImageReward, human preference"),
+    "shapes": Entry("shapes", (), "the embedded model's own pixel detector"),
+    "clip": Entry("clip", ("clip-b16",), "cosine of image and prompt, ViT-B/16"),
+    "clip-b32": Entry("clip", ("clip-b32",), "the same, ViT-B/32"),
+    "clip-l14": Entry("clip", ("clip-l14",), "the same, ViT-L/14"),
+    "clip-h14": Entry("clip", ("clip-h14",), "the same, OpenCLIP's ViT-H/14"),
+    "least": Entry("clip", ("clip-b16",), "the part of the prompt that the image neglects most"),
+    "pickscore": Entry("clip", ("pickscore",), "PickScore, human preference"),
+    "hpsv2": Entry("clip", ("hpsv2",), "Human Preference Score v2, times 100"),
+    "hpsv2.1": Entry("clip", ("hpsv2.1",), "Human Preference Score v2.1, times 100"),
+    "hpsv2.1@plain": Entry("clip", ("hpsv2.1",), "the same, resized without antialias"),
+    "aesthetic": Entry("clip", ("clip-l14", "aesthetic"), "LAION's aesthetic predictor v2"),
+    "imagereward": Entry("blip", ("imagereward", "bert"), "ImageReward, human preference"),
     "geneval-style": Entry(
-        "mask2former",
-        ("geneval-style",),
-        ("mask2former", "clip-l14"),
-        "GenEval's rules on Mask2Former's detections",
+        "mask2former", ("mask2former", "clip-l14"), "GenEval's rules on Mask2Former's detections"
     ),
-    "tiam-like": Entry("mask2former", ("tiam-like",), ("mask2former",), "TIAM's rule: every object is there"),
-    "region_clip": Entry(
-        "regions", ("region_clip", "nearest_own"), ("clip-b32",), "cosine of each box with its caption"
-    ),
+    "tiam-like": Entry("mask2former", ("mask2former",), "TIAM's rule: every object is there"),
+    "region_clip": Entry("regions", ("clip-b32",), "cosine of each box with its caption"),
 }
 
 RATES = ("right", "no_neglect", "strict", "geneval-style", "tiam-like")  # columns of 0 and 1
@@ -158,15 +150,29 @@ def load(
     `build` of the judge's module. Raises ValueError for an unknown name or an unsuitable file, and
     FileNotFoundError for missing weights, each in one line.
     """
+    files = found(name, weights or {}, fetch)
+    return built(identity(name, files, str(dtype or "float32"), options), files, device, options)
+
+
+def found(name: str, weights: Mapping[str, str], fetch: bool) -> dict[str, Path]:
+    """Returns the paths of a judge's weights, by their names in WEIGHTS. The arguments and errors
+    are those of `load`."""
+    return {key: find(key, name, weights, fetch) for key in check(name).weights}
+
+
+def built(
+    identity: dict[str, Any],
+    files: Mapping[str, Path],
+    device: "torch.device | str",
+    options: Mapping[str, Any],
+) -> Any:
+    """Loads the judge with this `identity`, from the weights at the paths `files`. Raises
+    ValueError, in one line, for an unsuitable file."""
     import torch
 
-    entry = check(name)
-    files = {key: find(key, name, weights or {}, fetch) for key in entry.weights}
-    module = importlib.import_module(f"minsd.judges.{entry.module}")
-    dtype = dtype or torch.float32
-    return module.build(
-        identity(name, files, str(dtype), options), files=files, device=device, dtype=dtype, **options
-    )
+    module = importlib.import_module(f"minsd.judges.{check(identity['judge']).module}")
+    dtype = getattr(torch, identity["dtype"])
+    return module.build(identity, files=files, device=device, dtype=dtype, **options)
 
 
 def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,11 +56,63 @@ class Detection(NamedTuple):
         return values | ({} if self.colour is None else {"colour": self.colour})
 
 
-def from_row(row: Mapping[str, Any]) -> Detection:
-    """Converts a dict from a line of scores.jsonl, as `Detection.row` returns it, to a
-    Detection."""
-    x0, y0, x1, y1 = row["box"]
-    return Detection(row["name"], row["score"], (x0, y0, x1, y1), colour=row.get("colour"))
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def check(asked: Asked) -> None:
+    """Raises ValueError, in one line, if what is asked for has another form than this module's
+    docstring states."""
+    for key in ("include", "exclude"):
+        clauses = asked.get(key, [])
+        if not isinstance(clauses, list):
+            raise ValueError(f"{key!r} must be a list of clauses")
+        for number, clause in enumerate(clauses):
+            problem = _problem(clause, number)
+            if problem:
+                raise ValueError(f"clause {number + 1} of {key!r} {problem}")
+    if not _whole(asked.get("bodies", 0), 0, 1000):
+        raise ValueError("'bodies' must be a whole number from 0 to 1000")
+    if "layout" in asked and not _is_layout(asked["layout"]):
+        raise ValueError("'layout' must hold regions with a prompt and a box [x0, y0, x1, y1] or a mask")
+
+
+def _problem(clause: Any, number: int) -> str:
+    """Returns what is wrong with clause `number`, for the end of an error message; an empty string
+    if nothing is."""
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+        return 'needs a "class", such as {"class": "cat", "count": 1}'
+    if not _whole(clause.get("count"), 1, 1000):
+        return 'needs a "count" from 1 to 1000'
+    if not isinstance(clause.get("color", ""), str):
+        return 'has a "color" that is no text'
+    place = clause.get("position", [RELATIONS[0], 0])
+    if not isinstance(place, list) or len(place) != 2 or place[0] not in RELATIONS:
+        return f'needs a "position" of the form [relation, number]; relations are {", ".join(RELATIONS)}'
+    if "position" in clause and not _whole(place[1], 0, number - 1):
+        return 'has a "position" without the number of an earlier clause; the first is 0'
+    return ""
+
+
+def _is_layout(layout: Any) -> bool:
+    """Returns whether a layout has regions with captions, and boxes that are no empty boxes."""
+    regions = layout.get("regions") if isinstance(layout, Mapping) else None
+    return isinstance(regions, list) and all(
+        isinstance(region, Mapping)
+        and isinstance(region.get("prompt"), str)
+        and ("box" not in region or _is_box(region["box"]))
+        for region in regions
+    )
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box)
+    return numbers and box[0] < box[2] and box[1] < box[3]
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 # --- boxes ----------------------------------------------------------------------------------------
@@ -188,9 +240,12 @@ def class_of(caption: str, names: Iterable[str]) -> str | None:
 
 def boxes_of(layout: Mapping[str, Any], width: int, height: int) -> list[Box]:
     """Returns the boxes (x0, y0, x1, y1) of a layout.json's regions in pixels. A box given in
-    fractions is scaled to the image's width and height."""
+    fractions is scaled to the image's width and height. Returns an empty list if a region has a
+    mask in place of a box."""
     out = []
     for region in layout["regions"]:
+        if "box" not in region:
+            return []
         x0, y0, x1, y1 = region["box"]
         if max(region["box"]) <= 1:
             x0, y0, x1, y1 = x0 * width, y0 * height, x1 * width, y1 * height
@@ -208,9 +263,12 @@ def layout(
     one region, so that the sum of IoUs is greatest. A region without a match has an IoU of 0.
     `box_iou` is the mean IoU, `box_half` the fraction of regions with an IoU of at least 0.5,
     `box_any` the fraction of regions whose class is found anywhere in the image, and `strays` the
-    number of detections of the regions' classes that match no region.
+    number of detections of the regions' classes that match no region. A layout without boxes has no
+    values.
     """
     boxes = boxes_of(asked, *size)
+    if not boxes:
+        return {}
     classes = [class_of(region["prompt"], names) for region in asked["regions"]]
     objects = [one for several in kept(found, SURE).values() for one in several if one.name in classes]
     objects = sorted(objects, key=lambda one: -one.score)[:MOST]

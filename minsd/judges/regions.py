@@ -46,9 +46,10 @@ class Regions:
         return [self._judge(image, (item or {}).get("layout")) for image, item in zip(images, asked)]
 
     def _judge(self, image: Image.Image, layout: Mapping[str, Any] | None) -> Judged:
-        if not layout or any("box" not in region for region in layout["regions"]):
+        boxes = boxes_of(layout, *image.size) if layout else []
+        if not layout or not boxes:
             return Judged({}, reason="the prompt has no layout of boxes")
-        parts = [on_white(image, box) for box in boxes_of(layout, *image.size)]
+        parts = [on_white(image, box) for box in boxes]
         vectors = self.clip.images(pixels.pil(parts, self.clip.size))
         texts = self.clip.texts([region["prompt"] for region in layout["regions"]]).to(vectors)
         cosines = vectors @ texts.T  # (regions, captions)

@@ -18,8 +18,6 @@ from minsd.judges.objects import Asked, Detection
 from minsd.weights.shapes import detector
 from minsd.weights.shapes.data import COLOURS, SHAPES
 
-LAYOUT = ("box_iou", "box_half", "box_any", "strays")
-
 PREFIX = re.compile(r"(?:a photo of|a picture of|an image of)\s+")
 PHRASE = re.compile(rf"an? (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})")
 JOINT = re.compile(rf"\s*(, and|,|and|with|{'|'.join(objects.RELATIONS)})\s+")
@@ -88,7 +86,8 @@ class Shapes:
 
     def _judge(self, image: Image.Image, prompt: str, asked: Asked | None) -> Judged:
         asked = asked if asked and "include" in asked else {**(asked or {}), **(read_caption(prompt) or {})}
-        subjects = [(one.get("color"), one["class"]) for one in asked.get("include", ())]
+        clauses = asked.get("include", ())
+        subjects = [(one.get("color"), one["class"]) for one in clauses for _ in range(one["count"])]
         found = detections(detector.find(image))
         if not subjects or any(shape not in SHAPES for _, shape in subjects):
             return Judged({}, found, "the prompt asks for no shapes")

@@ -24,6 +24,8 @@ from minsd.noise.drivers import Refining
 from minsd.noise.look import Ask, Look
 from minsd.noise.objectives.common import Earlier, check_choice, need_groups
 
+SMALLEST_T = 1e-6  # far below it, 1 / T is beyond float32
+
 
 def contrastive(vectors: Tensor, labels: Tensor, t: float = 0.5, form: str = "ntxent") -> Tensor:
     """Returns CONFORM's loss L, a scalar, of vectors (n,d), which are flattened attention maps.
@@ -34,9 +36,11 @@ def contrastive(vectors: Tensor, labels: Tensor, t: float = 0.5, form: str = "nt
     same = labels[:, None] == labels
     pairs = same & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
     if form == "ntxent" and pairs.any():
-        others = (s / t).exp().masked_fill(same, 0.0).sum(dim=1, keepdim=True)
-        e = (s / t).exp()
-        return -(e / (e + others)).log()[pairs].mean()
+        a, p = pairs.nonzero(as_tuple=True)
+        # With e^{s(a,p)/T} divided out, L = log(e^0 + sum over n of e^{(s(a,n) - s(a,p))/T}), whose
+        # logsumexp overflows at no T.
+        gaps = ((s[a] - s[a, p, None]) / t).masked_fill(same[a], -torch.inf)
+        return torch.nn.functional.pad(gaps, (1, 0)).logsumexp(dim=1).mean()
     near = (1 - s[pairs]).clamp(min=0)
     far = s[~same & (s > 0)]
     return sum((part.mean() for part in (near, far) if part.numel()), 0 * vectors.sum())
@@ -49,6 +53,8 @@ class Contrast:
         self, sd: Model, asks: Sequence[Ask], t: float = 0.5, form: str = "ntxent", repeats: bool = False
     ):
         check_choice("form", form, ("ntxent", "pairs"))
+        if not t >= SMALLEST_T:
+            raise ValueError(f"t must be {SMALLEST_T:g} or more, not {t:g}")
         need_groups(asks)
         self.t, self.form, self.earlier = t, form, Earlier()
         self.begin = self.earlier.clear

@@ -10,6 +10,7 @@ with the terms of noise/losses.py, alignment to the running mean of the maps, 0.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,11 @@ class InitNO:
         self, sd: Model, asks: Sequence[Ask], variant: str = "official", conflict_limit: float | None = None
     ):
         need_subjects(asks)
+        for ask in asks:
+            if len(ask.subjects) == 1:
+                # With stacklevel 1 Python shows a text once, although a run makes several InitNO.
+                text = f"{ask.prompt!r} has a single subject, so InitNO's loss of conflicts is 0"
+                warnings.warn(text, stacklevel=1)
         self.official, self.count = variant == "official", len(asks)
         conflict = sd.config.conflict_limit if conflict_limit is None else conflict_limit
         limits = {"cross": CROSS_LIMIT} | ({"self": conflict} if conflict < math.inf else {})

@@ -10,12 +10,14 @@ mu is scaled down to the standard deviation of x0. As published, one mu serves a
 prompt; here each image learns its own.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from minsd.guidance import Model
-from minsd.noise.drivers import Say
-from minsd.noise.look import Lift, Look
+from minsd.noise.drivers import Result, Say, values_of
+from minsd.noise.look import Lift, Look, finite
 from minsd.noise.objectives.overlap import Overlap
 from minsd.samplers.random import generators
 from minsd.samplers.schedule import Refine, Timestep
@@ -30,11 +32,15 @@ def bounded(mu: Tensor, spread: Tensor) -> Tensor:
 class Saga(Overlap):
     iterations, draws, lr, momentum = 50, 10, 20.0, 0.4  # lr for a model whose update_scale is 20
 
-    def refine(self, sd: Model, lift: Lift, steps: int, progress: Say | None) -> Refine:
+    def refine(self, sd: Model, lift: Lift, steps: int, record: list[Result], progress: Say | None) -> Refine:
         """Returns a function `refine(i, t, x) -> x` for a run of `steps` timesteps, which samplers
         call before each noise prediction. The function replaces the latents x at step steps // 5 by
-        latents with a learned mean, and changes nothing at other steps. `progress(b, message)` is
-        called with the progress of image b."""
+        latents with a learned mean, and changes nothing at other steps.
+
+        In `record`, one Result per image, it stores the values of the first and the last iteration,
+        averaged over the 10 draws. If the values or the gradient of an image are not finite, its
+        latents stay unchanged, with a warning. `progress(b, message)` is called with the progress
+        of image b."""
 
         def move(i: int, t: Timestep, x: Tensor) -> Tensor:
             if i != steps // 5:
@@ -43,9 +49,10 @@ class Saga(Overlap):
             with torch.no_grad():
                 x0 = Look(lift, x.to(lift.dtype), rows, t, i).x0
             draws = generators([ask.seed for ask in lift.asks], skip=x.shape[1:])
-            return torch.stack([learn(b, t, i, *pair) for b, pair in enumerate(zip(x0, draws))]).to(x.dtype)
+            own = zip(x, x0, draws)
+            return torch.stack([learn(b, t, i, *each).to(x.dtype) for b, each in enumerate(own)])
 
-        def learn(b: int, t: Timestep, i: int, x0: Tensor, generator: torch.Generator) -> Tensor:
+        def learn(b: int, t: Timestep, i: int, old: Tensor, x0: Tensor, generator: torch.Generator) -> Tensor:
             a = sd.schedule.abar(t)
             mu = x0.mean(dim=(1, 2), keepdim=True).expand_as(x0)
             velocity = torch.zeros_like(x0)
@@ -56,10 +63,15 @@ class Saga(Overlap):
                 if turn == self.iterations:
                     return x[0]
                 told, gradient = lift.slope(x, torch.full((n,), b, device=x0.device), t, i)
+                if not finite(told, gradient).all():
+                    warnings.warn(f"{lift.not_finite([b])}; its latents are left as they were", stacklevel=2)
+                    return old
+                [values] = values_of({name: value.mean(dim=0, keepdim=True) for name, value in told.items()})
+                record[b].note_values(values)
                 velocity = self.momentum * velocity + gradient.mean(dim=0)
                 mu = mu - self.lr * sd.config.update_scale / 20 / a**0.5 * velocity
                 if progress is not None:
-                    progress(b, f"saga {turn + 1}/{self.iterations} loss {told['loss'].mean().item():.3g}")
+                    progress(b, f"saga {turn + 1}/{self.iterations} loss {values['loss']:.3g}")
             return x0
 
         return move
