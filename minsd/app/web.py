@@ -48,7 +48,13 @@ from minsd.pipeline import StableDiffusion
 PAGE = Path(__file__).with_name("web.html")
 LONGEST = 2**20  # bytes of a request
 EMBEDDED = ("shapes", "shapes-turbo")
-EXTRAS = ("out", "attention_maps", "preview", "save_noise")  # options of a run that the page may set
+EXTRAS = (
+    "out",
+    "attention_maps",
+    "preview",
+    "save_noise",
+    "layout_overlay",
+)  # options of a run that the page may set
 MOST_CANDIDATES = 64
 KEPT = 200  # previews and maps held in memory
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -219,7 +225,7 @@ class Studio:
             if option.group == RUN and name not in EXTRAS:
                 raise ValueError(f"{option.flag} is for the command line")
             for path in named_files(given, name):
-                if not path.exists():
+                if name != "out" and not path.exists():
                     raise FileNotFoundError(f"{option.flag}: there is no {path}")
                 if not any(inside(path, folder) for folder in self.folders):
                     named = ", ".join(map(str, self.folders))
