@@ -30,8 +30,9 @@ Costs = dict[str, float]  # unet_rows, seconds, cpu_seconds of one image
 
 
 class Cost:
-    """Counts UNet rows (the sum of batch sizes over UNet evaluations), seconds and processor
-    seconds, summed over all `with` blocks of `spending`."""
+    """Adds up three costs: UNet rows (the sum of the batch sizes of all UNet evaluations), seconds,
+    and processor seconds. Work counts if it is done inside a `with` block of the method
+    `spending`."""
 
     def __init__(self, sd: StableDiffusion) -> None:
         self.unet = sd.unet
@@ -50,8 +51,9 @@ class Cost:
 
 
 def save_sheet(path: Path, images: Sequence[tuple[Image.Image, str]], columns: int) -> None:
-    """Saves a contact sheet of (image, caption) pairs. The file has only 128 colours, so that it is
-    small enough for the repository. On images of shapes the difference is hardly visible."""
+    """Saves a contact sheet of (image, caption) pairs at `path`, with `columns` images per row. The
+    file has only 128 colours, so that it is small enough for the repository. Images of geometric
+    shapes in plain colours look almost the same with 128 colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet([image for image, _ in images], columns, [caption for _, caption in images])
     sheet.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)

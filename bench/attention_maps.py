@@ -142,9 +142,13 @@ class Outcome(NamedTuple):
 def losses_on(
     sd: StableDiffusion, prompts: list[str], subjects: list[Subjects], words: slice, record: AttentionRecorder
 ) -> list[tuple[float, float]]:
-    """Returns InitNO's (response loss, conflict loss) for each image, from the attention maps in
-    `record`. Each subject is a (colour, shape) pair of words, of which the slice `words` selects
-    those whose maps are used."""
+    """Returns a (response loss, conflict loss) pair for each image: InitNO's two losses, computed
+    from the attention maps in `record`.
+
+    `prompts` and `subjects` have one entry per image. A subject is a (colour, shape) pair of words.
+    The slice `words` is applied to each pair, and selects which of the two words count: only their
+    maps enter the losses.
+    """
     places = [
         [sd.text.positions(prompt, word) for subject in these for word in subject[words]]
         for prompt, these in zip(prompts, subjects)
@@ -185,9 +189,10 @@ def losses_against_verdicts(processes: Pool, model: str, n: int, steps: int) -> 
 
 
 def against(values: list[float], verdicts: list[detector.Verdict]) -> Row:
-    """Returns, as columns of a row, the spread of a loss over all noises, and its rank correlation
-    with each kind of success. `values` are the losses, and `verdicts` the detector's verdicts on
-    the images."""
+    """Compares a loss with the success of the images. `values` holds the loss of each noise, and
+    `verdicts` the detector's verdict on the image drawn from that noise. Returns, as columns of a
+    row, the spread of the loss, and for each kind of success (`no_neglect`, `strict`) its rate and
+    the rank correlation of the loss with it."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
     row: dict[str, Any] = {"median": round(middle, 3), "iqr": round(high - low, 3)}
     row |= {"min": round(min(values), 3), "max": round(max(values), 3)}

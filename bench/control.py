@@ -45,7 +45,7 @@ Objects = tuple[data.Object, ...]
 
 def cases(count: int, objects: int) -> list[Objects]:
     """Returns `count` random cases. A case is a tuple of `objects` coloured shapes in separate
-    places. No shape has a colour with which training never showed it."""
+    places. Each object's combination of colour and shape also occurs in the training images."""
     rng = np.random.default_rng((SEED, objects))
     out = []
     for _ in range(count):

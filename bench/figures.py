@@ -90,10 +90,11 @@ def plot(
     points: bool = False,
     bars: Mapping[str, Sequence[Point]] | None = None,
 ) -> Image.Image:
-    """Plots lines, or single points if `points` is True, with axes called `x` and `y`.
+    """Plots lines, or single points if `points` is True. `x` and `y` are the labels of the axes.
 
-    `lines` maps a name to (x, y) pairs. With `logarithmic` the x axis is logarithmic. `bars` maps a
-    name to (low, high) pairs, one interval per point.
+    `lines` maps the name of each line to its (x, y) pairs. `bars` maps the same names to error
+    bars: one (low, high) pair for each point of the line. `size` is (width, height) of the image in
+    pixels. With `logarithmic` the x axis is logarithmic.
     """
     scale = math.log10 if logarithmic else float
     bars = bars or {}
@@ -149,8 +150,9 @@ def plot(
 
 
 def _range(values: Sequence[float], logarithmic: bool) -> tuple[float, float]:
-    """Returns the ends of an axis that shows `values`, with a margin. A linear axis whose values are
-    all positive and that differ by more than 40 % begins at 0."""
+    """Returns (low, high), the ends of an axis that shows `values`, with a margin. A linear axis
+    begins at 0 if the smallest value is not negative and is less than 60 % of the largest. With
+    `logarithmic`, the values and the ends are logarithms."""
     low = min(values)
     high = max(values)
     pad = 0.06 * (high - low) or 1.0

@@ -167,10 +167,13 @@ def pack(work: Path, out: Path) -> None:
 
 
 def take(step: Step, work: Path, out: Path, cpu: bool, left: float) -> tuple[str, str]:
-    """Runs a step, with `left` seconds until the end of the whole run. `work` is the folder for its
-    CSV files, and `out` that for the log. Returns (state, text): the state is "ok", "failed",
-    "timed out" or "skipped", and the text is the step's number for the summary, or the reason for
-    the state."""
+    """Runs a step. `left` is the number of seconds until the end of the whole run. `work` is the
+    parent of the folder for the step's CSV files, and `out` is the folder of the log. With `cpu`,
+    the step runs at its small sizes, without a GPU.
+
+    Returns (state, text). The state is "ok", "failed", "timed out" or "skipped". The text belongs
+    beside the state in the summary: what the step measured, or why it failed or was skipped.
+    """
     if cpu and step.cpu is None:
         return "skipped", NO_GPU
     if step.command.startswith("pytest") and find_spec("pytest") is None:
@@ -204,8 +207,10 @@ def take(step: Step, work: Path, out: Path, cpu: bool, left: float) -> tuple[str
 
 
 def take_all(steps: Sequence[Step], out: Path, cpu: bool, limit: float) -> int:
-    """Runs the steps one after the other, for at most `limit` seconds in total, and writes the four
-    files to the folder `out`. Returns the exit code of the bench."""
+    """Runs the steps one after the other, for at most `limit` seconds in total. With `cpu`, they
+    run at small sizes, without a GPU. Writes summary.txt, log.txt and results.tar to the folder
+    `out`. Returns the exit code of the bench: 1 if a step failed or was killed at its own time
+    limit, otherwise 0."""
     end = time.monotonic() + limit
     out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []

@@ -141,9 +141,13 @@ class Ours:
         self.refine = excite.updates(sd, [PROMPT], [SUBJECTS], steps=50)
 
     def optimise(self, start: Tensor, steps: int, tick: Tick) -> Tensor:
-        """Optimises `start`, the noise of seed 0, for `steps` steps, and returns the result. A
-        first round of one step comes before these steps, which begin again from `start`. Calls
-        `tick` after each of the `steps` steps."""
+        """Optimises `start`, which must be the noise of seed 0, for `steps` steps, and returns the
+        result. `tick` is called after each of these steps.
+
+        `initno.optimize`, which this calls, first runs a round of one step. This extra step does
+        not change the result, because the `steps` steps begin from `start` again, and `tick` is not
+        called after it.
+        """
         calls = 0
 
         def progress(message: str) -> None:

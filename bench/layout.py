@@ -297,9 +297,9 @@ def framed(result: Judged) -> Image.Image:
 
 
 def grid(kept: dict[tuple[str, int], list[Judged]], path: Path, columns: int = 12) -> None:
-    """Saves a sheet of images at `path`, with one row for each method and number of boxes, and the
-    first `columns` images in each row. Images of the same layout and noise are below one another.
-    """
+    """Saves a sheet of images at `path`. `kept` maps (method, number of boxes) to the judged images
+    of one row of the sheet, of which the first `columns` are shown. Images in the same column and
+    with the same number of boxes have the same layout and the same seed."""
     lines = {key: [framed(result) for result in results[:columns]] for key, results in kept.items()}
     width = max(sum(image.width for image in line) for line in lines.values())
     out = Image.new("RGB", (110 + width, sum(line[0].height for line in lines.values())), "white")

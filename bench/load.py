@@ -201,9 +201,10 @@ def watched() -> Iterator[Callable[[], float]]:
 
 
 def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> Callable[[], list[Any]]:
-    """Returns a function that loads the model with diffusers in `dtype`, from `folder`, or from the
-    file `single` if that is given. The function returns the model's networks. Imports are done
-    before it is called."""
+    """Imports diffusers, and returns a function without arguments. The returned function loads the
+    model in `dtype`, from `folder`, or from the file `single` if that is not None, and returns the
+    list of the model's networks. Since the imports are already done, its time is that of loading
+    alone."""
     import diffusers
 
     is_xl = (folder / "text_encoder_2").is_dir()
@@ -226,11 +227,13 @@ def with_diffusers(folder: Path, single: Path | None, dtype: "torch.dtype") -> C
 def with_minsd(
     folder: Path, single: Path | None, dtype: "torch.dtype", known: bool
 ) -> Callable[[], list[Any]]:
-    """Returns a function that loads the model with minsd in `dtype`, from `folder`, or from the
-    file `single` if that is given. The function returns the model's networks.
+    """Imports minsd, and returns a function without arguments. The returned function loads the
+    model in `dtype`, from `folder`, or from the file `single` if that is not None, and returns the
+    list of the model's networks.
 
-    If `known` is True, the hash of the single file may be kept in a cache folder and read from
-    there.
+    minsd computes the hash of a single file when it loads the file, unless its cache folder holds
+    the hash already. If `known` is False, there is no cache folder, so every load computes the
+    hash.
     """
     import torch
 

@@ -49,9 +49,10 @@ def materialised(q: "Tensor", k: "Tensor", v: "Tensor", **_: Any) -> "tuple[Tens
 
 
 def step(unet: "UNet", x: "Tensor", context: "Tensor", only: bool) -> float:
-    """Evaluates the UNet on latents x, computes a loss like InitNO's from the attention maps, and
-    differentiates it. Returns the loss as a number. The loss is small if two words are attended to
-    at different places. With `only`, the UNet stops after the last layer that records."""
+    """Evaluates the UNet on latents `x`, computes a loss like InitNO's from the attention maps of
+    two words, and differentiates the loss. Returns the loss as a number. The loss is small if the
+    two words are attended to at different places. If `only` is True, the UNet stops after the last
+    layer whose maps are recorded."""
     import torch
 
     from minsd.attention import AttentionRecorder

@@ -94,8 +94,9 @@ QUICK = ("plain", "pick-5", "excite", "syngen")
 
 
 def group_cases(group: str, n: int, tune: bool) -> list[Subjects]:
-    """Returns the subjects of n prompts of a group of GROUPS: for each prompt a list of (colour,
-    shape) pairs. With `tune`, the prompts differ from those of the table."""
+    """Returns the subjects of `n` prompts of a group (one of GROUPS): for each prompt, a list of
+    (colour, shape) pairs. If `tune` is True, the prompts are those for choosing step sizes,
+    otherwise those for comparing the methods. The two sets are drawn independently."""
     if group != "binding" and not tune:
         return cases(group, n)
     rng = np.random.default_rng((31, GROUPS.index(group), tune))
@@ -149,10 +150,14 @@ def draw(
 def steered(
     sd: StableDiffusion, method: Method, asks: list[look.Ask], seeds: list[int], x: Tensor
 ) -> tuple[Tensor, Any, Callable[[], None], steer.Run | None]:
-    """Applies a method's objective to noise x (B,4,h,w). Returns (noise, refine, end, run): the
-    noise, perhaps chosen or optimised; the function that updates latents while denoising, or None;
-    a function to call after the run; and the object that applies the objective and records its
-    costs, or None if the method has no objective. `asks` describes the images."""
+    """Applies a method's objective to noise `x` (B,4,h,w) of the images that `asks` describes and
+    whose seeds are `seeds`. Returns (noise, refine, end, run).
+
+    `noise` (B,4,h,w) is `x`, or other noise if the objective chooses or optimises noise. `refine`
+    is the function that updates the latents while denoising, or None. `end` is a function without
+    arguments, to be called after denoising. `run` is the `steer.Run` that applies the objective and
+    records the costs, or None if the method has no objective.
+    """
 
     def nothing() -> None: ...
 
@@ -166,8 +171,9 @@ def steered(
 
 
 def picked(sd: StableDiffusion, prompt: str, seed: int, count: int) -> int:
-    """Returns the seed with the best attention score (InitNO's losses), of `count` seeds that are
-    derived from the image's own seed."""
+    """Chooses a seed for an image by attention score (InitNO's losses of the noise for this
+    prompt). There are `count` candidates: the image's own `seed`, and others derived from it.
+    Returns the best candidate."""
     candidates = candidate_seeds(seed, count)
     return candidates[int(np.argmin(initno.attention_scores(sd, prompt, None, candidates)))]
 
@@ -206,8 +212,9 @@ class Judged(NamedTuple):
 
 
 def steps(name: str) -> bool:
-    """Returns whether a method has a step size. Methods without an objective, with the driver
-    select, and SAGA, whose updates are its own, have none."""
+    """Returns True if the method called `name` has a step size. Three kinds of method have none:
+    those without an objective, those that only choose between seeds (driver "select"), and SAGA,
+    which computes the sizes of its updates itself."""
     method = METHODS[name]
     return method.objective not in (None, "saga") and method.driver != "select"
 
@@ -270,16 +277,19 @@ def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def paired(ours: Sequence[Judged], others: Sequence[Judged]) -> str:
-    """Returns, as text, how much greater the rate of images without neglect is among `ours` than
-    among `others`, images of the same prompts, with the 95 % interval of the paired differences."""
+    """Compares two methods on the same prompts: item k of `ours` and item k of `others` are images
+    of the same prompt. Returns, as text, the rate of images without neglect in `ours` minus that in
+    `others`, and its 95 % interval. Neglect means that an object is missing, merged, or in a wrong
+    colour."""
     change = np.array([float(a.no_neglect) - float(b.no_neglect) for a, b in zip(ours, others)])
     half = 1.96 * change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan
     return f"{change.mean():+.3f} [{change.mean() - half:+.3f}, {change.mean() + half:+.3f}]"
 
 
 def table(jobs: Sequence[Job]) -> list[Row]:
-    """Returns the rows of the table from the finished jobs (batches drawn by one method): one row
-    per group, method and scale. Only prompts count that all methods of the group have drawn."""
+    """Makes the table from those jobs (batches drawn by one method) that are finished. Returns one
+    row per group, method and `scale` (the factor of the method's step size). A group's rows contain
+    only the prompts that have been drawn by all its methods."""
     there = [job for job in jobs if job.file.exists()]
     rows = []
     for group in dict.fromkeys(job.group for job in there):
@@ -306,9 +316,13 @@ def table(jobs: Sequence[Job]) -> list[Row]:
 
 
 def rival_of(method: str, images: Mapping[tuple[str, float], Sequence[Judged]]) -> tuple[str, float]:
-    """Returns the (name, scale) of the other method among plain sampling and `pick-K` whose time
-    per image is the most similar, as a ratio. ("", 1) if there is none. `images` holds the images
-    of each (name, scale)."""
+    """Returns the rival of a method, as (name, scale). The possible rivals are plain sampling and
+    the methods `pick-K`, but never the method itself. Of these, the rival is the one whose time per
+    image is closest to the method's, as a ratio. If there is none, returns ("", 1).
+
+    `images` maps the (name, scale) of each method to its judged images. The scale is the factor of
+    the step size.
+    """
     seconds = {key: np.mean([j.costs["cpu_seconds"] for j in judged]) for key, judged in images.items()}
     [own] = [value for key, value in seconds.items() if key[0] == method][:1]
     rivals = [key for key in seconds if key[0] in PICKS and key[0] != method]
@@ -316,9 +330,12 @@ def rival_of(method: str, images: Mapping[tuple[str, float], Sequence[Judged]]) 
 
 
 def chosen_scales(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the best factor of each method, from the rows of `--tune`: the one with the most
-    images without neglect, over all groups, and of equal ones that with the most right images, and
-    then the one closest to 1, the published step size."""
+    """Returns a dict method -> best factor of its step size, from the rows of `--tune`.
+
+    The best factor is the one with the most images without neglect, over all groups. If several
+    factors are equal in this, the one with the most right images is chosen. If several are still
+    equal, the one closest to 1 (the published step size) is chosen.
+    """
     totals: dict[tuple[str, float], list[float]] = {}
     for row in rows:
         total = totals.setdefault((row["method"], row["scale"]), [0.0, 0.0])

@@ -39,8 +39,9 @@ SEEDS = "0-7"
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """Makes a new folder the working folder within the block, and deletes it afterwards. It holds
-    `outputs/`, and the checkout's folders that commands of the README name."""
+    """Changes to a new temporary folder for the duration of the `with` block, and yields its path.
+    The folder is deleted afterwards. It contains an empty `outputs/`, and links to those folders of
+    the checkout that commands of the README use."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -69,7 +70,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def verdicts(images: Sequence[Image.Image]) -> list[str | None]:
-    """Returns the colour of the frame of each image: green if both subjects of PROMPT are there."""
+    """Returns the colour of the frame to draw around each image: green if both subjects of PROMPT
+    are in the image, otherwise red."""
     return [GREEN if detector.judge(image, SUBJECTS).no_neglect else RED for image in images]
 
 
@@ -81,7 +83,8 @@ def numbered(images: Sequence[Image.Image]) -> list[str]:
 
 
 def front() -> Image.Image:
-    """The same eight seeds without a method, by InitNO, and by --init-noise best."""
+    """Returns the first picture of the README: the same eight seeds from plain noise, by InitNO,
+    and with `--init-noise best`, one row each."""
     rows = {
         "plain noise": drawn(PROMPT, "--seeds", SEEDS),
         "InitNO": drawn(PROMPT, "--seeds", SEEDS, "--init-noise", "initno"),
@@ -92,7 +95,8 @@ def front() -> Image.Image:
 
 
 def objective() -> Image.Image:
-    """Plain noise, and noise optimised for the README's own objective."""
+    """Returns the README's picture of an objective that the user writes: a row of images from plain
+    noise, and a row from noise that was optimised for the README's example objective."""
     source = next(b for b in blocks((ROOT / "README.md").read_text(), "python") if "def left" in b)
     with workplace() as place:
         (place / "mine.py").write_text(source)
@@ -115,7 +119,8 @@ def boxed(image: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> I
 
 
 def layout() -> Image.Image:
-    """The README's layout: from the prompt alone, by the paper's collage, and as it is by default."""
+    """Returns the README's picture of a layout, with three rows of images: from the prompt alone,
+    by NoiseCollage as published, and by minsd's default method."""
     source = next(b for b in blocks((ROOT / "README.md").read_text(), "json") if "regions" in b)
     seeds = ("--seeds", SEEDS)
     with workplace() as place:
@@ -133,7 +138,8 @@ def layout() -> Image.Image:
 
 
 def control() -> Image.Image:
-    """A ControlNet of outlines, and a LoRA that pierces shapes."""
+    """Returns the README's picture of a ControlNet and a LoRA, side by side. The ControlNet follows
+    outlines. The LoRA makes a hole in every shape."""
     extras = ROOT / "weights" / "shapes" / "extras"
     example = Image.open(extras / "outlines" / "example.png")
     net = ("--controlnet", str(extras / "outlines"))
@@ -148,8 +154,8 @@ def control() -> Image.Image:
 
 
 def cost() -> Image.Image:
-    """Images without neglect against UNet evaluations, from bench/results/alignment.csv and
-    methods.csv."""
+    """Returns a plot of the rate of images without neglect against the UNet rows per image, with
+    one point per method. The numbers come from alignment.csv and methods.csv in bench/results."""
     names = {
         "plain": "plain noise",
         "select": "select of 5",
@@ -174,7 +180,8 @@ def cost() -> Image.Image:
 
 
 def many() -> Image.Image:
-    """The README's prompts.txt by shapes-turbo."""
+    """Returns the README's picture of many prompts: the prompts of its prompts.txt, one row each,
+    drawn by shapes-turbo."""
     source = blocks((ROOT / "README.md").read_text(), "text")[0]
     with workplace() as place:
         (place / "prompts.txt").write_text(source)
@@ -184,7 +191,8 @@ def many() -> Image.Image:
 
 
 def methods() -> Image.Image:
-    """Two neglecting seeds by every method that needs no layout."""
+    """Returns the README's picture of the methods that need no layout, one column each. The two
+    rows are seeds with which plain sampling leaves out an object of the prompt."""
     how = {
         "plain": [],
         "best": ["--init-noise", "best"],
@@ -244,7 +252,8 @@ def difference(image: Image.Image, path: Path) -> float:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Writes a picture with few colours, since it is kept in the repository."""
+    """Writes a picture to a file with few colours (64 or 128), because the repository contains the
+    pictures and small files are wanted there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     colours = 64 if image.width * image.height > 100_000 else 128
     how = {"method": Image.Quantize.MEDIANCUT, "kmeans": 2, "dither": Image.Dither.NONE}

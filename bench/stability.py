@@ -137,9 +137,13 @@ def run(model: str, job: tuple[Any, ...]) -> tuple[str, list[Row]]:
 def score_part(
     sd: StableDiffusion, group: str, prompts: int, number: int, which: list[int], trips: list[Trip]
 ) -> list[Row]:
-    """Draws and judges images of the noises `which` of the prompt number `number` in a group of
-    `prompts` prompts, and scores the noises under each setting of `trips`. Returns one row per
-    noise."""
+    """Draws and judges images of one prompt from several noises, and scores these noises. Returns
+    one row per noise.
+
+    The prompt is number `number` of the `prompts` prompts of the group `group`. `which` lists the
+    numbers of its noises. Each of the `trips` holds the settings of one stability score, and every
+    noise gets one score for each of them, and an attention score.
+    """
     subjects = cases(group, prompts)[number]
     prompt = sentence(subjects)
     x = noise([seed_of(group, number, k) for k in which], (4, 16, 16))
@@ -159,9 +163,14 @@ def score_part(
 def optimise_part(
     sd: StableDiffusion, group: str, prompts: int, numbers: list[int], ways: list[tuple[str, Trip]]
 ) -> list[Row]:
-    """Draws and judges an image from the first noise of each of the prompts `numbers` in a group of
-    `prompts` prompts, and one from the noise after optimisation in each of the `ways`, (name,
-    arguments) pairs. Returns rows with verdicts, scores, norms and UNet rows."""
+    """Draws and judges images from the first noise of several prompts, and from the same noise
+    after optimisation. Returns one row for each prompt and noise, with the verdict, the gain in
+    score, the norm and the number of UNet rows.
+
+    `numbers` selects from the `prompts` prompts of the group `group`. `ways` are (name, settings)
+    pairs, with the arguments of `stability.optimize_batch` as settings. Each of them gives one
+    optimised noise per prompt. Rows of noises that were not optimised have the name "plain".
+    """
     subjects = [cases(group, prompts)[k] for k in numbers]
     texts = [sentence(these) for these in subjects]
     x = noise([seed_of(group, k, 0) for k in numbers], (4, 16, 16))
@@ -229,9 +238,9 @@ def within(rows: Sequence[Row], key: str, verdict: str) -> tuple[float, float]:
 
 
 def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
-    """Returns the expected verdict of the best by score of k noises that are chosen at random,
-    without replacement, from all noises. `values` are the scores of the noises, and `right` their
-    verdicts."""
+    """Suppose that `k` of all noises are chosen at random, without replacement, and that an image
+    is drawn from the one with the highest score among them. Returns the expected verdict on this
+    image. `values` holds the score of each noise, and `right` the verdict on its image (1 or 0)."""
     n = len(values)
     order = np.argsort(-np.asarray(values), kind="stable")
     chances = [math.comb(n - r, k - 1) / math.comb(n, k) for r in range(1, n + 1)]
@@ -239,8 +248,8 @@ def expected(values: Sequence[float], right: Sequence[float], k: int) -> float:
 
 
 def interval(per_prompt: Sequence[float]) -> str:
-    """Returns, as text, the 95 % bootstrap interval of the mean of values of which there is one per
-    prompt."""
+    """Returns, as text, the 95 % bootstrap interval of the mean of `per_prompt`, which has one
+    value for each prompt."""
     draws = np.random.default_rng(0).choice(per_prompt, (4000, len(per_prompt))).mean(1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return f"{low:+.3f}..{high:+.3f}"
@@ -376,8 +385,9 @@ def plot(correlations: Sequence[Row], rates: Sequence[Row], optimised: Sequence[
 
 
 def cost_worker(args: argparse.Namespace) -> None:
-    """Times gradients of the stability score with respect to the noise, with inversion
-    differentiated too (mode "full"), in this process, and prints the result as JSON.
+    """Times the gradient of the stability score with respect to the noise, in this process, and
+    prints the result as JSON. The gradient passes through both sampling and inversion (mode "full"
+    of `stability.gradients`).
 
     The model is the embedded one, or one with random weights and the sizes of another model.
     """

@@ -51,9 +51,10 @@ VARIANTS: dict[str, tuple[str, dict[str, int | bool | None]]] = {
 
 
 def tasks(sd: StableDiffusion, size: int, batch: int) -> dict[str, Callable[[], Tensor]]:
-    """Returns the two functions to time, by name. "step" is a guided sampling step, and returns the
-    predicted noise. "look" is a UNet evaluation that ends after its attention maps, with a loss of
-    the maps and its gradient with respect to the latents, which it returns."""
+    """Returns a dict with the two functions to time. "step" does one guided sampling step, and
+    returns the predicted noise. "look" evaluates the UNet only as far as the attention maps need
+    it, computes a loss from the maps, and returns the gradient of the loss with respect to the
+    latents."""
     x = noise(range(batch), (4, size // 8, size // 8)).to(sd.device)
     context = sd.encode_prompt(PROMPT).expand(batch, -1, -1)
     predict = sd.predictor(context, torch.zeros_like(context), 7.5)

@@ -131,12 +131,14 @@ def attention(
 def _with_lse(
     q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Computes attention by PyTorch's own operator, together with a by-product from which `kernel`
-    ("triton", ...) can compute the map faster. q is (B,N,H,d); k and v are (B,M,H,d).
+    """Computes attention by PyTorch's own operator, and keeps the log-sum-exp of the scores, from
+    which the map kernel `kernel` can compute the map faster. Only "triton" can use it. q is
+    (B,N,H,d); k and v are (B,M,H,d).
 
-    Returns (out, lse): the output (B,N,H,d) and the base-2 log-sum-exp (B,H,N) of each row of
-    scores. Returns (None, None) if the switch `shared_lse` (switches.py) is off, or if PyTorch or
-    `kernel` does not support this.
+    Returns (out, lse): the output (B,N,H,d), and the base-2 log-sum-exp (B,H,N) of each row of
+    scores. Returns (None, None) if `kernel` is not "triton", if the switch `shared_lse`
+    (switches.py) is off, under torch.compile, or if PyTorch's operator does not return the
+    log-sum-exp.
     """
     if not switches.current.shared_lse or kernel != "triton" or torch.compiler.is_compiling():
         return None, None
@@ -185,13 +187,14 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu
 
 
 def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
-    """Returns True if `group_norm` uses its Triton kernels for these arguments: on CUDA, if no
-    tensor but x needs a gradient.
+    """Returns True if `group_norm` uses its Triton kernels for these arguments. They are meant for
+    CUDA tensors of which at most x needs a gradient. They are expected to be faster than PyTorch,
+    but this was not measured on a GPU.
 
-    The kernels are not used under torch.compile, which fuses the three operations (addition, norm,
-    SiLU) itself, nor if `norm` has hooks or a replaced forward, nor for an image of 2**31 numbers
-    or more, nor for the gradient of a small x (`norm_gradient_from` in switches.py). The kernels
-    are expected to be faster; this was not measured on a GPU.
+    Even then, PyTorch computes the result in these cases: under torch.compile, which fuses
+    addition, norm and SiLU itself; if `norm` has hooks or a replaced forward; if an image has 2**31
+    numbers or more; if x needs a gradient and is small (`norm_gradient_from` in switches.py); and
+    if the kernels do not support the dtypes, the groups or the device.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -211,10 +214,10 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
 
 
 def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
-    """Returns True if the kernels of `group_norm` can compute every gradient that is needed, which
-    is at most that of x. `tensors` are all tensors that take part, x included. Returns False under
-    forward-mode differentiation and torch.func, and if x is too small for the kernels to be
-    faster."""
+    """Returns True if no gradient is needed, or only that of x, and the kernels of `group_norm` can
+    compute it. `tensors` are all tensors that take part, x included. Returns False under
+    forward-mode differentiation and torch.func, and if x needs a gradient but is too small for the
+    kernels to be faster."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
     if not torch.is_grad_enabled():

@@ -62,9 +62,9 @@ def _module(kernel: str) -> ModuleType:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    """Stores in the autograd context `ctx` what `_gradients` needs of `inputs`, the arguments of
-    `apply` without `lse`, and of `output`, which is (out, map, kept): `kept` is what the backend's
-    `forward` keeps for its `backward`."""
+    """Stores in the autograd context `ctx` what `_gradients` needs. `inputs` are the arguments of
+    `apply` without `lse`. `output` is (out, map, kept), the results of the backend's `forward`; its
+    `backward` needs the tensor `kept`."""
     q, k, v, scale, bias, region, length, _, kernel = inputs
     out, _, kept = output
     ctx.save_for_backward(q, k, v, bias, region, out, kept)

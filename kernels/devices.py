@@ -56,9 +56,9 @@ def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def shared_memory(device: torch.device) -> tuple[int | None, bool]:
-    """Returns (limit, hopper): the bytes of shared memory that a block of threads may use (None if
-    unknown), and whether kernels need as much of it on this device as shared.py lists for Hopper
-    GPUs."""
+    """Returns (limit, hopper). `limit` is the number of bytes of shared memory that a block of
+    threads may use on this device, or None if it is unknown. `hopper` is True if kernels need more
+    shared memory on this device than on others: as much as shared.py lists for Hopper GPUs."""
     if torch.version.hip is not None:
         return None, False
     have = torch.cuda.get_device_properties(device)

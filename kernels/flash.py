@@ -161,7 +161,13 @@ def _scores(
     D1: tl.constexpr, BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Returns the base-2 scores log2(e) (scale q k^T + bias) of a block of (queries, keys). The
-    scores of hidden keys are -inf."""
+    scores of hidden keys are -inf.
+
+    q and k are given in two pieces of columns each, as `_rows` returns them. `rows` and `cols` are
+    the indices of the block's queries and keys. `bias` and `region` are pointers, which are read
+    only if BIAS and REGION are set. `sb_n` and `sb_m` are the strides of `bias` per query and per
+    key.
+    """
     s = _product(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)  # (rows, cols)
     visible = cols[None, :] < M
     if BIAS:
@@ -191,7 +197,12 @@ def _forward(
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Computes the output and lse (the base-2 log-sum-exp of each row of scores) of one block of
-    queries of one head. Without OUT, computes only lse."""
+    queries of one head. Without OUT, computes only lse.
+
+    Strides are named after the tensor and the dimension: sq_n is the stride of Q per query. BN and
+    BM are the queries and keys per block. D0 and D1 are the widths of the two pieces of the head
+    dim D.
+    """
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
     V += b * sv_b + h * sv_h
@@ -277,8 +288,10 @@ def _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H):
 
 @triton.jit
 def _place(HEADS_FASTEST: tl.constexpr):
-    """Returns (block, head, image): which part of the work this program of a gradient kernel does.
-    `_grid` makes the order of the axes."""
+    """Returns (block, head, image): the part of the work that belongs to this program of a gradient
+    kernel. HEADS_FASTEST is True if the first axis of the launch grid counts the heads and the
+    second the blocks, False if the first counts the blocks and the second the heads. `_grid`
+    returns the matching grid."""
     if HEADS_FASTEST:
         return tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     else:
@@ -485,11 +498,11 @@ def _tf32_is_allowed() -> bool:
 
 
 def _launch(name: str, grid: Grid, q: Tensor, m: int, *args: Tensor | int | float, **flags: bool) -> None:
-    """Launches the kernel called `name`, a key of `KERNELS`. The program counts are grid(queries
-    per block, keys per block). `q` (B,N,H,d) determines the device, dtype and head dim that the
-    kernel is compiled for; `m` is the number of keys. `args` are the kernel's other arguments,
-    `flags` its flags such as BIAS and REGION. Raises ValueError if the tensors are not on a CUDA
-    device, except in Triton's interpreter."""
+    """Launches the kernel called `name`, a key of `KERNELS`. `grid` is a function: grid(BN, BM)
+    returns the launch grid for blocks of BN queries and BM keys. `q` (B,N,H,d) determines the
+    device, dtype and head dim that the kernel is compiled for; `m` is the number of keys. `args`
+    are the kernel's other arguments, `flags` its flags such as BIAS and REGION. Raises ValueError
+    if the tensors are not on a CUDA device, except in Triton's interpreter."""
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the triton backend needs CUDA tensors, not {q.device.type}; use backend='auto'")
     masked = flags["BIAS"] or flags["REGION"]
@@ -507,8 +520,9 @@ def _blocks(count: int, size: int) -> int:
 
 
 def _grid(blocks: int, heads: int, images: int) -> tuple[int, int, int]:
-    """Returns the number of programs of a gradient kernel along each of three axes, in the order
-    that `_place` assumes."""
+    """Returns the launch grid of a gradient kernel: (heads, blocks, images) if the switch
+    `heads_fastest` is on, otherwise (blocks, heads, images). `_place` finds a program's part of the
+    work in it."""
     return (heads, blocks, images) if switches.current.heads_fastest else (blocks, heads, images)
 
 

@@ -72,9 +72,13 @@ def _block(
     P, sx_c, sx_p,  # cells; strides of x per channel and cell
     CB: tl.constexpr, ADD: tl.constexpr, SUM: tl.constexpr,  # channels of the block; dtype to compute in
 ):  # fmt: skip
-    """Loads one block of x + add, (channels, cells), and converts it to dtype SUM. Returns (x,
-    inside), where `inside` is True for the entries that exist: the sides of a block are powers of
-    two, and the number of channels (CB) or of cells (P) may be less."""
+    """Loads one block of x + add, (channels, cells), in dtype SUM. `c` and `cells` are the indices
+    of the block's channels and cells, P is the number of cells of the image, and CB the number of
+    channels to load. The indices may go beyond CB and P, because the sides of a block are powers of
+    two.
+
+    Returns (values, inside). `inside` is True for the entries that exist.
+    """
     inside = (c[:, None] < CB) & (cells[None, :] < P)
     x = tl.load(X + c[:, None] * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
     if ADD:
@@ -93,9 +97,10 @@ def _statistics(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes, for one chunk of the cells of each of GB groups, the mean of x + add and M2, the
-    sum of squared deviations from this mean. Each channel merges its blocks of cells first; then
-    the channels of each group are merged."""
+    """Computes the mean of x + add, and M2, the sum of squared deviations from this mean, over one
+    chunk of the cells of a group. Does this for each of GB groups. The statistics of each channel
+    are computed first, block of cells by block of cells; those of a group's channels are then
+    merged."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -218,9 +223,9 @@ def _gradient_sums(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the sums of e (the gradient of the normalised xhat) and of e xhat over one chunk of
-    the cells of each of GB groups. Each channel adds up its blocks of cells first; then the
-    channels of each group are added."""
+    """Computes two sums over one chunk of the cells of a group: of e, the gradient of the
+    normalised xhat, and of e xhat. Does this for each of GB groups. The sums of each channel are
+    computed first, block of cells by block of cells; those of a group's channels are then added."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -261,8 +266,9 @@ def _gradient(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes dx, the gradient of x, for one block of cells of GB groups. Each program adds up the
-    sums of all chunks, which `_gradient_sums` made, itself."""
+    """Computes dx, the gradient of x, for one block of cells of GB groups. `_gradient_sums` leaves
+    one pair of sums per chunk of a group. Each program of this kernel adds up those of all chunks
+    again."""
     cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
     g = tl.program_id(1) * GB
     SUM: tl.constexpr = Mean.dtype.element_ty
@@ -300,10 +306,13 @@ Grids = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: int) -> int:
-    """Returns how many neighbouring groups one block of the kernels covers. It is 1, unless
-    `channels_last` is True and the switch `wide_norm` is on. Then it is the least power of two with
-    which a block has at least WIDE and at most 128 channels and each of its rows a multiple of 16
-    bytes, or 1 if there is none. `itemsize` is the number of bytes of an element of x."""
+    """Returns how many neighbouring groups one block of the kernels covers. This is 1 if x is not
+    channels_last, or if the switch `wide_norm` is off.
+
+    Otherwise it is the least power of two, up to 32, that divides `groups` and gives a block from
+    WIDE to 128 channels, whose bytes (`itemsize` per element) are a multiple of 16. It is 1 if
+    there is no such power.
+    """
     cg = channels // groups
     if channels_last and switches.current.wide_norm:
         for gb in (1, 2, 4, 8, 16, 32):
@@ -325,10 +334,13 @@ def configuration(channels: int, groups: int, gb: int = 1) -> tuple[dict[str, in
 def _launch(
     x: Tensor, groups: int, add: Tensor | None
 ) -> tuple[Grids, tuple[int, ...], tuple[int, ...], dict]:
-    """Returns (grids, sizes, strides, constants), what the kernels are launched with for x
-    (B,C,h,w). `grids` is a pair of program counts along each axis: for kernels whose programs take
-    a chunk, and for those whose programs take a block. `sizes` and `strides` are positional
-    arguments, `constants` keyword arguments."""
+    """Returns (grids, sizes, strides, constants), with which the kernels are launched for x
+    (B,C,h,w).
+
+    `grids` is a pair of launch grids. The first is for the kernels whose programs take a chunk of
+    cells each, the second for those whose programs take a block of cells each. `sizes` and
+    `strides` are positional arguments of the kernels, `constants` their keyword arguments.
+    """
     b, c, h, w = x.shape
     p = h * w
     nchw = x.is_contiguous()

@@ -34,8 +34,8 @@ def forward(
     length: int,
     probs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes attention in 16 bits, with all probabilities in memory. The inputs must have been
-    checked.
+    """Computes attention with all probabilities in memory. q, k and v are 16-bit, and so is the
+    output; the scores and probabilities in between are float32. The inputs must have been checked.
 
     Arguments and results (out, map, kept) are those of `reference.forward`, except that `kept`,
     which `backward` needs, always holds the probabilities (B,H,N,M), float32.

@@ -24,8 +24,9 @@ LEAST = 1 << 22  # the smallest N*M*d at which the blocked loop is faster than P
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Returns True if oneDNN's operator can be used now, and for tensors on the devices of these
-    tensors. Dtypes are not checked."""
+    """Returns True if oneDNN's operator can be used for `tensors`: they are all on a CPU (None is
+    ignored), PyTorch has the operator, and neither torch.compile, autocast, forward-mode
+    differentiation nor torch.func is active. Dtypes are not checked."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")

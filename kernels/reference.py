@@ -33,10 +33,12 @@ def _softmax(
 
 
 def probabilities(s: Tensor, bias: Tensor | None, region: Tensor | None, length: int) -> Tensor:
-    """Returns the softmax of the scores s (B,H,n,M). Before it, `bias` is added to the scores if
-    given. If `region` (B,n) is given, it holds the index of the text of each query, and the keys of
-    all other texts are hidden; every text has `length` keys. A row whose keys are all hidden is
-    0."""
+    """Returns the softmax of the scores s (B,H,n,M) over the keys, after adding `bias` to them if
+    it is not None. A row whose keys are all hidden is 0.
+
+    If `region` (B,n) is not None, it holds the index of the text of each query, and the keys of all
+    other texts are hidden from the query. Every text has `length` keys, concatenated along M.
+    """
     if bias is not None:
         s = s + bias.to(s.dtype)
     if region is not None:

@@ -52,9 +52,9 @@ current = Switches()
 
 @contextmanager
 def use(**changes: bool | int | None) -> Iterator[Switches]:
-    """Changes the given switches (fields of `Switches`) within the `with` block. Yields the
-    `Switches` that hold there. All threads share the switches, so only one thread at a time may use
-    this function."""
+    """Changes the given switches (fields of `Switches`) within the `with` block. Yields all
+    switches as they are set within the block. All threads share the switches, so only one thread at
+    a time may use this function."""
     global current
     before = current
     current = replace(before, **changes)
@@ -66,8 +66,9 @@ def use(**changes: bool | int | None) -> Iterator[Switches]:
 
 @contextmanager
 def in_a_graph() -> Iterator[None]:
-    """Within the `with` block, chooses kernels as suits a CUDA graph, in which launching a kernel
-    costs nothing: the kernels of `group_norm` compute gradients of small tensors too."""
+    """Chooses kernels for a CUDA graph within the `with` block. In a graph, launching a kernel
+    costs nothing, so the kernels of `group_norm` are used for the gradients of small tensors
+    too."""
     least = None if current.norm_gradient_from is None else 0
     with use(norm_gradient_from=least):
         yield

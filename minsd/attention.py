@@ -76,8 +76,9 @@ class AttentionRecorder:
     def wants(self, grid: tuple[int, int] | None, is_cross: bool) -> bool:
         """Returns whether an attention layer must record its attention map: its queries must be
         cells at the recorder's resolution, and the recorder's `kinds` must include the layer's
-        kind. `grid` is the layer's grid of cells (rows, columns). `is_cross` is True for
-        cross-attention and False for self-attention."""
+        kind. `grid` is the layer's grid of cells (rows, columns); a layer without a known grid
+        (None) never records. `is_cross` is True for cross-attention and False for
+        self-attention."""
         return grid == self.resolution and ("cross" if is_cross else "self") in self.kinds
 
     @property

@@ -208,12 +208,12 @@ class Controlled:
         return self.unet(x, t, context, record=record, region=region, control=residuals)
 
     def _of_rows(self, number: int, images: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Converts the choice of control images to tensors on x's device. Returns (index, scale):
-        the index (B,) of each row's control image, and each row's scale (B,1,1,1).
+        """Returns two tensors on x's device for the ControlNet at position `number` in `controls`:
+        the index (B,) of each row's control image, and the scale (B,1,1,1) of each row. `images`
+        holds the same indices as a list of B ints.
 
-        `number` is the position of the ControlNet in `controls`, and `images` is the list of each
-        row's index. The tensors are made once and reused, because copying them to a GPU in every
-        step would make the program wait.
+        The tensors are made once and reused, because copying them to a GPU in every step would make
+        the program wait.
         """
         key = (number, x.device, x.dtype, *images)
         if key not in self._chosen:

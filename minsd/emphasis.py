@@ -97,13 +97,12 @@ def is_weighted(prompt: str) -> bool:
 
 def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
     """Finds the brackets among the lexemes of a prompt (bracket, weight, escape or text). Returns
-    (factors, closes), two dicts.
+    (factors, closes), two dicts. Lexemes are named by their index.
 
-    `factors` maps the index of each lexeme that is an opening bracket to the factor by which the
-    bracket multiplies the weights inside. `closes` maps the index of each closing bracket that has
-    an opening one to the index of that one. Round and square brackets are matched separately, so a
-    pair of one kind may overlap a pair of the other. Raises ValueError for a weight such as
-    (cat:inf) or (cat:1e3).
+    `factors` maps each opening bracket to the factor by which it multiplies the weights inside.
+    `closes` maps each closing bracket to its opening bracket; a closing bracket without one is left
+    out. Round and square brackets are matched separately, so a pair of one kind may overlap a pair
+    of the other. Raises ValueError for a weight such as (cat:inf) or (cat:1e3).
     """
     opened: dict[str, list[int]] = {"(": [], "[": []}
     factors: dict[int, float] = {}
@@ -124,8 +123,9 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
 
 
 def _check_weight(*last: str) -> None:
-    """Raises ValueError if `last`, a closing bracket and up to two lexemes before it, is such as
-    ":", "inf" and ")", a weight that is not a plain number."""
+    """Raises ValueError for a weight that is not a plain number, such as the end ":inf)" of
+    (cat:inf). `last` holds the texts of a closing bracket and of up to two lexemes before it, such
+    as ":", "inf" and ")"."""
     if len(last) == 3 and last[0] == ":" and last[2] == ")" and _NO_WEIGHT.fullmatch(last[1]):
         raise ValueError(
             f"the weight in (...:{last[1].strip()}) is not a plain number: write such as (cat:1.3), or "

@@ -273,7 +273,8 @@ def verified(path: Path, whole: bool = False) -> dict[str, Any]:
     Checks the PNG's signature, its chunks up to IEND and their checksums, and that the image has
     the size given in its settings. In files above 256 KiB the checksums of image data are checked
     only in the first and the last chunk, because a write that was cut off damages the end. The
-    pixels are decoded too with `whole`, or if the settings are compressed, which minsd never does.
+    pixels are decoded too if `whole` is true, or if the settings are compressed. Minsd writes them
+    uncompressed, but another program that saved the image again may have compressed them.
     """
     size, text = _scan(path)
     settings = read_settings(path) if whole or text is None else _parsed(text, path)
@@ -315,9 +316,10 @@ def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
 
 
 def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
-    """Reads the chunks of a PNG, an open file of `size` bytes. Returns (size, text) as `_scan`
-    does: the image's (width, height), and the text of minsd's settings, or None if they are
-    compressed or missing. Raises struct.error or ValueError if the file is not a complete PNG."""
+    """Reads the chunks of a PNG from an open file whose length is `size` bytes. Returns
+    (dimensions, text): the image's (width, height), and the text of minsd's settings, or None if
+    they are compressed or missing. Raises struct.error or ValueError if the file is not a complete
+    PNG."""
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
         raise ValueError("it lacks a PNG's signature")
     dimensions = None

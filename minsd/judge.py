@@ -177,8 +177,9 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 def scores(folder: Path) -> dict[str, dict[str, Line]]:
     """Returns the scores of the images in a folder: a dict file -> judge -> line, where a line is a
-    dict with the keys LINE. If there are several lines for one image and judge, the last counts.
-    Incomplete lines, such as a line cut off by a kill, are skipped."""
+    dict with one judge's values for one image (the constant `LINE` lists its keys). If there are
+    several lines for one image and judge, the last counts. Incomplete lines, such as a line cut off
+    by a kill, are skipped."""
     from minsd.app.folder import recorded
 
     # The processes' own files hold the lines since the last merge.
@@ -191,9 +192,10 @@ def scores(folder: Path) -> dict[str, dict[str, Line]]:
 
 
 def merge(folder: Path, share: Share) -> None:
-    """Merges the files of scores that this process merges (`Share.parts`) into the folder's
-    scores.jsonl, with one line per image and judge, and deletes them. Safe to repeat after an
-    interruption."""
+    """Merges files scores-RANK.jsonl, each written by one process, into the folder's scores.jsonl,
+    with one line per image and judge, and deletes the merged files. These are this process's own
+    file and, in the first process, those that a killed run with more processes left behind. Safe to
+    repeat after an interruption."""
     parts = share.parts(folder, "scores")
     if not parts:
         return
@@ -356,8 +358,9 @@ class Ready:
 
 
 def places(given: Sequence[str]) -> dict[str, str]:
-    """Returns a dict that maps names of WEIGHTS to places, from texts NAME=PLACE. Raises ValueError
-    for an unknown name."""
+    """Parses the texts NAME=PLACE of --weights. Returns a dict name -> place: the name of a judge's
+    weights, and the file or folder to load them from. Raises ValueError for a name that
+    `judges.WEIGHTS` does not have."""
     held = {name: place for name, _, place in (text.partition("=") for text in given)}
     unknown = sorted(set(held) - set(WEIGHTS))
     if unknown:

@@ -134,8 +134,8 @@ class StableDiffusion:
         graphs (minsd/graphs.py). With `on` False, makes them run without graphs again. `load` turns
         graphs on for CUDA devices.
 
-        With `gradients`, graphs also serve evaluations whose attention maps are differentiated
-        (expected to matter most at batch 1, not measured on a GPU).
+        With `gradients`, graphs also serve evaluations whose attention maps are differentiated.
+        This should save the largest part of the time at batch 1 (expected, not measured on a GPU).
         """
         unet = self.unet
         if isinstance(unet, Controlled):

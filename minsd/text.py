@@ -236,10 +236,10 @@ class TextEncoder:
         """Returns the characters [start, end) of a text that each of its tokens stands for, and (0,
         0) for a token of unknown origin.
 
-        If the bytes of the tokens are those of the text (`words.token_spans`), the result comes
-        from them. If not, it is the offsets that a fast tokenizer reports. A slow tokenizer reports
-        none; then each part between spaces is tokenized alone. Raises ValueError if the tokens of
-        these parts together differ from the tokens of the text.
+        If the bytes of the tokens are those of the text, `words.token_spans` finds the characters.
+        Otherwise a fast tokenizer reports them itself. With a slow tokenizer, each part between
+        spaces is tokenized alone; ValueError is raised if the tokens of these parts together differ
+        from the tokens of the text.
         """
         tokens = self._text_tokens(text)
         spans = self._spans_of(tokens, text)

@@ -160,9 +160,9 @@ def _inner(spans: Iterable[Span]) -> set[int]:
 
 
 def _ignored(prompt: str) -> set[int]:
-    """Returns the set of the indices of all characters of a prompt that are no words: those of
-    weights such as 1.3 in "(a cat:1.3)", of numbers alone in brackets, and of tags such as
-    "<lora:name:0.8>"."""
+    """Returns the set of the indices of all characters of a prompt that the search for words must
+    skip: those of weights such as 1.3 in "(a cat:1.3)", of numbers alone in brackets, and of tags
+    such as "<lora:name:0.8>"."""
     ignored = {at for tag in TAG.finditer(prompt) for at in range(*tag.span())}
     clocks = {clock.end() for clock in CLOCK.finditer(prompt)}
     depth = _depth(prompt)
@@ -196,10 +196,10 @@ def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] 
     """Returns the characters [start, end) of a prompt that each of its tokens stands for. `pieces`
     holds the bytes of each token. Returns None if these bytes are not those of the prompt.
 
-    CLIP's tokenizers convert a prompt to normal form C and lower case, and remove white space. Some
-    also remove control characters, or first run `fix`, which replaces ligatures and typographic
-    quotation marks. Each of these conversions is tried, until one gives exactly the bytes of the
-    tokens.
+    CLIP's tokenizers convert a prompt to Unicode's normal form C and to lower case, and remove
+    white space. Some also remove control characters. Some first replace ligatures and typographic
+    quotation marks; `fix(text)` is the function that does this, or None if there is none. Each of
+    these conversions is tried, until one gives exactly the bytes of the tokens.
     """
     # At the end of a word, sigma has another lower-case form, which some tokenizers do not use.
     written = b"".join(pieces).replace("ς".encode(), "σ".encode())
@@ -285,8 +285,8 @@ def _characters(text: str) -> list[Span]:
 
 
 def _lower(text: str) -> str:
-    """Converts a text to Unicode's normal form C and to lower case. The two small sigmas become the
-    same character."""
+    """Converts a text to Unicode's normal form C and to lower case. The Greek letter sigma becomes
+    "σ" even at the end of a word, where it is usually written "ς"."""
     if text.isascii():
         return text.lower()
     text = unicodedata.normalize("NFC", text)

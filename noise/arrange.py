@@ -134,10 +134,10 @@ def _inside(
     given: Tensor,
     t: int | float,
 ) -> Tensor:
-    """Evaluates the UNet on the noises `given` (K,4,h,w) at timestep `t`, with the region's caption
-    as the prompt. Returns for each noise the fraction of the attention to the caption's subjects
-    that falls inside the region, averaged over the subjects, (K,). `subjects` holds the token
-    positions of each subject."""
+    """Evaluates the UNet on the noises `given` (K,4,h,w) at timestep `t`, with the caption of
+    `region` as the prompt. Returns for each noise the fraction of the attention to the caption's
+    subjects that falls inside the region, averaged over the subjects, (K,). `subjects` holds the
+    token positions of each subject. `layout` is the layout that the region belongs to."""
 
     def fraction(look: Look) -> Tensor:
         look.read("cross", "self")  # both kinds, so that rounding is as in earlier versions

@@ -30,7 +30,7 @@ from minsd.guidance import Model
 from minsd.noise import drivers, initno, losses
 from minsd.noise.drivers import Step
 from minsd.noise.initial import noise as draw_noise
-from minsd.noise.look import Ask, Lift
+from minsd.noise.look import Ask, Course, Lift
 from minsd.noise.losses import Subjects
 from minsd.noise.objectives.initno import InitNO
 from minsd.samplers import SAMPLERS
@@ -41,18 +41,6 @@ CANDIDATES = 8  # seeds to rank, per image
 DRAFTS = 6  # at most, per image
 PART = 0.1  # length of a draft, as a fraction of the run's steps
 LIMIT = 0.3  # a draft is good enough if its response loss is below this
-
-
-@dataclass(frozen=True)
-class Course:
-    """Settings of the run that will draw the image. A draft is the first part of a run with the
-    same settings."""
-
-    steps: int
-    sampler: str
-    karras: bool = False
-    guidance_scale: float = 7.5
-    negative_prompt: str = ""
 
 
 @dataclass
@@ -109,11 +97,12 @@ def choose(
     """Chooses each image's seed among its `candidates`, which are lists of seeds, one list per
     image. Returns one `Best` per image.
 
-    First, all candidates of an image are ranked by their attention score at the first timestep.
-    Then, in this order, drafts are made: runs of only the first steps, a fraction `part` of all
-    steps of `course`. Each image gets at most `drafts` drafts, until one has a response loss (how
-    little attention the most neglected subject gets) below `limit`. Drafts of different images run
-    in one batch.
+    First, all candidates of an image are ranked by `initno.attention_scores` at the first timestep.
+    Then drafts are made from the candidates, the best-ranked first. A draft is the beginning of a
+    run with the settings `course`: the fraction `part` of its steps. No more drafts of an image are
+    made after `drafts` of them, or once one has a response loss (how little attention the most
+    neglected subject gets) below `limit`. The seed of the draft with the lowest response loss is
+    chosen. Drafts of different images run in one batch.
 
     `subjects` are those of each prompt, as `losses.resolve` takes them. `shape` is (4,h,w) of one
     image's noise. `progress(b, message)` is called with the progress of image b. Raises ValueError,

@@ -135,15 +135,18 @@ def predictor(
 ) -> Predictor:
     """Returns a collage's predictor: the function predict(x, t) -> eps that a sampler calls, with
     latents x (B,4,h,w) of the layout's size at timestep t, and the merged predicted noise eps
-    (B,4,h,w).
+    (B,4,h,w). A collage predicts the noise in several passes; a pass is one UNet evaluation with
+    one caption.
 
-    `Scheme` explains the settings from `background_weight` to `crop_until`, except `seed`, which is
-    one number for all images, or a list with one per image. The random choice of the text that each
-    cell attends to depends on nothing but the seed, t and the region's number. `adapters` is the
-    object shared with LoRAs or ControlNets that differ from pass to pass (a pass is one UNet
-    evaluation with one caption); `lora.by_region` yields one. With `adapters`, each pass computes
-    its own unconditional prediction. `cut(k, place)` returns the model to use while pass k sees
-    only the crop latents[place]; if `cut` is None, the model is `sd`.
+    `seed` is one number for all images, or a list with one per image. Together with t and the
+    number of the pass, it determines the random texts that the cells outside a region attend to.
+    `Scheme` explains the other settings from `background_weight` to `crop_until`.
+
+    `adapters` is needed if LoRAs or ControlNets differ from pass to pass: it tells them which pass
+    each row of the UNet's batch belongs to (`lora.by_region` yields such an object). With
+    `adapters`, each pass computes its own unconditional prediction. `cut(k, place)` returns the
+    model to use while pass k sees only the crop latents[place]; if `cut` is None, the model is
+    `sd`.
 
     Raises ValueError, before any network runs, for settings that are out of range, exclude one
     another, or do not fit the layout.
@@ -628,11 +631,12 @@ class _Part:
         self.region: LevelMaps | tuple[LevelMaps, LevelMaps] | None = None
 
     def region_of(self, cells: Halves) -> LevelMaps | tuple[LevelMaps, LevelMaps] | None:
-        """Returns the argument `region` of the UNet: the number of the text that the cells of each
-        row attend to, (rows,h*w) for each attention grid. The numbers are taken from `cells`, which
-        are (passes, B or 1, h*w) for each grid. Returns None if `cells` is empty, that is, if
-        attention is not masked. The result is kept, and returned again when the same object `cells`
-        is given."""
+        """Returns the argument `region` of the UNet: the number of the text that each cell attends
+        to, (rows,h*w) for each attention grid; a row is one text for one image. The numbers are
+        taken from `cells`, which holds those of all passes of the collage and all images,
+        (passes,B,h*w) or (passes,1,h*w) for each grid. Returns None if `cells` is empty, that is,
+        if attention is not masked. The result is kept, and returned again when the same object
+        `cells` is given."""
         if cells is not self.cells:
             rows = [{grid: self._chosen(maps) for grid, maps in half.items()} for half in cells]
             self.region = (rows[0], rows[1]) if len(rows) == 2 else next(iter(rows), None)
@@ -669,8 +673,8 @@ class _Rows:
         self.limit = max(2 * images, at_once)
 
     def parts(self, n: int) -> list[_Part]:
-        """Returns the UNet evaluations into which the rows of n images are split, because not all
-        rows may fit into memory at once."""
+        """Returns the UNet evaluations into which a batch of n images is split, because not all of
+        its rows (each is one text for one image) may fit into memory at once."""
         if n not in self.known:
             device = self.sd.device
             with self.adapters.rows(self.passes):
@@ -685,12 +689,12 @@ class _Rows:
         return self.known[n]
 
     def __call__(self, x: Tensor, t: int | float, cells: Halves) -> Tensor:
-        """Returns the noise predicted in every row of the constructor's `rows`, (rows,B,4,h,w), for
-        latents x (B,4,h,w) at timestep t.
+        """Returns the predicted noise (R,B,4,h,w) for latents x (B,4,h,w) at timestep t, with each
+        of the R items of the constructor's argument `rows`.
 
         `cells` holds the number of the text that every cell attends to in each pass, (passes,B,h*w)
-        or (passes,1,h*w) for each attention grid. It is an empty list if every row has a single
-        text.
+        or (passes,1,h*w) for each attention grid. It is an empty list if each item of `rows` has a
+        single text.
         """
         out = []
         for part in self.parts(len(x)):

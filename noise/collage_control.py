@@ -100,7 +100,8 @@ def predictor(
 
 def _beside(sd: Model, control: Control, adapters: Adapters) -> Model:
     """Returns a copy of the model `sd` in which every UNet evaluation includes the ControlNet of
-    `control`. `adapters` identifies the pass of each row, which selects the row's control image."""
+    `control`. The UNet's batch may hold several passes of a collage, each with its own caption and
+    control image; `adapters` tells the ControlNet which rows of the batch belong to which pass."""
     beside = copy.copy(sd)
     beside.unet = Controlled(sd.unet, [control], adapters)
     return beside

@@ -62,8 +62,9 @@ def prefixed(prefix: str, message: str) -> str:
 
 
 def part_of(say: Callable[[str], None], k: int, n: int) -> Callable[[str], None]:
-    """Returns a function like `say` for part `k`, counted from 0, of `n` parts of equal work. Its
-    Steps count the steps of all parts."""
+    """Returns a function to report the progress of part number `k` (from 0) of a work of `n` equal
+    parts. It passes each message on to `say`. In a message that is a Step, the counts `done` and
+    `most` of the part are first replaced by those of the whole work."""
 
     def said(message: str) -> None:
         if isinstance(message, Step):
@@ -75,8 +76,9 @@ def part_of(say: Callable[[str], None], k: int, n: int) -> Callable[[str], None]
 
 @contextmanager
 def looks(sd: Model, most: int, say: Callable[[str], None] | None) -> Iterator[None]:
-    """Within the `with` block, reports the UNet evaluations to `say`, as Steps. `most` is the number
-    of rows that they have together. Does nothing if `say` is None."""
+    """Within the `with` block, calls `say` with a Step before every UNet evaluation. The Step
+    counts the rows (images in the UNet's batch) evaluated so far; `most` is the number of rows
+    expected in the whole block. Does nothing if `say` is None."""
     begun = 0
 
     def begin(rows: int) -> None:
@@ -90,8 +92,8 @@ def looks(sd: Model, most: int, say: Callable[[str], None] | None) -> Iterator[N
 
 
 class Slope(Protocol):
-    """The type of `Lift.slope`, which evaluates an objective and its gradient, and of functions
-    with the same parameters."""
+    """The type of a function that evaluates an objective and its gradient. `Lift.slope` is one, and
+    explains the parameters."""
 
     def __call__(
         self,
@@ -244,8 +246,9 @@ class _Updates:
         return (x - self.moves[i] * gradient).to(dtype)
 
     def repeat(self, x: Tensor, rows: Tensor, i: int, t: Timestep) -> None:
-        """Moves the images `rows` (b,) of the batch x in place, repeatedly, until their values are
-        within the limits of step i or the largest number of updates is reached."""
+        """Updates the latents of the images `rows` (b,) of the batch x, in place and repeatedly. An
+        image is left alone once its values are within the limits of step i; all are after
+        `how.most` updates."""
         for turn in range(self.how.most):
             told, gradient = self.evaluate(x, rows, i, t, "repeat")
             beyond = self.over(told, i)
@@ -257,10 +260,10 @@ class _Updates:
                 return
 
     def evaluate(self, x: Tensor, rows: Tensor, i: int, t: Timestep, phase: str) -> tuple[Told, Tensor]:
-        """Evaluates the images `rows` (b,) of the batch x at step i and timestep t. Returns (told,
-        gradient): the values to report as name -> (b,), and the gradient (b,4,h,w), scaled if the
-        setting `share` is given. The gradient of an image is 0 if its values or gradient are not
-        finite. `phase` is "update" or "repeat" (see `Look`)."""
+        """Evaluates the objective and its gradient for the images `rows` (b,) of the batch x, at
+        step i and timestep t. Returns (told, gradient): the values to report as name -> (b,), and
+        the gradient (b,4,h,w), scaled if the setting `share` is given. The gradient of an image is
+        0 if its values or gradient are not finite. `phase` is "update" or "repeat" (see `Look`)."""
         told, gradient = self.slope(x[rows], rows, t, i, phase)
         fine = finite(told, gradient)
         if not fine.all():

@@ -76,8 +76,9 @@ def updates(
 
 @dataclass
 class Frames:
-    """The attention maps of a batch that `watch` recorded, one tensor (B,S,h,w) for each of
-    `steps`, with up to S subjects per image."""
+    """The attention maps of a batch that `watch` recorded. For each of the recorded `steps` there
+    is a tensor (B,S,h,w) of cross-attention maps and one of self-attention maps, with a map for
+    each of up to S subjects per image."""
 
     places: list[list[list[int]]]  # token positions of each subject of each image
     steps: list[int] = field(default_factory=list)

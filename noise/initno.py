@@ -177,8 +177,8 @@ class Result:
             self.losses.setdefault("before", self.losses["after"])
 
     def ended(self, x: Tensor, success: bool) -> "Result":
-        """Sets the final noise x (1,4,h,w) and whether it met both limits (`success`). Returns this
-        Result."""
+        """Stores the final noise x (1,4,h,w) in this Result, and as `success` whether its response
+        loss and its conflict loss met their limits. Returns this Result."""
         self.noise = x.cpu()
         self.success = success
         return self
@@ -309,8 +309,9 @@ class Gaussians:
             )
 
     def _project_each(self, rows: Tensor, limit: float) -> bool:
-        """Does the work of `project` on a CPU: each step moves only the images above the limit.
-        Returns True if all images got within the limit."""
+        """Does the work of `project` on a CPU: each step updates the shift and scale of only those
+        images whose KL divergence is above `limit`. Returns True if the divergence of every image
+        got to at most `limit`."""
         for _ in range(KL_TURNS):
             kl, gradient = self.kl(rows)
             over = kl > limit
@@ -321,12 +322,13 @@ class Gaussians:
         return False
 
     def _project_unasked(self, rows: Tensor, limit: float) -> bool:
-        """Does the work of `project` on a GPU, where every check whether images are done would wait
-        for the GPU. Returns True if all images got within the limit.
+        """Does the work of `project` on a GPU. Returns True if the KL divergence of every image got
+        to at most `limit`.
 
-        Every step computes all images, and leaves those within the limit unchanged. Only every
-        KL_UNASKED-th step checks whether all are done; the steps in between change nothing once all
-        are.
+        Each step is computed for all images, but applied only to those whose divergence is above
+        `limit`. To check whether any image is above it makes the program wait for the GPU, so only
+        every KL_UNASKED-th step checks. Steps between the last image's success and the next check
+        change nothing.
         """
         over = torch.ones_like(rows, dtype=torch.bool)
         for turn in range(KL_TURNS):
@@ -383,8 +385,9 @@ class _Image:
     def move_on(self, found: Evaluation, x: Tensor) -> None:
         """Advances the state after the evaluation `found` of the image's noise x (1,4,h,w).
 
-        Afterwards there are three cases: the image is done; or `step` has increased by 1, and an
-        update of the noise is to be made; or a new try begins from the noise `z`, with `step` 0.
+        Afterwards there are three cases. The attribute `done` is True; or the attribute `step` has
+        increased by 1, and the caller has to update the noise; or a new try begins, with `step` 0
+        and the noise in the attribute `z`.
         """
         how = self.how
         if found.met:

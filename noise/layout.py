@@ -207,9 +207,9 @@ def coverage(pixels: np.ndarray, cell: int) -> np.ndarray:
 
 def preview(layout: Layout, size: int = 512) -> Image.Image:
     """Draws a preview of a layout: the outline and caption of every region on an empty image, and a
-    line of text per region below it. Each latent cell is shaded by the fraction of the cell that
-    the region fills. `size` is the width and height of the image in pixels if the layout has
-    none."""
+    line of text per region below it. A latent cell has the colour of a region that fills it, and a
+    paler shade if the region fills only part of the cell. `size` is the width and height of the
+    image in pixels if the layout has none."""
     layout = ensure_sized(layout, size)
     scale = _enlargement(layout)
     colours = _colours(layout)
@@ -235,7 +235,8 @@ def overlay(picture: Image.Image, layout: SizedLayout) -> Image.Image:
 
 
 def _enlargement(layout: SizedLayout) -> int:
-    """Returns the whole number by which previews enlarge the layout, to about 640 pixels."""
+    """Returns the whole number by which previews enlarge the layout. With it the longer side gets
+    about 640 pixels; it is at least 1."""
     return max(1, round(640 / max(layout.width, layout.height)))
 
 
@@ -274,8 +275,8 @@ def _shading(layout: SizedLayout, colours: list[str], scale: int) -> Image.Image
 
 
 def _outline(region: SizedRegion, scale: int) -> Image.Image:
-    """Returns a mask of the region's outline, which is its outermost two pixels, for a preview in
-    which each pixel of the image is enlarged `scale` times."""
+    """Returns a mask of the region's outline, for a preview that is `scale` times as large as the
+    image. The outline is the outermost two preview pixels inside the region."""
     inside = np.pad(region.pixels, 1).repeat(scale, 0).repeat(scale, 1)
     inner = inside.copy()
     for axis in (0, 1):

@@ -6,10 +6,10 @@ An objective judges initial noise, or the latents of any step. It is a function 
     objective(look) -> (b,), told        also `told`, a dict of further values to report:
                                          name -> (b,)
 
-A `Look` offers attention maps, predicted noise, predicted clean latents, and the image that these
-latents decode to. Each of them is computed only when the objective reads it. If the objective reads
-only attention maps, the UNet evaluation stops after the last of them. If it reads nothing, the UNet
-is not evaluated.
+A `Look` offers attention maps, predicted noise, predicted clean latents, the image that these
+latents decode to, and the image that a whole run draws from the noise. Each of them is computed only
+when the objective reads it. If the objective reads only attention maps, the UNet evaluation stops
+after the last of them. If it reads nothing, the UNet is not evaluated.
 
 `Lift` turns an objective into two functions, `score` (values) and `slope` (values and gradients).
 The drivers (noise/drivers.py) need nothing else to minimise the objective. Published methods are in
@@ -33,6 +33,8 @@ from minsd.noise import losses
 from minsd.noise.layout import SizedLayout
 from minsd.noise.losses import Subjects
 from minsd.noise.pairs import Group, find_groups, read_groups
+from minsd.samplers import SAMPLERS
+from minsd.samplers.random import generators
 from minsd.samplers.schedule import Timestep
 
 Told = dict[str, Tensor]  # values to report, by name: name -> one value per image, (b,)
@@ -50,6 +52,17 @@ class Ask:
     subjects: list[list[int]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)  # nouns with their modifiers
     layout: SizedLayout | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """Settings of the run that will draw the image."""
+
+    steps: int
+    sampler: str
+    karras: bool = False
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
 
 
 def ask(
@@ -99,9 +112,17 @@ class Look:
     """
 
     def __init__(
-        self, lift: "Lift", x: Tensor, index: Tensor, t: Timestep, i: int | None = None, phase: str = "score"
+        self,
+        lift: "Lift",
+        x: Tensor,
+        index: Tensor,
+        t: Timestep,
+        i: int | None = None,
+        phase: str = "score",
+        seeds: Sequence[int] | None = None,
     ):
         self._lift = lift
+        self._seeds = seeds
         self._held: dict[str, Tensor] = {}
         self.evaluations: list[tuple[str, int]] = []  # ("full" or "stopped", rows) of each evaluation
         self.x = x
@@ -187,8 +208,8 @@ class Look:
 
     @cached_property
     def present(self) -> Tensor:
-        """Booleans (b,S), True if an image has a subject number s. Images of a batch may have
-        different numbers of subjects; S is the largest."""
+        """Booleans (b,S): element [k, s] is True if image k has a subject number s. Images of a
+        batch may have different numbers of subjects; S is the largest."""
         return self._subjects().any(dim=-1)
 
     def _subjects(self) -> Tensor:
@@ -250,24 +271,76 @@ class Look:
         """The images (b,3,H,W), with values 0 to 1, that the predicted clean latents x0 decode to.
         If x0 needs a gradient, the backward pass recomputes the decoder's activations instead of
         storing them."""
+        return self._decoded(self.x0)
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """The images (b,3,H,W), with values 0 to 1, that the whole run draws from the noises x.
+
+        If x needs a gradient, the backward pass recomputes the activations of every step and of the
+        decoder instead of storing them, so that memory holds those of one of them at a time. Raises
+        ValueError within a run, where x is no noise.
+        """
+        course = self._lift.course
+        if course is None or self.i is not None:
+            raise ValueError(
+                f"{self._lift.name} reads the image that a run draws from a noise, which does not exist "
+                "within a run: use --init-noise select or optimize"
+            )
         sd = self._lift.sd
-        z = self.x0.to(sd.vae_dtype) / sd.config.vae.scaling_factor
-        if torch.is_grad_enabled() and z.requires_grad:
-            decoded = checkpoint(sd.vae.decode, z, use_reentrant=False)
-        else:
-            decoded = sd.vae.decode(z)
-        return (decoded.to(self.x.dtype) / 2 + 0.5).clamp(0, 1)
+        scale = course.guidance_scale
+        uncond = self._lift.uncond if scale != 1 else self._lift.context[:1]
+        predict = sd.predictor(self._lift.context[self.index], uncond, scale)
+        branches = 1 if scale == 1 or sd.config.unet.guidance_dim else 2
+
+        def counted(x: Tensor, t: Timestep) -> Tensor:
+            self.evaluations.append(("full", branches * len(x)))
+            return predict(x, t)
+
+        seeds = [one.seed for one in self.asks] if self._seeds is None else self._seeds
+        options: dict[str, Any] = {"karras": True} if course.karras else {}
+        x = self.x.to(sd.dtype)
+        walk = SAMPLERS[course.sampler](
+            lambda x, t: recomputed(counted, x, t),
+            x,
+            sd.schedule,
+            course.steps,
+            generator=generators(seeds, skip=x.shape[1:]),
+            **options,
+        )
+        for _, _, x in walk:  # noqa: B007
+            pass
+        return self._decoded(x)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Returns the images (b,3,H,W), with values 0 to 1, that latents (b,4,h,w) decode to."""
+        sd = self._lift.sd
+        z = latents.to(sd.vae_dtype) / sd.config.vae.scaling_factor
+        return (recomputed(sd.vae.decode, z).to(self.x.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def recomputed(function: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+    """Returns function(x, *more). If x needs a gradient, the backward pass computes the function's
+    activations again instead of storing them."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return function(x, *more)
+    out = checkpoint(function, x, *more, use_reentrant=False)
+    assert isinstance(out, Tensor)
+    return out
 
 
 class Lift:
     """An objective bound to a model and to the images of a batch. `score` returns the objective's
     values, and `slope` its values and gradients.
 
-    `guidance` is the guidance scale of `Look.x0`, and `negative_prompt` the text of `Look.uncond`.
-    The model's weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that
-    is in use then takes effect. The counter `rows` holds three numbers of UNet rows: those of
-    "full" evaluations, those of evaluations "stopped" after the attention maps, and those of
-    evaluations with a "gradient", full or stopped.
+    `guidance` is the guidance scale of `Look.x0`. `negative_prompt` is the prompt of `Look.uncond`.
+    `course` holds the settings of the run by which `Look.drawn` makes the images. The model's
+    weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that is in use
+    then takes effect.
+
+    The attribute `rows` counts UNet rows (a row is one image evaluated with one prompt). It has
+    three keys: "gradient" for rows whose evaluation was differentiated and, of all others,
+    "stopped" for those that stopped after the attention maps, and "full" for the rest.
     """
 
     def __init__(
@@ -279,8 +352,10 @@ class Lift:
         guidance: float = 1.0,
         negative_prompt: str = "",
         name: str = "",
+        course: Course | None = None,
     ):
         self.sd = sd
+        self.course = course
         self.asks = list(asks)
         self.objective = objective
         self.guidance = guidance
@@ -316,16 +391,20 @@ class Lift:
         return self.sd.batch_size(8 * x.shape[-2], 8 * x.shape[-1])
 
     @torch.no_grad()
-    def score(self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None) -> Told:
+    def score(
+        self, x: Tensor, rows: Tensor, t: Timestep, i: int | None = None, seeds: Sequence[int] | None = None
+    ) -> Told:
         """Evaluates the objective, without gradients, at latents x (b,4,h,w) and timestep t. `rows`
         (b,) holds each image's number in the batch; `i` is the run's step, or None before the run.
 
         Returns the values to report as name -> (b,), with the objective's own value under "loss".
-        As many images as `sd.batch_size` allows are evaluated at a time.
+        As many images as `sd.batch_size` allows are evaluated at a time. `seeds` (b,) are those from
+        which samplers draw their noise in `Look.drawn`; None means the seeds of the images' Asks.
         """
         parts = []
         for part in torch.arange(len(x), device=x.device).split(self._size(x)):
-            look = Look(self, x[part], rows[part], t, i)
+            own = None if seeds is None else [seeds[k] for k in part.tolist()]
+            look = Look(self, x[part], rows[part], t, i, seeds=own)
             parts.append(self._judged(look)[1])
             self._count(look)
         return _joined(parts)
@@ -392,8 +471,8 @@ class Lift:
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in told.items()}}
 
     def _check_gradient(self, loss: Tensor, gradient: Tensor | None) -> None:
-        """Raises ValueError if `loss` does not depend on the latents, in which case it needs no
-        gradient or the `gradient` computed from it is None."""
+        """Raises ValueError if `loss` does not depend on the latents. That is the case if the loss
+        requires no gradient, or if autograd returned None as its `gradient`."""
         if not loss.requires_grad or gradient is None:
             raise ValueError(
                 f"{self.name} does not depend on the latents, so it has no gradient: compute it from the "

@@ -207,9 +207,9 @@ def _candidates(batch: Batch) -> list[list[int]]:
 def _selection(
     asked: int, seed: int, candidates: Iterable[int], scores: Iterable[float], better: str
 ) -> dict[str, Any]:
-    """Makes the settings that record the choice of a seed: the seed `asked` for, the chosen `seed`,
-    the score of every candidate, and whether scores are losses (`better` is "low") or values
-    (`better` is "high")."""
+    """Makes the settings that record the choice of a seed, as a dict: the seed `asked` for, the
+    chosen `seed`, and each of the `candidates` with its score. If `better` is "low", the scores are
+    recorded as losses; if it is "high", as values to maximise."""
     return {
         "asked_seed": asked,
         "seed": seed,

@@ -70,8 +70,9 @@ def moments(x: Tensor) -> dict[str, Tensor]:
 
 
 def measures(x: Tensor, start: Tensor) -> dict[str, Tensor]:
-    """Returns every regularizer's value (B,), by name and without its weight, of noise x
-    (B,4,h,w) that was optimised from `start`. "norm" is given above its least value."""
+    """Returns the value (B,) of every regularizer, by name, for noise x (B,4,h,w) that was
+    optimised from `start`. The values are not multiplied by the regularizers' weights. From the
+    value of "norm", the least possible value is subtracted, so that it is 0 at best."""
     x, start = x.double(), start.double()
     values = {name: of(x, start) for name, (of, _) in REGULARIZERS.items()}
     n = x[0].numel() - 1

@@ -2,6 +2,7 @@
 driver (noise/drivers.py) that minimises it, and the settings of both.
 
     steer = choose("syngen", settings={"until": "10"})          # a name of noise/objectives/
+    steer = choose("reward:pickscore")                           # a reward of noise/objectives/reward.py
     steer = choose("mine.py:my", driver="optimize")              # a function in a file
     steer = choose(my, driver="select")                          # a function
 
@@ -17,8 +18,9 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,11 +30,11 @@ from torch import Tensor
 
 from minsd.guidance import Model
 from minsd.noise import drivers, losses
-from minsd.noise.best import Course, draft
+from minsd.noise.best import draft
 from minsd.noise.drivers import Optimizing, Refining, Result, Say, Selection
 from minsd.noise.initial import candidate_seeds
 from minsd.noise.initial import noise as draw_noise
-from minsd.noise.look import Ask, Lift, Objective, ask
+from minsd.noise.look import Ask, Course, Lift, Objective, ask
 from minsd.noise.losses import Subjects
 from minsd.noise.objectives import NAMES, find
 from minsd.noise.regularizers import measures, moments
@@ -216,7 +218,8 @@ def _check_class(name: str, target: type, given: Mapping[str, Any]) -> None:
 
 
 def _check_search(given: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings of the driver select that its search does not use."""
+    """Raises ValueError if `given`, the user's settings of the driver select, has a setting that
+    the chosen search does not use."""
     search = given.get("search")
     if search == "zero-order" and "candidates" in given:
         raise ValueError(
@@ -288,9 +291,10 @@ def is_file(text: str) -> bool:
 def _found(text: str) -> tuple[Callable[..., Any], str | None]:
     if is_file(text):
         return _from_file(text)
-    if text not in NAMES:
+    if text not in NAMES and not text.startswith("reward:"):
         raise ValueError(
-            f"no objective is called {text!r}; choose from {', '.join(NAMES)}, or give FILE.py:NAME"
+            f"no objective is called {text!r}; choose from {', '.join(NAMES)}, reward:NAME, "
+            "or give FILE.py:NAME"
         )
     return find(text), None
 
@@ -362,8 +366,23 @@ class Run:
     def _lift(self, asks: Sequence[Ask]) -> tuple[Lift, Any]:
         objective = self.steer.made(self.sd, asks)
         guidance = float(self.steer.settings.get("guidance", 1.0))
-        more = {"guidance": guidance, "negative_prompt": self.negative_prompt, "name": self.steer.name}
-        return Lift(self.sd, asks, objective, **more), self.steer.how(objective)
+        lift = Lift(
+            self.sd,
+            asks,
+            objective,
+            guidance=guidance,
+            negative_prompt=self.negative_prompt,
+            name=self.steer.name,
+            course=self._course(),
+        )
+        return lift, self.steer.how(objective)
+
+    def _course(self) -> Course:
+        """Returns the settings of the run that draws the images."""
+        config = self.sd.config
+        scale = config.guidance(self.guidance_scale)
+        sampler = self.sampler or config.sampler
+        return Course(self.steps or config.steps, sampler, self.karras, scale, self.negative_prompt)
 
     def _timesteps(self) -> list[int | float]:
         return losses.listed_timesteps(self.sd, self.steps, self.sampler, self.karras)
@@ -375,7 +394,9 @@ class Run:
             self._draft_steps(how.part)
 
     def _draft_steps(self, part: float) -> int:
-        """Returns how many steps a draft takes. Raises ValueError if the run has a single step."""
+        """Returns the number of steps of a draft, which is the fraction `part` of the run's steps,
+        but at least 1 and fewer than the run takes. Raises ValueError if the run has a single
+        step."""
         last = len(self._timesteps()) - 1
         if last < 1:
             raise ValueError("search=halving drafts the first steps of a run: give 2 --steps or more")
@@ -396,13 +417,18 @@ class Run:
             lift, how = self._lift([one])
             drafts: dict[int, float] = {}
 
-            def score(x: Tensor, lift: Lift = lift) -> list[float]:
-                return _scores(lift, x.to(self.sd.device, lift.dtype), t)
+            def score(x: Tensor, own: Sequence[int] | None = None, lift: Lift = lift) -> list[float]:
+                return _scores(lift, x.to(self.sd.device, lift.dtype), t, seeds=own)
+
+            left = iter(dict.fromkeys(seeds))  # in the order in which `drivers.select` scores them
+
+            def scored(x: Tensor, score: Any = score, left: Iterator[int] = left) -> list[float]:
+                return score(x, list(islice(left, len(x))))
 
             try:
                 if how.search is None:
                     at_once = self.sd.batch_size(8 * shape[1], 8 * shape[2])
-                    found = drivers.select(score, seeds, shape, at_once=at_once, progress=told)
+                    found = drivers.select(scored, seeds, shape, at_once=at_once, progress=told)
                 elif how.search == "halving":
                     found, drafts = self._halved(lift, score, seeds, shape, how.part, told)
                 else:
@@ -424,33 +450,31 @@ class Run:
     def _halved(
         self,
         lift: Lift,
-        score: Callable[[Tensor], list[float]],
+        score: Callable[[Tensor, Sequence[int]], list[float]],
         seeds: Sequence[int],
         shape: Sequence[int],
         part: float,
         say: Callable[[str], None],
     ) -> tuple[Selection, dict[int, float]]:
-        """Chooses a seed in two stages. All `seeds` are scored at the first timestep by `score`.
-        The best eighth of them (at least 2) are then sampled for the fraction `part` of the run's
-        steps and scored there. The seed with the best second score is chosen. `shape` is (4,h,w) of
-        one noise.
+        """Chooses one image's seed in two stages, by losses: lower is better. First, `score(noises,
+        seeds)` returns the losses of all `seeds` at the first timestep. Then the eighth of the
+        seeds with the lowest losses (at least 2 seeds) are sampled for the fraction `part` of the
+        run's steps, and `lift` evaluates the loss there. The seed with the lowest second loss is
+        chosen. `shape` is (4,h,w) of one noise. `say(message)` is called after each stage.
 
-        Returns (selection, drafts): the chosen seed with the first scores of all seeds, and the
-        second scores as seed -> score. First and second scores are not comparable.
+        Returns (selection, drafts): the chosen seed with the first losses of all seeds, and the
+        second losses as seed -> loss. First and second losses are not comparable.
         """
-        config = self.sd.config
-        scale = config.guidance(self.guidance_scale)
-        run = (self.steps or config.steps, self.sampler or config.sampler, self.karras)
-        course = Course(*run, scale, self.negative_prompt)
+        course = self._course()
         stop = self._draft_steps(part)
 
         def drafted(left: list[int]) -> list[float]:
             prompts = [lift.asks[0].prompt] * len(left)
             x, t = draft(self.sd, prompts, draw_noise(left, shape), left, stop, course)
-            lift.rows["full"] += stop * len(left) * (1 if scale == 1 else 2)
+            lift.rows["full"] += stop * len(left) * (1 if course.guidance_scale == 1 else 2)
             return _scores(lift, x.to(lift.dtype), t, stop)
 
-        stages = [(lambda left: score(draw_noise(left, shape)), max(2, len(seeds) // 8)), (drafted, 1)]
+        stages = [(lambda left: score(draw_noise(left, shape), left), max(2, len(seeds) // 8)), (drafted, 1)]
         found = drivers.halve(seeds, stages, progress=say)
         first, last = found.stages
         return Selection(found.seed, draw_noise([found.seed], shape), last[found.seed], first), last
@@ -527,13 +551,18 @@ class Run:
     def _note(self, lift: Lift, images: int, begin: float, **values: Any) -> None:
         rows = {kind: round(n / images, 2) for kind, n in sorted(lift.rows.items())}
         seconds = round((time.perf_counter() - begin) / images, 3)
+        values["reward"] = getattr(lift.objective, "identity", None)
         said = {name: value for name, value in values.items() if value not in (None, {})}
         self.records.append({**self.steer.record(), **said, "rows": rows, "seconds": seconds})
 
 
-def _scores(lift: Lift, x: Tensor, t: Timestep, i: int | None = None) -> list[float]:
-    """Returns the loss of each latents x (k,4,h,w) of the Lift's first image, NaN if not finite."""
-    loss = lift.score(x, torch.zeros(len(x), dtype=torch.long, device=x.device), t, i)["loss"]
+def _scores(
+    lift: Lift, x: Tensor, t: Timestep, i: int | None = None, seeds: Sequence[int] | None = None
+) -> list[float]:
+    """Evaluates the objective of the Lift's first image at several latents x (k,4,h,w) and timestep
+    t. Returns a list of the k losses, with NaN for those that are not finite. `i` and `seeds` are
+    as in `Lift.score`."""
+    loss = lift.score(x, torch.zeros(len(x), dtype=torch.long, device=x.device), t, i, seeds)["loss"]
     return loss.where(loss.isfinite(), math.nan).tolist()
 
 

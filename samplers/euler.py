@@ -68,9 +68,10 @@ def sample_ancestral(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) as `sample` does, but each step goes to a level below the
-    next one and returns to the next level by adding fresh noise. Yields (i, t, x) after every step:
-    the step's number, its timestep, and the latents.
+    """Denoises unit noise x (B,4,h,w) with Euler's rule and fresh noise in every step. Each step
+    first goes to a noise level below the one at which it ends, and then adds noise to reach that.
+    Yields (i, t, x) after every step: the step's number, its timestep, and the latents.
+    `samplers/__init__.py` explains the arguments.
 
     The noise is drawn from `generator`, a list with one generator per image. Raises ValueError
     without generators.

@@ -97,7 +97,8 @@ class Schedule:
 
     def sigmas(self, timesteps: Sequence[Timestep], final: str | None = None) -> list[float]:
         """Lists sigma (noise-to-signal ratio) at each of the timesteps, followed by sigma at the
-        run's end. The last one is 0, unless `final` is "abar0" (the level of timestep 0)."""
+        run's end. If `final` is "abar0", that is sigma at timestep 0; if it is "zero" or None,
+        0."""
         last = self.final_abar(final or "zero")
         return [self.sigma(t) for t in timesteps] + [((1 - last) / last) ** 0.5]
 
@@ -138,8 +139,8 @@ class Schedule:
 
     def solver_timesteps(self, steps: int) -> list[Timestep]:
         """Lists the timesteps of a run of `steps` steps with a multistep solver (DPM++, UniPC),
-        most noise first. The list is that of a usual run of steps + 1 steps without its last
-        timestep; with trailing spacing, it is that of a usual run of `steps` steps."""
+        most noise first. They are those that `timesteps` lists for steps + 1 steps, without the
+        last. With trailing spacing they are those that `timesteps` lists for `steps` steps."""
         return self.timesteps(steps, below=0 if self.config.timestep_spacing == "trailing" else 1)
 
     def karras_timesteps(self, steps: int) -> list[Timestep]:

@@ -74,8 +74,9 @@ def _corrector_weights(r: float, h: float) -> tuple[float, float]:
     beginning, D' one step earlier, and D'' at the step's end.
 
     `h` is the length of the step in lambda = -log sigma. `r` (negative) is the place of the earlier
-    prediction D' on a scale on which the step goes from 0 to 1. The weights solve [[1, 1], [r, 1]]
-    (a, b) = (phi_2, 2 phi_3), scaled by h and B(h) (theorem 3.1).
+    prediction D' on a scale on which the step goes from 0 to 1. The weights solve a + b = phi / B
+    and r a + b = 2 (phi / -h - 1/2) / B, with B = exp(-h) - 1 and phi = B / -h - 1 (theorem 3.1 of
+    the UniPC paper).
     """
     b_h = math.expm1(-h)
     phi = b_h / -h - 1

@@ -51,16 +51,16 @@ def is_id(model: str) -> bool:
 
 
 def fetch(model: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> Path:
-    """Downloads those files of a hub model that minsd reads and that the cache lacks. Returns the
-    model's folder in the cache; the folder's name is the hash of the commit that the files are
-    from.
+    """Downloads a model from the hub: those of its files that minsd reads, unless they are in the
+    cache already. Returns the model's folder in the cache. The folder's name is the hash of the
+    commit from which the files come.
 
     `model` is owner/name or owner/name@revision, where the revision is a branch, a tag or a commit;
     without a revision it is the main branch. If the cache has all files of that revision, the hub
-    is not asked for newer ones. Weights in the precision nearer to `dtype` are preferred.
-    `check(folder)` is called when the small files (configs, tokenizer) are in the folder and before
-    the weights are downloaded; it must raise an error if the model is of a kind that minsd does not
-    support.
+    is not asked for newer ones. If the model has weights in two precisions, the one nearer to
+    `dtype` is downloaded. `check(folder)` is called when the small files (configs, tokenizer) are
+    in the folder and before the weights are downloaded; it must raise an error if the model is of a
+    kind that minsd does not support.
 
     Raises FileNotFoundError if the repository or the revision does not exist or cannot be reached,
     and ValueError if the hub refuses access, the repository lacks files that minsd needs, or the

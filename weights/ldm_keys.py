@@ -148,9 +148,12 @@ _VAE_ATTENTION = {
 
 def vae_name(name: str, levels: int) -> str:
     """Translates a VAE parameter name from the original (LDM) layout into minsd's. `name` lacks the
-    prefix `first_stage_model.`. `levels` is the number of the decoder's levels, which the original
-    layout numbers from the finest and minsd numbers in the order in which they run, from the
-    coarsest. A name of another form is returned unchanged."""
+    prefix `first_stage_model.`. A name of another form is returned unchanged.
+
+    `levels` is the number of levels of the decoder. It is needed because the two layouts count
+    these levels in opposite directions: the original layout begins with the finest level, and minsd
+    with the coarsest, which runs first.
+    """
     name = name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
     if m := re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", name):
         return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"

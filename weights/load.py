@@ -194,9 +194,9 @@ def as_turbo(shapes: Loaded) -> Loaded:
 
 
 def _scheduler_note(folder: Path, config: ModelConfig) -> list[str]:
-    """Returns a list with one note that informs the user which sampler follows from the folder's
-    scheduler config (`stated.sampler_of`). The list is empty if that config names a DDIM scheduler
-    or the sampler that the model family uses by default."""
+    """Reads the folder's scheduler config, and returns notes for the user about the sampler that is
+    used because of it (`stated.sampler_of`). There is one note, or none if the config names a DDIM
+    scheduler or the sampler that the model family of `config` uses anyway."""
     _, note = stated.sampler_of(read_json(folder / "scheduler" / "scheduler_config.json"))
     return [] if note is None or note.startswith(f"sampler {_family(config).sampler},") else [note]
 

@@ -60,8 +60,8 @@ _OTHER_KINDS = {  # a pattern of tensor names -> the kind of file with such name
 
 
 class HasNetworks(Protocol):
-    """The type of a model, such as a `StableDiffusion`, of which this module uses only the UNet and
-    the text encoder."""
+    """A protocol for what this module needs of a model: the UNet and the text encoder. A
+    `StableDiffusion` fulfils it."""
 
     @property
     def unet(self) -> Any: ...
@@ -71,8 +71,8 @@ class HasNetworks(Protocol):
 
 
 class HasLoRA(Protocol):
-    """The type of a region of a layout (noise/layout.py), of which this module uses only the
-    adapters: (file, scale) pairs."""
+    """A protocol for what this module needs of a region of a layout (noise/layout.py): `lora`, the
+    region's adapters as (file, scale) pairs."""
 
     @property
     def lora(self) -> Sequence[tuple[Path, float]]: ...
@@ -339,11 +339,13 @@ def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> Non
 
 
 def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
-    """Returns a function alpha(name, rank) for the layers that have no alpha tensor in the file
-    `path`: it returns the alpha of the layer called `name`. The alpha is taken from PEFT's
-    configuration in the file's `metadata` or in an adapter_config.json beside the file. Without a
-    configuration, alpha is the rank, so that alpha / rank is 1. Raises ValueError if the
-    configuration cannot be read."""
+    """Returns a function alpha(name, rank) that returns the alpha of the layer called `name`. It is
+    needed for those layers of the file `path` that have no alpha tensor.
+
+    The alphas come from PEFT's configuration, in the file's `metadata` or in an adapter_config.json
+    beside the file. Without a configuration, alpha is the rank, so that alpha / rank is 1. Raises
+    ValueError if the configuration cannot be read.
+    """
     config: Any = {}
     beside = path.parent / "adapter_config.json"
     try:
@@ -460,8 +462,8 @@ def unmerge(kept: Kept) -> None:
 
 
 class _RowScales:
-    """The scales of one adapter for the rows of a batch. The tensors that hold the scales are made
-    once for each combination of rows and number of output dimensions, then reused."""
+    """The scales of one adapter for the rows of a batch. `of` returns them as tensors, which are
+    kept and returned again for the next batch in which the rows have the same scales."""
 
     def __init__(self, scales: Sequence[float], adapters: Adapters | None):
         self.scales = list(scales)
@@ -498,10 +500,11 @@ def per_row(
     and its text states must have as many rows as the batch. Prompts encoded within the block are
     adapted too, one prompt per row.
 
-    If `adapters` is given, the rows belong to passes of a collage (UNet evaluations with one
-    caption each; minsd/adapters.py). A row of pass k then uses scale k modulo R, and outside a
-    block of `adapters.rows` nothing is adapted. Raises ValueError if the numbers of scales differ
-    or do not fit the batch.
+    `adapters` is for a collage, which makes several passes (UNet evaluations with one caption each)
+    in one batch. If it is given, it states which pass each row belongs to (minsd/adapters.py). A
+    row of pass k then uses scale k modulo R. Outside a block of `adapters.rows` nothing is adapted.
+
+    Raises ValueError if the numbers of scales differ or do not fit the batch.
     """
     for _, scales in scaled:
         _check_scales(scales)

@@ -36,9 +36,10 @@ _ROLE = re.compile(
 
 
 def roles(names: list[str]) -> dict[str, dict[str, str]]:
-    """Finds the tensors of the kinds of adapters in this module among `names`, the tensor names of
-    a file. Returns a dict of layer name -> role -> tensor name, where the role ("hada_w1_a",
-    "dora_scale", ...) states what the tensor is in the adapter."""
+    """Finds the tensors of LoHa, LoKr and the other adapters of this module among `names`, the
+    tensor names of a file. Returns a dict of layer name -> role -> tensor name. A role is the
+    ending of a tensor's name, such as "hada_w1_a" or "dora_scale", which states what the tensor is
+    in the adapter."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         m = _ROLE.fullmatch(name)
@@ -53,9 +54,9 @@ def roles(names: list[str]) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class Dense:
-    """The change of one layer by an adapter of a kind in this module: the function `change` returns
-    the change of the weight, and `bias` is the change of the bias (None if the bias is not
-    changed)."""
+    """The change of one layer by an adapter other than plain LoRA (LoHa, LoKr, DoRA, ...). `change`
+    is a function that takes the layer's weight and returns the change of the weight. `bias` is the
+    change of the layer's bias, or None if the bias is not changed."""
 
     name: str
     module: Layer

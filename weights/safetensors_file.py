@@ -166,10 +166,11 @@ class Tensors(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, path: Path, stem: str, dtype: torch.dtype):
-        """Opens `path`. If `path` is a folder, the files STEM.safetensors or STEM.fp16.safetensors
-        in it are meant, where STEM is `stem`, or the shards of either; of these the one nearer to
-        `dtype` in precision is taken. Raises FileNotFoundError if there is no such file, and
-        ValueError for a malformed one."""
+        """Opens `path`, a safetensors file, or a folder that contains one network. In a folder, the
+        network is in the file STEM.safetensors or STEM.fp16.safetensors, where STEM is `stem`, or
+        in the shards of either. If the folder has both variants, the one whose precision is nearer
+        to `dtype` is opened. Raises FileNotFoundError if there is no such file, and ValueError for
+        a malformed one."""
         self.where = path
         self.files: dict[str, tuple[Path, dict[str, Any]]] = {}
         self.starts: dict[Path, int] = {}  # file -> offset of its tensors, which follow the header
@@ -194,22 +195,22 @@ class Tensors(Mapping[str, torch.Tensor]):
             raise ValueError(f"{path} cannot be read by safetensors: {reason}; download it again") from None
 
     def copy_to(self, target: torch.Tensor, name: str) -> None:
-        """Copies the tensor `name` into `target`, which has its shape or a shape of as many numbers.
+        """Copies the tensor called `name` into `target`. The two may differ in shape, but must have
+        the same number of elements.
 
         If `target` is contiguous, on the CPU and of the file's dtype, its bytes are read from the
         file: memory-mapping the file first would cost several times as much as the copy. Raises
-        ValueError where the file was cut short after its header was checked.
+        ValueError if the file has become shorter since its header was checked.
         """
         path, entry = self.files[name]
         direct = target.device.type == "cpu" and target.is_contiguous()
         if not direct or DTYPES.get(entry["dtype"]) != target.dtype:
             target.copy_(self[name].reshape(target.shape))
             return
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             file.seek(self.starts[path] + entry["data_offsets"][0])
-            content = memoryview(target.view(torch.uint8).numpy()).cast("B")
-            count = file.readinto(content)
-        if count != len(content):
+            count = file.readinto(target.view(torch.uint8).numpy().data)
+        if count != target.nbytes:
             raise ValueError(f"{path} ended early: was it replaced while it was read? Start again")
 
     def __iter__(self) -> Iterator[str]:
@@ -312,8 +313,9 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Returns True if the tensor's data is 64-byte aligned, as PyTorch's own allocations are, and
-    also if results do not depend on the alignment (tensors that are no float32 matrices).
+    """Returns True if the tensor's data may be used where it lies: if it is 64-byte aligned, as
+    PyTorch's own allocations are, or if alignment does not matter for this tensor. It matters only
+    for float32 tensors of two or more dimensions.
 
     Files may put tensors at any offset. A product of one row with a misaligned float32 matrix may
     be summed in another order (Intel oneMKL's guide, "Conditional Numerical Reproducibility"), so

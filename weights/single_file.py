@@ -152,9 +152,9 @@ def _vae_tensors(tensors: Tensors) -> RenamedTensors:
 
 def _text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ...]]:
     """Finds the text encoder of Stable Diffusion 1 (CLIP) or 2 (OpenCLIP) in a checkpoint. Returns
-    (texts, prefixes): a list and a tuple of one item each, the encoder's tensors under minsd's
-    names and the prefix of their names in the file. Raises ValueError if there is no text
-    encoder."""
+    (texts, prefixes). `texts` is a list whose only item holds the encoder's tensors under minsd's
+    names. `prefixes` is a tuple whose only item is the prefix of these tensors' names in the file.
+    Raises ValueError if there is no text encoder."""
     if _inside(tensors, ldm_keys.OPEN_CLIP):
         # SD2 does not use the last of the 24 layers; files made from diffusers folders hold 23.
         text = _open_clip(tensors, ldm_keys.OPEN_CLIP, _SD2.text.num_layers)
@@ -211,10 +211,10 @@ def _open_clip(tensors: Tensors, prefix: str, layers: int) -> RenamedTensors:
 
 
 def vae_file(tensors: Tensors, family: VAEConfig) -> tuple[VAEConfig, RenamedTensors]:
-    """Reads the VAE from `tensors`, which are those of a VAE file in the original or the diffusers
-    layout, or of a whole checkpoint. Returns (config, tensors), the latter under minsd's names.
-    `family` gives the settings that tensor shapes do not show. Raises ValueError if there is no
-    VAE."""
+    """Finds the VAE in `tensors`, the content of a VAE file in the original or the diffusers
+    layout, or of a whole checkpoint in the original layout. Returns (config, vae): the VAE's
+    config, and its tensors under minsd's names. `family` gives the settings that tensor shapes do
+    not show. Raises ValueError if there is no VAE."""
     prefix = ldm_keys.VAE if any(name.startswith(ldm_keys.VAE) for name in tensors) else ""
     names = [
         name.removeprefix(prefix)
@@ -237,8 +237,9 @@ def vae_file(tensors: Tensors, family: VAEConfig) -> tuple[VAEConfig, RenamedTen
 
 
 def pairs(names: Iterable[str], prefix: str, rename: Callable[[str], list[str]]) -> dict[str, Source]:
-    """Makes the table that `RenamedTensors` takes: new name -> (name in the file, part), where the
-    part is the number of a third of the tensor's rows, or None for all rows.
+    """Makes the table that `RenamedTensors` takes: a dict of new name -> (name in the file, part).
+    The part is None for a whole tensor, and 0, 1 or 2 for the first, second or last third of its
+    rows.
 
     `names` are names in the file without their common `prefix`. `rename` returns the new names of a
     tensor as a list. An empty list leaves the tensor out; three names stand for the thirds of a
@@ -261,9 +262,9 @@ def pairs(names: Iterable[str], prefix: str, rename: Callable[[str], list[str]])
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """Returns how many numbered parts (layers, blocks) there are: one more than the greatest number
-    that the group in `pattern` matches, where the pattern is matched at the start of each name.
-    Returns 0 if no name matches."""
+    """Counts the numbered parts (layers, blocks) of a network from its tensors' names. `pattern` is
+    a regular expression that is matched at the start of each name, and whose group is the number of
+    the part. Returns the greatest number plus one, or 0 if no name matches."""
     found = (re.match(pattern, name) for name in names)
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
@@ -291,13 +292,15 @@ def sizes(read: Callable[[], dict[str, Any]], where: object) -> dict[str, Any]:
 
 def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetConfig:
     """Derives the config of a UNet from the shapes of its tensors. Settings that shapes do not show
-    come from `family`. If `family` is SD2's or SDXL's (with linear projections around attention),
-    each level gets one attention head per 64 channels, otherwise 8 heads.
+    come from `family`, except the number of attention heads: one per 64 channels if `family` is
+    SD2's or SDXL's (with linear projections around attention), otherwise 8 per level.
 
-    For a ControlNet, which has the UNet's encoder half alone, `family` is None. These settings then
-    come from the row of `MODELS` with the same level widths and the same width of text states, or,
-    if there is none, from the defaults, with 8 heads per level. Raises ValueError if the tensors
-    are not those of a text-to-image UNet.
+    For a ControlNet, which has the UNet's encoder half alone, `family` is None. The settings that
+    shapes do not show then come from the row of `MODELS` with the same level widths and the same
+    width of text states. If there is no such row, they are `UNetConfig`'s defaults, with 8 heads
+    per level.
+
+    Raises ValueError if the tensors are not those of a text-to-image UNet.
     """
     shape = tensors.shape
     middle = "mid_block.attentions.0"

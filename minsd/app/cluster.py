@@ -83,8 +83,8 @@ def _portable(error: Exception) -> Exception:
 
 @dataclass(eq=False)
 class _Actor:
-    """The process of the command line's view of one worker: the worker's Ray handle, whether its
-    model is loaded, and its queued batches."""
+    """What the process of the command line knows of one worker: the worker's Ray handle, whether
+    its model is loaded, and its queued batches."""
 
     handle: Any
     open: bool = False

@@ -115,11 +115,11 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
 
 
 def about_layout(session: Session, job: Job, found: Found, images: Sequence[Image.Image]) -> None:
-    """Adds to the batch's notes `attention_in_regions`: for each region, the fraction of its
-    caption's attention that falls into it, and the fraction of the image that it covers. Layouts
-    with a caption that has no subject are not measured. For --layout-overlay, also adds each image
-    with the regions' outlines to the image's further files.
-    """
+    """Adds an entry `attention_in_regions` to each image's notes in `found`. For each region of the
+    layout, it holds the fraction of the attention to the caption's subjects that falls into the
+    region, and the fraction of the image that the region covers. Nothing is added if a caption has
+    no subject. With --layout-overlay, also adds each image with the regions' outlines drawn over it
+    to the image's extra files in `found`."""
     assert job.layout is not None
     if session.command.layout_overlay:
         for picture, extra in zip(images, found.extras):
@@ -186,8 +186,8 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run |
 
 def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
     """Finds the noise from which the model generates the image that the job names with --invert.
-    Returns this noise, and the image generated from it. The PSNRs of the generated image and of the
-    image after VAE encoding and decoding are recorded."""
+    Returns this noise, the image generated from it, and settings to save with the image: the PSNR
+    of the generated image, and that of the original after VAE encoding and decoding alone."""
     assert job.invert is not None
     show.phase("inverting and drawing again", 2 * job.sampling.steps)
     with evaluations(sd.unet, lambda rows: show.advance()):

@@ -89,10 +89,11 @@ def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
     """Returns a dict file name -> row (an image's settings, file name and cost), with one of the
     `rows` for each file name.
 
-    If an image was deleted and its name used again, there are rows of several images with this
-    name. Then a row of the image that is now in the folder is kept, or, if there is none, a row of
-    the image of the last row. If one image has several rows, the first with a time (`seconds`) is
-    preferred to rows that were reconstructed from the PNG, which have none.
+    Several rows may have the same name, because an image was deleted and its name used again, or
+    because one image has several rows. Then only rows of one image are considered: of the image
+    that is in the folder now or, if it has no row, of the image of the last row. Of these, the
+    first row with a time (`seconds`) is taken, or the last row if none has a time. A row that was
+    restored from a PNG has none.
     """
     best: dict[str, Row] = {}
     rivals: dict[str, list[Row]] = {}

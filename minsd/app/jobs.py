@@ -273,7 +273,7 @@ def plan(
 
     `command` holds the settings of the run, and `requests` those of each prompt. `device` is the
     type of the device that will draw ("cuda", "cpu"), by default that of `sd`. Raises ValueError
-    for settings that the model does not accept. If the request comes from a prompts file, the
+    for settings that the model does not accept. If they are those of a line of a prompts file, the
     message begins with the file and line.
     """
     model = ModelSettings(

@@ -75,8 +75,9 @@ def take_from_image(given: Given, notes: list[str]) -> Given:
 
 
 def _with_revision(settings: Given) -> Given:
-    """Returns the settings of an image. If the model came from the hub, its name in them becomes
-    owner/name@commit, so that a later change of the repository does not change the image."""
+    """Returns an image's `settings`, with the setting "model" changed to owner/name@commit if the
+    model came from the hub. So the new image is the same even if the repository has changed
+    since."""
     model = settings.get("model")
     revision = settings.get("model_revision")
     if not isinstance(model, str) or not isinstance(revision, str) or "@" in model:
@@ -115,7 +116,9 @@ def _joined(part: Any) -> Any:
 
 def _take_method(given: Given, settings: Given, taken: Given) -> Given:
     """Copies the options of the image's noise method (--init-noise) from the image's `settings` to
-    `given` and `taken`. Returns the settings, with the seed from which the search for noise began.
+    `given`, the options of the new run. `taken` collects the options from an image whose amount of
+    work is checked later; the number of candidates is copied to it too. Returns the settings, with
+    the seed replaced by the one from which the search for noise began.
 
     If the noise was selected among candidates, the new run uses the same candidates, unless the
     command line gives another seed or number of candidates.
@@ -145,6 +148,8 @@ def _take_objective(given: Given, objective: Any) -> None:
     if not isinstance(objective, dict) or not isinstance(objective.get("settings", {}), dict):
         raise ValueError("'objective' must be an object with a name and settings")
     name = objective.get("name")
+    if str(name).startswith("reward:") and name not in OBJECTIVES.split(", "):
+        raise ValueError(f"made with {str(name)[:80]}, which may download weights: give --objective yourself")
     if "sha256" in objective or name not in OBJECTIVES.split(", "):
         raise ValueError(
             f"made with {str(name)[:80]} (sha256 {str(objective.get('sha256'))[:64]}): "

@@ -22,7 +22,8 @@ from minsd.config import CONTROL_SCALE_MOST, SAMPLER_NAMES, STRENGTH, check_size
 
 EXAMPLE = 'python -m minsd.generate "a red circle and a blue square"'
 METHODS = ("random", "initno", "select", "optimize", "best")  # noise.methods.METHODS, without its imports
-OBJECTIVES = "initno, excite, syngen, boxes, divide, contrast, overlap, saga, nlg"  # noise.objectives.NAMES
+# noise.objectives.NAMES, and the reward that needs no weights
+OBJECTIVES = "initno, excite, syngen, boxes, divide, contrast, overlap, saga, nlg, reward:soft-shapes"
 
 IMAGE = "what to draw (each also a key of a line of --prompts FILE.jsonl)"
 NOISE = "the initial noise (each also a key of such a line)"
@@ -375,8 +376,9 @@ _ROWS = (
            "and was no better than chance on the embedded model)",
            choices=("stability", "attention"), like_method=True, identity="score"),
     Option("objective", NOISE, str, "NAME|FILE.py:NAME",
-           f"what the noise, or the latents while denoising, are judged by: {OBJECTIVES}, or a function of "
-           "your own; --init-noise select or optimize says how it is used",
+           f"what the noise, or the latents while denoising, are judged by: {OBJECTIVES}, reward: and a "
+           "judge such as pickscore, reward:reno, or a function of your own; --init-noise select or optimize "
+           "says how it is used",
            identity="objective"),
     Option("objective_set", NOISE, str, "SETTINGS", "settings of the objective, such as lr=5,steps=50",
            identity="objective"),

@@ -46,8 +46,9 @@ class Previews:
 
     @torch.no_grad()
     def after(self, i: int, reached: Timestep) -> None:
-        """Reports the end of step `i` to `show`. If a preview is due, also shows the batch's images
-        as predicted in that step."""
+        """Reports the end of step `i`, counted from 0, to the constructor's `show`. If a preview is
+        due, also shows the batch's images as predicted in that step. `reached`, the timestep that
+        the sampler reports, is not used."""
         self.show.advance()
         if not self.every or (i + 1) % self.every or self._last is None:
             return

@@ -117,7 +117,8 @@ class Progress(Show):
 
 
 class _Lines:
-    """A file that prints every state of a bar on a line of its own, to standard error."""
+    """A file object for a progress bar: prints every state of the bar to standard error, on a line
+    of its own."""
 
     def write(self, text: str) -> None:
         text = text.strip()

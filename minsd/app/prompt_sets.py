@@ -159,11 +159,12 @@ def cases(group: str, n: int) -> list[Subjects]:
 
 
 def shapes_geneval(n: int = 40) -> list[Item]:
-    """Returns items for GenEval's six tasks in miniature, for the embedded model: 6 + 26 + 40 + 3 n
-    prompts.
+    """Returns items for GenEval's six tasks in miniature, for the embedded model. There are 6 + 26
+    + 40 prompts of the tasks with one object, two objects and colours, and `n` of each of the other
+    three.
 
-    No caption of the training data has number words, so prompts of the task `counting` do not use
-    them. They name three different objects, and the image must show exactly three bodies.
+    No caption of the training data has number words, so the prompts of the task `counting` have
+    none either. They name three different objects, and the image must show exactly three.
     """
     rng = np.random.default_rng(SEED)
     items = [{"tag": "single_object", "include": [clause(None, a)], "prompt": f"a {a}"} for a in data.SHAPES]

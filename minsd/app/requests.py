@@ -342,8 +342,9 @@ def _steer(given: Given) -> "Steer | None":
 
 
 def _check_drafts(method: NoiseMethod, steer: "Steer | None") -> None:
-    """Raises ValueError for methods that draft the beginning of a run: they would draft the prompt
-    alone, and the image would then be drawn with the layout's regions."""
+    """Raises ValueError for the methods that draft the beginning of a run (--init-noise best and
+    search=halving). It is called if the image will be drawn with the regions of a layout, because
+    drafts would be drawn without them."""
     by = "--init-noise best" if method.name == "best" else "search=halving"
     if method.name == "best" or (steer is not None and steer.settings.get("search") == "halving"):
         raise ValueError(
@@ -453,11 +454,14 @@ def _layout(given: Given) -> "Layout | None":
 
 
 def _placed(given: Given, layout: "Layout | None") -> Given:
-    """Returns the options, with those filled in that --layout-method stands for: by crops, a crop
-    margin and a selection of the noise. Raises ValueError for options that contradict the method.
+    """Returns the options, with those filled in that --layout-method stands for. The method "crops"
+    stands for a crop margin and, if no option says where the noise comes from, for selecting the
+    noise by attention. The method "paper" adds nothing. Raises ValueError for options that
+    contradict the method.
 
-    Crops are the default where they were measured to be best: for the embedded model, if no option
-    says how the layout is drawn or where the noise comes from. An image of --like says so itself.
+    If the user names no method, "crops" is used with the embedded model, for which it was measured
+    to be best, but not with --like or with options that already decide how the layout is drawn or
+    where the noise comes from.
     """
     named = given["layout_method"]
     if layout is None:

@@ -77,8 +77,9 @@ def read(folder: Path, unjudged: bool = False) -> Results:
     columns = dict.fromkeys(key for rows in held.values() for pair in pairs for key in rows[pair]["values"])
 
     def table(part: str, key: str) -> dict[str, np.ndarray]:
-        """Returns a dict from each method to an array with the value of `key` for each pair of a
-        prompt and a seed. A missing value is NaN."""
+        """Returns a dict from each method to an array with one value per (prompt, seed) pair: that
+        of `key` in the dict `part` of the pair's data, which is "values" (by judges) or "row" (of
+        runs.jsonl). A missing value is NaN."""
         return {
             name: np.array([rows[pair][part].get(key) for pair in pairs], float)
             for name, rows in held.items()
@@ -112,8 +113,9 @@ def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str,
     user gave) -> dict with the image's path, its row of runs.jsonl, the values by all judges, the
     detected objects, and the judges' identities.
 
-    Images without a seed are numbered within their prompt. Messages about such and about skipped
-    images are appended to `notes`. Images without scores are skipped unless `unjudged` is true.
+    Images without a seed get a number in place of it, counted per prompt. Images without scores are
+    skipped unless `unjudged` is true. Messages about images without a seed and about skipped images
+    or scores are appended to `notes`.
     """
     from minsd.app.folder import recorded
 
@@ -227,9 +229,10 @@ def compute(results: Results, baseline: str) -> list[Cell]:
 
 
 def _mean(values: np.ndarray, rate: bool, resample: Resample | None) -> Estimate:
-    """Returns the mean of the values that are there, with its 95 % interval. If `rate` is true, the
-    values are right or wrong (1 or 0), and the mean is in per cent. The mean of other values has no
-    interval without `resample`."""
+    """Returns the mean of `values` without those that are NaN, with its 95 % interval. If `rate` is
+    true, the values are right or wrong (1 or 0), the mean is in per cent, and the interval is
+    Wilson's. Otherwise the interval is that of the bootstrap `resample`, or NaN if `resample` is
+    None."""
     there = values[np.isfinite(values)]
     if rate:
         return _scaled(statistics.wilson(float(there.sum()), len(there)), 100.0)
@@ -246,9 +249,9 @@ def _by_tag(
     tags: Sequence[str], method: str, column: str, values: np.ndarray, rate: bool, digits: int
 ) -> list[Cell]:
     """Returns the mean of a method's `values` in one column for each tag (group of prompts), and
-    the unweighted mean over the tags, which is GenEval's overall score. `tags` are those of the
-    pairs. `rate` states whether the values are right or wrong (1 or 0), and `digits` how many
-    decimals to show."""
+    the unweighted mean over the tags, which is GenEval's overall score. `tags` and `values` have
+    one entry per (prompt, seed) pair. `rate` states whether the values are right or wrong (1 or 0),
+    and `digits` how many decimals to show."""
     out = []
     for tag in dict.fromkeys(tags):
         inside = values[[one == tag for one in tags]]

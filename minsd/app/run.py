@@ -273,10 +273,10 @@ class Drawing:
 
 
 def _about_regions(row: Row) -> str:
-    """Returns what to tell of an image with a layout: the fraction of each caption's attention that
-    falls into the caption's region, and a warning where it is no more than attention that is spread
-    evenly over the image would give. Returns "" for other images.
-    """
+    """Returns the text to print about an image drawn with a layout, or "" for other images. It
+    states the fraction of the attention to each caption that falls into the caption's region. A
+    warning follows for regions whose fraction is no larger than the part of the image that they
+    cover, as it would be if the attention were spread evenly."""
     regions = row.get("attention_in_regions")
     if not regions:
         return ""

@@ -86,9 +86,10 @@ def method_options(method: str) -> list[str]:
 
 
 def seeds_of(text: str, number: int) -> str:
-    """Returns the seeds of prompt number `number`, as text for --seeds. If `text` is "apart:K",
-    every prompt has K seeds of its own, counted on from prompt to prompt. Any other text is
-    returned unchanged, so that all prompts have the same seeds."""
+    """Returns the seeds of prompt number `number` (from 0), as text for --seeds. If `text` is
+    "apart:K", every prompt has K seeds of its own: 0 to K - 1 for the first prompt, K to 2K - 1 for
+    the second, and so on. Any other text is returned unchanged, so that all prompts have the same
+    seeds."""
     apart = re.fullmatch(r"apart:([1-9]\d*)", text)
     if not apart:
         return text
@@ -124,8 +125,10 @@ def requested(study: Study, method: str, folder: Path) -> tuple[Command, list[Re
 
 
 def _lines(study: Study, method: str, given: Given, subjects: bool = False) -> Iterator[tuple[str, Given]]:
-    """Yields (where, options) for each prompt, as `requests.read` takes them. `given` holds the
-    options of all prompts. `subjects` adds the prompts' subjects."""
+    """Yields (where, options) for each prompt of the study, as `requests.read` takes them, for the
+    run of one method. `where` is the beginning of error messages about the prompt. `given` holds
+    the options that all prompts have in common. With `subjects`, the prompts' subjects are
+    added."""
     for number, item in enumerate(study.prompts):
         own: Given = {"prompt": item["prompt"], "seeds": seeds_of(study.seeds, number)}
         if method.partition(":")[0] == "collage":

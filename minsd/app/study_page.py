@@ -45,8 +45,9 @@ def report(results: Results, cells: Sequence[Cell], baseline: str, reference: st
     pick = {(c.part, c.method, c.column, c.tag): c for c in cells}
 
     def table(part: str, names: Sequence[str], keys: Sequence[tuple[str, str]]) -> Table:
-        """Returns a table with one row per method. `keys` are (column, tag) of the cells of a row,
-        and `names` their headings."""
+        """Returns a table with one row per method, of those cells whose `part` is the given one
+        ("values", "costs" or "by tag"). `keys` are the (column, tag) of the cells of a row, and
+        `names` the headings of their columns."""
         rows = [[m, *(pick[part, m, *key].text for key in keys)] for m in results.methods]
         return Table(["method", *names], rows)
 
@@ -276,7 +277,8 @@ def page(results: Results, cells: Sequence[Cell], baseline: str, blocks: Sequenc
 
 
 def _figure(results: Results, method: str, k: int) -> str:
-    """Returns the image of one method and pair in HTML, with its values and what was found in it."""
+    """Returns, in HTML, the image that one method drew for the (prompt, seed) pair number `k`, with
+    its values and the objects that were detected in it."""
     values = {column: by_method[method][k] for column, by_method in results.values.items()}
     said = ", ".join(f"{column} {value:.3g}" for column, value in values.items() if np.isfinite(value))
     found = results.found[method][k]

@@ -29,8 +29,9 @@ def _line(x0: float, y0: float, x1: float, y1: float, stroke: str = "#ccc", widt
 
 
 def _marked(cell: Cell, methods: Sequence[str], at: Callable[[float], tuple[float, float]]) -> list[str]:
-    """Returns a dot at the value of a cell, with a line along its interval, in the colour of its
-    method. `at` maps a value to its (x, y) in pixels."""
+    """Returns SVG elements that show a cell (a number with its interval): a line along the interval
+    and a dot at the value, in the colour of the cell's method. `at` maps a value to its (x, y) in
+    pixels."""
     colour = COLOURS[methods.index(cell.method) % len(COLOURS)]
     x, y = at(cell.estimate.value)
     line = _line(*at(cell.estimate.low), *at(cell.estimate.high), colour, 2)
@@ -53,8 +54,9 @@ def _axis(low: float, high: float, start: float, end: float) -> Callable[[float]
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Returns the places of an axis's ticks between `low` and `high`: multiples of a round step (1,
-    2 or 5 times a power of ten). There are about `about` of them at most."""
+    """Returns the places of an axis's ticks between `low` and `high`: the multiples of a round
+    step, which is 1, 2 or 5 times a power of ten. The step is chosen such that there are at most
+    `about` + 1 ticks."""
     raw = (high - low) / about or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)

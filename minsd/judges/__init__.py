@@ -52,8 +52,8 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """A published file of weights: where it is on the hub, and its size and licence, for the user
-    to know before a download."""
+    """A published file of weights: where it is on the hub, and its size and licence, which the user
+    is told before a download."""
 
     repo: str
     file: str  # the weights; a second name after | is taken where the first is missing
@@ -166,8 +166,10 @@ def built(
     device: "torch.device | str",
     options: Mapping[str, Any],
 ) -> Any:
-    """Loads the judge with this `identity`, from the weights at the paths `files`. Raises
-    ValueError, in one line, for an unsuitable file."""
+    """Loads the judge that `identity` describes, from the weights at the paths `files`. `identity`
+    is the result of the function `identity`: the judge's name, weights, dtype and options. `files`
+    maps names of WEIGHTS to paths. `options` are passed to the function `build` of the judge's
+    module. Raises ValueError, in one line, for an unsuitable file."""
     import torch
 
     module = importlib.import_module(f"minsd.judges.{check(identity['judge']).module}")
@@ -207,10 +209,14 @@ def short(identity: Mapping[str, Any]) -> str:
 
 
 def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) -> Path:
-    """Returns the path of the weights `WEIGHTS[key]`. `given` maps names of WEIGHTS to a folder, a
-    file or a hub id that the user chose; a folder or file is taken from there. Otherwise the
-    weights come from the hub's cache or, with `fetch`, from a download. Raises FileNotFoundError,
-    in one line, if they are not found. `judge` is the name to print in the error."""
+    """Returns the path of the weights `WEIGHTS[key]`. `given` maps names of WEIGHTS to the folder,
+    the file or the hub id that the user chose for them.
+
+    If the user chose a folder or a file, the weights are taken from it. Otherwise they are those of
+    the chosen hub id, or of the published one, and come from the hub's cache or, with `fetch`, from
+    a download. Raises FileNotFoundError, in one line, if they are not found. `judge` is the name to
+    print in the error.
+    """
     row = WEIGHTS[key]
     place = given.get(key)
     if place is not None and Path(place).exists():
@@ -311,12 +317,13 @@ def tensors(path: Path) -> "dict[str, torch.Tensor]":
 def fill(
     network: "torch.nn.Module", held: "Mapping[str, torch.Tensor]", spare: Sequence[str], path: Path
 ) -> None:
-    """Fills a network that was made on the meta device with the tensors `held`, by name, in
-    float32, and freezes the network. `path` is the file to name in errors.
+    """Fills a network that was made on the meta device with the tensors in `held` (name -> tensor),
+    in float32, and freezes the network.
 
-    Every parameter of the network must be among the tensors, with its shape. Tensors that the
-    network does not have are ignored if their names begin with one of `spare`, or end with
-    "position_ids". Otherwise raises ValueError, in one line.
+    Raises ValueError, in one line, unless `held` has a tensor of the right shape for every
+    parameter of the network and no others. Two kinds of other tensors are allowed and ignored:
+    those whose names begin with one of the prefixes `spare`, and those whose names end with
+    "position_ids". `path` is the file to name in the error.
     """
     import torch
 

@@ -65,7 +65,8 @@ def text_config(**sizes: Any) -> "BlipTextConfig":
 class ImageReward:
     """The judge ImageReward, a network that predicts human preference.
 
-    `held` are the tensors of the published file `path`, and `words` is BERT's tokenizer. `vision`
+    The constructor's `held` maps the names of the tensors in ImageReward's published file to the
+    tensors, and `path` is that file, to be named in errors. `words` is BERT's tokenizer. `vision`
     and `text` are the configurations of the two encoders, by default the published ones.
     """
 
@@ -160,8 +161,9 @@ def renamed(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> ImageReward:
-    """Returns the judge ImageReward, loaded from `files`: its weights and BERT's vocabulary.
-    `identity` is written into every line of scores."""
+    """Returns the judge ImageReward, loaded from `files` (names of WEIGHTS -> paths): its weights
+    and BERT's vocabulary. `identity` holds the judge's name, weights, dtype and options, and is
+    written into every line of scores."""
     from transformers import BertTokenizer
 
     words = BertTokenizer(str(files["bert"]), do_lower_case=True)

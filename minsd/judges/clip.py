@@ -251,9 +251,11 @@ def fold(held: Mapping[str, Tensor], path: Path, names: Sequence[str] = AESTHETI
 class ClipJudge:
     """A judge that computes one value per image, the column `column`, from CLIP's vectors.
 
-    The value is `factor` times the cosine of image and prompt. With `head`, it is that linear
-    function of the image's vector instead. With `least`, it is the smallest cosine over the parts
-    of the prompt. `box` replaces CLIP's preprocessing of images, for HPSv2.
+    By default the value is the cosine of image and prompt, multiplied by `factor`. With `head`, the
+    value is `head`'s linear function of the image's vector, and the prompt does not matter. With
+    `least`, the prompt is split into parts, and the value is the smallest of their cosines. `box`,
+    if given, is a function that prepares images for the network in place of CLIP's preprocessing;
+    HPSv2 needs one.
     """
 
     def __init__(
@@ -280,7 +282,8 @@ class ClipJudge:
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
         """Returns the value of each RGB image for its prompt. Images may have any sizes. `asked` is
-        ignored. The judge `least` has no value for a prompt with a single part."""
+        ignored. There is no value for a prompt of a single part if the judge was made with `least`,
+        which compares parts."""
         if self.box is None:
             seen = pixels.pil(images, self.clip.size)
         else:
@@ -326,7 +329,8 @@ def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> ClipJudge:
     """Returns the judge called `identity["judge"]`, loaded from `files` (names of WEIGHTS ->
-    paths). `identity` is written into every line of scores."""
+    paths). `identity` holds the judge's name, weights, dtype and options, and is written into every
+    line of scores."""
     name: str = identity["judge"]
     path = next(iter(files.values()))
     model = network(path, h14())

@@ -111,8 +111,9 @@ class Mask2Former:
     """A judge that applies rules to the objects that Mask2Former finds: GenEval's rules if
     `colours` is given, otherwise TIAM's.
 
-    `nms` is the IoU from which overlapping boxes of one class are dropped; 1 drops none. Images are
-    resized so that the shorter side is `sides[0]` pixels and the longer at most `sides[1]`.
+    If two boxes of one class overlap with an IoU of `nms` or more, the one with the lower score is
+    dropped; 1 drops none. Images are resized so that the shorter side is `sides[0]` pixels and the
+    longer at most `sides[1]`.
     """
 
     def __init__(
@@ -232,8 +233,9 @@ def build(
     nms: float = 1.0,
 ) -> Mask2Former:
     """Returns the judge called `identity["judge"]`, loaded from `files` (names of WEIGHTS ->
-    paths). `nms` is the IoU from which overlapping boxes of one class are dropped; 1 drops none.
-    `identity` is written into every line of scores."""
+    paths). `identity` holds the judge's name, weights, dtype and options, and is written into every
+    line of scores. If two boxes of one class overlap with an IoU of `nms` or more, the one with the
+    lower score is dropped; 1 drops none."""
     model = load_network(files["mask2former"]).to(device=device, dtype=dtype)
     if "clip-l14" not in files:
         return Mask2Former(identity, model, None, nms)

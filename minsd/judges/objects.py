@@ -94,7 +94,8 @@ def _problem(clause: Any, number: int) -> str:
 
 
 def _is_layout(layout: Any) -> bool:
-    """Returns whether a layout has regions with captions, and boxes that are no empty boxes."""
+    """Returns True if `layout` has the form of a layout: a list of regions, each of which has a
+    caption. The box of a region may be missing, but must not be malformed or empty."""
     regions = layout.get("regions") if isinstance(layout, Mapping) else None
     return isinstance(regions, list) and all(
         isinstance(region, Mapping)
@@ -184,10 +185,11 @@ def geneval(
     """Returns the reasons why an image is wrong by GenEval's rules; an empty list if it is right.
     `found` are the detections in the image, and `asked` is what the image must contain.
 
-    `sure` holds the scores above which a detection counts: in general, and for the tag `counting`.
-    Of overlapping detections of a class, those with an IoU of `nms` or more are dropped; 1 drops
-    none. `colour` returns a detection's colour; it is called only for detections whose colour
-    matters.
+    A detection counts only if its score is above a threshold. `sure` holds two of them: one for
+    prompts with the tag `counting` (the second), and one for all others (the first). If two
+    detections of a class overlap with an IoU of `nms` or more, the one with the lower score is
+    dropped; 1 drops none. `colour` returns a detection's colour; it is called only for detections
+    whose colour matters.
     """
     objects = kept(found, sure[asked.get("tag") == "counting"], nms)
     wrong = []
@@ -220,8 +222,9 @@ def geneval(
 
 
 def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
-    """Returns for each class in `names` whether an object of this class is in the image, by TIAM's
-    rule without colours. An image is right if all are."""
+    """Returns a list with one bool for each class in `names`: whether an object of this class is in
+    the image, by TIAM's rule without colours. TIAM calls an image right if the whole list is
+    True."""
     there = {one.name for one in found if one.score >= TIAM_SURE}
     return [name in there for name in names]
 
@@ -230,9 +233,9 @@ def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
 
 
 def class_of(caption: str, names: Iterable[str]) -> str | None:
-    """Returns which of the classes `names` a caption is about: the class whose name ends last in
-    the caption, and of several that end there the one with the longest name. Returns None if the
-    caption contains none of the names."""
+    """Returns which of the classes `names` a caption is about, or None if the caption contains none
+    of the names. If it contains several, the name that ends closest to the end of the caption
+    decides. If two end at the same place ("bear", "teddy bear"), the longer one decides."""
     text = f" {caption.lower()} "
     places = {name: text.rfind(f" {name} ") + len(name) for name in names if f" {name} " in text}
     return max(places, key=lambda name: (places[name], len(name)), default=None)

@@ -61,7 +61,8 @@ class Regions:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> Regions:
-    """Returns the judge of regions with the CLIP weights in `files`. `identity` is written into
-    every line of scores."""
+    """Returns the judge of regions with the CLIP weights in `files` (names of WEIGHTS -> paths).
+    `identity` holds the judge's name, weights, dtype and options, and is written into every line of
+    scores."""
     path = files["clip-b32"]
     return Regions(identity, Clip(network(path, h14()), tokenizer(path.parent), device, dtype))

@@ -5,6 +5,7 @@ Each objective is a class. `cls(sd, asks, **options)` is called once per run, wi
 the attributes `driver` (the driver that the method is published with), `how` (the driver's
 settings), and `begin()`, which is called when a run begins. A plain function is an objective too.
 `find` imports an objective of this package by its name; noise/steer.py imports a user's own.
+"reward:NAME" names the objective that maximises the reward NAME of reward.py.
 """
 
 import importlib
@@ -24,6 +25,10 @@ NAMES = {
 
 
 def find(name: str) -> type:
-    """Imports and returns the class of the objective called `name`, a key of `NAMES`."""
+    """Imports and returns the class of the objective called `name`, a key of `NAMES` or
+    "reward:NAME". Raises ValueError for an unknown reward."""
+    kind, _, rest = name.partition(":")
+    if kind == "reward":
+        return importlib.import_module(f"{__name__}.reward").of(rest)
     module, cls = NAMES[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), cls)

@@ -27,9 +27,10 @@ P, L = 0.2, 1
 
 def terms(maps: Tensor, mask: Tensor, p: float = P, reach: int = L) -> tuple[Tensor, Tensor, Tensor]:
     """Returns BoxDiff's terms (inner, outer, corner_x + corner_y) for a subject's attention map
-    (h,w) and its region's mask (h,w) of 0 and 1, as the head of this file defines them. `p` is the
-    fraction P of the cells that count, and `reach` the distance L from the box's edges, in
-    cells."""
+    (h,w) and its region's mask (h,w) of 0 and 1. The head of this file defines the terms. `p` is
+    its P: the means of inner and outer are over this fraction of the cells inside and outside the
+    mask. `reach` is its L: the corner terms count the rows and columns within this many cells of
+    the box's edges."""
     k, rest = (max(1, int(p * float(part.sum()))) for part in (mask, 1 - mask))
     inner = 1 - (maps * mask).flatten().topk(k).values.mean()
     outer = (maps * (1 - mask)).flatten().topk(rest).values.mean()

@@ -47,9 +47,10 @@ class Earlier:
         self.before: dict[int, list[Tensor]] = {}
 
     def step(self, row: int, i: int | None, now: Tensor) -> list[Tensor]:
-        """Stores `now`, the tensor of image number `row` at step i. Returns a list with this
-        image's tensor of the step before, detached. The list is empty if there is none, or if `i`
-        is None (before the run)."""
+        """Stores `now`, the tensor of image number `row` at step i, in place of one stored at the
+        same step. Returns a list with one detached tensor: the last one that was stored for this
+        image before step i. The list is empty if there is no such tensor. If `i` is None (before
+        the run), nothing is stored and the list is empty."""
         if i is None:  # before the run there are no steps
             return []
         if row in self.last and self.last[row][0] != i:

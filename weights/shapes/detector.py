@@ -59,11 +59,14 @@ class Found:
 class Verdict:
     """The result of comparing an image with the objects asked for.
 
-    `found` holds all bodies (connected groups of pixels) of the image. `failures` holds one item of
-    `KINDS` for each of the `subjects_failed` objects that were not found, then one for each body
-    that is left over. `strict` is True if the image has exactly the objects asked for and nothing
-    else. `no_neglect` is True if no object is missing, merged with another, or in a wrong colour;
-    badly drawn shapes and extra copies are accepted.
+    `found` holds all bodies (connected groups of pixels) of the image. `subjects_failed` is the
+    number of objects asked for that were not found. `failures` is a tuple of items of `KINDS`:
+    first one for each object that was not found, which states why, then one for each body that is
+    left over.
+
+    `strict` is True if the image has exactly the objects asked for and nothing else. `no_neglect`
+    is True if no object is missing, merged with another, or in a wrong colour; badly drawn shapes
+    and extra copies are accepted.
     """
 
     found: tuple[Found, ...]
@@ -103,8 +106,8 @@ def bodies(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """Resamples the mask (H,W) of a body to (GRID,GRID), with its centroid in the middle, scaled to
-    the area of a circle with a radius of GRID/4 cells."""
+    """Resamples the mask (H,W) of a body to (GRID,GRID). The body's centroid comes to the middle,
+    and the body is scaled so that its area is that of a circle with a radius of GRID/4 cells."""
     rows, columns = np.nonzero(mask)
     scale = (len(rows) / np.pi) ** 0.5 / (GRID / 4)  # pixels per cell
     at = (np.arange(GRID) - (GRID - 1) / 2) * scale

@@ -126,9 +126,10 @@ def draw_prompt(rng: np.random.Generator, without: set[tuple[str, ...]]) -> list
 
 
 class Distillation:
-    """The networks of the distillation, and the losses of a training step: the frozen embedded
-    model (`teacher`), its trained copy (`fake`), and the adapter that makes the teacher's UNet the
-    student."""
+    """The networks of the distillation (DMD2), and the losses of a training step. `teacher` is the
+    frozen UNet of the embedded model. The student is the teacher with the weight changes of
+    `adapter`, which is trained. `fake` is a copy of the teacher that is trained to denoise the
+    student's images."""
 
     def __init__(self, workers: Workers):
         model = load_model("shapes", device=torch.device(workers.device), dtype=torch.float32)

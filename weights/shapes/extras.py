@@ -109,9 +109,11 @@ def examples(
 def train(
     sd: Model, parameters: list[nn.Parameter], predict: Predict, latents: Tensor, options: Options, lr: float
 ) -> None:
-    """Trains `parameters` to minimise the squared error of the noise that `predict` predicts,
-    weighted as in the embedded model's own training (train.py). `latents` (n,4,16,16) are those of
-    the training images. `lr` is the highest learning rate.
+    """Trains `parameters` so that `predict` predicts noise. The loss is the squared error, weighted
+    as in the embedded model's own training (train.py). `latents` (n,4,16,16) are those of the
+    training images. predict(x, t, rows) returns the noise predicted in the noisy latents x at
+    timesteps t; `rows` are the indices of x's images in `latents`. `lr` is the highest learning
+    rate.
 
     The state is saved every 50 steps, and the same command resumes from the saved state.
     """
@@ -152,9 +154,9 @@ def train(
 
 
 def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: int) -> Tensor:
-    """Returns the weighted squared error of the noise that `predict` predicts in `batch` randomly
-    chosen rows of `latents`, at random timesteps. `step` is the number of the training step, which
-    determines all random numbers."""
+    """Returns the weighted squared error of predicted noise. Chooses `batch` rows of `latents` and
+    as many timesteps at random, adds noise, and lets `predict` (as in `train`) predict the noise.
+    `step` is the number of the training step, which determines all random numbers."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     pick = torch.randint(len(latents), (batch,), generator=generator)
     t = torch.randint(1000, (batch,), generator=generator)
