@@ -60,8 +60,9 @@ TRITON_HEAD_DIMS = (8, 16, 32, 40, 64, 80, 160)
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Imports `minsd.kernels.flash` or `minsd.kernels.groupnorm` on first use rather than with this
-    package, because both import Triton. Raises AttributeError for any other name."""
+    """Imports the submodule `flash` or `groupnorm` when it is first read as an attribute of
+    `minsd.kernels`, and returns it. The package itself does not import these two, because they
+    import Triton. Raises AttributeError for any other name."""
     if name in ("flash", "groupnorm"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -78,25 +79,27 @@ def attention(
     probs: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes softmax(q k^T scale + bias) v per head and, on request, the softmax averaged over
-    heads (the map).
+    """Computes softmax(scale q k^T + bias) v for each head and, on request, the map, which is the
+    softmax averaged over heads.
 
-    q is (B,N,H,d), k and v are (B,M,H,d), with any strides. `scale` defaults to d**-0.5. `bias` is
-    added to the scores. It holds floats that broadcast to (B,H,N,M), -inf where a key is hidden,
-    and takes no gradient. A query whose keys are all hidden gets 0 in output and map. `backend` is
-    one of `BACKENDS`; the head of this file explains them.
+    q is (B,N,H,d), k and v are (B,M,H,d), for B images, N queries, M keys, H heads and head dim d.
+    They may have any strides. `scale` defaults to d**-0.5. `bias` holds floats, broadcasts to
+    (B,H,N,M) and must not require a gradient; a bias of -inf hides a key from a query. A query
+    whose keys are all hidden gets 0 in output and map. `backend` is one of `BACKENDS`, which the
+    head of this file explains.
 
-    Returns (out, None) with the output (B,N,H,d), or with probs="mean" (out, map) with the map
-    (B,N,M). The map is float32, or float64 for float64 inputs. Both can be differentiated once. In
-    float16, map gradients smaller than about 1e-7 underflow to 0, so the caller should multiply the
-    loss by a large factor.
+    Returns (out, map). `out` is (B,N,H,d). The map is (B,N,M) if `probs` is "mean", and None if
+    `probs` is None. It is float64 for float64 inputs, otherwise float32. Output and map have first
+    derivatives only. For float16 inputs, gradients of the map smaller than about 1e-7 underflow to
+    0, so the caller should multiply the loss by a large factor.
 
-    In region attention, k and v (B,R,M,H,d) hold the keys and values of R texts, and `region` (B,N)
-    holds for each query the index of its text. The query attends only to that text. If the index is
-    outside 0..R-1, the query attends to nothing and gets 0. The map stays (B,N,M), over the keys of
-    each query's own text, and `bias` broadcasts to (B,H,N,R*M).
+    If `region` (B,N) is given, k and v are (B,R,M,H,d), the keys and values of R texts, and
+    `region` holds the index of one text for each query. The query attends to this text only; an
+    index outside 0..R-1 hides all keys. The map stays (B,N,M), over the keys of each query's own
+    text. `bias` then broadcasts to (B,H,N,R*M).
 
-    Raises ValueError if the inputs do not fit one another, or if `backend` does not support them.
+    Raises ValueError if an argument has a wrong value, if the tensors do not fit one another, or if
+    `backend` does not support them.
     """
     if backend not in BACKENDS:
         raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -131,9 +134,9 @@ def attention(
 def _with_lse(
     q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Computes attention by PyTorch's own operator, and keeps the log-sum-exp of the scores, from
-    which the map kernel `kernel` can compute the map faster. Only "triton" can use it. q is
-    (B,N,H,d); k and v are (B,M,H,d).
+    """Computes attention by PyTorch's own operator, and keeps the log-sum-exp of each row of
+    scores, with which the Triton kernels compute the map faster. `kernel` names what will compute
+    the map: "triton", "materialised" or "reference". q is (B,N,H,d); k and v are (B,M,H,d).
 
     Returns (out, lse): the output (B,N,H,d), and the base-2 log-sum-exp (B,H,N) of each row of
     scores. Returns (None, None) if `kernel` is not "triton", if the switch `shared_lse`
@@ -147,12 +150,12 @@ def _with_lse(
 
 
 def _map_kernel(q: Tensor, k: Tensor, backend: str) -> str:
-    """Chooses what computes the map (the softmax averaged over heads) of q (B,N,H,d) and k
-    (B,M,H,d), by the table at the head of this file. Returns "triton", "materialised" or
-    "reference".
+    """Chooses what computes the map (the softmax averaged over heads) for q (B,N,H,d) and k
+    (B,M,H,d). Returns "triton", "materialised" or "reference".
 
-    If `backend` is "triton" or "reference", that is the choice. Otherwise "triton" is never chosen
-    for float32, because Triton's matrix products would use TF32 there.
+    If `backend` is "triton" or "reference", returns `backend`. If it is "auto" or "sdpa", the table
+    at the head of this file decides. This table gives "triton" for 16-bit inputs only, because
+    Triton's matrix products would use TF32 for float32.
     """
     if backend in ("triton", "reference"):
         return backend
@@ -173,10 +176,10 @@ def _map_kernel(q: Tensor, k: Tensor, backend: str) -> str:
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu: bool = False) -> Tensor:
     """Computes norm(x + add), followed by SiLU if `silu` is True. x and the result are (B,C,h,w).
+    `add` (B,C), if given, holds one number per image and channel.
 
-    `add` (B,C), if given, holds one number per image and channel. On CUDA, Triton kernels compute
-    the result, which can then be differentiated once, and in x alone. PyTorch computes it if any
-    other gradient is needed, and in the other cases that `norm_is_fused` lists.
+    Triton kernels compute the result if `norm_is_fused` returns True, otherwise PyTorch does. The
+    result of the Triton kernels has a first derivative with respect to x, and no other derivative.
     """
     if norm_is_fused(x, norm, add):
         from . import groupnorm  # imports Triton
@@ -187,14 +190,16 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, *, silu
 
 
 def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
-    """Returns True if `group_norm` uses its Triton kernels for these arguments. They are meant for
-    CUDA tensors of which at most x needs a gradient. They are expected to be faster than PyTorch,
-    but this was not measured on a GPU.
+    """Returns True if `group_norm` computes these arguments with its Triton kernels, False if it
+    leaves them to PyTorch. The kernels are expected to be faster, but this was not measured on a
+    GPU.
 
-    Even then, PyTorch computes the result in these cases: under torch.compile, which fuses
-    addition, norm and SiLU itself; if `norm` has hooks or a replaced forward; if an image has 2**31
-    numbers or more; if x needs a gradient and is small (`norm_gradient_from` in switches.py); and
-    if the kernels do not support the dtypes, the groups or the device.
+    True needs an affine norm, a CUDA device on which Triton works, dtypes and a group size that the
+    kernels support, and fewer than 2**31 numbers per image. If gradients are on, no tensor but x
+    may need one, and an x that needs one must not be small (`norm_gradient_from` in switches.py).
+    The result is False if `norm` has hooks or a replaced forward, under forward-mode
+    differentiation and torch.func, and under torch.compile, which fuses addition, norm and SiLU
+    itself.
     """
     tensors = [y for y in (x, add, norm.weight, norm.bias) if y is not None]
     return (
@@ -214,10 +219,10 @@ def norm_is_fused(x: Tensor, norm: nn.GroupNorm, add: Tensor | None) -> bool:
 
 
 def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
-    """Returns True if no gradient is needed, or only that of x, and the kernels of `group_norm` can
-    compute it. `tensors` are all tensors that take part, x included. Returns False under
-    forward-mode differentiation and torch.func, and if x needs a gradient but is too small for the
-    kernels to be faster."""
+    """Returns True if the kernels of `group_norm` can compute every gradient that is needed, that
+    is, if no gradient is needed, or only that of x, and x is large enough (`norm_gradient_from` in
+    switches.py) for the kernels to be faster. `tensors` are all inputs of the norm, x included.
+    Returns False under forward-mode differentiation and torch.func."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
     if not torch.is_grad_enabled():
@@ -229,7 +234,7 @@ def _gradient_is_ours(x: Tensor, tensors: list[Tensor]) -> bool:
 
 
 def _is_watched(norm: nn.GroupNorm) -> bool:
-    """Returns True if `norm` has a hook or a replaced forward, which `group_norm`'s kernels would
-    not call."""
+    """Returns True if `norm` has a hook or a replaced forward. The Triton kernels would call
+    neither."""
     hooks = norm._forward_pre_hooks, norm._forward_hooks, norm._backward_pre_hooks, norm._backward_hooks
     return any(hooks) or "forward" in norm.__dict__ or bool(nn.modules.module._has_any_global_hook())

@@ -30,18 +30,21 @@ def apply(
     kernel: str,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention, differentiably, with a backend that can return the map (the softmax
-    averaged over heads). `kernel` is "reference", "materialised" or "triton". The inputs must have
-    been checked.
+    """Computes attention and, if `probs` is True, the map, which is the softmax averaged over
+    heads. Both have first derivatives. `kernel`, the backend, is "reference", "materialised" or
+    "triton". The inputs are not checked.
 
-    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
-    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
-    `length` keys per text. Returns (out, map), (B,N,H,d) and (B,N,M). `out` is empty if `v` is
-    None; the map is empty if `probs` is False.
+    q is (B,N,H,d); k and v are (B,M,H,d). The scores are `scale` q.k, to which `bias` is added if it
+    is given; it broadcasts to (B,H,N,M). If `region` (B,N) is given, k and v hold several texts, one
+    after another along M, with `length` keys each, and query n of image b attends only to the text
+    with the number region[b,n]. Without `region`, `length` is ignored.
 
-    `lse` (B,H,N) may hold the base-2 log-sum-exp of each row of scores, which "triton" then need
-    not compute. `lse` may be given only if `kernel` is "triton" and `v` is None; under
-    torch.compile it is not used.
+    Returns (out, map). `out` is (B,N,H,d), or empty if `v` is None. The map is (B,N,M), with zeros at
+    keys of other texts, or empty if `probs` is False.
+
+    `lse` (B,H,N) is log2 of the sum of exp(score) over the keys of each query, if it is already
+    known; "triton" then does not compute it again. It may be given only if `kernel` is "triton" and
+    `v` is None, and is ignored under torch.compile.
     """
     arguments = q, k, v, scale, bias, region, length, probs, kernel
     if torch.compiler.is_compiling():
@@ -63,8 +66,8 @@ def _module(kernel: str) -> ModuleType:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     """Stores in the autograd context `ctx` what `_gradients` needs. `inputs` are the arguments of
-    `apply` without `lse`. `output` is (out, map, kept), the results of the backend's `forward`; its
-    `backward` needs the tensor `kept`."""
+    `apply` without `lse`. `output` is (out, map, kept), the result of the backend's function
+    `forward`; `kept` is the tensor that the backend's function `backward` needs."""
     q, k, v, scale, bias, region, length, _, kernel = inputs
     out, _, kept = output
     ctx.save_for_backward(q, k, v, bias, region, out, kept)
@@ -75,10 +78,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 def _gradients(
     ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, run: Callable[..., Three]
 ) -> tuple[Tensor | None, ...]:
-    """Returns one gradient per argument of `apply` except `lse`, with None for those that need
-    none. `grad_out` and `grad_maps` are the gradients of the output and of the map (None: zero).
-    `run` computes the gradients of q, k and v; it is the function `backward` of a backend, with the
-    backend's name as an additional last argument."""
+    """Returns a tuple with the gradient of each argument of `apply` except `lse`, or None for an
+    argument that needs no gradient. `grad_out` and `grad_maps` are the gradients of the output and
+    of the map; None means zero. `run` is called to compute the gradients of q, k and v. It takes
+    the arguments of a backend's function `backward`, and then the name of the backend."""
     q, k, v, bias, region, out, kept = ctx.saved_tensors
     scale, length, kernel = ctx.constants
     if not out.numel():

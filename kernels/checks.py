@@ -11,8 +11,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, region: Tensor | None) -> tuple[int, int]:
     """Checks the shapes, dtypes and devices of the inputs of `minsd.kernels.attention`. Returns
-    (texts, length): the number of texts (1 without `region`), and the number of keys per text.
-    Raises ValueError if the inputs do not fit one another."""
+    (texts, length): the number of texts in k and v, which is 1 if `region` is None, and the number
+    of keys per text. Raises ValueError if the inputs do not fit one another."""
     form = "(B,M,H,d)" if region is None else "(B,R,M,H,d)"
     if q.ndim != 4 or k.ndim != form.count(",") + 1 or k.shape != v.shape:
         shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -53,9 +53,9 @@ def _check_bias(bias: Tensor, shape: tuple[int, int, int, int]) -> None:
 
 
 def check_triton(q: Tensor, installed: bool, head_dims: tuple[int, ...]) -> None:
-    """Raises ValueError if the triton backend cannot compute attention for q (B,N,H,d). `installed`
-    states whether the package triton is installed, and `head_dims` lists the supported values of
-    d."""
+    """Raises ValueError if the triton backend cannot compute attention for q (B,N,H,d), because of
+    its head dim d, its dtype or its device, or because Triton is missing. `installed` states
+    whether the package triton is installed, and `head_dims` lists the supported values of d."""
     if not installed:
         remedy = "pip install triton, or use backend='sdpa'"
         raise ValueError(f"the triton backend needs the triton package (Linux): {remedy}")

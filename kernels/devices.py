@@ -23,11 +23,12 @@ _failures: dict[int, str | None] = {}
 
 
 def failure(device: torch.device) -> str | None:
-    """Returns the reason, in one line, why no Triton kernel can run on this CUDA device, or None if
-    kernels can run.
+    """Returns None if Triton kernels can run on this CUDA device. Otherwise returns the reason why
+    they cannot, a text of one line.
 
-    The first call for a device launches a tiny kernel, and warns if the launch fails. For a device
-    that is too old there is no warning, because nothing is wrong with the device.
+    The first call for a device launches a tiny kernel, and issues a warning if the launch fails. A
+    device that is too old gets no launch and no warning, because nothing is wrong with it. Later
+    calls return the stored result.
     """
     index = device.index
     if index is None:
@@ -43,9 +44,9 @@ def failure(device: torch.device) -> str | None:
 
 
 def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Returns the reason, in one line, why the attention kernels for this head dim and dtype need
-    more shared memory than the CUDA device has. Returns None if the device has enough, or if its
-    memory is not known."""
+    """Returns None if the CUDA device has enough shared memory for the attention kernels of this
+    head dim and dtype, or if it is not known how much it has. Otherwise returns a text of one line
+    that states how much is needed and how much the device has."""
     limit, hopper = shared_memory(device)
     if limit is None:  # ROCm, or an old PyTorch: Triton raises where it matters
         return None
@@ -56,9 +57,10 @@ def short_of_memory(device: torch.device, head_dim: int, dtype: torch.dtype) -> 
 
 
 def shared_memory(device: torch.device) -> tuple[int | None, bool]:
-    """Returns (limit, hopper). `limit` is the number of bytes of shared memory that a block of
-    threads may use on this device, or None if it is unknown. `hopper` is True if kernels need more
-    shared memory on this device than on others: as much as shared.py lists for Hopper GPUs."""
+    """Returns (limit, hopper) for a CUDA device. `limit` is the number of bytes of shared memory
+    that a block of threads may use, or None if it is not known. `hopper` is True if the device is
+    of the Hopper or a similar generation (`HOPPER` in shared.py), on which kernels need more shared
+    memory."""
     if torch.version.hip is not None:
         return None, False
     have = torch.cuda.get_device_properties(device)
@@ -72,9 +74,12 @@ shared_memory.__dict__["_dynamo_marked_constant"] = True
 
 
 def _too_old(device: torch.device) -> str | None:
-    """Returns the reason, in one line, why a device is too old for the kernels, or None if it is
-    not. On a T4 (capability 7.5), which is too old, half of the kernels' variants need more shared
-    memory than the device has, and the others spill kilobytes of registers."""
+    """Returns None if the device's compute capability is high enough for the Triton kernels, or if
+    there is no CUDA. Otherwise returns the reason why it is too low, a text of one line.
+
+    On a T4, for example, which has capability 7.5, half of the kernels' variants need more shared
+    memory than the device has, and the other half spill kilobytes of registers.
+    """
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     have = torch.cuda.get_device_capability(device)

@@ -102,8 +102,9 @@ MAP_128: Blocks = (128, 64, 8, 2)
 def _dot(a, b, PRECISION: tl.constexpr):
     """Returns the matrix product a @ b, summed in float32.
 
-    PRECISION is the input_precision of tl.dot, or "upcast" for Triton's interpreter, which
-    multiplies bfloat16 wrongly (triton #11584): the inputs are then converted to float32 first.
+    PRECISION is the input_precision of tl.dot, or "upcast". "upcast" converts the inputs to float32
+    first. It is for bfloat16 in Triton's interpreter, which multiplies bfloat16 wrongly (triton
+    #11584).
     """
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -113,10 +114,13 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Loads the rows with the indices `rows` of a (count, D) matrix. Returns them as two pieces,
-    their first D0 columns and their next D1 columns. Entries outside the matrix are 0.
+    """Loads some rows of a (count, D) matrix that begins at the pointer `ptr`. `rows` holds the
+    indices of these rows, and `stride` is the number of elements from one row of the matrix to the
+    next.
 
-    If D1 is 0 there is no second piece, and the first piece is returned twice.
+    Returns the rows in two pieces: the first D0 columns, (rows, D0), and the next D1 columns,
+    (rows, D1). D0 + D1 may exceed D, and indices may exceed count; entries outside the matrix are
+    0. If D1 is 0 there is no second piece, and the first piece is returned twice.
     """
     inside = rows[:, None] < count
     c0 = tl.arange(0, D0)[None, :]
@@ -130,8 +134,10 @@ def _rows(ptr, rows, count, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.co
 
 @triton.jit
 def _store(ptr, rows, count, stride, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Stores two pieces, (rows, D0) and (rows, D1), in the rows with the indices `rows` of a
-    (count, D) matrix. The inverse of `_rows`."""
+    """Stores rows in a (count, D) matrix that begins at the pointer `ptr`. `rows` holds their
+    indices, and `stride` is the number of elements from one row of the matrix to the next. x0
+    (rows, D0) holds the first D0 columns of the rows, x1 (rows, D1) the next D1 columns; x1 is
+    ignored if D1 is 0. Entries outside the matrix are not stored."""
     inside = rows[:, None] < count
     c0 = tl.arange(0, D0)[None, :]
     tl.store(ptr + rows[:, None] * stride + c0, x0, mask=inside & (c0 < D))
@@ -142,8 +148,9 @@ def _store(ptr, rows, count, stride, x0, x1, D: tl.constexpr, D0: tl.constexpr, 
 
 @triton.jit
 def _product(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """Returns the matrix product a b^T, (rows of a, rows of b). a and b are given in two pieces of
-    columns each, as `_rows` returns them."""
+    """Returns the matrix product a b^T, (rows of a, rows of b). The columns of a are given in two
+    pieces, a0 and a1, and those of b in b0 and b1, as `_rows` returns them. If D1 is 0, a0 and b0
+    hold all columns, and a1 and b1 are ignored."""
     s = _dot(a0, tl.trans(b0), PRECISION)
     if D1 > 0:
         s += _dot(a1, tl.trans(b1), PRECISION)
@@ -160,13 +167,15 @@ def _scores(
     region, length,  # at this image: pointer to N text numbers; keys per text
     D1: tl.constexpr, BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns the base-2 scores log2(e) (scale q k^T + bias) of a block of (queries, keys). The
+    """Returns the scores log2(e) (scale q k^T + bias) of a block of queries and a block of keys,
+    (rows, cols). The factor log2(e) makes exp2 of a score the exponential of the softmax. The
     scores of hidden keys are -inf.
 
-    q and k are given in two pieces of columns each, as `_rows` returns them. `rows` and `cols` are
-    the indices of the block's queries and keys. `bias` and `region` are pointers, which are read
-    only if BIAS and REGION are set. `sb_n` and `sb_m` are the strides of `bias` per query and per
-    key.
+    q is given in two pieces of columns, q0 and q1, and k in k0 and k1, as `_rows` returns them.
+    `rows` and `cols` are the indices of the block's queries and keys, among the image's N queries
+    and M keys. `bias` is a pointer, read only if BIAS is set; sb_n and sb_m are its strides per
+    query and per key. `region` points to the index of each query's text, and is read only if REGION
+    is set; `length` is the number of keys per text.
     """
     s = _product(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)  # (rows, cols)
     visible = cols[None, :] < M
@@ -196,12 +205,14 @@ def _forward(
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes the output and lse (the base-2 log-sum-exp of each row of scores) of one block of
-    queries of one head. Without OUT, computes only lse.
+    """A Triton kernel. Each program takes one block of BN queries of one head, and computes two
+    results for them: the rows of the output, and lse, the base-2 log-sum-exp of each row of scores.
+    If OUT is not set, it computes lse only, and neither reads V nor writes Out.
 
-    Strides are named after the tensor and the dimension: sq_n is the stride of Q per query. BN and
-    BM are the queries and keys per block. D0 and D1 are the widths of the two pieces of the head
-    dim D.
+    The keys are read in blocks of BM. H, N and M are the numbers of heads, queries and keys, and
+    `length` is the number of keys per text. D is the head dim; D0 and D1 are the widths of the two
+    pieces into which it is split. Strides are named after the tensor and the dimension: sq_n is the
+    stride of Q per query. BIAS and REGION state whether `bias` and `region` are given.
     """
     rows, h, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1), tl.program_id(2).to(tl.int64)
     K += b * sk_b + h * sk_h
@@ -257,8 +268,9 @@ def _mean_map(
     BN: tl.constexpr, BM: tl.constexpr,  # queries and keys per block
     BIAS: tl.constexpr, REGION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes one block of the map (the softmax averaged over heads). The heads are added in
-    order, in registers."""
+    """A Triton kernel. Each program computes one block of the map (the softmax averaged over
+    heads), of BN queries and BM keys, from Q, K and the log-sum-exp that `_forward` stored in Lse.
+    It adds up the heads in order, in registers."""
     cols, rows = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     b = tl.program_id(2).to(tl.int64)
     Q += b * sq_b
@@ -279,19 +291,21 @@ def _mean_map(
 
 @triton.jit
 def _map_gradient(G, rows, cols, N, M, sg_n, sg_m, H):
-    """Loads the block (rows, cols) of G, the gradient of the map, and returns it divided by the
-    number of heads H. The result is the part of the probabilities' gradient that is the same for
-    every head."""
+    """Loads a block of G, the gradient of the map, and returns it divided by the number of heads H.
+    This is the map's part of the gradient of the probabilities, and is the same for every head.
+
+    `rows` and `cols` are the indices of the block's queries and keys. G is (N, M) with the strides
+    sg_n and sg_m. Entries outside it are 0.
+    """
     inside = (rows[:, None] < N) & (cols[None, :] < M)
     return tl.load(G + rows[:, None] * sg_n + cols[None, :] * sg_m, mask=inside, other=0.0) / H
 
 
 @triton.jit
 def _place(HEADS_FASTEST: tl.constexpr):
-    """Returns (block, head, image): the part of the work that belongs to this program of a gradient
-    kernel. HEADS_FASTEST is True if the first axis of the launch grid counts the heads and the
-    second the blocks, False if the first counts the blocks and the second the heads. `_grid`
-    returns the matching grid."""
+    """Returns (block, head, image), three indices: the part of the work that this program of a
+    gradient kernel has to do. The launch grid, which `_grid` makes, is (heads, blocks, images) if
+    HEADS_FASTEST is True, otherwise (blocks, heads, images)."""
     if HEADS_FASTEST:
         return tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     else:
@@ -321,9 +335,13 @@ def _grad_q(
     HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes, for one block of queries of one head, first D (the sum of P dP over the keys, as
-    derived at the head of this file), then dQ, the gradient of Q. OUT means that the output has a
-    gradient, MAP that the map has a gradient."""
+    """A Triton kernel. Each program takes one block of BN queries of one head. It first computes,
+    for each query, the sum over the keys of P dP, and writes it to Dsum for `_grad_kv`; P are the
+    probabilities and dP their gradient. It then computes dQ, the gradient of Q. The head of this
+    file derives both.
+
+    OUT states whether the output has a gradient, dO, and MAP whether the map has a gradient, G.
+    """
     block, h, b = _place(HEADS_FASTEST)
     rows = block * BN + tl.arange(0, BN)
     K += b * sk_b + h * sk_h
@@ -394,8 +412,12 @@ def _grad_kv(
     HEADS_FASTEST: tl.constexpr,  # whether neighbouring programs are heads, or blocks
     BIAS: tl.constexpr, REGION: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes dK, the gradient of K, and with OUT also dV, of one block of keys of one head. OUT
-    means that the output has a gradient, MAP that the map has a gradient."""
+    """A Triton kernel. Each program takes one block of BM keys of one head, and computes dK, the
+    gradient of K. If OUT is set, it also computes dV, the gradient of V; otherwise it does not
+    write dV. Dsum must hold the sums that `_grad_q` has computed.
+
+    OUT states whether the output has a gradient, dO, and MAP whether the map has a gradient, G.
+    """
     block, h, b = _place(HEADS_FASTEST)
     cols = block * BM + tl.arange(0, BM)
     Q += b * sq_b + h * sq_h
@@ -453,8 +475,8 @@ Strides = tuple[int, ...]
 
 
 def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Blocks:
-    """Returns (queries per block, keys per block, warps, stages) for the kernel called `name`, a
-    key of `KERNELS`. `wide` means that the inputs are float32, `masked` that there is a bias or a
+    """Returns (queries per block, keys per block, warps, stages) for a kernel. `name` is a key of
+    `KERNELS`. `wide` states whether the inputs are float32, `masked` whether there is a bias or a
     region. `pairs` is the number of queries times the number of keys."""
     if wide and head_dim == 160 and name != "mean_map":
         return WIDE_160
@@ -471,9 +493,10 @@ def blocks(name: str, head_dim: int, wide: bool, masked: bool, pairs: int) -> Bl
 def configuration(
     name: str, head_dim: int, *, wide: bool = False, masked: bool = False, pairs: int = 0
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns (constants, options) for launching the kernel called `name`: the values of its
-    tl.constexpr arguments (block sizes, pieces of the head dim), and its compiler options. The
-    arguments are those of `blocks`."""
+    """Returns (constants, options) for launching a kernel: the values of its tl.constexpr arguments
+    (block sizes, pieces of the head dim), and its compiler options. `name` is a key of `KERNELS`.
+    `wide` states whether the inputs are float32, `masked` whether there is a bias or a region.
+    `pairs` is the number of queries times the number of keys."""
     d0, d1 = PIECES[head_dim]
     bn, bm, warps, stages = blocks(name, head_dim, wide, masked, pairs)
     constants: dict[str, int] = {"D": head_dim, "D0": d0, "D1": d1, "BN": bn, "BM": bm}
@@ -483,8 +506,9 @@ def configuration(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Returns the argument PRECISION of `_dot` for inputs of `dtype`. Float32 uses TF32 if
-    PyTorch's own matrix products may use TF32."""
+    """Returns the argument PRECISION of `_dot` for inputs of `dtype`. On a GPU this is "tf32" for
+    float32 if PyTorch's own matrix products may use TF32, otherwise "ieee". In Triton's interpreter
+    it is "upcast" for bfloat16, otherwise "ieee"."""
     if INTERPRETED:
         return "upcast" if dtype == torch.bfloat16 else "ieee"
     return "tf32" if dtype == torch.float32 and _tf32_is_allowed() else "ieee"
@@ -498,11 +522,14 @@ def _tf32_is_allowed() -> bool:
 
 
 def _launch(name: str, grid: Grid, q: Tensor, m: int, *args: Tensor | int | float, **flags: bool) -> None:
-    """Launches the kernel called `name`, a key of `KERNELS`. `grid` is a function: grid(BN, BM)
-    returns the launch grid for blocks of BN queries and BM keys. `q` (B,N,H,d) determines the
-    device, dtype and head dim that the kernel is compiled for; `m` is the number of keys. `args`
-    are the kernel's other arguments, `flags` its flags such as BIAS and REGION. Raises ValueError
-    if the tensors are not on a CUDA device, except in Triton's interpreter."""
+    """Launches the kernel called `name`, a key of `KERNELS`. grid(BN, BM) must return the launch
+    grid for blocks of BN queries and BM keys. `q` (B,N,H,d) determines the device, dtype and head
+    dim that the kernel is compiled for; `m` is the number of keys. `args` are the kernel's
+    positional arguments, `q` included. `flags` are those of the kernel's flags that depend on the
+    call, such as BIAS and REGION.
+
+    Raises ValueError if `q` is not on a CUDA device, except in Triton's interpreter.
+    """
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the triton backend needs CUDA tensors, not {q.device.type}; use backend='auto'")
     masked = flags["BIAS"] or flags["REGION"]
@@ -521,32 +548,34 @@ def _blocks(count: int, size: int) -> int:
 
 def _grid(blocks: int, heads: int, images: int) -> tuple[int, int, int]:
     """Returns the launch grid of a gradient kernel: (heads, blocks, images) if the switch
-    `heads_fastest` is on, otherwise (blocks, heads, images). `_place` finds a program's part of the
-    work in it."""
+    `heads_fastest` (switches.py) is on, otherwise (blocks, heads, images). `blocks` is the number
+    of blocks per head."""
     return (heads, blocks, images) if switches.current.heads_fastest else (blocks, heads, images)
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
-    """Returns `x`, or a contiguous copy of it if its last stride is not 1. The kernels accept any
-    other strides."""
+    """Returns `x` if its last stride is 1, which the kernels need, otherwise a contiguous copy of
+    `x`. The strides of the other dimensions do not matter."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _pointer(x: Tensor | None, otherwise: Tensor) -> Tensor:
-    """Returns `x`, or `otherwise` if `x` is None. A kernel needs a pointer for every argument, even
-    for one that it will not read."""
+    """Returns `x`, or `otherwise` if `x` is None. A kernel that will not read an argument still
+    needs a pointer for it; `otherwise` may be any tensor on the device."""
     return otherwise if x is None else x
 
 
 def _region_pointer(region: Tensor | None, otherwise: Tensor) -> Tensor:
-    """Returns `region` (B,N) as contiguous int32, the form that the kernels read, or `otherwise` if
-    `region` is None. A kernel needs a pointer even for an argument that it will not read."""
+    """Returns `region` (B,N) as contiguous int32, which the kernels expect, or `otherwise` if
+    `region` is None. A kernel that will not read an argument still needs a pointer for it;
+    `otherwise` may be any tensor on the device."""
     return otherwise if region is None else region.to(torch.int32).contiguous()
 
 
 def _bias_strides(bias: Tensor | None, q: Tensor, k: Tensor) -> Strides:
-    """Returns the four strides of `bias` after expanding it to (B,H,N,M), for q (B,N,H,d) and k
-    (B,M,H,d). They are 0 along dimensions that are broadcast, and all 0 if `bias` is None."""
+    """Returns the four strides that `bias` has after it is expanded to (B,H,N,M), for q (B,N,H,d)
+    and k (B,M,H,d). A stride is 0 along a dimension that is broadcast. All four are 0 if `bias` is
+    None."""
     if bias is None:
         return (0, 0, 0, 0)
     return bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
@@ -563,18 +592,20 @@ def forward(
     probs: bool,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes attention with the Triton kernels. The inputs must have been checked.
+    """Computes attention with the Triton kernels. The inputs are not checked.
 
-    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
-    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
-    `length` keys per text.
+    q is (B,N,H,d); k and v are (B,M,H,d); `bias`, if given, broadcasts to (B,H,N,M). `region`
+    (B,N), if given, holds the index of each query's text; k and v then hold the keys and values of
+    all texts, one text after another along M, with `length` keys per text.
 
-    Returns (out, map, lse): the output (B,N,H,d), empty if `v` is None; the softmax averaged over
-    heads (B,N,M) float32, empty if `probs` is False; and the base-2 log-sum-exp (B,H,N) float32 of
-    each row of scores, which `backward` needs. If `v` is None and lse is already known, the
-    argument `lse` may hold it, contiguous; the first kernel is then not run, and the returned lse
-    is empty. Raises ValueError if the tensors are not on a CUDA device, except in Triton's
-    interpreter.
+    Returns (out, map, lse). `out` is (B,N,H,d), or empty if `v` is None. `map` is the softmax
+    averaged over heads, (B,N,M) in float32, or empty if `probs` is False. `lse` is the base-2
+    log-sum-exp of each row of scores, (B,H,N) in float32, which `backward` needs.
+
+    The argument `lse` may be given if `v` is None and the log-sum-exp is already known; it must be
+    contiguous. It is then not computed again, and the returned lse is empty.
+
+    Raises ValueError if the tensors are not on a CUDA device, except in Triton's interpreter.
     """
     q = _contiguous_rows(q)
     k = _contiguous_rows(k)
@@ -621,10 +652,11 @@ def backward(
     need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of q, k and v. Returns (dq, dk, dv), each in the shape of its input.
+    If `need_kv` is False, dk and dv are empty instead. If `v` is None, dv is empty.
 
     `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of the output and of the map;
-    None means zero. `out` and `lse` are results of `forward`, and the other arguments are those of
-    `forward`. dk and dv are empty if `need_kv` is False; dv is also empty if `v` is None.
+    None means zero. `out` is the output of `forward`. `lse` (B,H,N) is the log-sum-exp that
+    `forward` returned or was given. The other arguments are those of `forward`.
     """
     q = _contiguous_rows(q)
     k = _contiguous_rows(k)

@@ -72,12 +72,13 @@ def _block(
     P, sx_c, sx_p,  # cells; strides of x per channel and cell
     CB: tl.constexpr, ADD: tl.constexpr, SUM: tl.constexpr,  # channels of the block; dtype to compute in
 ):  # fmt: skip
-    """Loads one block of x + add, (channels, cells), in dtype SUM. `c` and `cells` are the indices
-    of the block's channels and cells, P is the number of cells of the image, and CB the number of
-    channels to load. The indices may go beyond CB and P, because the sides of a block are powers of
-    two.
+    """Loads a block of x + add from one image, (channels, cells), and converts it to dtype SUM. A
+    cell is one of the image's P = h*w positions. `c` and `cells` are the indices of the block's
+    channels and cells; `c` counts from the channel to which X and Add point. sx_c and sx_p are the
+    strides of x per channel and per cell. `add` is read only if ADD is set.
 
-    Returns (values, inside). `inside` is True for the entries that exist.
+    Returns (values, inside). `inside` is True where the channel index is below CB and the cell
+    index below P. Elsewhere no number exists, because the sides of a block are powers of two.
     """
     inside = (c[:, None] < CB) & (cells[None, :] < P)
     x = tl.load(X + c[:, None] * sx_c + cells[None, :] * sx_p, mask=inside, other=0.0).to(SUM)
@@ -97,10 +98,13 @@ def _statistics(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the mean of x + add, and M2, the sum of squared deviations from this mean, over one
-    chunk of the cells of a group. Does this for each of GB groups. The statistics of each channel
-    are computed first, block of cells by block of cells; those of a group's channels are then
-    merged."""
+    """A Triton kernel. Each program takes one chunk of the cells (`chunk` of the image's P
+    positions) and GB neighbouring groups of CG channels. For each of these groups it writes two
+    numbers, taken over the chunk's cells and the group's channels: to Mean the mean of x + add, and
+    to M2 the sum of squared deviations from this mean.
+
+    The chunk is read in blocks of BC channels and BP cells. Add is read only if ADD is set.
+    """
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -135,9 +139,14 @@ def _moments(
     P, chunk, eps,  # cells, cells per chunk, added to the variance
     CG: tl.constexpr, GB: tl.constexpr, CHUNKS: tl.constexpr,  # channels per group, groups, chunks
 ):  # fmt: skip
-    """Returns (mean, inverse): the mean, and 1 / sqrt(var + eps), of the group of each of the
-    block's channels, (channels, 1) each. Both are merged from the statistics of all chunks of the
-    group."""
+    """Returns (mean, inverse), each (channels, 1): for each channel of a block, the mean of its
+    group, and 1 / sqrt(var + eps) with the variance of its group. `c` holds the channels' indices,
+    which count from the block's first channel.
+
+    The block covers GB groups of CG channels. Mean and M2 point to the results of `_statistics` for
+    the first of these groups, one per chunk. P is the number of cells (positions) per image,
+    `chunk` the number of cells per chunk.
+    """
     s = tl.arange(0, CHUNKS)
     count = tl.maximum(tl.minimum(P - s * chunk, chunk), 0).to(tl.float32)  # cells in each chunk
     part = count / P
@@ -168,8 +177,10 @@ def _normalise(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes y, the normalised x + add with SiLU if SILU is set, for one block of cells of GB
-    groups. Each program merges the statistics of all chunks itself."""
+    """A Triton kernel. It computes Y, which is x + add, normalised, multiplied by the weight, plus
+    the bias, and followed by SiLU if SILU is set. Each program takes one block of BP cells
+    (positions of the image) and GB neighbouring groups of CG channels. It first merges the
+    statistics of all chunks of these groups, which `_statistics` has written to Mean and M2."""
     cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
     g = tl.program_id(1) * GB
     c = tl.arange(0, BC)
@@ -195,9 +206,15 @@ def _upstream(
     CB: tl.constexpr,  # channels of the block
     ADD: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr,  # SUM: the dtype to compute in
 ):  # fmt: skip
-    """Returns (e, xhat, inside) for one block of (channels, cells), in the notation at the head of
-    this file: the gradient e with respect to xhat, the normalised xhat, and a mask that is True for
-    the entries that exist. e and xhat are 0 elsewhere."""
+    """Returns (e, xhat, inside) for a block of (channels, cells); a cell is one of the image's P =
+    h*w positions. xhat is the normalised x + add, before weight and bias, and e is the gradient
+    with respect to xhat. `inside` is True where the channel index is below CB and the cell index
+    below P; elsewhere e and xhat are 0.
+
+    `c` and `cells` are the indices of the block's channels and cells; `c` counts from the channel
+    to which the pointers point. `mean` and `inverse` are the results of `_moments`. SUM is the
+    dtype to compute in.
+    """
     x, inside = _block(X, Add, c, cells, P, sx_c, sx_p, CB, ADD, SUM)
     weight = tl.load(Weight + c, mask=c < CB, other=0.0).to(SUM)[:, None]
     xhat = tl.where(inside, (x - mean) * inverse, 0.0)
@@ -223,9 +240,11 @@ def _gradient_sums(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes two sums over one chunk of the cells of a group: of e, the gradient of the
-    normalised xhat, and of e xhat. Does this for each of GB groups. The sums of each channel are
-    computed first, block of cells by block of cells; those of a group's channels are then added."""
+    """A Triton kernel. Each program takes one chunk of the cells (`chunk` of the image's P
+    positions) and GB neighbouring groups of CG channels. For each of these groups it writes two
+    sums over the chunk's cells and the group's channels: of e to SumE, and of e xhat to SumEX. xhat
+    is the normalised x + add, before weight and bias, and e is the gradient with respect to
+    xhat."""
     s, g, b = tl.program_id(0), tl.program_id(1) * GB, tl.program_id(2).to(tl.int64)
     SUM: tl.constexpr = Mean.dtype.element_ty
     c = tl.arange(0, BC)
@@ -266,9 +285,9 @@ def _gradient(
     BC: tl.constexpr, BP: tl.constexpr,  # channels (a power of two, CG * GB or more) and cells per block
     ADD: tl.constexpr, SILU: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Computes dx, the gradient of x, for one block of cells of GB groups. `_gradient_sums` leaves
-    one pair of sums per chunk of a group. Each program of this kernel adds up those of all chunks
-    again."""
+    """A Triton kernel. It computes dX, the gradient of x. Each program takes one block of BP cells
+    (positions of the image) and GB neighbouring groups of CG channels. It first adds up the sums of
+    all chunks of these groups, which `_gradient_sums` has written to SumE and SumEX."""
     cells, b = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(2).to(tl.int64)
     g = tl.program_id(1) * GB
     SUM: tl.constexpr = Mean.dtype.element_ty
@@ -306,12 +325,14 @@ Grids = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: int) -> int:
-    """Returns how many neighbouring groups one block of the kernels covers. This is 1 if x is not
-    channels_last, or if the switch `wide_norm` is off.
+    """Returns how many neighbouring groups one block of the kernels covers. `channels` and `groups`
+    are those of the norm, `itemsize` is the number of bytes per element, and `channels_last` states
+    the memory format of the input.
 
-    Otherwise it is the least power of two, up to 32, that divides `groups` and gives a block from
-    WIDE to 128 channels, whose bytes (`itemsize` per element) are a multiple of 16. It is 1 if
-    there is no such power.
+    Returns 1 if `channels_last` is False, or if the switch `wide_norm` (switches.py) is off.
+    Otherwise returns the smallest of 1, 2, 4, 8, 16 and 32 that meets three conditions: it divides
+    `groups`, the block has at least WIDE and at most 128 channels, and the bytes of these channels
+    are a multiple of 16. Returns 1 if none of them does.
     """
     cg = channels // groups
     if channels_last and switches.current.wide_norm:
@@ -322,9 +343,9 @@ def groups_per_block(channels: int, groups: int, channels_last: bool, itemsize: 
 
 
 def configuration(channels: int, groups: int, gb: int = 1) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns (constants, options) for launching the kernels: the values of their tl.constexpr
-    arguments, and their compiler options. A group has channels / groups channels; `gb` is the
-    number of groups per block."""
+    """Returns (constants, options) for launching any of the kernels: the values of its tl.constexpr
+    arguments for sizes, and its compiler options. `channels` and `groups` are those of the norm;
+    `gb` is the number of groups per block."""
     cg = channels // groups
     bc = 1 << (gb * cg - 1).bit_length()  # the next power of two
     constants = {"CG": cg, "GB": gb, "BC": bc, "BP": CELLS[bc], "CHUNKS": CHUNKS}
@@ -334,12 +355,14 @@ def configuration(channels: int, groups: int, gb: int = 1) -> tuple[dict[str, in
 def _launch(
     x: Tensor, groups: int, add: Tensor | None
 ) -> tuple[Grids, tuple[int, ...], tuple[int, ...], dict]:
-    """Returns (grids, sizes, strides, constants), with which the kernels are launched for x
+    """Returns (grids, sizes, strides, constants), the arguments for launching the kernels on x
     (B,C,h,w).
 
-    `grids` is a pair of launch grids. The first is for the kernels whose programs take a chunk of
-    cells each, the second for those whose programs take a block of cells each. `sizes` and
-    `strides` are positional arguments of the kernels, `constants` their keyword arguments.
+    `grids` holds two launch grids: one for `_statistics` and `_gradient_sums`, whose programs take
+    one chunk of cells each, and one for `_normalise` and `_gradient`, whose programs take one block
+    of cells each. `sizes` is (cells per image, channels, groups, cells per chunk). `strides` are
+    those of x per image, channel and cell. `constants` are keyword arguments: sizes of blocks,
+    compiler options, and ADD, which is True if `add` is given.
     """
     b, c, h, w = x.shape
     p = h * w
@@ -365,12 +388,13 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 def forward(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes GroupNorm of x + add, followed by SiLU if `silu` is True.
+    """Computes GroupNorm of x + add, followed by SiLU if `silu` is True, without autograd. x is
+    (B,C,h,w), contiguous or channels_last. `weight` and `bias` are (C,). `add` is (B,C) and
+    contiguous, or None.
 
-    x is (B,C,h,w), contiguous or channels_last; weight and bias are (C,); add is (B,C), contiguous,
-    or None. Returns (y, mean, m2): y (B,C,h,w) in the memory format of x, and the mean and M2 (sum
-    of squared deviations) of each chunk of a group's cells, each (B,groups,CHUNKS), which
-    `backward` needs.
+    Returns (y, mean, m2). y is (B,C,h,w) in the memory format of x. `mean` and `m2` are
+    (B,groups,CHUNKS), for `backward`: the h*w cells are split into at most CHUNKS chunks, and for
+    each group and chunk `mean` holds the mean, and `m2` the sum of squared deviations from it.
     """
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     y = torch.empty_like(x)
@@ -397,8 +421,9 @@ def backward(
     mean: Tensor,
     m2: Tensor,
 ) -> Tensor:
-    """Computes the gradient of x (B,C,h,w), in the memory format of x, from `dy`, the gradient of
-    y. `mean` and `m2` are the results of `forward`; the other arguments are those of `forward`."""
+    """Returns the gradient of x, (B,C,h,w) in the memory format of x. `dy` (B,C,h,w) is the
+    gradient of y, the first result of `forward`. `mean` and `m2` are the second and third results
+    of `forward`. The other arguments are those that were passed to `forward`."""
     (by_chunk, by_block), sizes, strides, constants = _launch(x, groups, add)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
@@ -434,12 +459,11 @@ class _GroupNorm(torch.autograd.Function):
 def apply(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
 ) -> Tensor:
-    """Computes GroupNorm of x + add, followed by SiLU if `silu` is True. The result can be
-    differentiated once, and in x alone.
+    """Computes GroupNorm of x + add, followed by SiLU if `silu` is True. The result has a first
+    derivative with respect to x, and no other derivative.
 
-    x is (B,C,h,w), weight and bias are (C,), add is (B,C) or None. Returns y (B,C,h,w) in the
-    memory format of x, contiguous or channels_last; an x of any other strides is made contiguous
-    first.
+    x is (B,C,h,w), `weight` and `bias` are (C,), `add` is (B,C) or None. Returns y (B,C,h,w). If x
+    is contiguous or channels_last, y has the same memory format; otherwise y is contiguous.
     """
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()

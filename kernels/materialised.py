@@ -17,7 +17,8 @@ HAS_WIDE_PRODUCT = hasattr(torch.ops.aten.bmm, "dtype")
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the matrix products a @ b in float32, for 16-bit a (B,H,n,k) and b (B,H,k,m)."""
+    """Returns the matrix products a @ b, (B,H,n,m) in float32, for a (B,H,n,k) and b (B,H,k,m) in
+    float16 or bfloat16."""
     if a.is_cuda and HAS_WIDE_PRODUCT:
         product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
         return product.unflatten(0, a.shape[:2])
@@ -34,11 +35,16 @@ def forward(
     length: int,
     probs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes attention with all probabilities in memory. q, k and v are 16-bit, and so is the
-    output; the scores and probabilities in between are float32. The inputs must have been checked.
+    """Computes attention with all probabilities in memory. q (B,N,H,d), k and v (B,M,H,d) are
+    float16 or bfloat16; scores and probabilities are float32. The inputs are not checked.
 
-    Arguments and results (out, map, kept) are those of `reference.forward`, except that `kept`,
-    which `backward` needs, always holds the probabilities (B,H,N,M), float32.
+    `bias`, if given, broadcasts to (B,H,N,M). `region` (B,N), if given, holds the index of each
+    query's text; k and v then hold the keys and values of all texts, one text after another along
+    M, with `length` keys per text.
+
+    Returns (out, map, kept). `out` is (B,N,H,d) in the dtype of `v`, or empty if `v` is None. `map`
+    is the softmax averaged over heads, (B,N,M) in float32, or empty if `probs` is False. `kept`
+    holds the probabilities for `backward`, (B,H,N,M) in float32.
     """
     s = _product(q.transpose(1, 2), k.permute(0, 2, 3, 1)) * scale  # (B, H, N, M)
     p = probabilities(s, bias, region, length)
@@ -62,8 +68,14 @@ def backward(
     length: int,
     need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of q, k and v from the probabilities `kept`. Arguments and results are
-    those of `reference.backward`."""
+    """Computes the gradients of q, k and v. Returns (dq, dk, dv), each in the shape of its input.
+    If `need_kv` is False, dk and dv are empty instead. If `v` is None, dv is empty.
+
+    `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of the output and of the map;
+    None means zero. `kept` holds the probabilities (B,H,N,M), the third result of `forward`. q, k,
+    v and `scale` are those of `forward`. `out`, `bias`, `region` and `length` are not read; every
+    backend's `backward` has the same arguments.
+    """
     p, heads = kept, q.shape[2]
     dk = q.new_empty(0)
     dv = torch.zeros_like(k) if need_kv and v is not None else q.new_empty(0)

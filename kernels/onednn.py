@@ -24,9 +24,10 @@ LEAST = 1 << 22  # the smallest N*M*d at which the blocked loop is faster than P
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Returns True if oneDNN's operator can be used for `tensors`: they are all on a CPU (None is
-    ignored), PyTorch has the operator, and neither torch.compile, autocast, forward-mode
-    differentiation nor torch.func is active. Dtypes are not checked."""
+    """Returns True if oneDNN's operator for linear layers can be used for `tensors`. For this they
+    must all be on a CPU (None is ignored), PyTorch must have the operator, and oneDNN must be
+    enabled. Under torch.compile, autocast, forward-mode differentiation and torch.func the result
+    is False. Dtypes are not checked."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -43,10 +44,10 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes x weight^T + bias with oneDNN, without a gradient.
+    """Computes x weight^T + bias with oneDNN. No gradient flows through it.
 
-    x is (...,i), weight (o,i), bias (o,) or None, all of one dtype and on a CPU. The result is
-    (...,o).
+    x is (...,i), `weight` is (o,i), `bias` is (o,) or None, all of one dtype and on a CPU. The
+    result is (...,o).
     """
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
@@ -65,11 +66,12 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes x weight^T + bias, faster on some CPUs than PyTorch if the weights are frozen. x is
-    (...,i), weight (o,i), bias (o,) or None. The result is (...,o).
+    """Computes x weight^T + bias, as torch.nn.functional.linear does. x is (...,i), `weight` is
+    (o,i), `bias` is (o,) or None. The result is (...,o).
 
-    Only float32 is passed to oneDNN directly, because PyTorch itself uses oneDNN for 16 bits. If
-    `weight` or `bias` needs a gradient, PyTorch's own product is used.
+    oneDNN computes it, which is faster on some CPUs, if the tensors are float32 and on a CPU, x has
+    at least ROWS rows, and neither `weight` nor `bias` needs a gradient. PyTorch computes it
+    otherwise. For 16-bit dtypes PyTorch itself uses oneDNN.
     """
     if not (
         x.dtype == weight.dtype == torch.float32
@@ -84,25 +86,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """An nn.Linear that calls `linear`, which is faster on some CPUs if the weights are frozen."""
+    """An nn.Linear whose forward pass calls `linear`. If weight and bias need no gradient, this is
+    faster on some CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Returns True if `attend` supports q (B,N,H,d), k and v (B,M,H,d), and is expected to be
-    faster for them than PyTorch's attention."""
+    """Returns True if `attend` can compute attention of q (B,N,H,d), k and v (B,M,H,d), and is
+    expected to be faster than PyTorch. It cannot if a gradient is needed, on devices other than a
+    CPU, and for float64; it is expected to be faster if N*M*d is at least LEAST."""
     size = q.shape[1] * k.shape[1] * q.shape[3]
     return size >= LEAST and q.dtype != torch.float64 and available(q) and not _needs_grad(q, k, v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Computes softmax(q k^T scale) v on a CPU, without a gradient. q is (B,N,H,d), k and v are
-    (B,M,H,d). The result is (B,N,H,d).
+    """Computes softmax(scale q k^T) v on a CPU. No gradient flows through it. q is (B,N,H,d), k and
+    v are (B,M,H,d). The result is (B,N,H,d) in the dtype of q.
 
-    The rows of each head are processed in blocks, so that the scores of a block stay in the
-    processor's caches. Products and sums are in float32 for 16-bit inputs too.
+    The queries of each head are processed in blocks, so that the scores of a block stay in the
+    processor's caches. Products and sums are float32, also for 16-bit inputs.
     """
     (b, n, h, d), m = q.shape, k.shape[1]
     out = q.new_empty(b, n, h, d)

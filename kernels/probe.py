@@ -18,7 +18,7 @@ def _one(X):  # written: one float32
 
 
 def launch(device: torch.device) -> None:
-    """Compiles a minimal Triton kernel and launches it on `device`. Errors of Triton and the driver
-    are raised unchanged."""
+    """Compiles a minimal Triton kernel and launches it on `device`, to find out whether Triton
+    works there. Any error that Triton or the driver raises reaches the caller."""
     with torch.cuda.device(device):
         _one[(1,)](torch.zeros(1, device=device))

@@ -27,17 +27,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _softmax(
     q: Tensor, k: Tensor, scale: float, bias: Tensor | None, region: Tensor | None, length: int
 ) -> Tensor:
-    """Returns the attention probabilities (B,H,n,M) for q (B,H,n,d) and k (B,H,M,d). `bias`,
-    `region` and `length` are as for `probabilities`. A row whose keys are all hidden is 0."""
+    """Returns the attention probabilities (B,H,n,M) of n queries, q (B,H,n,d), and M keys, k
+    (B,H,M,d). A query whose keys are all hidden has probabilities 0. `bias`, `region` and `length`
+    are passed on to `probabilities`."""
     return probabilities((q * scale) @ k.transpose(-1, -2), bias, region, length)
 
 
 def probabilities(s: Tensor, bias: Tensor | None, region: Tensor | None, length: int) -> Tensor:
-    """Returns the softmax of the scores s (B,H,n,M) over the keys, after adding `bias` to them if
-    it is not None. A row whose keys are all hidden is 0.
+    """Returns the softmax over the keys of s + bias, (B,H,n,M). s (B,H,n,M) holds the scores of n
+    queries and M keys; `bias` broadcasts to it, or is None. A query whose keys all have the score
+    -inf has probabilities 0.
 
-    If `region` (B,n) is not None, it holds the index of the text of each query, and the keys of all
-    other texts are hidden from the query. Every text has `length` keys, concatenated along M.
+    `region` (B,n), if given, holds the index of each query's text. The M keys are then those of all
+    texts, one text after another, with `length` keys per text; the keys of other texts are hidden
+    from the query.
     """
     if bias is not None:
         s = s + bias.to(s.dtype)
@@ -61,13 +64,15 @@ def whole(
     region: Tensor | None = None,
     length: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention with every probability in memory, for any dtype and any order of
-    derivative.
+    """Computes attention with all probabilities in memory, by operations that autograd can
+    differentiate any number of times. Inputs may have any floating-point dtype.
 
-    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
-    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
-    `length` keys per text. Returns (out, map): the output (B,N,H,d) and the softmax averaged over
-    heads (B,N,M).
+    q is (B,N,H,d); k and v are (B,M,H,d); `bias`, if given, broadcasts to (B,H,N,M). `region`
+    (B,N), if given, holds the index of each query's text; k and v then hold the keys and values of
+    all texts, one text after another along M, with `length` keys per text.
+
+    Returns (out, map). `out` is (B,N,H,d) in the dtype of q. The map is the softmax averaged over
+    heads, (B,N,M); it is float64 for float64 inputs, otherwise float32.
     """
     dtype = compute_dtype(q.dtype)
     p = _softmax(q.transpose(1, 2).to(dtype), k.transpose(1, 2).to(dtype), scale, bias, region, length)
@@ -75,18 +80,21 @@ def whole(
 
 
 def _heads_first(y: Tensor) -> Tensor:
-    """Returns y (B,N,H,d) as a contiguous tensor (B,H,N,d) in the dtype of computation
-    (`compute_dtype`)."""
+    """Returns y (B,N,H,d) as a contiguous tensor (B,H,N,d). Float64 stays float64; any other dtype
+    becomes float32."""
     return y.transpose(1, 2).to(compute_dtype(y.dtype)).contiguous()
 
 
 def _chunks(
     q: Tensor, k: Tensor, bias: Tensor | None, region: Tensor | None
 ) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
-    """Splits the N rows of queries into blocks small enough for all probabilities of a block to fit
-    in memory (`LIMIT`). q is (B,H,N,d), k is (B,H,M,d). Yields (rows, bias_rows, region_rows) for
-    each block: the slice of its rows, and the parts of `bias` and `region` for these rows (None if
-    there is no bias or no region)."""
+    """Splits the N queries of q (B,H,N,d) into blocks. A block is as large as possible without its
+    probabilities, for all images, heads and keys, being more than `LIMIT` numbers; it has at least
+    one query. k is (B,H,M,d).
+
+    Yields (rows, bias_rows, region_rows) for each block: the slice of its queries, and the parts of
+    `bias` and `region` for these queries, or None where `bias` or `region` is None.
+    """
     b, h, n, _ = q.shape
     step = max(1, LIMIT // (b * h * k.shape[2]))
     for start in range(0, n, step):
@@ -98,8 +106,8 @@ def _chunks(
 
 
 def keeps(b: int, h: int, n: int, m: int) -> bool:
-    """Returns True if `forward` keeps all probabilities, of shape (b,h,n,m), for `backward`,
-    because their number is at most `LIMIT`."""
+    """Returns True if `forward` keeps all probabilities for `backward`. It does so if their number
+    b*h*n*m is at most `LIMIT`, for b images, h heads, n queries and m keys."""
     return b * h * n * m <= LIMIT
 
 
@@ -113,15 +121,17 @@ def forward(
     length: int,
     probs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes attention in bounded memory. The inputs must have been checked.
+    """Computes attention block by block, with at most `LIMIT` probabilities in memory at a time.
+    The inputs are not checked.
 
-    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
-    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
-    `length` keys per text.
+    q is (B,N,H,d); k and v are (B,M,H,d); `bias`, if given, broadcasts to (B,H,N,M). `region`
+    (B,N), if given, holds the index of each query's text; k and v then hold the keys and values of
+    all texts, one text after another along M, with `length` keys per text.
 
-    Returns (out, map, kept): the output (B,N,H,d), empty if `v` is None; the softmax averaged over
-    heads (B,N,M) in `compute_dtype`, empty if `probs` is False; and what `backward` needs, the
-    probabilities (B,H,N,M), or an empty tensor if there are too many of them (`keeps`).
+    Returns (out, map, kept). `out` is (B,N,H,d) in the dtype of q, or empty if `v` is None. `map`
+    is the softmax averaged over heads, (B,N,M), or empty if `probs` is False; it is float64 for
+    float64 inputs, otherwise float32. `kept`, for `backward`, holds all probabilities (B,H,N,M), or
+    is empty if there are more than `LIMIT`.
     """
     dtype = q.dtype
     (b, n, h, d), m = q.shape, k.shape[1]
@@ -155,11 +165,12 @@ def backward(
     need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of q, k and v. Returns (dq, dk, dv), each in the shape of its input.
+    If `need_kv` is False, dk and dv are empty instead. If `v` is None, dv is empty.
 
     `grad_out` (B,N,H,d) and `grad_maps` (B,N,M) are the gradients of the output and of the map;
-    None means zero. `kept` is the third result of `forward`, and the other arguments are those of
-    `forward`. `out` is not read; it is an argument because flash.py's `backward` needs it. dk and
-    dv are empty if `need_kv` is False; dv is also empty if `v` is None.
+    None means zero. `kept` is the third result of `forward`. The other arguments are those of
+    `forward`, except `out`, which is not read; flash.py's `backward`, which has the same arguments,
+    needs it.
     """
     dtype, heads = q.dtype, q.shape[2]
     q = _heads_first(q)

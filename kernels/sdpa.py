@@ -19,8 +19,9 @@ CUDNN_FIRST = [
 
 
 def _order(q: Tensor) -> AbstractContextManager[object]:
-    """Returns a context manager. Within its `with` block PyTorch tries its attention kernels for q
-    in the order that switches.py sets (`cudnn_first`)."""
+    """Returns a context manager. If q is on CUDA and the switch `cudnn_first` (switches.py) is on,
+    PyTorch tries cuDNN's attention before its other kernels within the `with` block. Otherwise the
+    context manager changes nothing."""
     if q.is_cuda and switches.current.cudnn_first:
         return sdpa_kernel(CUDNN_FIRST, set_priority=True)
     return nullcontext()
@@ -29,12 +30,12 @@ def _order(q: Tensor) -> AbstractContextManager[object]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, region: Tensor | None, length: int
 ) -> Tensor:
-    """Computes attention, differentiably. The inputs must have been checked. Returns the output
-    (B,N,H,d).
+    """Computes attention without the map. Returns the output (B,N,H,d), which autograd can
+    differentiate. The inputs are not checked.
 
-    q is (B,N,H,d); k and v are (B,M,H,d). `scale`, `bias` and `region` are as for
-    `minsd.kernels.attention`; with `region`, the keys of its texts are concatenated along M,
-    `length` keys per text.
+    q is (B,N,H,d); k and v are (B,M,H,d); `bias`, if given, broadcasts to (B,H,N,M). `region`
+    (B,N), if given, holds the index of each query's text; k and v then hold the keys and values of
+    all texts, one text after another along M, with `length` keys per text.
     """
     if bias is None and region is None and onednn.attends(q, k, v):
         return onednn.attend(q, k, v, scale)
@@ -60,11 +61,11 @@ def forward(
 
 
 def with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Computes attention without bias or region. q is (B,N,H,d), k and v are (B,M,H,d). Returns
-    (out, lse): the output (B,N,H,d), differentiable, and the log-sum-exp (B,H,N) of each row of
-    scores, float32, base e.
+    """Computes attention without bias or region, by the operator that PyTorch's
+    scaled_dot_product_attention would choose. q is (B,N,H,d), k and v are (B,M,H,d).
 
-    The operator is the one that scaled_dot_product_attention would choose. Returns None if that
+    Returns (out, lse). `out` is the output (B,N,H,d), which autograd can differentiate. `lse` is
+    the natural log-sum-exp of each row of scores, (B,H,N) in float32, detached. Returns None if the
     operator does not return the log-sum-exp.
     """
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))

@@ -49,9 +49,10 @@ NEEDED: dict[tuple[str, int], tuple[int, int, int, int]] = {
 
 
 def most_needed(head_dim: int, dtype: torch.dtype, hopper: bool) -> tuple[int, str]:
-    """Returns (most, kernel): the most bytes of shared memory that any attention kernel needs for
-    this head dim and dtype, gradients included, and the name of that kernel. `hopper` is True if
-    the device's major compute capability is in `HOPPER`, where kernels need more."""
+    """Returns (most, kernel): the number of bytes of shared memory that the most demanding
+    attention kernel needs for this head dim and dtype, and the name of that kernel. The kernels of
+    the gradient count too. `hopper` is True if the device's major compute capability is in
+    `HOPPER`; kernels need more there."""
     column = 2 * hopper + (dtype == torch.float32)
     most, kernel = 0, ""
     for (name, d), row in NEEDED.items():  # a loop that torch.compile can trace

@@ -52,9 +52,10 @@ current = Switches()
 
 @contextmanager
 def use(**changes: bool | int | None) -> Iterator[Switches]:
-    """Changes the given switches (fields of `Switches`) within the `with` block. Yields all
-    switches as they are set within the block. All threads share the switches, so only one thread at
-    a time may use this function."""
+    """A context manager. Within its `with` block the given switches (fields of `Switches`) have the
+    given values; after it they have their former values again. Yields all switches as they are set
+    within the block. All threads share the switches, so only one thread at a time may use this
+    function."""
     global current
     before = current
     current = replace(before, **changes)
@@ -66,9 +67,11 @@ def use(**changes: bool | int | None) -> Iterator[Switches]:
 
 @contextmanager
 def in_a_graph() -> Iterator[None]:
-    """Chooses kernels for a CUDA graph within the `with` block. In a graph, launching a kernel
-    costs nothing, so the kernels of `group_norm` are used for the gradients of small tensors
-    too."""
+    """A context manager, for use while a CUDA graph is captured. Within its `with` block
+    `group_norm` uses its Triton kernels for small tensors that need a gradient, too. Outside a
+    graph it leaves these to PyTorch, because Python launches Triton kernels more slowly; in a graph
+    a launch costs nothing. If the switch `norm_gradient_from` is None, the context manager changes
+    nothing."""
     least = None if current.norm_gradient_from is None else 0
     with use(norm_gradient_from=least):
         yield

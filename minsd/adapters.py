@@ -27,12 +27,13 @@ LoRAReference = tuple[Path, float]  # an adapter's file and scale
 
 
 class Adapters:
-    """Tells ControlNets and LoRAs which pass each row of a batch belongs to. A pass is one UNet
-    evaluation with one caption; an image with one caption per region has several passes in one
-    batch.
+    """Tells ControlNets and LoRAs which caption each row of a UNet batch is evaluated with.
 
-    Within a `with adapters.rows(...)` block, `passes` holds the number of the pass of each row.
-    Outside such a block, `passes` is None.
+    A layout has N + 1 captions: number 0 is that of the whole image, and number k that of region k.
+    "Pass k" is the evaluation with caption k; the passes of an image are rows of one batch. Within a
+    `with adapters.rows(passes)` block, `passes[b]` is the number of the caption of row b. Rows of
+    different images and rows without a prompt (for guidance) have the same numbers. Outside such a
+    block, `passes` is None.
     """
 
     def __init__(self) -> None:
@@ -44,9 +45,9 @@ class Adapters:
 
     @contextmanager
     def rows(self, passes: Sequence[int]) -> Iterator[None]:
-        """Sets the property `passes` within the `with` block, so that row b of every batch belongs
-        to the pass (UNet evaluation with one caption) number `passes[b]`. After the block, also if
-        it raises an error, the property has its earlier value again."""
+        """Within the `with` block, sets the property `passes`: row b of every batch then belongs to
+        the pass with the number passes[b]. A pass is a UNet evaluation with one caption. After the
+        block, also if it raises an error, the property has its earlier value again."""
         before = self._passes
         self._passes = tuple(passes)
         try:
@@ -56,16 +57,17 @@ class Adapters:
 
 
 def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str) -> list[int] | None:
-    """Returns which setting each of `rows` rows of a batch uses, as a list of indices from 0 to
-    count - 1. A setting is a scale or a control image. Returns None if the adapter (a ControlNet or
-    LoRA) must not act now.
+    """Assigns the settings of an adapter (a ControlNet or a LoRA) to the `rows` rows of a batch. A
+    setting is a control image or a scale, and the adapter has `count` of them. Returns the index of
+    the setting (0 to count - 1) for each row, or None if the adapter must not act on this batch.
 
-    Without `adapters`, row i uses setting i modulo `count`, so that both halves of guidance use the
-    same settings. With `adapters`, a row that belongs to pass k (a UNet evaluation with one
-    caption) uses setting k modulo `count`, so that a single setting serves every pass; outside a
-    block of `adapters.rows` the result is None. Raises ValueError if the number of rows does not
-    fit the number of settings or of passes. The message calls the settings `what`, such as "control
-    images".
+    If `adapters` is None, row i uses setting i modulo `count`, so both halves of guidance use the
+    same settings. Otherwise `adapters` states which pass (UNet evaluation with one caption) each
+    row belongs to, and a row of pass k uses setting k modulo `count`. Outside a block of
+    `adapters.rows` the result is None.
+
+    Raises ValueError if the number of rows does not fit `count` or the passes. `what` is the word
+    for the settings in the error message, such as "control images".
     """
     if adapters is None:
         if rows % count:
@@ -79,9 +81,9 @@ def settings_of_rows(rows: int, count: int, adapters: Adapters | None, what: str
 
 
 def split_scale(text: str) -> LoRAReference:
-    """Parses the text of a LoRA with its scale: "style.safetensors:0.8" becomes
-    (Path("style.safetensors"), 0.8). Without a scale in the text, the scale is 1. Raises ValueError
-    for text of any other form."""
+    """Parses the text that stands for a LoRA with its scale: "style.safetensors:0.8" becomes
+    (Path("style.safetensors"), 0.8). If the text has no scale, the scale is 1. Raises ValueError if
+    the text has another form."""
     tag = re.fullmatch(r"<lora:(.+):([\d.]+)>", text)
     if tag is not None:
         raise ValueError(f"{text} is a prompt's form: give the file, such as {tag[1]}.safetensors:{tag[2]}")
@@ -101,7 +103,7 @@ def split_scale(text: str) -> LoRAReference:
 
 
 def join_scale(path: Path, scale: float) -> str:
-    """Returns "FILE:SCALE" for a LoRA's file and scale, the text that `split_scale` parses."""
+    """Returns the text "FILE:SCALE" for a LoRA's file and scale. `split_scale` parses this text."""
     return f"{path}:{scale}"
 
 

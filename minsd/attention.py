@@ -16,20 +16,21 @@ KV = tuple[Tensor, Tensor]  # keys and values, each (B, M, heads, d)
 
 
 class AttentionRecorder:
-    """Collects a UNet's attention probabilities at one resolution, averaged over heads and layers.
+    """Collects the attention maps of a UNet at one resolution, averaged over heads and layers.
+    After `unet(x, t, context, record=r)`, the cross-attention `r.cross` is (B,h,w,M) for M text
+    positions, and the self-attention `r.self` is (B,h,w,h*w). Row [b,i,j] of a map is the softmax
+    for the query at cell (i,j). The maps are float32 (float64 in a float64 network) and
+    differentiable.
 
-    `resolution` is (rows, columns) in cells. By default it is that of the coarsest level with more
-    than one transformer block whose shorter side is at least 16 cells (16x16 for SD1.x at 512x512),
-    or of the finest level with a transformer block if there is no such level. With `only`, the UNet
-    stops after the last layer that records, and returns None. `kinds` lists the kinds of attention
-    to record, "cross" or "self" or both. A recorder can be reused, because every UNet call discards
-    the earlier maps.
+    `r.cross_layers` and `r.self_layers` list the maps of single layers, averaged over heads only,
+    in the order in which the layers run: (B,h*w,M) and (B,h*w,h*w).
 
-    After `unet(x, t, context, record=r)`, `r.cross` is (B,h,w,M) over the M text positions and
-    `r.self` is (B,h,w,h*w). Both are float32 (float64 in a float64 network) and differentiable.
-    `r.self[b,i,j]` is the softmax row of the query at cell (i,j). `r.cross_layers` and
-    `r.self_layers` are lists of the maps of single layers, averaged over heads, (B,h*w,M) and
-    (B,h*w,h*w), in the order in which the layers run.
+    `resolution` is (rows, columns) of cells. If it is None, the recorder chooses the coarsest level
+    whose shorter side has at least 16 cells and that has more than one transformer block: 16x16 for
+    SD1.x at 512x512. If there is no such level, it chooses the finest one with a transformer block.
+    With `only`, the UNet stops after the last layer that records, and returns None. `kinds` lists
+    what to record: "cross", "self" or both. Each UNet call discards the earlier maps, so a recorder
+    can be used again.
     """
 
     resolution: tuple[int, int]  # set by `begin`
@@ -52,9 +53,9 @@ class AttentionRecorder:
         """Chooses the resolution to record and discards earlier maps. The UNet calls this method
         before its first layer.
 
-        `grids` lists the grid of cells (rows, columns) of each UNet level, finest first, and
-        `counts` the number of transformer blocks of each level. Raises ValueError if no attention
-        layer works at the resolution that was given to the constructor.
+        `grids` lists the grid of cells (rows, columns) of each UNet level, the finest first.
+        `counts` lists how many transformer blocks each level has. Raises ValueError if the
+        constructor was given a resolution that no level with a transformer block has.
         """
         levels = [level for level, n in enumerate(counts) if n]
         if self.wanted is None:
@@ -74,17 +75,17 @@ class AttentionRecorder:
         self.self_layers = []
 
     def wants(self, grid: tuple[int, int] | None, is_cross: bool) -> bool:
-        """Returns whether an attention layer must record its attention map: its queries must be
-        cells at the recorder's resolution, and the recorder's `kinds` must include the layer's
-        kind. `grid` is the layer's grid of cells (rows, columns); a layer without a known grid
-        (None) never records. `is_cross` is True for cross-attention and False for
+        """Returns True if an attention layer must record its map. This is so if the layer's queries
+        are cells at the recorder's resolution, and its kind of attention is one of the recorder's
+        `kinds`. `grid` is the layer's grid of cells (rows, columns), or None if unknown; without a
+        grid the layer never records. `is_cross` is True for cross-attention, False for
         self-attention."""
         return grid == self.resolution and ("cross" if is_cross else "self") in self.kinds
 
     @property
     def done(self) -> bool:
-        """Returns whether the UNet may stop now: the caller wants only attention maps (`only`), and
-        every layer that records has run."""
+        """Returns True if the UNet may stop now: the recorder was made with `only` (attention maps
+        are all that is wanted), and every layer that records has run."""
         layers = self.cross_layers if "cross" in self.kinds else self.self_layers
         return self.only and len(layers) == self.total
 
@@ -97,24 +98,21 @@ class AttentionRecorder:
 
     @property
     def cross(self) -> Tensor:
-        """Returns the cross-attention averaged over heads and layers, (B,h,w,M), where M is the
-        number of text positions. Raises ValueError before the first UNet call with this recorder.
-        """
+        """Returns the cross-attention map, averaged over heads and layers: (B,h,w,M) for M text
+        positions. Raises ValueError before the first UNet call with this recorder."""
         return self._mean(self.cross_layers)
 
     @property
     def self(self) -> Tensor:
-        """Returns the self-attention averaged over heads and layers, (B,h,w,h*w). Raises ValueError
-        before the first UNet call with this recorder."""
+        """Returns the self-attention map, averaged over heads and layers: (B,h,w,h*w). Raises
+        ValueError before the first UNet call with this recorder."""
         return self._mean(self.self_layers)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of image cells, to one another (`attn1`) or to the text (`attn2`).
-
-    `dim` is the number of channels C, `context_dim` the width D of the text states. If
-    `context_dim` is None, the layer is self-attention.
-    """
+    """Multi-head attention of image cells to one another (self-attention) or to a text
+    (cross-attention). `dim` is the number C of channels of the cells. `context_dim` is the width D
+    of the text states, or None for self-attention."""
 
     # The function that computes attention. The training of the embedded model replaces it with one
     # that is faster where weights need gradients.
@@ -132,15 +130,17 @@ class Attention(nn.Module):
         self.fused: Tensor | None = None
 
     def fuse(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        """Places a self-attention's weights of queries, keys and values in one buffer, so that one
-        matrix product computes all three. Does nothing in cross-attention, where the keys and
-        values of a text are computed once per image, so that a copy of their weights would not pay.
+        """Places the weights of a self-attention layer for queries, keys and values in one buffer,
+        so that one matrix product computes all three. Does nothing in a cross-attention layer,
+        whose keys and values are computed only once per text.
 
-        The weights keep their names and become views of that buffer, so a loader or an adapter that
-        writes to the weights writes to the buffer. Use this method for frozen weights only, since
-        gradients would not reach the views. A module on the meta device gets an uninitialised
-        buffer on `device` in `dtype`, which is filled when the weights are loaded. For other
-        modules both arguments are ignored.
+        The weights keep their names and become views of the buffer. So a loader or an adapter that
+        writes into the weights writes into the buffer. Use this method for frozen weights only,
+        because gradients would not reach the buffer.
+
+        If the layer is on the meta device, the buffer is made on `device` in `dtype`, without
+        values, which are filled in when the weights are loaded. Otherwise both arguments are
+        ignored.
         """
         if self.is_cross:
             return
@@ -161,24 +161,21 @@ class Attention(nn.Module):
         return self
 
     def kv(self, context: Tensor) -> KV:
-        """Returns (keys, values), each (B,M,heads,d), for M text states per image, a context
-        (B,M,D).
+        """Returns (keys, values) for the text states `context`. For one text of M positions per
+        image, `context` is (B,M,D) and keys and values are (B,M,heads,d). For R texts per image,
+        `context` is (B,R,M,D) and they are (B,R,M,heads,d).
 
-        The keys and values of a text are the same at every step, so compute them once
-        (`UNet.text_kv`). A context with R texts per image, (B,R,M,D), has keys and values of shape
-        (B,R,M,heads,d).
+        They are the same at every denoising step, so compute them once (`UNet.text_kv`).
         """
         k = self.to_k(context)
         v = self.to_v(context)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, context: Tensor | KV | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Projects N cells x (B,N,C), and the context, to queries, keys and values. Returns q
-        (B,N,heads,d), k and v (B,M,heads,d).
-
-        `context` is text states (B,M,D), the (keys, values) that `kv` returns for them, or None for
-        self-attention, where M = N.
-        """
+        """Returns (q, k, v), the queries (B,N,heads,d) for N image cells x (B,N,C), and keys and
+        values (B,M,heads,d). `context` states what keys and values are made from: None for x itself
+        (self-attention, M = N), text states (B,M,D), or the (keys, values) that `kv` has made from
+        text states."""
         if context is None and self.fused is not None:
             parts = linear(x, self.fused).chunk(3, dim=-1)
             q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in parts)
@@ -199,11 +196,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Computes attention for x (B,N,C), the N cells of `grid` (rows, columns). Returns (B,N,C).
 
-        `context` is text states (B,M,D), or the (keys, values) that `kv` returns for them; None
-        means self-attention. The attention map is added to the recorder `record`, if one is given
-        and it wants maps of this resolution and kind of attention. With `region` (B,N), the context
-        has R texts per image (B,R,M,D), and cell n of row b attends only to the text with the
-        number region[b,n].
+        `context` is None for self-attention. For cross-attention it is text states (B,M,D), or the
+        (keys, values) that `kv` has made from them. If `record` is given, and wants maps of this
+        resolution and this kind of attention, the layer adds its attention map to it.
+
+        With `region` (B,N), integers, `context` holds R texts per image (B,R,M,D), and cell n of
+        row b attends to one of them only, the text with the number region[b,n].
         """
         q, k, v = self.project(x, context)
         if record is not None and not record.wants(grid, self.is_cross):

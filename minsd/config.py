@@ -28,8 +28,8 @@ SAMPLER_NAMES = {
 
 
 def check_size(height: int, width: int) -> None:
-    """Raises ValueError unless both sides of an image, in pixels, are multiples of 8 from 8 to
-    16384."""
+    """Raises ValueError if the height or the width of an image, in pixels, is not a multiple of 8
+    from 8 to 16384."""
     for name, value in (("height", height), ("width", width)):
         if not CELL <= value <= LARGEST or value % CELL:
             nearest = min(max(CELL, round(value / CELL) * CELL), LARGEST)
@@ -41,8 +41,8 @@ def check_size(height: int, width: int) -> None:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The sizes of the UNet, which predicts noise or v. Tuples have one entry per resolution level,
-    finest first."""
+    """The sizes and settings of a UNet. Tuples have one item per resolution level, the finest level
+    first."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -73,7 +73,8 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The sizes of the VAE. Multiplying latents by `scaling_factor` gives them unit variance."""
+    """The sizes and settings of a VAE. `scaling_factor` is the number by which latents are
+    multiplied to give them unit variance."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
@@ -106,8 +107,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise levels of a model's training, and the spacing of timesteps in the model's scheduler
-    config."""
+    """The noise levels at which a model was trained, and how the timesteps of a run are spaced."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -121,8 +121,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model family: its networks, its noise schedule, and the default settings for generating
-    images."""
+    """The configuration of a model or a model family: its networks, its noise schedule, and the
+    default settings for generating images."""
 
     name: str
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -147,12 +147,12 @@ class ModelConfig:
         return CELL * self.unet.sample_size
 
     def guidance(self, scale: float | None) -> float:
-        """Returns the guidance scale to use for a requested `scale`, where None requests the
-        model's own.
+        """Returns the guidance scale to use if the user asks for `scale`, or the model's own scale
+        if `scale` is None.
 
-        Distilled models have the scale 1 (no guidance), but their model cards write 0 for "none".
-        In the formula of guidance, 0 would mean the unconditional prediction alone. So for these
-        models 0 is replaced by 1.
+        One number is changed. A distilled model runs without guidance, at scale 1, but the
+        descriptions of such models call this scale 0. In the formula of guidance, 0 would ignore
+        the prompt. So for a model with scale 1 of its own, 0 becomes 1.
         """
         scale = self.guidance_scale if scale is None else scale
         return 1.0 if scale == 0 and self.guidance_scale == 1 else scale
@@ -290,8 +290,8 @@ MODELS["shapes-turbo"] = replace(
 
 
 def overflow_advice(dtype: object) -> str:
-    """Returns a phrase that advises the user what to do about values beyond the range of `dtype`,
-    such as torch.float16. It is used at the end of error messages."""
+    """Returns the end of an error message about numbers that are too large for `dtype`, such as
+    torch.float16: a phrase that tells the user what to do."""
     if "float16" in str(dtype) and "bfloat16" not in str(dtype):  # float16 ends at 65504
         return "try --dtype float32 or bfloat16"
     return (

@@ -28,8 +28,9 @@ from minsd.unet import CellTexts, Residuals, TextKV, UNet, skip_channels
 
 
 class ControlImageEmbedding(nn.Module):
-    """A stack of eight convolutions, three of which halve the resolution, that brings a control
-    image to the size of the latents."""
+    """A stack of convolutions that brings a control image (B,3,8h,8w) to the size of latents. The
+    result is (B,channels,h,w). `hidden` lists the channel counts at the resolutions on the way, the
+    finest first. There must be four of them, because the size is halved three times."""
 
     def __init__(self, channels: int, hidden: Sequence[int]):
         super().__init__()
@@ -46,9 +47,9 @@ class ControlImageEmbedding(nn.Module):
 
 
 class ControlNet(UNet):
-    """A UNet without its decoder half, which turns a control image into residuals: tensors to add
-    to a UNet's skips and to the output of its middle block. The constructor makes the network
-    without trained weights; weights/controlnet.py loads weights from files."""
+    """A UNet without its decoder half. It turns a control image into residuals: tensors that are
+    added to a UNet's skips and to the output of its middle block. The constructor makes the network
+    without trained weights; weights/controlnet.py loads them from files."""
 
     def __init__(self, config: UNetConfig, hidden: Sequence[int] = (16, 32, 96, 256), bgr: bool = False):
         super().__init__(config)
@@ -60,9 +61,9 @@ class ControlNet(UNet):
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Embeds control images (B,3,8h,8w), with values in 0..1, for latents (B,4,h,w). Returns
-        (B,C0,h,w), where C0 is the number of channels of the finest level. The result is the same
-        at every step, so compute it once."""
+        """Embeds control images (B,3,8h,8w), with values from 0 to 1, for latents (B,4,h,w).
+        Returns (B,C0,h,w), where C0 is the channel count of the UNet's finest level. The result is
+        the same at every denoising step, so compute it once."""
         return self.controlnet_cond_embedding(pictures.flip(1) if self.bgr else pictures)
 
     def forward(
@@ -74,12 +75,12 @@ class ControlNet(UNet):
         *,
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
     ) -> Residuals:
-        """Returns (residuals, middle): a list with one residual per skip of the UNet, and a
-        residual for the output of the UNet's middle block. `UNet.forward` takes this pair as its
-        argument `control`.
+        """Returns (residuals, middle), the tensors to add inside a UNet: a list with one tensor for
+        each skip, and one tensor for the output of the middle block. `UNet.forward` takes this pair
+        as its argument `control`.
 
-        `x`, `t`, `context` and `region` are as in `UNet.forward`. `embedded` (B,C0,h,w) is the
-        result of `embed` for the control images.
+        `x`, `t`, `context` and `region` are those of `UNet.forward`. `embedded` (B,C0,h,w) are the
+        control images after `embed`.
         """
         region_down, region_up = region if isinstance(region, tuple) else (region, region)
         context, whole = self.split(context)
@@ -91,16 +92,19 @@ class ControlNet(UNet):
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet with its control images, its scale, and the part of the run in which it acts.
+    """A ControlNet together with its control images, its scale, and the part of a run in which it
+    acts.
 
-    `pictures` (R,3,H,W) in 0..1 are control images: one for all rows of a batch (R = 1), or one per
-    row. `scale` multiplies the residuals; it is a number, or a sequence of R numbers. `start` and
-    `end` are fractions of the way from noise to image, measured in training timesteps
-    (`num_train_timesteps`). With 1000 of them, start 0.2 and end 0.8 mean that the ControlNet acts
-    at 200 <= t < 800. With evenly spaced timesteps these are the same fractions of the steps.
+    `pictures` (R,3,H,W), with values from 0 to 1, are one control image for all rows of a batch (R
+    = 1) or one for each row. `scale` multiplies what the ControlNet adds to the UNet. It is one
+    number, or a sequence of R numbers.
 
-    The constructor raises ValueError if there is no control image, and for a wrong shape, number of
-    scales, start or end.
+    `start` and `end` are fractions of the way from noise (0) to image (1). They count training
+    timesteps, of which the model has `num_train_timesteps`: with 1000 of them, start 0.2 and end
+    0.8 mean that the ControlNet acts at timesteps 200 <= t < 800.
+
+    The constructor raises ValueError if there is no control image or one has a wrong shape, if the
+    number of scales is wrong, or if `start` and `end` are not 0 <= start < end <= 1.
     """
 
     net: ControlNet
@@ -132,8 +136,8 @@ class Control:
         return [float(scale) for scale in scales]
 
     def is_active(self, t: int | float | Tensor) -> bool:
-        """Returns whether the ControlNet acts at timestep t: t must be in the part of the run from
-        `start` to `end`, and some scale must not be zero. If t is a tensor (B,), its first entry
+        """Returns True if the ControlNet acts at timestep t: if t is in the part of the run from
+        `start` to `end`, and not all scales are 0. If t is a tensor (B,), its first number
         decides."""
         t = float(t.flatten()[0]) if torch.is_tensor(t) else float(t)
         low, high = (self.num_train_timesteps * (1 - fraction) for fraction in (self.end, self.start))
@@ -143,18 +147,17 @@ class Control:
 
 
 class Controlled:
-    """A UNet together with ControlNets, called in place of the UNet. The residuals of several
-    ControlNets are added up. If `unet` is a `Controlled` itself, its ControlNets are replaced.
+    """A UNet together with ControlNets, to be called in place of the UNet. What several ControlNets
+    add to the UNet is summed. If `unet` is a `Controlled` itself, its ControlNets are left out.
 
-    Without `adapters`, and with R control images, row i of a batch takes control image i mod R, so
-    that both halves of guidance take the same images. `adapters` is for images generated from
-    several captions, by one UNet evaluation (pass) per caption. `adapters` states which pass each
-    row belongs to, and a row of pass k takes control image k mod R. Outside a `with
-    adapters.rows(...)` block no ControlNet is applied.
+    If `adapters` is None, and a ControlNet has R control images, row i of a batch uses image i
+    modulo R, so both halves of guidance use the same images. `adapters` is for images made from
+    several captions, with one UNet evaluation (pass) per caption. It states which pass each row
+    belongs to, and a row of pass k uses image k modulo R. Outside a `with adapters.rows(...)` block
+    no ControlNet acts.
 
-    The constructor raises ValueError for a ControlNet that was made for another model family
-    (SD1.x, SD2.x or SDXL). The first call raises ValueError for control images that do not fit the
-    latents.
+    The constructor raises ValueError if a ControlNet was made for another model family (SD1.x,
+    SD2.x, SDXL). Calls raise ValueError if the size of the control images does not fit the latents.
     """
 
     def __init__(
@@ -174,9 +177,9 @@ class Controlled:
         return getattr(self.unet, name)
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Returns a dict of the keys and values that every cross-attention layer computes from the
-        text states `context` (B,77n,D), as `UNet.text_kv` does. It includes the layers of the
-        ControlNets."""
+        """Computes the keys and values of the text states `context` (B,77n,D) for every
+        cross-attention layer of the UNet and of the ControlNets. Returns a dict of layer -> (keys,
+        values), as `UNet.text_kv` does."""
         found = self.unet.text_kv(context)
         for control in self.controls:
             found |= control.net.text_kv(context)
@@ -191,7 +194,7 @@ class Controlled:
         record: AttentionRecorder | None = None,
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
     ) -> Tensor | None:
-        """Predicts the noise or v in latents x, with the ControlNets' residuals added inside the
+        """Predicts the noise or v in latents x, after adding the ControlNets' outputs inside the
         UNet. Arguments and result are those of `UNet.forward`."""
         total: list[Tensor] | None = None
         for number, control in enumerate(self.controls):
@@ -208,11 +211,12 @@ class Controlled:
         return self.unet(x, t, context, record=record, region=region, control=residuals)
 
     def _of_rows(self, number: int, images: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns two tensors on x's device for the ControlNet at position `number` in `controls`:
-        the index (B,) of each row's control image, and the scale (B,1,1,1) of each row. `images`
-        holds the same indices as a list of B ints.
+        """Returns (index, scale) for the rows of a batch and one ControlNet, that at position
+        `number` in `controls`. `index` (B,) has the index of the control image of each row, as a
+        tensor of the list `images`. `scale` (B,1,1,1) has the scale of each row. Both are on x's
+        device.
 
-        The tensors are made once and reused, because copying them to a GPU in every step would make
+        The two tensors are kept and reused, because copying them to a GPU at every step would make
         the program wait.
         """
         key = (number, x.device, x.dtype, *images)
@@ -223,9 +227,10 @@ class Controlled:
         return self._chosen[key]
 
     def _embedding(self, number: int, x: Tensor) -> Tensor:
-        """Returns the embedded control images (R,C0,h,w) of the ControlNet at position `number` in
-        `controls`. Only the first call embeds them. Raises ValueError if the height and width of
-        the control images are not 8 times those of the latents x."""
+        """Returns the embedded control images (R,C0,h,w) of one ControlNet, that at position
+        `number` in `controls`. C0 is the channel count of the UNet's finest level. The images are
+        embedded once, by the first call. Raises ValueError if their height and width are not 8
+        times those of the latents x."""
         control = self.controls[number]
         height, width = control.pictures.shape[-2:]
         if (height, width) != (CELL * x.shape[-2], CELL * x.shape[-1]):
@@ -237,8 +242,9 @@ class Controlled:
 
 
 def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
-    """Raises ValueError if the ControlNet's config `theirs` does not fit the UNet's config `ours`:
-    the width of text states, the channels, or the number of layers per block differ."""
+    """Raises ValueError if a ControlNet does not fit a UNet, because the width of the text states,
+    the channel counts or the number of layers per block differ. `theirs` is the ControlNet's config
+    and `ours` the UNet's."""
     if theirs.context_dim != ours.context_dim:
         raise ValueError(
             f"the ControlNet was made for text states of width {theirs.context_dim} and the model's have "
@@ -250,12 +256,13 @@ def _check_family(theirs: UNetConfig, ours: UNetConfig) -> None:
 
 
 def read_control_image(path: str | Path, width: int, height: int) -> Tensor:
-    """Reads a control image (edges, a pose, ...) as a tensor (1,3,height,width) in 0..1. No edges
-    or poses are detected: the file must show them already.
+    """Reads a control image, such as edges or a pose, from a file. Returns a tensor
+    (1,3,height,width) with values from 0 to 1. The file must be a control image already: no edges
+    or poses are detected in it.
 
-    An image of another size is scaled and cropped to width x height pixels. Raises
-    FileNotFoundError if the file is missing and ValueError if it cannot be read, each with a
-    message of one line.
+    An image of another size is scaled and cropped to `width` x `height` pixels. Raises
+    FileNotFoundError if the file is missing, and ValueError if it cannot be read. The error message
+    is one line.
     """
     picture = image.read(path, what="control image")
     if picture.size != (width, height):

@@ -40,14 +40,15 @@ class Fragment:
 
 
 def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]:
-    """Divides a prompt into fragments, texts whose words all have one weight. Returns a list of at
-    least one item, in which None stands for a BREAK.
+    """Divides a prompt into fragments, parts whose words all have the same weight. Returns a list
+    of at least one item: fragments, and None wherever the prompt has the word BREAK.
 
-    `weights` states whether to read the syntax of weights, such as (cat:1.3), and of BREAK: True
-    always reads the syntax, False never, and None only if the prompt contains it unmistakably
-    (`is_weighted`). Otherwise the whole prompt, unchanged, is one fragment of weight 1. Raises
-    ValueError for more than 100 open brackets, and for a weight that is not a plain number, such as
-    (cat:inf), or is beyond 1e6.
+    The syntax of weights, such as (cat:1.3), and of BREAK is read if `weights` is True. If
+    `weights` is False, it is not read, and the whole prompt is one fragment of weight 1. If
+    `weights` is None, it is read if the prompt contains it without doubt (`is_weighted`).
+
+    Raises ValueError for more than 100 open brackets, for a weight that is not a plain number, such
+    as (cat:inf), and for a weight beyond 1e6.
     """
     if weights is False or (weights is None and not is_weighted(prompt)):
         return [Fragment(prompt, 1.0, range(len(prompt)))]
@@ -80,11 +81,10 @@ def fragments(prompt: str, weights: bool | None = None) -> list[Fragment | None]
 
 
 def is_weighted(prompt: str) -> bool:
-    """Returns whether a prompt unmistakably contains the syntax of prompt weights: a weight in
-    brackets, such as (cat:1.3), or BREAK between spaces. Brackets alone do not count, because they
-    occur in ordinary text too. Neither do times and proportions, such as (10:30) and (16:9). Other
-    whole numbers count, as in (cat:2), and so does (see fig:2), which has the same form and is a
-    weight to the web UI too. Raises ValueError for a weight such as (cat:inf)."""
+    """Returns True if a prompt contains the syntax of prompt weights without doubt: a weight in
+    brackets, such as (cat:1.3) or (cat:2), or the word BREAK between spaces. Brackets without a
+    weight do not count, because ordinary text has them too. Times and proportions, such as (10:30)
+    and (16:9), do not count either. Raises ValueError for a weight such as (cat:inf)."""
     lexemes = list(_LEXEME.finditer(prompt))
     _, closes = _brackets(lexemes)
     for k in closes:
@@ -96,13 +96,14 @@ def is_weighted(prompt: str) -> bool:
 
 
 def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
-    """Finds the brackets among the lexemes of a prompt (bracket, weight, escape or text). Returns
-    (factors, closes), two dicts. Lexemes are named by their index.
+    """Finds the brackets among the lexemes of a prompt. A lexeme is a match of `_LEXEME`: a
+    bracket, a weight with its closing bracket, an escape, or a piece of text. Returns (factors,
+    closes), two dicts that name lexemes by their index.
 
-    `factors` maps each opening bracket to the factor by which it multiplies the weights inside.
-    `closes` maps each closing bracket to its opening bracket; a closing bracket without one is left
-    out. Round and square brackets are matched separately, so a pair of one kind may overlap a pair
-    of the other. Raises ValueError for a weight such as (cat:inf) or (cat:1e3).
+    `factors` maps each opening bracket to the factor for the weights inside it. `closes` maps each
+    closing bracket to its opening bracket, if there is one. Round and square brackets are matched
+    separately, so the two kinds may overlap. Raises ValueError for a weight such as (cat:inf) or
+    (cat:1e3).
     """
     opened: dict[str, list[int]] = {"(": [], "[": []}
     factors: dict[int, float] = {}
@@ -123,9 +124,9 @@ def _brackets(lexemes: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[
 
 
 def _check_weight(*last: str) -> None:
-    """Raises ValueError for a weight that is not a plain number, such as the end ":inf)" of
-    (cat:inf). `last` holds the texts of a closing bracket and of up to two lexemes before it, such
-    as ":", "inf" and ")"."""
+    """Raises ValueError if a closing bracket follows a weight that is not a plain number, as in
+    (cat:inf). `last` are the texts of up to three lexemes, the closing bracket and those before it,
+    such as ":", "inf" and ")"."""
     if len(last) == 3 and last[0] == ":" and last[2] == ")" and _NO_WEIGHT.fullmatch(last[1]):
         raise ValueError(
             f"the weight in (...:{last[1].strip()}) is not a plain number: write such as (cat:1.3), or "
@@ -134,9 +135,10 @@ def _check_weight(*last: str) -> None:
 
 
 def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
-    """Divides a lexeme (a match of `_LEXEME` that is not a bracket) at each BREAK, and removes the
-    backslash of an escape. Yields (text, start, end) for each part, where start and end delimit its
-    characters [start, end) in the prompt. For a BREAK, text is None."""
+    """Divides a lexeme, a match of `_LEXEME` that is text or an escape, at each BREAK. Yields
+    (text, start, end) for each part: its text (None for BREAK), and its place in the prompt, from
+    `start` up to but not including `end`. The text of an escape is the character after the
+    backslash."""
     start, end = lexeme.span()
     if lexeme[0][0] == "\\":
         yield lexeme[0][1:], start + 1, end
@@ -151,9 +153,9 @@ def _parts(lexeme: re.Match[str]) -> Iterable[tuple[str | None, int, int]]:
 
 
 def chunked(units: Iterable[Sequence[Item] | None], size: int) -> list[list[Item]]:
-    """Divides units into chunks of up to `size` items, in order. Returns at least one chunk. A unit
-    is a sequence of items that must stay in one chunk. None in place of a unit begins a new chunk.
-    """
+    """Divides items into chunks of at most `size` items, in order. `units` are sequences of items
+    that must not be divided between chunks. None among the units begins a new chunk. Returns the
+    chunks, at least one."""
     chunks: list[list[Item]] = [[]]
     for unit in units:
         if unit is None or len(chunks[-1]) + len(unit) > size:

@@ -40,9 +40,9 @@ JOINERS = "\u200c\u200d"  # zero-width characters that are part of words and of 
 
 
 def printable(text: object, most: int = 2000) -> str:
-    """Returns the text as one line for a terminal: control characters, line breaks and other
-    invisible characters are escaped, and the middle of a text of more than `most` characters is
-    left out."""
+    """Returns the text as one line that is safe to print on a terminal. Line breaks, control
+    characters and other invisible characters become escape sequences. If the text has more than
+    `most` characters, its middle is left out."""
     text = str(text)
     if len(text) > most:
         text = f"{text[: most // 2]} ... ({len(text) - most} characters more) ... {text[-most // 2 :]}"
@@ -55,9 +55,10 @@ def printable(text: object, most: int = 2000) -> str:
 
 
 def dumps(value: Any) -> str:
-    """Returns `value` as JSON in one line, with characters outside ASCII kept as they are. If the
-    text cannot be encoded in UTF-8 (a file name that is not UTF-8 has lone surrogates in Python),
-    all characters outside ASCII are escaped; parsing restores them."""
+    """Returns `value` as JSON in one line. Characters outside ASCII are kept as they are, unless
+    the text could then not be encoded in UTF-8, as with file names that are not UTF-8 (Python gives
+    them lone surrogates). In this case all characters outside ASCII are escaped, and parsing
+    restores them."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
@@ -67,18 +68,18 @@ def dumps(value: Any) -> str:
 
 
 def encodable(text: str) -> str:
-    """Returns the text with characters that UTF-8 cannot encode (lone surrogates) replaced by
-    escape sequences that begin with a backslash."""
+    """Returns the text in a form that UTF-8 can encode: characters for which this is impossible
+    (lone surrogates) become escape sequences with a backslash."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def parse_json(text: str | bytes, unique: bool = False) -> Any:
-    """Parses JSON of unknown origin.
+    """Parses JSON from a source that may be malicious.
 
-    Raises ValueError, with a message of one line, if the text is not JSON or not UTF-8, for more
-    than 64 levels of nesting, for integers of more than 400 digits and, with `unique`, for an
-    object with a repeated key. The message states only the reason, such as "not JSON: ..."; the
-    caller adds the source.
+    Raises ValueError if the text is not JSON or not UTF-8, is nested deeper than 64 levels, or has
+    an integer of more than 400 digits. With `unique`, also raises it if an object has a key twice.
+    The error message is one line with the reason, such as "not JSON: ...". It does not name the
+    source of the text.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -98,12 +99,12 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
 
 
 def read_json(path: Path, unique: bool = False) -> Any:
-    """Reads a JSON file of unknown origin, with the limits of `parse_json`. With `unique`, no
-    object in it may repeat a key.
+    """Reads a JSON file from a source that may be malicious. With `unique`, no object in the file
+    may have a key twice.
 
-    Raises FileNotFoundError if the file is missing. Raises ValueError, with a message of one line
-    that contains the path, for a pipe or a device, for a file of more than 32 MiB or one that
-    cannot be read, and for anything that `parse_json` refuses.
+    Raises FileNotFoundError if the file is missing. Raises ValueError if it cannot be read, is a
+    pipe or a device, has more than 32 MiB, or has content that `parse_json` refuses. The error
+    message is one line and contains the path.
     """
     try:
         with open(path, "rb", opener=without_blocking) as file:
@@ -123,9 +124,9 @@ def read_json(path: Path, unique: bool = False) -> Any:
 
 
 def without_blocking(path: str, flags: int) -> int:
-    """Opens a file and returns its file descriptor. This function is for the argument `opener` of
-    the built-in `open`. Unlike the default opener, it does not wait for the other end of a named
-    pipe."""
+    """Opens a file and returns its file descriptor. Use this function as the argument `opener` of
+    the built-in `open`. The difference to the default opener: if `path` is a named pipe, it does
+    not wait until another process opens the pipe too."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -145,7 +146,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Returns whether the dicts and lists of a JSON value are nested deeper than `levels`."""
+    """Returns True if the dicts and lists in `value`, parsed JSON, are nested deeper than
+    `levels`."""
     layer = [value]
     for _ in range(levels):
         inner: list[Any] = []
@@ -161,8 +163,8 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def exists(path: Path) -> bool:
-    """Returns whether a path exists. Returns False, instead of raising an error, for text that
-    cannot be a path because it is too long or contains a NUL character."""
+    """Returns True if `path` exists. If it cannot be a path, because it is too long or contains a
+    NUL character, returns False rather than raising an error."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -174,12 +176,12 @@ def exists(path: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary(folder: Path) -> Iterator[BinaryIO]:
-    """Creates a temporary file in `folder` and yields it, open for writing. Its permissions follow
-    the umask. `put` moves the file to its final name. If the file was not moved, it is deleted at
-    the end of the block.
+    """Creates a temporary file in `folder` and yields it, open for writing in binary mode. Within
+    the `with` block, `put` can move the file to its final name. Otherwise the file is deleted at
+    the end of the block. The file's permissions follow the umask.
 
     The file's name contains the host and the process number, and the file is locked while it is
-    open. `remove_stale` uses both to find out whether the process still runs.
+    open. This shows `remove_stale` whether the process still runs.
     """
     path = folder / f"minsd-{HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
@@ -194,8 +196,8 @@ def temporary(folder: Path) -> Iterator[BinaryIO]:
 
 
 def sync(files: Sequence[BinaryIO]) -> None:
-    """Writes the contents of open files to the disk (fsync). Several files are synced at the same
-    time, because file systems combine such requests: several files take little longer than one."""
+    """Writes the contents of open files to the disk (fsync). Several files in one call take little
+    longer than one file, because they are synced at the same time."""
     if len(files) == 1:
         _sync(files[0])
     elif files:
@@ -213,12 +215,11 @@ def _sync(file: BinaryIO) -> None:
 
 
 def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) -> None:
-    """Moves a temporary file to `path` after its contents are on the disk, so that a power cut
-    never leaves an incomplete file at `path`. `synced` means that the caller has called `sync`
-    already.
+    """Gives a temporary file (from `temporary`) its final name `path`. The contents are written to
+    the disk first, so that a power cut never leaves an incomplete file at `path`. Set `synced` if
+    `sync` has been called for the file already.
 
-    With `replace`, an existing file at `path` is replaced. Without it, raises FileExistsError if
-    `path` exists.
+    If `path` exists, it is replaced, or, if `replace` is False, FileExistsError is raised.
     """
     if not synced:
         _sync(file)
@@ -237,19 +238,21 @@ def put(file: BinaryIO, path: Path, replace: bool = True, synced: bool = False) 
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a text file, completely or not at all."""
+    """Writes a text file. If writing is interrupted, `path` keeps its old content or stays missing;
+    there is never an incomplete file."""
     with temporary(path.parent) as file:
         file.write(encodable(text).encode())
         put(file, path)
 
 
 def remove_stale(folder: Path) -> list[str]:
-    """Removes the temporary files that killed processes left in a folder, and returns their names.
+    """Removes temporary files that killed processes have left in a folder. Returns the names of the
+    removed files.
 
-    A file that a running process has locked is never removed. An unlocked file is removed if its
-    process ran on this machine and has ended, or if the file is older than an hour. The age is
-    needed because a new process may have the number of the ended one, and because locks of other
-    machines may not be visible.
+    A file that a running process has locked is never removed. A file without a lock is removed if
+    its process ran on this machine and has ended. It is also removed if it is older than an hour,
+    because another process may have the same number by then, and the processes of other machines
+    cannot be seen.
     """
     removed: list[str] = []
     if fcntl is None:
@@ -297,13 +300,13 @@ def _alive(pid: int) -> bool:
 
 
 def own(path: Path, append: bool = False) -> BinaryIO:
-    """Opens a file that belongs to minsd for reading and writing, and creates the file if it is
-    missing. With `append`, every write goes to the end of the file, even while other processes
-    write to it.
+    """Opens a file that minsd itself manages, for reading and writing in binary mode. Creates the
+    file if it is missing. With `append`, every write goes to the end of the file, even while other
+    processes write to it.
 
-    A symbolic link at `path` is replaced by a file, with a warning, because in a folder from
-    somebody else the link could point to any file of the user. Raises OSError for a folder, a pipe,
-    or a file without write permission.
+    If `path` is a symbolic link, the link is replaced by an empty file, with a warning: in a folder
+    from somebody else, a link could point to any file of the user. Raises OSError if `path` is a
+    folder, a pipe or a file that may not be written.
     """
     flags = os.O_RDWR | os.O_CREAT | (os.O_APPEND if append else 0)
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no system has all of them
@@ -326,12 +329,12 @@ def own(path: Path, append: bool = False) -> BinaryIO:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO | None]:
-    """Holds an exclusive lock on the folder within the `with` block, so that no other minsd process
-    has the folder locked. Where the system cannot lock files, the block runs without a lock.
+    """Locks a folder for the `with` block: only one minsd process at a time can have the lock, and
+    others wait for it. Where the system cannot lock files, the block runs without a lock.
 
-    Yields the lock file, open for reading and writing. The lock file contains the file name of the
-    last image saved in the folder. Yields None, with a warning, if the lock file cannot be used,
-    for example because a folder has its name.
+    Yields the lock file, open for reading and writing in binary mode. It contains the file name of
+    the last image that was saved in the folder. If the lock file cannot be used, for example
+    because a folder has its name, warns, runs the block without a lock, and yields None.
     """
     path = folder / ".lock"
     try:
@@ -348,8 +351,9 @@ def locked(folder: Path) -> Iterator[BinaryIO | None]:
 
 
 def _wait(file: BinaryIO, path: Path) -> None:
-    """Waits until this process has an exclusive lock on `file`, whose path is for the warning.
-    Warns after 10 seconds, because a suspended process could hold the lock for ever."""
+    """Waits until this process has an exclusive lock on `file`. After 10 seconds of waiting, warns
+    and goes on waiting, because a suspended process may hold the lock for ever. `path` is the
+    file's path for this warning."""
     if fcntl is None:
         return
     end = time.monotonic() + PATIENCE

@@ -21,9 +21,9 @@ from minsd.files import printable, read_json
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line with the arguments `argv` (default: those of the process) and returns
-    its exit code: 0 if all images are done, 2 for a mistake of the user, 130 if interrupted, and 1
-    for any other error."""
+    """Runs the command line with the arguments `argv`, or with those of the process if `argv` is
+    None. Returns the exit code: 0 if all images are done, 2 if the user made a mistake, 130 if the
+    user interrupted the run, and 1 after any other error."""
     argv = sys.argv[1:] if argv is None else argv
     tally = Tally()
     try:
@@ -42,10 +42,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def go(command: Command, lines: Sequence[Request], tally: Tally) -> None:
-    """Generates the images, or with --layout-preview draws previews of layouts instead.
+    """Generates the images of a run. With the option --layout-preview, draws previews of the
+    layouts instead.
 
-    `command` holds the settings of the whole run, and `lines` one request (the settings of one
-    prompt) per prompt. The numbers of saved and failed images are counted in `tally`.
+    `command` holds the settings of the whole run. `lines` has one item for each prompt, with the
+    settings of this prompt. `tally` counts the saved and the failed images.
     """
     quiet = command.quiet or ranks.Share.from_environment().rank > 0
 
@@ -73,12 +74,13 @@ def draw(
     quiet: bool,
     say: Callable[..., None],
 ) -> None:
-    """Loads the model, plans the jobs (one per image), and runs them. With --list-tokens, prints
-    the tokens of the prompts instead.
+    """Loads the model, plans the jobs (one per image) and runs them. With the option --list-tokens,
+    prints the tokens of the prompts instead.
 
-    `command` holds the settings of the whole run, and `lines` one request (the settings of one
-    prompt) per prompt. The numbers of saved and failed images are counted in `tally`. `hold` locks
-    the output folder. `quiet` turns the progress bar off, and `say` prints notes for the user.
+    `command` holds the settings of the whole run. `lines` has one item for each prompt, with the
+    settings of this prompt. `tally` counts the saved and the failed images. `hold` is the object
+    that locks the output folder. If `quiet` is True, there is no progress bar. `say` is a function
+    that prints a note for the user.
     """
     if command.out.is_dir() and not command.list_tokens:
         hold.take()  # before the minutes of loading; `run` locks a folder that does not exist yet
@@ -112,9 +114,10 @@ def draw(
 
 
 def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..., None]) -> None:
-    """Draws a preview of the layout of each of `lines` (the requests, one per prompt), at the size
-    that the image would have, and writes it to the folder extra/ of the output folder. Prints the
-    paths with `say`. No model is loaded."""
+    """Draws a preview of the layout of each prompt, without loading a model. `lines` has one item
+    for each prompt, with the prompt's settings. A preview has the size that the image would have.
+    It is written into the folder extra/ in the output folder, and its path is printed with the
+    function `say`."""
     from minsd.image import save
     from minsd.noise.layout import preview
 
@@ -131,9 +134,9 @@ def preview_layouts(command: Command, lines: Sequence[Request], say: Callable[..
 
 
 def model_size(model: str) -> int:
-    """Returns the default side, in pixels, of the images of a model (a name, folder, file or hub
-    id), without loading the model. Returns 512 if that side is not known before loading, as for a
-    model in a single file."""
+    """Returns the default side of a model's images, in pixels, without loading the model. `model`
+    is a name, a folder, a file or a hub id. Returns 512 if the side is known only after loading, as
+    for a single file."""
     from minsd.config import CELL, LARGEST, MODELS
 
     if model in MODELS:
@@ -146,7 +149,8 @@ def model_size(model: str) -> int:
 
 
 def list_tokens(text: Any, prompt: str) -> None:
-    """Prints the tokens of a prompt with their positions. `text` is the model's text encoder."""
+    """Prints the tokens of a prompt, one per line, with their positions. `text` is the model's text
+    encoder."""
     for position, token in enumerate(text.tokens(prompt)):
         line = f"{position:3d}  {printable(token)}"
         encoding = sys.stdout.encoding or "utf-8"  # may lack characters of the prompt
@@ -154,9 +158,9 @@ def list_tokens(text: Any, prompt: str) -> None:
 
 
 def _end(tally: Tally) -> int:
-    """Returns the exit code of a run that was not interrupted: 0 if all images are done, 2 if the
-    only image failed by a mistake of the user, otherwise 1. If several images were wanted and some
-    failed, also prints how many."""
+    """Returns the exit code of a run that came to its end: 0 if all images are done; 2 if only one
+    image was asked for and it failed by a mistake of the user; otherwise 1. If several images were
+    asked for and some failed, prints how many failed."""
     if not tally.failed:
         return 0
     if tally.single:  # its error was printed, and needs no count
@@ -170,8 +174,9 @@ def _end(tally: Tally) -> int:
 
 
 def _report(error: Exception, tally: Tally) -> int:
-    """Prints an error that ended the run, as one line, and returns the exit code: 2 for a mistake
-    of the user, otherwise 1. If several processes share the run, each prints its own errors."""
+    """Prints `error`, which ended the run, as one line. Returns the exit code: 2 if the error is a
+    mistake of the user, otherwise 1. If `tally` knows how many images were asked for, the line also
+    states how many are done."""
     message = reason(error)
     if tally.wanted:
         message = f"{tally.made} of {tally.wanted} images are done; {message}"
@@ -180,11 +185,12 @@ def _report(error: Exception, tally: Tally) -> int:
 
 
 def script() -> int:
-    """Runs the command line of this process as a program and returns its exit code. SIGTERM, which
-    torchrun, Slurm and timeout send to end a run, stops the run as Ctrl-C does.
+    """Runs the command line of this process as a program and returns its exit code. The signal
+    SIGTERM, which torchrun, Slurm and timeout send, stops the run like Ctrl-C.
 
-    If the first of several arguments is `judge` or `compare`, another program runs (minsd/judge.py
-    or minsd/app/study.py). As the only argument, either word is a prompt.
+    If there are several arguments and the first one is `judge` or `compare`, another program runs:
+    minsd/judge.py or minsd/app/study.py. If either word is the only argument, it is a prompt. If
+    the first argument is `web`, the page of minsd/app/web.py is served.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # OpenMP's threads spin while they wait, which takes the processor from other work. torch reads

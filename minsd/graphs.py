@@ -40,7 +40,8 @@ Pool = Any  # the handle that torch.cuda.graph_pool_handle returns
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """Returns a list of the tensors in nested dicts, lists and tuples, in order."""
+    """Returns the tensors in nested dicts, lists and tuples as one list, in the order in which they
+    occur."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -51,9 +52,9 @@ def tensors_of(value: object) -> list[Tensor]:
 
 
 def signature_of(value: Any) -> Hashable:
-    """Returns a hashable key that is equal for two values if one graph can serve both. The key
-    consists of the value's structure (dicts, lists and tuples), the shapes, dtypes and devices of
-    its tensors, and all other values in it."""
+    """Returns a hashable key for the arguments of a call. Two calls with equal keys can use the
+    same CUDA graph. The key consists of the structure of `value` (nested dicts, lists and tuples),
+    the shape, dtype and device of each tensor in it, and all other values in it."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
@@ -64,8 +65,8 @@ def signature_of(value: Any) -> Hashable:
 
 
 def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """Returns a copy of nested dicts, lists and tuples in which each tensor, in order, is replaced
-    by the next tensor of the iterator `tensors`."""
+    """Returns a copy of `value`, nested dicts, lists and tuples, with other tensors: the first
+    tensor in it is replaced by the first item of `tensors`, the second by the second, and so on."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, dict):
@@ -76,10 +77,10 @@ def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def own_copy(y: Tensor) -> Tensor:
-    """Returns a detached copy of y, of any shape, in memory of its own.
+    """Returns a copy of the tensor y, detached from autograd and in memory of its own.
 
-    The copy has the strides of y, since torch.compile generates code for these. If y is expanded
-    (several elements share memory by a stride of 0), the copy is dense instead.
+    The copy has the same strides as y, because code from torch.compile depends on them. If y is
+    expanded (has a stride of 0), the copy is contiguous instead.
     """
     if any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())):
         return y.detach().clone()
@@ -87,20 +88,21 @@ def own_copy(y: Tensor) -> Tensor:
 
 
 def cloned(value: Any) -> Any:
-    """Returns a copy of nested lists and tuples of tensors. Every tensor in the copy has memory of
-    its own."""
+    """Returns a copy of `value`, nested lists and tuples of tensors, in which every tensor has
+    memory of its own."""
     return replaced(value, iter([y.clone() for y in tensors_of(value)]))
 
 
 def capture(
     run: Callable[[], Any], pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], Any]:
-    """Captures `run`, a function without arguments, as a CUDA graph. Returns (replay, output): a
-    function that replays the graph, and the output of `run`, which every replay overwrites.
+    """Captures one call of `run`, a function without arguments, as a CUDA graph. Returns (replay,
+    output): a function that replays the graph, and the output of `run`, whose tensors every replay
+    overwrites.
 
-    Graphs with the same memory pool `pool` share the memory of their intermediate results, so they
-    must run one after the other. `stream` is a stream of the network's own device, the same for all
-    captures (`capture_stream`).
+    `pool` is a memory pool for intermediate results. Graphs with the same pool overwrite each
+    other's results, so they must run one after the other. `stream` is the stream that
+    `capture_stream` returns for the network's device.
     """
     assert stream is not None
     graph = torch.cuda.CUDAGraph()
@@ -112,13 +114,12 @@ def capture(
 
 
 def warm_up(run: Callable[[], list[Tensor]], x: Tensor) -> None:
-    """Calls `run` once, and computes the gradient of each of its outputs with respect to the leaf
-    tensor x once.
+    """Prepares a capture: calls `run` once and computes the gradient of its outputs with respect to
+    the leaf tensor x once.
 
-    A capture must not compile kernels, and must not set up cuBLAS in autograd's thread. This
-    function makes both happen before the capture. Earlier evaluations may not have done so: they
-    may have computed no gradient, because the losses were within their limits, or the gradients of
-    some of the outputs only.
+    During a capture, no kernel may be compiled and cuBLAS may not be set up in autograd's thread.
+    After this call both have happened. Earlier calls of the network cannot be relied on for this,
+    because they may have computed no gradients, or those of some outputs only.
     """
     with torch.enable_grad():
         outputs = run()
@@ -128,13 +129,13 @@ def warm_up(run: Callable[[], list[Tensor]], x: Tensor) -> None:
 def capture_gradient(
     run: Callable[[], list[Tensor]], x: Tensor, pool: Pool, stream: torch.cuda.Stream | None
 ) -> tuple[Callable[[], None], list[Tensor], Callable[[], None], list[Tensor], Tensor]:
-    """Captures two graphs: of `run`, a function of the leaf tensor x with several outputs, and of
-    its vector-Jacobian product with respect to x.
+    """Captures two CUDA graphs: one of `run`, a function that computes several outputs from the
+    leaf tensor x, and one of its gradient with respect to x (a vector-Jacobian product).
 
     Returns (replay, outputs, replay_back, given, gradient). `replay` writes to `outputs`.
-    `replay_back` reads the gradients of the outputs from `given`, and writes the gradient of x to
-    `gradient`. `replay_back` must directly follow `replay`, because other graphs of the memory pool
-    `pool` may overwrite the activations. `stream` is as in `capture`.
+    `replay_back` reads the gradients of the outputs from `given` and writes the gradient of x to
+    `gradient`. Call `replay_back` directly after `replay`, because other graphs with the same
+    memory pool may overwrite the intermediate results. `pool` and `stream` are those of `capture`.
     """
     with torch.enable_grad():
         replay, outputs = capture(run, pool, stream)
@@ -145,23 +146,23 @@ def capture_gradient(
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns the stream on which all graphs of a device are captured. Every call for the device
-    returns the same stream, because cuBLAS keeps up to 32 MB for each stream on which it was
-    captured, and never frees this memory."""
+    """Returns the CUDA stream on which all graphs of a device are captured. It is the same one in
+    every call, because cuBLAS reserves up to 32 MB for each stream on which it was captured, and
+    never frees them."""
     return torch.cuda.Stream(device)
 
 
 def empty_cache() -> None:
-    """Gives memory that PyTorch has reserved on the GPU but does not use back to the device. Does
-    nothing without a GPU, or after a failed capture, when PyTorch would end in an internal error.
-    """
+    """Frees unused GPU memory that PyTorch has reserved, so that others can use it. Does nothing if
+    there is no GPU, or if a capture has failed in this process, because PyTorch would then end in
+    an internal error."""
     if torch.cuda.is_available() and not broken:
         torch.cuda.empty_cache()
 
 
 def give_up(error: Exception) -> None:
-    """Drops all graphs of the process after a capture failed with `error`, prints a warning with
-    the first line of the error, and prevents further captures."""
+    """Ends the use of CUDA graphs in this process, because a capture failed with `error`: drops all
+    graphs, prevents further captures, and warns with the first line of the error message."""
     global broken
     broken = True
     for graphs in list(_living):
@@ -172,8 +173,8 @@ def give_up(error: Exception) -> None:
 
 @dataclass
 class Graph:
-    """One captured evaluation. Calling the object with the input tensors of an evaluation copies
-    them into the graph's own inputs, replays the graph, and returns a copy of the output."""
+    """A CUDA graph of one evaluation of a network. Calling this object with a list of input tensors
+    copies them into the graph's own inputs, replays the graph, and returns a copy of the output."""
 
     inputs: list[Tensor]  # read by every replay
     sources: list[tuple[Tensor, int]]  # the tensor last copied into each input, and its version
@@ -191,8 +192,9 @@ class Graph:
 
 @dataclass
 class GradientGraph(Graph):
-    """One captured evaluation with several outputs, together with its captured vector-Jacobian
-    product with respect to the first input."""
+    """CUDA graphs of one evaluation of a network with several outputs, and of its gradient. The
+    gradient is that of the first input, given the gradients of the outputs (a vector-Jacobian
+    product)."""
 
     replay_back: Callable[[], None]
     given: list[Tensor]  # gradients of the outputs, read by every replay back
@@ -206,7 +208,8 @@ class GradientGraph(Graph):
 
 
 class _Replayed(torch.autograd.Function):
-    """A `GradientGraph` as a differentiable function of its first input, x."""
+    """An autograd function that replays a `GradientGraph`. Only its first input, x, gets a
+    gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, graphs: "Graphs", graph: GradientGraph, tensors: list[Tensor]) -> Any:
@@ -224,16 +227,16 @@ class _Replayed(torch.autograd.Function):
 
 
 class Graphs:
-    """Replaces a network's `forward` by replays of CUDA graphs.
+    """Replaces the `forward` of the network `module` by replays of CUDA graphs.
 
-    There is one graph per input signature (structure, shapes, dtypes). It is captured when the
-    signature occurs for the second time. The first evaluation runs without a graph, because it
-    compiles kernels and chooses algorithms, which a capture must not do, and because a signature
-    that does not recur is not worth a graph. If GPU memory runs out during an evaluation without a
-    graph, all graphs are released and the evaluation is repeated.
+    Each input signature (structure, shapes and dtypes of the inputs) has a graph of its own. It is
+    captured when the signature occurs for the second time. The first time, the network runs without
+    a graph, because it compiles kernels and chooses algorithms, which must not happen during a
+    capture. If GPU memory runs out while the network runs without a graph, all graphs are released
+    and the network runs again.
 
-    `gradients` states whether graphs also serve evaluations within a block of `differentiating`,
-    whose attention maps are differentiated.
+    If `gradients` is True, there are also graphs for attention maps and their gradients, which are
+    used within a `differentiating` block.
     """
 
     def __init__(self, module: nn.Module, gradients: bool = True):
@@ -258,26 +261,25 @@ class Graphs:
 
     @property
     def held(self) -> int:
-        """Returns the bytes reserved for the graphs of all networks on this network's device. The
-        rest of the program cannot use that memory."""
+        """Returns the number of bytes of GPU memory that are reserved for graphs, those of this
+        network and of all others on its device. Nothing else can use this memory."""
         return sum(graphs.own for graphs in self._beside())
 
     def _beside(self) -> list["Graphs"]:
-        """Returns the `Graphs` objects of all networks on this network's device: of this network,
-        and for example of ControlNets."""
+        """Returns the `Graphs` objects of all networks on the same device as this network, its own
+        included. The others are those of ControlNets, for example."""
         return [graphs for graphs in _living if graphs.device == self.device]
 
     def release(self) -> None:
-        """Releases the graphs of all networks on this network's device, and gives their memory back
-        to the device. Call this method if other work needs the memory, or if a network has changed.
-        """
+        """Releases the graphs of all networks on the same device as this network, and frees their
+        memory. Call this method when other work needs the memory, or when a network has changed."""
         for graphs in self._beside():
             graphs.let_go()
         empty_cache()
 
     def let_go(self) -> None:
-        """Drops this network's graphs. Their memory stays reserved by PyTorch until `empty_cache`
-        is called."""
+        """Drops the graphs of this network only. PyTorch keeps their memory reserved until
+        `empty_cache` is called."""
         if self.graphs and torch.cuda.is_available():
             # A replay may still be running. Before PyTorch unmaps an expandable segment, it waits for
             # the capture's stream only, and the replay may run on another. After a failed capture
@@ -292,8 +294,8 @@ class Graphs:
     def __call__(
         self, x: Tensor, t: int | float | Tensor, context: Any, *rest: Any, record: Any = None, **more: Any
     ) -> Any:
-        """Evaluates the network, by replaying a graph if one can serve the call, otherwise by the
-        network's own `forward`. Arguments and result are those of `UNet.forward` or
+        """Evaluates the network: replays a graph if there is one for this call, and otherwise runs
+        the network's own `forward`. Arguments and result are those of `UNet.forward` or
         `ControlNet.forward`."""
         if not torch.is_tensor(t):  # a graph would keep a number as a constant
             t = torch.full((), t, device=x.device, dtype=torch.float32)
@@ -327,10 +329,10 @@ class Graphs:
         return None
 
     def _can(self, tensors: list[Tensor], look: bool) -> bool:
-        """Returns whether a graph may serve a call with the inputs `tensors`, of which latents x
-        are the first. `look` states whether the call records attention maps that are
-        differentiated. Then x, and no other input, must require a gradient. Otherwise no input may
-        require one."""
+        """Returns True if a graph may be used for a call whose inputs are `tensors`, with the
+        latents x as the first. `look` states whether the call records attention maps to be
+        differentiated. If it does, x must require a gradient, and no other input may. If it does
+        not, no input may require a gradient."""
         if broken or self._hooked(look):
             return False
         differentiated = [y for y in tensors if y.requires_grad] if torch.is_grad_enabled() else []
@@ -342,9 +344,9 @@ class Graphs:
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
     def _hooked(self, look: bool) -> bool:
-        """Returns whether a part of the network has hooks, such as those of an adapter. Hooks are
-        Python functions, which a replay would skip. Backward hooks count only with `look`, which
-        states that attention maps are recorded and differentiated."""
+        """Returns True if a part of the network has hooks, such as those of an adapter. Hooks are
+        Python functions, and a replay would not call them. Backward hooks count only if `look` is
+        True, that is, if the call records attention maps to be differentiated."""
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return True
         if look and (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks):
@@ -359,10 +361,10 @@ class Graphs:
     def _captured(
         self, key: Hashable, arguments: tuple[Any, ...], tensors: list[Tensor], record: Any
     ) -> bool:
-        """Captures a graph and stores it under `key`, the signature of the inputs. Returns whether
-        that succeeded. `arguments` are the positional and keyword arguments of the call, and
-        `tensors` the tensors in them. With a recorder `record`, the graph computes attention maps
-        and their gradient."""
+        """Captures a graph for a call and stores it under `key`, the call's signature. Returns True
+        if this succeeded. `arguments` are (positional, keyword) arguments of the call, and
+        `tensors` all tensors in them. If a recorder `record` is given, the graph computes attention
+        maps and their gradient."""
         if len(self.graphs) >= LIMIT:
             self.let_go()
         device = tensors[0].device
@@ -405,8 +407,9 @@ class Graphs:
         return True
 
     def _plainly(self, *arguments: Any, **more: Any) -> Any:
-        """Runs the network without a graph and returns its output. If memory runs out while any
-        network on the device has graphs, releases all graphs and runs the network once more."""
+        """Runs the network without a graph and returns its output. If GPU memory runs out and there
+        are graphs, those of any network on this device, releases them and runs the network once
+        more."""
         try:
             return self.run(*arguments, **more)
         except torch.cuda.OutOfMemoryError:
@@ -420,9 +423,10 @@ _living: WeakSet[Graphs] = WeakSet()
 
 
 def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> Graphs | None:
-    """Makes a network run its evaluations by replaying CUDA graphs, and returns its `Graphs`
-    object. With `on` False, makes the network run without graphs again, and returns None.
-    `gradients` states whether graphs also serve evaluations within a block of `differentiating`."""
+    """Makes a network use CUDA graphs, or, if `on` is False, makes it run without them again.
+    Returns the network's `Graphs` object, or None if `on` is False. If `gradients` is True, there
+    are also graphs for attention maps and their gradients, which are used within a
+    `differentiating` block."""
     graphs = graphs_of(network)
     if graphs is not None:
         graphs.release()
@@ -435,17 +439,17 @@ def use_graphs(network: nn.Module, on: bool = True, gradients: bool = True) -> G
 
 
 def graphs_of(network: Any) -> Graphs | None:
-    """Returns the `Graphs` object of a network, or None if the network does not use graphs."""
+    """Returns the `Graphs` object of a network, or None if the network does not use CUDA graphs."""
     forward = getattr(network, "forward", None)
     return forward if isinstance(forward, Graphs) else None
 
 
 @contextlib.contextmanager
 def differentiating(network: Any) -> Iterator[None]:
-    """Within the `with` block, CUDA graphs also serve evaluations of `network` that end after their
-    attention maps, and the gradients of these maps with respect to the latents. Does nothing if the
-    network has no graphs. In the block, the gradient of an evaluation must be computed before the
-    network runs again, and only once."""
+    """Within the `with` block, CUDA graphs are also used to compute attention maps of `network` and
+    their gradients with respect to the latents. This concerns evaluations that end after their
+    attention maps. The gradient of such an evaluation must be computed before the network runs
+    again, and only once. If the network has no graphs, the block runs as it would without them."""
     graphs = graphs_of(network)
     if graphs is None or not graphs.gradients:
         yield

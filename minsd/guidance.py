@@ -25,12 +25,10 @@ TextKV = dict[
 
 
 class Model(Protocol):
-    """The part of `StableDiffusion` that noise methods use. Noise methods cannot import
-    `StableDiffusion`, because minsd/pipeline.py, which defines it, imports from noise/.
-
-    The networks have type `Any`, because other objects may replace them, such as a `Controlled` for
-    the UNet.
-    """
+    """A protocol: the part of `StableDiffusion` that noise methods use. They cannot import
+    `StableDiffusion` itself, because minsd/pipeline.py, where it is defined, imports from noise/.
+    The networks have type `Any`, because other objects may stand in for them, such as a
+    `Controlled` for the UNet."""
 
     config: ModelConfig
     unet: Any
@@ -54,9 +52,9 @@ class Model(Protocol):
 
 @contextmanager
 def counted(unet: Any) -> Iterator[list[int]]:
-    """Yields a list that counts UNet evaluations. Within the `with` block, every evaluation of
-    `unet` appends its number of rows (its batch size) to the list. A guided evaluation has two rows
-    per image. An evaluation that gradient checkpointing repeats is counted again."""
+    """Counts UNet evaluations within the `with` block. Yields a list, to which every evaluation of
+    `unet` appends its batch size. A guided evaluation has two rows per image. An evaluation that
+    gradient checkpointing repeats is counted again."""
     rows: list[int] = []
     with evaluations(unet, rows.append):
         yield rows
@@ -64,7 +62,8 @@ def counted(unet: Any) -> Iterator[list[int]]:
 
 @contextmanager
 def evaluations(unet: Any, begin: Callable[[int], object]) -> Iterator[None]:
-    """Within the `with` block, calls `begin(rows)` before every UNet evaluation."""
+    """Within the `with` block, calls begin(rows) before every evaluation of `unet`; `rows` is the
+    evaluation's batch size."""
     handle = unet.register_forward_pre_hook(lambda module, inputs: begin(len(inputs[0])))
     try:
         yield
@@ -73,12 +72,12 @@ def evaluations(unet: Any, begin: Callable[[int], object]) -> Iterator[None]:
 
 
 def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedule) -> Tensor:
-    """Converts the network's output (B,4,h,w) for latents x at timestep t into predicted noise. The
-    output is noise or v, as the schedule's `prediction_type` states.
+    """Converts the output (B,4,h,w) of a network for latents x at timestep t into predicted noise.
+    The output is noise or v; `schedule.prediction_type` states which.
 
-    A v-predicting network (Salimans & Ho 2022) returns v = sqrt(abar) eps - sqrt(1 - abar) x0,
-    where abar is the cumulative product of 1 - beta at t. Since x = sqrt(abar) x0 + sqrt(1 - abar)
-    eps, the noise is eps = sqrt(abar) v + sqrt(1 - abar) x.
+    v is sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022), where abar is the cumulative
+    product of 1 - beta at t. Since x is sqrt(abar) x0 + sqrt(1 - abar) eps, the noise is eps =
+    sqrt(abar) v + sqrt(1 - abar) x.
     """
     if schedule.prediction_type == "epsilon":
         return output
@@ -87,14 +86,14 @@ def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedul
 
 
 def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV]:
-    """Prepares texts for the network. Returns a function texts(n) that returns the context of a
-    batch for n images: n rows for the first of `contexts`, then n rows for the next, and so on.
-    Each of `contexts` is text states, (n,77k,D), or (1,77k,D) for all images.
+    """Prepares texts for the network. `contexts` lists text states, (n,77k,D) for n images or
+    (1,77k,D) for all images. Returns a function texts(n) that makes the context of a batch: n rows
+    for the first item of `contexts`, then n rows for the next item, and so on.
 
-    The context is a dict of keys and values (`UNet.text_kv`), which are computed once for all
-    steps, and, if every one of `contexts` has one row, once for all images. If text states require
-    a gradient, the context is the text states themselves, because every step then needs its own
-    autograd graph of the keys and values.
+    The context is a dict of keys and values (`UNet.text_kv`), computed once for all steps. It is
+    computed once for all images too if every item of `contexts` has one row only. If text states
+    require a gradient, the context is the text states themselves, because each step then needs an
+    autograd graph of its own.
     """
     known: dict[int, TextKV] = {}
 
@@ -119,10 +118,10 @@ def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV
 
 
 def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
-    """Makes a predictor predict(x, t) -> eps (the noise-prediction function that a sampler calls)
-    from the network and one text, without guidance. `context` is text states (B,77n,D), or
-    (1,77n,D) for all images of the batch. `schedule` states whether the network predicts noise or
-    v."""
+    """Makes a predictor for one text, without guidance. The predictor is a function predict(x, t)
+    that returns the noise in latents x at timestep t; samplers call it. `context` is text states,
+    (B,77n,D) or, for all images of the batch, (1,77n,D). `schedule` states whether the network
+    `unet` predicts noise or v."""
     texts = _texts(unet, [context])
 
     def predict(x: Tensor, t: int | float) -> Tensor:
@@ -132,10 +131,14 @@ def conditional(unet: Any, context: Tensor, schedule: Schedule) -> Predictor:
 
 
 def distilled(unet: Any, context: Tensor, guidance_scale: float, schedule: Schedule) -> Predictor:
-    """Makes a predictor predict(x, t) -> eps from a network that takes the guidance scale as an
-    input (a distilled latent consistency model). `context` is text states (B,77n,D), or (1,77n,D)
-    for all images of the batch. After each call the network gets its usual scale again, for other
-    callers."""
+    """Makes a predictor from a network that takes the guidance scale as an input (a distilled
+    latent consistency model). The predictor is a function predict(x, t) that returns the noise in
+    latents x at timestep t. `context` is text states, (B,77n,D) or, for all images of the batch,
+    (1,77n,D). `schedule` states whether the network predicts noise or v.
+
+    During each call, the network runs at `guidance_scale`. After it, the network has its usual
+    scale again, because others may call it too.
+    """
     plain = conditional(unet, context, schedule)
     usual, asked = (unet.guidance_of(scale) for scale in (DISTILLED_SCALE, guidance_scale))
 
@@ -152,14 +155,14 @@ def distilled(unet: Any, context: Tensor, guidance_scale: float, schedule: Sched
 def classifier_free(
     unet: Any, cond: Tensor, uncond: Tensor, guidance_scale: float, schedule: Schedule
 ) -> Predictor:
-    """Makes a predictor predict(x, t) -> eps with classifier-free guidance, eps = u + g (c - u) (Ho
-    & Salimans 2022), where u is the prediction for `uncond`, c the prediction for `cond`, and g is
-    `guidance_scale`. u and c are computed in one batch. At g = 1 only c is computed. A distilled
-    network (a latent consistency model with a guidance embedding) takes g as an input instead, and
-    only c is computed.
+    """Makes a predictor with classifier-free guidance (Ho & Salimans 2022). The predictor is a
+    function predict(x, t) that returns the noise in latents x at timestep t: u + g (c - u), where u
+    is the noise predicted for `uncond`, c the noise predicted for `cond`, and g is
+    `guidance_scale`. `cond` and `uncond` are text states, (B,77n,D) or, for all images of the
+    batch, (1,77n,D). `schedule` states whether the network predicts noise or v.
 
-    `cond` and `uncond` are text states (B,77n,D), or (1,77n,D) for all images of the batch.
-    `schedule` states whether the network predicts noise or v.
+    u and c are computed in one batch. If g is 1, only c is computed. A distilled network, which
+    takes g as an input, also computes c only.
     """
     if getattr(getattr(unet, "config", None), "guidance_dim", 0):
         return distilled(unet, cond, guidance_scale, schedule)

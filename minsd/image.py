@@ -30,15 +30,16 @@ FORMATS = "PNG JPEG MPO WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA QOI ICO SGI"
 
 
 def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.Image:
-    """Reads an image file of any common kind. Returns an upright image without transparency; of a
-    file with several frames, the first.
+    """Reads an image file of any common kind. Returns an upright image without transparency. If the
+    file has several frames, returns the first one and warns.
 
-    The image is in mode "RGB". If the file is greyscale with more than 8 bits, as depth maps are,
-    the mode is "F" (one channel, values 0..255). Transparent images are laid on the colour `on`,
-    such as "white"; if `on` is None, the alpha channel is dropped, as diffusers does. `what` is the
-    word for the file in error messages, such as "control image". Warns if the file has more than
-    one frame. Raises FileNotFoundError if the file is missing, and ValueError if it cannot be read,
-    each with a message of one line.
+    The image has mode "RGB", or mode "F" (one channel, values 0 to 255) if the file is greyscale
+    with more than 8 bits, as depth maps are. Transparent images are laid on a background of the
+    colour `on`, such as "white". If `on` is None, the alpha channel is dropped instead, as in
+    diffusers.
+
+    Raises FileNotFoundError if the file is missing, and ValueError if it cannot be read. The error
+    message is one line, and calls the file `what`, such as "control image".
     """
     Image.init()
     try:
@@ -65,14 +66,15 @@ def read(path: str | Path, on: str | None = None, what: str = "image") -> Image.
 
 
 def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
-    """Converts a Pillow image to mode "RGB", or, if the image has one channel of more than 8 bits,
-    to mode "F" (one channel of floats) with values 0..255.
+    """Converts a Pillow image to mode "RGB". An image with one channel of more than 8 bits becomes
+    mode "F" instead: one channel of floats, scaled so that black is 0 and white 255.
 
-    White is 65535 in 16-bit images. Wider types do not define white, and programs write 8-bit and
-    16-bit values into them. So white is the upper end of the smallest range that holds all values:
-    0..1 (floating point only), 0..255, 0..65535, 0..2^31 - 1 (integers only). Raises ValueError for
-    values that fit no range. `file_format` is Pillow's name of the format that the image was read
-    from; it is needed if the image object no longer has this name.
+    In a 16-bit image, white is 65535. Other types (32-bit integers, floats) do not define white.
+    There it is the end of the first range that holds all values of the image: 0 to 1 (floats only),
+    0 to 255, 0 to 65535, 0 to 2^31 - 1 (integers only). Raises ValueError if no range holds them.
+
+    `file_format` is Pillow's name of the file format that the image was read from. Give it if
+    `picture.format` is no longer set.
     """
     if picture.info.get(SCALED):
         return picture
@@ -95,8 +97,8 @@ def levels(picture: Image.Image, file_format: str | None = None) -> Image.Image:
 
 
 def to_tensor(pictures: Sequence[Image.Image]) -> "Tensor":
-    """Converts images of one size to a tensor (B,3,H,W), float32, in -1..1. Raises ValueError if
-    their sizes differ."""
+    """Converts images of the same size to a tensor (B,3,H,W), float32, with values from -1 to 1.
+    Raises ValueError if their sizes differ."""
     import torch
 
     if len({p.size for p in pictures}) != 1:
@@ -111,20 +113,22 @@ def to_tensor(pictures: Sequence[Image.Image]) -> "Tensor":
 
 
 def from_tensor(x: "Tensor") -> list[Image.Image]:
-    """Converts a tensor (B,3,H,W) in about -1..1 to B images. Values outside -1..1 are clipped."""
+    """Converts a tensor (B,3,H,W) with values from -1 to 1 to B images. Values beyond this range
+    are clipped."""
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Crops an image about its centre so that its proportions are those of width x height, and
-    scales it to width x height pixels."""
+    """Scales an image to `width` x `height` pixels. An image of other proportions is cropped first,
+    by the same amount on opposite sides."""
     return ImageOps.fit(levels(picture), (width, height), Image.Resampling.LANCZOS)
 
 
 def parameters(settings: dict[str, Any]) -> str:
-    """Returns the settings of an image in AUTOMATIC1111's text form, which other Stable Diffusion
-    tools read and write. `settings` is the dict that minsd writes into the image's metadata."""
+    """Returns the settings of an image as text in the form of AUTOMATIC1111's web UI, which other
+    Stable Diffusion programs read. `settings` is the dict that minsd writes into the image's
+    metadata."""
     control = None
     if settings.get("control_image"):
         net = Path(settings["controlnet"]).stem
@@ -147,20 +151,23 @@ def parameters(settings: dict[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """Returns a value as text for the settings line of AUTOMATIC1111's web UI: as a JSON string if
-    it contains a comma, a colon, a quotation mark or a line break, otherwise as it is."""
+    """Returns `value` as text for the line of settings in the form of AUTOMATIC1111's web UI. A
+    text with a comma, a colon, a quotation mark or a line break becomes a JSON string; any other
+    stays as it is."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 
 
 def _lora_tag(reference: str) -> str:
-    """Converts FILE:SCALE to the form that other tools write in a prompt, <lora:NAME:SCALE>."""
+    """Converts `reference`, the text FILE:SCALE for a LoRA, to <lora:NAME:SCALE>, the form that
+    other programs write in prompts."""
     path, scale = split_scale(reference)
     return f"<lora:{path.stem}:{scale:g}>"
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG file completely or not at all. Creates its folder if the folder is missing."""
+    """Writes an image to the PNG file `path`. Creates the file's folder if it is missing. If
+    writing is interrupted, no incomplete file is left at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.temporary(path.parent) as file:
         picture.save(file, format="PNG")
@@ -173,12 +180,14 @@ def save_numbered(
     settings: dict[str, Any],
     before: Callable[[Path], None] = lambda path: None,
 ) -> Path:
-    """Writes an image as `NNNNN-SEED.png`, with its settings as metadata, completely or not at all.
-    Returns its path. NNNNN is one above the highest number in the folder. SEED is the seed that the
-    user gave, even if minsd then chose the noise of another seed.
+    """Writes an image to a PNG file in `folder`, with `settings` as metadata. If writing is
+    interrupted, no incomplete file is left. Returns the file's path.
 
-    `before(path)` is called just before the image appears under its name. It is for saving the
-    files that belong to the image, so that there is never an image without them.
+    The file is called NNNNN-SEED.png. NNNNN is one above the highest number in the folder. SEED is
+    the seed that the user asked for, even if minsd has chosen the noise of another seed instead.
+
+    `before(path)` is called just before the file appears under its name. Use it to save other files
+    that belong to the image, so that the image is never there without them.
     """
     with written(picture, folder, settings) as file:
         return place(file, folder, settings, before)
@@ -186,8 +195,9 @@ def save_numbered(
 
 @contextlib.contextmanager
 def written(picture: Image.Image, folder: Path, settings: dict[str, Any]) -> Iterator[BinaryIO]:
-    """Writes an image with its settings to a temporary file in the folder, and yields the open
-    file. The file is deleted at the end of the block unless `place` has given it its final name."""
+    """Writes an image, with `settings` as metadata, to a temporary PNG file in `folder`. Yields the
+    open file. At the end of the `with` block the file is deleted, unless the function `place` has
+    given it its final name."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, files.dumps(settings))
     info.add_itxt("parameters", files.encodable(parameters(settings)))
@@ -203,14 +213,14 @@ def place(
     before: Callable[[Path], None] = lambda path: None,
     synced: bool = False,
 ) -> Path:
-    """Moves a temporary PNG file to its final name NNNNN-SEED.png in `folder`, and returns its
-    path. NNNNN is one above the highest number in the folder, and SEED is the seed in `settings`.
-    `before(path)` is called just before the move. `synced` means that the file has been synced to
-    the disk already.
+    """Gives a temporary PNG file (from `written`) its final name in `folder`, and returns its path.
+    The name is NNNNN-SEED.png: NNNNN is one above the highest number in the folder, and SEED is the
+    seed that the user asked for, according to `settings`. `before(path)` is called just before the
+    file gets this name. Set `synced` if the file has been synced to the disk already.
 
-    The folder may hold millions of images. So the highest number is taken from the folder's lock
-    file, which contains the name of the last image. The folder is listed only if there is no such
-    image.
+    The highest number is read from the folder's lock file, which contains the name of the last
+    image, because listing a folder of millions of images is slow. The folder is listed only if the
+    last image is unknown or missing.
     """
     with files.locked(folder) as last:
         name = "" if last is None else last.read(300).decode("ascii", "replace")
@@ -244,7 +254,7 @@ COUNTED = re.compile(r"\d{1,12}-\d{1,19}\.png", re.ASCII)
 
 
 def number(name: str) -> int:
-    """Returns the number NNNNN of an image's file name NNNNN-SEED.png as an integer."""
+    """Returns the number NNNNN in an image's file name NNNNN-SEED.png."""
     return int(name.rpartition("-")[0])
 
 
@@ -252,9 +262,9 @@ def number(name: str) -> int:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings that minsd wrote into an image's metadata. Decodes the whole image, to
-    find out whether it is damaged. Raises FileNotFoundError if there is no image, and ValueError if
-    it cannot be read or has no settings."""
+    """Returns the settings that minsd has written into an image's metadata. Also decodes the whole
+    image, to find damage. Raises FileNotFoundError if there is no file, and ValueError if the file
+    cannot be read or has no settings."""
     read(path)
     try:
         with Image.open(path, formats=["PNG"]) as picture:
@@ -267,14 +277,14 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def verified(path: Path, whole: bool = False) -> dict[str, Any]:
-    """Returns the settings of a complete image that minsd wrote. Raises ValueError or OSError for
-    any other file.
+    """Checks that a file is a complete image by minsd, and returns the settings in its metadata.
+    Raises ValueError or OSError if it is not.
 
-    Checks the PNG's signature, its chunks up to IEND and their checksums, and that the image has
-    the size given in its settings. In files above 256 KiB the checksums of image data are checked
-    only in the first and the last chunk, because a write that was cut off damages the end. The
-    pixels are decoded too if `whole` is true, or if the settings are compressed. Minsd writes them
-    uncompressed, but another program that saved the image again may have compressed them.
+    The check covers the PNG's signature, its chunks and their checksums, and the image's size,
+    which must be that in the settings. In a file of more than 256 KiB, the checksums of image data
+    are checked in the first and the last chunk only, because an interrupted write damages the end.
+    The pixels are decoded if `whole` is True, or if the settings are compressed, which they are
+    only if another program has saved the image again.
     """
     size, text = _scan(path)
     settings = read_settings(path) if whole or text is None else _parsed(text, path)
@@ -284,8 +294,8 @@ def verified(path: Path, whole: bool = False) -> dict[str, Any]:
 
 
 def _parsed(text: str | bytes, path: Path) -> dict[str, Any]:
-    """Parses `text`, the settings in the metadata of the image at `path`. Raises ValueError if they
-    are not a JSON object."""
+    """Parses `text`, the settings in an image's metadata. Raises ValueError, naming the image
+    `path`, if they are not a JSON object."""
     try:
         settings = files.parse_json(text)
     except ValueError as error:
@@ -301,9 +311,9 @@ MOST_CHUNKS = 100_000  # Pillow writes about 64 kB of image data per chunk
 
 
 def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
-    """Checks that a file is a complete PNG, without decoding its pixels. Returns (size, text): the
-    image's (width, height), and the text of minsd's settings in its metadata, or None if they are
-    compressed or missing. Raises ValueError for any other file."""
+    """Checks that a file is a complete PNG, without decoding the pixels. Returns (size, text): the
+    image's (width, height), and the text of minsd's settings in the metadata. `text` is None if the
+    settings are compressed or missing. Raises ValueError if the file is not a complete PNG."""
     with open(path, "rb", opener=files.without_blocking) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -316,10 +326,10 @@ def _scan(path: Path) -> tuple[tuple[int, int], bytes | None]:
 
 
 def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
-    """Reads the chunks of a PNG from an open file whose length is `size` bytes. Returns
-    (dimensions, text): the image's (width, height), and the text of minsd's settings, or None if
-    they are compressed or missing. Raises struct.error or ValueError if the file is not a complete
-    PNG."""
+    """Reads and checks the chunks of a PNG. `file` is open and has `size` bytes. Returns
+    (dimensions, text): the image's (width, height), and the text of minsd's settings in the
+    metadata. `text` is None if the settings are compressed or missing. Raises struct.error or
+    ValueError if the file is not a complete PNG."""
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
         raise ValueError("it lacks a PNG's signature")
     dimensions = None
@@ -351,8 +361,8 @@ def _walk(file: BinaryIO, size: int) -> tuple[tuple[int, int], bytes | None]:
 
 
 def _content(file: BinaryIO, place: int) -> bytes:
-    """Returns the content of the chunk that starts at offset `place` of a PNG. Raises ValueError if
-    the checksum is wrong or the chunk is too long."""
+    """Returns the content of one chunk of a PNG, the chunk that starts at the offset `place` of
+    `file`. Raises ValueError if its checksum is wrong or it is too long."""
     file.seek(place)
     length, kind = struct.unpack(">I4s", file.read(8))
     if length > LONGEST_TEXT:
@@ -366,8 +376,9 @@ def _content(file: BinaryIO, place: int) -> bytes:
 def contact_sheet(
     pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Arranges images of one size in rows of `columns` images. If `captions` is given, its texts,
-    one per image, stand in one line below each image."""
+    """Arranges images of the same size on one sheet, with `columns` images in each row. `captions`,
+    if given, has one text for each image, which is written below the image in one line. Returns the
+    sheet."""
     w, h = pictures[0].size
     line = 14 if captions else 0
     rows = -(-len(pictures) // columns)

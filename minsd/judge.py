@@ -44,7 +44,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file to be judged, with its prompt."""
+    """An image file that is to be judged, with its prompt."""
 
     folder: Path  # where its scores go
     file: str  # relative to the folder
@@ -54,13 +54,14 @@ class Picture:
 
     @property
     def path(self) -> Path:
-        """Returns the path of the image."""
+        """Returns the path of the image file: `file` is relative to `folder`."""
         return self.folder / self.file
 
     @property
     def question(self) -> str:
-        """Returns a hash of the prompt and of `asked`, the objects that a detector must look for.
-        Scores of the image are valid only as long as this hash is unchanged."""
+        """Returns a hash of what the image is judged by: the prompt, and `asked`, the objects that
+        a detector must look for. A stored score of the image is valid only while this hash is the
+        same."""
         return judges.short({"prompt": self.prompt, "asked": self.asked})
 
 
@@ -68,9 +69,10 @@ class Picture:
 
 
 def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
-    """Returns the images in and below a folder, with their prompts. With `by_folder` the name of a
-    subfolder is the prompt of the images in it. Raises FileNotFoundError if there is no such
-    folder, and ValueError if there are no images with prompts."""
+    """Finds the images with prompts in a folder and its subfolders. With `by_folder`, the prompt of
+    an image is the name of the subfolder in which it lies, with spaces for underscores. Raises
+    FileNotFoundError if there is no such folder, and ValueError if it has no images with
+    prompts."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     asked = _asked(folder)
@@ -90,27 +92,31 @@ def pictures(folder: Path, by_folder: bool = False) -> list[Picture]:
 
 
 def _asked(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Returns a dict that maps prompts to what a detector must look for in their images (objects
-    with colours, counts and places). The dict comes from the study.json in the folder or its
-    parent. If there is none, it contains the prompts of the GenEval benchmark."""
+    """Returns what a detector must look for in an image, as a dict with the prompt of the image as
+    key. The values state objects with their colours, counts and places. They come from the file
+    study.json in the folder or in its parent folder. If there is no study.json, they are those of
+    the prompts of the GenEval benchmark."""
     study = study_file.read(folder) or study_file.read(folder.parent)
     items = prompt_sets.geneval() if study is None else study.prompts
     return {item["prompt"]: item for item in items}
 
 
 def _images(folder: Path) -> list[str]:
-    """Returns the names of the images in a folder, sorted. There are none if the folder is
+    """Returns the file names of the images in a folder, sorted. The list is empty if the folder is
     missing."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(path.name for path in paths if path.suffix.lower() in IMAGES)
 
 
 def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images that the rows of minsd's runs*.jsonl files name, in this folder and the
-    folders below it. `asked` maps prompts to what a detector must look for.
+    """Finds images by minsd's files runs*.jsonl in a folder and its subfolders, whose rows name
+    images and their prompts. Yields the images. `asked` maps prompts to what a detector must look
+    for.
 
-    --resume draws a missing or broken image again under a new name. So of several images with the
-    same settings, those that cannot be read are left out, if at least one can be read."""
+    A run with --resume draws a missing or damaged image again under a new name. So if several
+    images have the same settings, those that cannot be read are left out, as long as one can be
+    read.
+    """
     from minsd.app.folder import by_file, key_of, recorded
 
     for sub in sorted({path.parent for path in folder.rglob("runs*.jsonl")}):
@@ -128,9 +134,10 @@ def _from_rows(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images that the folder's prompts.jsonl or prompts.csv lists. `asked` maps prompts
-    to what a detector must look for; a row with the key "include" states this itself. Raises
-    ValueError, with the line, for a row without a file or prompt or with malformed clauses."""
+    """Finds images by the file prompts.jsonl or prompts.csv in a folder, whose rows name image
+    files and their prompts. Yields the images. `asked` maps prompts to what a detector must look
+    for; a row with the key "include" states it itself. Raises ValueError, naming the line, if a row
+    lacks the file or the prompt, or has malformed clauses."""
     for name in ("prompts.jsonl", "prompts.csv"):
         if (folder / name).is_file():
             for where, row in prompt_sets.rows(folder / name):
@@ -144,9 +151,10 @@ def _from_list(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the images of a folder in the form that GenEval's own generator writes:
-    NNNNN/metadata.jsonl beside NNNNN/samples/. The metadata state what a detector must look for, so
-    `asked` is ignored. Raises ValueError for metadata without a prompt."""
+    """Finds images in a folder as GenEval's own generator writes them: NNNNN/metadata.jsonl has the
+    prompt of the images in NNNNN/samples/. Yields the images. `asked` is ignored, because the
+    metadata also state what a detector must look for. Raises ValueError if metadata lack the
+    prompt."""
     for path in sorted(folder.glob("*/metadata.jsonl")):
         item = files.read_json(path)
         with located(f"{path}: "):
@@ -156,8 +164,9 @@ def _from_geneval(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yields the PNGs in and below a folder whose metadata contain their prompt, as minsd and
-    AUTOMATIC1111's web UI write it. `asked` maps prompts to what a detector must look for."""
+    """Finds PNG files in a folder and its subfolders whose metadata contain their prompt, as
+    written by minsd or by AUTOMATIC1111's web UI. Yields the images. `asked` maps prompts to what a
+    detector must look for."""
     from PIL import Image
 
     for path in sorted(path for path in folder.rglob("*.png") if "extra" not in path.parts):
@@ -176,10 +185,10 @@ def _from_text(folder: Path, asked: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def scores(folder: Path) -> dict[str, dict[str, Line]]:
-    """Returns the scores of the images in a folder: a dict file -> judge -> line, where a line is a
-    dict with one judge's values for one image (the constant `LINE` lists its keys). If there are
-    several lines for one image and judge, the last counts. Incomplete lines, such as a line cut off
-    by a kill, are skipped."""
+    """Reads the scores that are stored in a folder. Returns a nested dict: image file -> judge ->
+    line. A line is a dict with the values that one judge gave one image; the constant `LINE` lists
+    its keys. If one judge has several lines for an image, the last one is returned. Incomplete
+    lines, left by a killed process, are skipped."""
     from minsd.app.folder import recorded
 
     # The processes' own files hold the lines since the last merge.
@@ -192,10 +201,11 @@ def scores(folder: Path) -> dict[str, dict[str, Line]]:
 
 
 def merge(folder: Path, share: Share) -> None:
-    """Merges files scores-RANK.jsonl, each written by one process, into the folder's scores.jsonl,
-    with one line per image and judge, and deletes the merged files. These are this process's own
-    file and, in the first process, those that a killed run with more processes left behind. Safe to
-    repeat after an interruption."""
+    """Moves the scores that this process has written into the folder's file scores.jsonl, with one
+    line for each image and judge. The process wrote them to scores-RANK.jsonl, where RANK is its
+    number; this file is then deleted. The process of rank 0 also merges such files of higher ranks
+    that a killed run with more processes has left. The call can be repeated after an
+    interruption."""
     parts = share.parts(folder, "scores")
     if not parts:
         return
@@ -209,8 +219,9 @@ def merge(folder: Path, share: Share) -> None:
 
 
 def valid(lines: Mapping[str, Line], picture: Picture) -> dict[str, Line]:
-    """Returns those of an image's lines of scores (judge -> line) that are still valid: the size of
-    the image's file, the prompt, and what a detector must look for must be unchanged."""
+    """Returns those stored scores of an image that are still valid. `lines` maps judges to lines of
+    scores. A line is valid while the size of the image file, the prompt, and what a detector must
+    look for are the same as when it was written."""
     if not lines or not picture.path.is_file():
         return {}
     now = picture.path.stat().st_size, picture.question
@@ -219,10 +230,10 @@ def valid(lines: Mapping[str, Line], picture: Picture) -> dict[str, Line]:
 
 @dataclass
 class Run:
-    """One run of judges over images, and the counts of new scores and of failures so far. `rank` is
-    the number of this process among `world` processes; each judges a part of the images. `batch` is
-    the number of images per batch. With `again`, images are judged although they have valid scores.
-    """
+    """One run of judges over images. `share` states the number of this process and how many
+    processes there are; each judges a part of the images. `batch` is the number of images per
+    batch. With `again`, images are judged even if they have valid scores. `judged` and `failed`
+    count new scores and failures so far."""
 
     share: Share
     quiet: bool
@@ -232,13 +243,14 @@ class Run:
     failed: int = 0
 
     def error(self, message: str) -> None:
-        """Prints one line about an image that cannot be judged, and counts the failure."""
+        """Prints a line about an image that cannot be judged, and counts it as a failure."""
         self.failed += 1
         print(f"minsd: error: {label()}{files.printable(message)}", file=sys.stderr)
 
     def judge(self, ready: "Ready", found: Sequence[Picture]) -> None:
-        """Judges this process's part of the images `found`. Images that have a valid line of scores
-        are left out, except with --again. The judge is loaded only if there are images to judge."""
+        """Judges this process's part of the images `found`, except those that already have a valid
+        score by this judge (with --again, these too). The judge is loaded only if an image is left
+        to be judged."""
         known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
         wanted = []
         for picture in found[self.share.rank :: self.share.world]:
@@ -262,9 +274,9 @@ class Run:
                     print(f"minsd: {ready.name} {done}/{len(wanted)}", end=end, file=sys.stderr, flush=True)
 
     def _part(self, judge: judges.Judge, part: Sequence[Picture], images: Sequence[Any]) -> None:
-        """Judges one batch and appends a line of scores for each image. `images` holds for each of
-        `part` the opened image, or the error if it could not be opened. Prints these errors, and
-        prints an error for a value that is not finite."""
+        """Judges one batch, `part`, and stores a line of scores for each image. `images` has one
+        item for each image of the batch: the opened image, or the error if it could not be opened.
+        Prints these errors, and an error for each image with a value that is not finite."""
         from minsd.app.folder import append
 
         name = judge.identity["judge"]
@@ -298,8 +310,8 @@ class Run:
 
 
 def opened(picture: Picture) -> Any:
-    """Opens an image. Returns it in RGB, upright and with transparency on white, or returns the
-    error if the image cannot be read."""
+    """Opens an image for a judge: in RGB, upright, and with white in place of transparency. If the
+    image cannot be read, returns the error rather than raising it."""
     from minsd import image
 
     try:
@@ -309,9 +321,9 @@ def opened(picture: Picture) -> Any:
 
 
 def halving(judge: judges.Judge, pairs: Sequence[tuple[Picture, Any]]) -> list[judges.Judged]:
-    """Returns a judge's results for a batch of (picture, opened image) pairs, in order. If GPU
-    memory runs out, the batch is divided into two halves, which are judged one after the other.
-    Raises OutOfMemoryError if a single image does not fit."""
+    """Returns a judge's results for a batch, one for each pair in `pairs`, a picture and its opened
+    image. If GPU memory runs out, the batch is divided into two halves, which are judged one after
+    the other. Raises OutOfMemoryError if even a single image does not fit."""
     import torch
 
     if not pairs:
@@ -330,10 +342,12 @@ def halving(judge: judges.Judge, pairs: Sequence[tuple[Picture, Any]]) -> list[j
 
 
 class Ready:
-    """A judge whose weight files are found but not loaded yet; `load` loads them when there is
-    work. The constructor downloads missing weights if `fetch` is true. It raises FileNotFoundError
-    for weights that are missing, and ValueError for an unknown judge or an unknown name in
-    --weights."""
+    """A judge that is not loaded yet, but whose weight files have been found. If `fetch` is True,
+    the constructor downloads missing weights.
+
+    The constructor raises FileNotFoundError if weights are missing. It raises ValueError if there
+    is no judge called `name`, or if the option --weights names weights that no judge has.
+    """
 
     def __init__(self, name: str, args: argparse.Namespace, fetch: bool):
         entry = judges.check(name)
@@ -344,8 +358,8 @@ class Ready:
         self.device = args.device
 
     def load(self) -> judges.Judge:
-        """Loads the judge onto the device of --device, by default a GPU if there is one, and
-        returns it. Turns TF32 off for the whole process."""
+        """Loads the judge and returns it. It runs on the device that the option --device names, or
+        else on a GPU if there is one. Turns TF32 off for the whole process."""
         import torch
 
         # Scores of different machines are compared, so products keep all bits of float32.
@@ -358,9 +372,9 @@ class Ready:
 
 
 def places(given: Sequence[str]) -> dict[str, str]:
-    """Parses the texts NAME=PLACE of --weights. Returns a dict name -> place: the name of a judge's
-    weights, and the file or folder to load them from. Raises ValueError for a name that
-    `judges.WEIGHTS` does not have."""
+    """Parses the values of the option --weights, texts of the form NAME=PLACE. Returns a dict of
+    name -> place: the name of weights (a key of `judges.WEIGHTS`), and the file, folder or hub id
+    to load them from. Raises ValueError for a name that is not in `judges.WEIGHTS`."""
     held = {name: place for name, _, place in (text.partition("=") for text in given)}
     unknown = sorted(set(held) - set(WEIGHTS))
     if unknown:
@@ -372,7 +386,7 @@ def places(given: Sequence[str]) -> dict[str, str]:
 
 
 def options() -> Parser:
-    """Returns the parser of the command."""
+    """Returns the parser for the options of this command."""
     p = Parser(prog="python -m minsd.judge", description="Judge images by how well they show their prompts.")
     p.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="images, also in folders below it")
     p.add_argument(
@@ -402,9 +416,10 @@ def options() -> Parser:
 
 
 def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> "list[Ready]":
-    """Returns the judges to run on the images `found`: those of --judges, whose missing weights are
-    downloaded. For "all", they are the judges whose weights are on this machine. Without --judges,
-    they are `shapes` for images of the embedded model, and those of DEFAULT for other images."""
+    """Returns the judges that the option --judges names, after downloading their weights if they
+    are missing. For "all", returns every judge whose weights are on this machine. Without the
+    option, returns the judge `shapes` if all images in `found` are from the embedded model, and
+    otherwise the judges in `DEFAULT`; then nothing is downloaded."""
     if args.judges is None:
         own = all(picture.model == "shapes" for picture in found)
         return [Ready(name, args, False) for name in (("shapes",) if own else DEFAULT)]
@@ -418,8 +433,8 @@ def chosen(args: argparse.Namespace, found: Sequence[Picture]) -> "list[Ready]":
 
 
 def listing(args: argparse.Namespace) -> None:
-    """Prints the judges, their weights with size and licence, and whether the weights are on this
-    machine."""
+    """Prints all judges. For each of their weights it prints the source, the size, the licence, and
+    whether they are on this machine."""
     given = places(args.weights)
     for name, entry in JUDGES.items():
         print(f"{name:14} {entry.about}")
@@ -434,8 +449,8 @@ def listing(args: argparse.Namespace) -> None:
 
 
 def export(path: Path, found: Sequence[Picture]) -> None:
-    """Writes a CSV file with one row per image of `found`: its path, its prompt, and its valid
-    values by all judges."""
+    """Writes a CSV file to `path`, with one row for each image in `found`: its path, its prompt,
+    and its valid scores by all judges."""
     known = {folder: scores(folder) for folder in {picture.folder for picture in found}}
     rows: list[dict[str, Any]] = []
     for picture in found:
@@ -451,9 +466,9 @@ def export(path: Path, found: Sequence[Picture]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Judges the images in a folder, as the options `args` state. Returns the exit code: 1 if some
-    images could not be judged, otherwise 0. Raises ValueError or FileNotFoundError for the user's
-    mistakes."""
+    """Runs the command with the options `args`: judges the images in a folder. Returns the exit
+    code, 1 if some images could not be judged, otherwise 0. Raises ValueError or FileNotFoundError
+    if the user has made a mistake."""
     if args.list:
         listing(args)
         return 0
@@ -490,9 +505,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line with the arguments `argv` (default: those of the process). Returns 0 if
-    all images were judged, 1 if some could not be judged or another error occurred, 2 for a mistake
-    of the user, and 130 if the user stopped the run."""
+    """Runs the command line with the arguments `argv`, or with those of the process if `argv` is
+    None. Returns the exit code: 0 if all images were judged, 1 if some could not be judged or
+    another error occurred, 2 if the user made a mistake, and 130 if the user stopped the run."""
     return ended(lambda: run(options().parse_args(argv)))
 
 

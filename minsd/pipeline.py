@@ -45,15 +45,16 @@ def load(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> "StableDiffusion":
-    """Loads a model by name ("shapes", or a name in `minsd.config.MODELS`), folder, file or hub id.
-    The weights of the model are frozen.
+    """Loads a model. `model` is a name ("shapes", or another one in `minsd.config.MODELS`), a
+    folder, a single file, or a hub id. The model's weights are frozen.
 
-    `device` defaults to CUDA if available, otherwise to the CPU; `dtype` defaults to float16 on
-    CUDA and float32 elsewhere. `vae`, a folder or file, replaces the model's own VAE. `tokenizer`
-    (a folder) and `prediction_type` ("epsilon" or "v_prediction") are for models in a single file,
-    which contains no tokenizer and may not state a prediction type. Raises FileNotFoundError for
-    missing files, and ValueError for anything else that cannot be loaded, with a message of one
-    line.
+    `device` defaults to CUDA if there is a GPU, otherwise to the CPU. `dtype` defaults to float16
+    on CUDA and to float32 elsewhere. `vae` (a folder or a file), `tokenizer` (a folder) and
+    `prediction_type` ("epsilon" or "v_prediction") replace the model's own. The last two are meant
+    for single files, which contain no tokenizer and often do not state a prediction type.
+
+    Raises FileNotFoundError if a file is missing, and ValueError if the model cannot be loaded for
+    another reason. The error message is one line.
     """
     from minsd.weights.load import load_model
 
@@ -88,8 +89,7 @@ def load(
 
 
 class StableDiffusion:
-    """A model (text encoder, UNet, VAE and noise schedule) and the methods that generate images
-    with it."""
+    """A model (text encoder, UNet, VAE and noise schedule), with methods that generate images."""
 
     def __init__(self, config: ModelConfig, unet: Any, vae: VAE, text: TextEncoder):
         self.config = config
@@ -113,14 +113,14 @@ class StableDiffusion:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """Returns the dtype in which the VAE runs: float32 for SDXL's VAE in a float16 model, and
-        otherwise the model's dtype."""
+        """Returns the dtype in which the VAE runs. It is the dtype of the model, except that SDXL's
+        VAE runs in float32 in a float16 model."""
         return self.vae.decoder.conv_in.weight.dtype
 
     def set_attention(self, backend: str, *others: torch.nn.Module) -> None:
-        """Sets the attention backend of the UNet and of `others`, further networks such as a
-        ControlNet. Raises ValueError unless `backend` is one that `minsd.kernels.attention`
-        accepts."""
+        """Sets which function computes attention in the UNet and in further networks `others`, such
+        as a ControlNet. `backend` is one of the names that `minsd.kernels.attention` accepts.
+        Raises ValueError for any other name."""
         if backend not in BACKENDS:
             raise ValueError(f"no attention backend is called {backend!r}; choose from {', '.join(BACKENDS)}")
         for module in (module for network in (self.unet, *others) for module in network.modules()):
@@ -130,12 +130,11 @@ class StableDiffusion:
             graphs.release()
 
     def use_graphs(self, on: bool = True, gradients: bool = True) -> None:
-        """Makes the UNet, and the ControlNets in use, run their evaluations by replaying CUDA
-        graphs (minsd/graphs.py). With `on` False, makes them run without graphs again. `load` turns
-        graphs on for CUDA devices.
+        """Makes the UNet, and the ControlNets in use, run by CUDA graphs (minsd/graphs.py), or, if
+        `on` is False, makes them run without graphs again. `load` turns graphs on for CUDA devices.
 
-        With `gradients`, graphs also serve evaluations whose attention maps are differentiated.
-        This should save the largest part of the time at batch 1 (expected, not measured on a GPU).
+        If `gradients` is True, there are also graphs for attention maps and their gradients. At
+        batch 1 these should save the largest part of the time (expected, not measured on a GPU).
         """
         unet = self.unet
         if isinstance(unet, Controlled):
@@ -145,12 +144,11 @@ class StableDiffusion:
         self.graphs = use_graphs(unet, on, gradients)
 
     def compile(self, **options) -> None:
-        """Compiles the UNet with torch.compile. The first step of each image size then takes
-        minutes, and later steps are faster.
+        """Compiles the UNet with torch.compile. `options` are keyword arguments of torch.compile.
+        For each image size, the first step then takes minutes, and later steps are faster.
 
-        `options` are keyword arguments of torch.compile. If CUDA graphs are on, they capture the
-        compiled UNet. If the option `mode` is given, CUDA graphs are turned off, because some modes
-        use graphs of their own.
+        If CUDA graphs are on, they stay on and capture the compiled UNet. But if the option `mode`
+        is given, they are turned off, because some modes use graphs of their own.
         """
         graphs = self.graphs is not None and "mode" not in options
         self.use_graphs(False)
@@ -188,26 +186,28 @@ class StableDiffusion:
         subjects: str | Sequence[str | int] | None = None,
         pairs: str | None = None,
     ) -> list[Image.Image]:
-        """Generates images, one per seed (default: seed 0), or one per unit noise if `noise`
-        (B,4,height/8,width/8) is given.
+        """Generates images and returns them: one per seed, or, if `noise` (B,4,height/8,width/8) is
+        given, one per row of this unit noise. Without both, generates one image from seed 0.
 
-        None means the model's own default. `prompt` is one string for all images, or a list with
-        one string per image. `height` and `width` are in pixels, multiples of 8. With `init_image`
-        the generation is image-to-image: `init_image` is cropped and scaled to the size, and
-        `strength` (0 to 1) is the fraction of the steps that run. `karras` uses Karras noise
-        levels, for the sampler dpmpp_2m. `refine(i, t, x) -> x` may change the latents before each
-        step's prediction.
+        `prompt` is one string for all images, or a list with one string per image. `height` and
+        `width` are in pixels, multiples of 8. For these two and for `steps`, `sampler` and
+        `guidance_scale`, None means the model's default. If `init_image` is given, it is cropped
+        and scaled to the size, and the images are made from it (image-to-image); `strength` (0 to
+        1) is the fraction of the steps that run. `karras` turns Karras noise levels on, for the
+        sampler dpmpp_2m. refine(i, t, x), if given, is called before the prediction of step i at
+        timestep t, and returns the latents that replace x.
 
-        An `objective` rates latents, for example by their attention maps. It is a function of a
-        `Look` (noise/look.py: what one UNet evaluation shows), a name in noise/objectives/, or
-        FILE.py:NAME. The images are then made so as to improve the rating. `driver` states how:
-        "select" chooses among noises of several seeds, "optimize" optimises the noise, and "refine"
-        updates the latents during sampling. `settings` are those of objective and driver, a dict or
-        text such as "lr=5,steps=50". `subjects` lists the words or token indices that the objective
-        is about, and `pairs` names nouns with their attributes.
+        If `objective` is given, the images are made so that it rates them better. It is a function
+        that rates latents by what one UNet evaluation shows (a `Look`, noise/look.py), or a name in
+        noise/objectives/, or FILE.py:NAME. `driver` states how the rating is used: "select" chooses
+        the best noise of several seeds, "optimize" changes the noise, and "refine" changes the
+        latents while sampling. `settings` are settings of the objective and the driver, as a dict
+        or as text such as "lr=5,steps=50". `subjects` are the words of the prompt that the
+        objective is about, or their token positions. `pairs` states which attributes belong to
+        which nouns.
 
-        Raises ValueError for sizes, shapes and counts that do not fit, and for an objective or
-        settings that do not exist.
+        Raises ValueError if sizes, shapes or numbers of items do not fit, or if the objective or
+        one of its settings does not exist.
         """
         taken = noise is not None or refine is not None
         begin = asked(objective, driver, settings, subjects, pairs, taken)
@@ -249,18 +249,20 @@ class StableDiffusion:
         guidance_scale: float | None = None,
         **how: Any,
     ) -> Tensor:
-        """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), as one batch, with classifier-free
-        guidance. `prompts` is one string for all images, or a list with one string per image. `how`
-        holds further arguments of `denoise`, such as `steps` and `seeds`."""
+        """Denoises unit noise (B,4,h,w) with classifier-free guidance, as one batch. Returns
+        latents (B,4,h,w). `prompts` is one string for all images, or a list with one string per
+        image. If `guidance_scale` is None, it is the model's own. `how` are further arguments of
+        `denoise`, such as `steps` and `seeds`."""
         return self.denoise(self.guided(prompts, negative_prompt, guidance_scale), noise, **how)
 
     def guided(
         self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None
     ) -> guidance.Predictor:
-        """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
-        `prompts` and away from `negative_prompt`. `prompts` is one string for all images, or a list
-        with one string per image. A guidance scale of None means the model's own. Raises ValueError
-        for a scale that is not finite."""
+        """Makes a predictor with classifier-free guidance towards `prompts` and away from
+        `negative_prompt`. The predictor is a function predict(x, t) that returns the noise in
+        latents x at timestep t. `prompts` is one string for all images, or a list with one string
+        per image. If `guidance_scale` is None, it is the model's own. Raises ValueError if it is
+        not finite."""
         guidance_scale = self.config.guidance(guidance_scale)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a number, not {guidance_scale}")
@@ -284,16 +286,20 @@ class StableDiffusion:
         refine: Callable | None = None,
         progress: Callable[[int, int | float], object] | None = None,
     ) -> Tensor:
-        """Denoises unit noise (B,4,h,w) into latents (B,4,h,w), with any noise predictor
-        `predict(x, t) -> eps`. All methods share this loop.
+        """Denoises unit noise (B,4,h,w) with a sampler. Returns latents (B,4,h,w). predict(x, t)
+        returns the noise in latents x at timestep t. If `steps` or `sampler` is None, it is the
+        model's default. `karras` turns Karras noise levels on, for the sampler dpmpp_2m.
 
-        `seeds`, a list with one seed per image, are for samplers that draw noise during sampling.
-        `init`, the latents of an image, (B,4,h,w) or (1,4,h,w), makes the generation
-        image-to-image: noise is added to `init`, and the last `strength` (a fraction) of the steps
-        run. At strength 0 no step runs; at 1 nothing of `init` is left. `refine(i, t, x) -> x` may
-        change the latents before the prediction of step i at timestep t. `progress(i, t)` is called
-        after every step. None for `steps` or `sampler` means the model's default. Raises ValueError
-        for an unknown sampler, and for a strength that `first_step` does not accept.
+        `seeds`, one per image, are for samplers that draw more noise while sampling. refine(i, t,
+        x), if given, is called before the prediction of step i at timestep t, and returns the
+        latents that replace x. progress(i, t), if given, is called after each step.
+
+        `init`, latents of an image, (B,4,h,w) or (1,4,h,w), makes the run image-to-image: noise is
+        added to `init`, and only the last steps run. `strength` (0 to 1) is the fraction of the
+        steps that run. At 0 the result is `init`; at 1 nothing of `init` is left.
+
+        Raises ValueError for an unknown sampler, for `karras` with another sampler, and for a
+        strength that `first_step` refuses.
         """
         sampler = sampler or self.config.sampler
         samplers.check(sampler, karras)
@@ -315,10 +321,13 @@ class StableDiffusion:
         return x
 
     def predictor(self, context: Tensor, uncond: Tensor, guidance_scale: float) -> guidance.Predictor:
-        """Returns the noise predictor predict(x, t) -> eps with classifier-free guidance towards
-        the text states `context` and away from the text states `uncond`, each (B,77n,D) or
-        (1,77n,D). If they differ in n, the number of chunks of 77 text states, empty chunks are
-        appended to the shorter one."""
+        """Makes a predictor with classifier-free guidance towards the text states `context` and
+        away from the text states `uncond`. The predictor is a function predict(x, t) that returns
+        the noise in latents x at timestep t.
+
+        `context` and `uncond` are (B,77n,D) or, for all images of the batch, (1,77n,D). If one of
+        them has fewer chunks of 77 text states than the other, empty chunks are appended to it.
+        """
         guided = guidance_scale != 1 and not self.config.unet.guidance_dim
         if guided and context.shape[1] != uncond.shape[1]:
             context, uncond = (
@@ -327,13 +336,14 @@ class StableDiffusion:
         return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
 
     def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor:
-        """Encodes prompts into text states (B,77n,D), in the model's dtype, where n is the number
-        of chunks (parts that CLIP reads at once): 1 for up to 75 tokens. Shorter prompts get empty
-        chunks, up to the n of the longest.
+        """Encodes prompts into text states (B,77n,D), in the model's dtype. A prompt is encoded in
+        chunks, parts that CLIP reads at once, and n is the number of chunks of the longest prompt:
+        1 for up to 75 tokens. Shorter prompts get empty chunks.
 
-        For SDXL the result is (B,77n+1,D). Its last row describes the whole text and the image's
-        size (`text.TwoTextEncoders`). `size` is for SDXL only. It is needed if the latents will be
-        a part of a larger image: the (height, width) of that image, in pixels.
+        For SDXL the result is (B,77n+1,D). Its last row describes the whole text and the size of
+        the image (`text.TwoTextEncoders`). Give `size`, (height, width) in pixels, if the latents
+        will be only a part of the image: the size is that of the whole image. Other models ignore
+        it.
         """
         part = {} if size is None else {"size": size}  # other encoders may take prompts alone
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -341,9 +351,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Encodes images of one size into latents (B,4,h,w), the mean of the VAE's posterior times
-        its scaling factor. Raises ValueError if the images differ in size, or if a side is not a
-        multiple of 8 pixels."""
+        """Encodes images of the same size into latents (B,4,h,w): the mean of the VAE's posterior,
+        times the VAE's scaling factor. Raises ValueError if the images differ in size, or if a side
+        is not a multiple of 8 pixels."""
         x = image.to_tensor([pictures] if isinstance(pictures, Image.Image) else list(pictures))
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
@@ -358,8 +368,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Decodes latents (B,4,h,w) into B images. Raises FloatingPointError, instead of returning
-        a black image, if latents or decoded images are not finite."""
+        """Decodes latents (B,4,h,w) into B images. Raises FloatingPointError if the latents or the
+        decoded images are not finite, because the images would be black."""
         if not latents.isfinite().all():
             raise FloatingPointError(
                 f"the latents are not finite: sampling in {latents.dtype} overflowed; "
@@ -387,9 +397,9 @@ class StableDiffusion:
         return image.from_tensor(torch.cat(pixels))
 
     def _vae_batch(self, height: int, width: int) -> int:
-        """Returns how many images of height x width pixels the VAE can process at once. Returns 0,
-        with a warning, if memory is too short for one image; the image must then be processed in
-        bands (strips of rows, one after another)."""
+        """Returns how many images of `height` x `width` pixels the VAE can process at once. If
+        memory does not suffice for one image, warns and returns 0. The image must then be processed
+        in bands (strips of rows, one after another)."""
         need = memory_needed(self.config.vae, height, width, self.vae_dtype)
         free = 0.9 * free_memory(self.device)
         # `free_memory` counts the memory in the graphs' pool as free, but only graphs can use it.
@@ -405,13 +415,13 @@ class StableDiffusion:
         return int(min(self.batch_size(height, width), free // need))
 
     def batch_size(self, height: int, width: int) -> int:
-        """Returns how many images of height x width pixels the networks process at once, at least 1
-        and at most BATCH_MOST.
+        """Returns how many images of `height` x `width` pixels the networks process at once: at
+        least 1 and at most BATCH_MOST.
 
-        On a CPU, these images together have at most as many latent cells as one image at 512x512,
-        because larger batches are no faster. On a GPU, they have at most sixteen times as many
-        cells, and no more than the free memory allows. A guided step in 16 bits needs about 200 kB
-        per latent cell, half of that for each half of guidance (expected, not measured on a GPU).
+        On a CPU, a batch has at most as many latent cells as one image of 512x512 pixels, because
+        larger batches are no faster. On a GPU, it has at most 16 times as many cells, and no more
+        than the free memory allows. For this, a guided step in 16 bits is taken to need 200 kB per
+        latent cell, for both halves of guidance together (expected, not measured on a GPU).
         """
         cells = (height // 8) * (width // 8)
         limit = 64 * 64
@@ -426,9 +436,10 @@ def _per_image(
     noise: Tensor | None,
     shape: tuple[int, int, int],
 ) -> tuple[list[str], list[int], Tensor]:
-    """Checks the arguments of a call and repeats what is given once. Returns (prompts, seeds,
-    noise), each with one entry per image. If `noise` is None, it is made from the seeds. `shape` is
-    that of one image's noise, (4,h,w). Raises ValueError if the numbers or shapes do not fit."""
+    """Checks the arguments of a call, and repeats what is given once for all images. Returns
+    (prompts, seeds, noise) with one item per image. If `noise` is None, it is made from the seeds.
+    `shape` is the shape (4,h,w) of the noise of one image. Raises ValueError if numbers of items or
+    shapes do not fit."""
     if noise is not None and (noise.ndim != 4 or tuple(noise.shape[1:]) != shape):
         wanted = f"(images, {', '.join(map(str, shape))})"
         raise ValueError(f"noise of shape {wanted} is needed for this size, not {tuple(noise.shape)}")
@@ -448,18 +459,18 @@ def _per_image(
 
 
 def _decoding_advice(largest: float) -> str:
-    """Returns a phrase that advises the user what to do when finite latents decode to pixels that
-    are not finite. It is used at the end of an error message. `largest` is the largest absolute
-    value of the latents."""
+    """Returns the end of an error message about finite latents that decode to pixels which are not
+    finite: a phrase that tells the user what to do. `largest` is the largest absolute value of the
+    latents."""
     if largest < 1000:  # latents of images are below about 30
         return "the VAE's file is damaged; --vae takes another"
     return f"its latents reach {largest:.3g}; {overflow_advice(torch.float32)}"
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Returns how many of `steps` steps an image-to-image generation skips at the noisy end, so
-    that the fraction `strength` of them, rounded down, runs. Raises ValueError for a strength
-    outside 0..1, and for a strength above 0 with which no step would run."""
+    """Returns the number of steps that an image-to-image run skips at its noisy end. Of `steps`
+    steps, the fraction `strength` runs, rounded down to a whole number of steps. Raises ValueError
+    if `strength` is outside 0 to 1, or if it is above 0 and yet all steps would be skipped."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be from 0 to 1, not {strength}")
     run = math.floor(steps * strength + 1e-9)
@@ -471,8 +482,8 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Returns the number of free bytes of memory on the device, including memory that PyTorch has
-    reserved but does not use. Returns infinity if that number is unknown."""
+    """Returns the number of free bytes of memory on a device. Memory that PyTorch has reserved but
+    does not use counts as free. Returns infinity if the number is unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

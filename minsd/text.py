@@ -28,10 +28,10 @@ Item = TypeVar("Item")
 class TextEncoder:
     """CLIP's text encoder (a CLIPTextModel) with its CLIPTokenizer.
 
-    A prompt is encoded in chunks of 77 token positions, since CLIP reads that many at once. The
-    token positions of all chunks are counted from 0, in the order of the text states: position 0 is
-    the start token of the first chunk, and position 77 that of the second chunk. Attention maps
-    have the same positions.
+    A prompt is encoded in chunks of 77 token positions, because CLIP reads that many at once.
+    Positions are counted from 0 through all chunks: position 0 is the start token of the first
+    chunk, and position 77 the start token of the second. Text states and attention maps have the
+    same positions.
     """
 
     def __init__(self, model: "CLIPTextModel", tokenizer: "CLIPTokenizer", pad_token_id: int):
@@ -47,15 +47,15 @@ class TextEncoder:
         self.added: dict[str, list[int]] = {}  # the embeddings' names in lower case -> token ids
 
     def ids(self, prompt: str) -> list[int]:
-        """Returns the token ids of a prompt, including the start and end tokens of every chunk (a
-        part of the prompt that CLIP reads at once). All chunks but the last are padded to 77 ids.
-        """
+        """Returns the token ids of a prompt. They include the start and the end token of every
+        chunk; a chunk is a part of the prompt that CLIP reads at once. All chunks but the last are
+        padded to 77 ids."""
         return [token for chunk in self._rows(prompt) for token, _ in chunk]
 
     def _rows(self, prompt: str) -> list[list[tuple[int, float]]]:
-        """Returns one list of (token id, weight) pairs per chunk (a part of the prompt that CLIP
-        reads at once), from the start token to the end token. All chunks but the last are padded to
-        77 pairs."""
+        """Returns the tokens of a prompt, as one list for each chunk (a part of the prompt that
+        CLIP reads at once). The items of the list are (token id, weight) pairs, from the start
+        token to the end token. All chunks but the last are padded to 77 pairs."""
         start, end = ((token, 1.0) for token in self._tokenized(""))
         rows = [
             [start, *((token, fragment.weight) for token, fragment in chunk), end]
@@ -72,10 +72,13 @@ class TextEncoder:
     def _chunks(
         self, prompt: str, units: Callable[[str], list[list[Item]]]
     ) -> list[list[tuple[Item, Fragment]]]:
-        """Divides a prompt into chunks (parts that CLIP reads at once). Each chunk is a list of
-        (item, fragment) pairs, where the fragment is the part of the prompt, with one weight, that
-        the item comes from. `units` turns the text of a fragment into a list of units. A unit is a
-        list of items, such as the token ids of an embedding, which must stay in one chunk."""
+        """Divides a prompt into chunks, parts that CLIP reads at once. The function `units` is
+        called with parts of the prompt's text. It returns a list of units for a text, and a unit is
+        a list of items that must stay in one chunk, such as the token ids of one embedding.
+
+        Returns the chunks. A chunk is a list of (item, fragment) pairs, where `fragment` is the
+        part of the prompt, with one weight, that the item comes from.
+        """
         found: list[list[tuple[Item, Fragment]] | None] = []
         for fragment in emphasis.fragments(prompt, self.prompt_weights):
             if fragment is None:
@@ -85,9 +88,9 @@ class TextEncoder:
         return emphasis.chunked(found, self.max_length - 2)
 
     def _units(self, text: str) -> list[list[int]]:
-        """Divides a text into units, lists of token ids that must stay in one chunk (part of a
-        prompt that CLIP reads at once). All vectors of a textual-inversion embedding are one unit;
-        every other token is a unit of its own."""
+        """Returns the tokens of a text, divided into units: lists of token ids that must stay in
+        one chunk (a part of the prompt that CLIP reads at once). The vectors of a textual-inversion
+        embedding are one unit. Any other token is a unit of its own."""
         units: list[list[int]] = []
         for piece, _, vectors in self._pieces(text):
             units += [[token] for token in self._tokenized(piece)[1:-1]] if vectors is None else [vectors]
@@ -95,9 +98,8 @@ class TextEncoder:
 
     def _pieces(self, text: str) -> Iterator[tuple[str, int, list[int] | None]]:
         """Divides a text at the names of textual-inversion embeddings. Yields (piece, start,
-        vectors) for each part: its text, the index of its first character in the text, and, if the
-        part is the name of an embedding, the token ids of the embedding's vectors, otherwise None.
-        """
+        vectors) for each part: the part's text, the index of its first character, and, if the part
+        is the name of an embedding, the token ids of the embedding. Otherwise `vectors` is None."""
         start = 0
         if self.added:
             names = "|".join(re.escape(name) for name in sorted(self.added, key=len, reverse=True))
@@ -108,23 +110,25 @@ class TextEncoder:
         yield text[start:], start, None
 
     def chunk_count(self, prompt: str) -> int:
-        """Returns the number of chunks (parts that CLIP reads at once) in which a prompt is
-        encoded: 1 for up to 75 tokens."""
+        """Returns the number of chunks in which a prompt is encoded: 1 for up to 75 tokens. A chunk
+        is a part of the prompt that CLIP reads at once."""
         return len(self._rows(prompt))
 
     def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
-        """Encodes prompts into text states (B,77n,D) on the model's device, where n is the number
-        of chunks (parts that CLIP reads at once) of the longest prompt. Shorter prompts get empty
-        chunks. `size` is ignored; `TwoTextEncoders` (SDXL) uses it."""
+        """Encodes prompts into text states (B,77n,D) on the model's device. A prompt is encoded in
+        chunks, parts that CLIP reads at once, and n is the number of chunks of the longest prompt.
+        Shorter prompts get empty chunks. `size` is ignored here; only `TwoTextEncoders` (SDXL) uses
+        it."""
         with torch.no_grad():
             chunks = self.inputs(prompts)
             return torch.cat([weighted(self.states(ids), weights) for ids, weights in chunks], dim=1)
 
     def inputs(self, prompts: list[str]) -> list[tuple[Tensor, Tensor | None]]:
-        """Tokenizes prompts. Returns a list with one pair (ids, weights) per chunk, where a chunk
-        is the part of the prompts that CLIP reads at once: the token ids (B,77), and the weights of
-        these tokens (B,77), or None if all weights are 1. Prompts with fewer chunks than the
-        longest get empty ones."""
+        """Tokenizes B prompts. A prompt is divided into chunks, parts that CLIP reads at once.
+        Returns a list of pairs (ids, weights), the first for the first chunk of all prompts, the
+        next for the second, and so on. `ids` (B,77) are the token ids. `weights` (B,77) are the
+        weights of these tokens, or None if all are 1. Prompts with fewer chunks than the longest
+        one get empty chunks."""
         prompt_rows = [[self._padded(row) for row in self._rows(prompt)] for prompt in prompts]
         empty = [self._padded(row) for row in self._rows("")]
         count = max(map(len, prompt_rows), default=1)
@@ -146,9 +150,9 @@ class TextEncoder:
         return getattr(self.model, "text_model", self.model).final_layer_norm(hidden)
 
     def skip(self, clip_skip: int) -> None:
-        """Sets which layer's output becomes the text states: 1 is the last layer that the model
-        itself uses, 2 the layer before it, and so on. Raises ValueError for a layer that the model
-        does not have."""
+        """Sets the layer whose output becomes the text states (CLIP skip). 1 is the last layer that
+        the model itself uses, 2 the layer before it, and so on. Raises ValueError for a layer that
+        does not exist."""
         layers = self.model.config.num_hidden_layers
         if not 1 <= clip_skip <= layers:
             raise ValueError(f"clip skip must be from 1 (nothing is skipped) to {layers}, not {clip_skip}")
@@ -156,7 +160,7 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        """Returns the number of elements in the embedding vector of a token."""
+        """Returns the width D of a token's embedding vector."""
         return self._embeddings.token_embedding.weight.shape[1]
 
     @property
@@ -164,9 +168,9 @@ class TextEncoder:
         return getattr(self.model, "text_model", self.model).embeddings
 
     def add(self, name: str, vectors: Tensor) -> None:
-        """Adds a textual-inversion embedding: in prompts, the word `name` then stands for the k
-        token embeddings `vectors` (k,D). Raises ValueError if an embedding of that name was added
-        before."""
+        """Adds a textual-inversion embedding: from now on, the word `name` in a prompt stands for k
+        tokens with the embeddings `vectors` (k,D). Raises ValueError if an embedding with this name
+        was added before."""
         if name.lower() in self.added:
             raise ValueError(f"two embeddings are called {name}: give one as FILE:NAME with another name")
         table = self._embeddings.token_embedding.weight
@@ -178,8 +182,9 @@ class TextEncoder:
         base.eos_token_id = self._tokenized("")[-1]
 
     def filled(self, context: Tensor, rows: int) -> Tensor:
-        """Appends empty chunks of 77 rows to text states `context` (B,77m,D), until there are
-        `rows` rows, and returns the result. Returns longer text states unchanged."""
+        """Appends text states of empty chunks, 77 each, to the text states `context` (B,77m,D),
+        until there are `rows` of them per image. Returns the result. If `context` has as many
+        already, returns it unchanged."""
         missing = (rows - context.shape[1]) // self.max_length
         if missing <= 0:
             return context
@@ -187,9 +192,9 @@ class TextEncoder:
         return torch.cat([context, *[empty] * missing], dim=1)
 
     def tokens(self, prompt: str) -> list[str]:
-        """Returns the text of each token of a prompt, in the order of `ids`, where `</w>` marks the
-        end of a word. Each vector of a textual-inversion embedding appears as the embedding's name.
-        """
+        """Returns the tokens of a prompt as texts, in the order of the method `ids`. `</w>` marks
+        the end of a word. A vector of a textual-inversion embedding appears as the embedding's
+        name."""
         names = {token: name for name, vectors in self.added.items() for token in vectors}
         return [names.get(token) or self._name(token) for token in self.ids(prompt)]
 
@@ -197,13 +202,13 @@ class TextEncoder:
         return str(self.tokenizer.convert_ids_to_tokens(token))
 
     def spans(self, prompt: str) -> list[Span]:
-        """Returns a list of the characters [start, end) of the prompt that each token stands for.
-        The list begins with token position 1, leaving out the first start token, and ends with the
-        last token before the last end token.
+        """Returns for each token the characters of the prompt that it stands for, as a pair (start,
+        end) of indices, `end` excluded. The list begins with the token at position 1, after the
+        first start token, and ends before the last end token.
 
-        The entry is (0, 0) for a start, end or padding token between chunks (parts that CLIP reads
-        at once), and for a token of unknown origin. Raises ValueError if a slow tokenizer changes
-        the prompt so that the origin of its tokens cannot be found.
+        The pair is (0, 0) for start, end and padding tokens between two chunks (parts that CLIP
+        reads at once), and for tokens whose characters are unknown. Raises ValueError if a slow
+        tokenizer changes the prompt so much that its tokens cannot be assigned to characters.
         """
         spans: list[Span] = []
         for c, chunk in enumerate(self._chunks(prompt, self._unit_spans)):
@@ -215,15 +220,15 @@ class TextEncoder:
         return spans
 
     def places(self, prompt: str) -> list[int]:
-        """Returns the token positions (rows of the text states) of a prompt's own tokens, without
-        start, end and padding tokens."""
+        """Returns the positions of a prompt's own tokens, without start, end and padding tokens. A
+        position is the index of a row of the text states."""
         chunks = self._chunks(prompt, self._units)
         return [self.max_length * c + i for c, chunk in enumerate(chunks) for i in range(1, len(chunk) + 1)]
 
     def _unit_spans(self, text: str) -> list[list[Span]]:
-        """Returns the characters [start, end) of `text` that each of its tokens stands for. The
-        tokens are grouped by unit (tokens that must stay in one chunk), as in `_units`: a list of
-        one list per unit."""
+        """Returns for each token of `text` the characters that it stands for, as a pair (start,
+        end) of indices, `end` excluded. The pairs are in lists, one list for each unit; a unit is
+        one or several tokens that must stay in one chunk, as in `_units`."""
         units: list[list[Span]] = []
         for piece, at, vectors in self._pieces(text):
             if vectors is not None:
@@ -233,13 +238,13 @@ class TextEncoder:
         return units
 
     def _text_spans(self, text: str) -> list[Span]:
-        """Returns the characters [start, end) of a text that each of its tokens stands for, and (0,
-        0) for a token of unknown origin.
+        """Returns for each token of `text` the characters that it stands for, as a pair (start,
+        end) of indices, `end` excluded. The pair is (0, 0) if they are unknown.
 
-        If the bytes of the tokens are those of the text, `words.token_spans` finds the characters.
-        Otherwise a fast tokenizer reports them itself. With a slow tokenizer, each part between
-        spaces is tokenized alone; ValueError is raised if the tokens of these parts together differ
-        from the tokens of the text.
+        If the tokens have exactly the bytes of the text, `words.token_spans` finds the characters.
+        Otherwise a fast tokenizer reports them. With a slow tokenizer, each part of the text
+        between spaces is tokenized alone; if this gives other tokens than the whole text,
+        ValueError is raised.
         """
         tokens = self._text_tokens(text)
         spans = self._spans_of(tokens, text)
@@ -266,19 +271,21 @@ class TextEncoder:
         return [self._name(token) for token in self._tokenized(text)[1:-1]]
 
     def _spans_of(self, tokens: list[str], text: str) -> list[Span] | None:
-        """Returns the characters [start, end) of `text` that each token stands for, or None if the
-        bytes of the tokens are not those of the text."""
+        """Returns for each of `tokens` the characters of `text` that it stands for, as a pair
+        (start, end) of indices, `end` excluded. Returns None if the tokens do not have exactly the
+        bytes of the text."""
         fix: Callable[[str], str] | None = getattr(self.tokenizer, "fix_text", None)  # ftfy's
         return token_spans([token_bytes(token) for token in tokens], text, fix)
 
     def positions(self, prompt: str, subject: str) -> list[int]:
-        """Returns the token positions of `subject`, a word (or several consecutive words) of the
-        prompt. The subject "cat#2" means the second occurrence of "cat".
+        """Returns the positions of the tokens of `subject` in a prompt. `subject` is a word of the
+        prompt, or several words in sequence. If it occurs several times, "cat#2", for example,
+        means the second "cat".
 
-        Words are found by their characters, whatever tokens they are cut into. Whole words are
-        tried first, so that "ball" is not found in "baseball" nor "bird" in "bird-cage". If no
-        whole word is found, parts of compound words are tried ("cage"). Raises ValueError if the
-        word is missing, or occurs several times and no number is given.
+        Words are found by their characters, not by tokens. Only whole words count: "ball" is not
+        found in "baseball". If there is no such whole word, parts of compound words count too:
+        "cage" is then found in "bird-cage". Raises ValueError if the word is missing, or if it
+        occurs several times and no number is given.
         """
         word, _, number = subject.partition("#")
         word = word.strip()
@@ -302,9 +309,9 @@ class TextEncoder:
         return self._tokens_of(prompt, found[int(number or 1) - 1])
 
     def _tokens_of(self, prompt: str, characters: tuple[int, int]) -> list[int]:
-        """Returns the positions of the tokens that stand for the characters [start, end) of a
-        prompt, where `characters` is (start, end). Raises ValueError if a letter or digit among
-        them belongs to no token."""
+        """Returns the positions of the tokens that stand for certain characters of a prompt.
+        `characters` is a pair (start, end) of indices, `end` excluded. Raises ValueError if a
+        letter or a digit among these characters belongs to no token."""
         first, last = characters
         spans = dict(enumerate(self.spans(prompt), 1))
         places = [k for k, (start, end) in spans.items() if start < last and end > first]
@@ -319,28 +326,29 @@ class TextEncoder:
 
 
 class TwoTextEncoders(TextEncoder):
-    """The two text encoders of SDXL. The text states of both are taken before their last layer. The
-    second encoder also makes a pooled state, one vector for the whole text. Tokens and positions
-    are those of the first encoder's tokenizer; the second tokenizer divides text in the same way
-    and differs only in padding."""
+    """The two text encoders of SDXL. The text states are the outputs of both encoders before their
+    last layers, side by side. The second encoder also makes a pooled text state, one vector for the
+    whole text. Tokens and their positions are those of the first encoder. The second one divides a
+    text into the same tokens and differs only in padding."""
 
     def __init__(self, first: TextEncoder, second: TextEncoder, zero_empty: bool):
-        """Joins two encoders. With `zero_empty`, all text states of an empty prompt are zeros."""
+        """Joins the two encoders of a model. If `zero_empty` is True, an empty prompt has text
+        states and a pooled text state of zeros."""
         super().__init__(first.model, first.tokenizer, first.pad_token_id)
         self.second = second
         self.zero_empty = zero_empty
 
     def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Tensor:
-        """Encodes prompts into contexts (B,77n+1,D), where n is the number of chunks (parts that
-        CLIP reads at once) of the longest prompt. The first 77n rows are text states, those of both
-        encoders side by side. The last row is [pooled state | six numbers | zeros], with the pooled
-        state of the first chunk.
+        """Encodes prompts into contexts (B,77n+1,D). A prompt is encoded in chunks, parts that CLIP
+        reads at once, and n is the number of chunks of the longest prompt. The first 77n rows are
+        text states, those of both encoders side by side. The last row consists of the pooled text
+        state of the first chunk, six numbers, and zeros up to the width D.
 
-        The six numbers are in pixels: height and width of the original image, the numbers of rows
-        and columns cut off at its top and left, and height and width after cutting. With `size`
-        (height, width), they describe an uncut image of that size, of which the latents will be a
-        part. Without `size` they are zeros, which `UNet.embed_whole` replaces by the size of the
-        latents.
+        The six numbers describe an image, in pixels: its height and width before it was cropped,
+        how much was cut off at the top and at the left, and its height and width afterwards. Give
+        `size`, (height, width), if the latents will be a part of an image of this size. The numbers
+        then describe this image, not cropped. Without `size` they are zeros, and `UNet.embed_whole`
+        replaces them by the size of the latents.
         """
         self.second.prompt_weights = self.prompt_weights
         layer = -1 - self.clip_skip
@@ -367,10 +375,10 @@ class TwoTextEncoders(TextEncoder):
         return torch.cat([states, row[:, None]], dim=1)
 
     def filled(self, context: Tensor, rows: int) -> Tensor:
-        """Inserts empty chunks of 77 rows before the last row of a context (B,77m+1,D), until there
-        are `rows` rows, and returns the result. Returns a longer context unchanged. If all text
-        states of a prompt are zeros, as those of an empty prompt may be, the inserted rows are
-        zeros."""
+        """Inserts text states of empty chunks, 77 each, before the last row of `context`
+        (B,77m+1,D), until there are `rows` rows per image. Returns the result. If `context` has as
+        many already, returns it unchanged. For a prompt whose text states are all zeros, the
+        inserted rows are zeros too."""
         missing = (rows - context.shape[1]) // self.max_length
         if missing <= 0:
             return context
@@ -380,9 +388,9 @@ class TwoTextEncoders(TextEncoder):
 
 
 def weighted(states: Tensor, weights: Tensor | None) -> Tensor:
-    """Multiplies text states (B,77,D) by the weights (B,77) of their tokens, and then, as
-    AUTOMATIC1111's web UI does, multiplies all states of each prompt by the number that restores
-    their mean before weighting. If `weights` is None, returns the states unchanged."""
+    """Multiplies text states (B,77,D) by the weights (B,77) of their tokens. Then, as in
+    AUTOMATIC1111's web UI, all text states of a prompt are multiplied by one number, so that their
+    mean is what it was before. If `weights` is None, returns the text states unchanged."""
     if weights is None:
         return states
     scaled = states * weights[..., None].to(states)

@@ -35,17 +35,17 @@ Residuals = tuple[list[Tensor], Tensor]
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Embeds timesteps t (B,) as sinusoids at `dim/2` frequencies from 1 to 1/10000, cosines first.
-    Returns (B,dim) float32."""
+    """Embeds timesteps t (B,). Returns (B,dim) float32: the cosines and then the sines of t f, for
+    `dim/2` frequencies f that fall from 1 towards 1/10000."""
     frequencies = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10000.0) / (dim // 2)))
     angles = t.float()[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def guidance_embedding(guidance_scale: float, dim: int) -> Tensor:
-    """Embeds a guidance scale for a distilled network (Luo et al. 2023, section 4.1): the sines and
-    then the cosines of 1000 (scale - 1) f, for `dim/2` frequencies f from 1 to 1/10000. Returns
-    (1,dim) float32."""
+    """Embeds a guidance scale, for a distilled network that takes it as an input (Luo et al. 2023,
+    section 4.1). Returns (1,dim) float32: the sines and then the cosines of 1000 (scale - 1) f, for
+    `dim/2` frequencies f that fall from 1 to 1/10000."""
     half = dim // 2
     frequencies = torch.exp(torch.arange(half) * (-math.log(10000.0) / max(half - 1, 1)))
     angles = (guidance_scale - 1) * 1000.0 * frequencies[None]
@@ -53,9 +53,9 @@ def guidance_embedding(guidance_scale: float, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with SiLU between them, which process the output of `timestep_embedding`.
-    With `dim_cond`, a second embedding `cond` of that width is projected and added to the input
-    first."""
+    """Two linear layers with SiLU between them, for the output (B,dim) of `timestep_embedding`. The
+    result is (B,dim_out). If `dim_cond` is not 0, there may be a second input `cond` (B,dim_cond).
+    It is projected to the width `dim` and added to the first input."""
 
     def __init__(self, dim: int, dim_out: int, dim_cond: int = 0):
         super().__init__()
@@ -71,8 +71,8 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """A residual block: norm, SiLU and convolution, twice, plus a skip connection. A projection of
-    the time embedding is added to each channel after the first convolution."""
+    """A residual block: twice norm, SiLU and convolution, and a skip connection. A projection of
+    the time embedding, one number per channel, is added after the first convolution."""
 
     def __init__(self, c_in: int, c_out: int, dim_time: int, config: UNetConfig):
         super().__init__()
@@ -90,8 +90,8 @@ class ResnetBlock(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose output is gated: it is multiplied by the GELU of a second linear layer's
-    output (Shazeer 2020)."""
+    """A gated linear layer (Shazeer 2020): x A * GELU(x B), where A and B map the width `dim` to
+    `dim_out`, each with a bias."""
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
@@ -103,8 +103,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The feed-forward part of a transformer block: GEGLU to four times the width, then a linear
-    layer back."""
+    """The feed-forward part of a transformer block: a GEGLU from the width `dim` to 4 `dim`, and a
+    linear layer back to `dim`."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -116,8 +116,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, and a feed-forward part, each with layer norm
-    before it and a residual connection around it."""
+    """Self-attention, cross-attention to the text, and a feed-forward part. Each of the three has a
+    layer norm before it and a residual connection around it."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int):
         super().__init__()
@@ -143,9 +143,9 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Applies transformer blocks to the cells of a level's feature map (B,C,h,w). There is a
-    projection before the blocks and one after them, and a residual connection from input to output.
-    """
+    """Transformer blocks for one level of the UNet. They run on the cells of a feature map
+    (B,C,h,w), between a projection before the first block and one after the last. The input is
+    added to the result."""
 
     def __init__(self, level: int, config: UNetConfig):
         super().__init__()
@@ -202,8 +202,8 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """The layers of one resolution level, with the attribute names of checkpoints. The methods of
-    `UNet` determine the order in which they run."""
+    """The layers of one resolution level of the UNet, under the attribute names that checkpoints
+    have. This class only holds the layers; the methods of `UNet` run them."""
 
     def __init__(
         self,
@@ -220,8 +220,8 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
     def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-        """Returns an iterator over (residual block, transformer or None) pairs, in the order in
-        which they run."""
+        """Returns an iterator over pairs (residual block, transformer), in the order in which they
+        run. The transformer is None at a level without attention."""
         return zip(self.resnets, getattr(self, "attentions", None) or [None] * len(self.resnets))
 
 
@@ -236,8 +236,9 @@ else:
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or v, depending on the checkpoint) in latents. The constructor makes the
-    network without trained weights; `minsd.load` makes one with weights, frozen."""
+    """The network that predicts the noise (or v, which depends on the checkpoint) in latents. The
+    constructor makes it without trained weights. Use `minsd.load` for one with trained weights,
+    which are frozen."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -288,31 +289,34 @@ class UNet(nn.Module):
         self.attention_blocks[-1] += config.transformer_depth[last]  # those of the middle block
 
     def guidance_of(self, guidance_scale: float) -> Tensor:
-        """Returns the sinusoidal embedding (1,guidance_dim) of a guidance scale, for `guide`, in
-        the network's dtype and on its device."""
+        """Embeds a guidance scale for the method `guide`. Returns (1,guidance_dim), in the
+        network's dtype and on its device."""
         return guidance_embedding(guidance_scale, self.config.guidance_dim).to(self.conv_in.weight)
 
     def guide(self, embedding: Tensor) -> None:
-        """Sets the guidance scale with which a distilled network runs from now on. `embedding` is
-        the result of `guidance_of` for that scale. It is copied into one tensor that stays in
-        place, because CUDA graphs read from that tensor's memory."""
+        """Sets the guidance scale of a distilled network for all later evaluations. `embedding` is
+        what `guidance_of` returns for that scale. It is copied into a tensor that stays in place,
+        because CUDA graphs read the scale from this tensor's memory."""
         if self.guidance is None:
             self.guidance = embedding.clone()
         else:
             self.guidance.copy_(embedding)
 
     def grids(self, size: Grid) -> list[Grid]:
-        """Returns the grid of cells (rows, columns) of every level, finest first, for latents of
-        `size` (rows, columns)."""
+        """Returns the grid of cells (rows, columns) of each level of the UNet, the finest first,
+        for latents of `size` (rows, columns)."""
         return [
             (-(-size[0] // 2**i), -(-size[1] // 2**i)) for i in range(len(self.config.block_out_channels))
         ]
 
     def text_kv(self, context: Tensor) -> TextKV:
-        """Returns the keys and values of every cross-attention layer for text states (B,77n,D), as
-        a dict whose keys are the layers. They depend on neither x nor t, so compute them once per
-        run and pass the dict to `forward` as `context`. For SDXL the dict also holds the pooled
-        text state and the image's size numbers (`Whole`), from the last row of the context."""
+        """Computes the keys and values of every cross-attention layer for the text states `context`
+        (B,77n,D). Returns a dict of layer -> (keys, values), which can be passed to `forward` as
+        `context`. It depends on neither x nor t, so compute it once per run.
+
+        For SDXL, `context` has one row more, and the dict also holds what this row describes: the
+        pooled text state and six numbers on the image's size.
+        """
         text, whole = self.split(context)
         known: TextKV = {m: m.kv(text) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
         if whole is not None and self.add_embedding is not None:
@@ -320,10 +324,10 @@ class UNet(nn.Module):
         return known
 
     def split(self, context: Tensor | TextKV) -> tuple[Any, Whole | None]:
-        """Splits a context, or the `text_kv` of a context, into (text, whole). `text` is the part
-        that cross-attention uses. `whole` is, for SDXL, the pooled text state and the image's size
-        numbers (`Whole`), and None for other models. Raises ValueError for a wrong number of rows.
-        """
+        """Splits a context, or the dict that `text_kv` makes of it. Returns (text, whole). `text`
+        is the part for cross-attention. `whole` is, for SDXL, the pair of the pooled text state and
+        six numbers on the image's size, and None for other models. Raises ValueError if the context
+        has a wrong number of rows."""
         add = self.add_embedding
         if isinstance(context, dict):
             return context, None if add is None else context[add]
@@ -341,9 +345,10 @@ class UNet(nn.Module):
         return context[..., :-1, :], (row[:, :p], row[:, p : p + 6])
 
     def embed_whole(self, x: Tensor, whole: Whole) -> Tensor:
-        """Embeds SDXL's pooled text state and size numbers (`Whole`) for latents x. Returns
-        (B,4*C0), to be added to the time embedding, where C0 is the number of channels of the
-        finest level. Size numbers that are all zero are replaced by the size of the latents."""
+        """Embeds what SDXL's context states about the whole: `whole` is the pair of the pooled text
+        state and six numbers on the image's size. If the six numbers are all zero, the size of the
+        latents x is used. Returns (B,4*C0), to be added to the time embedding, where C0 is the
+        channel count of the finest level."""
         pooled, size = whole
         own = torch.zeros(6, device=x.device)  # the latents' own size, for rows that state none
         own[0::4], own[1::4] = (CELL * side for side in x.shape[-2:])
@@ -362,26 +367,23 @@ class UNet(nn.Module):
         region: CellTexts | tuple[CellTexts, CellTexts] | None = None,
         control: Residuals | None = None,
     ) -> Tensor | None:
-        """Predicts the noise or v (B,4,h,w) in latents x (B,4,h,w).
+        """Predicts the noise or v (B,4,h,w) in latents x (B,4,h,w), where h and w may be any
+        numbers.
 
         `t` is a training timestep, or a tensor (B,) of timesteps. `context` is text states
-        (B,77n,D) or their `text_kv`; for SDXL it has one row more (minsd/text.py). h and w may be
-        any size, because each upsampling takes its size from the skip that is concatenated next.
+        (B,77n,D), for SDXL with one row more (minsd/text.py), or what `text_kv` makes of them.
+        `record` collects attention maps. If `record.only` is set, the evaluation ends after the
+        last layer that records, and returns None.
 
-        `record` collects attention maps. With `record.only` the evaluation ends after the last
-        layer that records, and returns None.
+        `region` is for a context with R texts per image, (B,R,77n,D), and states which text each
+        cell attends to. It is a dict whose keys are the grids (rows, columns) of the levels with
+        cross-attention and of the middle block. The values are integers (B, rows*columns) from 0 to
+        R - 1, the number of each cell's text. `region` can also be a pair of such dicts, for the
+        encoder half and for the rest of the network.
 
-        `region` chooses a text for each cell, among the R texts per image of a context (B,R,77n,D).
-        `region` is a dict whose keys are the grids (rows, columns) of the levels with
-        cross-attention and of the middle block. Its values are integers (B, rows*columns) in
-        0..R-1: the number of the text that each cell attends to. `region` may also be a pair of
-        such dicts: the first for the encoder half, the second for the middle block and the decoder
-        half.
-
-        `control` is what a ControlNet returns: a pair of a list and a tensor. The list has one
-        tensor per skip, of the skip's shape, in the order in which the encoder half makes the
-        skips; these tensors are added to the skips. The other tensor is added to the middle block's
-        output.
+        `control` is what a ControlNet returns: a list with one tensor for each skip, in the order
+        in which the encoder half makes the skips, and one tensor for the output of the middle
+        block. They are added to the skips and to that output.
         """
         if record is not None:
             record.begin(self.grids((x.shape[-2], x.shape[-1])), self.attention_blocks)
@@ -420,13 +422,13 @@ class UNet(nn.Module):
         add: Tensor | None = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Runs the encoder half on latents x (B,4,h,w) at timestep t. Returns the coarsest feature
-        map, the list of skips, and the time embedding (B,4*C0), where C0 is the number of channels
-        of the finest level.
+        """Runs the encoder half on latents x (B,4,h,w) at timestep t. Returns (features, skips,
+        temb): the feature map of the coarsest level, the list of skips, and the time embedding
+        (B,4*C0), where C0 is the channel count of the finest level.
 
-        `context` and `whole` are the results of `split`. `record` collects attention maps. `region`
-        is the number of the text that each cell attends to, as in `forward`. `add` (B,C0,h,w) is
-        added to the first feature map. A ControlNet passes its embedded control image as `add`.
+        `context` and `whole` are the two results of `split`. `record` collects attention maps.
+        `region` is a dict as in `forward`. `add` (B,C0,h,w) is added to the first feature map; a
+        ControlNet passes its embedded control image here.
         """
         t = t.to(x.device).expand(len(x)) if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
         told = timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)
@@ -459,17 +461,17 @@ class UNet(nn.Module):
         record: AttentionRecorder | None = None,
         region: CellTexts | None = None,
     ) -> Tensor:
-        """Runs the middle block on a feature map of the coarsest level. Returns a feature map of
-        the same shape. `temb` is the time embedding that `encode` returns; `context`, `record` and
-        `region` are as in `encode`."""
+        """Runs the middle block on x, a feature map of the coarsest level, and returns a feature
+        map of the same shape. `temb`, the time embedding, is a result of `encode`. `context`,
+        `record` and `region` are those of `encode`."""
         x = self.mid_block.resnets[0](x, temb)
         x = self.mid_block.attentions[0](x, context, record, region)
         return self.mid_block.resnets[1](x, temb)
 
 
 def skip_channels(config: UNetConfig) -> list[int]:
-    """Returns the number of channels of each skip, in the order in which the encoder half makes the
-    skips."""
+    """Returns the channel counts of the skips of a UNet with `config`, in the order in which the
+    encoder half makes the skips."""
     widths = config.block_out_channels
     channels = [widths[0]]
     for level, width in enumerate(widths):

@@ -17,8 +17,8 @@ from minsd.kernels import attention, group_norm
 
 
 class ResnetBlock(nn.Module):
-    """A residual block: norm, SiLU and convolution, twice. The skip connection is a 1x1 convolution
-    where the number of channels changes, and the identity otherwise."""
+    """A residual block: twice norm, SiLU and convolution, and a skip connection. The skip
+    connection is a 1x1 convolution if `c_in` and `c_out` differ, otherwise the identity."""
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
@@ -35,8 +35,8 @@ class ResnetBlock(nn.Module):
 
 
 class MidAttention(nn.Module):
-    """Single-head self-attention over all cells. It is the one layer of the VAE in which every cell
-    depends on the whole image."""
+    """Self-attention with one head over all cells of a feature map. In no other layer of the VAE
+    does a cell depend on the whole image, except for the statistics of norms."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -57,7 +57,8 @@ class MidAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The layers at the coarsest resolution: residual block, attention, residual block."""
+    """The VAE's layers at the coarsest resolution: a residual block, attention, and another
+    residual block."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -94,8 +95,8 @@ Layer = ResnetBlock | Downsample | Upsample
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution level. Except at the last level, they are followed by a
-    layer that halves (`down`) or doubles (`up`) the resolution."""
+    """The residual blocks of one resolution level of the VAE. They are followed by a layer that
+    halves the resolution if `down` is True, or doubles it if `up` is True."""
 
     def __init__(
         self, c_in: int, c_out: int, layers: int, groups: int, *, down: bool = False, up: bool = False
@@ -121,8 +122,8 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A network that maps images (B,3,H,W) to (B,8,H/8,W/8): four channels for the mean and four
-    for the log-variance of the latents, before the convolution `VAE.quant_conv`."""
+    """The encoder without its last convolution, `VAE.quant_conv`. It maps images (B,3,H,W) to
+    (B,8,H/8,W/8): four channels for the mean of the latents, and four for their log-variance."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -146,8 +147,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A network that maps latents (B,4,h,w), after the convolution `VAE.post_quant_conv`, to images
-    (B,3,8h,8w)."""
+    """The decoder without its first convolution, `VAE.post_quant_conv`. It maps latents (B,4,h,w)
+    to images (B,3,8h,8w)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -171,8 +172,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The autoencoder. The constructor makes it with the sizes of `config` and without trained
-    weights. `encode` and `decode` use latents in the checkpoint's own scale; the pipeline applies
+    """The variational autoencoder. The constructor makes it with the sizes in `config` and without
+    trained weights. Its latents are not scaled: the pipeline multiplies them by
     `config.scaling_factor`."""
 
     def __init__(self, config: VAEConfig):
@@ -184,13 +185,15 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes images (B,3,H,W) in -1..1, with H and W multiples of 8. Returns the mean and the
-        log-variance of q(z|x), each (B,4,H/8,W/8)."""
+        """Encodes images (B,3,H,W) with values from -1 to 1, where H and W are multiples of 8.
+        Returns (mean, logvar), the mean and the log-variance of the latents' distribution, each
+        (B,4,H/8,W/8)."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # exp() stays finite in float32
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decodes latents (B,4,h,w) into images (B,3,8h,8w), about -1..1, not clipped."""
+        """Decodes latents (B,4,h,w) into images (B,3,8h,8w). Values are about -1 to 1 and are not
+        clipped."""
         return self.decoder(self.post_quant_conv(z))
 
 
@@ -207,18 +210,18 @@ class VAE(nn.Module):
 
 
 def memory_needed(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
-    """Returns the approximate peak memory, in bytes, for encoding or decoding one image of height x
-    width pixels as a whole. If the image is processed in bands (strips of rows, one after another),
-    the peak is 60 % of that number."""
+    """Estimates the peak memory, in bytes, that it takes to encode or decode one image of `height`
+    x `width` pixels as a whole. Processing the image in bands (strips of rows, one after another)
+    takes 60 % of this."""
     return 9 * config.block_out_channels[0] * height * width * dtype.itemsize
 
 
 def _in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) -> Tensor:
-    """Computes layer(x) for x (B,C,H,W) in up to sixteen bands, which are strips of rows processed
-    one after another. This takes less memory.
+    """Computes layer(x) for x (B,C,H,W) in at most 16 bands, which are strips of rows, one after
+    another. This takes less memory than all rows at once.
 
-    The layer turns each row into `scale` rows (0.5, 1 or 2), and each row of its output may depend
-    on at most two input rows above the corresponding one and two below.
+    `layer` turns each row into `scale` rows (0.5, 1 or 2). A row of its output may depend on the
+    input row at the same place, on two rows above it and on two rows below it, and on no others.
     """
     height = x.shape[2]
     band = 2 * max(8, -(-height // 32))  # even, so that a Downsample can halve it
@@ -237,8 +240,8 @@ def _in_bands(layer: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) ->
 
 
 def _conv_in_bands(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Computes conv(silu(norm(x))) for x (B,C,H,W) in bands (strips of rows processed one after
-    another). The mean and variance of `norm` are those of the whole feature map."""
+    """Computes conv(silu(norm(x))) for x (B,C,H,W) in bands (strips of rows, one after another),
+    which takes less memory. The norm's mean and variance are still those of all rows."""
     per_group = x.shape[1] // norm.num_groups
     count = per_group * x.shape[2] * x.shape[3]
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -266,8 +269,9 @@ def _conv_in_bands(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _layer_in_bands(layer: Layer, x: Tensor) -> Tensor:
-    """Computes layer(x) in bands (strips of rows processed one after another). In a residual block,
-    each convolution is divided into bands separately."""
+    """Computes layer(x) for x (B,C,H,W) in bands (strips of rows, one after another), which takes
+    less memory. `layer` is any layer of a VAE's level. The two convolutions of a residual block are
+    computed in bands separately."""
     if not isinstance(layer, ResnetBlock):
         return _in_bands(layer, x, 0.5 if isinstance(layer, Downsample) else 2)
     h = _conv_in_bands(layer.norm1, layer.conv1, x)
@@ -277,16 +281,17 @@ def _layer_in_bands(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _layers(levels: nn.ModuleList) -> Iterator[Layer]:
-    """Yields the layers of all levels, in the order in which they run."""
+    """Yields the layers of all `levels` of an encoder or decoder, in the order in which they
+    run."""
     for level in levels:
         assert isinstance(level, Level)
         yield from level.layers()
 
 
 def decode_in_bands(vae: VAE, z: Tensor) -> Tensor:
-    """Decodes latents (B,4,h,w) into images (B,3,8h,8w), as `VAE.decode` does, but in bands (strips
-    of rows processed one after another). This takes 60 % of the memory (1.4 GB instead of 2.4 GB at
-    768x768 in float32)."""
+    """Does what `VAE.decode` does, in bands (strips of rows, one after another). Decodes latents
+    (B,4,h,w) into images (B,3,8h,8w). This takes 60 % of the memory: 1.4 GB instead of 2.4 GB at
+    768x768 pixels in float32."""
     decoder = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z)))
     for layer in _layers(decoder.up_blocks):
@@ -295,8 +300,9 @@ def decode_in_bands(vae: VAE, z: Tensor) -> Tensor:
 
 
 def encode_in_bands(vae: VAE, images: Tensor) -> Tensor:
-    """Encodes images (B,3,H,W) in bands (strips of rows processed one after another), which takes
-    less memory. Returns the mean (B,4,H/8,W/8) of the latents, the first result of `VAE.encode`."""
+    """Encodes images (B,3,H,W) in bands (strips of rows, one after another), which takes less
+    memory than `VAE.encode`. Returns the mean of the latents' distribution, (B,4,H/8,W/8), which is
+    the first result of `VAE.encode`."""
     encoder = vae.encoder
     x = _in_bands(encoder.conv_in, images)
     for layer in _layers(encoder.down_blocks):

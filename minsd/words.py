@@ -40,11 +40,12 @@ class Word:
 
 
 def words(prompt: str) -> list[Word]:
-    """Returns the words of a prompt and the commas between them, in order.
+    """Returns the words of a prompt, and the commas between them, in order.
 
-    Hyphens and apostrophes inside a word belong to it ("bird-cage", "dog's"), and so do points and
-    commas inside numbers and points in abbreviations. Weights, as in "(a cat:1.3)", "(cat)1.3" and
-    "cat::2", numbers alone in brackets, and tags such as "<lora:name:0.8>" are left out.
+    Hyphens and apostrophes inside a word belong to it ("bird-cage", "dog's"). So do points and
+    commas inside a number, and points in an abbreviation. Left out are weights, such as in "(a
+    cat:1.3)", "(cat)1.3" and "cat::2", numbers alone in brackets, and tags such as
+    "<lora:name:0.8>".
     """
     ignored = _ignored(prompt)
     return [
@@ -55,19 +56,20 @@ def words(prompt: str) -> list[Word]:
 
 
 def occurrences(prompt: str, phrase: str) -> list[Span]:
-    """Returns every place (characters [start, end)) in a prompt where `phrase`, a word or several
-    consecutive words, occurs, in order. Case, the number of spaces, and the forms of accents,
+    """Returns every place in a prompt where `phrase` occurs, in order. `phrase` is a word or
+    several words in sequence. A place is a pair (start, end) of indices of characters, `end`
+    excluded. Upper and lower case, the number of spaces, and different forms of accents,
     apostrophes and hyphens do not matter.
 
-    Only whole words count: "bird" is not found in "bird-cage". If the phrase is found nowhere as
-    whole words, parts of compound words count as well, such as "cage" in "bird-cage".
+    Only whole words count: "bird" is not found in "bird-cage". If there is no such whole word,
+    parts of compound words count too: "cage" is then found in "bird-cage".
     """
     return Finder(prompt).occurrences(phrase)
 
 
 class Finder:
-    """Searches one prompt for many phrases. The prompt is prepared only once, in the
-    constructor."""
+    """Searches one prompt for many phrases. The constructor prepares the prompt, so that this is
+    done only once."""
 
     def __init__(self, prompt: str):
         self.text, self.where = folded(prompt)
@@ -78,9 +80,9 @@ class Finder:
         self.ignored = _ignored(prompt)
 
     def occurrences(self, phrase: str) -> list[Span]:
-        """Returns every place (characters [start, end)) in the prompt where `phrase` occurs as
-        whole words, or if there is none, as parts of compound words. The function `occurrences` has
-        the rules."""
+        """Returns every place in the prompt where `phrase` occurs as whole words, or, if there is
+        none, as parts of compound words. A place is a pair (start, end) of indices of characters,
+        `end` excluded. The rules are those of the function `occurrences`."""
         found = list(self._everywhere(folded(phrase.strip())[0]))
         whole = [span for span in found if span[0] not in self.ignored and self.in_words.isdisjoint(span)]
         return whole or [span for span in found if self.in_parts.isdisjoint(span)]
@@ -98,18 +100,18 @@ class Finder:
 
 
 def split(subjects: str) -> list[str]:
-    """Splits a list of subjects, such as "cat, rabbit", at its commas, except for commas inside
-    numbers such as 1,000. Spaces around the subjects are removed."""
+    """Splits a text that lists subjects, such as "cat, rabbit", at its commas. Commas inside
+    numbers, such as 1,000, do not count. Spaces around the subjects are removed."""
     return [part.strip() for part in re.split(r",(?!(?<=\d,)(?<!\d{4},)\d{3}(?!\w))", subjects)]
 
 
 def folded(text: str) -> tuple[str, list[Span]]:
-    """Converts a text to a form in which equal words are equal. Returns (folded, where): the text
-    in this form, and for each of its characters the characters [start, end) of `text` that it
-    stands for.
+    """Converts a text to a form in which two spellings of the same word are equal: Unicode's normal
+    form C, in lower case, with one space for any white space, and with plain apostrophes and
+    hyphens.
 
-    The form is Unicode's normal form C, in lower case, with one space for any white space, and with
-    plain apostrophes and hyphens.
+    Returns (folded, where): the converted text, and for each of its characters the characters of
+    `text` that it stands for, as a pair (start, end) of indices, `end` excluded.
     """
     out = ""
     where: list[Span] = []
@@ -130,9 +132,9 @@ def folded(text: str) -> tuple[str, list[Span]]:
 
 
 def _kinds(text: str) -> str:
-    """Returns one letter per character of the text, its kind: w for a letter, d for a digit, m for
-    a combining mark, f for a format or control character, j for an apostrophe or hyphen. Commas and
-    points stand for themselves. A space stands for anything else."""
+    """Returns the kinds of the characters of a text, as a string with one letter per character: w
+    for a letter, d for a digit, m for a combining mark, f for a format or control character, j for
+    an apostrophe or hyphen. A comma is "," and a point is "."; any other character is a space."""
     return "".join(map(_kind, text))
 
 
@@ -154,15 +156,16 @@ def _spans(pattern: re.Pattern[str], prompt: str) -> list[Span]:
 
 
 def _inner(spans: Iterable[Span]) -> set[int]:
-    """Returns the places inside spans: all indices k for which the characters k - 1 and k belong to
-    the same span."""
+    """Returns the places inside spans, which are pairs (start, end) of indices of characters, `end`
+    excluded. A place is an index k; it is inside a span if the characters k - 1 and k both belong
+    to this span."""
     return {at for start, end in spans for at in range(start + 1, end)}
 
 
 def _ignored(prompt: str) -> set[int]:
-    """Returns the set of the indices of all characters of a prompt that the search for words must
-    skip: those of weights such as 1.3 in "(a cat:1.3)", of numbers alone in brackets, and of tags
-    such as "<lora:name:0.8>"."""
+    """Returns the indices of those characters of a prompt that the search for words must skip. They
+    belong to weights, such as 1.3 in "(a cat:1.3)", to numbers alone in brackets, or to tags such
+    as "<lora:name:0.8>"."""
     ignored = {at for tag in TAG.finditer(prompt) for at in range(*tag.span())}
     clocks = {clock.end() for clock in CLOCK.finditer(prompt)}
     depth = _depth(prompt)
@@ -180,7 +183,8 @@ def _ignored(prompt: str) -> set[int]:
 
 
 def _depth(prompt: str) -> list[int]:
-    """Returns for each character how many brackets are open after it."""
+    """Returns a list with one number per character of a prompt: how many brackets are open after
+    this character."""
     depth: list[int] = []
     now = 0
     for c in prompt:
@@ -193,13 +197,14 @@ def _depth(prompt: str) -> list[int]:
 
 
 def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] | None) -> list[Span] | None:
-    """Returns the characters [start, end) of a prompt that each of its tokens stands for. `pieces`
-    holds the bytes of each token. Returns None if these bytes are not those of the prompt.
+    """Returns for each token of a prompt the characters that it stands for, as a pair (start, end)
+    of indices, `end` excluded. `pieces` has the bytes of each token. Returns None if these bytes
+    are not those of the prompt.
 
-    CLIP's tokenizers convert a prompt to Unicode's normal form C and to lower case, and remove
-    white space. Some also remove control characters. Some first replace ligatures and typographic
-    quotation marks; `fix(text)` is the function that does this, or None if there is none. Each of
-    these conversions is tried, until one gives exactly the bytes of the tokens.
+    Tokenizers of CLIP change a prompt before they divide it. They all convert it to Unicode's
+    normal form C and to lower case, and remove white space. Some also remove control characters.
+    Others first replace ligatures and typographic quotation marks by the function `fix`, which is
+    None if there is none. This function tries each way until the bytes are those of the tokens.
     """
     # At the end of a word, sigma has another lower-case form, which some tokenizers do not use.
     written = b"".join(pieces).replace("ς".encode(), "σ".encode())
@@ -219,9 +224,9 @@ def token_spans(pieces: Sequence[bytes], prompt: str, fix: Callable[[str], str] 
 
 
 def _behind(pieces: Sequence[bytes], behind: Sequence[Span]) -> list[Span]:
-    """Returns the characters [start, end) that each piece (the bytes of one token) stands for, and
-    (0, 0) for an empty piece. `behind` lists the characters that each byte of all pieces stands
-    for."""
+    """Returns for each item of `pieces`, the bytes of one token, the characters that the token
+    stands for, as a pair (start, end) of indices, `end` excluded. The pair is (0, 0) for a token
+    without bytes. `behind` has such a pair for each single byte of all tokens."""
     spans: list[Span] = []
     at = 0
     for piece in pieces:
@@ -232,20 +237,19 @@ def _behind(pieces: Sequence[bytes], behind: Sequence[Span]) -> list[Span]:
 
 
 def token_bytes(token: str) -> bytes:
-    """Returns the bytes of text that a token stands for, without white space. `token` is written in
-    the byte-level alphabet of CLIP's vocabulary, perhaps with `</w>` at its end."""
+    """Returns the bytes that a token of CLIP's vocabulary stands for, without white space. `token`
+    is its text there: one character per byte, in a special alphabet (`alphabet`), and perhaps
+    `</w>` at its end."""
     token = token.removesuffix("</w>")
     data = b"".join(bytes([_BYTES[c]]) if c in _BYTES else c.encode() for c in token)
     return bytes(byte for byte in data if byte > 127 or not chr(byte).isspace())
 
 
 def _unicode_to_bytes() -> dict[str, int]:
-    """Returns a dict that maps each character of the byte-level alphabet of GPT-2's and CLIP's
-    tokenizers (Radford et al. 2019) to the byte for which it stands.
-
-    In that alphabet, bytes that are printable characters of Latin-1 are written as these
-    characters, and the other bytes, in order, as the characters from 256 on.
-    """
+    """Returns the alphabet in which the vocabularies of GPT-2 and CLIP write bytes (Radford et al.
+    2019), as a dict of character -> byte. In this alphabet, a byte that is a printable character of
+    Latin-1 is written as that character. The other bytes are written, in order, as the characters
+    from 256 on."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -259,8 +263,8 @@ _BYTES = _unicode_to_bytes()
 
 
 def alphabet() -> list[str]:
-    """Returns the characters of the byte-level alphabet of CLIP's vocabulary, in the order of their
-    token ids."""
+    """Returns the 256 characters by which CLIP's vocabulary writes single bytes, in the order of
+    their token ids."""
     return list(_BYTES)
 
 
@@ -268,9 +272,9 @@ def alphabet() -> list[str]:
 
 
 def _characters(text: str) -> list[Span]:
-    """Divides a text into characters as a reader counts them, such as a letter with its marks or a
-    Korean syllable. Returns the place [start, end) of each in the text. Unicode's normal form C
-    never joins two of them."""
+    """Divides a text into characters as a reader counts them, so that a letter with its accents, or
+    a Korean syllable, is one. Returns the place of each in the text, as a pair (start, end) of
+    indices, `end` excluded. Unicode's normal form C never joins two of these characters."""
     spans: list[Span] = []
     for at, c in enumerate(text):
         if spans and not c.isascii():
@@ -285,8 +289,8 @@ def _characters(text: str) -> list[Span]:
 
 
 def _lower(text: str) -> str:
-    """Converts a text to Unicode's normal form C and to lower case. The Greek letter sigma becomes
-    "σ" even at the end of a word, where it is usually written "ς"."""
+    """Converts a text to Unicode's normal form C and to lower case. The Greek letter sigma always
+    becomes "σ", also at the end of a word, where it is usually written "ς"."""
     if text.isascii():
         return text.lower()
     text = unicodedata.normalize("NFC", text)
@@ -294,8 +298,8 @@ def _lower(text: str) -> str:
 
 
 def _printed(text: str) -> str:
-    """Removes control, format and unassigned characters (Unicode categories C) and replacement
-    characters, as tokenizers derived from BERT's do, and then converts the text to Unicode's normal
+    """Removes control characters and other unprintable ones (Unicode categories C) and replacement
+    characters, as tokenizers derived from BERT's do. Then converts the text to Unicode's normal
     form C and to lower case."""
     kept = [c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd"]
     return _lower("".join(kept))

@@ -23,7 +23,8 @@ from minsd.noise.look import Ask, Lift, Look
 
 @dataclass
 class Arrangement:
-    """The noise composed for a layout, and the candidates that its parts come from."""
+    """The result of `arrange`: the initial noise composed for a layout, the candidate noise from
+    which each part of it was copied, and the candidates' scores."""
 
     noise: Tensor  # (1, 4, h, w) float32 on the CPU
     # The candidates of the background and then of each region: seeds, or indices from 0 into the
@@ -37,9 +38,10 @@ class Arrangement:
 
 
 def caption_subjects(sd: Model, layout: Layout) -> list[list[list[int]]]:
-    """Finds the subjects of each region's caption (`losses.automatic_subjects`), and their token
-    positions in the caption. Returns a list with one item per region; the item is a list with the
-    token positions of each subject. Raises ValueError for a caption without subjects."""
+    """Finds the subjects of each region's caption: the words that `losses.automatic_subjects`
+    returns. Returns one list per region. It holds, for each subject, the list of the subject's
+    token positions in the caption. Raises ValueError for a caption without subjects, and for a
+    subject that has no token positions of its own."""
     found = []
     for k, region in enumerate(layout.regions, 1):
         try:
@@ -59,16 +61,17 @@ def arrange(
     steps: int | None = None,
     sampler: str | None = None,
 ) -> Arrangement:
-    """Composes the initial noise of one image for a layout. `candidates` are seeds, or unit noises
-    (K,4,h,w); each part of the new noise is copied from one of them.
+    """Composes the initial noise of one image for a layout, which gives regions of the image a
+    caption each. `candidates` are seeds, or unit noises (K,4,h,w); each part of the new noise is
+    copied from one of them.
 
-    At the first timestep of a run of `steps` steps with `sampler` (None: the model's defaults), the
-    UNet is evaluated on every candidate once per region, with the region's caption as the prompt.
-    From each evaluation follows the fraction of the attention to the caption's subjects
-    (`losses.automatic_subjects`) that falls inside the region. Each region is filled from the
-    candidate with the largest fraction, and the background from the candidate with the greatest
-    product of the fractions of all regions. Where regions overlap, the region with the greatest
-    weight counts, and the smaller one of regions with the same weight.
+    The UNet is evaluated on every candidate once per region, with the region's caption as the
+    prompt, at the first timestep of a run of `steps` steps with `sampler` (None: the model's
+    defaults). Each evaluation gives a fraction: how much of the attention to the caption's subjects
+    (the words that `losses.automatic_subjects` returns) falls inside the region. Each region is
+    filled from the candidate with the largest fraction, and the background from the candidate with
+    the greatest product of the fractions of all regions. Where regions overlap, the region with the
+    greatest weight is copied; of regions with equal weights, the smallest.
 
     Raises ValueError, before any network runs, for a layout without regions, a caption without
     subjects, no candidates, or shapes that do not fit.
@@ -96,11 +99,14 @@ def arrange(
 def attended(
     sd: Model, layout: SizedLayout, noise: Tensor, *, steps: int | None = None, sampler: str | None = None
 ) -> Tensor:
-    """Returns, for each of N regions and each of the noises (K,4,h,w), the fraction (N,K) of the
-    attention to the subjects of the region's caption that falls inside the region.
+    """Measures how much of the attention falls inside the regions. `noise` holds K noises
+    (K,4,h,w). Returns a fraction for each of N regions and each noise, (N,K): the part of the
+    attention to the subjects of the region's caption that falls inside the region, averaged over
+    the subjects.
 
-    The UNet is evaluated as in `arrange`. Raises ValueError, before any network runs, for a caption
-    without subjects.
+    The UNet is evaluated on each noise with each caption, at the first timestep of a run of `steps`
+    steps with `sampler` (None: the model's defaults). Raises ValueError, before any network runs,
+    for a caption without subjects.
     """
     t = losses.listed_timesteps(sd, steps, sampler)[0]
     subjects = caption_subjects(sd, layout)
@@ -134,10 +140,10 @@ def _inside(
     given: Tensor,
     t: int | float,
 ) -> Tensor:
-    """Evaluates the UNet on the noises `given` (K,4,h,w) at timestep `t`, with the caption of
-    `region` as the prompt. Returns for each noise the fraction of the attention to the caption's
-    subjects that falls inside the region, averaged over the subjects, (K,). `subjects` holds the
-    token positions of each subject. `layout` is the layout that the region belongs to."""
+    """Evaluates the UNet on K noises `given` (K,4,h,w) at timestep `t`, with the caption of
+    `region` as the prompt. Returns (K,): for each noise, the fraction of the attention to the
+    caption's subjects that falls inside the region, averaged over the subjects. `subjects` holds
+    the token positions of each subject. `layout` is the layout that the region belongs to."""
 
     def fraction(look: Look) -> Tensor:
         look.read("cross", "self")  # both kinds, so that rounding is as in earlier versions

@@ -45,8 +45,8 @@ LIMIT = 0.3  # a draft is good enough if its response loss is below this
 
 @dataclass
 class Best:
-    """The seed chosen for one image, and the scores of the image's candidates. A draft is a run of
-    the first few steps from a candidate's noise."""
+    """The result of `choose` for one image: the chosen seed, and the scores of the image's
+    candidate seeds. A draft is the first few steps of a run from a candidate's noise."""
 
     seed: int
     scores: dict[int, float]  # seed -> attention score at the first timestep
@@ -55,7 +55,8 @@ class Best:
 
 
 def check_steps(steps: int) -> None:
-    """Raises ValueError for a run of one step, which has no beginning to draft."""
+    """Raises ValueError if a run has fewer than two steps. A draft is the first steps of a run, and
+    at least one step has to follow it."""
     if steps < 2:
         raise ValueError(
             "--init-noise best drafts the first steps of a run: give 2 --steps or more, or use select"
@@ -65,9 +66,10 @@ def check_steps(steps: int) -> None:
 def draft(
     sd: Model, prompts: Sequence[str], noise: Tensor, seeds: Sequence[int], stop: int, course: Course
 ) -> tuple[Tensor, Timestep]:
-    """Runs the first `stop` steps of a run with the settings `course` from noise (B,4,h,w), one
-    prompt and one seed per image. The seeds are for samplers that add noise. Returns (x, t): the
-    latents (B,4,h,w) after these steps, and the timestep of the next step."""
+    """Runs the first `stop` steps of a run from `noise` (B,4,h,w). `course` holds the settings of
+    the run; `prompts` and `seeds` have one item per image. The seeds are for samplers that add
+    noise. Returns (x, t): the latents (B,4,h,w) after these steps, and the timestep of the next
+    step."""
     visited = losses.listed_timesteps(sd, course.steps, course.sampler, course.karras)
     cond, uncond = sd.encode_prompt(list(prompts)), sd.encode_prompt([course.negative_prompt])
     predict = sd.predictor(cond, uncond, course.guidance_scale)
@@ -99,14 +101,15 @@ def choose(
 
     First, all candidates of an image are ranked by `initno.attention_scores` at the first timestep.
     Then drafts are made from the candidates, the best-ranked first. A draft is the beginning of a
-    run with the settings `course`: the fraction `part` of its steps. No more drafts of an image are
-    made after `drafts` of them, or once one has a response loss (how little attention the most
-    neglected subject gets) below `limit`. The seed of the draft with the lowest response loss is
-    chosen. Drafts of different images run in one batch.
+    run with the settings `course`: the fraction `part` of its steps. It is judged by its response
+    loss, which is high if a subject gets little attention. An image gets at most `drafts` drafts,
+    and none after a draft with a response loss below `limit`. The seed of the draft with the lowest
+    response loss is chosen. Drafts of different images run in one batch.
 
-    `subjects` are those of each prompt, as `losses.resolve` takes them. `shape` is (4,h,w) of one
-    image's noise. `progress(b, message)` is called with the progress of image b. Raises ValueError,
-    before any network runs, for subjects that cannot be found and for a run of one step.
+    `subjects` has one item per image: words of the prompt, token indices, or None to find the
+    subjects in the prompt (`losses.resolve`). `shape` is (4,h,w) of one image's noise. `progress(b,
+    message)` is called with the progress of image b. Raises ValueError, before any network runs,
+    for subjects that cannot be found and for a run of one step.
     """
     check_steps(course.steps)
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]

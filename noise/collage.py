@@ -67,9 +67,10 @@ Cut = Callable[[int, Place], Model]  # (pass k, the crop that pass k sees) -> th
 
 @dataclass(frozen=True)
 class Scheme:
-    """The settings by which the passes of a collage (one UNet evaluation per caption) are masked,
-    cropped and merged. The constructor raises ValueError for settings that are out of range or
-    exclude one another."""
+    """Settings of a collage, which predicts the noise by one UNet evaluation per caption (a pass)
+    and merges the predictions. They state how cross-attention is masked in each pass, whether a
+    pass sees only a crop of the latents, and how the predictions are weighted. The constructor
+    raises ValueError for settings that are out of range or exclude one another."""
 
     # w_0, the weight of pass 0, which has the caption of the whole image.
     background_weight: float
@@ -135,18 +136,19 @@ def predictor(
 ) -> Predictor:
     """Returns a collage's predictor: the function predict(x, t) -> eps that a sampler calls, with
     latents x (B,4,h,w) of the layout's size at timestep t, and the merged predicted noise eps
-    (B,4,h,w). A collage predicts the noise in several passes; a pass is one UNet evaluation with
-    one caption.
+    (B,4,h,w). A collage predicts the noise in several passes. A pass is one UNet evaluation with
+    one caption: that of the image in pass 0, that of region k in pass k.
 
-    `seed` is one number for all images, or a list with one per image. Together with t and the
-    number of the pass, it determines the random texts that the cells outside a region attend to.
-    `Scheme` explains the other settings from `background_weight` to `crop_until`.
+    In pass k, a cell outside region k attends to the image's caption or to the empty prompt. This
+    choice is random, and determined by t, k and `seed`, which is one number for all images, or a
+    list with one per image. `Scheme` explains the other settings from `background_weight` to
+    `crop_until`.
 
-    `adapters` is needed if LoRAs or ControlNets differ from pass to pass: it tells them which pass
-    each row of the UNet's batch belongs to (`lora.by_region` yields such an object). With
-    `adapters`, each pass computes its own unconditional prediction. `cut(k, place)` returns the
-    model to use while pass k sees only the crop latents[place]; if `cut` is None, the model is
-    `sd`.
+    `adapters` is needed if LoRAs or ControlNets differ from pass to pass: it tells the LoRAs and
+    ControlNets which pass each row of the UNet's batch belongs to (`lora.by_region` yields such an
+    object). With `adapters`, each pass computes its own unconditional prediction. `cut(k, place)`
+    returns the model to use while pass k sees only the crop latents[place]; if `cut` is None, the
+    model is `sd`.
 
     Raises ValueError, before any network runs, for settings that are out of range, exclude one
     another, or do not fit the layout.
@@ -220,8 +222,9 @@ def masked_passes(
     """Returns a predictor (the noise-prediction function that a sampler calls) for a layout of N
     regions. It runs the N + 1 passes (one UNet evaluation per caption) on the whole latents, masks
     the cross-attention of each pass unless `scheme.masked` is False, and merges the predicted
-    noises. `seeds` holds one seed for all images, or one per image, for the random choice of texts
-    outside a region. `adapters` are as for the function `predictor`."""
+    noises. `seeds` holds one seed for all images, or one per image; it determines the random choice
+    of the text that cells outside a pass's region attend to. `adapters` tells LoRAs and ControlNets
+    which pass each row of the UNet's batch belongs to, if they differ from pass to pass."""
     regions = layout.regions
     masked = scheme.masked and bool(regions)
     cells = _PassCells(sd, layout, scheme, seeds) if masked else None
@@ -251,9 +254,9 @@ def masked_passes(
 
 def attention_only_pass(sd: Model, layout: SizedLayout, ladder: str, guidance_scale: float) -> Predictor:
     """Returns a predictor (the noise-prediction function that a sampler calls) that evaluates the
-    UNet once, in place of once per caption. Each cell attends to the caption of the topmost region
-    that holds the cell, or to the image's caption if no region does. `ladder` ("direct" or
-    "compat") is explained in `Scheme`."""
+    UNet once, instead of once per caption. Each cell attends to the caption of the topmost region
+    that holds the cell (see `stacked`), or to the image's caption if no region does. `ladder`
+    ("direct" or "compat") is explained in `Scheme`."""
     painted = [
         {grid: _painted(inside, layout.regions) for grid, inside in half.items()}  # (1, 1, cells)
         for half in _region_cells(sd, layout, ladder)
@@ -355,18 +358,18 @@ def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
 
 
 def _guided(eps: Tensor, conditional: int, guidance_scale: float) -> Tensor:
-    """Applies guidance to predicted noises eps (rows,B,4,h,w). The last `conditional` rows are the
-    conditional predictions. The rows before them are the unconditional ones: a single row for all,
-    or one per conditional row; none are needed if the guidance scale is 1. Returns
-    (conditional,B,4,h,w)."""
+    """Applies guidance to the predicted noises eps (rows,B,4,h,w). The last `conditional` rows of
+    eps are the conditional predictions. The rows before them are the unconditional predictions: a
+    single row for all, or one per conditional row, or none if `guidance_scale` is 1. Returns the
+    guided predictions (conditional,B,4,h,w)."""
     u, c = eps[:-conditional], eps[-conditional:]
     return c if guidance_scale == 1 else u + guidance_scale * (c - u)
 
 
 def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
-    """Returns a predictor that calls the predictor `inner` after checking the latents. It raises
-    ValueError if they are not of `size` (rows, columns), or if there are several seeds and not one
-    per image."""
+    """Returns a predictor that checks the latents and then calls the predictor `inner`. It raises
+    ValueError if the latents are not of `size` (rows, columns), or if the number of `seeds` is
+    neither 1 nor the number of images."""
 
     def predict(x: Tensor, t: int | float) -> Tensor:
         if tuple(x.shape[-2:]) != size:
@@ -388,16 +391,17 @@ def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:
 
 def _fill(layout: SizedLayout, ladder: str) -> np.ndarray:
     """Returns, for each of N regions, the fraction of each latent cell that lies inside the region,
-    (N,h,w). `ladder` is "direct" for exact fractions, or "compat" for those of the published
-    program (`compat_fill`)."""
+    (N,h,w). `ladder` is "direct" for exact fractions, or "compat" for those of NoiseCollage's
+    published program (`compat_fill`)."""
     compat = ladder == "compat"
     fill = [compat_fill(r.pixels) if compat else coverage(r.pixels, CELL) for r in layout.regions]
     return np.array(fill).reshape(len(layout.regions), *_size(layout))
 
 
 def _merge(sd: Model, layout: SizedLayout, scheme: Scheme) -> Tensor:
-    """Returns the weights M_k, by which the predicted noises of the passes are merged, as
-    (N+1,1,1,h,w) on the model's device, for a layout of N regions."""
+    """Returns the weights by which a collage's passes (one UNet evaluation per caption) are merged,
+    for a layout of N regions: (N+1,1,1,h,w) on the model's device. In each latent cell, the noise
+    predicted by pass k is multiplied by weight k, and the products are summed."""
     weights = [scheme.background_weight, *(region.weight for region in layout.regions)]
     merge = merge_weights(_fill(layout, scheme.ladder), weights)
     return torch.from_numpy(merge).to(sd.device, sd.dtype)[:, None, None]
@@ -457,9 +461,10 @@ class _PassCells:
             self.any_empty = bool((outside == EMPTY).any())
 
     def at(self, t: int | float) -> Halves:
-        """Returns which text each cell attends to at timestep t, as numbers (OWN, WHOLE or EMPTY)
-        on the model's device. For each attention grid of cells the numbers are (N+1,B,cells), or
-        (N+1,1,cells) if they are the same for all images."""
+        """Returns the number of the text that each cell attends to at timestep t: OWN (the pass's
+        caption), WHOLE (the image's caption) or EMPTY (the empty prompt). For each attention grid,
+        the numbers of the N + 1 passes are (N+1,B,cells), or (N+1,1,cells) if they are the same for
+        all images. They are on the model's device."""
         if self.fixed is not None:
             return self.fixed
         drawn = [
@@ -473,10 +478,11 @@ class _PassCells:
 
 
 def sent(halves: Halves, device: torch.device) -> Halves:
-    """Copies maps (...,cells) from the CPU to `device`, all in one copy, and returns them.
+    """Copies the maps in `halves`, each (...,cells), from the CPU to `device` in a single transfer.
+    Returns the copies in the same structure. On a CPU, `halves` itself is returned.
 
-    The copy to a GPU is from pinned memory, so the program does not wait for it. Meanwhile the
-    program launches the network, and makes the next step's maps while the present step runs.
+    The transfer to a CUDA GPU is asynchronous, from pinned memory. So the CPU can prepare and
+    launch further work meanwhile.
     """
     maps = [cells for half in halves for cells in half.values()]
     if device.type == "cpu" or not maps:
@@ -495,9 +501,10 @@ def _levels(sd: Model, size: Grid) -> list[Grid]:
 
 
 def _region_cells(sd: Model, layout: SizedLayout, ladder: str) -> Halves:
-    """Returns which attention cells belong to each of the N regions: for the grid (h,w) of each
-    UNet level with cross-attention, a boolean map (N,h,w). `ladder` ("direct" or "compat") is
-    explained in `Scheme`."""
+    """Returns which attention cells belong to each of N regions, as dicts of grid -> boolean map
+    (N,h,w), with a grid (h,w) for each UNet level with cross-attention. If `ladder` is "direct",
+    the list holds one dict; if it is "compat", two: one for the encoder half of the UNet and one
+    for the rest (see `carry`)."""
     size = _size(layout)
     if ladder == "compat":
         return carry(torch.from_numpy(_fill(layout, ladder) == 1), _levels(sd, size), True)
@@ -550,10 +557,10 @@ def carry(maps: Tensor, levels: list[Grid], compat: bool) -> Halves:
 
 
 def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: int) -> Tensor:
-    """Chooses at random, for every latent cell of `size` (h,w), the text that the cell attends to
-    if it lies outside the region: EMPTY (the empty prompt) with probability `drop`, otherwise WHOLE
-    (the image's caption). The choice is determined by `seed`, the timestep `t` and the region's
-    number `k`. Values inside the region are returned too, but not used."""
+    """Chooses at random the text that cells outside region number `k` attend to. Returns a number
+    for every latent cell, (h,w), where (h,w) is `size`: EMPTY (the empty prompt) with probability
+    `drop`, otherwise WHOLE (the image's caption). The choice is determined by `seed`, the timestep
+    `t` and `k`. Cells inside the region get a number too, which is not used."""
     draws = np.random.default_rng((seed, round(float(t) * 2**20), k)).random(size)
     return torch.from_numpy(np.where(draws < drop, EMPTY, WHOLE))
 
@@ -561,11 +568,14 @@ def drawn_surroundings(size: Grid, drop: float, seed: int, t: int | float, k: in
 def fixed_surroundings(
     regions: Sequence[SizedRegion], size: Grid, drop: float, pad: float | None
 ) -> Tensor | None:
-    """Returns the text (WHOLE: the image's caption, or EMPTY: the empty prompt) that every latent
-    cell attends to outside each of N regions, (N,1,h,w), if this text is the same in every step.
-    That is so if `pad` is given, or if `drop` is 0 or 1. Returns None if the text has to be chosen
-    at random in each step (`drawn_surroundings`). `Scheme` explains both settings, `drop` as
-    `background_drop`."""
+    """Returns the text that every latent cell attends to if it lies outside region k, for each of N
+    regions, (N,1,h,w): WHOLE (the image's caption) or EMPTY (the empty prompt).
+
+    If `pad` is given, cells further from the region's box than `pad` times the box's width or
+    height get EMPTY, and the others WHOLE. If `pad` is None, `drop` is the probability of EMPTY:
+    with 0 all cells get WHOLE, and with 1 all get EMPTY. With any other `drop` the text has to be
+    chosen at random in each step (`drawn_surroundings`), and the result is None.
+    """
     if pad is None and drop not in (0, 1):
         return None
     maps = torch.full((len(regions), 1, *size), WHOLE if pad is None and drop == 0 else EMPTY)
@@ -582,10 +592,11 @@ def fixed_surroundings(
 
 
 def _assign(inside: Halves, outside: Halves) -> Halves:
-    """Returns, for each attention grid, the number of the text that every cell attends to in every
-    pass (one UNet evaluation per caption), (N+1,B,h*w). `inside` (N,h,w), boolean, holds the cells
-    of each region, which get the text OWN. `outside` (N,B,h,w) holds the texts of the other cells.
-    In pass 0 every cell gets OWN, which is then the image's caption."""
+    """Combines the texts inside and outside the regions. Returns for each attention grid
+    (N+1,B,h*w): the number (OWN, WHOLE or EMPTY) of the text that each cell attends to in each
+    pass. A pass is one UNet evaluation with one caption. `inside` holds the cells of each region as
+    booleans (N,h,w); they get OWN, which stands for the pass's caption. `outside` (N,B,h,w) holds
+    the numbers of the other cells. In pass 0, whose caption is the image's, every cell gets OWN."""
     halves = []
     for own, others in zip(inside, outside, strict=True):
         half = {}
@@ -618,9 +629,9 @@ def _painted(inside: Tensor, regions: Sequence[SizedRegion]) -> Tensor:
 
 
 class _Part:
-    """One UNet evaluation for a part of the rows, where a row is one text for one image. The
-    tensors that the evaluation needs are kept on the model's device, because a copy in every step
-    would make the program wait for the GPU."""
+    """One UNet evaluation for a part of the batch's rows. A row is one image with the texts of one
+    pass. The tensors that the evaluation needs are kept on the model's device, because a copy in
+    every step would make the program wait for the GPU."""
 
     def __init__(self, passes: list[int], image: list[int], text_kv: TextKV, device: torch.device):
         self.passes = passes  # of each row
@@ -632,11 +643,14 @@ class _Part:
 
     def region_of(self, cells: Halves) -> LevelMaps | tuple[LevelMaps, LevelMaps] | None:
         """Returns the argument `region` of the UNet: the number of the text that each cell attends
-        to, (rows,h*w) for each attention grid; a row is one text for one image. The numbers are
-        taken from `cells`, which holds those of all passes of the collage and all images,
-        (passes,B,h*w) or (passes,1,h*w) for each grid. Returns None if `cells` is empty, that is,
-        if attention is not masked. The result is kept, and returned again when the same object
-        `cells` is given."""
+        to in each row of this part, (rows,h*w) for each attention grid. A row is one image with the
+        texts of one pass.
+
+        `cells` holds the numbers for all passes of the collage and all images, (passes,B,h*w) or
+        (passes,1,h*w) for each grid. If `cells` is empty, attention is not masked, and the result
+        is None. The latest result is cached, and returned again if the same object `cells` is
+        given.
+        """
         if cells is not self.cells:
             rows = [{grid: self._chosen(maps) for grid, maps in half.items()} for half in cells]
             self.region = (rows[0], rows[1]) if len(rows) == 2 else next(iter(rows), None)
@@ -650,9 +664,10 @@ class _Part:
 
 
 class _Rows:
-    """Runs the UNet for all passes of a collage (one UNet evaluation per caption) and every image
-    of a batch; each pass of each image is a row of the UNet's batch. As many rows run at once as
-    memory allows. The cross-attention keys and values of the texts are computed once."""
+    """Runs the UNet for all passes of a collage and all images of a batch. The constructor's
+    argument `rows` lists (texts, pass number) pairs, conditional and unconditional ones. Each pair
+    gives one row of the UNet's batch per image. As many rows run at once as memory allows. The
+    cross-attention keys and values of the texts are computed at the first step and kept."""
 
     def __init__(self, sd: Model, rows: Sequence[Row], size: Grid, adapters: Adapters | None):
         self.sd = sd
@@ -673,8 +688,8 @@ class _Rows:
         self.limit = max(2 * images, at_once)
 
     def parts(self, n: int) -> list[_Part]:
-        """Returns the UNet evaluations into which a batch of n images is split, because not all of
-        its rows (each is one text for one image) may fit into memory at once."""
+        """Returns the UNet evaluations into which a batch of n images is split. Its rows, one per
+        image and item of the constructor's argument `rows`, may not all fit into memory at once."""
         if n not in self.known:
             device = self.sd.device
             with self.adapters.rows(self.passes):
@@ -689,12 +704,13 @@ class _Rows:
         return self.known[n]
 
     def __call__(self, x: Tensor, t: int | float, cells: Halves) -> Tensor:
-        """Returns the predicted noise (R,B,4,h,w) for latents x (B,4,h,w) at timestep t, with each
-        of the R items of the constructor's argument `rows`.
+        """Returns the noise predicted for latents x (B,4,h,w) at timestep t, (R,B,4,h,w): one
+        prediction per image for each of the R (texts, pass number) pairs in the constructor's
+        argument `rows`.
 
         `cells` holds the number of the text that every cell attends to in each pass, (passes,B,h*w)
-        or (passes,1,h*w) for each attention grid. It is an empty list if each item of `rows` has a
-        single text.
+        or (passes,1,h*w) for each attention grid. It is an empty list if each pair has a single
+        text.
         """
         out = []
         for part in self.parts(len(x)):

@@ -76,9 +76,9 @@ def part_of(say: Callable[[str], None], k: int, n: int) -> Callable[[str], None]
 
 @contextmanager
 def looks(sd: Model, most: int, say: Callable[[str], None] | None) -> Iterator[None]:
-    """Within the `with` block, calls `say` with a Step before every UNet evaluation. The Step
-    counts the rows (images in the UNet's batch) evaluated so far; `most` is the number of rows
-    expected in the whole block. Does nothing if `say` is None."""
+    """Within the `with` block, calls `say` with a Step (a progress message) before every UNet
+    evaluation. The Step counts the rows (images in the UNet's batch) evaluated so far; `most` is
+    the number of rows expected in the whole block. Does nothing if `say` is None."""
     begun = 0
 
     def begin(rows: int) -> None:
@@ -107,8 +107,8 @@ class Slope(Protocol):
 
 
 def values_of(told: Told) -> list[dict[str, float]]:
-    """Converts `told`, values to report as name -> (b,), to one dict of name -> number per
-    image."""
+    """Converts `told`, a dict of name -> tensor (b,) with one value per image, to a list of b dicts
+    of name -> number, one dict per image."""
     columns = torch.stack(list(told.values()), dim=1).tolist()
     return [dict(zip(told, row)) for row in columns]
 
@@ -140,7 +140,8 @@ def shares(gradient: Tensor, x: Tensor, share: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Refining:
-    """Settings of `refine`: how the latents move in the first steps of a run.
+    """Settings of `refine`, which moves the latents down a gradient in the first `until` steps of a
+    run: once in each step, and repeatedly in the steps of `repeats`.
 
     `repeats` maps a step to limits (name of a value -> limit). At this step, an image with a value
     above its limit is moved repeatedly, at most `most` times, until no value is above its limit. If
@@ -186,17 +187,17 @@ def refine(
     not_finite: NotFinite | None = None,
     progress: Say | None = None,
 ) -> Refine:
-    """Returns a function `refine(i, t, x) -> x` that updates the latents x of `count` images, step
-    i being at timestep t. Every sampler takes such a function and calls it before each noise
+    """Returns a function `refine(i, t, x) -> x` that updates the latents x of `count` images in
+    step i, at timestep t. Every sampler takes such a function and calls it before each noise
     prediction. The update moves the latents down the gradient that `slope` computes; `how` has the
     settings.
 
-    `begin` is called when a run begins. `steps`, `sampler` and `karras` are those of the run. If
-    `record` is given, a list with one Result per image, the first and the latest values of each
+    `begin` is called when a run begins. `steps`, `sampler` and `karras` are those of the run.
+    `record`, if given, is a list with one Result per image; the first and the latest values of the
     image are stored in it. If an image's values or gradient are not finite, this update of the
-    image is left out, with a warning that begins with what `not_finite` returns. `progress(b,
-    message)` is called with the progress of image b. The returned function raises ValueError for a
-    batch of another size.
+    image is left out, with a warning. `not_finite(images)`, if given, returns the beginning of this
+    warning, which names the images. `progress(b, message)` is called with the progress of image b.
+    The returned function raises ValueError for a batch of other than `count` images.
     """
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))
     scale = sd.config.update_scale if how.scale is None else how.scale
@@ -246,9 +247,9 @@ class _Updates:
         return (x - self.moves[i] * gradient).to(dtype)
 
     def repeat(self, x: Tensor, rows: Tensor, i: int, t: Timestep) -> None:
-        """Updates the latents of the images `rows` (b,) of the batch x, in place and repeatedly. An
-        image is left alone once its values are within the limits of step i; all are after
-        `how.most` updates."""
+        """Updates the latents of the images `rows` (b,) of the batch x repeatedly, in place. The
+        updates of an image end once its values are within the limits of step i (after one more
+        update if `how.extra_update` is True), and at the latest after `how.most` updates."""
         for turn in range(self.how.most):
             told, gradient = self.evaluate(x, rows, i, t, "repeat")
             beyond = self.over(told, i)
@@ -340,8 +341,8 @@ class Optimizing:
 
 @dataclass
 class Result:
-    """What `optimize` or `refine` did for one image: the values before, during and after it and,
-    for `optimize`, the noise that was found."""
+    """The result of `optimize` or `refine` for one image: the values of the objective before and
+    after and, for `optimize`, the values of every iterate and the noise that was found."""
 
     noise: Tensor  # (1, 4, h, w) float32 (float64 in a float64 model) on the CPU
     loss: float = math.nan  # of this noise
@@ -363,7 +364,9 @@ Describe = Callable[[int, int, list[dict[str, float]]], str]  # (step, steps, hi
 
 def _describe(step: int, steps: int, history: list[dict[str, float]]) -> str:
     """Formats an image's progress after `step` of `steps` steps, such as "optimize 7/50 loss 0.312
-    best 0.287 cross 0.21 |x| 1.002". `history` holds the values of every iterate so far."""
+    best 0.287 cross 0.21 |x| 1.002". Here "cross" is a further value of the objective, and |x| the
+    noise's norm, relative to that of unit noise. `history` holds the values of every iterate so
+    far."""
     now = history[-1]
     best = min(h["loss"] for h in history)
     told = {name: v for name, v in now.items() if name not in ("loss", "norm", "mean", "std")}
@@ -388,11 +391,13 @@ def optimize(
     """Optimises initial noises by gradient descent, from `start` (b,4,h,w), with the settings
     `how`. `rows` (b,) holds each image's number in the batch. Returns one Result per image.
 
-    `slope(x, rows)` returns (told, gradient), and `score(x, rows)` returns `told` alone, the values
-    to report as name -> (b,) with the value to minimise under "loss" (see the head of this file).
-    The last iterate is only scored. `draws` holds one random generator per image, which the setting
-    `jitter` needs. If an image's values or gradient are not finite, its result is its starting
-    noise, with a note and a warning, which begin with what `not_finite` returns. `progress(b,
+    `slope(x, rows)` returns (told, gradient). `told` is a dict of name -> (b,) with the value to
+    minimise under "loss" and further values to report, and `gradient` (b,4,h,w) is that of the
+    loss. `score(x, rows)` returns `told` alone; it is called for the last iterate, which needs no
+    gradient. `draws` holds one random generator per image, which the setting `jitter` needs.
+
+    If an image's values or gradient are not finite, its result is its starting noise, with a note
+    and a warning. `not_finite([row])`, if given, returns the beginning of both. `progress(b,
     message)` is called with the progress of image b; `describe` makes the messages.
     """
     x = start.to(device, dtype)
@@ -510,9 +515,9 @@ def _fail(result: Result, start: Tensor, reason: str) -> None:
 
 
 def _warn_of_norm(history: list[dict[str, float]]) -> None:
-    """Warns if the latest step was the first to leave the noise's norm outside NORMAL, the range
-    for which the UNet still treats it as noise. `history` holds the values of every iterate so
-    far."""
+    """Warns when the noise's norm leaves the range NORMAL, in which the UNet still treats it as
+    noise, for the first time. `history` holds the values of every iterate so far, the norm among
+    them."""
     low, high = NORMAL
     norms = [h["norm"] for h in history[1:]]
     outside = [norm for norm in norms if not low <= norm <= high]
@@ -607,11 +612,11 @@ def select(
 
 
 def neighbours(noise: Tensor, count: int, near: float, generator: torch.Generator) -> Tensor:
-    """Returns `count` random noises (count,4,h,w) near the given noise n (1,4,h,w): each has the
-    same norm, and the cosine of its angle to n is `near`.
+    """Returns `count` random noises (count,4,h,w) near a given `noise` (1,4,h,w). Each has the norm
+    of `noise`, and the angle between the two has the cosine `near`.
 
-    Each is |n| (c u + sqrt(1 - c^2) w) (Ma et al. 2025, arXiv 2501.09732), where c is `near`, u the
-    unit vector along n, and w a random unit vector orthogonal to u.
+    Each is |n| (c u + sqrt(1 - c^2) w) (Ma et al. 2025, arXiv 2501.09732), where n is `noise`, c is
+    `near`, u the unit vector along n, and w a random unit vector orthogonal to u.
     """
     flat = noise.flatten().double()
     directions = torch.randn(count, *noise.shape[1:], generator=generator).flatten(1).double()
@@ -641,12 +646,13 @@ def search(
     """Searches for a better noise near the noise of `seed`, without gradients: zero-order search
     (Ma et al. 2025, arXiv 2501.09732).
 
-    Each of `rounds` rounds scores `count` random noises near the best noise so far; the cosine of
-    their angle to it is `near`. The search moves to the best of them if it has a better score. All
-    random directions come from the seed's generator, so `replay` can make the noise again from the
-    seed and the path. The cost is 1 + rounds * count scores. `score`, `shape` and `better` are as
-    in `select`. `progress(message)` is called after every round. Raises FloatingPointError if every
-    score is NaN.
+    Each of `rounds` rounds scores `count` random noises near the best noise so far; `near` is the
+    cosine of the angle between a new noise and the best one. If one of the new noises has a better
+    score, the search moves to the best of them. All random directions come from the seed's
+    generator, so `replay` can make the found noise again from the seed and `Selection.path`. The
+    cost is 1 + rounds * count scores. `score`, `shape` and `better` are as in `select`.
+    `progress(message)` is called after every round. Raises FloatingPointError if every score is
+    NaN.
     """
     sign = 1 if better == "low" else -1
     [generator] = generators([seed])
@@ -675,7 +681,8 @@ def replay(
     seed: int, path: Sequence[Sequence[int]], shape: Sequence[int], *, rounds: int, count: int, near: float
 ) -> Tensor:
     """Makes the noise (1,4,h,w) that `search` found from `seed` again, without any score. `path` is
-    the path of the search's result; the other arguments are those of the search."""
+    the attribute `path` of the Selection that `search` returned; the other arguments are those
+    given to `search`."""
     [generator] = generators([seed])
     pivot = torch.randn(tuple(shape), generator=generator)[None]
     taken = {turn: k for turn, k in path}
@@ -706,7 +713,7 @@ def halve(
     A stage is a pair (score, keep): `score(seeds)` returns losses, lower is better, and the `keep`
     seeds with the lowest losses (at least one) reach the next stage. The seed with the lowest loss
     in the last stage is chosen. `progress(message)` is called after every stage. Raises ValueError
-    if `seeds` is empty, and FloatingPointError if a stage gives no seed a score.
+    if `seeds` is empty, and FloatingPointError if all losses of a stage are NaN.
     """
     if not len(seeds):
         raise ValueError("there are no seeds to select from: give at least one")

@@ -45,14 +45,16 @@ def updates(
     each noise prediction.
 
     `prompts` and `subjects` have one item per image. The subjects of an image are words of its
-    prompt, token indices, or None for the last word of each part of the prompt. `variant` is
-    "official" for the updates of InitNO's program, or "attend-and-excite". `steps`, `sampler` and
-    `karras` are those of the run. Step i moves the latents by scale * sqrt(linspace(1, 1/2)[i])
-    times the gradient. In the official variant, `conflict_limit` is the limit of the conflict loss,
-    which measures how far the subjects' regions overlap. If `scale` or `conflict_limit` is None,
-    the model's default is taken. `progress(b, message)` is called with the progress of image b. If
-    an image's losses or gradient are not finite, that update of the image is left out, with a
-    warning.
+    prompt, token indices, or None for the last word of each part of the prompt (commas, "and" and
+    "with" separate the parts). `variant` is "official" for the updates of InitNO's program, or
+    "attend-and-excite". `steps`, `sampler` and `karras` are those of the run.
+
+    Step i moves the latents by scale * sqrt(linspace(1, 1/2)[i]) times the gradient. In some steps
+    updates are repeated while a loss is above its limit. In the official variant one of these is
+    the conflict loss, which measures how far the subjects' regions overlap; its limit is
+    `conflict_limit`. If `scale` or `conflict_limit` is None, the model's default is taken.
+    `progress(b, message)` is called with the progress of image b. If an image's losses or gradient
+    are not finite, that update of the image is left out, with a warning.
 
     Raises ValueError, before any network runs, for an unknown variant or sampler and for subjects
     that cannot be found. The returned function raises ValueError for a batch of another size.
@@ -77,8 +79,8 @@ def updates(
 @dataclass
 class Frames:
     """The attention maps of a batch that `watch` recorded. For each of the recorded `steps` there
-    is a tensor (B,S,h,w) of cross-attention maps and one of self-attention maps, with a map for
-    each of up to S subjects per image."""
+    is one tensor of cross-attention maps and one of self-attention maps, both (B,S,h,w). An image
+    has a map for each of its subjects; S is the largest number of subjects of an image."""
 
     places: list[list[list[int]]]  # token positions of each subject of each image
     steps: list[int] = field(default_factory=list)
@@ -102,11 +104,11 @@ def watch(
     `count` steps spread over the run, and the `Frames` in which it stores them. Samplers take such
     a function and call it before each noise prediction.
 
-    Each recorded step costs one UNet evaluation with the prompt, which stops after the attention
-    maps. Recording does not change x. `before`, if given, is another such function, such as the
-    result of `updates`; it is called first, and its changes to x are kept. `prompts`, `subjects`,
-    `steps`, `sampler` and `karras` are as in `updates`. Raises ValueError for an unknown sampler
-    and for subjects that cannot be found.
+    Each recorded step costs one UNet evaluation with the prompt; it ends once the attention maps
+    are recorded. Recording does not change x. `before`, if given, is another such function, such as
+    the result of `updates`; it is called first, and its changes to x are kept. `prompts`,
+    `subjects`, `steps`, `sampler` and `karras` are as in `updates`. Raises ValueError for an
+    unknown sampler and for subjects that cannot be found.
     """
     places = [losses.resolve(sd.text, *pair) for pair in zip(prompts, subjects, strict=True)]
     n = len(losses.listed_timesteps(sd, steps, sampler, karras))
@@ -163,12 +165,13 @@ LINE = 16  # pixels: the height of a line of text
 
 
 def sheet(picture: Image.Image, frames: Frames, b: int, names: Sequence[str]) -> Image.Image:
-    """Makes a sheet of heat maps of image b, with a column per recorded step: first a row of
-    cross-attention maps per subject, then a row of self-attention maps per subject.
+    """Makes a sheet of heat maps of image number b, with a column per recorded step: first a row of
+    cross-attention maps per subject, then a row of self-attention maps per subject. `picture` is
+    the image itself, over which the maps are drawn.
 
-    All maps of a kind have one colour scale, shown as a bar, so that a neglected subject stays
-    dark. `names` are the subjects' names. Each map's caption gives the step, the timestep and the
-    map's maximum.
+    All cross-attention maps have the same colour scale, which is shown as a bar, and so have all
+    self-attention maps. So the maps of a neglected subject stay dark. `names` are the subjects'
+    names. Each map's caption gives the step, the timestep and the map's maximum.
     """
     scale = max(1.0, LEAST / min(picture.size))
     picture = picture.resize((round(scale * picture.width), round(scale * picture.height)))

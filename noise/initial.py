@@ -60,17 +60,18 @@ def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Reads initial noise (B,4,h,w), float32, from a noise file or from all noise files in a
     folder. `shape` is the shape (4, h, w) of one image's latents.
 
-    A file holds the noise of one image, of that shape, or the noises of several images, stacked. A
-    .safetensors file has them in a tensor called noise, a .npy file as its array, and a .pt or .pth
-    file as a tensor; nothing else is unpickled. Raises FileNotFoundError if there is no such file,
-    and ValueError if a file holds anything else.
+    A file holds the noise of one image, (4,h,w), or of several images, (images,4,h,w). In a
+    .safetensors file this is a tensor called noise, in a .npy file the array, and in a .pt or .pth
+    file a tensor; nothing else is unpickled. Raises FileNotFoundError if there is no such file, and
+    ValueError if a file holds anything else.
     """
     return torch.cat([_checked(_read(file), file, shape) for file in noise_files(path)])
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata that `save_noise` wrote into a noise file: prompt, seed, init_noise,
-    updates, ... Returns an empty dict if the file has no metadata or is no .safetensors file."""
+    """Reads the metadata that `save_noise` wrote into a noise file, as a dict of name -> text;
+    names are such as prompt, seed and init_noise. Returns an empty dict if the file has no metadata
+    or is no .safetensors file."""
     from minsd.weights import safetensors_file
 
     return safetensors_file.read_metadata(path) if path.suffix == ".safetensors" else {}

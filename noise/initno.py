@@ -59,10 +59,10 @@ def optimize(
 
     `subjects` are words of the prompt or token indices (0 is the start token), or None for the
     subjects that `losses.automatic_subjects` finds. `steps`, `sampler` and `karras` are those of
-    the later run, because they determine the timestep at which the losses are computed, the run's
-    first. `height` and `width` are in pixels. `settings` are fields of `Settings`.
-    `progress(message)` is called after every evaluation, with a message such as "round 2/5 step
-    7/10 cross 0.31 self 0.22".
+    the run that will draw the image; the losses are computed at the first timestep of this run.
+    `height` and `width` are in pixels. `settings` are fields of `Settings`. `progress(message)` is
+    called after every evaluation, with a message such as "round 2/5 step 7/10 cross 0.31 self
+    0.22"; "cross" and "self" are the two losses of `Evaluation`, response and conflict.
 
     Raises ValueError, before any network runs, for wrong settings and for subjects that cannot be
     found. If a loss or gradient is not finite, the result is the seed's plain noise, with a note.
@@ -177,8 +177,8 @@ class Result:
             self.losses.setdefault("before", self.losses["after"])
 
     def ended(self, x: Tensor, success: bool) -> "Result":
-        """Stores the final noise x (1,4,h,w) in this Result, and as `success` whether its response
-        loss and its conflict loss met their limits. Returns this Result."""
+        """Stores the final noise x (1,4,h,w) in this Result. `success` states whether both losses
+        of this noise are below their limits, and is stored too. Returns this Result."""
         self.noise = x.cpu()
         self.success = success
         return self
@@ -206,7 +206,7 @@ class Evaluation(NamedTuple):
 
 class Evaluator:
     """Computes InitNO's losses of the images of a batch, and their gradients, at the first timestep
-    of the run that will follow."""
+    of a run with the given `steps`, `sampler` and `karras`."""
 
     def __init__(
         self,
@@ -275,17 +275,19 @@ class Gaussians:
     def kl(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (kl, gradient) for some images, whose numbers in the batch are `rows` (b,): the
         KL divergence of each image's shift and scale from unit noise, (b,), and its gradient
-        (b,2,4,h,w) in log_var and mu."""
+        (b,2,4,h,w) with respect to log_var (the logarithm of the squared scale) and mu (the shift),
+        in this order."""
         log_var, mu = self.p[rows].unbind(1)
         gradient = torch.stack([0.5 * (log_var.exp() - 1), mu], dim=1) / mu[0].numel()
         return losses.kl_divergence(mu, log_var), gradient
 
     def descend(self, rows: Tensor, gradient: Tensor, how: Settings) -> None:
-        """Updates shift and scale of some images, whose numbers in the batch are `rows` (b,), given
-        the gradient (b,4,h,w) of the loss in their noise x.
+        """Updates shift and scale of some images, whose numbers in the batch are `rows` (b,).
+        `gradient` (b,4,h,w) is that of the loss with respect to the shifted and scaled noise.
 
-        Also keeps the KL divergence from unit noise small: the official variant projects it below
-        its limit after the update, the paper's variant adds it to the loss.
+        The KL divergence from unit noise is kept small too. The official variant reduces it to at
+        most `how.kl_limit` after the update (`project`); the paper's variant adds it to the loss,
+        with the weight `how.kl_weight`.
         """
         by_log_var = 0.5 * self.noise[rows] * (0.5 * self.p[rows, 0]).exp() * gradient
         by_both = torch.stack([by_log_var, gradient], dim=1)  # (b, 2, 4, h, w)
@@ -296,9 +298,9 @@ class Gaussians:
             self._adam(rows, by_both + how.kl_weight * self.kl(rows)[1])
 
     def project(self, rows: Tensor, limit: float) -> None:
-        """Descends the KL divergence from unit noise alone, for each of the images whose numbers in
-        the batch are `rows` (b,), until the image's divergence is at most `limit`. Warns if that
-        takes more than KL_TURNS steps."""
+        """Updates shift and scale by gradient descent on the KL divergence from unit noise alone,
+        for the images whose numbers in the batch are `rows` (b,). The descent of an image ends once
+        its divergence is at most `limit`. Warns if KL_TURNS steps are not enough."""
         if rows.is_cuda:
             done = self._project_unasked(rows, limit)
         else:
@@ -325,10 +327,10 @@ class Gaussians:
         """Does the work of `project` on a GPU. Returns True if the KL divergence of every image got
         to at most `limit`.
 
-        Each step is computed for all images, but applied only to those whose divergence is above
-        `limit`. To check whether any image is above it makes the program wait for the GPU, so only
-        every KL_UNASKED-th step checks. Steps between the last image's success and the next check
-        change nothing.
+        Each step is computed for all images, but changes only those whose divergence is above
+        `limit`. Checking whether there is such an image makes the program wait for the GPU, so the
+        check is made only in every KL_UNASKED-th step. A few steps may therefore change nothing at
+        the end.
         """
         over = torch.ones_like(rows, dtype=torch.bool)
         for turn in range(KL_TURNS):
@@ -342,9 +344,9 @@ class Gaussians:
     def _adam(
         self, rows: Tensor, gradient: Tensor, where: Tensor | None = None, b1: float = 0.9, b2: float = 0.999
     ) -> None:
-        """Takes one Adam step for the images whose numbers in the batch are `rows` (b,), or, if
-        `where` (b,) is given, only for those of them at which it is True. `gradient` (b,2,4,h,w) is
-        that in log_var and mu; b1 and b2 are Adam's betas."""
+        """Takes one Adam step for the images whose numbers in the batch are `rows` (b,). If `where`
+        (b,) is given, only images for which it is True are changed. `gradient` (b,2,4,h,w) is that
+        with respect to log_var and mu; b1 and b2 are Adam's betas."""
         n = self.count[rows] + 1
         first = b1 * self.first[rows] + (1 - b1) * gradient
         second = b2 * self.second[rows] + (1 - b2) * gradient**2
@@ -385,9 +387,10 @@ class _Image:
     def move_on(self, found: Evaluation, x: Tensor) -> None:
         """Advances the state after the evaluation `found` of the image's noise x (1,4,h,w).
 
-        Afterwards there are three cases. The attribute `done` is True; or the attribute `step` has
-        increased by 1, and the caller has to update the noise; or a new try begins, with `step` 0
-        and the noise in the attribute `z`.
+        There are three outcomes. The image is finished, and the attribute `done` is True. Or the
+        try goes on: the attribute `step` has increased by 1, and the caller has to update the
+        noise. Or a new try begins: `step` is 0, and the attribute `z` holds the noise to begin
+        from.
         """
         how = self.how
         if found.met:
@@ -480,8 +483,8 @@ def attention_scores(
     most neglected subject gets) plus its conflict loss (how far the subjects' regions overlap) at
     the first timestep of a run. Lower is better.
 
-    `candidates` are seeds, or unit noises (K,4,h,w). Each candidate costs one UNet evaluation with
-    the prompt, without a gradient, which stops after the attention maps; many run at once. The
+    `candidates` are seeds, or unit noises (K,4,h,w). The UNet is evaluated once per candidate, many
+    at a time, with the prompt, without gradients, and only as far as the last attention map. The
     other arguments are as in `optimize`. Raises ValueError for an unknown sampler and for subjects
     that cannot be found.
     """

@@ -176,13 +176,15 @@ def load(source: str | Path | dict) -> Layout:
                       "control_scale": 1.0},
                      {"prompt": "a blue square", "mask": "square.png"}]}
 
-    Only the prompts, and a box or a mask for each region, are required. Without width and height
-    the image has the model's own size. A region's negative prompt defaults to the image's. File
-    names are relative to the folder of the layout.json.
+    Only the prompts, and a box or a mask for each region, are required. A box is [x0, y0, x1, y1],
+    in fractions of the image if no number is above 1, otherwise in pixels. A mask is an image,
+    white inside the region. A LoRA is named as FILE or FILE:SCALE. Without width and height the
+    image has the model's own size. A region's negative prompt defaults to the image's. File names
+    are relative to the folder of the layout.json.
 
     Raises FileNotFoundError if a file is missing. Raises ValueError for content of any other form
-    and, if the size of the image is stated, for regions that do not fit the image. Messages have
-    one line.
+    and, if the size of the image is stated, for regions that do not fit the image. Error messages
+    are one line.
     """
     if isinstance(source, dict):
         return _from_dict(source, Path(), "the layout: ")
@@ -235,8 +237,8 @@ def overlay(picture: Image.Image, layout: SizedLayout) -> Image.Image:
 
 
 def _enlargement(layout: SizedLayout) -> int:
-    """Returns the whole number by which previews enlarge the layout. With it the longer side gets
-    about 640 pixels; it is at least 1."""
+    """Returns the factor, a whole number of at least 1, by which previews enlarge the image of the
+    layout. The longer side of a preview gets about 640 pixels."""
     return max(1, round(640 / max(layout.width, layout.height)))
 
 
@@ -286,8 +288,9 @@ def _outline(region: SizedRegion, scale: int) -> Image.Image:
 
 
 def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
-    """Returns the lines of text below a preview, each as (colour, text). `colours` holds one colour
-    per region."""
+    """Returns the lines of text below a preview, each as (colour, text): the image's caption and
+    size, a line per region, a line with the share of the image outside every region and the share
+    inside more than one, and the layout's notes. `colours` holds one colour per region."""
     lines = [("black", f"0  {layout.prompt!r}, the whole picture, {layout.width}x{layout.height}")]
     times = np.zeros((layout.height, layout.width), np.uint16)  # in how many regions each pixel lies
     for k, (region, colour) in enumerate(zip(layout.regions, colours), 1):
@@ -310,8 +313,9 @@ def _legend(layout: SizedLayout, colours: list[str]) -> list[tuple[str, str]]:
 
 
 def _values(value: Region | Layout, kind: type[Region] | type[Layout]) -> dict[str, Any]:
-    """Returns those fields of a region or layout that the class `kind` has too, as a dict of name
-    -> value."""
+    """Returns the fields of the dataclass `kind` as a dict of name -> value, with the values that
+    the region or layout `value` has. `value` may be of a subclass of `kind`; its further fields are
+    left out."""
     return {f.name: getattr(value, f.name) for f in fields(kind)}
 
 
@@ -326,17 +330,20 @@ def _in_fractions(box: Sequence[float]) -> bool:
 
 
 def _hint(box: Sequence[float] | None) -> str:
-    """Returns the end of an error message about a box: a hint if the box is in pixels and may have
-    been meant in fractions, otherwise an empty string. The box may be None."""
+    """Returns the end of an error message about a box (x0, y0, x1, y1). A box is in fractions if no
+    number is above 1, otherwise in pixels. If it is in pixels but has numbers that are not whole,
+    it may have been meant in fractions, and the result is a hint. Otherwise, or if the box is None,
+    the result is an empty string."""
     if box is None or _in_fractions(box) or all(v == int(v) for v in box):
         return ""
     return "; a number above 1 makes all four of a box pixels: fractions are 0 to 1"
 
 
 def _check_box(box: Sequence[float], width: int | None, height: int | None, where: str) -> None:
-    """Raises ValueError for a box (x0, y0, x1, y1) that is impossible on any image and, if width
-    and height are given, for a box in pixels that leaves an image of that size. The message begins
-    with `where`."""
+    """Raises ValueError for a box (x0, y0, x1, y1) that has no width or height or negative numbers.
+    A box is in fractions if no number is above 1, otherwise in pixels. If `width` and `height` are
+    given, a box in pixels must also lie inside an image of that size. The error message begins with
+    `where`."""
     x_most = math.inf if width is None else width
     y_most = math.inf if height is None else height
     inside = "the image" if width is None else f"an image of {width}x{height} pixels"
@@ -352,9 +359,9 @@ def _check_box(box: Sequence[float], width: int | None, height: int | None, wher
 
 
 def _box_pixels(box: Box | None, width: int, height: int, where: str) -> np.ndarray:
-    """Returns a boolean mask (height, width) of the pixels inside a box, whose edges are rounded to
-    whole pixels. Raises ValueError if `box` is None or leaves the image. The message begins with
-    `where`."""
+    """Returns a boolean mask (height, width) of the pixels inside a box (x0, y0, x1, y1), in
+    fractions or pixels, whose edges are rounded to whole pixels. Raises ValueError if `box` is None
+    or leaves the image. The error message begins with `where`."""
     if box is None:
         raise ValueError(f"{where}give a box [x0, y0, x1, y1] or a mask file, one of the two")
     _check_box(box, width, height, where)

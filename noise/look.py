@@ -43,8 +43,8 @@ Objective = Callable[["Look"], Tensor | tuple[Tensor, Told]]
 
 @dataclass(frozen=True)
 class Ask:
-    """What an objective needs to know of one image: prompt, seed, subjects, groups and layout.
-    Everything is checked before any network runs."""
+    """What an objective needs to know of one image: prompt, seed, subjects, groups of a noun with
+    its modifiers, and layout."""
 
     prompt: str
     seed: int = 0
@@ -76,11 +76,11 @@ def ask(
     """Makes one `Ask` per image, which holds what an objective needs to know of the image: prompt,
     seed, subjects, groups and layout. No network runs.
 
-    `subjects` has one item per image, the words or token indices of its subjects, as
-    `losses.resolve` takes them; if `subjects` is None, the subjects are found in the prompt.
-    `pairs` is a text that lists groups of a noun with its modifiers, as noise/pairs.py reads it; if
-    `pairs` is None, the groups are found in the prompt. If a prompt has no subjects or groups, the
-    lists in its Ask are empty. Raises ValueError if given subjects or pairs are malformed or not in
+    `subjects` has one item per image: a list of words or token indices, or None to find the
+    subjects in the prompt. If `subjects` itself is None, they are found in every prompt. `pairs` is
+    a text that lists groups of a noun with its modifiers, such as "red circle; blue square", and
+    holds for all images; if it is None, the groups are found in each prompt. If none are found, the
+    list in the Ask is empty. Raises ValueError if given subjects or pairs are malformed or not in
     the prompt.
     """
     asks = []
@@ -182,8 +182,9 @@ class Look:
 
     @property
     def cross(self) -> Tensor:
-        """Cross-attention probabilities (b,h,w,77n) over the 77n text positions, averaged over
-        heads and layers, at the recorded resolution h x w."""
+        """Cross-attention probabilities (b,h,w,77n), averaged over heads and layers, at the
+        recorded resolution h x w. The last axis holds the positions of the prompt's n chunks of 77
+        tokens."""
         return self.read("cross")[0]
 
     @property
@@ -220,13 +221,12 @@ class Look:
         return self._lift.select[self.index]
 
     def words(self, select: Tensor, *, sharp: bool = False, smooth: bool = False) -> Tensor:
-        """Returns cross-attention maps (b,S,h,w) of any words. `select` (b,S,77n), made by
-        `losses.selector`, selects the tokens of each word; the maps of a word's tokens are
-        averaged.
+        """Returns the cross-attention maps (b,S,h,w) of S words per image. `select` (b,S,77n), made
+        by `losses.selector`, selects the tokens of each word among the n chunks of 77 tokens; the
+        maps of a word's tokens are averaged.
 
         With `sharp`, the cross-attention C is first sharpened to softmax(100 C) over all tokens but
-        the first and last of each chunk of 77. With `smooth`, the maps are smoothed by
-        `losses.smooth`.
+        the first and last of each chunk. With `smooth`, the maps are smoothed by `losses.smooth`.
         """
         return _word_maps(self.cross, select, sharp, smooth)
 
@@ -254,9 +254,9 @@ class Look:
 
     @cached_property
     def x0(self) -> Tensor:
-        """Predicted clean latents (b,4,h,w): (x - sqrt(1 - abar) e) / sqrt(abar), where e is the
-        predicted noise with the guidance scale that the Lift was given (1: the prompt's prediction
-        alone)."""
+        """Predicted clean latents (b,4,h,w): (x - sqrt(1 - abar) e) / sqrt(abar). Here abar is the
+        schedule's cumulative product of alphas at the timestep, and e the noise predicted with the
+        guidance scale that the Lift was given (with 1, the prompt's prediction alone)."""
         guidance = self._lift.guidance
         if guidance == 1:
             e = self.eps
@@ -278,8 +278,9 @@ class Look:
         """The images (b,3,H,W), with values 0 to 1, that the whole run draws from the noises x.
 
         If x needs a gradient, the backward pass recomputes the activations of every step and of the
-        decoder instead of storing them, so that memory holds those of one of them at a time. Raises
-        ValueError within a run, where x is no noise.
+        decoder instead of storing them. So memory holds the activations of one step, or of the
+        decoder, at a time. Raises ValueError within a run, where x is no initial noise, and if the
+        Lift was given no `course`.
         """
         course = self._lift.course
         if course is None or self.i is not None:
@@ -335,12 +336,12 @@ class Lift:
 
     `guidance` is the guidance scale of `Look.x0`. `negative_prompt` is the prompt of `Look.uncond`.
     `course` holds the settings of the run by which `Look.drawn` makes the images. The model's
-    weights take no gradient. `sd.unet` is read at each call, so that a ControlNet that is in use
-    then takes effect.
+    weights take no gradient. `sd.unet` is read at each call, so a ControlNet may be added to or
+    removed from the model between calls.
 
-    The attribute `rows` counts UNet rows (a row is one image evaluated with one prompt). It has
-    three keys: "gradient" for rows whose evaluation was differentiated and, of all others,
-    "stopped" for those that stopped after the attention maps, and "full" for the rest.
+    The attribute `rows` counts UNet rows (a row is one image evaluated with one prompt). Rows that
+    were differentiated are counted under the key "gradient". The others are counted under "stopped"
+    if the evaluation stopped after the attention maps, and under "full" if it did not.
     """
 
     def __init__(
@@ -371,7 +372,7 @@ class Lift:
 
     @cached_property
     def uncond(self) -> Tensor:
-        """The text states (1,77n,D) of the negative prompt."""
+        """The text states of the negative prompt, (1,77n,D) for n chunks of 77 tokens."""
         return self.sd.encode_prompt([self.negative_prompt])
 
     @property
@@ -501,7 +502,7 @@ def met(told: Told, limits: Mapping[str, float]) -> Tensor:
 
 def finite(told: Told, *more: Tensor) -> Tensor:
     """Returns a boolean per image, (b,): True if all values of the image in `told` (name -> (b,))
-    are finite, and its rows of the tensors `more` (b,...) too."""
+    are finite, and all elements of the image in each tensor of `more`, (b,...)."""
     checks = [value.isfinite() for value in told.values()]
     checks += [tensor.flatten(1).isfinite().all(dim=1) for tensor in more]
     return torch.stack(checks).all(dim=0)

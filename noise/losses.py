@@ -73,7 +73,8 @@ def _chosen(prompt: str) -> list[tuple[str, Word]]:
 
 
 def resolve(text: TextEncoder, prompt: str, subjects: Subjects) -> list[list[int]]:
-    """Returns the list of token positions of each subject of a prompt. Runs no network.
+    """Finds the tokens of a prompt's subjects. Returns one list of token positions per subject.
+    Runs no network.
 
     `subjects` are words of the prompt (a list, or one string with commas), token indices (0 is the
     start token), or None for `automatic_subjects`. Raises ValueError if there are no subjects, and
@@ -136,8 +137,8 @@ def smooth(maps: Tensor) -> Tensor:
     """Smooths maps (...,h,w) by a 3x3 kernel with reflected edges. If an axis has a single cell,
     that cell counts as its own neighbour on both sides.
 
-    At distance d along an axis the kernel's weight is exp(-(d / (2 * 0.5))^2), normalised to sum 1.
-    This is InitNO's kernel, not the usual Gaussian exp(-d^2 / 2s^2).
+    At distance d along an axis the kernel's weight is exp(-(d / (2 s))^2) with s = 0.5, normalised
+    to sum 1. This is InitNO's kernel, not the usual Gaussian exp(-d^2 / (2 s^2)).
     """
     total = 1 + 2 * math.exp(-1)
     middle = 1 / total
@@ -152,19 +153,19 @@ def smooth(maps: Tensor) -> Tensor:
 
 
 def mean_maps(maps: Tensor, select: Tensor) -> Tensor:
-    """Returns the mean map of each subject's tokens, (B,S,h,w), from the maps of all K tokens
-    (B,h,w,K) and the weights `select` (B,S,k), k <= K, that `selector` returns."""
+    """Averages the maps of each subject's tokens. `maps` (B,h,w,K) are those of all K tokens, and
+    `select` (B,S,k) is the result of `selector`, for the first k of them (k <= K). Returns
+    (B,S,h,w)."""
     return torch.einsum("bhwk,bsk->bshw", maps[..., : select.shape[-1]], select.to(maps))
 
 
 def subject_maps(cross: Tensor, select: Tensor) -> Tensor:
     """Returns the subjects' maps M (B,S,h,w), which show where each subject gets attention. `cross`
-    (B,h,w,77n) is recorded cross-attention; `select` (B,S,77m), m <= n, is the result of
-    `selector`.
+    (B,h,w,77n) is recorded cross-attention C to the n chunks of 77 tokens. `select` (B,S,77m), the
+    result of `selector`, may cover only the first m chunks (m <= n).
 
-    The cross-attention C is sharpened over the tokens to softmax(100 C), without the start token
-    and the last position of each of the n chunks; the maps of each subject's tokens are averaged,
-    and the mean is smoothed.
+    First, C is sharpened over the tokens to softmax(100 C), without the first and the last position
+    of each chunk. Then the maps of each subject's tokens are averaged, and the mean is smoothed.
     """
     sharp = (100 * inner(cross)).softmax(dim=-1)  # (B, h, w, 75n)
     return smooth(mean_maps(sharp, inner(select)))
@@ -185,9 +186,9 @@ def peaks(maps: Tensor) -> Tensor:
 
 def claims(self_maps: Tensor, at: Tensor) -> Tensor:
     """Returns the subjects' maps A (B,S,h,w), which show the region that each subject is expected
-    to fill: the smoothed self-attention of the query at one cell per subject. `self_maps`
-    (B,h,w,h*w) is recorded self-attention. `at` (B,S) holds the index of that cell, the peak of the
-    subject's map M (see `peaks`)."""
+    to fill. `self_maps` (B,h,w,h*w) is recorded self-attention, and `at` (B,S) holds the index of
+    one cell per subject, at which the subject's map M is largest (see `peaks`). A is the smoothed
+    self-attention of the query at this cell."""
     h, w, n = self_maps.shape[1:]
     rows = self_maps.flatten(1, 2).gather(1, at[:, :, None].expand(-1, -1, n))  # (B, S, h*w)
     return smooth(rows.unflatten(2, (h, w)))
@@ -220,10 +221,11 @@ def cross_response(maps: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def self_conflict(claims: Tensor, present: Tensor | None = None) -> Tensor:
-    """Returns InitNO's conflict loss (B,) of the subjects' maps A (B,S,h,w), which the function
-    `claims` returns. The loss measures how far the regions of the subjects overlap: it is the mean
-    of sum(min(A, A')) / sum(A + A') over all pairs of subjects, and 0 for a single subject.
-    `present` (B,S) is True for the subjects that an image has; None means all."""
+    """Returns InitNO's conflict loss (B,) of the subjects' maps (B,S,h,w) that the function
+    `claims` returns. The loss measures how far the regions of the subjects overlap. For two
+    subjects with the maps A and A' it is sum(min(A, A')) / sum(A + A'); this is averaged over all
+    pairs of subjects, and 0 for a single subject. `present` (B,S) is True for the subjects that an
+    image has; None means all."""
     present = _present(claims, present)
     i, j = torch.triu_indices(claims.shape[1], claims.shape[1], offset=1, device=claims.device)
     a, b = claims[:, i], claims[:, j]  # (B, pairs, h, w)
@@ -270,8 +272,8 @@ def kl_divergence(mu: Tensor, log_var: Tensor) -> Tensor:
 
 
 def otsu(maps: Tensor) -> Tensor:
-    """Returns Otsu's threshold (1979) of each map (...,h,w) with values in 0..1, as integers (...)
-    from 0 to 255.
+    """Returns Otsu's threshold (1979) of each map. `maps` are (...,h,w) with values in 0..1; the
+    thresholds are integers from 0 to 255, in a tensor of the leading shape (...).
 
     Values are scaled by 255 and truncated to 256 levels. Each level splits the cells into two
     classes: up to the level, and above it. The threshold is the first level at which the variance
@@ -279,8 +281,8 @@ def otsu(maps: Tensor) -> Tensor:
 
     Let n0 of the N cells be in the lower class and n1 in the upper one, and let the levels of the
     lower class sum to S0 and all levels to S. Up to a constant, the variance is (N S0 - n0 S)^2 /
-    (n0 n1). This takes whole numbers and one division, so equally good splits have exactly equal
-    variances, and the first of them is well defined.
+    (n0 n1). It is computed from whole numbers by one division. So equally good splits have exactly
+    equal variances, and the first of them is well defined.
     """
     levels = (maps.detach() * 255).long().clamp(0, 255).flatten(-2)  # (..., N)
     counts = torch.zeros(*levels.shape[:-1], 256, dtype=torch.long, device=maps.device)

@@ -102,9 +102,9 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
 
 
 def optimize(sd: Model, batch: Batch, say: Say) -> Found:
-    """Optimises the noise of each image's seed by gradient descent, and returns it. The loss is
-    that of the batch's objective (`batch.steer`) if there is one, otherwise inversion stability is
-    optimised."""
+    """Optimises the noise of each image's seed by gradient descent, and returns the optimised
+    noise. The loss is the batch's objective (`batch.steer`) or, if there is none, 1 minus the
+    inversion stability."""
     if batch.steer is not None:
         start = unit_noise(batch.seeds, batch.shape)
         found = batch.steer.optimize(start, _of_seeds(say, batch.seeds))
@@ -128,8 +128,8 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
 
 def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
     """Runs InitNO (noise/initno.py), which optimises the noise of each image's seed, and returns
-    it. If `batch.score` is "attention", it starts from the best of the image's candidate seeds by
-    attention instead."""
+    the optimised noise. If `batch.score` is "attention", InitNO does not start from the image's own
+    seed, but from the candidate seed with the best attention score."""
     seeds = batch.seeds
     notes = _each(batch)
     if batch.score == "attention":
@@ -158,9 +158,9 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
 
 def best_method(sd: Model, batch: Batch, say: Say) -> Found:
     """Chooses the best of each image's candidate seeds by the method of noise/best.py, and returns
-    their noise. All candidates are scored by attention at the first timestep. Those with the best
-    scores are then sampled for part of the steps, until one is good enough; if none is, the best of
-    them is taken."""
+    their noise. All candidates are scored by attention at the first timestep. The candidates with
+    the best scores are then drafted (sampled for part of the steps), one after the other, until a
+    draft is good enough. If none is, the candidate with the best draft is taken."""
     found = best.choose(
         sd,
         batch.prompts,
@@ -191,7 +191,8 @@ METHODS: dict[str, Method] = {
 
 
 def _of_seeds(say: Say, seeds: Sequence[int]) -> Callable[[int, str], None]:
-    """Returns a function (b, message) that says the message with the seed of image b before it."""
+    """Returns a function (b, message) that passes the message on to `say`, with the seed of image b
+    before it."""
     return lambda b, message: say(drivers.prefixed(f"seed {seeds[b]}: ", message))
 
 
@@ -226,9 +227,9 @@ def _best_by_attention(
 
     If `layout` has regions, the score of a candidate is that of `arrange.arrange`: how much of the
     attention to each caption's subjects falls inside the caption's region (higher is better).
-    Otherwise it is `initno.attention_scores`, a loss of the attention to the prompt's subjects
-    (lower is better). Each candidate costs one UNet evaluation, or one per region of the layout,
-    which stops after the attention maps.
+    Otherwise it is `initno.attention_scores`, a loss that is high if a subject of the prompt gets
+    little attention (lower is better). The UNet is evaluated on each candidate once, or once per
+    region of the layout, and only as far as the last attention map.
     """
     chosen = []
     notes = []

@@ -37,8 +37,9 @@ class Group(NamedTuple):
 
 def read_groups(text: TextEncoder, prompt: str, pairs: str) -> list[Group]:
     """Parses `pairs`, a text that lists groups of a noun with its modifiers, such as "red circle;
-    blue square". Every word must be in the prompt; `cat#2` means the second "cat" in the prompt. A
-    group of one word is a noun without modifiers.
+    blue square". The last word of a group is the noun, unless a colon stands before a noun of
+    several words: "big red: fire truck". Every word must be in the prompt; `cat#2` means the second
+    "cat" in the prompt. A group of one word is a noun without modifiers.
 
     Raises ValueError for an empty group, for a word that is not in the prompt, and for a word that
     is in two groups.

@@ -22,24 +22,25 @@ PERMUTATIONS = 20
 
 
 def norm(x: Tensor, start: Tensor) -> Tensor:
-    """Returns the negative log density (B,) of the norm |x| of each image's noise x, if x is unit
-    noise; a constant is left out. `start` is not used."""
+    """Returns, for each image, how unlikely the norm |x| of its noise x (B,4,h,w) is: the negative
+    logarithm of the density that unit noise has at this norm, up to a constant, (B,). `start` is
+    not used."""
     r = x.flatten(1).norm(dim=1)
     return r**2 / 2 - (x[0].numel() - 1) * r.log()
 
 
 def kl(x: Tensor, start: Tensor) -> Tensor:
-    """Returns, for each image, the KL divergence between unit noise shifted by x - start and unit
-    noise, divided by the number of elements of the image's noise, (B,). `start` is the noise before
-    the optimisation; both are (B,4,h,w)."""
+    """Returns the KL divergence (B,) between unit noise shifted by x - start and unit noise,
+    divided by the number of elements of one image's noise. x is the optimised noise and `start` the
+    noise before the optimisation, both (B,4,h,w)."""
     return 0.5 * (x - start).flatten(1).square().mean(dim=1)
 
 
 def white(x: Tensor, start: Tensor, permutations: int = PERMUTATIONS) -> Tensor:
     """Returns a measure (B,) of how unlikely the mean and the covariance of the numbers of x are
-    for unit noise, where the numbers are taken as rows of four: DNO's bound -(l1 + l2) for the
-    given order of the numbers, plus its mean over `permutations` random orders (see the head of
-    this file). `start` is not used."""
+    for unit noise, where the numbers are taken as rows of four. It is -(l1 + l2) for the given
+    order of the numbers, plus the mean of the same over `permutations` random orders. l1 and l2 are
+    DNO's bounds (the head of this file has the formulas). `start` is not used."""
     flat = x.flatten(1)
     total = -_bounds(flat)
     generator = torch.Generator().manual_seed(0)
@@ -49,8 +50,9 @@ def white(x: Tensor, start: Tensor, permutations: int = PERMUTATIONS) -> Tensor:
 
 
 def _bounds(flat: Tensor) -> Tensor:
-    """Returns l1 + l2 (B,), which the head of this file defines, for the numbers of each image's
-    noise, (B,d)."""
+    """Returns l1 + l2 (B,) for the numbers `flat` (B,d) of each image's noise. These are DNO's
+    bounds, which fall as the mean (l1) and the covariance (l2) of rows of four numbers become
+    unlikely for unit noise (the head of this file has the formulas)."""
     rows = flat.unflatten(1, (-1, K))  # (B, m, k)
     m = rows.shape[1]
     mean = rows.mean(dim=1).norm(dim=1)
@@ -62,8 +64,8 @@ def _bounds(flat: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> dict[str, Tensor]:
-    """Returns "norm" (|x| / sqrt(d)), "mean" and "std" of each image's noise x (B,4,h,w), all
-    (B,). Unit noise has about 1, 0 and 1."""
+    """Returns "norm", "mean" and "std" of the d numbers of each image's noise x (B,4,h,w), all
+    (B,). "norm" is |x| / sqrt(d). Unit noise has about 1, 0 and 1."""
     flat = x.flatten(1)
     norm = flat.norm(dim=1) / flat.shape[1] ** 0.5
     return {"norm": norm, "mean": flat.mean(dim=1), "std": flat.std(dim=1)}

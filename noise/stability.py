@@ -49,9 +49,9 @@ PAPER_NUMBERS = 65_536  # size of the latents that the paper's learning rate of 
 
 
 class Trip:
-    """The way of noise through the model and back: a function of unit noise that denoises the noise
-    to latents, and inverts the latents to the noise'. The argument `rows` (b,) of the methods holds
-    each image's number in the batch.
+    """The round trip of unit noise through the model: noise is denoised to latents, and the latents
+    are inverted to a noise again. The argument `rows` (b,) of the methods holds each image's number
+    in the batch.
 
     `prompts` is one for all images, or a list with one per image. Denoising takes `steps` steps of
     `sampler` at `guidance_scale` (None: the model's, 7.5 for Stable Diffusion). Inversion takes the
@@ -105,8 +105,8 @@ class Trip:
         return torch.promote_types(self.sd.dtype, torch.float32)
 
     def __call__(self, noise: Tensor, rows: Tensor, checkpointed: bool = False) -> Tensor:
-        """Denoises `noise` (b,4,h,w) to latents, and inverts the latents. Returns the noise'
-        (b,4,h,w) that results. `rows` (b,) holds each image's number in the batch. With
+        """Denoises `noise` (b,4,h,w) to latents, and inverts the latents. Returns the noise
+        (b,4,h,w) that the inversion finds. `rows` (b,) holds each image's number in the batch. With
         `checkpointed`, activations are recomputed when the result is differentiated, which saves
         memory. The grad mode is not changed."""
         return self.up(self.down(noise, rows, checkpointed), rows, checkpointed)
@@ -180,8 +180,8 @@ def score(
 
     `prompt` is one for all noises, or a list with one per noise. `trip` are the settings of `Trip`:
     `negative_prompt`, `steps` (10), `guidance_scale`, `guidance_invert` (1), `sampler` ("ddim") and
-    `eta` (0). As many noises are processed at a time as `sd.batch_size` allows; their number
-    changes scores by no more than rounding.
+    `eta` (0). As many noises are processed at a time as `sd.batch_size` allows; scores depend on
+    this number by no more than rounding.
 
     Raises ValueError, before any network runs, for settings that `Trip` refuses, and for prompts or
     shapes that do not fit.
@@ -206,7 +206,7 @@ def _noises(
 ) -> Tensor:
     """Returns the noises (B,4,h,w) that are given, or those of the given seeds for images of height
     x width pixels (None: the model's size). Raises ValueError for an image size or a shape that is
-    not possible, and unless `prompt` is one string or has one prompt per noise."""
+    not possible, and if `prompt` is a list without exactly one prompt per noise."""
     if not isinstance(noise, Tensor):
         height, width = height or sd.config.size, width or sd.config.size
         check_size(height, width)
@@ -289,8 +289,8 @@ def sheet(sd: Model, prompt: str, selection: Selection, count: int = 4, **how: A
 
 @dataclass(frozen=True)
 class Descent:
-    """The settings of `optimize`, which descends 1 - s (s: inversion stability) by gradient descent
-    with momentum. The constructor raises ValueError for a setting that is out of range.
+    """Settings of `optimize`: gradient descent with momentum on 1 - s, where s is the inversion
+    stability. The constructor raises ValueError for a setting that is out of range.
 
     The paper's learning rate of 100 is for latents of 65,536 numbers. For latents of d numbers,
     gradients are proportional to 1 / sqrt(d) and |noise| to sqrt(d). A rate proportional to d

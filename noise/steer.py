@@ -76,7 +76,8 @@ UNSET = ("repeats", "limits")  # mappings, which a user cannot set
 
 @dataclass(frozen=True)
 class Steer:
-    """An objective with its driver and the settings of both, which `choose` has checked."""
+    """An objective, the driver (the method that minimises it), and the settings of both. `choose`
+    makes a Steer and checks it."""
 
     name: str
     target: Callable[..., Any]  # an objective, or a class that makes one
@@ -113,9 +114,9 @@ class Steer:
         return self.target(sd, asks, **self.options()) if self.is_class else self.target
 
     def how(self, objective: Objective) -> Any:
-        """Returns the settings of the driver, a `Selecting`, `Optimizing` or `Refining`: those
-        published with the objective, or else the driver's defaults, with the user's settings in
-        place of some."""
+        """Returns the settings of the driver, a `Selecting`, `Optimizing` or `Refining`. They are
+        those published with the objective or, if there are none, the driver's defaults. Settings
+        that the user gave replace them."""
         kind = HOW[self.driver]
         how: Any = getattr(objective, "how", None)
         if not isinstance(how, kind):
@@ -218,8 +219,8 @@ def _check_class(name: str, target: type, given: Mapping[str, Any]) -> None:
 
 
 def _check_search(given: Mapping[str, Any]) -> None:
-    """Raises ValueError if `given`, the user's settings of the driver select, has a setting that
-    the chosen search does not use."""
+    """Raises ValueError if `given`, the user's settings of the driver select, has a setting that is
+    not for the search named by given["search"]."""
     search = given.get("search")
     if search == "zero-order" and "candidates" in given:
         raise ValueError(
@@ -394,9 +395,9 @@ class Run:
             self._draft_steps(how.part)
 
     def _draft_steps(self, part: float) -> int:
-        """Returns the number of steps of a draft, which is the fraction `part` of the run's steps,
-        but at least 1 and fewer than the run takes. Raises ValueError if the run has a single
-        step."""
+        """Returns the number of steps of a draft (the first steps of a run): the fraction `part` of
+        the run's steps, but at least 1 and fewer than the run takes. Raises ValueError if the run
+        has a single step."""
         last = len(self._timesteps()) - 1
         if last < 1:
             raise ValueError("search=halving drafts the first steps of a run: give 2 --steps or more")
@@ -457,10 +458,11 @@ class Run:
         say: Callable[[str], None],
     ) -> tuple[Selection, dict[int, float]]:
         """Chooses one image's seed in two stages, by losses: lower is better. First, `score(noises,
-        seeds)` returns the losses of all `seeds` at the first timestep. Then the eighth of the
-        seeds with the lowest losses (at least 2 seeds) are sampled for the fraction `part` of the
-        run's steps, and `lift` evaluates the loss there. The seed with the lowest second loss is
-        chosen. `shape` is (4,h,w) of one noise. `say(message)` is called after each stage.
+        seeds)` returns the losses of all `seeds` at the first timestep. Then an eighth of the
+        seeds, those with the lowest losses (at least 2 seeds), are sampled for the fraction `part`
+        of the run's steps, and `lift` evaluates the loss of the latents reached. The seed with the
+        lowest second loss is chosen. `shape` is (4,h,w) of one noise. `say(message)` is called
+        after each stage.
 
         Returns (selection, drafts): the chosen seed with the first losses of all seeds, and the
         second losses as seed -> loss. First and second losses are not comparable.
@@ -559,7 +561,7 @@ class Run:
 def _scores(
     lift: Lift, x: Tensor, t: Timestep, i: int | None = None, seeds: Sequence[int] | None = None
 ) -> list[float]:
-    """Evaluates the objective of the Lift's first image at several latents x (k,4,h,w) and timestep
+    """Evaluates the objective for the first image of `lift` at k latents x (k,4,h,w) and timestep
     t. Returns a list of the k losses, with NaN for those that are not finite. `i` and `seeds` are
     as in `Lift.score`."""
     loss = lift.score(x, torch.zeros(len(x), dtype=torch.long, device=x.device), t, i, seeds)["loss"]
@@ -587,9 +589,10 @@ def asked(
     taken: bool,
 ) -> Begin | None:
     """Prepares an objective for `StableDiffusion.__call__`. Returns None if `objective` is None.
-    Otherwise returns a function to call for each batch, with (sd, prompts, seeds, noise, ...); it
-    returns (noise, refine), where the noise (B,4,h,w) is the one to begin from, and `refine` the
-    function that updates the latents during the run, or None.
+    Otherwise returns a function begin(sd, prompts, seeds, noise, *run), to be called for each
+    batch; `run` are steps, sampler, karras, negative prompt and guidance scale. It returns (noise,
+    refine): the noise (B,4,h,w) to begin from, and the function that updates the latents during the
+    run, or None if there is none.
 
     `objective`, `driver` and `settings` are those of `choose`; `subjects` and `pairs` (nouns with
     their modifiers) are for the objective. `taken` is True if the caller has also given noise or

@@ -77,8 +77,9 @@ TIMESTEPS: dict[str, Callable[..., list[Timestep]]] = {
 
 
 def check(sampler: str, karras: bool = False) -> None:
-    """Raises ValueError if no sampler has the name `sampler`, and if `karras` (Karras noise levels)
-    is set for a sampler other than "dpmpp_2m", the only one that has them."""
+    """Raises ValueError if no sampler is called `sampler`. Also raises ValueError if `karras` is
+    True for a sampler other than "dpmpp_2m", because only that sampler can run at Karras noise
+    levels."""
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler is called {sampler!r}; choose from {', '.join(SAMPLERS)}")
     if karras and sampler != "dpmpp_2m":
@@ -88,11 +89,12 @@ def check(sampler: str, karras: bool = False) -> None:
 def timesteps(
     sampler: str, schedule: Schedule, steps: int, *, start: int = 0, karras: bool = False
 ) -> list[Timestep]:
-    """Lists the timesteps that a run of the sampler named `sampler` visits, most noise first, one
-    for every `(i, t, x)` that the sampler yields. The first `start` of the `steps` steps are left
-    out, as for image-to-image. `karras` selects Karras noise levels.
+    """Lists the timesteps that a run visits, most noise first: one for every `(i, t, x)` that the
+    sampler called `sampler` yields. The run has `steps` steps, but skips the first `start` of them,
+    as for image-to-image. If `karras` is True, the timesteps are those of Karras noise levels.
 
-    Raises ValueError as `check` does, and for a number of steps that the sampler cannot take.
+    Raises ValueError for a sampler or a number of steps that is not possible, and if the sampler
+    has no Karras noise levels.
     """
     check(sampler, karras)
     options = {"karras": True} if karras else {}

@@ -17,15 +17,16 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
 
 
 def step(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
-    """Takes one deterministic DDIM step. Returns the latents at level abar = b, computed from the
-    latents x at level abar = a and the noise eps predicted for x, both (B,4,h,w). A step with b > a
-    denoises; a step with b < a inverts."""
+    """Takes one deterministic DDIM step. x are the latents where abar is a, and `eps` is the noise
+    predicted in them, both (B,4,h,w). Returns the latents where abar is b. A step with b > a
+    denoises, and a step with b < a inverts. abar is the schedule's cumulative product of 1 -
+    beta."""
     return (b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run of `steps` steps, most noise first, in the spacing stated by the
-    schedule's config. The first `start` timesteps are left out."""
+    """Lists the timesteps of a run, most noise first. The run has `steps` steps, but skips the
+    first `start` of them. The schedule's config states how the timesteps are spaced."""
     return schedule.timesteps(steps)[start:]
 
 
@@ -42,13 +43,13 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with DDIM's steps. Yields (i, t, x) after every step: the
-    step's number, its timestep, and the latents. `samplers/__init__.py` explains the arguments that
-    all samplers have in common.
+    """Denoises unit noise x (B,4,h,w) with DDIM. predict(x, t) returns the noise in latents x at
+    timestep t. Yields (i, t, x) after every step: the step's number, its timestep, and the latents.
+    `init`, `start`, `refine` and `final` are explained in `samplers/__init__.py`.
 
-    With `eta` above 0, each step adds fresh noise, drawn from `generator`, a list with one
-    generator per image. Raises ValueError for an `eta` outside 0 to 1, and for an `eta` above 0
-    without generators.
+    `eta` is the amount of fresh noise in every step, from 0 (none) to 1 (as much as in DDPM). This
+    noise is drawn from `generator`, a list with one generator per image. Raises ValueError if `eta`
+    is outside 0 to 1, or above 0 without generators.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
@@ -78,20 +79,21 @@ def invert(
     iterations: int = 0,
     final: str | None = None,
 ) -> Steps:
-    """Turns latents x (B,4,h,w) of an image into the noise from which DDIM makes them, by taking
-    DDIM's steps in reverse order. Yields (i, t, x) after every step: the step's number, the
-    timestep t that has been reached, and the latents at the level of t. `final` is the level of the
-    given x: "abar0" (that of timestep 0), "zero" (no noise), or None for the model's own.
+    """Turns the latents x (B,4,h,w) of an image into the noise from which DDIM makes these latents
+    again, by taking DDIM's steps in reverse order. Yields (i, t, x) after every step: the step's
+    number, the timestep at which it ends, and the latents there. `final` is the noise level of the
+    image's latents x, at which sampling ended: "abar0" (the level of timestep 0), "zero" (no
+    noise), or None for the level that the model's config states.
 
-    Exact inversion of a step would need the noise eps predicted at the latents where the reversed
-    step ends, which are not known yet. So eps is first predicted at the latents where the reversed
-    step begins, with the timestep of its end (`anchor="target"`) or of its beginning ("source").
-    Then eps is predicted again, `iterations` times, at the end found so far. If the steps are small
-    enough for this to converge, the fixed point inverts the step exactly, provided that `predict`
-    applies the same guidance when the image is made again.
+    The exact inverse of a step needs the noise prediction at the step's noisier end, whose latents
+    are what is sought. The first prediction is therefore made at the latents of the less noisy end,
+    with the timestep of the noisier end (`anchor="target"`) or of the less noisy end
+    (`anchor="source"`). `iterations` further predictions are made at the noisier latents that the
+    prediction before gave, with the timestep of the noisier end. With small steps and several
+    iterations the inversion becomes exact, if the image is later made with the same `predict`. The
+    results are best if `predict` applies no guidance.
 
-    Reconstruction is best if `predict` applies no guidance. Raises ValueError for an unknown
-    `anchor` and for negative `iterations`.
+    Raises ValueError for another `anchor` and for negative `iterations`.
     """
     if anchor not in ("target", "source"):
         raise ValueError(f"anchor must be 'target' or 'source', not {anchor!r}")

@@ -14,8 +14,9 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0, karras: bool = False) -> list[Timestep]:
-    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
-    them. With `karras` (Karras noise levels) the timesteps are fractional."""
+    """Lists the timesteps of a run, most noise first. The run has `steps` steps, but skips the
+    first `start` of them. If `karras` is True, the timesteps are those of Karras noise levels,
+    which are fractional."""
     grid = schedule.karras_timesteps(steps) if karras else schedule.solver_timesteps(steps)
     return grid[start:]
 
@@ -33,13 +34,14 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with DPM-Solver++(2M). Yields (i, t, x) after every step: the
-    step's number, its timestep, and the latents. `samplers/__init__.py` explains the arguments that
-    all samplers have in common.
+    """Denoises unit noise x (B,4,h,w) with DPM-Solver++(2M). predict(x, t) returns the noise in
+    latents x at timestep t. Yields (i, t, x) after every step: the step's number, its timestep, and
+    the latents. `init`, `start`, `refine` and `final` are explained in `samplers/__init__.py`;
+    `generator` is ignored.
 
-    The first step is of first order. The last step is of first order too if it ends at sigma 0 or
-    if `steps` is less than 15, because extrapolation would be unstable there. `karras` places more
-    levels where there is little noise (`Schedule.karras_timesteps`).
+    If `karras` is True, the run has Karras noise levels: more of them where there is little noise.
+    The first step is of first order. So is the last step if it ends without noise or if `steps` is
+    less than 15, because second order would be unstable there.
     """
     visited = timesteps(schedule, steps, start, karras)
     sigmas = schedule.sigmas(visited, final)

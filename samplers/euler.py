@@ -9,21 +9,21 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
-    them. If the schedule has linspace spacing, the timesteps are fractional."""
+    """Lists the timesteps of a run, most noise first. The run has `steps` steps, but skips the
+    first `start` of them. The timesteps are fractional if the schedule's spacing is linspace."""
     return schedule.timesteps(steps, fractional=True)[start:]
 
 
 def begin(init: Tensor | None, noise: Tensor, schedule: Schedule, t: Timestep) -> Tensor:
-    """Returns the latents (B,4,h,w) with which a run starts at timestep t. `noise` (B,4,h,w) is
-    unit noise. `init` holds the clean latents of an image for image-to-image, and is None
-    otherwise.
+    """Returns the latents (B,4,h,w) with which a run at timestep t begins. `noise` (B,4,h,w) is
+    unit noise. For image-to-image, `init` (B,4,h,w) are the clean latents of an image; otherwise
+    `init` is None.
 
-    With `init`, the result is the usual mixture of `init` and `noise` at the level of t. Without
-    `init`, the result depends on the schedule's timestep spacing, as in diffusers' classes for
-    Euler's and Heun's rules. Linspace and trailing runs start from y = sigma noise, that is, from
-    pure noise at exactly the level of t, which in variance-preserving scale is sqrt(1 - abar)
-    noise. Leading runs start from unit noise itself, as the runs of all other samplers do.
+    With `init`, the result is `init` with noise added up to the level of t. Without `init`, it
+    depends on the schedule's timestep spacing, as in diffusers' classes for the methods of Euler
+    and Heun. With leading spacing it is `noise` itself, as for other samplers. With linspace and
+    trailing spacing it is sqrt(1 - abar) times `noise`, the noise that latents at t contain, where
+    abar is the schedule's cumulative product of 1 - beta.
     """
     if init is None and schedule.config.timestep_spacing != "leading":
         return (1 - schedule.abar(t)) ** 0.5 * noise
@@ -42,9 +42,10 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with Euler's rule, which follows the tangent from each level
-    to the next. Yields (i, t, x) after every step: the step's number, its timestep, and the
-    latents. `samplers/__init__.py` explains the arguments."""
+    """Denoises unit noise x (B,4,h,w) with Euler's method. predict(x, t) returns the noise in
+    latents x at timestep t. Yields (i, t, x) after every step: the step's number, its timestep, and
+    the latents. `init`, `start`, `refine` and `final` are explained in `samplers/__init__.py`;
+    `generator` is ignored."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = begin(init, x, schedule, visited[0])
@@ -68,13 +69,14 @@ def sample_ancestral(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with Euler's rule and fresh noise in every step. Each step
-    first goes to a noise level below the one at which it ends, and then adds noise to reach that.
-    Yields (i, t, x) after every step: the step's number, its timestep, and the latents.
-    `samplers/__init__.py` explains the arguments.
+    """Denoises unit noise x (B,4,h,w) with the ancestral variant of Euler's method. Each step first
+    goes below the noise level at which it is to end, and then adds fresh noise up to that level.
+    The fresh noise is drawn from `generator`, a list with one generator per image. Raises
+    ValueError without generators.
 
-    The noise is drawn from `generator`, a list with one generator per image. Raises ValueError
-    without generators.
+    predict(x, t) returns the noise in latents x at timestep t. Yields (i, t, x) after every step:
+    the step's number, its timestep, and the latents. `init`, `start`, `refine` and `final` are
+    explained in `samplers/__init__.py`.
     """
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)

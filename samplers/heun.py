@@ -20,9 +20,11 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with Heun's rule, which needs two predictions per step but
-    only one in the last step. Yields (i, t, x) after every step: the step's number, its timestep,
-    and the latents. `samplers/__init__.py` explains the arguments."""
+    """Denoises unit noise x (B,4,h,w) with Heun's method. It calls `predict` twice in each step,
+    but only once in the last one. predict(x, t) returns the noise in latents x at timestep t.
+    Yields (i, t, x) after every step: the step's number, its timestep, and the latents. `init`,
+    `start`, `refine` and `final` are explained in `samplers/__init__.py`; `generator` is
+    ignored."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = begin(init, x, schedule, visited[0])

@@ -12,11 +12,9 @@ TIMESTEP_SCALING = 10.0  # of the boundary condition, as distilled
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
-    them. They are chosen from the 50 timesteps that latent consistency models are distilled at.
-
-    Raises ValueError if `steps` is less than 1 or more than 50.
-    """
+    """Lists the timesteps of a run, most noise first. The run has `steps` steps, but skips the
+    first `start` of them. All timesteps are among the 50 at which latent consistency models are
+    distilled. Raises ValueError if `steps` is less than 1 or more than 50."""
     if not 1 <= steps <= TRAINED_STEPS:
         raise ValueError(f"the lcm sampler takes 1 to {TRAINED_STEPS} steps, not {steps}")
     stride = schedule.config.num_train_timesteps // TRAINED_STEPS
@@ -36,13 +34,14 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with a latent consistency model in 1 to 50 steps (the models
-    are made for 1 to 8). Yields (i, t, x) after every step: the step's number, its timestep, and
-    the latents. `samplers/__init__.py` explains the arguments.
+    """Denoises unit noise x (B,4,h,w) with a latent consistency model. `steps` is from 1 to 50; the
+    models are made for 1 to 8. predict(x, t) returns the noise in latents x at timestep t. Yields
+    (i, t, x) after every step: the step's number, its timestep, and the latents. `init`, `start`
+    and `refine` are explained in `samplers/__init__.py`.
 
-    After every step but the last, fresh noise is added, drawn from `generator`, a list with one
-    generator per image. A run always ends at the clean latents. Raises ValueError for
-    `final="abar0"`, and for more than one step without generators.
+    After every step but the last, fresh noise is added. It is drawn from `generator`, a list with
+    one generator per image. A run always ends without noise. Raises ValueError if `final` asks for
+    another end ("abar0"), or if fresh noise is needed and there are no generators.
     """
     if final not in (None, "zero"):
         raise ValueError(f"the lcm sampler ends at the clean latents: final must be 'zero', not {final!r}")

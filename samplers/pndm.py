@@ -16,9 +16,9 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
-    them. The second timestep is listed twice, so the list is one longer than the number of steps
-    left, unless only one step is left."""
+    """Lists the timesteps that a run visits, most noise first. The run has `steps` steps, but skips
+    the first `start` of them. The second timestep is listed twice, because PNDM visits it twice. If
+    only one step is left, its timestep is the only one."""
     grid = schedule.timesteps(steps)[start:]
     return grid[:1] + grid[1:2] + grid[1:]
 
@@ -35,15 +35,15 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with PNDM. Yields (i, t, x) once for every timestep that
-    `timesteps` lists, which is once more than there are steps, unless only one step is left: i
-    counts from 0, t is the timestep, and x the latents. `samplers/__init__.py` explains the
-    arguments.
+    """Denoises unit noise x (B,4,h,w) with PNDM. predict(x, t) returns the noise in latents x at
+    timestep t. Yields (i, t, x) for each timestep t that the function `timesteps` lists, with i
+    counted from 0 and the latents x. `init`, `start`, `refine` and `final` are explained in
+    `samplers/__init__.py`; `generator` is ignored.
 
-    The second timestep is visited twice. The first of these visits repeats the run's first step
-    from the latents where that step began, with the mean of the predictions at the step's two ends.
-    A change that `refine` makes to the latents during this visit therefore affects only the
-    prediction, as in the published program.
+    The first step is taken twice, so the second timestep is visited twice. The second time, the
+    step starts again from its beginning, with the mean of the noise predicted at its two ends. If
+    `refine` changes the latents on the first visit of the second timestep, the change affects only
+    this mean.
     """
     visited = timesteps(schedule, steps, start)
     stride = schedule.config.num_train_timesteps // steps

@@ -13,11 +13,12 @@ from .schedule import Generators
 
 
 def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[torch.Generator]:
-    """Makes one CPU generator per seed. Raises ValueError for a seed outside 0 to 2^63 - 1.
+    """Makes one random generator on the CPU for each seed. Raises ValueError for a seed outside 0
+    to 2^63 - 1.
 
-    `skip` is the shape (4,h,w) of the initial noise that was drawn from each seed elsewhere. Each
-    new generator skips as many random numbers, so that noise drawn from it during sampling does not
-    repeat the initial noise.
+    Use `skip` if initial noise was drawn from the same seeds elsewhere. `skip` is the shape (4,h,w)
+    of that noise for one image. Each generator then skips as many random numbers, so that noise
+    drawn from it does not repeat the initial noise.
     """
     out = []
     for seed in seeds:
@@ -31,11 +32,9 @@ def generators(seeds: Sequence[int], skip: Sequence[int] | None = None) -> list[
 
 
 def randn_like(generator: Generators | None, like: Tensor) -> Tensor:
-    """Draws unit normal noise with the shape (B,...), device and dtype of `like`. `generator` is a
-    list of B generators; image b takes its noise from generator b.
-
-    Raises ValueError unless there is one generator per image.
-    """
+    """Draws normally distributed noise of unit variance, with the shape (B,...), the device and the
+    dtype of `like`. `generator` is a list of B generators: the noise of image b is drawn from
+    generator b. Raises ValueError if there is not one generator per image."""
     needed = f"this sampler draws noise: give one generator per image, {len(like)} in all"
     if generator is None:
         raise ValueError(f"{needed}; there is none")

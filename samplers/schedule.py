@@ -26,9 +26,9 @@ Generators = Sequence[torch.Generator]  # one per image
 
 
 class Schedule:
-    """The noise levels of a model, computed from its scheduler config as diffusers computes them.
-    `alphas_cumprod` (1000,), float32, holds abar at every training timestep; the method `abar(t)`
-    returns abar at one timestep as a Python float.
+    """The noise levels of a model, computed from its scheduler config as in diffusers. A level is
+    described by abar, the cumulative product of 1 - beta. `alphas_cumprod` (1000,) float32 holds
+    abar for all training timesteps, and the method `abar(t)` returns abar for one timestep.
 
     The constructor raises ValueError for an unknown beta schedule or prediction type.
     """
@@ -52,9 +52,10 @@ class Schedule:
         self._abar: list[float] = self.alphas_cumprod.double().tolist()
 
     def abar(self, t: Timestep) -> float:
-        """Returns abar at timestep t. Between two whole timesteps, log sigma is interpolated
-        linearly, or sigma itself if the schedule has linspace spacing, as in diffusers' classes for
-        Euler's and Heun's rules."""
+        """Returns abar, the cumulative product of 1 - beta, at timestep t. For a fractional t the
+        value is interpolated between the two nearest timesteps, as in diffusers: linearly in sigma
+        = sqrt((1 - abar) / abar) if the schedule's spacing is linspace, otherwise linearly in log
+        sigma."""
         low = min(max(int(t), 0), len(self._abar) - 1)
         if t == low:
             return self._abar[low]
@@ -67,11 +68,10 @@ class Schedule:
         return 1 / (1 + math.exp(2 * ((1 - part) * log_sigma[0] + part * log_sigma[1])))
 
     def final_abar(self, final: str | None = None) -> float:
-        """Returns abar at the end of a run. `final` is "abar0" (the level of timestep 0), "zero"
-        (no noise), or None for the level that the model's config states (`set_alpha_to_one`).
-
-        Raises ValueError for any other `final`.
-        """
+        """Returns abar, the cumulative product of 1 - beta, at the end of a run. `final` is "abar0"
+        (the run ends at the level of timestep 0), "zero" (it ends without noise, so abar is 1), or
+        None for the one of these that the model's config states (`set_alpha_to_one`). Raises
+        ValueError for any other `final`."""
         if final not in (None, "abar0", "zero"):
             raise ValueError(f"final must be 'abar0' or 'zero', not {final!r}")
         if final is None:
@@ -79,38 +79,38 @@ class Schedule:
         return 1.0 if final == "zero" else self._abar[0]
 
     def abar_below(self, t: Timestep, steps: int, final: str | None = None) -> float:
-        """Returns abar at the end of a DDIM or PNDM step that starts at timestep t, in a run of
-        `steps` steps. The step ends at timestep t - 1000 // steps (for 1000 training timesteps),
-        or, if that number is negative, at the level that `final` selects (see `final_abar`).
+        """Returns abar, the cumulative product of 1 - beta, where a step of DDIM or PNDM ends. The
+        step begins at timestep t, in a run of `steps` steps. It ends at timestep t - 1000 // steps
+        (for 1000 training timesteps). If this number is negative, it ends at the level that `final`
+        selects (`final_abar`).
 
-        With linspace spacing the step's end is not exactly the next timestep of the run. The
-        published samplers do the same.
+        With linspace spacing this is not exactly the next timestep of the run. The published
+        samplers have the same inaccuracy.
         """
         below = t - self.config.num_train_timesteps // steps
         return self.abar(below) if below >= 0 else self.final_abar(final)
 
     def sigma(self, t: Timestep) -> float:
-        """Returns the noise-to-signal ratio sigma = sqrt((1 - abar) / abar) at timestep t. It is
-        the variable of the equation dy/dsigma = eps that most samplers solve
+        """Returns sigma = sqrt((1 - abar) / abar), the ratio of noise to signal, at timestep t.
+        abar is the cumulative product of 1 - beta. Most samplers solve an equation in sigma
         (`samplers/__init__.py`)."""
         return ((1 - self.abar(t)) / self.abar(t)) ** 0.5
 
     def sigmas(self, timesteps: Sequence[Timestep], final: str | None = None) -> list[float]:
-        """Lists sigma (noise-to-signal ratio) at each of the timesteps, followed by sigma at the
-        run's end. If `final` is "abar0", that is sigma at timestep 0; if it is "zero" or None,
-        0."""
+        """Lists sigma, the ratio of noise to signal, for a run: one value for each timestep in
+        `timesteps`, and a last one for the end of the run. This last value is sigma at timestep 0
+        if `final` is "abar0", and 0 if it is "zero" or None."""
         last = self.final_abar(final or "zero")
         return [self.sigma(t) for t in timesteps] + [((1 - last) / last) ** 0.5]
 
     def timesteps(self, steps: int, fractional: bool = False, below: int = 0) -> list[Timestep]:
-        """Lists the training timesteps of a run of `steps` steps, most noise first, in the spacing
-        stated by the model's config.
+        """Lists the training timesteps of a run of `steps` steps, most noise first. The model's
+        config states how they are spaced (leading, linspace or trailing). They are rounded as in
+        diffusers. With linspace spacing, `fractional` prevents the rounding, as some samplers of
+        diffusers do.
 
-        With `fractional`, linspace timesteps are not rounded, as in diffusers' classes of some
-        samplers. With `below`, the list is that of a run of `steps + below` steps, without its last
-        `below` timesteps. NumPy spaces and rounds the numbers, as in diffusers' classes, so that
-        exact halves are rounded the same way. Raises ValueError for a number of steps that is out
-        of range, and for an unknown spacing.
+        If `below` is not 0, lists the first `steps` timesteps of a longer run, of `steps + below`
+        steps. Raises ValueError if the number of steps is out of range or the spacing is unknown.
         """
         self._check(steps)
         n = self.config.num_train_timesteps
@@ -138,18 +138,16 @@ class Schedule:
         raise ValueError(f"unknown timestep_spacing {spacing!r}: use leading, linspace or trailing")
 
     def solver_timesteps(self, steps: int) -> list[Timestep]:
-        """Lists the timesteps of a run of `steps` steps with a multistep solver (DPM++, UniPC),
-        most noise first. They are those that `timesteps` lists for steps + 1 steps, without the
-        last. With trailing spacing they are those that `timesteps` lists for `steps` steps."""
+        """Lists the timesteps of a run of `steps` steps with DPM-Solver++ or UniPC, most noise
+        first. With trailing spacing they are those of the method `timesteps`. With another spacing
+        they are the first `steps` timesteps of a run with one step more."""
         return self.timesteps(steps, below=0 if self.config.timestep_spacing == "trailing" else 1)
 
     def karras_timesteps(self, steps: int) -> list[Timestep]:
-        """Lists `steps` timesteps whose noise levels are evenly spaced in sigma^(1/7) (Karras et
-        al. 2022, equation 5), most noise first.
-
-        The timesteps are fractional, so that `sigma` at each of them is exactly the level wanted.
-        Raises ValueError for a number of steps that is out of range.
-        """
+        """Lists `steps` timesteps, most noise first, whose noise levels sigma are evenly spaced in
+        sigma^(1/7) (Karras et al. 2022, equation 5). The timesteps are fractional, so that the
+        method `sigma` returns exactly these levels. Raises ValueError if the number of steps is out
+        of range."""
         self._check(steps)
         top = self.sigma(len(self._abar) - 1) ** (1 / 7)
         bottom = self.sigma(0) ** (1 / 7)
@@ -171,28 +169,30 @@ class Schedule:
             raise ValueError(f"steps must be a whole number from 1 to {n}, not {steps}")
 
     def begin(self, init: Tensor | None, noise: Tensor, t: Timestep) -> Tensor:
-        """Returns the latents (B,4,h,w) at the start of a run: the unit `noise` itself if `init` is
-        None, otherwise the clean latents `init` with `noise` added up to the level of timestep
-        t."""
+        """Returns the latents (B,4,h,w) with which a run at timestep t begins. If `init` is None,
+        they are the unit noise `noise`. Otherwise they are the clean latents `init` with `noise`
+        added up to the noise level of t."""
         abar = self.abar(t)
         return noise if init is None else abar**0.5 * init + (1 - abar) ** 0.5 * noise
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """Adds noise to clean latents: returns sqrt(abar) x0 + sqrt(1 - abar) noise, with abar at
-        timestep t. `x0` and the unit noise `noise` have the shape (B,4,h,w); t is an int for the
-        whole batch or a tensor (B,) with one timestep per image."""
+        """Adds noise to clean latents. Returns sqrt(abar) x0 + sqrt(1 - abar) noise, where abar is
+        the cumulative product of 1 - beta at timestep t. `x0` and the unit noise `noise` are
+        (B,4,h,w). t is an int for all images, or a tensor (B,) with one timestep per image."""
         abar = self.alphas_cumprod.to(x0.device)[torch.as_tensor(t, device=x0.device).expand(len(x0))]
         abar = abar.to(x0.dtype).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
 def to_y(x: Tensor, sigma: float) -> Tensor:
-    """Converts latents x in variance-preserving scale to y = x0 + sigma eps, which is x sqrt(1 +
-    sigma^2) (explained in `samplers/__init__.py`)."""
+    """Converts latents x = sqrt(abar) x0 + sqrt(1 - abar) eps, the scale of the network's inputs,
+    into y = x0 + sigma eps, the scale in which most samplers compute. Returns x sqrt(1 +
+    sigma^2)."""
     return x * (1 + sigma**2) ** 0.5
 
 
 def to_x(y: Tensor, sigma: float) -> Tensor:
-    """Converts y = x0 + sigma eps to latents x in variance-preserving scale, which are y / sqrt(1 +
-    sigma^2). The inverse of `to_y`."""
+    """Converts y = x0 + sigma eps, the scale in which most samplers compute, into latents x =
+    sqrt(abar) x0 + sqrt(1 - abar) eps, the scale of the network's inputs. Returns y / sqrt(1 +
+    sigma^2)."""
     return y / (1 + sigma**2) ** 0.5

@@ -14,8 +14,8 @@ from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, 
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
-    """Lists the timesteps of a run of `steps` steps, most noise first, without the first `start` of
-    them."""
+    """Lists the timesteps of a run, most noise first. The run has `steps` steps, but skips the
+    first `start` of them."""
     return schedule.solver_timesteps(steps)[start:]
 
 
@@ -31,9 +31,11 @@ def sample(
     refine: Refine | None = None,
     final: str | None = None,
 ) -> Steps:
-    """Denoises unit noise x (B,4,h,w) with UniPC. Yields (i, t, x) after every step: the step's
-    number, its timestep, and the latents. `samplers/__init__.py` explains the arguments. The first
-    and the last step are of first order."""
+    """Denoises unit noise x (B,4,h,w) with UniPC. predict(x, t) returns the noise in latents x at
+    timestep t. Yields (i, t, x) after every step: the step's number, its timestep, and the latents.
+    `init`, `start`, `refine` and `final` are explained in `samplers/__init__.py`; `generator` is
+    ignored. All steps are of second order, except the first and the last, which are of first
+    order."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
     x = schedule.begin(init, x, visited[0])
@@ -69,14 +71,15 @@ def sample(
 
 
 def _corrector_weights(r: float, h: float) -> tuple[float, float]:
-    """Returns (a, b), the two weights of UniPC's corrector. The corrector estimates the clean
-    latents of a step as D + a (D' - D) / r + b (D'' - D), where D was predicted at the step's
-    beginning, D' one step earlier, and D'' at the step's end.
+    """Returns (a, b), the two weights of UniPC's corrector. The corrector takes a step again, with
+    a better estimate of the clean latents: D + a (D' - D) / r + b (D'' - D). Here D is the
+    prediction of the clean latents at the beginning of the step, D' the prediction one step
+    earlier, and D'' the prediction at the end of the step.
 
-    `h` is the length of the step in lambda = -log sigma. `r` (negative) is the place of the earlier
-    prediction D' on a scale on which the step goes from 0 to 1. The weights solve a + b = phi / B
-    and r a + b = 2 (phi / -h - 1/2) / B, with B = exp(-h) - 1 and phi = B / -h - 1 (theorem 3.1 of
-    the UniPC paper).
+    `h` is the length of the step in lambda = -log sigma. `r` is the place of D' relative to the
+    beginning of the step, in units of `h`, and is negative. The weights solve a + b = phi / B and r
+    a + b = 2 (phi / -h - 1/2) / B, with B = exp(-h) - 1 and phi = B / -h - 1 (theorem 3.1 of the
+    UniPC paper).
     """
     b_h = math.expm1(-h)
     phi = b_h / -h - 1

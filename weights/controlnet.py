@@ -23,11 +23,13 @@ from minsd.weights.single_file import count, pairs, sizes, unet_of
 
 
 def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> ControlNet:
-    """Loads a ControlNet of Stable Diffusion 1.x, 2.x or XL, frozen, on `device` in `dtype`. `path`
-    is a diffusers folder or a .safetensors file.
+    """Loads a ControlNet of Stable Diffusion 1.x, 2.x or XL from `path`, a ControlNet's folder in
+    the diffusers layout or a .safetensors file. The parameters of the result are frozen, on
+    `device`, and of type `dtype`.
 
-    Raises FileNotFoundError if the file is missing, and ValueError if it is a pickle, is malformed,
-    or holds anything but a whole ControlNet. Messages have one line.
+    Raises FileNotFoundError if a file is missing. Raises ValueError if the file is a pickle, is
+    malformed, or holds no complete ControlNet (a control-lora, for example). The error message is
+    one line.
     """
     path = Path(path)
     refuse_pickle(path, "ControlNet")
@@ -61,16 +63,18 @@ def load_controlnet(path: str | Path, *, device: torch.device | str, dtype: torc
 
 
 def _rename(name: str) -> list[str]:
-    """Translates a tensor name in a ControlNet's file into minsd's name. Returns a list with the
-    new name, or an empty list if the tensor is not part of the ControlNet."""
+    """Translates the name that a tensor has in a ControlNet's file into minsd's name. Returns a
+    list, as `pairs` needs it: its only item is the new name. The list is empty if the tensor is not
+    part of the ControlNet."""
     new = controlnet_name(name)
     return [new] if new else []
 
 
 def hidden_of(tensors: RenamedTensors) -> tuple[int, ...]:
-    """Reads the sizes of the network that embeds control images from a ControlNet's tensors.
-    Returns the network's channel counts, one number per resolution, finest first. Raises ValueError
-    if a tensor is missing or a size is impossible."""
+    """Reads the channel counts of the small network that embeds a ControlNet's control image.
+    `tensors` are all tensors of the ControlNet. Returns one channel count for each resolution of
+    that network, the finest first. Raises ValueError if a tensor of the network is missing or a
+    channel count is impossible."""
     embedding = "controlnet_cond_embedding"
 
     def read() -> dict[str, Any]:
@@ -82,10 +86,11 @@ def hidden_of(tensors: RenamedTensors) -> tuple[int, ...]:
 
 
 def with_config_json(config: UNetConfig, path: Path) -> tuple[UNetConfig, bool]:
-    """Adds to `config` the settings in a ControlNet's config.json (`path`) that tensor shapes do
-    not show. Returns (config, bgr), where bgr is True if the ControlNet was trained on control
-    images in BGR channel order. Raises ValueError if the file describes another kind of network or
-    a setting that minsd does not support."""
+    """Completes `config`, which was derived from the tensor shapes of a ControlNet. The settings
+    that shapes do not show (attention heads, norms, upcasting of attention) are read from the
+    ControlNet's config.json at `path`. Returns (config, bgr): the completed config, and True if the
+    ControlNet takes control images in BGR channel order. Raises ValueError if config.json describes
+    a network other than a ControlNet, or if minsd does not support one of its settings."""
     c = read_json(path)
     if c.get("_class_name", "ControlNetModel") != "ControlNetModel":
         kind = ascii(c["_class_name"])[:80]

@@ -34,20 +34,22 @@ _NAMELESS = ("emb_params", "string_to_param", "*", "clip_l", "clip_g", "text_enc
 
 @dataclass(frozen=True)
 class Embedding:
-    """An embedding of textual inversion: `name` is the word to write in prompts, and `vectors`
-    holds one tensor (k,D) per text encoder, the k vectors of width D that stand for this word."""
+    """An embedding of textual inversion. `name` is the word to write in prompts. `vectors` has one
+    tensor for each text encoder of the model (two for SDXL). Each tensor (k,D) holds the k vectors
+    of width D that take the word's place."""
 
     name: str
     vectors: tuple[Tensor, ...]
 
 
 def read(path: str | Path, name: str | None, sd: Any) -> Embedding:
-    """Reads the embedding in a file and checks that it fits the text encoders of the model `sd`.
-    `name` is the word for prompts; if `name` is None, the word is the one that the file states, or
-    else the file's name without its suffix.
+    """Reads a textual-inversion embedding from a file (.safetensors, .pt or .bin) and checks that
+    it fits the text encoders of the model `sd`. `name` is the word to write in prompts. If `name`
+    is None, the word is taken from the file, or, if the file states no word, from the file's name
+    without the suffix.
 
-    Raises FileNotFoundError if there is no such file, and ValueError if the file holds no embedding
-    or one that was made for another model. Messages have one line.
+    Raises FileNotFoundError if there is no such file. Raises ValueError if the file holds no
+    embedding, or an embedding that was made for another model. The error message is one line.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,9 +70,10 @@ def read(path: str | Path, name: str | None, sd: Any) -> Embedding:
 
 
 def bundled(path: str | Path, sd: Any) -> list[Embedding]:
-    """Reads the embeddings that are stored in a LoRA's file, for the text encoders of the model
-    `sd`. Returns an empty list if the file holds none. Raises FileNotFoundError if there is no such
-    file, and ValueError for an embedding that was made for another model."""
+    """Reads the textual-inversion embeddings that a LoRA brings with it. `path` is the LoRA's file,
+    or the folder with this file. Returns the embeddings, or an empty list if the file holds none.
+    Raises FileNotFoundError if there is no such file, and ValueError if an embedding does not fit
+    the text encoders of the model `sd`."""
     from minsd.weights.lora import file_of
 
     path = file_of(Path(path))
@@ -83,9 +86,9 @@ def bundled(path: str | Path, sd: Any) -> list[Embedding]:
 
 
 def add(embedding: Embedding, sd: Any) -> str:
-    """Makes the embedding's name a word that the prompts of the model `sd` can use. Returns a note
-    of one line for the user. Raises ValueError if the model has an embedding of that name
-    already."""
+    """Adds an embedding to the model `sd`, so that prompts can use the embedding's name as a word.
+    Returns one line of text that tells the user how to use the embedding. Raises ValueError if the
+    model already has an embedding with the same name."""
     for encoder, vectors in zip(encoders(sd), embedding.vectors):
         encoder.add(embedding.name, vectors)
     count = len(embedding.vectors[0])
@@ -93,14 +96,16 @@ def add(embedding: Embedding, sd: Any) -> str:
 
 
 def encoders(sd: Any) -> list[TextEncoder]:
-    """Returns the text encoders of the model `sd`: two for SDXL, otherwise one."""
+    """Returns the text encoders of the model `sd` as a list: both encoders of an SDXL model, first
+    and second, or the only encoder of another model."""
     second = getattr(sd.text, "second", None)
     return [sd.text] if second is None else [sd.text, second]
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of an embedding's pickle, as a dict of name -> tensor. Raises ValueError if
-    the pickle holds anything but tensors and plain data, is larger than 32 MiB, or is damaged."""
+    """Reads the tensors of a pickled embedding. Returns a dict of name -> tensor. Raises ValueError
+    if the pickle at `path` holds anything but tensors and plain data, takes more than 32 MiB when
+    unpacked, or is damaged."""
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         try:
@@ -124,10 +129,10 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def _embedding(path: Path, name: str, tensors: Mapping[str, Tensor], sd: Any) -> Embedding:
-    """Checks an embedding's tensors (name -> tensor) and sorts them into the order of the text
-    encoders of the model `sd`. Returns the embedding for the word `name`. Raises ValueError, naming
-    the file `path`, if `name` cannot be a word of a prompt or the tensors are no embedding for this
-    model."""
+    """Makes an embedding from its tensors (name -> tensor) and checks that they fit the model `sd`.
+    `name` is the word to write in prompts. The result holds the tensors in the order of the model's
+    text encoders. Raises ValueError, naming the file `path`, if `name` cannot be a word of a
+    prompt, or if the tensors are no embedding for this model."""
     name = name.strip()
     if not name.isprintable() or not 0 < len(name) <= 100:
         raise ValueError(f"{path}: {ascii(name)[:120]} cannot be a word of a prompt: give FILE:NAME")

@@ -51,20 +51,22 @@ def is_id(model: str) -> bool:
 
 
 def fetch(model: str, *, dtype: torch.dtype, check: Callable[[Path], object]) -> Path:
-    """Downloads a model from the hub: those of its files that minsd reads, unless they are in the
-    cache already. Returns the model's folder in the cache. The folder's name is the hash of the
-    commit from which the files come.
+    """Downloads a model from the Hugging Face hub into huggingface_hub's cache: only the files that
+    minsd reads, and of these only those that the cache lacks. Returns the model's folder in the
+    cache. The folder's name is the hash of the commit that the files belong to.
 
-    `model` is owner/name or owner/name@revision, where the revision is a branch, a tag or a commit;
-    without a revision it is the main branch. If the cache has all files of that revision, the hub
-    is not asked for newer ones. If the model has weights in two precisions, the one nearer to
-    `dtype` is downloaded. `check(folder)` is called when the small files (configs, tokenizer) are
-    in the folder and before the weights are downloaded; it must raise an error if the model is of a
-    kind that minsd does not support.
+    `model` is owner/name or owner/name@revision. The revision is a branch, a tag or a commit;
+    without one, the branch main is taken. If the cache has all files of that revision, the hub is
+    not asked for newer ones. If the hub has the weights in two precisions, those nearer to `dtype`
+    are downloaded.
 
-    Raises FileNotFoundError if the repository or the revision does not exist or cannot be reached,
-    and ValueError if the hub refuses access, the repository lacks files that minsd needs, or the
-    cache cannot be written. Messages have one line.
+    `check(folder)` is called after the small files (configs, tokenizer) have been downloaded into
+    the folder and before the weights are. It must raise an error if minsd does not support this
+    kind of model.
+
+    Raises FileNotFoundError if the repository or the revision does not exist, or if the hub cannot
+    be reached. Raises ValueError if the hub refuses access, the repository lacks files that minsd
+    needs, or the cache cannot be written. The error message is one line.
     """
     import huggingface_hub as hf
 
@@ -99,9 +101,10 @@ def fetch(model: str, *, dtype: torch.dtype, check: Callable[[Path], object]) ->
 
 
 def tokenizer() -> Path:
-    """Returns a folder with CLIP's tokenizer (vocab.json, merges.txt). The tokenizer is that of any
-    known model in the cache, otherwise that of an installed open_clip_torch, otherwise it is
-    downloaded. Raises FileNotFoundError if none of these is possible."""
+    """Returns a folder with CLIP's tokenizer (vocab.json, merges.txt). It is the first of these
+    that exists: the tokenizer of CLIP or of a well-known Stable Diffusion model in
+    huggingface_hub's cache, the tokenizer of an installed open_clip_torch, or CLIP's, downloaded.
+    Raises FileNotFoundError if none of them can be had."""
     import huggingface_hub as hf
 
     from minsd.config import MODELS
@@ -132,9 +135,9 @@ def tokenizer() -> Path:
 
 
 def _open_clip_tokenizer() -> Path | None:
-    """Writes CLIP's tokenizer (vocab.json, merges.txt), made from the merges file of the package
-    open_clip_torch, into a folder in the user's cache. Returns the folder, or None if the package
-    is not installed or the folder cannot be written."""
+    """Makes CLIP's tokenizer (vocab.json, merges.txt) from the list of merges that the package
+    open_clip_torch contains, and writes it into a folder in the user's cache. Returns the folder,
+    or None if the package is not installed or the folder cannot be written."""
     spec = importlib.util.find_spec("open_clip")
     source = Path(spec.origin or "").parent / "bpe_simple_vocab_16e6.txt.gz" if spec else Path()
     if not source.is_file():
@@ -159,9 +162,9 @@ def _open_clip_tokenizer() -> Path | None:
 
 
 def listed(repo: str, revision: str = "main") -> set[str]:
-    """Returns the names of all files that the hub repository `repo` has at `revision`. Raises
-    huggingface_hub's errors. The call used, `HfApi.model_info`, fails at once if the hub cannot be
-    reached; huggingface_hub's other calls retry for half a minute."""
+    """Returns the names of all files that the hub repository `repo` has at `revision`. If the hub
+    cannot be reached, this call fails at once, while other calls of huggingface_hub retry for half
+    a minute. Raises huggingface_hub's errors."""
     import huggingface_hub as hf
 
     info = hf.HfApi().model_info(repo, revision=revision, timeout=hf.constants.HF_HUB_ETAG_TIMEOUT)
@@ -169,8 +172,9 @@ def listed(repo: str, revision: str = "main") -> set[str]:
 
 
 def cached(repo: str, revision: str) -> Path | None:
-    """Returns the folder in the cache that holds the repository `repo` at `revision`, whether
-    complete or not. Returns None if the cache has no such folder."""
+    """Returns the folder of the repository `repo` at `revision` in huggingface_hub's cache. Returns
+    None if the cache does not have the repository's model_index.json at this revision. Other files
+    may be missing from the folder."""
     import huggingface_hub as hf
 
     index = hf.try_to_load_from_cache(repo, "model_index.json", revision=revision)
@@ -178,25 +182,29 @@ def cached(repo: str, revision: str) -> Path | None:
 
 
 def files_in(folder: Path) -> set[str]:
-    """Returns the paths of all files below a folder, relative to that folder, with slashes."""
+    """Returns the paths of all files in a folder and its subfolders, relative to that folder and
+    with slashes, such as "unet/config.json"."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def parts_of(names: set[str]) -> dict[str, str]:
-    """Returns the networks of a model as a dict of subfolder name -> stem of the weight files'
-    names. The dict is `XL_PARTS` if `names`, the paths of the model's files, include a second text
-    encoder (SDXL), otherwise `PARTS`."""
+    """Returns the networks of a model, as a dict that maps the subfolder of each network to the
+    stem of its weight file, such as "unet" -> "diffusion_pytorch_model". `names` are the paths of
+    all files of the model. If they show a second text encoder, the dict is `XL_PARTS` (SDXL),
+    otherwise `PARTS`."""
     return XL_PARTS if any(name.startswith("text_encoder_2/") for name in names) else PARTS
 
 
 def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[str] | None:
-    """Chooses the weight files of the UNet, the VAE and the text encoders among `names`, the paths
-    of a model's files relative to its folder. Returns the paths of the chosen files.
+    """Chooses the weight files of a model's UNet, VAE and text encoders. `names` are the paths of
+    all files of the model, relative to its folder. Returns the paths of the chosen files.
 
-    `order` lists file name variants ("" or ".fp16"), the preferred one first. For each network the
-    first variant that exists is chosen. If a network is split into shards, the index that lists
-    them is read from `folder`. Returns None if a network has no weights in any of these variants,
-    or if a small file (a config, the scheduler's settings, the tokenizer) is missing.
+    `order` lists the endings that may stand before ".safetensors" in a file name ("", ".fp16"), the
+    preferred one first. For each network the first ending that exists is chosen. If a network is
+    split into shards, its index file in `folder` is read to find them.
+
+    Returns None if a network has no weights with any of these endings, or if one of the small files
+    (a config, the scheduler's settings, the tokenizer) is missing from `names`.
     """
     parts = parts_of(names)
     configs = {f"{part}/config.json" for part in parts}
@@ -222,8 +230,9 @@ def weights_of(folder: Path, names: set[str], order: tuple[str, ...]) -> list[st
 
 
 def shards(index: Path) -> list[str]:
-    """Reads the index file of a network that is split into shards. Returns the paths of the shards
-    relative to the model's folder, or an empty list if the index cannot be read."""
+    """Reads the index file of a network that is split into shards (several weight files). Returns
+    the paths of the shards relative to the model's folder, such as "unet/NAME.safetensors". Returns
+    an empty list if the index file cannot be read."""
     try:
         names = files.read_json(index)["weight_map"].values()
         return sorted({f"{index.parent.name}/{Path(name).name}" for name in names})
@@ -232,8 +241,9 @@ def shards(index: Path) -> list[str]:
 
 
 def unreachable(error: Exception) -> bool:
-    """Returns True if an error means that the hub did not answer, and False if the hub answered
-    with a refusal."""
+    """Tells what an `error` means that occurred during a download. Returns True if the hub did not
+    answer or offline mode is on. Returns False if the hub answered, but refused or has no usable
+    model."""
     from huggingface_hub import errors
 
     no_answer = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
@@ -242,9 +252,9 @@ def unreachable(error: Exception) -> bool:
 
 
 def explained(error: Exception, repo: str, revision: str = "main") -> Exception:
-    """Makes an error for the user from an `error` that occurred while the hub model `repo` was
-    fetched. Returns a FileNotFoundError or a ValueError whose message of one line states what went
-    wrong and how to fix it."""
+    """Makes an error for the user from `error`, which occurred while the hub repository `repo` was
+    fetched at `revision`. Returns the new error, a FileNotFoundError or a ValueError. Its message
+    is one line, and states what went wrong and how to fix it."""
     from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)

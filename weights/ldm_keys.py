@@ -29,8 +29,8 @@ _LEFT_BEHIND = re.compile(
 
 
 def left_behind(name: str) -> bool:
-    """Returns True for the name of a checkpoint's tensor that is a remnant of training and that
-    minsd does not need, such as averaged weights or tables of the noise schedule."""
+    """Returns True if the tensor called `name` in a checkpoint is a remnant of training that minsd
+    does not need, such as averaged weights or a table of the noise schedule."""
     return _LEFT_BEHIND.match(name) is not None
 
 
@@ -47,19 +47,20 @@ _RESNET = {
 
 
 def resnet_name(name: str) -> str:
-    """Translates a parameter name from the original (LDM) layout into minsd's. `name` is relative
-    to one of the UNet's residual blocks, such as "in_layers.0.weight"."""
+    """Translates a parameter name within one of the UNet's residual blocks from the original (LDM)
+    layout into minsd's, for example "in_layers.0.weight" into "norm1.weight"."""
     part, _, leaf = name.rpartition(".")
     return f"{_RESNET.get(part, part)}.{leaf}"
 
 
 def unet_name(name: str, layers: int) -> str:
-    """Translates a UNet parameter name from the original (LDM) layout into minsd's. `name` lacks
-    the prefix `model.diffusion_model.`.
+    """Translates the name of a UNet parameter from the original (LDM) layout into minsd's. `name`
+    is the original name without its prefix `model.diffusion_model.`. A name that is not of the
+    original layout is returned unchanged.
 
-    `layers` is the number of residual blocks per level in the encoder half; the decoder half has
-    one more per level. The original layout numbers the layers of all levels in one sequence, which
-    includes the downsampling layers. A name of another form is returned unchanged.
+    `layers` is the number of residual blocks per level in the encoder half of this UNet. It is
+    needed because the original layout has one sequence of numbers for the layers of all levels, and
+    minsd's names have the level and the layer within it.
     """
     if m := re.fullmatch(r"label_emb\.0\.(\d+)\.(.+)", name):  # SDXL: linear, activation, linear
         return f"add_embedding.linear_{1 + int(m[1]) // 2}.{m[2]}"
@@ -95,8 +96,10 @@ def unet_name(name: str, layers: int) -> str:
 
 def unet_layer(name: str, layers: int) -> str:
     """Translates the name of one of the UNet's layers from the original (LDM) layout into minsd's.
-    Both names have underscores in place of dots, as in adapters of SDXL. `layers` is the number of
-    residual blocks per level in the encoder half. A name of another form is returned unchanged."""
+    In both names underscores stand for dots, as SDXL's adapters write them:
+    "input_blocks_4_1_proj_in" becomes "down_blocks_1_attentions_0_proj_in". `layers` is the number
+    of residual blocks per level in the UNet's encoder half. A name that is not of the original
+    layout is returned unchanged."""
     m = re.fullmatch(
         r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)_(\d+)(?:_(\d+))?(?:_(.+))?", name
     )
@@ -112,8 +115,9 @@ CONTROL_LAYERS = 2  # residual blocks per level in every ControlNet of the origi
 
 def controlnet_name(name: str) -> str | None:
     """Translates a parameter name in a ControlNet's file from the original (LDM) layout into
-    minsd's. Returns None for a tensor of the model that the ControlNet was trained with, which
-    original files may also hold."""
+    minsd's. A name that is not of the original layout is returned unchanged. Returns None if the
+    tensor is not part of the ControlNet: an original file may also hold the Stable Diffusion model
+    beside which the ControlNet was trained."""
     bare = name.removeprefix(CONTROL)
     if bare == name and name.startswith(("model.", VAE, "cond_stage_model.", "model_ema.")):
         return None
@@ -147,12 +151,12 @@ _VAE_ATTENTION = {
 
 
 def vae_name(name: str, levels: int) -> str:
-    """Translates a VAE parameter name from the original (LDM) layout into minsd's. `name` lacks the
-    prefix `first_stage_model.`. A name of another form is returned unchanged.
+    """Translates the name of a VAE parameter from the original (LDM) layout into minsd's. `name` is
+    the original name without its prefix `first_stage_model.`. A name that is not of the original
+    layout is returned unchanged.
 
-    `levels` is the number of levels of the decoder. It is needed because the two layouts count
-    these levels in opposite directions: the original layout begins with the finest level, and minsd
-    with the coarsest, which runs first.
+    `levels` is the number of the decoder's levels. It is needed because the original layout numbers
+    them from the finest level, and minsd from the coarsest, which runs first.
     """
     name = name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
     if m := re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", name):
@@ -187,13 +191,14 @@ _OPEN_CLIP_ENDS = {
 
 
 def open_clip_names(name: str, layers: int) -> list[str]:
-    """Translates the name of a tensor of OpenCLIP's text encoder. Returns a list of the
-    corresponding names in transformers' CLIPTextModel, without the prefix `text_model.`.
+    """Translates the name of one tensor of OpenCLIP's text encoder into the names of transformers'
+    CLIPTextModel. Returns a list of new names, which lack the prefix `text_model.`:
 
-    A tensor of the fused attention projection gets three names, because its rows are those of q,
-    then k, then v. The list is empty for a tensor that is not used: SD2 takes the text states after
-    the first `layers` layers and the final norm, without the projection into the space shared with
-    images. A name of another form is returned unchanged, in a list.
+    - One name for most tensors. A name of another layout is returned unchanged.
+    - Three names, of q, k and v, for the fused attention projection, whose rows are those of q,
+      then of k, then of v.
+    - No name for a tensor that is not used: a layer after the first `layers` ones, or the
+      projection into the space that text shares with images.
     """
     if name in ("text_projection", "logit_scale", "attn_mask"):
         return []
@@ -214,17 +219,17 @@ def open_clip_names(name: str, layers: int) -> list[str]:
 
 
 def newer_vae_name(name: str) -> str:
-    """Translates older names of parameters of the VAE's attention, as SD1.x's files in the
-    diffusers layout have them, into the present names of that layout. Any other name is returned
-    unchanged."""
+    """Translates an older name of a parameter of the VAE's attention, as files of SD1.x in the
+    diffusers layout have it, into the present name: "query" becomes "to_q", for example. Any other
+    name is returned unchanged."""
     m = re.fullmatch(r"(.+\.attentions\.0\.)(\w+)\.(weight|bias)", name)
     return name if m is None else f"{m[1]}{_VAE_ATTENTION.get(m[2], m[2])}.{m[3]}"
 
 
 def clip_name(name: str, layers: int = 1000) -> str | None:
-    """Removes the prefix `text_model.`, which some versions of transformers add, from the name of a
-    text encoder's parameter. Returns None for a tensor that is not used: the position numbers that
-    some versions store, and the layers whose number is `layers` or greater."""
+    """Removes the prefix `text_model.`, which some versions of transformers write, from the name of
+    a text encoder's parameter. Returns None for a tensor that is not used: a table of position
+    numbers, or a part of a layer after the first `layers` ones."""
     bare = name.removeprefix("text_model.")
     m = re.match(r"encoder\.layers\.(\d+)\.", bare)
     if name.endswith("position_ids") or (m is not None and int(m[1]) >= layers):

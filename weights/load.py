@@ -61,8 +61,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model: its networks and its configuration. `text` is a `TwoTextEncoders` for SDXL.
-    `notes` are lines to show to the user."""
+    """A loaded model: its name, its configuration, and its networks `unet`, `vae` and `text`. For
+    SDXL, `text` is a `TwoTextEncoders`. `notes` are lines of text to show to the user."""
 
     name: str
     config: ModelConfig
@@ -76,7 +76,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Options for loading a model; `load_model` explains each field."""
+    """Options for loading a model. The fields are those arguments of `load_model` that have the
+    same names."""
 
     device: torch.device
     dtype: torch.dtype
@@ -87,8 +88,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The files of one text encoder: its tensors, its tokenizer, and the id of the token that pads
-    prompts."""
+    """What one text encoder is made from: its tensors, its tokenizer, and `pad`, the id of the
+    token that pads short prompts."""
 
     tensors: Tensors | RenamedTensors
     tokenizer: "CLIPTokenizer"
@@ -104,16 +105,17 @@ def load_model(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> Loaded:
-    """Loads a model, frozen, on `device` in `dtype`. `model` is a name in `minsd.config.MODELS`,
-    the path of a diffusers folder or of a single .safetensors file, or a hub id.
+    """Loads a model. Its parameters are frozen, on `device`, and of type `dtype`. `model` is a name
+    in `minsd.config.MODELS`, a folder in the diffusers layout, a single .safetensors file, or a hub
+    id.
 
-    `vae` (a folder or file) replaces the model's own VAE, `tokenizer` (a folder) the model's
-    tokenizer, and `prediction_type` ("epsilon" or "v_prediction") the model's prediction type.
-    Single files contain no tokenizer, and may not state a prediction type.
+    If `vae` (a folder or a file), `tokenizer` (a folder) or `prediction_type` ("epsilon" or
+    "v_prediction") is given, it replaces the model's own. These arguments matter most for single
+    files, which contain no tokenizer and often do not state the prediction type.
 
-    Raises FileNotFoundError if the model or one of its files is missing, and ValueError if the
+    Raises FileNotFoundError if the model or one of its files is missing. Raises ValueError if the
     model cannot be loaded, for example because a file is a pickle, is malformed, or belongs to
-    another kind of model. Messages have one line.
+    another kind of model. The error message is one line.
     """
     if prediction_type not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type!r}")
@@ -142,8 +144,8 @@ def load_model(
 def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded:
     """Loads a model from a folder in the diffusers layout: model_index.json, unet/, vae/,
     text_encoder/, tokenizer/, scheduler/, and for SDXL text_encoder_2/ and tokenizer_2/. `wanted`
-    holds the device, the dtype and what replaces the folder's own parts. `name` is the model's
-    name; None means the folder's name. Raises errors as `load_model` does."""
+    holds the options of `load_model`. `name` becomes the model's name; if it is None, the folder's
+    name does. Raises the same errors as `load_model`."""
     config = check_folder(folder)
     if name is not None:
         config = replace(config, name=name)
@@ -182,9 +184,9 @@ def load_folder(folder: Path, wanted: Wanted, name: str | None = None) -> Loaded
 
 
 def as_turbo(shapes: Loaded) -> Loaded:
-    """Turns the embedded model `shapes` into shapes-turbo. Merges the adapter that
-    weights/shapes/distil.py trained into the weights of `shapes`, in place. Returns the same
-    networks with the name and the settings of the row "shapes-turbo" of `MODELS`."""
+    """Turns the embedded model `shapes` into the model shapes-turbo: merges the trained adapter in
+    `TURBO_FILE` into the weights of `shapes`, in place. Returns the same networks with another name
+    and other settings, those of the row "shapes-turbo" of `MODELS`."""
     row = MODELS["shapes-turbo"]
     schedule = replace(shapes.config.schedule, timestep_spacing=row.schedule.timestep_spacing)
     config = replace(row, schedule=schedule, vae=shapes.config.vae)
@@ -194,24 +196,25 @@ def as_turbo(shapes: Loaded) -> Loaded:
 
 
 def _scheduler_note(folder: Path, config: ModelConfig) -> list[str]:
-    """Reads the folder's scheduler config, and returns notes for the user about the sampler that is
-    used because of it (`stated.sampler_of`). There is one note, or none if the config names a DDIM
-    scheduler or the sampler that the model family of `config` uses anyway."""
+    """Makes a note that tells the user which sampler follows from the scheduler config in a model's
+    folder. `config` is the model's configuration. Returns a list with the note. The list is empty
+    if the scheduler config names no sampler, a DDIM scheduler, or the sampler that is the default
+    for this kind of model anyway."""
     _, note = stated.sampler_of(read_json(folder / "scheduler" / "scheduler_config.json"))
     return [] if note is None or note.startswith(f"sampler {_family(config).sampler},") else [note]
 
 
 def layers_skipped(tensors: Tensors, config: TextConfig) -> int:
-    """Returns how many of a text encoder's last layers have tensors but do not run, because the
-    config states fewer layers (CLIP skip)."""
+    """Returns the number of layers at the end of a text encoder that have tensors but do not run,
+    because `config` states fewer layers than `tensors` holds (CLIP skip)."""
     numbers = (re.search(r"encoder\.layers\.(\d{1,3})\.", name) for name in tensors)
     return max(0, 1 + max((int(m[1]) for m in numbers if m), default=-1) - config.num_layers)
 
 
 def check_folder(folder: Path) -> ModelConfig:
-    """Reads the configuration of a model from the JSON files in a diffusers folder. Raises
-    FileNotFoundError if such a file is missing, and ValueError if the model is not of Stable
-    Diffusion 1.x, 2.x or XL."""
+    """Reads and checks the configuration of a model from the JSON files in its folder, which has
+    the diffusers layout. Raises FileNotFoundError if a JSON file is missing, and ValueError if the
+    model is not of Stable Diffusion 1.x, 2.x or XL."""
     index = read_json(folder / "model_index.json")
     stated.check_pipeline(index, folder)
     config = folder_config(folder, index)
@@ -226,8 +229,8 @@ def check_folder(folder: Path) -> ModelConfig:
 
 
 def load_file(path: Path, wanted: Wanted) -> Loaded:
-    """Loads a model from a single file in the original layout. `wanted` holds the device, the dtype
-    and what replaces the file's own parts. Raises errors as `load_model` does."""
+    """Loads a model from a single file in the original (LDM) layout. `wanted` holds the options of
+    `load_model`. Raises the same errors as `load_model`."""
     tensors = Tensors(path, "", wanted.dtype)
     kind = guess(tensors)
     if kind != ORIGINAL:
@@ -272,10 +275,14 @@ def assemble(
     texts: list[TextFiles],
     wanted: Wanted,
 ) -> Loaded:
-    """Builds the UNet, the VAE and the text encoder, and fills each network from its tensors.
-    `texts` has one entry, or two for SDXL, which has two text encoders. Returns the loaded model
-    without notes. SDXL's VAE is loaded in float32 if its config states that float16 is not enough
-    and `wanted.dtype` is float16."""
+    """Builds the networks of a model by their sizes in `config`, and fills them with tensors.
+    `unet` and `vae` are the tensors of the UNet and the VAE. `texts` has one item for each text
+    encoder (two for SDXL). `wanted` gives the device and the dtype. Returns the loaded model, with
+    an empty list of notes.
+
+    The VAE of an SDXL model is loaded in float32 rather than float16 if the model's config states
+    that float16 does not suffice (`force_upcast`).
+    """
 
     def build(
         kind: Callable[[Config], Network],
@@ -305,8 +312,9 @@ def assemble(
 
 
 def empty(kind: Callable[[Config], Network], config: Config, where: object) -> Network:
-    """Builds a network on the meta device, without weights, by calling `kind(config)`. Raises
-    ValueError, naming the file `where`, if `config` has sizes that no network can have."""
+    """Builds a network on the meta device, where parameters have shapes but no memory, by calling
+    `kind(config)`. Raises ValueError, naming the file `where`, if no network can have the sizes in
+    `config`."""
     try:
         with torch.device("meta"):
             return kind(config)
@@ -316,9 +324,9 @@ def empty(kind: Callable[[Config], Network], config: Config, where: object) -> N
 
 
 def empty_clip(config: TextConfig) -> "CLIPTextModel":
-    """Builds CLIP's text encoder with the sizes in `config` and without trained weights. Returns a
-    CLIPTextModelWithProjection of transformers if `config` has a projection width (for the pooled
-    text state), otherwise a CLIPTextModel."""
+    """Builds CLIP's text encoder with the sizes in `config`, before its weights are loaded. Returns
+    transformers' CLIPTextModelWithProjection if `config.projection_dim` is not 0 (the encoder then
+    makes a pooled text state too), otherwise a CLIPTextModel."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind: Any = CLIPTextModelWithProjection if config.projection_dim else CLIPTextModel
@@ -339,13 +347,14 @@ def empty_clip(config: TextConfig) -> "CLIPTextModel":
 
 
 def find_vae(path: Path, dtype: torch.dtype, own: VAEConfig) -> tuple[VAEConfig, Tensors | RenamedTensors]:
-    """Opens the VAE that replaces a model's own. `path` is a diffusers folder of a VAE, the folder
-    of a whole model with the VAE in vae/, or a file in the original or the diffusers layout. Such a
-    file does not state the scale of its latents, so the scale is taken from `own`, the config of
-    the model's own VAE.
+    """Opens a VAE that replaces a model's own VAE. `path` is a VAE's folder in the diffusers
+    layout, a whole model's folder that contains it as vae/, or a single .safetensors file in the
+    original or the diffusers layout. A single file lacks settings such as the scale of the latents.
+    These come from `own`, the config of the model's own VAE.
 
-    Returns (config, tensors), with files in the precision nearer to `dtype` preferred. Raises
-    FileNotFoundError if `path` or a file in it is missing, and ValueError if it holds no such VAE.
+    Returns (config, tensors). If a folder has weights in two precisions, the one nearer to `dtype`
+    is opened. Raises FileNotFoundError if a file is missing, and ValueError if `path` holds no VAE
+    of Stable Diffusion.
     """
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
@@ -359,9 +368,9 @@ def find_vae(path: Path, dtype: torch.dtype, own: VAEConfig) -> tuple[VAEConfig,
 
 
 def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
-    """Loads the tokenizer in a folder, or in that folder's subfolder tokenizer/. Raises
-    FileNotFoundError if there is no tokenizer, and ValueError if it cannot be read or has more
-    tokens than the text encoder of `config`. Messages have one line."""
+    """Loads the tokenizer in `folder` or in the folder's subfolder tokenizer/. Raises
+    FileNotFoundError if there is no tokenizer. Raises ValueError if the tokenizer cannot be read,
+    or has more tokens than a text encoder with `config` knows. The error message is one line."""
     from transformers import CLIPTokenizer
 
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
@@ -391,8 +400,8 @@ def read_tokenizer(folder: Path, config: TextConfig) -> "CLIPTokenizer":
 
 
 def _token_id(known: object, default: int) -> int:
-    """Returns `known`, a token id that a tokenizer states, or `default` if `known` is not an int
-    because the tokenizer states none."""
+    """Returns the token id `known`, which comes from a tokenizer. If it is not an int, because the
+    tokenizer does not state the id, returns `default`."""
     return known if isinstance(known, int) else default
 
 
@@ -400,17 +409,19 @@ def _token_id(known: object, default: int) -> int:
 
 
 def heads_per_level(config: dict[str, Any], levels: int) -> tuple[int, ...]:
-    """Reads the number of attention heads from `config`, the content of a network's config.json.
-    Returns one number for each of the `levels` levels."""
+    """Reads the numbers of attention heads from `config`, the content of the config.json of a UNet
+    or a ControlNet. Returns one number of heads for each level; `levels` is the number of
+    levels."""
     # Both keys mean the number of heads. The "dim" in the second one is an old mistake.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     return tuple(heads) if isinstance(heads, list) else (heads,) * levels
 
 
 def depth_per_level(config: dict[str, Any], levels: int, path: Path) -> tuple[int, ...]:
-    """Reads the number of transformer blocks per attention layer from `config`, the content of a
-    network's config.json. Returns one number for each of the `levels` levels. Raises ValueError,
-    naming the file `path`, if the number differs within a level."""
+    """Reads from `config`, the content of a UNet's config.json, how many transformer blocks an
+    attention layer has. Returns one number for each level; `levels` is the number of levels. Raises
+    ValueError, naming the file `path`, if attention layers of the same level differ, or if the
+    count of numbers is not `levels`."""
     depths = config.get("transformer_layers_per_block") or 1
     depths = tuple(depths) if isinstance(depths, list) else (depths,) * levels
     if config.get("reverse_transformer_layers_per_block") or any(isinstance(n, list) for n in depths):
@@ -421,9 +432,10 @@ def depth_per_level(config: dict[str, Any], levels: int, path: Path) -> tuple[in
 
 
 def pooled_dim(config: dict[str, Any], size_dim: int, path: Path) -> int:
-    """Reads the width of SDXL's pooled text state from `config`, the content of a UNet's
-    config.json; returns 0 for a UNet without one. `size_dim` is the width of the embedding of each
-    of SDXL's six image-size numbers. Raises ValueError, naming the file `path`, if the width is
+    """Returns the width of the pooled text state that an SDXL UNet takes, or 0 for a UNet that
+    takes none. `config` is the content of the UNet's config.json. An SDXL UNet also takes six
+    numbers about the image's size, and `size_dim` is the width of the embedding of one such number.
+    Raises ValueError, naming the file `path`, if the width of the pooled text state is
     impossible."""
     if config.get("addition_embed_type") is None:
         return 0
@@ -436,9 +448,10 @@ def pooled_dim(config: dict[str, Any], size_dim: int, path: Path) -> int:
 
 
 def checked(config: Config, path: Path) -> Config:
-    """Returns `config` after checking every field: its type must be that of the field's default,
-    and its value must lie within bounds that keep the construction of a network fast. Raises
-    ValueError, naming the file `path`, for the first field that does not pass."""
+    """Checks every field of `config` and returns `config` unchanged. Each value must have the type
+    of the field's default. Numbers must not be negative and not be so large that building the
+    network would take long. Raises ValueError, naming the file `path`, for the first field that
+    does not pass."""
     for f in fields(config):
         value = getattr(config, f.name)
         values = value if isinstance(f.default, tuple) else (value,)
@@ -457,9 +470,9 @@ def checked(config: Config, path: Path) -> Config:
 
 
 def check_heads(config: UNetConfig, path: Path) -> UNetConfig:
-    """Returns `config` after checking that it has a number of attention heads for every level, and
-    that this number divides the level's width. Raises ValueError, naming the file `path`,
-    otherwise."""
+    """Checks the numbers of attention heads and returns `config` unchanged. Every level must have a
+    number of heads, and this number must divide the level's channel count. Otherwise raises
+    ValueError, naming the file `path`."""
     heads = config.num_heads
     widths = config.block_out_channels
     if len(heads) != len(widths) or any(n == 0 or width % n for n, width in zip(heads, widths)):
@@ -493,9 +506,9 @@ _UNET_VALUES = {
 
 
 def unet_config(path: Path) -> UNetConfig:
-    """Reads the unet/config.json at `path` into a UNetConfig. Raises FileNotFoundError if there is
-    no such file, and ValueError if its architecture is not that of Stable Diffusion 1.x, 2.x or
-    XL."""
+    """Reads a UNet's config.json, the file `path`, into a UNetConfig. Raises FileNotFoundError if
+    there is no such file, and ValueError if the UNet in it is not one of Stable Diffusion 1.x, 2.x
+    or XL for text-to-image."""
     c = read_json(path)
     channels = c.get("in_channels", 4)
     if isinstance(channels, int) and channels in CHANNELS:
@@ -547,8 +560,9 @@ def unet_config(path: Path) -> UNetConfig:
 
 
 def vae_config(path: Path) -> VAEConfig:
-    """Reads the vae/config.json at `path` into a VAEConfig. Raises FileNotFoundError if there is no
-    such file, and ValueError if it describes another kind of VAE."""
+    """Reads a VAE's config.json, the file `path`, into a VAEConfig. Raises FileNotFoundError if
+    there is no such file, and ValueError if the VAE in it is not one of Stable Diffusion 1.x, 2.x
+    or XL."""
     c = read_json(path)
     blocks = c.get("down_block_types", [])
     plain = isinstance(blocks, list) and all(kind == "DownEncoderBlock2D" for kind in blocks)
@@ -575,8 +589,9 @@ def vae_config(path: Path) -> VAEConfig:
 
 
 def text_config(path: Path) -> TextConfig:
-    """Reads the text_encoder/config.json at `path` into a TextConfig. Raises FileNotFoundError if
-    there is no such file, and ValueError if a size in it is missing or impossible."""
+    """Reads a text encoder's config.json, the file `path`, into a TextConfig. Raises
+    FileNotFoundError if there is no such file, and ValueError if a size is missing or
+    impossible."""
     c = read_json(path)
     projection = 0
     if c.get("architectures") == ["CLIPTextModelWithProjection"]:  # other encoders state a width too
@@ -603,9 +618,9 @@ def text_config(path: Path) -> TextConfig:
 
 
 def schedule_config(path: Path) -> ScheduleConfig:
-    """Reads the scheduler/scheduler_config.json at `path` into a ScheduleConfig. Raises
-    FileNotFoundError if there is no such file, and ValueError if it describes a schedule that minsd
-    does not support."""
+    """Reads the noise schedule from a model's scheduler_config.json, the file `path`. Raises
+    FileNotFoundError if there is no such file, and ValueError if minsd does not support the
+    schedule."""
     c = read_json(path)
     if c.get("trained_betas") is not None:
         raise ValueError(
@@ -636,14 +651,15 @@ def schedule_config(path: Path) -> ScheduleConfig:
 
 
 def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
-    """Reads a model's configuration from a diffusers folder; `index` is the content of its
-    model_index.json. The name, the sizes of the networks and the noise schedule are the folder's.
-    So is the sampler, if the folder's scheduler config names one that minsd has.
+    """Makes a model's configuration from the JSON files in a diffusers folder. `index` is the
+    content of the folder's model_index.json. The folder determines the name, the networks and the
+    noise schedule. It also determines the sampler, if minsd has the sampler that the folder's
+    scheduler config names.
 
-    The remaining settings (steps, guidance scale, ...) are the defaults of the model family (row of
-    `MODELS`) that the networks belong to, with two exceptions. Latent consistency models get 4
-    steps and guidance scale 1. A UNet that takes the guidance scale as an input gets guidance scale
-    8.5.
+    All other settings, such as the number of steps and the guidance scale, are those of the row of
+    `MODELS` with the same kind of network. There are two exceptions. A latent consistency model
+    gets 4 steps and guidance scale 1. A UNet that takes the guidance scale as an input gets
+    guidance scale 8.5.
     """
     scheduler = folder / "scheduler" / "scheduler_config.json"
     unet = unet_config(folder / "unet" / "config.json")
@@ -678,9 +694,9 @@ def folder_config(folder: Path, index: dict[str, Any]) -> ModelConfig:
 
 
 def _family(config: ModelConfig) -> ModelConfig:
-    """Returns the row of `MODELS` with the same UNet, prediction type and timestep spacing as
-    `config`. If there is none, returns the row "sdxl" (without its hub id) for an SDXL network,
-    otherwise a `ModelConfig` with default settings."""
+    """Returns the row of `MODELS` whose UNet, prediction type and timestep spacing are those of
+    `config`. If there is no such row, returns the row "sdxl" (without its hub id) for an SDXL UNet,
+    and a `ModelConfig` with default settings for any other UNet."""
 
     def is_like(row: ModelConfig) -> bool:
         return (
@@ -703,11 +719,13 @@ def fill(
     dtype: torch.dtype,
     rename: Callable[[str], str | None] = str,
 ) -> None:
-    """Fills each parameter of `module` with its tensor, on `device` in `dtype`, frozen.
+    """Gives every parameter of `module` the values of its tensor in `tensors`. Afterwards the
+    parameters are frozen, on `device`, and of type `dtype`.
 
-    `rename` translates a tensor name into a parameter name, and returns None for a tensor that is
-    not used. Raises ValueError, in one line, unless each parameter has exactly one tensor, of the
-    parameter's shape.
+    `rename` translates the name of a tensor into that of its parameter, and returns None if the
+    tensor is not used. Raises ValueError if a parameter has no tensor or more than one, if a tensor
+    has another shape than its parameter, or if a tensor is left over. The error message is one
+    line.
     """
     place(module, tensors, match(module, tensors, rename), device, dtype)
 
@@ -715,10 +733,14 @@ def fill(
 def match(
     module: nn.Module, tensors: Tensors | RenamedTensors, rename: Callable[[str], str | None]
 ) -> dict[str, str]:
-    """Finds the tensor of every parameter. Returns a dict of parameter name -> tensor name.
-    `rename` translates a tensor name into a parameter name, and returns None for a tensor that is
-    not used. Raises ValueError, which names the first few mismatches, unless all parameters and
-    tensors match."""
+    """Finds the tensor of each parameter of `module`. Returns a dict of parameter name -> tensor
+    name. `rename` translates the name of a tensor into that of its parameter, and returns None if
+    the tensor is not used.
+
+    Raises ValueError if a parameter has no tensor or more than one, if a tensor has another shape
+    than its parameter, or if a tensor is left over. The error message names the first few such
+    tensors.
+    """
     parameters = dict(module.named_parameters())
     own = {rename(name) or name: name for name in parameters}
     sources: dict[str, str] = {}
@@ -765,12 +787,14 @@ def place(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Puts tensors into the parameters of a module that is on the meta device, and freezes them.
-    `sources` maps each parameter's name to the tensor's name.
+    """Replaces the parameters of `module`, which is on the meta device, by tensors from a file.
+    Afterwards the parameters are frozen, on `device`, and of type `dtype`. `sources` maps the name
+    of each parameter to the name of its tensor.
 
-    On a CPU, a tensor that already has the dtype stays memory-mapped if it is aligned
-    (`is_aligned`). Attention projections that run as one fused product (`Attention.fuse`) share a
-    buffer, into which their tensors are copied.
+    On a CPU, a tensor that has this dtype in the file already is not copied but stays
+    memory-mapped, if its position in the file allows that (`is_aligned`). The tensors of fused
+    attention projections (`Attention.fuse`) are copied into the buffer that these projections
+    share.
     """
     for part in module.modules():
         if isinstance(part, Attention) and part.fused is None:

@@ -60,8 +60,8 @@ _OTHER_KINDS = {  # a pattern of tensor names -> the kind of file with such name
 
 
 class HasNetworks(Protocol):
-    """A protocol for what this module needs of a model: the UNet and the text encoder. A
-    `StableDiffusion` fulfils it."""
+    """A protocol: a model with a UNet `unet` and a text encoder `text`, such as `StableDiffusion`.
+    This module uses no other part of a model."""
 
     @property
     def unet(self) -> Any: ...
@@ -71,8 +71,8 @@ class HasNetworks(Protocol):
 
 
 class HasLoRA(Protocol):
-    """A protocol for what this module needs of a region of a layout (noise/layout.py): `lora`, the
-    region's adapters as (file, scale) pairs."""
+    """A protocol: a region of a layout (noise/layout.py), of which this module uses only `lora`,
+    the (file, scale) pairs of the region's LoRAs."""
 
     @property
     def lora(self) -> Sequence[tuple[Path, float]]: ...
@@ -80,8 +80,9 @@ class HasLoRA(Protocol):
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one layer by a LoRA. A linear layer has the matrices `down` (r,in) and `up`
-    (out,r), a convolution has `down` (r,in,k,k) and `up` (out,r,1,1); r is the rank."""
+    """The change that a LoRA makes to one layer. `down` and `up` are its two matrices, of rank r:
+    (r,in) and (out,r) for a linear layer, (r,in,k,k) and (out,r,1,1) for a convolution with a
+    kernel of k x k."""
 
     name: str
     module: Layer
@@ -92,21 +93,22 @@ class LowRank:
     bias: None = None  # unchanged
 
     def delta(self) -> Tensor:
-        """Returns the change of the layer's weight, factor * up @ down, with the weight's shape and
-        device, in float32 or float64."""
+        """Returns the change of the layer's weight, factor * up @ down. The result has the weight's
+        shape and device, and is float64 if the weight is, otherwise float32."""
         weight = self.module.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         down, up = (half.to(weight.device, dtype).flatten(1) for half in (self.down, self.up))
         return self.factor * (up @ down).reshape(weight.shape)
 
     def on(self, like: Tensor) -> "LowRank":
-        """Returns a copy of this change whose matrices have the dtype and device of `like`."""
+        """Returns a copy of this change, with `down` and `up` in the dtype and on the device of
+        `like`."""
         return replace(self, down=self.down.to(like), up=self.up.to(like))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns the change of the layer's output if the layer's input is x. For a linear layer, x
-        is (B,...,in) and the result (B,...,out); for a convolution, (B,in,h,w) and
-        (B,out,h',w')."""
+        """Returns what the LoRA adds to the layer's output for the layer's input x. A linear layer
+        has inputs (B,...,in) and outputs (B,...,out). A convolution has inputs (B,in,h,w) and
+        outputs (B,out,h',w'), where stride and padding determine the size h' x w'."""
         down, up = (half.to(x.device, x.dtype) for half in (self.down, self.up))
         if isinstance(self.module, nn.Conv2d):
             y = F.conv2d(x, down, stride=self.module.stride, padding=self.module.padding)
@@ -116,7 +118,8 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LoRA:
-    """An adapter: its name, and one entry in `parts` for each layer that it changes."""
+    """An adapter. `name` is its name, and `parts` has one item for each layer that the adapter
+    changes."""
 
     name: str
     parts: tuple[LowRank | Dense, ...]
@@ -126,12 +129,12 @@ class LoRA:
 
 
 def read(path: str | Path, sd: HasNetworks) -> LoRA:
-    """Reads an adapter from a file (or from the file in a folder) for the networks of the model
-    `sd`: `sd.unet`, `sd.text.model`, and for SDXL `sd.text.second.model`.
+    """Reads a LoRA, or an adapter of the related kinds in weights/lycoris.py, and finds the layers
+    of the model `sd` that it changes. `path` is the adapter's file, or the folder with this file.
 
-    Raises FileNotFoundError if there is no such file. Raises ValueError if the file is not a LoRA,
-    lacks one of a layer's two matrices, is empty, or was made for another model. Messages have one
-    line.
+    Raises FileNotFoundError if there is no such file. Raises ValueError if the file holds no
+    adapter, lacks one of the two matrices of a layer, or was made for another model. The error
+    message is one line.
     """
     path = file_of(Path(path))
     tensors = Tensors(path, "", torch.float32)
@@ -178,9 +181,9 @@ def read(path: str | Path, sd: HasNetworks) -> LoRA:
 
 
 def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
-    """Returns a dict that maps each projection layer of the UNet's attention (to_q, to_k, to_v) to
-    its attention module, which may compute several projections as one fused product
-    (`Attention.fuse`)."""
+    """Returns a dict that maps each layer for queries, keys or values in the UNet (to_q, to_k,
+    to_v) to the attention module that contains the layer. Attention modules may compute such layers
+    as one fused product (`Attention.fuse`)."""
     attentions = [module for module in unet.modules() if isinstance(module, Attention)]
     return {
         layer: attention
@@ -192,14 +195,15 @@ def fused_layers(unet: nn.Module) -> dict[nn.Module, Attention]:
 def _tensor_names(
     path: Path, header: Iterable[str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, str]]]:
-    """Sorts `header`, the tensor names of the file `path`, by layer and role. Returns three dicts
-    (halves, alphas, others):
+    """Sorts `header`, the tensor names of the adapter file `path`, by the layers that they belong
+    to. Returns (halves, alphas, others):
 
-    - halves: layer -> {"down" or "up": tensor name}, for the two matrices of a LoRA
-    - alphas: layer -> name of its alpha tensor
-    - others: layer -> {role: tensor name}, for other kinds of adapters (`lycoris.roles`)
+    - halves: layer -> {"down": tensor name, "up": tensor name}, the two matrices of a LoRA
+    - alphas: layer -> name of the tensor with the layer's alpha
+    - others: layer -> {role: tensor name}, the tensors of other kinds of adapters; a role such as
+      "hada_w1_a" states what a tensor is for (`lycoris.roles`)
 
-    Raises ValueError if the file is empty or holds a tensor that is no part of an adapter.
+    Raises ValueError if the file has no tensors, or a tensor that is not part of an adapter.
     """
     header = [name for name in header if not name.startswith("bundle_emb.")]
     if not header:
@@ -232,8 +236,8 @@ def _tensor_names(
 
 
 def _refuse_layer(path: Path, key: str) -> NoReturn:
-    """Raises ValueError, because the model has no layer called `key`, the name in the adapter's
-    file `path`. The message states the probable reason."""
+    """Always raises ValueError, because the model lacks the layer that the adapter's file `path`
+    calls `key`. The error message states for what kind of model the file was probably made."""
     # Models before SDXL have one transformer block after another block, never several.
     sdxl = r"te2|text_encoder_2|clip_g|add_embedding|label_emb|transformer_blocks[._][1-9]"
     kind = "an SDXL model" if re.search(sdxl, key) else "another kind of model"
@@ -241,9 +245,8 @@ def _refuse_layer(path: Path, key: str) -> NoReturn:
 
 
 def file_of(path: Path) -> Path:
-    """Returns the file of an adapter: `path` itself, or, if `path` is a folder, the adapter's file
-    in it. Raises FileNotFoundError if there is no such file, and ValueError if the file is a
-    pickle."""
+    """Returns the path of an adapter's file. `path` is this file, or the folder in which it lies.
+    Raises FileNotFoundError if there is no such file, and ValueError if `path` is a pickle."""
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which can run code when opened: get the LoRA's .safetensors version instead"
@@ -261,10 +264,10 @@ def file_of(path: Path) -> Path:
 
 
 def _modules(sd: HasNetworks) -> dict[str, dict[str, tuple[str, Layer]]]:
-    """Lists the layers of a model that can be adapted. Returns a dict of network ("unet",
-    "text_encoder" or "text_encoder_2") -> layer name as in adapter files -> (minsd's name, layer).
-    Layer names in files have dots, or underscores as kohya writes them, so every layer is listed
-    under both names."""
+    """Lists the layers of a model that adapters can change. Returns two nested dicts: network
+    ("unet", "text_encoder" or "text_encoder_2") -> name of the layer in adapter files -> (minsd's
+    name, layer). Every layer is listed under two names, because adapter files write a name with
+    dots or, as kohya does, with underscores."""
     layers: dict[str, dict[str, tuple[str, Layer]]] = {}
     networks = {"unet": sd.unet, "text_encoder": sd.text.model}
     if hasattr(sd.text, "second"):  # SDXL
@@ -299,8 +302,9 @@ def _target(
     key: str, modules: dict[str, dict[str, tuple[str, Layer]]], layers: int
 ) -> tuple[str, Layer] | None:
     """Finds the layer that an adapter's file calls `key`. Returns (minsd's name, layer), or None if
-    the model has no such layer. `modules` is the result of `_modules`; `layers` is the number of
-    residual blocks per level in the UNet's encoder half."""
+    the model has no such layer. `modules` is the result of `_modules`. `layers` is the number of
+    residual blocks per level in the UNet's encoder half; it is needed for names of the original
+    (LDM) layout."""
     key = key.removeprefix("base_model.model.")  # PEFT's own files
     network = "unet"
     for prefix, whose in _PREFIXES.items():
@@ -319,8 +323,9 @@ def _target(
 
 
 def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> None:
-    """Raises ValueError if the LoRA matrices `down` and `up` do not fit the layer `module`. The
-    message names the file `path` and `key`, the layer's name in the file."""
+    """Checks that the matrices `down` and `up` of a LoRA have floating point numbers and fit the
+    layer `module`. Otherwise raises ValueError, naming the file `path` and the layer's name `key`
+    in that file."""
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{path}: {key!r} is of {down.dtype}, not of floating point numbers")
     if down.ndim < 2 or up.ndim < 2:
@@ -339,12 +344,13 @@ def _check(path: Path, key: str, module: Layer, down: Tensor, up: Tensor) -> Non
 
 
 def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
-    """Returns a function alpha(name, rank) that returns the alpha of the layer called `name`. It is
-    needed for those layers of the file `path` that have no alpha tensor.
+    """Returns a function alpha(name, rank), for layers that have no tensor with their alpha in the
+    file `path`. `name` is the layer's name in minsd and `rank` the rank of its LoRA. A LoRA's
+    change is multiplied by alpha / rank.
 
-    The alphas come from PEFT's configuration, in the file's `metadata` or in an adapter_config.json
-    beside the file. Without a configuration, alpha is the rank, so that alpha / rank is 1. Raises
-    ValueError if the configuration cannot be read.
+    The function takes alphas from PEFT's configuration, which is part of the file's `metadata` or
+    lies beside the file as adapter_config.json. If there is no configuration, alpha is the rank.
+    Raises ValueError if the configuration cannot be read.
     """
     config: Any = {}
     beside = path.parent / "adapter_config.json"
@@ -374,14 +380,16 @@ def _alphas(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]
 
 
 def _alpha_config(config: dict[str, Any], network: str) -> tuple[float | None, dict[str, float], bool]:
-    """Reads the settings for one network ("unet", "text_encoder", ...) from a PEFT configuration.
-    Returns (default, by_layer, root): the alpha of most layers, or None if it is not stated; the
-    alphas of special layers, by the ending of the layer's name; and whether alpha is to be
-    multiplied by sqrt(rank).
+    """Reads from PEFT's configuration what it states about the alphas of one network ("unet",
+    "text_encoder" or "text_encoder_2"). Returns (default, by_layer, root):
 
-    PEFT reads the keys of alpha_pattern as regular expressions. In files these keys are layer
-    names, and an expression of unknown origin may run for ever, so only names are accepted (with
-    PEFT's ^ before a whole name). Raises ValueError for anything else.
+    - default: the alpha of all layers that are not in by_layer, or None if none is stated
+    - by_layer: ending of a layer's name -> alpha of the layers with such names
+    - root: True if every alpha is to be multiplied by sqrt(rank)
+
+    PEFT takes the keys of alpha_pattern for regular expressions. Here they must be plain layer
+    names (a ^ in front marks a whole name), because a regular expression from a stranger could run
+    for ever. Raises ValueError for any other key.
     """
     own = {key.removeprefix(f"{network}."): value for key, value in config.items()}
     patterns = own.get("alpha_pattern")
@@ -400,8 +408,8 @@ def _alpha_config(config: dict[str, Any], network: str) -> tuple[float | None, d
 
 
 def _number(value: object) -> float:
-    """Returns `value`, an alpha stated in a configuration. Raises ValueError unless it is a finite
-    number."""
+    """Returns `value`, an alpha from a configuration, unchanged. Raises ValueError if it is not a
+    finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
         raise ValueError(f"an alpha must be a number, not {ascii(value)[:80]}")
     return value
@@ -409,7 +417,7 @@ def _number(value: object) -> float:
 
 def _alpha(path: Path, tensors: Tensors, name: str) -> float:
     """Returns the alpha that the tensor called `name` holds. Raises ValueError, naming the file
-    `path`, unless the tensor holds one finite number."""
+    `path`, if the tensor does not hold exactly one finite number."""
     tensor = tensors[name]
     if tensor.numel() != 1 or tensor.is_complex() or not tensor.isfinite().all():
         raise ValueError(f"{path}: {name!r} must hold one number")
@@ -421,14 +429,14 @@ def _alpha(path: Path, tensors: Tensors, name: str) -> float:
 
 @torch.no_grad()
 def merge(scaled: Sequence[tuple[LoRA, float]]) -> Kept:
-    """Adds adapters, given as (LoRA, scale) pairs, to the model's weights in place. Returns the
-    earlier weights, which `unmerge` takes, as layer -> (weight, bias or None).
+    """Adds adapters to the weights of the layers that they change, in place. `scaled` lists (LoRA,
+    scale) pairs. Returns the weights and biases from before the merge, as a dict of layer ->
+    (weight, bias or None), which `unmerge` takes. These copies need as much memory as the layers'
+    own weights.
 
-    The earlier weights take as much memory as the adapted layers, and restoring them is exact.
-    Subtracting the change again would not be exact, because each merge in float16 leaves a rounding
-    error. Text states and predictors made before the merge contain results of the earlier weights,
-    so encode the prompt and make the predictor afterwards. Raises ValueError if an adapter is
-    merged into one of the layers already, or a scale is not finite.
+    Text states and predictors that were made before a merge contain results of the old weights, so
+    make them again after it. Raises ValueError if a layer already has a merged adapter, or if a
+    scale is not finite.
     """
     _check_scales([scale for _, scale in scaled])
     changes: dict[Layer, list[tuple[LowRank | Dense, float]]] = {}
@@ -453,7 +461,8 @@ def merge(scaled: Sequence[tuple[LoRA, float]]) -> Kept:
 
 @torch.no_grad()
 def unmerge(kept: Kept) -> None:
-    """Restores the weights and biases in `kept`, which `merge` returned."""
+    """Undoes a merge exactly. `kept` is the result of `merge`: the weights and biases from before
+    it, which the layers now get back."""
     for layer, (weight, bias) in kept.items():
         layer.weight.copy_(weight)
         if bias is not None and layer.bias is not None:
@@ -462,8 +471,8 @@ def unmerge(kept: Kept) -> None:
 
 
 class _RowScales:
-    """The scales of one adapter for the rows of a batch. `of` returns them as tensors, which are
-    kept and returned again for the next batch in which the rows have the same scales."""
+    """One adapter's scales for the rows of a batch. The method `of` makes tensors of them, and
+    reuses these tensors while the rows have the same scales."""
 
     def __init__(self, scales: Sequence[float], adapters: Adapters | None):
         self.scales = list(scales)
@@ -471,10 +480,11 @@ class _RowScales:
         self.known: dict[tuple, tuple[Tensor | None, Tensor]] = {}
 
     def of(self, x: Tensor, out: Tensor) -> tuple[Tensor | None, Tensor] | None:
-        """Returns (rows, scales) for the input x and the output `out` of an adapted layer: the
-        indices of the rows to adapt (None means all rows), and the scales of these rows, shaped to
-        multiply `out`. Returns None while the adapter is inactive, that is, outside a block of
-        `adapters.rows`."""
+        """Returns (rows, scales) for an adapted layer with the input x and the output `out`. `rows`
+        holds the indices of the rows of the batch whose scale is not 0, or is None if this is every
+        row. `scales` has one scale for each such row, in a shape that can be multiplied with rows
+        of `out`. Returns None instead of the pair if the adapter must not act, because no block of
+        `adapters.rows` is open."""
         choice = settings_of_rows(len(x), len(self.scales), self.adapters, "scales of adapters")
         if choice is None:
             return None
@@ -492,19 +502,21 @@ class _RowScales:
 def per_row(
     scaled: Sequence[tuple[LoRA, Sequence[float]]], adapters: Adapters | None = None
 ) -> Iterator[None]:
-    """Within the `with` block, adds adapters to the outputs of the layers, with a scale for each
-    row of a batch. `scaled` lists (LoRA, scales) pairs, each with the same number R of scales.
+    """Within the `with` block, adds what adapters contribute to the outputs of layers, with a
+    separate scale for each row of a batch. `scaled` lists (LoRA, scales) pairs. All lists of scales
+    have the same length R.
 
-    Row i of a batch uses scale i modulo R, so with R images both halves of guidance (the rows
-    without and with the prompt) use the same scales. Every batch must have a multiple of R rows,
-    and its text states must have as many rows as the batch. Prompts encoded within the block are
-    adapted too, one prompt per row.
+    Row i of a batch uses scale i modulo R. With guidance, a batch has R rows without the prompt and
+    then R rows with it, so both halves use the same scales. The number of rows must be a multiple
+    of R, and text states must have as many rows as the batch. Prompts that are encoded within the
+    block are adapted too, prompt i like row i.
 
-    `adapters` is for a collage, which makes several passes (UNet evaluations with one caption each)
-    in one batch. If it is given, it states which pass each row belongs to (minsd/adapters.py). A
-    row of pass k then uses scale k modulo R. Outside a block of `adapters.rows` nothing is adapted.
+    `adapters` is for collages, in which one batch holds several passes (a pass is a UNet evaluation
+    with one caption). It states the pass that each row belongs to, and a row of pass k uses scale k
+    modulo R. No row is adapted outside a block of `adapters.rows`.
 
-    Raises ValueError if the numbers of scales differ or do not fit the batch.
+    Raises ValueError if the lists of scales differ in length, or, when a layer runs, if their
+    length does not fit the batch.
     """
     for _, scales in scaled:
         _check_scales(scales)
@@ -545,10 +557,10 @@ def per_row(
 
 @contextmanager
 def by_region(regions: Sequence[HasLoRA], loaded: Mapping[Path, LoRA]) -> Iterator[Adapters | None]:
-    """Within the `with` block, adapts each region of a layout (noise/layout.py) with the LoRAs that
-    the region's `lora` lists, and leaves the rest of the image unadapted. `loaded` maps the file of
-    each LoRA to the LoRA. Yields the `Adapters` object to give to `collage.predictor`, or None if
-    no region has a LoRA."""
+    """Within the `with` block, adapts each region of a layout (noise/layout.py) with the LoRAs in
+    the region's `lora`. The rest of the image is not adapted. `loaded` maps the file of each LoRA
+    to the loaded LoRA. Yields the `Adapters` object to pass to `collage.predictor`, or None if no
+    region has a LoRA."""
     paths = dict.fromkeys(path for region in regions for path, _ in region.lora)
     if not paths:
         yield None

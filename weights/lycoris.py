@@ -36,10 +36,9 @@ _ROLE = re.compile(
 
 
 def roles(names: list[str]) -> dict[str, dict[str, str]]:
-    """Finds the tensors of LoHa, LoKr and the other adapters of this module among `names`, the
-    tensor names of a file. Returns a dict of layer name -> role -> tensor name. A role is the
-    ending of a tensor's name, such as "hada_w1_a" or "dora_scale", which states what the tensor is
-    in the adapter."""
+    """Finds, among the tensor names of a file, those of adapters other than plain LoRA (LoHa, LoKr,
+    DoRA, ...). Returns a nested dict: layer name -> role -> tensor name. The role is the last part
+    of a tensor's name, such as "hada_w1_a" or "dora_scale". It states what the tensor is for."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         m = _ROLE.fullmatch(name)
@@ -54,9 +53,9 @@ def roles(names: list[str]) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class Dense:
-    """The change of one layer by an adapter other than plain LoRA (LoHa, LoKr, DoRA, ...). `change`
-    is a function that takes the layer's weight and returns the change of the weight. `bias` is the
-    change of the layer's bias, or None if the bias is not changed."""
+    """The change that an adapter other than plain LoRA (LoHa, LoKr, DoRA, ...) makes to one layer.
+    `change` is a function that takes the layer's weight and returns what to add to it. `bias` is
+    what to add to the layer's bias, or None if the bias stays unchanged."""
 
     name: str
     module: Layer
@@ -65,16 +64,16 @@ class Dense:
     bias: Tensor | None = None
 
     def delta(self) -> Tensor:
-        """Returns the change of the layer's weight, with the weight's shape and device, in float32
-        or float64."""
+        """Returns the change of the layer's weight. The result has the weight's shape and device,
+        and is float64 if the weight is, otherwise float32."""
         weight = self.module.weight
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return self.change(weight).reshape(weight.shape)
 
     def on(self, like: Tensor) -> "Dense":
-        """Computes the change of the weight once. Returns a copy of this object that holds the
-        result, in the dtype and on the device of `like`. Raises ValueError for the change of a
-        norm, which can only be merged into the weights."""
+        """Computes the change of the layer's weight and returns a copy of this object that keeps
+        the result, in the dtype and on the device of `like`. Raises ValueError if the layer is a
+        norm, because the change of a norm can only be merged into the weights."""
         if not isinstance(self.module, nn.Linear | nn.Conv2d):
             raise ValueError(
                 f"an adapter of norms ({self.name}) acts on the whole image: give it with --lora"
@@ -84,9 +83,10 @@ class Dense:
         return replace(self, change=lambda weight: delta, bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns the change of the layer's output if the layer's input is x. For a linear layer, x
-        is (B,...,in) and the result (B,...,out); for a convolution, (B,in,h,w) and (B,out,h',w').
-        Call this method on the result of `on`."""
+        """Returns what the adapter adds to the layer's output for the layer's input x. A linear
+        layer has inputs (B,...,in) and outputs (B,...,out). A convolution has inputs (B,in,h,w) and
+        outputs (B,out,h',w'), where stride and padding determine the size h' x w'. Call the result
+        of `on`, which has computed the weight's change already."""
         delta = self.change(self.module.weight)
         if isinstance(self.module, nn.Conv2d):
             return F.conv2d(x, delta, self.bias, self.module.stride, self.module.padding)
@@ -101,12 +101,13 @@ def read(
     tensors: Mapping[str, Tensor],
     alpha: Callable[[int], float],
 ) -> Dense:
-    """Makes the change of one layer from an adapter's tensors. `name` and `module` are the layer's
-    name and the layer; `attention` is the attention module that may fuse the layer with others, or
-    None. `tensors` maps roles (as in `roles`, and "up" and "down" for a LoRA's matrices) to
-    tensors. `alpha(rank)` returns the layer's alpha.
+    """Makes the change of one layer, a `Dense` object, from the tensors that an adapter's file has
+    for the layer. `name` is the layer's name, `module` the layer, and `attention` the attention
+    module that may fuse the layer with others, or None. `tensors` maps roles to tensors. Roles are
+    those of the function `roles`, and "up" and "down" for the two matrices of a LoRA. `alpha(rank)`
+    returns the layer's alpha if its matrices have that rank.
 
-    Raises ValueError, naming the file `path`, if tensors are missing or do not fit the layer.
+    Raises ValueError, naming the file `path`, if a tensor is missing or does not fit the layer.
     """
     t = {role: tensor for role, tensor in tensors.items() if role != "on_input"}
     if not all(tensor.is_floating_point() for tensor in t.values()):
@@ -140,10 +141,10 @@ def _fits(bias: Tensor, module: Layer) -> bool:
 
 
 def _change(t: Mapping[str, Tensor], on_input: bool, alpha: Callable[[int], float]) -> Change:
-    """Returns the function weight -> change of the weight that an adapter defines. `t` maps roles
-    to the adapter's tensors. `on_input` states whether IA3's numbers belong to the weight's columns
-    (inputs) rather than its rows. `alpha(rank)` returns the layer's alpha. Raises KeyError for a
-    missing tensor."""
+    """Returns a function that takes a layer's weight and returns what the adapter adds to it. `t`
+    maps roles (as in the function `roles`) to the adapter's tensors for this layer. `on_input` is
+    for IA3 alone: True if there is one number per column (input) of the weight, False if per row
+    (output). `alpha(rank)` returns the layer's alpha. Raises KeyError if a tensor is missing."""
     if "lora_magnitude_vector" in t or "dora_scale" in t:
         rest = {role: x for role, x in t.items() if role not in ("lora_magnitude_vector", "dora_scale")}
         return _dora(t, _change(rest, on_input, alpha))
@@ -179,9 +180,9 @@ def _change(t: Mapping[str, Tensor], on_input: bool, alpha: Callable[[int], floa
 
 
 def _product(t: Mapping[str, Tensor], role: str, core: str) -> Tensor:
-    """Returns the product of the matrices whose roles in `t` are `role`_a and `role`_b. If `t` has
-    a tensor with the role `core`, returns the Tucker product of this core and both matrices
-    instead."""
+    """Returns the product of two matrices of an adapter, a = t[role + "_a"] and b = t[role + "_b"].
+    If `t` has an item with the name `core`, returns the Tucker product of t[core], a and b
+    (`_tucker`)."""
     a, b = t[f"{role}_a"], t[f"{role}_b"]
     if core in t:
         return _tucker(t[core], a, b)
@@ -189,16 +190,16 @@ def _product(t: Mapping[str, Tensor], role: str, core: str) -> Tensor:
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Returns the Tucker product (out,in,k,k) of a core (r,r,k,k) and the matrices a (r,out) and b
-    (r,in)."""
+    """Returns the Tucker product (out,in,k,k) of `core` (r,r,k,k), a (r,out) and b (r,in): the sum
+    over i and j of core[i,j] * a[i] * b[j]."""
     return torch.einsum("ij...,io,jn->on...", core, a, b)
 
 
 def _dora(t: Mapping[str, Tensor], change: Change) -> Change:
-    """Returns DoRA's function weight -> change of the weight. It adds `change(weight)` to the
-    weight, and then scales each row of the sum to the length that the file states for this row.
-    Where the file states lengths of columns, columns are scaled in place of rows. `t` maps roles to
-    the tensors."""
+    """Returns the function of DoRA that takes a layer's weight and returns what to add to it. DoRA
+    adds `change(weight)` to the weight and then scales each row of the sum to a given length. The
+    lengths are in `t`, which maps roles to the adapter's tensors. If they are the lengths of
+    columns, the columns are scaled."""
     magnitude = t["lora_magnitude_vector"] if "lora_magnitude_vector" in t else t["dora_scale"]
 
     def normed(weight: Tensor) -> Tensor:
@@ -212,8 +213,8 @@ def _dora(t: Mapping[str, Tensor], change: Change) -> Change:
 
 
 def _along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
-    """Reshapes `values`, which has one number per row (axis 0) or per column (axis 1) of a weight,
-    so that the result can be multiplied with the weight."""
+    """Reshapes `values` so that they can be multiplied with `weight`. `values` has one number per
+    row of the weight if `axis` is 0, and one per column if `axis` is 1."""
     shape = [1] * weight.ndim
     shape[axis] = weight.shape[axis]
     return values.reshape(shape)

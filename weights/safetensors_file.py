@@ -39,8 +39,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def refuse_pickle(path: Path, what: str) -> None:
-    """Raises ValueError if the suffix of `path` is one of a pickle's (.ckpt, .pt, .pth, .bin).
-    `what` ("model", "VAE", ...) names the file's content in the error."""
+    """Raises ValueError if `path` has the suffix of a pickle (.ckpt, .pt, .pth, .bin). `what` is
+    the word for the file's content in the error message, such as "model" or "VAE"."""
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which can run code when opened: get the {what}'s .safetensors"
@@ -49,15 +49,15 @@ def refuse_pickle(path: Path, what: str) -> None:
 
 
 def variants(dtype: torch.dtype) -> tuple[str, str]:
-    """Returns the two variants of weight files in diffusers folders, as the ending before
-    ".safetensors": "" (float32) and ".fp16". The one whose precision is nearer to `dtype` comes
-    first."""
+    """Returns the two variants in which a diffusers folder may have its weights, as what stands
+    before ".safetensors" in the file name: "" for float32 and ".fp16" for float16. The variant that
+    is nearer to `dtype` comes first."""
     return ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object. Raises FileNotFoundError if the file is missing, and
-    ValueError if it holds anything else. Messages have one line."""
+    """Reads a JSON file whose content is an object. Raises FileNotFoundError if the file is
+    missing, and ValueError if its content is not a JSON object. The error message is one line."""
     try:
         content = files.read_json(path)
     except FileNotFoundError:
@@ -70,24 +70,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Reads a safetensors file's header and checks it to the byte. Returns a dict of tensor name ->
-    {"dtype": ..., "shape": ..., "data_offsets": ...}.
-
-    Raises ValueError, in one line, for a malformed file.
-    """
+    """Reads the header of a safetensors file and checks that it fits the file's size exactly.
+    Returns a dict of tensor name -> {"dtype": ..., "shape": ..., "data_offsets": ...}. Raises
+    ValueError if the file is malformed. The error message is one line."""
     return _checked(path)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Reads the metadata of a safetensors file. Returns an empty dict if the file has none. Raises
-    ValueError, in one line, for a malformed file."""
+    ValueError if the file is malformed. The error message is one line."""
     return _checked(path)[1]
 
 
 def _checked(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Reads and checks a safetensors file's header. Returns (entries, metadata): tensor name ->
-    entry as in `read_header`, and the metadata as text -> text. Raises ValueError for a malformed
-    file."""
+    """Reads and checks the header of a safetensors file. Returns (entries, metadata). `entries` are
+    those of `read_header`; `metadata` is a dict of text -> text, empty if the file has none. Raises
+    ValueError if the file is malformed."""
     header, size = _header_json(path)
     metadata = header.pop("__metadata__", None)
     if metadata is None:
@@ -109,9 +107,9 @@ def _refuse(path: Path, why: str) -> NoReturn:
 
 
 def _header_json(path: Path) -> tuple[dict[str, Any], int]:
-    """Reads the header of a safetensors file. Returns (header, size): the header as a JSON object
-    whose entries are not checked yet, and the number of bytes in the file after the header. Raises
-    ValueError if the header is no JSON object."""
+    """Reads the header of a safetensors file, without checks of what it contains. Returns (header,
+    size): the header, and the number of bytes that follow it in the file. Raises ValueError if the
+    header is not a JSON object."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -135,9 +133,10 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Checks `entry`, the header entry of the tensor `name`. Returns (begin, end): the offsets of
-    the tensor's first byte and of the byte after its last one. Raises ValueError, naming the file
-    `path`, for a malformed entry."""
+    """Checks `entry`, what the header of a safetensors file states about the tensor `name`. Returns
+    (begin, end), the tensor's place in the data behind the header: the offset of its first byte,
+    and the offset of the byte after its last one. Raises ValueError, naming the file `path`, if the
+    entry is malformed."""
     try:
         dtype = entry["dtype"]
         shape = entry["shape"]
@@ -159,18 +158,18 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 class Tensors(Mapping[str, torch.Tensor]):
-    """A mapping of name -> tensor over one safetensors file, or over all files (shards) of one
-    network in a folder.
+    """The tensors of one network, as a mapping of name -> tensor. They are in one safetensors file,
+    or in several (shards) in one folder.
 
-    The constructor reads and checks the headers; `tensors[name]` memory-maps one tensor's data.
+    The constructor reads and checks the files' headers only. `tensors[name]` memory-maps the data
+    of one tensor.
     """
 
     def __init__(self, path: Path, stem: str, dtype: torch.dtype):
-        """Opens `path`, a safetensors file, or a folder that contains one network. In a folder, the
-        network is in the file STEM.safetensors or STEM.fp16.safetensors, where STEM is `stem`, or
-        in the shards of either. If the folder has both variants, the one whose precision is nearer
-        to `dtype` is opened. Raises FileNotFoundError if there is no such file, and ValueError for
-        a malformed one."""
+        """Opens `path`, a safetensors file or a folder with one network. In a folder, the network
+        is in the file STEM.safetensors or STEM.fp16.safetensors, where STEM is `stem`, or in the
+        shards of one of them. If the folder has both, the one nearer to `dtype` is opened. Raises
+        FileNotFoundError if there is no such file, and ValueError if a file is malformed."""
         self.where = path
         self.files: dict[str, tuple[Path, dict[str, Any]]] = {}
         self.starts: dict[Path, int] = {}  # file -> offset of its tensors, which follow the header
@@ -195,12 +194,12 @@ class Tensors(Mapping[str, torch.Tensor]):
             raise ValueError(f"{path} cannot be read by safetensors: {reason}; download it again") from None
 
     def copy_to(self, target: torch.Tensor, name: str) -> None:
-        """Copies the tensor called `name` into `target`. The two may differ in shape, but must have
-        the same number of elements.
+        """Copies the data of the tensor called `name` into `target`, which must have as many
+        elements but may have another shape and dtype. Raises ValueError if the file has become
+        shorter since its header was checked.
 
-        If `target` is contiguous, on the CPU and of the file's dtype, its bytes are read from the
-        file: memory-mapping the file first would cost several times as much as the copy. Raises
-        ValueError if the file has become shorter since its header was checked.
+        If `target` is contiguous, on the CPU and of the same dtype as in the file, this reads the
+        file straight into `target`, which is several times as fast as memory-mapping and copying.
         """
         path, entry = self.files[name]
         direct = target.device.type == "cpu" and target.is_contiguous()
@@ -223,7 +222,8 @@ class Tensors(Mapping[str, torch.Tensor]):
         return tuple(self.files[name][1]["shape"])
 
     def dtype(self, name: str) -> str:
-        """Returns the tensor's dtype as the file format spells it, for example "F32" or "BF16"."""
+        """Returns the dtype of the tensor called `name` as safetensors writes it, for example "F32"
+        or "BF16"."""
         return self.files[name][1]["dtype"]
 
 
@@ -249,9 +249,9 @@ def _choose_files(path: Path, stem: str, dtype: torch.dtype) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """Reads the index of a network that is split into shards. Returns the paths of the shards,
-    which are in the index's folder. Raises ValueError for a malformed index, and FileNotFoundError
-    if a shard is missing."""
+    """Reads the index file of a network that is split into shards (several weight files). Returns
+    the paths of the shards, which lie beside the index file. Raises ValueError if the index file is
+    malformed, and FileNotFoundError if a shard is missing."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map of file names")
@@ -266,13 +266,15 @@ Source = tuple[str, int | Literal["T"] | None]
 
 
 class RenamedTensors(Mapping[str, torch.Tensor]):
-    """A mapping of new name -> tensor over some of a file's tensors. `names` maps each new name to
-    a pair (name in the file, part). The part is None for the whole tensor, 0, 1 or 2 for a third of
-    its rows, and "T" for the transposed tensor."""
+    """Tensors of a file under new names, as a mapping of new name -> tensor. `names` maps each new
+    name to (name in the file, part). The part states what to take of the tensor in the file: None
+    for the whole tensor, 0, 1 or 2 for the first, second or last third of its rows, "T" for its
+    transpose."""
 
     def __init__(self, tensors: Tensors, what: str, names: dict[str, Source]):
-        """Gives some of `tensors` new names by the table `names`, which the class's docstring
-        explains. `what` ("the UNet of", ...) precedes the file's path in errors."""
+        """Gives tensors in `tensors` new names. `names` maps each new name to (name in the file,
+        part), as the docstring of the class explains. `what`, such as "the UNet of", stands before
+        the file's path in error messages."""
         self.tensors = tensors
         self.names = names
         self.where = f"{what} {tensors.where}"
@@ -285,7 +287,8 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
         return tensor if third is None else tensor.chunk(3)[third]
 
     def copy_to(self, target: torch.Tensor, name: str) -> None:
-        """Copies a tensor into `target`, as `Tensors.copy_to` does."""
+        """Copies the data of the tensor with the new name `name` into `target`, as
+        `Tensors.copy_to` does."""
         source, part = self.names[name]
         if part is None:
             self.tensors.copy_to(target, source)
@@ -313,14 +316,13 @@ class RenamedTensors(Mapping[str, torch.Tensor]):
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Returns True if the tensor's data may be used where it lies: if it is 64-byte aligned, as
-    PyTorch's own allocations are, or if alignment does not matter for this tensor. It matters only
-    for float32 tensors of two or more dimensions.
+    """Returns True if the tensor may be used as it lies in a memory-mapped file, and False if it
+    must be copied first. It must be copied if it has float32 numbers and two or more dimensions,
+    and does not begin at a multiple of 64 bytes.
 
-    Files may put tensors at any offset. A product of one row with a misaligned float32 matrix may
-    be summed in another order (Intel oneMKL's guide, "Conditional Numerical Reproducibility"), so
-    the same weights from another file would give a slightly different image. Biases, norms and half
-    precision are not affected.
+    The reason: PyTorch may sum a product with a misaligned float32 matrix in another order than
+    with an aligned one. The same weights in another file would then give a slightly different
+    image.
     """
     return tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.data_ptr() % 64 == 0
 
@@ -349,8 +351,8 @@ _SIGNS = {  # part of a tensor's name -> the kind of file; the first that occurs
 
 
 def guess(names: Iterable[str]) -> str | None:
-    """Guesses from tensor names what kind of file they are from, to explain why the file does not
-    fit. Returns a phrase such as "looks like a LoRA", or None if the kind is unknown."""
+    """Guesses from the names of a file's tensors what kind of file this is. Returns a phrase for an
+    error message, such as "looks like a LoRA", or None if the names match no known kind."""
     names = list(names)
     for sign, what in _SIGNS.items():
         if any(sign in name for name in names):

@@ -36,8 +36,9 @@ _OTHER_XL = {
 
 @dataclass(frozen=True)
 class Parts:
-    """A checkpoint in the original layout, split into networks. All tensors have the names of
-    minsd's modules. `vae` is None if the checkpoint holds no VAE."""
+    """A checkpoint in the original (LDM) layout, split into the tensors of its networks. All
+    tensors have minsd's names. `vae` is None if the checkpoint holds no VAE, and `text_2` is None
+    if it is not SDXL."""
 
     config: ModelConfig
     unet: RenamedTensors
@@ -48,9 +49,10 @@ class Parts:
 
 
 def original(tensors: Tensors, prediction_type: str | None, metadata: Mapping[str, str]) -> Parts:
-    """Splits a checkpoint in the original layout into networks. `prediction_type` ("epsilon",
-    "v_prediction", or None) overrides the one that the file's `metadata` states. Raises ValueError,
-    in one line, for a checkpoint that is incomplete or of another kind."""
+    """Splits a checkpoint in the original (LDM) layout into its networks and derives its
+    configuration. `metadata` is the file's metadata, which may state the prediction type. If
+    `prediction_type` ("epsilon" or "v_prediction") is not None, it is used instead. Raises
+    ValueError if the checkpoint is incomplete or of another kind. The error message is one line."""
     path = tensors.where
     unet = _unet_tensors(tensors)
     vae = _vae_tensors(tensors)
@@ -91,9 +93,13 @@ def original(tensors: Tensors, prediction_type: str | None, metadata: Mapping[st
 def _family(
     path: Path, prefixes: tuple[str, ...], prediction_type: str | None
 ) -> tuple[ModelConfig, str | None]:
-    """Determines the model family of the checkpoint `path` from three things: the `prefixes` of its
-    text encoders' tensor names, its prediction type (None if unknown), and its file name. Returns
-    (family, note), where the family is a row of `MODELS` and the note for the user may be None."""
+    """Determines which kind of Stable Diffusion the checkpoint `path` holds. Returns (family,
+    note): a row of `MODELS`, and a line of text for the user or None.
+
+    It decides by three things: `prefixes`, with which the names of the text encoders' tensors begin
+    (CLIP, OpenCLIP or both); `prediction_type`, None if unknown; and whether the file's name
+    contains "turbo".
+    """
     if ldm_keys.XL_CLIP in prefixes:
         is_turbo = "turbo" in path.stem.lower()
         kind = "a Turbo model (1 step, no guidance)" if is_turbo else "the base model"
@@ -111,9 +117,9 @@ def _family(
 
 
 def check_widths(config: ModelConfig, where: Path) -> None:
-    """Raises ValueError, naming the file `where`, if the width of the text states that the UNet
-    takes is not the width that the text encoders make. The pooled text state of SDXL is checked
-    too."""
+    """Checks that a model's text encoders and its UNet fit together: the text states must have the
+    width that the UNet takes, and so must the pooled text state of SDXL. Otherwise raises
+    ValueError, naming the file `where`."""
     second = config.text_2
     made = config.text.hidden_size + (second.hidden_size if second else 0)
     taken = config.unet.context_dim
@@ -130,7 +136,7 @@ def check_widths(config: ModelConfig, where: Path) -> None:
 
 
 def _inside(tensors: Tensors, prefix: str) -> list[str]:
-    """Returns the tensor names that begin with `prefix`, without the prefix."""
+    """Returns the tensor names that begin with `prefix`, after the prefix was removed from them."""
     return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
 
 
@@ -151,10 +157,10 @@ def _vae_tensors(tensors: Tensors) -> RenamedTensors:
 
 
 def _text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ...]]:
-    """Finds the text encoder of Stable Diffusion 1 (CLIP) or 2 (OpenCLIP) in a checkpoint. Returns
-    (texts, prefixes). `texts` is a list whose only item holds the encoder's tensors under minsd's
-    names. `prefixes` is a tuple whose only item is the prefix of these tensors' names in the file.
-    Raises ValueError if there is no text encoder."""
+    """Finds the text encoder in a checkpoint of Stable Diffusion 1 (CLIP) or 2 (OpenCLIP). Returns
+    (texts, prefixes). `texts` is a list with one item, the encoder's tensors under minsd's names.
+    `prefixes` is a tuple with one item, the prefix that the tensors' names have in the file. Raises
+    ValueError if there is no text encoder."""
     if _inside(tensors, ldm_keys.OPEN_CLIP):
         # SD2 does not use the last of the 24 layers; files made from diffusers folders hold 23.
         text = _open_clip(tensors, ldm_keys.OPEN_CLIP, _SD2.text.num_layers)
@@ -167,10 +173,11 @@ def _text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ..
 
 
 def _xl_text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str, ...]]:
-    """Finds SDXL's two text encoders in a checkpoint. Returns (texts, prefixes): for each encoder
-    its tensors under minsd's names, and the prefix of their names in the file. Raises ValueError,
-    in one line, for models related to SDXL that minsd does not support, and if an encoder is
-    missing."""
+    """Finds the two text encoders in an SDXL checkpoint. Returns (texts, prefixes). `texts` is a
+    list with the tensors of the two encoders, under minsd's names. `prefixes` is a tuple with the
+    two prefixes that these tensors' names have in the file. Raises ValueError if an encoder is
+    missing, or if the checkpoint is a relative of SDXL that minsd does not support. The error
+    message is one line."""
     path = tensors.where
     for key, kind in _OTHER_XL.items():
         if key in tensors:
@@ -211,10 +218,10 @@ def _open_clip(tensors: Tensors, prefix: str, layers: int) -> RenamedTensors:
 
 
 def vae_file(tensors: Tensors, family: VAEConfig) -> tuple[VAEConfig, RenamedTensors]:
-    """Finds the VAE in `tensors`, the content of a VAE file in the original or the diffusers
-    layout, or of a whole checkpoint in the original layout. Returns (config, vae): the VAE's
-    config, and its tensors under minsd's names. `family` gives the settings that tensor shapes do
-    not show. Raises ValueError if there is no VAE."""
+    """Finds the VAE in `tensors`, the content of one file: a VAE in the original or the diffusers
+    layout, or a whole checkpoint in the original layout. Returns (config, vae): the VAE's config,
+    and its tensors under minsd's names. Settings that tensor shapes do not show come from `family`.
+    Raises ValueError if the file holds no VAE."""
     prefix = ldm_keys.VAE if any(name.startswith(ldm_keys.VAE) for name in tensors) else ""
     names = [
         name.removeprefix(prefix)
@@ -237,13 +244,14 @@ def vae_file(tensors: Tensors, family: VAEConfig) -> tuple[VAEConfig, RenamedTen
 
 
 def pairs(names: Iterable[str], prefix: str, rename: Callable[[str], list[str]]) -> dict[str, Source]:
-    """Makes the table that `RenamedTensors` takes: a dict of new name -> (name in the file, part).
-    The part is None for a whole tensor, and 0, 1 or 2 for the first, second or last third of its
-    rows.
+    """Makes the table of new names that `RenamedTensors` takes: a dict of new name -> (name in the
+    file, part). The part is None for a whole tensor, and 0, 1 or 2 for the first, second or last
+    third of its rows.
 
-    `names` are names in the file without their common `prefix`. `rename` returns the new names of a
-    tensor as a list. An empty list leaves the tensor out; three names stand for the thirds of a
-    fused projection. Raises ValueError if two tensors get the same name.
+    `names` are names in the file from which `prefix` was removed. `rename` is called with each of
+    them and returns a list: one new name, no name if the tensor is to be left out, or three names
+    for the thirds of a fused attention projection. Raises ValueError if two tensors get the same
+    new name.
     """
     found: dict[str, Source] = {}
     for name in names:
@@ -262,17 +270,17 @@ def pairs(names: Iterable[str], prefix: str, rename: Callable[[str], list[str]])
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """Counts the numbered parts (layers, blocks) of a network from its tensors' names. `pattern` is
-    a regular expression that is matched at the start of each name, and whose group is the number of
-    the part. Returns the greatest number plus one, or 0 if no name matches."""
+    """Counts the numbered parts (layers, blocks) of a network. `names` are the names of its
+    tensors. `pattern` is a regular expression for the start of a name, with one group for the
+    number of the part. Returns the greatest number plus one, or 0 if no name matches."""
     found = (re.match(pattern, name) for name in names)
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 
 def sizes(read: Callable[[], dict[str, Any]], where: object) -> dict[str, Any]:
-    """Returns the result of `read()`, a dict of sizes taken from tensor shapes, after checking the
-    sizes. Raises ValueError, naming the file `where`, if a tensor is missing or no network has such
-    sizes."""
+    """Calls `read`, checks the sizes that it returns, and returns them. They are a dict of name ->
+    number or tuple of numbers, which `read` takes from tensor shapes. Raises ValueError, naming the
+    file `where`, if `read` misses a tensor, or if no network of Stable Diffusion has such sizes."""
     try:
         found = read()
     except (KeyError, IndexError) as error:
@@ -291,14 +299,15 @@ def sizes(read: Callable[[], dict[str, Any]], where: object) -> dict[str, Any]:
 
 
 def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetConfig:
-    """Derives the config of a UNet from the shapes of its tensors. Settings that shapes do not show
-    come from `family`, except the number of attention heads: one per 64 channels if `family` is
-    SD2's or SDXL's (with linear projections around attention), otherwise 8 per level.
+    """Derives the config of a UNet from the shapes of its tensors. `family` is the UNet config of
+    its model family, and gives the settings that shapes do not show. The number of attention heads
+    is an exception: one head per 64 channels if `family.linear_projection` is set (SD2, SDXL),
+    otherwise 8 heads per level.
 
-    For a ControlNet, which has the UNet's encoder half alone, `family` is None. The settings that
-    shapes do not show then come from the row of `MODELS` with the same level widths and the same
-    width of text states. If there is no such row, they are `UNetConfig`'s defaults, with 8 heads
-    per level.
+    `family` is None for a ControlNet, whose tensors are those of a UNet's encoder half. The
+    settings that shapes do not show then come from the first row of `MODELS` with the same channel
+    counts and the same width of text states, or else from the defaults of `UNetConfig`, with 8
+    heads per level.
 
     Raises ValueError if the tensors are not those of a text-to-image UNet.
     """
@@ -340,9 +349,9 @@ def unet_of(tensors: RenamedTensors, family: UNetConfig | None = None) -> UNetCo
 
 
 def _depth(tensors: RenamedTensors, level: int, levels: int) -> int:
-    """Returns the number of transformer blocks in each attention layer of level number `level` of
-    the UNet's `levels` levels; 1 for a level without attention. Raises ValueError if the attention
-    layers of the level differ."""
+    """Returns how many transformer blocks an attention layer has at one level of a UNet, or 1 if
+    the level has no attention. `level` is the number of the level, 0 for the finest, and `levels`
+    the number of all levels. Raises ValueError if the attention layers of the level differ."""
     middle = "|mid_block" if level == levels - 1 else ""
     block = rf"((?:down_blocks\.{level}|up_blocks\.{levels - 1 - level}{middle})\.attentions\.\d+)\."
     layers = {m[1] for m in (re.match(block, name) for name in tensors) if m}
@@ -355,9 +364,9 @@ def _depth(tensors: RenamedTensors, level: int, levels: int) -> int:
 
 
 def vae_of(tensors: RenamedTensors, family: VAEConfig) -> VAEConfig:
-    """Derives the config of a VAE from the shapes of its tensors. Settings that shapes do not show
-    come from `family`. Raises ValueError if a tensor is missing, or if the number of latent
-    channels is not 4."""
+    """Derives the config of a VAE from the shapes of its tensors. `family` is the VAE config of the
+    model family, and gives the settings that shapes do not show. Raises ValueError if a tensor is
+    missing, or if the VAE does not have 4 latent channels."""
 
     def read() -> dict[str, Any]:
         levels = range(min(count(tensors, r"encoder\.down_blocks\.(\d{1,4})\."), 16))
@@ -378,9 +387,9 @@ def vae_of(tensors: RenamedTensors, family: VAEConfig) -> VAEConfig:
 
 
 def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
-    """Derives the config of a text encoder from the shapes of its tensors. Settings that shapes do
-    not show come from `family`. Raises ValueError if a tensor is missing or a size is
-    impossible."""
+    """Derives the config of a text encoder from the shapes of its tensors. `family` is the text
+    config of the model family, and gives the settings that shapes do not show. Raises ValueError if
+    a tensor is missing or a size is impossible."""
 
     def read() -> dict[str, Any]:
         embedding = tensors.shape("embeddings.token_embedding.weight")
@@ -401,12 +410,13 @@ def text_of(tensors: RenamedTensors, family: TextConfig) -> TextConfig:
 
 
 class FileHash(threading.Thread):
-    """A thread that computes the first ten hex digits of a file's SHA-256, which other tools use to
-    name a model. After `join()` the attribute `digest` holds them, or None if the file cannot be
-    read.
+    """A thread that computes a short hash of the file `path`: the first ten hex digits of its
+    SHA-256, by which other programs identify a model. After `join()`, the attribute `digest` holds
+    the ten digits, or None if the file cannot be read.
 
-    Reading gigabytes takes seconds, so digests are stored in a file in the user's cache folder, if
-    that folder can be written, under the path, the size and the time of change.
+    Hashing gigabytes takes seconds, so the result is kept in the user's cache folder, if that
+    folder can be written. It is used again while the file's path, size and time of change stay the
+    same.
     """
 
     def __init__(self, path: Path):

@@ -44,8 +44,8 @@ OTHER_KINDS = re.compile(
 
 @dataclass(frozen=True)
 class Stated:
-    """The settings that a single file's metadata states. A setting that the metadata does not state
-    is None."""
+    """The settings that the metadata of a single file states. A setting is None if the metadata
+    does not state it."""
 
     prediction_type: str | None = None  # "epsilon" or "v_prediction"
     size: int | None = None  # default side of images, pixels
@@ -53,8 +53,8 @@ class Stated:
 
 
 def of_file(metadata: Mapping[str, str]) -> Stated:
-    """Extracts the settings from `metadata`, the metadata of a safetensors file. ModelSpec's keys
-    (`modelspec.*`) take precedence over kohya's (`ss_*`)."""
+    """Reads settings from the metadata of a safetensors file. Where both are present, the keys of
+    ModelSpec (`modelspec.*`) are used rather than those of kohya's sd-scripts (`ss_*`)."""
     architecture = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     words = {"v": "v_prediction", "vprediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
     prediction = words.get(re.sub(r"[^a-z]", "", metadata.get("modelspec.prediction_type", "").lower()))
@@ -67,9 +67,9 @@ def of_file(metadata: Mapping[str, str]) -> Stated:
 
 
 def _of_architecture(name: str) -> str | None:
-    """Returns the prediction type that an architecture's name implies: "v_prediction" for names
-    such as "stable-diffusion-v2-768-v" (ModelSpec) or "sd_v2_v" (kohya), "epsilon" for
-    "...-v2-512", and None for all other names."""
+    """Returns the prediction type that follows from the name of an architecture in a file's
+    metadata: "v_prediction" for names such as "stable-diffusion-v2-768-v" or "sd_v2_v", "epsilon"
+    for names that end in "v2-512", and None for all other names."""
     base = name.partition("/")[0]
     if re.search(r"[-_](768-)?v$", base):
         return "v_prediction"
@@ -77,9 +77,9 @@ def _of_architecture(name: str) -> str | None:
 
 
 def _side(resolution: str) -> int | None:
-    """Parses the side of square images, in pixels, from a text such as "768x768", "(512, 512)" or
-    "512". Returns None if the image is not square, or if the side is not a multiple of 8 from 64 to
-    4096."""
+    """Reads the side of a square image, in pixels, from a text such as "768x768", "(512, 512)" or
+    "512". Returns None if the text is not the size of a square image, or if the side is not a
+    multiple of 8 between 64 and 4096."""
     sides = {int(side) for side in re.findall(r"\d{2,5}", resolution)}
     if len(sides) != 1:
         return None
@@ -88,9 +88,10 @@ def _side(resolution: str) -> int | None:
 
 
 def sampler_of(scheduler: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Reads a diffusers scheduler config and returns (sampler, note). The first is the name of
-    minsd's sampler with the same update rule, or None if the default of the model family is to be
-    used. The second is a note for the user, or None."""
+    """Finds the sampler for a model from its scheduler config, the content of diffusers'
+    scheduler_config.json. Returns (sampler, note). `sampler` is the name of minsd's sampler with
+    the same update rule, or None if there is none or the model family's default is to be used.
+    `note` is a line of text for the user, or None."""
     kind = scheduler.get("_class_name")
     if kind in (None, "DDIMScheduler"):
         return None, None
@@ -111,13 +112,13 @@ def sampler_of(scheduler: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def check_pipeline(index: Mapping[str, Any], folder: Path) -> list[str]:
-    """Checks `index`, the content of a folder's model_index.json, and returns notes for the user.
-    Raises ValueError if the index names networks other than those of Stable Diffusion 1.x, 2.x and
-    XL.
+    """Checks that a model's folder holds the networks of Stable Diffusion 1.x, 2.x or XL. `index`
+    is the content of the folder's model_index.json, which names the class of each network. Returns
+    a list of notes for the user, which is often empty. Raises ValueError if one of the networks is
+    of another class.
 
-    The index names the class of each network, so the networks are checked rather than the
-    pipeline's class. Pipelines of other classes (for image-to-image, ControlNet, InitNO,
-    Attend-and-Excite, ...) are accepted if their networks are the same.
+    The class of the pipeline matters less: a folder for image-to-image, ControlNet or
+    Attend-and-Excite, for example, is accepted if its networks are the same.
     """
     kind = str(index.get("_class_name", "StableDiffusionPipeline"))
     listed = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}

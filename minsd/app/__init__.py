@@ -16,8 +16,8 @@ from minsd.files import printable
 
 @dataclass
 class Tally:
-    """The numbers of a run's images that were wanted, saved, and have failed so far, for the
-    messages at the end of the run."""
+    """Counts of a run's images: how many are wanted, saved so far, and failed so far. The messages
+    at the end of the run state these counts."""
 
     made: int = 0  # images saved
     wanted: int = 0
@@ -33,8 +33,9 @@ def mistake(error: Exception) -> bool:
 
 
 def reason(error: Exception, hint: str = " (--debug shows where)") -> str:
-    """Returns the message of an error for the user, in one line. If the error is no mistake of the
-    user, the message contains the error's type and ends with `hint`."""
+    """Returns one line that tells the user what went wrong. For a mistake of the user, it is the
+    error's message. For a full disk, it says what to do. For any other error, it is the error's
+    type and message, followed by `hint`."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full: free some space, and give the same command with --resume"
     if mistake(error):
@@ -44,7 +45,8 @@ def reason(error: Exception, hint: str = " (--debug shows where)") -> str:
 
 @contextmanager
 def warned() -> Iterator[None]:
-    """Prints the warnings of the block in one line each, above a progress bar."""
+    """Context manager. Prints every warning that is issued within the block as one line on standard
+    error, above the progress bar if there is one."""
 
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
         from tqdm import tqdm
@@ -57,8 +59,9 @@ def warned() -> Iterator[None]:
 
 
 def ended(program: Callable[[], int]) -> int:
-    """Runs a program and returns its exit code, or 2 for the user's mistakes, 1 for other errors,
-    and 130 if the user stopped it. Prints warnings and errors in one line each."""
+    """Runs `program` and returns its exit code. If `program` raises an error, returns 2 for a
+    mistake of the user and 1 for any other error. If the user stops it, returns 130. Warnings and
+    errors are printed to standard error, one line each."""
     try:
         with warned():
             return program()

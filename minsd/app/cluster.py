@@ -57,8 +57,8 @@ class Worker:
         """Draws a batch of jobs (one per image). If GPU memory runs out while CUDA graphs take up
         memory, releases the graphs and draws the batch once more.
 
-        Returns (outcome, messages): the drawn batch, or the error if drawing failed, and the
-        messages of the warnings.
+        Returns (outcome, messages). `outcome` is the drawn batch, or the error if drawing failed.
+        `messages` are the texts of the warnings that were issued meanwhile.
         """
         with warnings.catch_warnings(record=True) as caught:
             outcome = attempt(self.session, part, Show())
@@ -132,9 +132,9 @@ class Cluster:
         self.lost = 0  # workers lost since a batch was last drawn
 
     def session(self, quiet: bool) -> Session:
-        """Loads the model on this machine's CPU and returns it as a session (a loaded model with
-        the run's settings). It is needed to plan the jobs; the workers draw the images. `quiet`
-        turns messages off."""
+        """Loads the model on this machine's CPU, only to plan the jobs; the workers draw the
+        images. Returns a session: the loaded model with the run's settings. `quiet` turns messages
+        off."""
         dtype = self.command.dtype or ("float16" if self.device == "cuda" else "float32")
         plain = replace(
             self.command, device="cpu", dtype=dtype, attention="auto", controlnet=None, compile=False
@@ -179,10 +179,13 @@ class Cluster:
                 drawing.show.say(Step(workers, drawing.show.done, drawing.tally.wanted))
 
     def _fill(self, coming: Iterator[list[Job]], again: deque[tuple[list[Job], int]]) -> bool:
-        """Queues up to AHEAD batches at every worker that has loaded the model. Every worker gets
-        its first batch before any worker gets a second. Batches to repeat come before new ones.
-        `coming` yields the new batches. `again` holds the batches to repeat, each with the number
-        of workers lost with it. Returns whether no batch is left to queue."""
+        """Queues batches until every worker that has loaded the model has AHEAD of them, or no
+        batch is left. Every worker gets its first batch before any worker gets a second.
+
+        `coming` yields the new batches. `again` holds the batches to repeat, as pairs (batch,
+        number of workers lost while they drew it); these come before new ones. Returns True if a
+        worker could take another batch but none is left, otherwise False.
+        """
         for depth in range(AHEAD):
             for actor in self.actors:
                 if not actor.open or len(actor.parts) > depth:
@@ -211,8 +214,8 @@ class Cluster:
 
     def _drop(self, actor: _Actor, error: Exception) -> None:
         """Removes a lost worker. `error` is the error by which the loss was noticed. Raises
-        RuntimeError if, since a batch was last drawn, more workers were lost than FAILED_STARTS
-        plus the number of remaining workers."""
+        RuntimeError if too many workers were lost since a batch was last drawn: more than
+        FAILED_STARTS plus the number of remaining workers."""
         if actor in self.actors:
             self.actors.remove(actor)
             self.lost += 1
@@ -220,8 +223,8 @@ class Cluster:
             raise RuntimeError(f"{self.lost} workers of the Ray cluster ended in succession: {error}")
 
     def _ready(self, refs: list[Any]) -> list[Any]:
-        """Waits at most one second for results. Returns those of the Ray references `refs` whose
-        results are there."""
+        """Waits at most one second until a result is available. Returns those of the Ray references
+        `refs` whose results are available."""
         if refs:
             return self.ray.wait(refs, timeout=1)[0]
         time.sleep(1)
@@ -233,14 +236,14 @@ class Cluster:
         return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
     def _slots(self) -> int:
-        """Returns how many workers fit on the GPUs, or CPU cores, that the cluster has now. Workers
-        that have been started are included."""
+        """Returns how many workers the cluster has room for now: one per GPU or, without GPUs, one
+        per group of `self.cores` CPU cores. Workers that have been started are not subtracted."""
         if self.gpus:
             return sum(int(node.get("GPU", 0)) for node in self._nodes())
         return sum(int(node.get("CPU", 0) // self.cores) for node in self._nodes()) if self.cores else 0
 
     def _grow(self) -> None:
-        """Starts workers until there are as many as fit on the cluster's GPUs or CPU cores."""
+        """Starts workers until there are as many as the cluster has room for (`_slots`)."""
         for _ in range(self._slots() - len(self.actors)):
             needs = {"num_gpus": 1, "num_cpus": 1} if self.gpus else {"num_cpus": self.cores}
             actor = _Actor(self.ray.remote(**needs)(Worker).remote())

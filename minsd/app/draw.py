@@ -53,9 +53,9 @@ class Drawn:
 
 
 def draw(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
-    """Draws one batch of jobs (one per image), or inverts the image of a job with --invert: finds
-    the noise that generates it. `session` holds the loaded model, and `show` receives the
-    progress."""
+    """Draws one batch of jobs (one per image). For a job with --invert, instead finds the noise
+    from which the model generates the image of --invert, and draws the image from that noise.
+    `session` holds the loaded model, and `show` receives the progress."""
     with controlled(session, jobs[0]):
         return (
             invert(session.sd, jobs[0], show) if jobs[0].invert is not None else sample(session, jobs, show)
@@ -115,11 +115,15 @@ def sample(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
 
 
 def about_layout(session: Session, job: Job, found: Found, images: Sequence[Image.Image]) -> None:
-    """Adds an entry `attention_in_regions` to each image's notes in `found`. For each region of the
-    layout, it holds the fraction of the attention to the caption's subjects that falls into the
-    region, and the fraction of the image that the region covers. Nothing is added if a caption has
-    no subject. With --layout-overlay, also adds each image with the regions' outlines drawn over it
-    to the image's extra files in `found`."""
+    """Records, for each region of the job's layout, how much of the attention to the region's
+    caption falls into the region. Each image's notes in `found` get an entry
+    `attention_in_regions`, a list with one dict per region. `fraction` is the fraction of the
+    attention to the caption's subjects that falls into the region, and `area` the fraction of the
+    image that the region covers. No entry is added if a caption has no subject.
+
+    With --layout-overlay, also adds each image with the regions' outlines drawn over it to the
+    image's extra files in `found`.
+    """
     assert job.layout is not None
     if session.command.layout_overlay:
         for picture, extra in zip(images, found.extras):
@@ -154,9 +158,10 @@ def steering(sd: StableDiffusion, jobs: Sequence[Job], subjects: list[list[str |
 
 
 def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run | None = None) -> Found:
-    """Returns the initial noise of a batch of jobs (one per image), with settings and files to
-    save: read from the jobs' noise file, or found by their noise method (--init-noise). `run`
-    applies the jobs' objective; it is None if they have none. `say(message)` reports the search."""
+    """Returns the initial noise of a batch of jobs (one per image), and the settings and files to
+    save with each image. The noise is read from the jobs' noise file if they have one; otherwise
+    their noise method (--init-noise) finds it. `run` applies the jobs' objective, and is None if
+    they have none. `say(message)` is called with messages about the search."""
     first = jobs[0]
     sampling = first.sampling
     if first.noise_file is not None:
@@ -186,8 +191,9 @@ def initial_noise(sd: StableDiffusion, jobs: Sequence[Job], say: Say, run: Run |
 
 def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
     """Finds the noise from which the model generates the image that the job names with --invert.
-    Returns this noise, the image generated from it, and settings to save with the image: the PSNR
-    of the generated image, and that of the original after VAE encoding and decoding alone."""
+    Returns this noise and the image generated from it, with two PSNRs (dB) against the original
+    image as settings to save: `psnr` is that of the generated image, and `codec_psnr` that of the
+    original after VAE encoding and decoding alone."""
     assert job.invert is not None
     show.phase("inverting and drawing again", 2 * job.sampling.steps)
     with evaluations(sd.unet, lambda rows: show.advance()):
@@ -207,8 +213,9 @@ def invert(sd: StableDiffusion, job: Job, show: Show) -> Drawn:
 
 @contextmanager
 def controlled(session: Session, job: Job) -> Iterator[None]:
-    """Applies the job's ControlNet to every call of the session's UNet within the block. Does
-    nothing if there is no ControlNet, or if only regions of the layout have control images."""
+    """Context manager. Within the block, every call of the session's UNet uses the job's ControlNet
+    and control image. Nothing changes if the job has no ControlNet, or if only regions of the
+    layout have control images."""
     sd = session.sd
     if job.control is None or job.control.image is None or session.controlnet is None:
         yield
@@ -226,9 +233,9 @@ def controlled(session: Session, job: Job) -> Iterator[None]:
 
 @contextmanager
 def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) -> Iterator[Predictor]:
-    """Yields the noise predictor predict(x, t) -> eps of a batch (the noise-prediction function
-    that a sampler calls). `prompts` and `seeds` have one entry per image; all other settings are
-    those of `job`.
+    """Context manager. Yields the batch's noise predictor, the function predict(x, t) -> eps that a
+    sampler calls. `prompts` and `seeds` have one entry per image; all other settings are those of
+    `job`.
 
     With a layout, the predictor follows each region's own caption, with the LoRAs and control image
     of that region. Without a layout, or if the job's objective replaces the layout, the predictor
@@ -251,7 +258,8 @@ def predictor(session: Session, job: Job, prompts: list[str], seeds: list[int]) 
 
 
 def steps_of(sd: StableDiffusion, job: Job) -> int:
-    """Returns the number of sampling steps of a job."""
+    """Returns the number of sampling steps that a job runs. Steps that are left out because of
+    --init-image do not count."""
     sampling = job.sampling
     return len(
         timesteps(sampling.sampler, sd.schedule, sampling.steps, start=job.start, karras=sampling.karras)

@@ -32,9 +32,10 @@ def silent(message: str) -> None:
 
 
 def recorded(paths: Iterable[Path], say: Say = silent) -> Iterator[Row]:
-    """Yields every complete row (a dict of an image's settings, file name and cost) of those files
-    `paths` that exist, the rows of runs.jsonl first. Other lines, such as a line cut off by a kill,
-    are skipped and reported with `say`."""
+    """Reads the rows (dicts of an image's settings, file name and cost) of the files `paths`, and
+    yields every complete row. The file runs.jsonl is read first, and files that do not exist are
+    skipped. Lines that are no complete row, such as a line cut off by a kill, are reported with
+    `say` and skipped."""
     # The processes' own files hold the rows since the last merge into runs.jsonl.
     for path in sorted(paths, key=lambda path: (path.name != "runs.jsonl", path.name)):
         broken: list[str] = []
@@ -68,17 +69,17 @@ def _rows(path: Path, broken: list[str]) -> Iterator[Row]:
 
 
 def note_ignored(names: list[str], one: str, several: str, say: Say) -> None:
-    """Reports with `say(message)` that files or lines are ignored. The message contains the first
-    three of `names`, and the reason, which `one` states for a single name ("is no row") and
-    `several` for more ("are no rows")."""
+    """Reports with `say(message)` that files or lines are ignored. `names` are these files or
+    lines, of which the message lists the first three. The message ends with the reason, which is
+    `one` for a single name ("is no row") and `several` for more ("are no rows")."""
     listed = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
     say(f"{listed} {one if len(names) == 1 else several}: ignored")
 
 
 def key_of(settings: Row) -> bytes | None:
-    """Returns the key of an image, a hash of those settings that identify it. `settings` are the
-    settings in the image's metadata or its row of runs.jsonl. Returns None if minsd cannot have
-    written them."""
+    """Returns the key of an image, a hash of those settings that identify it. `settings` come from
+    the image's metadata or its row of runs.jsonl. Returns None if minsd cannot have written these
+    settings."""
     try:
         return key(identity(settings))
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, RecursionError):
@@ -86,14 +87,14 @@ def key_of(settings: Row) -> bytes | None:
 
 
 def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
-    """Returns a dict file name -> row (an image's settings, file name and cost), with one of the
-    `rows` for each file name.
+    """Chooses one of the `rows` (an image's settings, file name and cost) for each file name.
+    Returns a dict file name -> row.
 
-    Several rows may have the same name, because an image was deleted and its name used again, or
-    because one image has several rows. Then only rows of one image are considered: of the image
-    that is in the folder now or, if it has no row, of the image of the last row. Of these, the
-    first row with a time (`seconds`) is taken, or the last row if none has a time. A row that was
-    restored from a PNG has none.
+    A file name has several rows if one image was recorded more than once, or if an image was
+    deleted and its name used again. Then only the rows of one image are considered: the image that
+    is in the folder now or, if that image has no row, the image of the last row. The first of these
+    rows with a time (`seconds`) is chosen. If none has a time, because they were restored from a
+    PNG, the last row is chosen.
     """
     best: dict[str, Row] = {}
     rivals: dict[str, list[Row]] = {}
@@ -113,8 +114,8 @@ def by_file(rows: Iterable[Row], folder: Path) -> dict[str, Row]:
 
 
 def _key_in(folder: Path, name: str) -> bytes | None:
-    """Returns the key (`key_of`) of the image file `name` in the folder, or None if there is no
-    such complete image."""
+    """Returns the key (`key_of`) of the image file `name` in the folder, or None if the folder has
+    no complete image of that name."""
     if image.NUMBERED.fullmatch(name):
         with suppress(ValueError, OSError):
             return key_of(image.verified(folder / name))
@@ -137,9 +138,9 @@ def append(path: Path, row: Row) -> None:
 
 
 def merge(folder: Path, paths: list[Path], say: Say = silent) -> None:
-    """Merges the rows of the files `paths`, each written by one process, into the folder's
-    runs.jsonl, one row per image, and deletes the files `paths`. A merge that was interrupted can
-    be repeated. Lines that are no rows are reported with `say`."""
+    """Merges rows into the folder's runs.jsonl, and keeps one row per image. `paths` are the files
+    whose rows are merged, each written by one process; these files are deleted afterwards. A merge
+    that was interrupted can be repeated. Lines that are no rows are reported with `say`."""
     with files.locked(folder):
         rows = by_file(recorded([folder / "runs.jsonl", *paths], say), folder)
         with files.temporary(folder) as file:

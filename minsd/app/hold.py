@@ -51,12 +51,13 @@ class Hold:
         self.file: BinaryIO | None = None
 
     def take(self) -> None:
-        """Locks the folder, and creates it if it is missing. Does nothing if this object has locked
-        the folder already, for a run without --resume that has a single process, and on systems
-        without locks.
+        """Locks the folder, and creates it if it is missing. Does nothing in three cases: this
+        object has locked the folder already, the run has a single process and no --resume, or the
+        system has no locks.
 
-        If another run with --resume has locked the folder, waits until that run ends if `wait` was
-        given to the constructor. Otherwise raises ValueError with the other run's process and
+        Runs with --resume exclude each other. If another such run has locked the folder, waits
+        until that run ends, provided that `wait` was given to the constructor or torchrun has
+        restarted this process. Otherwise raises ValueError with the other run's process and
         machine.
         """
         if fcntl is None or self.file is not None or not (self.resume or self.share.world > 1):
@@ -123,9 +124,10 @@ class Hold:
             return holder
 
     def _lock(self, first: int, count: int, on: bool = True) -> bool:
-        """Locks bytes `first` to first + count - 1 of this run's region of the lock file, or
-        unlocks them if `on` is False. Returns False if another process has locked any of them; True
-        otherwise, also where the file system has no locks."""
+        """Locks `count` bytes of the lock file, or unlocks them if `on` is False. The bytes begin
+        at byte `first` of this run's region, the part of the file that this run uses; all runs with
+        --resume have the same region. Returns False, without waiting, if another process has locked
+        any of these bytes. Returns True otherwise, also where the file system has no locks."""
         assert fcntl is not None and self.file is not None
         how = fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN
         try:
@@ -140,8 +142,9 @@ class Hold:
             return self._free(0, REGION)
 
     def _free(self, first: int, count: int) -> bool:
-        """Returns whether no other process has locked any of the bytes `first` to first + count - 1
-        of this run's region of the lock file. Leaves these bytes unlocked."""
+        """Returns whether no other process has locked any of `count` bytes of the lock file. The
+        bytes begin at byte `first` of this run's region, as in `_lock`. Leaves these bytes
+        unlocked."""
         if count == 0:
             return True
         free = self._lock(first, count)

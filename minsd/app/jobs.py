@@ -116,16 +116,16 @@ class Job:
     where: str = field(default="", compare=False)
 
     def candidates(self) -> list[int]:
-        """Returns the seeds whose noises the noise method (--init-noise) chooses among, beginning
-        with the seed that the user gave."""
+        """Returns the seeds of the candidate noises among which the noise method (--init-noise)
+        chooses. The first is the seed that the user gave."""
         if self.method.candidate_seeds is not None:
             return list(self.method.candidate_seeds)
         return candidate_seeds(self.seed, self.method.candidates or 1)
 
     @property
     def start(self) -> int:
-        """Returns how many steps are left out at the noisy end, because the generation begins from
-        an image (--init-image). Returns 0 without such an image."""
+        """Returns how many sampling steps are skipped at the beginning because the generation
+        begins from an image (--init-image). Returns 0 without such an image."""
         return first_step(self.sampling.steps, 1.0 if self.init is None else self.init.strength)
 
     def batch_key(self) -> "Job":
@@ -171,12 +171,12 @@ class Job:
 
 
 def identity(settings: Mapping[str, Any]) -> str:
-    """Returns a text that identifies an image: an image that a run wants is done already if the
-    folder has an image with the same text. `settings` are those in an image's metadata, in its row
-    of runs.jsonl, or of `Job.settings`.
+    """Returns a text that identifies an image. A run with --resume skips an image if the folder has
+    an image with the same text. `settings` come from an image's metadata, from its row of
+    runs.jsonl, or from `Job.settings`.
 
-    If the noise was selected among candidates, the identity contains the seed that the user gave
-    and the number of candidates, not the seed that was chosen.
+    If the noise was selected among candidates, the text contains the seed that the user gave and
+    the number of candidates, not the seed that was chosen.
     """
     candidates = settings.get("candidates") or 0
     seed = settings.get("asked_seed", settings.get("seed"))
@@ -253,8 +253,9 @@ class Jobs:
         return (piece.job(k) for piece in self.pieces for k in range(len(piece)))
 
     def share(self, first: int, step: int) -> Iterator[tuple[Piece, range]]:
-        """Selects every `step`-th job from number `first` on, one process's part of the run. Yields
-        pairs (piece, numbers): a piece, and the numbers of the selected jobs within this piece."""
+        """Yields every `step`-th job from number `first` on, which is one process's part of the
+        run. The jobs are yielded as pairs (piece, numbers): a piece (a sequence of jobs that differ
+        only in the seed), and the numbers of the selected jobs within this piece."""
         for piece, end in zip(self.pieces, self.ends):
             begin = end - len(piece)
             skip = (first - begin) % step if begin > first else first - begin
@@ -268,13 +269,13 @@ class Jobs:
 def plan(
     sd: StableDiffusion, command: Command, requests: Sequence[Request], device: str | None = None
 ) -> tuple[Jobs, list[str]]:
-    """Makes the jobs of a run. Returns (jobs, notes): one job per image, in the order of the
-    prompts and their seeds, without repeated images; and messages for the user.
+    """Makes the jobs of a run. Returns (jobs, notes). `jobs` has one job per image, in the order of
+    the prompts and their seeds, without repeated images. `notes` are messages for the user.
 
     `command` holds the settings of the run, and `requests` those of each prompt. `device` is the
     type of the device that will draw ("cuda", "cpu"), by default that of `sd`. Raises ValueError
-    for settings that the model does not accept. If they are those of a line of a prompts file, the
-    message begins with the file and line.
+    for settings that the model does not accept. For a prompt from a prompts file, the error message
+    begins with the file and line.
     """
     model = ModelSettings(
         command.model,
@@ -310,8 +311,9 @@ def plan(
 
 
 def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yields the pieces (sequences of jobs that differ only in the seed) again, without those jobs
-    that are equal to a job of an earlier piece."""
+    """Yields the pieces (sequences of jobs that differ only in the seed) without repeated jobs:
+    every job that is equal to a job of an earlier piece is left out. A piece may be yielded in
+    several parts."""
     taken: dict[tuple[bytes, int], Taken] = {}
     last = None
     same = b""
@@ -328,10 +330,10 @@ def _unique(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def _template(
     sd: StableDiffusion, request: Request, model: ModelSettings, notes: list[str]
 ) -> tuple[Job, Seeds]:
-    """Makes the first job of a request (the settings of one prompt). Returns this job and the seeds
-    of all jobs of the request; the other jobs differ only in the seed. Appends to `notes` messages
-    about what the user may not expect. Raises ValueError for settings that the model does not
-    accept."""
+    """Returns (job, seeds): the first job of a request (the settings of one prompt), and the seeds
+    of all jobs of the request. The other jobs differ only in the seed and, with a noise file, in
+    the index of the noise. Appends messages for the user to `notes`. Raises ValueError for settings
+    that the model does not accept."""
     sampling = _sampling(sd, request)
     if sd.config.guidance_scale == 1 != sampling.guidance_scale:
         notes.append(
@@ -384,10 +386,11 @@ def _template(
 
 
 def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Seeds:
-    """Returns one seed for each noise in `path`, a file or folder of noises: the seeds of the
-    request (the settings of one prompt) or, if it has a single seed, consecutive seeds from that
-    one. `job` is the request's first job. Appends messages about the noises to `notes`. Raises
-    ValueError if the numbers of noises and seeds differ."""
+    """Returns one seed for each noise in `path`, a file or folder of noises. If the request (the
+    settings of one prompt) has a single seed, the result is consecutive seeds from that one;
+    otherwise it is the request's seeds. `job` is the request's first job. Appends messages about
+    the noises to `notes`. Raises ValueError if the request has several seeds, but not as many as
+    there are noises."""
     shape = (4, job.sampling.height // 8, job.sampling.width // 8)
     count = len(read_noise(path, shape))
     notes += [f"{request.where}{note}" for note in _noise_notes(path)]
@@ -400,8 +403,10 @@ def _noise_seeds(request: Request, path: Path, job: Job, notes: list[str]) -> Se
 
 
 def _method_notes(sd: StableDiffusion, job: Job) -> list[str]:
-    """Returns messages for the user about what limits the job's noise method, updates and objective
-    with this model and prompt. Raises ValueError for the method "best" in a run of one step."""
+    """Returns messages for the user about limits of the job's methods: of methods that read
+    attention maps with a model of few steps, and of the noise method "best" with another model than
+    the embedded one or with fewer than two subjects. Raises ValueError for the method "best" in a
+    run of one step."""
     notes = []
     few = sd.config.steps <= FEW_STEPS or job.sampling.sampler == "lcm"
     if few and _attends(job):
@@ -420,8 +425,8 @@ def _method_notes(sd: StableDiffusion, job: Job) -> list[str]:
 
 
 def _attends(job: Job) -> bool:
-    """Returns whether a method of the job reads attention maps. What a user's own objective reads
-    is not known."""
+    """Returns whether the job's noise method, latent updates or objective read attention maps. A
+    reward, or an objective of the user's own, counts as not reading them."""
     by_name = job.steer is not None and job.steer.name in NAMES and job.steer.name != "nlg"
     return (
         by_name
@@ -432,9 +437,9 @@ def _attends(job: Job) -> bool:
 
 
 def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
-    """Raises ValueError if the job's objective (--objective) cannot be applied to its prompt. If
-    the objective binds attributes to nouns, and the user has not given these pairs with --pairs,
-    appends to `notes` the pairs that are found in the prompt."""
+    """Raises ValueError if the job's objective (--objective) cannot be applied to its prompt. Some
+    objectives bind attributes to nouns. For these, if the user has not given the pairs of nouns and
+    attributes with --pairs, appends the pairs found in the prompt to `notes`."""
     assert job.steer is not None
     subjects = None if job.subjects is None else [list(job.subjects)]
     asks = look.ask(sd, [job.prompt], [job.seed], subjects, job.pairs, job.layout)
@@ -447,8 +452,8 @@ def _check_steer(sd: StableDiffusion, job: Job, notes: list[str]) -> None:
 
 def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
     """Returns messages for the user about the texts of a request (prompt, negative prompt,
-    captions): that weights such as (word:1.3) are read, and that texts of more than 75 tokens are
-    encoded in parts."""
+    captions): that weights such as (word:1.3) are interpreted, and that texts of more than 75
+    tokens are encoded in several chunks."""
     texts = [request.prompt, request.negative_prompt]
     for region in () if request.layout is None else request.layout.regions:
         texts += [region.prompt, region.negative_prompt]
@@ -465,9 +470,9 @@ def _text_notes(sd: StableDiffusion, request: Request) -> list[str]:
 
 
 def _noise_notes(path: Path) -> list[str]:
-    """Returns a list with a message for the user, or an empty list, about a file or folder of
-    noises. The message states that the images of these noises were also changed by latent updates
-    while denoising, so that the noise alone does not generate the same images again."""
+    """Returns messages for the user about `path`, a file or folder of noises. There is one message
+    if the images of some of these noises were also changed by latent updates while denoising, so
+    that the noise alone does not generate these images again. Otherwise the list is empty."""
     updated = []
     for file in noise_files(path):
         updates = read_metadata(file).get("updates", "none")
@@ -512,10 +517,9 @@ def _subjects(sd: StableDiffusion, request: Request, notes: list[str]) -> list[s
 
 
 def _excite(request: Request) -> str | None:
-    """Returns which latent updates the request uses while denoising. They are InitNO's ("official")
-    with --init-noise initno, unless --no-excite is given, and Attend-and-Excite's if --excite is
-    given. Returns None in all other cases, and always with an objective, which has updates of its
-    own."""
+    """Returns which latent updates are used while denoising: "official" (InitNO's) with
+    --init-noise initno, unless --no-excite is given; "attend-and-excite" with --excite; otherwise
+    None. With an objective, also returns None, because the objective has updates of its own."""
     if request.steer is not None:
         return None
     if request.method.name == "initno":

@@ -36,12 +36,12 @@ REGION_FILES = ("mask", "control_image")
 
 
 def take_from_image(given: Given, notes: list[str]) -> Given:
-    """Returns the options `given` on the command line, completed: options that are not given are
-    taken from the settings inside the image of --like. Appends to `notes` a message about the files
-    that these settings load.
+    """Completes the options `given` on the command line, and returns them: options that are not
+    given are taken from the settings inside the image of --like. Appends to `notes` a message that
+    names the files which these settings load.
 
-    Raises ValueError for settings that are invalid, or not allowed without --trust. The message
-    contains the image and the setting.
+    Raises ValueError for settings that are invalid, or not allowed without --trust. The error
+    message names the image and the setting.
     """
     from minsd.image import read_settings
 
@@ -115,13 +115,14 @@ def _joined(part: Any) -> Any:
 
 
 def _take_method(given: Given, settings: Given, taken: Given) -> Given:
-    """Copies the options of the image's noise method (--init-noise) from the image's `settings` to
-    `given`, the options of the new run. `taken` collects the options from an image whose amount of
-    work is checked later; the number of candidates is copied to it too. Returns the settings, with
-    the seed replaced by the one from which the search for noise began.
+    """Copies what belongs to the image's noise method from the image's `settings` to `given`, the
+    options of the new run: the number of candidates, the objective and the latent updates. Options
+    on the command line are kept. The number of candidates is also copied to `taken`, the options
+    from the image whose amount of work is checked later.
 
-    If the noise was selected among candidates, the new run uses the same candidates, unless the
-    command line gives another seed or number of candidates.
+    If the noise was selected among candidates, the new run uses candidates with the same seeds,
+    unless the command line gives another seed or number of candidates. Returns `settings`, in which
+    the seed is then that of the first candidate, not the chosen one.
     """
     seeds = _candidates(settings.get("candidates"))
     if isinstance(seeds, list):
@@ -143,8 +144,8 @@ def _take_method(given: Given, settings: Given, taken: Given) -> Given:
 def _take_objective(given: Given, objective: Any) -> None:
     """Copies `objective`, the objective in an image's settings, to the options `given`. Raises
     ValueError for an objective in a Python file, because an image must not make minsd run code; for
-    settings that are neither numbers nor known words; and, without --trust, for settings that would
-    make the run long."""
+    a reward that may download weights; for settings that are neither numbers nor known words; and,
+    without --trust, for settings that would make the run long."""
     if not isinstance(objective, dict) or not isinstance(objective.get("settings", {}), dict):
         raise ValueError("'objective' must be an object with a name and settings")
     name = objective.get("name")
@@ -168,9 +169,9 @@ def _take_objective(given: Given, objective: Any) -> None:
 
 
 def _candidates(ranked: Any) -> list[int] | int | None:
-    """Checks `ranked`, the setting `candidates` of an image. Returns the list of the candidates'
-    seeds, or only their number if the setting contains no more, or None if the image has no such
-    setting. Raises ValueError for anything else."""
+    """Checks `ranked`, the setting `candidates` of an image. It may be a list with one dict per
+    candidate, or the number of candidates, or None. Returns the list of the candidates' seeds, the
+    number, or None. Raises ValueError for anything else."""
     option = OPTIONS["candidates"]
     if ranked is None:
         return None
@@ -253,9 +254,10 @@ def _check_product(given: Given, taken: Given) -> None:
 
 
 def _check_model(given: Given, taken: Given) -> None:
-    """Raises ValueError if the model that an image names would be downloaded from the hub, or, for
-    a model in a single file, its tokenizer. `taken` holds the options that come from the image, and
-    `given` all options."""
+    """Raises ValueError if the model that an image names is neither the embedded model nor a local
+    file or folder, because it would be downloaded from the hub. Also raises ValueError if the model
+    is a single file and no tokenizer is given, because the tokenizer might be downloaded. `taken`
+    holds the options that come from the image, and `given` all options."""
     model = taken.get("model", "shapes")
     if model != "shapes" and not exists(Path(model)):
         raise ValueError(

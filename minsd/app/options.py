@@ -94,9 +94,9 @@ class Option:
             )
 
     def choose(self, text: str) -> str:
-        """Returns the choice that a text means; case and punctuation do not matter, and other
-        tools' names of the choices count too. Raises ArgumentTypeError if the text means no choice.
-        """
+        """Returns the one of this option's choices that `text` means. Case and punctuation do not
+        matter. Other tools' names are accepted too, such as "fp16" for "float16". Raises
+        ArgumentTypeError if the text means no choice."""
         if self.name == "device" and re.fullmatch(r"cuda:\d+", text):
             return text
         known = {plain(name): name for name in self.choices} | dict(self.synonyms)
@@ -110,9 +110,8 @@ class Option:
         return choice
 
     def check(self, value: Any) -> None:
-        """Raises ValueError for a value outside the option's range, and for a height or width that
-        no image can have.
-        """
+        """Raises ValueError for a value outside the option's range. For the options height and
+        width, the value must also be a multiple of 8 from 8 to 16384."""
         if self.kind in (int, float) and value is not None and not self.least <= value <= self.most:
             raise ValueError(
                 f"{self.flag} must be from {_text(self.least)} to {_text(self.most)}, not {value}"
@@ -130,8 +129,8 @@ class Option:
 
     def from_json(self, value: Any) -> Any:
         """Converts a JSON value, from a prompts file or an image's settings, to the value that the
-        command line would give. Raises ValueError if this option does not take values of that type,
-        or if the value is not among the choices."""
+        command line would give. Raises ValueError if the value does not have this option's type, or
+        is not among its choices."""
         if self.listed and isinstance(value, list):
             parts: list[object] = list(value)
             if not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts):
@@ -240,8 +239,9 @@ def normalised(given: Given) -> Given:
 
 
 def named(key: str) -> str | None:
-    """Returns the name of the option that `key` means: the option's own name, in any spelling of
-    its hyphens, or its name in another tool. Returns None if there is no such option."""
+    """Returns the name of the option that `key` means. `key` is the option's own name, with hyphens
+    or underscores, or the option's name in another tool, such as "cfg_scale". Returns None if there
+    is no such option."""
     name = key.replace("-", "_")
     if name in OPTIONS:
         return name
@@ -249,9 +249,9 @@ def named(key: str) -> str | None:
 
 
 def _spelled(word: str) -> str:
-    """Returns a word of the command line unchanged, unless it is an option under another tool's
-    name; then that name is replaced by this program's, so that --cfg_scale=7 becomes
-    --guidance-scale=7."""
+    """If a word of the command line is an option under another tool's name, returns the word with
+    this program's name for the option, so that --cfg_scale=7 becomes --guidance-scale=7. Returns
+    any other word unchanged."""
     if word == "-n":
         return OPTIONS["num_images"].flag
     if not re.match(r"--[a-zA-Z]", word):

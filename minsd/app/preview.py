@@ -21,7 +21,9 @@ SIDE = 32  # most cells per side of the latents that are decoded
 
 
 class Previews:
-    """Makes the previews of a batch, one after every `every` steps, and none if `every` is None.
+    """Makes previews of a batch during sampling: one after every `every` steps, and none if `every`
+    is None. A preview shows the finished images as the latest noise prediction implies them, at a
+    low resolution.
 
     Sample with the noise predictor that `watch` returns, and call `after` after every step.
     """
@@ -35,7 +37,8 @@ class Previews:
         self._last: tuple[Tensor, float, Tensor] | None = None
 
     def watch(self, predict: Predictor) -> Predictor:
-        """Returns a predictor that does what `predict` does, and keeps its latest prediction."""
+        """Returns a noise predictor that returns what `predict` returns, and stores the latest
+        prediction for `after`."""
 
         def watched(x: Tensor, t: Timestep) -> Tensor:
             eps = predict(x, t)
@@ -46,9 +49,9 @@ class Previews:
 
     @torch.no_grad()
     def after(self, i: int, reached: Timestep) -> None:
-        """Reports the end of step `i`, counted from 0, to the constructor's `show`. If a preview is
-        due, also shows the batch's images as predicted in that step. `reached`, the timestep that
-        the sampler reports, is not used."""
+        """Reports to the constructor's `show` that step `i`, counted from 0, is done. If a preview
+        is due after this step, also shows the batch's images as predicted in the step. `reached`,
+        the timestep that the sampler reports, is not used."""
         self.show.advance()
         if not self.every or (i + 1) % self.every or self._last is None:
             return
@@ -62,6 +65,6 @@ class Previews:
         self.show.preview(i + 1, self.images[-1])
 
     def sheet(self, b: int) -> Image.Image:
-        """Returns a contact sheet of the previews of image b."""
+        """Returns a contact sheet of all previews of image number `b` (from 0) in the batch."""
         captions = [f"after step {step}" for step in self.steps]
         return contact_sheet([images[b] for images in self.images], min(8, len(self.steps)), captions)

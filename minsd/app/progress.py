@@ -33,7 +33,8 @@ class Show:
         """Counts one step of the phase."""
 
     def say(self, message: str) -> None:
-        """Shows a message about the phase. A Step also states how far the phase is."""
+        """Shows a message about the phase. The message may be a `Step`, a str that also states how
+        many steps of the phase are done, and of how many."""
 
     def preview(self, step: int, images: Sequence[Image.Image]) -> None:
         """Shows the images of a batch as they are predicted after `step` sampling steps."""
@@ -79,7 +80,8 @@ class Progress(Show):
         self._open(total)
 
     def _open(self, total: int | None) -> None:
-        """Replaces the bar by one of `total` steps."""
+        """Replaces the progress bar by a new one of `total` steps. None means that the number of
+        steps is unknown."""
         self.close()
         how: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
         if not sys.stderr.isatty():

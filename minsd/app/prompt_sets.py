@@ -79,8 +79,8 @@ def attend_and_excite(name: str) -> list[str]:
 
 
 def geneval() -> list[Item]:
-    """Returns GenEval's 553 prompts as items with all fields of the published evaluation_metadata.
-    Every field is equal to the published one."""
+    """Returns GenEval's 553 prompts as items: dicts with the same fields and values as the lines of
+    the published evaluation_metadata."""
     rng = np.random.default_rng(43)
     items: list[Item] = []
 
@@ -137,9 +137,10 @@ def sentence(subjects: Sequence[tuple[str, str]]) -> str:
 
 
 def cases(group: str, n: int) -> list[Subjects]:
-    """Returns n lists of subjects, (colour, shape) pairs, for the prompts of the embedded model.
-    `group` is one of GROUPS. The groups of single objects, "one" and "held-out", cycle through all
-    their combinations of colour and shape; the others choose at random with a fixed seed."""
+    """Returns the subjects of `n` prompts for the embedded model. The subjects of a prompt are a
+    list of (colour, shape) pairs. `group` is one of GROUPS. The groups with one object per prompt,
+    "one" and "held-out", cycle through all their combinations of colour and shape; the other groups
+    choose at random with a fixed seed."""
     rng = np.random.default_rng((SEED, GROUPS.index(group)))
     if group == "one":
         return [[data.COMBINATIONS[i % len(data.COMBINATIONS)]] for i in range(n)]
@@ -159,9 +160,9 @@ def cases(group: str, n: int) -> list[Subjects]:
 
 
 def shapes_geneval(n: int = 40) -> list[Item]:
-    """Returns items for GenEval's six tasks in miniature, for the embedded model. There are 6 + 26
-    + 40 prompts of the tasks with one object, two objects and colours, and `n` of each of the other
-    three.
+    """Returns items for the embedded model that imitate GenEval's six tasks. The tasks with one
+    object, two objects and colours have 6, 26 and 40 prompts. The other three tasks have `n`
+    prompts each.
 
     No caption of the training data has number words, so the prompts of the task `counting` have
     none either. They name three different objects, and the image must show exactly three.
@@ -195,7 +196,8 @@ def shapes_geneval(n: int = 40) -> list[Item]:
 
 
 def _draws(rng: np.random.Generator, count: int, n: int) -> list[Subjects]:
-    """Returns n different lists of `count` subjects, (colour, shape) pairs, chosen at random."""
+    """Returns `n` different lists, chosen at random. Each list holds `count` subjects, which are
+    (colour, shape) pairs."""
     out: list[Subjects] = []
     while len(out) < n:
         subjects = data.draw_subjects(rng, count)
@@ -205,8 +207,9 @@ def _draws(rng: np.random.Generator, count: int, n: int) -> list[Subjects]:
 
 
 def _shapes(group: str, n: int = 200) -> list[Item]:
-    """Returns items with n different prompts of coloured shapes, or all such prompts if there are
-    fewer. `group` is one of GROUPS and states which shapes are combined."""
+    """Returns items with `n` different prompts of coloured shapes, or fewer if the group has fewer.
+    `group` is one of GROUPS and states how many shapes a prompt has, and whether the training
+    images show such a combination."""
     items = [
         {"tag": group, "include": [clause(*one) for one in subjects], "prompt": words}
         for subjects, words in ((these, sentence(these)) for these in cases(group, 2 * n))
@@ -270,13 +273,15 @@ SETS: dict[str, Callable[[], list[Item]]] = {
 
 
 def load(name: str, count: int | None = None) -> list[Item]:
-    """Returns the items of a prompt set or file, dicts with a `prompt` and further fields. `name`
-    is one of SETS or the path of a file. Of items with the same prompt only the first is kept. With
-    `count`, only the first `count` items of each tag (group of prompts) are kept.
+    """Returns the items of a prompt set or file. An item is a dict with a `prompt` and further
+    fields. `name` is one of SETS or the path of a file. Of items with the same prompt only the
+    first is kept. With `count`, only the first `count` items of each tag (group of prompts) are
+    kept.
 
-    A file is .txt (one prompt per line), .jsonl (items), .csv or .tsv (a column named as in
-    COLUMNS), or .json (a list of prompts or items). Raises FileNotFoundError if there is no such
-    set or file, and ValueError for a file that cannot be read, each in one line.
+    A file is .txt (one prompt per line), .jsonl (one item per line), .csv or .tsv (with a column
+    named as in COLUMNS), or .json (a list of prompts or items). Raises FileNotFoundError if there
+    is no such set or file, and ValueError for a file that cannot be read. The error message is one
+    line.
     """
     if name in SETS:
         items = SETS[name]()
@@ -299,11 +304,13 @@ def load(name: str, count: int | None = None) -> list[Item]:
 
 
 def rows(path: Path) -> list[tuple[str, Any]]:
-    """Reads the lines or entries of a file of prompts: text (.txt), any JSON value (.jsonl, .json),
-    or column -> text (.csv, .tsv).
+    """Reads a file of prompts. Returns a pair (where, row) for each line of the file or, for .json,
+    for each entry of its list. `where` is the beginning of error messages about the row. `row` is a
+    str from a .txt file, any JSON value from .jsonl and .json, and a dict column -> text from .csv
+    and .tsv.
 
-    Returns pairs (where, row). Error messages about the row begin with `where`. Raises ValueError,
-    in one line, for a file that cannot be read and for one of another format.
+    Raises ValueError for a file that cannot be read or has another format. The error message is one
+    line.
     """
     kind = path.suffix
     lines: list[tuple[int, Any]]
@@ -336,7 +343,8 @@ def rows(path: Path) -> list[tuple[str, Any]]:
 
 def _read(path: Path) -> list[Item]:
     """Returns the items (dicts with a `prompt`) of a .txt, .jsonl, .csv, .tsv or .json file, in the
-    forms that `load` describes. Raises ValueError, in one line, for any other file."""
+    forms that `load` describes. Raises ValueError, with a message of one line, for any other file.
+    """
     items = []
     for where, row in rows(path):
         if path.suffix == ".txt":
@@ -358,7 +366,8 @@ def _read(path: Path) -> list[Item]:
 
 
 def check(item: Any) -> None:
-    """Raises ValueError, in one line, if a value is no item of a prompt set."""
+    """Raises ValueError, with a message of one line, if `item` is no item of a prompt set: a dict
+    with the text `prompt` and, if present, valid further fields."""
     if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str):
         raise ValueError('there is no "prompt"')
     if not isinstance(item.get("tag", ""), str):
@@ -368,7 +377,6 @@ def check(item: Any) -> None:
 
 
 def slug(name: str) -> str:
-    """Converts a name to a name for a folder inside another: every run of characters other than
-    letters, digits and points becomes a hyphen, and the name does not begin or end with a hyphen or
-    point."""
+    """Converts a name to a valid name for a subfolder. Every run of characters other than letters,
+    digits and points becomes a hyphen. Hyphens and points at the beginning and end are removed."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "set"

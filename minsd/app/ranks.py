@@ -10,16 +10,17 @@ LARGEST_WORLD = 1_000_000  # the most processes of one run
 
 @dataclass(frozen=True)
 class Share:
-    """The number of this process (rank) and the number of processes in the run (world)."""
+    """The index of this process in the run (`rank`, from 0), and the number of processes in the run
+    (`world`)."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def from_environment(cls) -> "Share":
-        """Reads RANK and WORLD_SIZE from the environment. Raises ValueError, in one line, if they
-        are no whole numbers or contradict each other, because otherwise images would be left out
-        silently or drawn by every process."""
+        """Returns the share that RANK and WORLD_SIZE in the environment state. Raises ValueError,
+        with a message of one line, if they are no whole numbers or contradict each other. Otherwise
+        images would be left out silently, or drawn by every process."""
         rank = _number("RANK")
         world = _number("WORLD_SIZE")
         if rank is not None and world is None:
@@ -46,8 +47,10 @@ class Share:
         return f"runs-{self.rank}.jsonl" if self.world > 1 else "runs.jsonl"
 
     def parts(self, folder: Path, stem: str) -> list[Path]:
-        """Returns those files STEM-RANK.jsonl in a folder that this process has to merge: its own
-        and, for the first process, those that a killed run with more processes left behind."""
+        """Returns those files in the folder that this process has to merge. Their names are `stem`,
+        a hyphen and the rank of the process that wrote the file, such as runs-3.jsonl. A process
+        merges its own file. The first process also merges the files of ranks that this run does not
+        have, which a killed run with more processes left behind."""
         numbers = {path: path.stem.removeprefix(f"{stem}-") for path in folder.glob(f"{stem}-*.jsonl")}
         ranks = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
         left = self.world if self.rank == 0 else LARGEST_WORLD
@@ -87,9 +90,8 @@ def restarted() -> bool:
 
 
 def local_rank() -> int | None:
-    """Returns the number of this process on its machine, which is also the number of the GPU that
-    it uses. Returns None if LOCAL_RANK is not set.
-    """
+    """Returns the index of this process on its machine (LOCAL_RANK), which is also the index of the
+    GPU that the process uses. Returns None if LOCAL_RANK is not set."""
     return _number("LOCAL_RANK")
 
 

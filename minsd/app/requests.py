@@ -88,8 +88,8 @@ class NoiseMethod:
 
 @dataclass(frozen=True)
 class InitImage:
-    """The image from which an image-to-image generation begins, and the fraction of the steps that
-    run."""
+    """The image from which an image-to-image generation begins (`path`), and the fraction of the
+    sampling steps that run (`strength`)."""
 
     path: Path
     strength: float
@@ -137,10 +137,11 @@ class Request:
 
 
 def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tuple[Command, list[Request]]:
-    """Converts the options `given` on the command line. Returns (command, requests): the settings
-    of the whole run, and one request, the settings of one prompt, per prompt. `lines` are the
-    options of each prompt, as pairs (where, options) in which `where` begins error messages. By
-    default they come from the command line or its prompts file.
+    """Checks the options `given` on the command line, and converts them to typed settings. Returns
+    (command, requests): the settings of the whole run, and a list with the settings of each prompt.
+    `lines` holds the prompts' options as pairs (where, options), in which `where` is the beginning
+    of error messages about that prompt. By default the prompts are those of the command line or its
+    prompts file.
 
     Raises FileNotFoundError for a missing file, and ValueError for every other mistake that can be
     found before a model is loaded.
@@ -185,9 +186,9 @@ def read(given: Given, lines: Iterable[tuple[str, Given]] | None = None) -> tupl
 
 
 def _check_seeded(given: Given, several: bool) -> None:
-    """Checks whether a prompt may do without seeds, so that they are chosen at random. Raises
-    ValueError with --resume, where every run would choose other seeds, and if `several` processes
-    share the run, because each would choose seeds of its own."""
+    """Called for a prompt without seeds, whose seeds would be chosen at random. Raises ValueError
+    with --resume, because every run would choose other seeds. Raises ValueError if the run has
+    several processes (`several`), because each would choose seeds of its own."""
     if given["resume"]:
         raise ValueError(
             "--resume needs --seed or --seeds: without, every run draws random seeds and finds nothing done"
@@ -305,7 +306,7 @@ def _steer(given: Given) -> "Steer | None":
     """Returns the objective of --objective, checked, with its settings and its driver. The driver
     states how the objective is used: to select noise, to optimise noise, or to update the latents
     while denoising. Returns None without --objective. Raises ValueError for options that cannot be
-    combined with the objective, or that need one."""
+    combined with the objective and, without --objective, for options that need it."""
     if given["objective"] is None:
         for name in ("objective_set", "pairs"):
             if given[name] is not None:
@@ -342,9 +343,9 @@ def _steer(given: Given) -> "Steer | None":
 
 
 def _check_drafts(method: NoiseMethod, steer: "Steer | None") -> None:
-    """Raises ValueError for the methods that draft the beginning of a run (--init-noise best and
-    search=halving). It is called if the image will be drawn with the regions of a layout, because
-    drafts would be drawn without them."""
+    """Raises ValueError if the noise is chosen by drafts, which are the first steps of a run: with
+    --init-noise best, or with an objective's setting search=halving. It is called if the image will
+    be drawn with the regions of a layout, because drafts are drawn without these regions."""
     by = "--init-noise best" if method.name == "best" else "search=halving"
     if method.name == "best" or (steer is not None and steer.settings.get("search") == "halving"):
         raise ValueError(
@@ -354,9 +355,9 @@ def _check_drafts(method: NoiseMethod, steer: "Steer | None") -> None:
 
 
 def _steered(given: Given, steer: "Steer") -> NoiseMethod:
-    """Returns how the initial noise is found if there is an objective: by the objective if its
-    driver is "select" or "optimize". With the driver "refine", which updates the latents instead,
-    the noise is found as --init-noise states."""
+    """Returns how the initial noise is found if there is an objective. If the objective's driver is
+    "select" or "optimize", the objective finds the noise. If the driver is "refine", which updates
+    the latents while denoising, the noise is found as --init-noise states."""
     if steer.driver == "refine":
         plain: Given = {"optimize_steps": None} | (
             {} if given["init_noise"] == "best" else {"candidates": None}
@@ -454,14 +455,14 @@ def _layout(given: Given) -> "Layout | None":
 
 
 def _placed(given: Given, layout: "Layout | None") -> Given:
-    """Returns the options, with those filled in that --layout-method stands for. The method "crops"
-    stands for a crop margin and, if no option says where the noise comes from, for selecting the
-    noise by attention. The method "paper" adds nothing. Raises ValueError for options that
-    contradict the method.
+    """Adds the options that --layout-method implies, and returns all options. The method "crops"
+    sets a crop margin. If no option says where the noise comes from, "crops" also selects the noise
+    by attention. The method "paper" sets nothing. Raises ValueError for options that contradict the
+    method.
 
     If the user names no method, "crops" is used with the embedded model, for which it was measured
-    to be best, but not with --like or with options that already decide how the layout is drawn or
-    where the noise comes from.
+    to be best. It is not used with --like, or with options that already decide how the layout is
+    drawn or where the noise comes from.
     """
     named = given["layout_method"]
     if layout is None:

@@ -24,8 +24,8 @@ from minsd.judges import LOWER, RATES
 
 @dataclass(frozen=True)
 class Results:
-    """The values and costs of all methods of a study, for those (prompt, seed) pairs of which every
-    method has an image. NaN marks a missing value."""
+    """The judged values, costs and images of all methods of a study. Only those (prompt, seed)
+    pairs are included of which every method has an image. NaN marks a missing value."""
 
     methods: list[str]
     pairs: list[tuple[str, Any]]  # (prompt, seed)
@@ -77,9 +77,9 @@ def read(folder: Path, unjudged: bool = False) -> Results:
     columns = dict.fromkeys(key for rows in held.values() for pair in pairs for key in rows[pair]["values"])
 
     def table(part: str, key: str) -> dict[str, np.ndarray]:
-        """Returns a dict from each method to an array with one value per (prompt, seed) pair: that
-        of `key` in the dict `part` of the pair's data, which is "values" (by judges) or "row" (of
-        runs.jsonl). A missing value is NaN."""
+        """Returns a dict method -> array with one value per (prompt, seed) pair. If `part` is
+        "values", the value is what a judge gave the image for the column `key`. If `part` is "row",
+        it is the entry `key` of the image's row of runs.jsonl. A missing value is NaN."""
         return {
             name: np.array([rows[pair][part].get(key) for pair in pairs], float)
             for name, rows in held.items()
@@ -109,13 +109,14 @@ def read(folder: Path, unjudged: bool = False) -> Results:
 
 
 def _of_method(place: Path, notes: list[str], unjudged: bool) -> dict[tuple[str, Any], dict[str, Any]]:
-    """Reads the images of one method from the folder `place`. Returns a dict (prompt, seed that the
-    user gave) -> dict with the image's path, its row of runs.jsonl, the values by all judges, the
-    detected objects, and the judges' identities.
+    """Reads the images of one method from the folder `place`. Returns a dict with one entry per
+    image. The key is (prompt, seed that the user gave). The value is a dict with the image's path,
+    its row of runs.jsonl, the values by all judges, the detected objects, and the judges'
+    identities.
 
-    Images without a seed get a number in place of it, counted per prompt. Images without scores are
-    skipped unless `unjudged` is true. Messages about images without a seed and about skipped images
-    or scores are appended to `notes`.
+    An image without a seed gets "#0", "#1", ... in place of it, counted per prompt. Images without
+    scores are skipped unless `unjudged` is true. Messages about images without a seed and about
+    skipped images or scores are appended to `notes`.
     """
     from minsd.app.folder import recorded
 
@@ -208,9 +209,10 @@ class Cell:
 
 
 def compute(results: Results, baseline: str) -> list[Cell]:
-    """Returns every number of the table of a study, in which each method is compared to the method
-    `baseline`. Rates are in per cent. If the prompts have several tags (groups of prompts), there
-    are also the values for each tag. Raises ValueError if the baseline is not among the methods."""
+    """Returns all numbers of a study's tables: the methods' mean values, their comparisons to the
+    method `baseline`, and their costs. Rates are in per cent. If the prompts have several tags
+    (groups of prompts), the mean values for each tag are included. Raises ValueError if the
+    baseline is not among the methods."""
     if baseline not in results.methods:
         raise ValueError(f"--baseline {baseline} is not among the methods: {', '.join(results.methods)}")
     resample = Resample(results.prompts)
@@ -248,10 +250,10 @@ def _count(values: np.ndarray) -> int:
 def _by_tag(
     tags: Sequence[str], method: str, column: str, values: np.ndarray, rate: bool, digits: int
 ) -> list[Cell]:
-    """Returns the mean of a method's `values` in one column for each tag (group of prompts), and
-    the unweighted mean over the tags, which is GenEval's overall score. `tags` and `values` have
-    one entry per (prompt, seed) pair. `rate` states whether the values are right or wrong (1 or 0),
-    and `digits` how many decimals to show."""
+    """Returns the means of a method's `values` in one column: one mean for each tag (group of
+    prompts), and the unweighted mean over the tags, which is GenEval's overall score. `tags` and
+    `values` have one entry per (prompt, seed) pair. `rate` states whether the values are right or
+    wrong (1 or 0), and `digits` how many decimals to show."""
     out = []
     for tag in dict.fromkeys(tags):
         inside = values[[one == tag for one in tags]]
@@ -270,10 +272,11 @@ def _against(
     rate: bool,
     digits: int,
 ) -> list[Cell]:
-    """Returns how a method's `values` in one column, one per (prompt, seed) pair, compare to the
-    baseline's values `base`: the mean paired difference, the rate of pairs in which the method is
-    better and, for PickScore, the probability that its image is preferred. `rate` states whether
-    the values are right or wrong (1 or 0), and `digits` how many decimals to show."""
+    """Compares a method to the baseline in one column. `values` are the method's values and `base`
+    the baseline's, one per (prompt, seed) pair. Returns the mean paired difference, the rate of
+    pairs in which the method is better and, for PickScore, the probability that the method's image
+    is preferred. `rate` states whether the values are right or wrong (1 or 0), and `digits` how
+    many decimals to show."""
     difference = values - base
     n = _count(difference)
     more = ""
@@ -295,8 +298,8 @@ def _against(
 
 def _costs(results: Results, baseline: str) -> list[Cell]:
     """Returns four costs of each method: the mean number of UNet rows per image (a UNet evaluation
-    with a batch of n counts n rows), the median seconds per image, the median as a multiple of the
-    baseline's, and the greatest peak memory."""
+    with a batch of n counts n rows), the median seconds per image, this median divided by the
+    baseline's median, and the greatest peak of GPU memory in MB."""
     cells = []
     seconds = {
         name: float(np.nanmedian(s)) for name, s in results.costs["seconds"].items() if np.isfinite(s).any()

@@ -50,11 +50,11 @@ def run(
     engine: "Callable[[Drawing, Wanted], None] | None" = None,
     show: Progress | None = None,
 ) -> None:
-    """Draws and saves those of the jobs (one per image) that are this process's part. `session`
-    holds the loaded model, and `tally` counts the images that are saved and those that failed.
-    `hold` is the lock on the folder; None creates one. `engine(drawing, wanted)` draws the jobs
-    elsewhere, such as on a Ray cluster; None draws them in this process. `show` receives the
-    progress; None shows it on standard error."""
+    """Draws and saves this process's part of the jobs (one per image). With --resume, images that
+    are in the folder already are skipped. `session` holds the loaded model, and `tally` counts the
+    images that are saved and those that failed. `hold` is the lock on the folder; None creates one.
+    `engine(drawing, wanted)` draws the jobs elsewhere, such as on a Ray cluster; None draws them in
+    this process. `show` receives the progress; None shows it on standard error."""
     command = session.command
     share = Share.from_environment()
 
@@ -119,8 +119,8 @@ def _record(path: Path, row: Row) -> None:
 
 def _merge_rows(out: Path, share: Share, say: Say) -> None:
     """Merges the rows that this process wrote to its own file into runs.jsonl in the folder `out`.
-    The first process also merges the files of processes that do not exist in this run: an earlier
-    run with more processes was killed and left them behind."""
+    The first process also merges the files that an earlier, killed run left behind, if that run had
+    more processes than this one."""
     paths = share.parts(out, "runs")
     if (paths or share.world > 1) and out.is_dir():
         try:
@@ -274,9 +274,9 @@ class Drawing:
 
 def _about_regions(row: Row) -> str:
     """Returns the text to print about an image drawn with a layout, or "" for other images. It
-    states the fraction of the attention to each caption that falls into the caption's region. A
-    warning follows for regions whose fraction is no larger than the part of the image that they
-    cover, as it would be if the attention were spread evenly."""
+    states, for each region, the fraction of the attention to the region's caption that falls into
+    the region. If this fraction is no larger than the part of the image that the region covers, as
+    if the attention were spread evenly, the text also warns about that region."""
     regions = row.get("attention_in_regions")
     if not regions:
         return ""
@@ -342,9 +342,9 @@ def _halves(part: list[Job]) -> list[list[Job]]:
 
 
 def _save_extras(extras: Extras, settings: Row, path: Path) -> None:
-    """Saves the files that belong to an image, such as its noise or attention maps, to the folder
-    extra/ beside it. The image itself is about to be saved at `path`. `extras` holds the files'
-    contents by name."""
+    """Saves the further files of an image, such as its noise or attention maps, to the folder
+    extra/ in the image's folder. `extras` holds the files' contents by name. `path` is where the
+    image itself is about to be saved, and `settings` are the image's settings."""
     for name, extra in extras.items():
         stem = f"{path.stem}-{name}"
         if isinstance(extra, torch.Tensor):

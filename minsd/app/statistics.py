@@ -26,9 +26,9 @@ class Estimate(NamedTuple):
 
 
 class Resample:
-    """A bootstrap of means over (prompt, seed) pairs. `groups[i]` is the number of the prompt of
-    pair i. The bootstrap resamples prompts, each with all its pairs, or single pairs if there are
-    fewer than 10 prompts. `draws` is the number of resamples."""
+    """A bootstrap of means over (prompt, seed) pairs. `groups` has one entry per pair: the number
+    of the pair's prompt. The bootstrap resamples prompts, each with all its pairs, or single pairs
+    if there are fewer than 10 prompts. `draws` is the number of resamples."""
 
     def __init__(self, groups: Sequence[int], draws: int = DRAWS, seed: int = 0):
         names, where = np.unique(np.asarray(groups), return_inverse=True)

@@ -47,10 +47,10 @@ FORMS = (*PLAIN, "select:SCORE:K", "optimize:STEPS", "collage[:MARGIN]", '"NAME:
 
 
 def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
-    """Returns a dict method -> list of the options of minsd.generate for which the method stands. A
-    word holds names of methods separated by commas, or "NAME: --init-noise ...", a method of the
-    user's own with its options. Raises ValueError for an unknown method, and if two methods would
-    have the same folder."""
+    """Parses the words of --methods. Returns a dict method -> list of the options of minsd.generate
+    for which the method stands. A word is either a list of methods' names, separated by commas, or
+    a method of the user's own, written as "NAME: OPTIONS", such as "mine: --init-noise select".
+    Raises ValueError for an unknown method, and if two methods would have the same folder."""
     out: dict[str, list[str]] = {}
     for word in words:
         by_hand = re.fullmatch(r"([^\s:]+):\s+(-.*)", word, re.DOTALL)
@@ -64,9 +64,10 @@ def split_methods(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def method_options(method: str) -> list[str]:
-    """Returns the list of the options of minsd.generate for which a method stands, such as
-    "select:attention:5". A name in none of the forms FORMS is taken as the name of an objective.
-    Raises ValueError, in one line, for a method that this version does not have."""
+    """Returns the list of the options of minsd.generate for which a method's name stands. For
+    example, "optimize:100" stands for --init-noise optimize --optimize-steps 100. A name in none of
+    the forms FORMS is taken as the name of an objective. Raises ValueError, with a message of one
+    line, for a name that begins like one of the forms but does not follow it."""
     name, _, rest = method.partition(":")
     if method in PLAIN:
         return PLAIN[method]
@@ -112,8 +113,9 @@ def asked_for(args: argparse.Namespace) -> Study:
 
 
 def requested(study: Study, method: str, folder: Path) -> tuple[Command, list[Request]]:
-    """Returns the settings of one method's run, and the request for each prompt. Raises ValueError
-    or FileNotFoundError if minsd.generate would refuse them."""
+    """Returns (command, requests) for the run of one method of a study: the settings of the whole
+    run, and those of each prompt. `folder` is the study's folder. Raises ValueError or
+    FileNotFoundError if minsd.generate would refuse these settings."""
     words = ["--model", study.model, *shlex.split(study.options), *study.methods[method]]
     given = options.parse([*words, "--out", str(folder / slug(method)), "--resume", "--wait"])
     for name in NOT_IN_STUDIES:
@@ -184,8 +186,10 @@ def draw(args: argparse.Namespace) -> int:
 def _opened(
     session: "Session | None", command: Command, parts: Sequence[tuple[Command, list[Request]]], quiet: bool
 ) -> "Session":
-    """Returns a session for the run of one method (`command`): that of the last method, if both use
-    the same model, otherwise a new one. `parts` holds the runs of all methods."""
+    """Returns a session (a loaded model with settings) for the run of one method, whose settings
+    are `command`. `session` is the session of the previous method, or None. Its model is used again
+    if both methods need the same one; otherwise a model is loaded. `parts` holds the settings of
+    all methods' runs."""
     from minsd.app.session import open_session
 
     if session is not None and _model(session.command) == _model(command):
@@ -237,9 +241,10 @@ def table(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Draws the images of a study, judges them, and writes the table and the page. If weights of a
-    judge are missing, raises FileNotFoundError for a judge of --judges; without --judges, the
-    images are only left unjudged. Returns the exit code: 1 if images failed, otherwise 0."""
+    """Draws the images of a study, judges them, and writes the table and the page. If the weights
+    of a judge are missing, raises FileNotFoundError with --judges; without --judges, prints a
+    message and leaves the images unjudged. Returns the exit code: 1 if images failed, otherwise 0.
+    """
     words = [str(args.study), *(["--judges", *args.judges] if args.judges else []), "--quiet"]
     asked = judge.options().parse_args(words)
     if args.judges != ["all"]:

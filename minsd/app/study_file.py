@@ -35,9 +35,9 @@ class Study:
     versions: dict[str, str]
 
     def with_methods_of(self, other: "Study", path: Path) -> "Study":
-        """Returns this study with the methods of another one added. Raises ValueError if the other
-        study has other prompts, seeds, model or options, or other options for a method of the same
-        name. `path` is the file to name in errors."""
+        """Returns this study with the methods of another one added. Raises ValueError if the two
+        studies differ in prompts, seeds, model or options, or if they have a method of the same
+        name with different options. `path` is the file to name in the error message."""
         for key in ("prompts", "seeds", "model", "options"):
             if getattr(self, key) != getattr(other, key):
                 raise ValueError(f"{path} has other {key}: a study keeps them; take a new folder")
@@ -61,8 +61,8 @@ def folders(methods: Iterable[str]) -> dict[str, str]:
 
 def read(folder: Path) -> Study | None:
     """Returns the study in a folder, or None if the folder holds no study.json. Raises ValueError,
-    in one line, if the file is no study: for a key that is unknown, missing or of another type, and
-    for prompts or methods of another form."""
+    with a message of one line, if the file is no valid study: a key is unknown, missing or of
+    another type, or a prompt or method has another form."""
     path = folder / NAME
     if not path.is_file():
         return None
@@ -96,8 +96,9 @@ def _check(held: Any) -> None:
 
 
 def add(folder: Path, study: Study) -> None:
-    """Writes a study to its folder. If the folder holds a study already, adds the methods to it
-    (`Study.with_methods_of`), also those that another process has added meanwhile."""
+    """Writes a study to its folder. If the folder holds a study already, adds the methods of
+    `study` to that one and keeps its other methods, also those that another process has just added.
+    Raises ValueError as `read` and `Study.with_methods_of` do."""
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder):
         text = json.dumps(asdict(joined(folder, study)), ensure_ascii=False, indent=1) + "\n"

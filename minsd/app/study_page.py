@@ -39,15 +39,16 @@ Block = str | list[str] | Table  # a paragraph, a list of notes, or a table
 
 
 def report(results: Results, cells: Sequence[Cell], baseline: str, reference: str | None) -> list[Block]:
-    """Returns the tables of a study with their texts, and notes below. `cells` are the tables'
-    numbers. `reference` is a text about published numbers, or None."""
+    """Returns the report of a study as a list of blocks: paragraphs and tables, and notes at the
+    end. `cells` are the tables' numbers. `baseline` is the method to which the others are compared.
+    `reference` is a paragraph about published numbers, or None."""
     columns = list(results.values)
     pick = {(c.part, c.method, c.column, c.tag): c for c in cells}
 
     def table(part: str, names: Sequence[str], keys: Sequence[tuple[str, str]]) -> Table:
-        """Returns a table with one row per method, of those cells whose `part` is the given one
-        ("values", "costs" or "by tag"). `keys` are the (column, tag) of the cells of a row, and
-        `names` the headings of their columns."""
+        """Returns a table with one row per method. Its numbers are those cells whose `part` is the
+        given one ("values", "costs" or "by tag"). `keys` has one entry per column of this table:
+        the (column, tag) of the cell to show. `names` are the headings of these columns."""
         rows = [[m, *(pick[part, m, *key].text for key in keys)] for m in results.methods]
         return Table(["method", *names], rows)
 
@@ -71,7 +72,8 @@ def report(results: Results, cells: Sequence[Cell], baseline: str, reference: st
 
 
 def _compared(results: Results, cells: Sequence[Cell], baseline: str) -> list[Block]:
-    """Returns the table of paired differences to the baseline, and the texts about them."""
+    """Returns the part of a report that compares the methods to the baseline: a table of paired
+    differences and of the rates of won pairs, and texts about them."""
     columns = list(results.values)
     pick = {(c.part, c.method, c.column): c for c in cells}
     others = [m for m in results.methods if m != baseline]
@@ -295,8 +297,9 @@ def _figure(results: Results, method: str, k: int) -> str:
 
 
 def _sorting(results: Results, baseline: str, shown: Sequence[int]) -> tuple[str, str]:
-    """Returns, in HTML, the choices by which the rows `shown` are sorted, and the script that sorts
-    them. Both are empty if there is nothing to compare."""
+    """Returns (choices, script), both in HTML. `choices` are the lists in which the reader chooses
+    how the page's rows are sorted, and `script` sorts them. `shown` holds the number of the
+    (prompt, seed) pair in each row. Both texts are empty if there is nothing to compare."""
     others = [m for m in results.methods if m != baseline]
     if not others or not results.values:
         return "", ""
@@ -323,8 +326,8 @@ def _choices(names: Sequence[str]) -> str:
 
 
 def sheet(results: Results, rows: int, path: Path) -> None:
-    """Saves a contact sheet of `rows` (prompt, seed) pairs, chosen at random with a fixed seed, at
-    `path`. Each row of the sheet shows a pair, and each column a method."""
+    """Saves a contact sheet at `path`. Each row of the sheet shows one (prompt, seed) pair, and
+    each column a method. The pairs are `rows` pairs chosen at random with a fixed seed."""
     n = len(results.pairs)
     drawn = sorted(int(k) for k in np.random.default_rng(0).permutation(n)[:rows])
     first = next(iter(results.values.values()), {})

@@ -39,8 +39,8 @@ def _marked(cell: Cell, methods: Sequence[str], at: Callable[[float], tuple[floa
 
 
 def _bounds(cells: Sequence[Cell], *more: float) -> tuple[float, float]:
-    """Returns the lowest and highest value of an axis that shows the intervals of all `cells`, and
-    the values `more`."""
+    """Returns (lowest, highest), the ends of an axis that shows the intervals of all `cells` and
+    the values `more`, with a margin of 5 % on both sides."""
     low = min([c.estimate.low for c in cells] + [*more])
     high = max([c.estimate.high for c in cells] + [*more])
     pad = 0.05 * (high - low) or 1.0
@@ -48,8 +48,8 @@ def _bounds(cells: Sequence[Cell], *more: float) -> tuple[float, float]:
 
 
 def _axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Returns the function that maps the values from `low` to `high` to the pixels from `start` to
-    `end`."""
+    """Returns the linear function that maps a value to a position in pixels: `low` to `start`, and
+    `high` to `end`."""
     return lambda value: start + (end - start) * (value - low) / (high - low)
 
 

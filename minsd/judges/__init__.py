@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 
 class Judged(NamedTuple):
-    """A judge's result for one image. `values` is a dict column -> value. If the judge cannot judge
-    the image, `values` is empty and `reason` states why."""
+    """A judge's result for one image. `values` maps column names, such as "clip", to numbers. It is
+    empty if the judge cannot judge the image. `reason` states why it cannot, or what a judge that
+    applies rules found, such as "lacks dog"."""
 
     values: dict[str, float]
     found: "Sequence[Detection] | None" = None  # everything found, if the judge has a detector
@@ -34,7 +35,7 @@ class Judged(NamedTuple):
 
 
 class Judge(Protocol):
-    """The interface of the judges that `load` returns."""
+    """The interface of every judge. `load` returns objects that have it."""
 
     identity: dict[str, Any]  # name, weights, dtype and options, written into every line of scores
 
@@ -44,16 +45,16 @@ class Judge(Protocol):
         prompts: Sequence[str],
         asked: Sequence[Mapping[str, Any] | None],
     ) -> list[Judged]:
-        """Judges RGB images with their prompts, and returns one result per image. `asked` holds for
+        """Judges RGB images, each with its prompt. Returns one result per image. `asked` holds for
         each image what a detector must look for (objects with colours, counts and places, see
-        `objects.Asked`), or None if that is not known."""
+        `objects.Asked`), or None if this is not known."""
         ...
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A published file of weights: where it is on the hub, and its size and licence, which the user
-    is told before a download."""
+    """A published file of weights: its repository and name on the Hugging Face hub, its size and
+    its licence. The user is told size and licence before a download."""
 
     repo: str
     file: str  # the weights; a second name after | is taken where the first is missing
@@ -94,8 +95,8 @@ WEIGHTS: dict[str, Weights] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table JUDGES: the module of minsd.judges that builds the judge, the names in
-    WEIGHTS of the weights that it needs, and a description."""
+    """A judge's entry in the table JUDGES: the module of minsd.judges that builds the judge, the
+    weights that the judge needs (keys of WEIGHTS), and a description of the judge."""
 
     module: str
     weights: tuple[str, ...]
@@ -127,8 +128,8 @@ LOWER = ("strays",)  # columns of which less is better
 
 
 def check(name: str) -> Entry:
-    """Returns the row of JUDGES for the judge `name`. Raises ValueError if there is no such
-    judge."""
+    """Returns the entry of the judge `name` in the table JUDGES. Raises ValueError if there is no
+    such judge."""
     if name not in JUDGES:
         raise ValueError(f"there is no judge {name!r}: known are {', '.join(JUDGES)}")
     return JUDGES[name]
@@ -142,21 +143,27 @@ def load(
     fetch: bool = False,
     **options: Any,
 ) -> Any:
-    """Loads a judge by its name in JUDGES.
+    """Loads the judge `name`, a key of JUDGES, onto `device`, and returns it.
 
-    `weights` maps names of WEIGHTS to a folder, a file or a hub id to be used in place of the
-    published files. Files that are not given are looked for in the hub's cache; with `fetch`,
-    missing ones are downloaded. `dtype` defaults to float32. `options` are passed to the function
-    `build` of the judge's module. Raises ValueError for an unknown name or an unsuitable file, and
-    FileNotFoundError for missing weights, each in one line.
+    `weights` maps keys of WEIGHTS to a folder, a file or a hub id that is to be used in place of
+    the published one. Weights that it does not name are taken from the hub's cache. Those that are
+    missing there are downloaded if `fetch` is True. `dtype` is that of the networks, by default
+    float32. `options` are passed to the function `build` of the judge's module.
+
+    Raises ValueError for an unknown name or an unsuitable file, and FileNotFoundError for missing
+    weights. Error messages have one line.
     """
     files = found(name, weights or {}, fetch)
     return built(identity(name, files, str(dtype or "float32"), options), files, device, options)
 
 
 def found(name: str, weights: Mapping[str, str], fetch: bool) -> dict[str, Path]:
-    """Returns the paths of a judge's weights, by their names in WEIGHTS. The arguments and errors
-    are those of `load`."""
+    """Returns a dict from the keys in WEIGHTS of the weights that the judge `name` needs to the
+    paths of these files. `weights` maps keys of WEIGHTS to a folder, a file or a hub id that is to
+    be used in place of the published one. Missing weights are downloaded if `fetch` is True.
+
+    Raises ValueError for an unknown name, and FileNotFoundError for missing weights.
+    """
     return {key: find(key, name, weights, fetch) for key in check(name).weights}
 
 
@@ -166,10 +173,10 @@ def built(
     device: "torch.device | str",
     options: Mapping[str, Any],
 ) -> Any:
-    """Loads the judge that `identity` describes, from the weights at the paths `files`. `identity`
-    is the result of the function `identity`: the judge's name, weights, dtype and options. `files`
-    maps names of WEIGHTS to paths. `options` are passed to the function `build` of the judge's
-    module. Raises ValueError, in one line, for an unsuitable file."""
+    """Loads the judge that `identity` describes (the result of the function `identity`: the judge's
+    name, weights, dtype and options) onto `device`, and returns it. `files` maps keys of WEIGHTS to
+    the paths of the weights. `options` are passed to the function `build` of the judge's module.
+    Raises ValueError, with a message of one line, for an unsuitable file."""
     import torch
 
     module = importlib.import_module(f"minsd.judges.{check(identity['judge']).module}")
@@ -178,12 +185,13 @@ def built(
 
 
 def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a judge that its scores depend on: its name, weights, dtype and
-    options. Two scores can be compared only if these are equal. `files` maps names of WEIGHTS to
-    paths.
+    """Returns a dict with everything that a judge's scores depend on: its name under "judge", its
+    "dtype", its options, and for each of its weights an entry under their key in WEIGHTS. Two
+    scores of a judge can be compared only if these dicts are equal. `files` maps keys of WEIGHTS to
+    the paths of the weights.
 
-    A file in the hub's cache is identified by its revision, any other file by the first ten digits
-    of its SHA-256.
+    Weights in the hub's cache are identified by repository and revision, any other file by the
+    first ten digits of its SHA-256.
     """
     from minsd.weights.single_file import FileHash
 
@@ -200,8 +208,9 @@ def identity(name: str, files: Mapping[str, Path], dtype: str, options: Mapping[
 
 
 def short(identity: Mapping[str, Any]) -> str:
-    """Returns a hash, eight hex digits, of a judge's identity (name, weights, dtype and options) or
-    of any other JSON object, for comparisons."""
+    """Returns a hash of eight hex digits of `identity`, the dict that the function `identity`
+    returns. The hashes of equal dicts are equal. Any other object that JSON can hold may be given
+    too."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -209,13 +218,14 @@ def short(identity: Mapping[str, Any]) -> str:
 
 
 def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) -> Path:
-    """Returns the path of the weights `WEIGHTS[key]`. `given` maps names of WEIGHTS to the folder,
-    the file or the hub id that the user chose for them.
+    """Returns the path of the file of weights that `WEIGHTS[key]` describes. `given` maps keys of
+    WEIGHTS to a folder, a file or a hub id that the user chose.
 
-    If the user chose a folder or a file, the weights are taken from it. Otherwise they are those of
-    the chosen hub id, or of the published one, and come from the hub's cache or, with `fetch`, from
-    a download. Raises FileNotFoundError, in one line, if they are not found. `judge` is the name to
-    print in the error.
+    If the user chose a file for `key`, returns its path; if a folder, the path of the weights in
+    it. Otherwise the weights come from the chosen repository on the hub, or from the published one
+    if none was chosen. They are taken from the hub's cache or, if they are missing there and
+    `fetch` is True, downloaded. Raises FileNotFoundError if they are not found. `judge` is the name
+    of the judge, for the error message, which has one line.
     """
     row = WEIGHTS[key]
     place = given.get(key)
@@ -235,9 +245,10 @@ def find(key: str, judge: str, given: Mapping[str, str], fetch: bool = False) ->
 
 
 def _in_folder(place: Path, row: Weights, key: str) -> Path:
-    """Returns the path of the weight file described by `row` in the folder `place`, which the user
-    gave for `WEIGHTS[key]`, or `place` itself if it is a file. Raises FileNotFoundError if the
-    weights, or a small file that belongs to them, are missing."""
+    """Returns the path of the file of weights that `row` describes in the folder `place`. If
+    `place` is a file, returns `place`. Raises FileNotFoundError if the folder lacks the weights, or
+    a small file that must be beside them, such as config.json. `key` is the key of `row` in
+    WEIGHTS, for the error message."""
     if place.is_file():
         return place
     names = [name for name in row.file.split("|") if (place / name).is_file()]
@@ -252,8 +263,9 @@ def _in_folder(place: Path, row: Weights, key: str) -> Path:
 
 
 def _cached(repo: str, row: Weights) -> Path | None:
-    """Returns the path of the weight file described by `row` in the hub's cache of the repository
-    `repo`. Returns None if the weights, or a small file that belongs to them, are missing."""
+    """Returns the path of the file of weights that `row` describes, in the local cache of the hub's
+    repository `repo`. Returns None if the cache lacks the weights, or a small file that must be
+    beside them, such as config.json."""
     import huggingface_hub as hf
 
     if any(not isinstance(hf.try_to_load_from_cache(repo, name), str) for name in row.more):
@@ -266,9 +278,10 @@ def _cached(repo: str, row: Weights) -> Path | None:
 
 
 def _fetched(repo: str, row: Weights, key: str) -> Path:
-    """Downloads the weights described by `row`, and the small files that belong to them, from the
-    hub repository `repo`, after printing a line about the download. Returns the path of the
-    weights. Raises an error that explains the cause if the download fails."""
+    """Downloads the weights that `row` describes, and the small files that belong beside them, from
+    the hub's repository `repo`. Before this, prints a line that names `key` (the weights' key in
+    WEIGHTS), the size and the licence. Returns the path of the weights. If the download fails,
+    raises an error whose message explains the cause."""
     import sys
 
     import huggingface_hub as hf
@@ -288,9 +301,10 @@ def _fetched(repo: str, row: Weights, key: str) -> Path:
 
 
 def tensors(path: Path) -> "dict[str, torch.Tensor]":
-    """Returns the tensors of a .safetensors file, or of a pickle that holds nothing but tensors and
-    containers, by name. Raises ValueError, in one line, for anything else. No code in the file is
-    run."""
+    """Reads the tensors of a file, and returns them as a dict name -> tensor. The file is a
+    .safetensors file, or a pickle that holds nothing but tensors and containers. Raises ValueError,
+    with a message of one line, for a pickle that holds anything else or cannot be read. No code in
+    a pickle is run."""
     import pickle  # nosec B403: for its error types
 
     import torch
@@ -317,13 +331,13 @@ def tensors(path: Path) -> "dict[str, torch.Tensor]":
 def fill(
     network: "torch.nn.Module", held: "Mapping[str, torch.Tensor]", spare: Sequence[str], path: Path
 ) -> None:
-    """Fills a network that was made on the meta device with the tensors in `held` (name -> tensor),
-    in float32, and freezes the network.
+    """Gives a network that was made on the meta device the tensors in `held` (name -> tensor),
+    converted to float32, sets the network to evaluation mode and freezes it.
 
-    Raises ValueError, in one line, unless `held` has a tensor of the right shape for every
-    parameter of the network and no others. Two kinds of other tensors are allowed and ignored:
-    those whose names begin with one of the prefixes `spare`, and those whose names end with
-    "position_ids". `path` is the file to name in the error.
+    Raises ValueError, with a message of one line, if `held` lacks a tensor of the network, has one
+    in another shape, or has a tensor that the network does not. A tensor that the network does not
+    have is ignored, however, if its name begins with one of the prefixes `spare` or ends with
+    "position_ids". `path` is the file that the error message names.
     """
     import torch
 

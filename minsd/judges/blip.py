@@ -39,8 +39,9 @@ IMAGE = {  # the authors' names of the image encoder, in order of replacement ->
 
 
 def vision_config(**sizes: Any) -> "BlipVisionConfig":
-    """Returns the configuration of ImageReward's image encoder, a ViT-L/16. `sizes` replace values
-    in it. The eps of its layer norms is 1e-6, where transformers' default is 1e-5."""
+    """Returns the configuration of ImageReward's image encoder, a ViT-L/16. `sizes` are fields of
+    the configuration that are to have other values. The default of the field layer_norm_eps is 1e-6
+    here, and 1e-5 in transformers."""
     from transformers import BlipVisionConfig
 
     large = {
@@ -53,8 +54,9 @@ def vision_config(**sizes: Any) -> "BlipVisionConfig":
 
 
 def text_config(**sizes: Any) -> "BlipTextConfig":
-    """Returns the configuration of ImageReward's BERT. `sizes` replace values in it. The value
-    `is_decoder` gives the layers cross-attention."""
+    """Returns the configuration of ImageReward's text encoder, a BERT. `sizes` are fields of the
+    configuration that are to have other values. The field `is_decoder` is True, because only then
+    does transformers give the layers cross-attention."""
     from transformers import BlipTextConfig
 
     base = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -63,11 +65,13 @@ def text_config(**sizes: Any) -> "BlipTextConfig":
 
 
 class ImageReward:
-    """The judge ImageReward, a network that predicts human preference.
+    """The judge ImageReward, a network that predicts how much people like an image for its prompt.
 
-    The constructor's `held` maps the names of the tensors in ImageReward's published file to the
-    tensors, and `path` is that file, to be named in errors. `words` is BERT's tokenizer. `vision`
-    and `text` are the configurations of the two encoders, by default the published ones.
+    `held` are all tensors of ImageReward's published file (name -> tensor), and `path` is this
+    file, for error messages. `words` is BERT's tokenizer. `vision` and `text` are the
+    configurations of image and text encoder; None stands for the published ones. `identity` is the
+    dict that is written into every line of scores. The constructor raises ValueError if the tensors
+    do not fit the networks.
     """
 
     def __init__(
@@ -103,18 +107,19 @@ class ImageReward:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Returns the reward of each RGB image for its prompt, in the column "imagereward". Images
-        may have any sizes. `asked` is ignored."""
+        """Returns for each RGB image, in the column "imagereward", its reward for its prompt.
+        Images may have different sizes. `asked` is ignored."""
         values = self._values(pixels.pil(images, self.size), prompts).tolist()
         return [Judged({"imagereward": value}) for value in values]
 
     def score(
         self, x: Tensor, prompts: Sequence[str], checkpoint: bool = False, rounding: bool = True
     ) -> Tensor:
-        """Returns the reward (B,) of pixels x (B,3,H,W) in 0..1 for one prompt per image,
-        differentiable with respect to the pixels. With `checkpoint`, activations are computed again
-        in the backward pass, which takes less memory. With `rounding`, the resized pixels are
-        rounded to 8 bits, and the gradient is passed through the rounding unchanged."""
+        """Returns the rewards (B,) of images x (B,3,H,W) with pixels in 0..1, for one prompt per
+        image. They are differentiable with respect to x. If `checkpoint` is True, activations are
+        computed again in the backward pass, which takes less memory. If `rounding` is True, the
+        resized pixels are rounded to 8 bits, and the gradient is passed through the rounding
+        unchanged."""
         seen = pixels.tensor(x, self.size, rounding)
         if not checkpoint:
             return self._values(seen, prompts)
@@ -148,8 +153,9 @@ def _under(prefix: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def renamed(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the image encoder's tensors in ImageReward's file under the names that
-    BlipVisionModel gives them. `held` are all tensors of the file."""
+    """Returns the image encoder's tensors (name -> tensor) under the names that transformers'
+    BlipVisionModel gives them. `held` are all tensors of ImageReward's file, under the file's
+    names."""
     out = {}
     for name, value in _under("blip.visual_encoder.", held).items():
         for pattern, new in IMAGE.items():
@@ -161,9 +167,9 @@ def renamed(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> ImageReward:
-    """Returns the judge ImageReward, loaded from `files` (names of WEIGHTS -> paths): its weights
-    and BERT's vocabulary. `identity` holds the judge's name, weights, dtype and options, and is
-    written into every line of scores."""
+    """Loads the judge ImageReward. `files` maps the keys "imagereward" and "bert" to the paths of
+    its weights and of BERT's vocabulary. `identity` is the dict with the judge's name, weights,
+    dtype and options that is written into every line of scores."""
     from transformers import BertTokenizer
 
     words = BertTokenizer(str(files["bert"]), do_lower_case=True)

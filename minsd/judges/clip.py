@@ -39,8 +39,8 @@ AESTHETIC = tuple(f"layers.{k}" for k in (0, 2, 4, 6, 7))  # linear layers, with
 
 
 def h14() -> "CLIPConfig":
-    """Returns the configuration of OpenCLIP's ViT-H/14, which HPSv2 and PickScore use. Its
-    activation is GELU, where OpenAI's CLIP has quick_gelu."""
+    """Returns the configuration of OpenCLIP's ViT-H/14, the network of HPSv2 and PickScore. Its
+    activation function is GELU, while that of OpenAI's CLIP is quick_gelu."""
     from transformers import CLIPConfig
 
     text = {
@@ -93,9 +93,10 @@ BLOCK = re.compile(
 
 
 def from_open_clip(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts the tensors `held` from open_clip's names to those of transformers' CLIPModel.
-    Projections are transposed, and the joint projection of an attention layer is split into
-    queries, keys and values."""
+    """Converts tensors (name -> tensor) of an open_clip model to those of transformers' CLIPModel,
+    and returns them under the new names. The two final projections are transposed, and the joint
+    projection of each attention layer is split into queries, keys and values. Tensors with unknown
+    names keep them."""
     out: dict[str, Tensor] = {}
     for name, value in held.items():
         name = name.removeprefix("model.")
@@ -119,9 +120,10 @@ def from_open_clip(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network(path: Path, config: "CLIPConfig | None" = None) -> "CLIPModel":
-    """Returns a CLIPModel with the weights in the file `path`, whose tensors have transformers' or
-    open_clip's names. The configuration is read from config.json beside the file; if there is none,
-    it is `config`. Raises ValueError if the tensors do not fit the configuration."""
+    """Returns a CLIPModel, frozen, in float32 on the CPU, with the weights in the file `path`. Its
+    tensors may have the names of transformers or of open_clip. The configuration is that of a
+    config.json in the same folder; if there is none, `config` is used. Raises ValueError if the
+    tensors do not fit the configuration."""
     from transformers import CLIPConfig, CLIPModel
 
     held = tensors(path)
@@ -138,8 +140,8 @@ def network(path: Path, config: "CLIPConfig | None" = None) -> "CLIPModel":
 
 
 def tokenizer(folder: Path) -> "CLIPTokenizer":
-    """Loads CLIP's tokenizer from `folder`. If the folder contains none, the tokenizer comes from
-    the hub's cache or from a download. Raises FileNotFoundError if neither is possible."""
+    """Loads CLIP's tokenizer from `folder`, or, if the folder contains none, from the hub's cache
+    or by a download. Raises FileNotFoundError if it is not found and cannot be downloaded."""
     from transformers import CLIPTokenizer
 
     from minsd.weights import hub
@@ -156,8 +158,8 @@ def tokenizer(folder: Path) -> "CLIPTokenizer":
 
 
 class Clip:
-    """CLIP's image encoder and text encoder, whose results are vectors of unit length. `words` is
-    the tokenizer."""
+    """CLIP's image encoder and text encoder. Both return vectors of unit length. `words` is the
+    tokenizer; `device` and `dtype` are those that the model is moved to."""
 
     def __init__(
         self, model: "CLIPModel", words: "CLIPTokenizer", device: torch.device | str, dtype: torch.dtype
@@ -169,15 +171,16 @@ class Clip:
         self.known: dict[str, Tensor] = {}  # text -> the text's vector, on the CPU
 
     def images(self, seen: Tensor) -> Tensor:
-        """Returns the unit vectors (B,D), float32, of images `seen` (B,3,size,size), which have
-        been preprocessed as CLIP needs them."""
+        """Returns the vectors (B,D) of preprocessed images `seen` (B,3,size,size), with unit
+        length. They are float32, or float64 if the model is."""
         weight = self.model.visual_projection.weight
         out = self.model.get_image_features(pixel_values=seen.to(weight.device, weight.dtype))
         return unit(_vector(out))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Returns the unit vectors (B,D) of texts, on the CPU. Each text is encoded only once, and
-        its vector is kept. A text of more than 77 tokens is cut off, with a warning."""
+        """Returns the vectors (B,D) of B texts, with unit length, on the CPU. Each text is encoded
+        once, and its vector is kept for later calls. A text of more than 77 tokens is cut off, with
+        a warning."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         for at in range(0, len(new), 64):
             part = new[at : at + 64]
@@ -201,21 +204,22 @@ class Clip:
 
 
 def _vector(out: Any) -> Tensor:
-    """Returns the projected vectors (B,D) from `out`, the output of a CLIPModel's get_..._features.
-    That output is an object in transformers 5 and a tensor in earlier versions."""
+    """Returns the projected vectors (B,D) in `out`, the result of CLIPModel.get_image_features or
+    get_text_features. This result is an object in transformers 5, and the tensor itself in earlier
+    versions."""
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Divides vectors (B,D) by their lengths. The result is in float32, or float64 for float64
-    vectors. A zero vector stays zero."""
+    """Divides each of the vectors (B,D) by its length. A zero vector stays zero. The result is
+    float64 for float64 vectors, otherwise float32."""
     wide = vectors if vectors.dtype == torch.float64 else vectors.float()
     return wide / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def parts(prompt: str) -> list[str]:
-    """Splits a prompt at commas, "and" and "with". Returns the list of its parts, or an empty list
-    if there is only one part."""
+    """Splits a prompt at commas, "and" and "with", and returns the parts: ["a cat", "a dog"] for "a
+    cat and a dog". Returns an empty list if there is nothing to split."""
     found = [part.strip() for part in PARTS.split(prompt) if part.strip()]
     return found if len(found) > 1 else []
 
@@ -231,9 +235,11 @@ class Head(NamedTuple):
 
 
 def fold(held: Mapping[str, Tensor], path: Path, names: Sequence[str] = AESTHETIC) -> Head:
-    """Combines consecutive linear layers, with no activations between them, into a single one,
-    computed in float64. `held` are the tensors of the file at `path`, and `names` lists the layers
-    in order. Raises ValueError if the file contains other layers."""
+    """Combines linear layers that follow one another without activations between them into one
+    layer, and returns it. `held` are the tensors of the file at `path` (name -> tensor), and
+    `names` are the names of the layers, first to last. The last layer must have one output. The
+    product is computed in float64. Raises ValueError if the file does not have exactly these
+    layers."""
     wanted = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
     if set(held) != wanted:
         wrong = sorted(set(held) ^ wanted)[0]
@@ -249,13 +255,14 @@ def fold(held: Mapping[str, Tensor], path: Path, names: Sequence[str] = AESTHETI
 
 
 class ClipJudge:
-    """A judge that computes one value per image, the column `column`, from CLIP's vectors.
+    """A judge that computes one value per image from CLIP's vectors, for the column `column`.
 
-    By default the value is the cosine of image and prompt, multiplied by `factor`. With `head`, the
-    value is `head`'s linear function of the image's vector, and the prompt does not matter. With
-    `least`, the prompt is split into parts, and the value is the smallest of their cosines. `box`,
-    if given, is a function that prepares images for the network in place of CLIP's preprocessing;
-    HPSv2 needs one.
+    The value is the cosine of image and prompt, times `factor`. Two arguments change this. If
+    `head` is given, the value is a linear function of the image's vector alone. If `least` is True,
+    the prompt is split into parts, and the value is the smallest cosine of the image and a part.
+
+    `box` is a function that prepares images for the network, box(pixels (B,3,H,W), size); None
+    stands for CLIP's own preprocessing. HPSv2 needs another.
     """
 
     def __init__(
@@ -281,9 +288,9 @@ class ClipJudge:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Returns the value of each RGB image for its prompt. Images may have any sizes. `asked` is
-        ignored. There is no value for a prompt of a single part if the judge was made with `least`,
-        which compares parts."""
+        """Returns for each RGB image its value for its prompt. Images may have different sizes.
+        `asked` is ignored. If the judge was made with least=True, which compares parts of the
+        prompt, an image whose prompt has a single part gets no value."""
         if self.box is None:
             seen = pixels.pil(images, self.clip.size)
         else:
@@ -298,11 +305,11 @@ class ClipJudge:
     def score(
         self, x: Tensor, prompts: Sequence[str], checkpoint: bool = False, rounding: bool = True
     ) -> Tensor:
-        """Returns the value (B,) of pixels x (B,3,H,W) in 0..1 for one prompt per image,
-        differentiable with respect to the pixels. With `checkpoint`, activations are computed again
-        in the backward pass, which takes less memory. With `rounding`, the resized pixels are
-        rounded to 8 bits, and the gradient is passed through the rounding unchanged; HPSv2 ignores
-        `rounding`."""
+        """Returns the values (B,) of images x (B,3,H,W) with pixels in 0..1, for one prompt per
+        image. They are differentiable with respect to x. If `checkpoint` is True, activations are
+        computed again in the backward pass, which takes less memory. If `rounding` is True, the
+        resized pixels are rounded to 8 bits, and the gradient is passed through the rounding
+        unchanged; HPSv2 never rounds."""
         seen = pixels.tensor(x, self.clip.size, rounding) if self.box is None else self.box(x, self.clip.size)
         if checkpoint:
             from torch.utils.checkpoint import checkpoint as again
@@ -328,9 +335,9 @@ class ClipJudge:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> ClipJudge:
-    """Returns the judge called `identity["judge"]`, loaded from `files` (names of WEIGHTS ->
-    paths). `identity` holds the judge's name, weights, dtype and options, and is written into every
-    line of scores."""
+    """Loads the judge called `identity["judge"]`, one of those that use CLIP. `files` maps keys of
+    WEIGHTS to the paths of its weights. `identity` is the dict with the judge's name, weights,
+    dtype and options that is written into every line of scores."""
     name: str = identity["judge"]
     path = next(iter(files.values()))
     model = network(path, h14())

@@ -30,10 +30,14 @@ GREY = 0x99  # the value of the pixels around an object while its colour is dete
 
 
 def prepared(image: Image.Image, short: int = SHORT, long: int = LONG) -> tuple[Tensor, tuple[int, int]]:
-    """Prepares an image for the network: resizes it so that its shorter side is `short` and its
-    longer side at most `long` pixels, normalises it, and pads it with zeros at the right and below
-    to multiples of 32. Returns (input, (height, width)): the network's input (1,3,H,W), and the
-    height and width of the image in it, without the padding."""
+    """Prepares an image for the network. It is resized, with its proportions kept, until its
+    shorter side has `short` pixels, or until its longer side has `long` pixels if that happens
+    first. It is then normalised, and padded with zeros at the right and at the bottom, so that
+    height and width are multiples of 32.
+
+    Returns (input, (height, width)): the padded image (1,3,H,W), and the height and width of the
+    image without the padding.
+    """
     (x,) = pixels.to_pixels([image])
     height, width = x.shape[-2:]
     scale = min(short / min(height, width), long / max(height, width))
@@ -46,12 +50,13 @@ def prepared(image: Image.Image, short: int = SHORT, long: int = LONG) -> tuple[
 def detections(
     classes: Tensor, masks: Tensor, inside: tuple[int, int], padded: tuple[int, int], size: tuple[int, int]
 ) -> list[Detection]:
-    """Converts the network's outputs for one image to detections.
+    """Converts the network's outputs for one image to detections, whose masks and boxes are in
+    pixels of the original image. Empty masks are left out.
 
-    `classes` (Q, C+1) are class logits for Q queries, the last for "nothing". `masks` (Q, h, w) are
-    mask logits for the padded input. `padded` is the (height, width) of this input, `inside` the
-    (height, width) of the image in it, and `size` the (height, width) of the original image. The
-    returned masks and boxes are in pixels of the original image. Empty masks are left out.
+    `classes` (Q,C+1) are the class logits of Q queries; the last class is "nothing". `masks`
+    (Q,h,w) are the mask logits of these queries. The other arguments are heights and widths in
+    pixels: `padded` those of the network's input, `inside` those of the image in this input,
+    without the padding, and `size` those of the original image.
     """
     probs = classes.softmax(-1)[:, :-1].flatten()
     best = probs.topk(min(BEST, len(probs)))
@@ -74,8 +79,8 @@ def detections(
 
 
 def crop(image: Image.Image, one: Detection) -> Image.Image:
-    """Returns the part of an image inside the box of the detection `one`. Pixels outside the
-    detection's mask are made grey."""
+    """Cuts the box of the detection `one` out of an image, and returns this part. Its pixels
+    outside the detection's mask are grey."""
     array = np.array(image.convert("RGB"))
     if one.mask is not None:
         array[~one.mask] = GREY
@@ -85,8 +90,9 @@ def crop(image: Image.Image, one: Detection) -> Image.Image:
 
 
 class Colours:
-    """Classifies the colour of an object by CLIP: finds the nearest of ten colours, each of which
-    is represented by the mean vector of three sentences."""
+    """Tells the colour of an object by CLIP. Each of the ten colours is represented by the mean of
+    the vectors of three sentences that contain the colour; the one nearest to the object's vector
+    is taken."""
 
     SENTENCES = (
         "a photo of a {colour} {name}",
@@ -99,8 +105,7 @@ class Colours:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, one: Detection) -> str:
-        """Returns the colour, one of COLOURS, of the object that the detection `one` marks in an
-        image."""
+        """Returns the colour of the detected object `one` in the image, one of COLOURS."""
         vector = self.clip.images(pixels.pil([crop(image, one)], self.clip.size))[0]
         texts = [s.format(colour=colour, name=one.name) for colour in COLOURS for s in self.SENTENCES]
         means = unit(self.clip.texts(texts).to(vector).reshape(len(COLOURS), len(self.SENTENCES), -1).mean(1))
@@ -108,12 +113,13 @@ class Colours:
 
 
 class Mask2Former:
-    """A judge that applies rules to the objects that Mask2Former finds: GenEval's rules if
-    `colours` is given, otherwise TIAM's.
+    """A judge that applies rules to the objects that the network Mask2Former (`model`) finds:
+    GenEval's rules if `colours` is given, otherwise TIAM's.
 
-    If two boxes of one class overlap with an IoU of `nms` or more, the one with the lower score is
-    dropped; 1 drops none. Images are resized so that the shorter side is `sides[0]` pixels and the
-    longer at most `sides[1]`.
+    With GenEval's rules, if two boxes of one class have an IoU of `nms` or more, the one with the
+    lower score is dropped; 1 drops none. `sides` is (short, long): images are resized until the
+    shorter side has `short` pixels, or the longer has `long` pixels if that happens first.
+    `identity` is the dict that is written into every line of scores.
     """
 
     def __init__(
@@ -132,8 +138,8 @@ class Mask2Former:
 
     @torch.no_grad()
     def find(self, image: Image.Image) -> list[Detection]:
-        """Returns all objects that the network finds in an RGB image, also those with a low
-        score."""
+        """Returns everything that the network finds in an RGB image, including detections with low
+        scores."""
         x, inside = prepared(image, *self.sides)
         weight = next(self.model.parameters())
         out = self.model(pixel_values=x.to(weight.device, weight.dtype))
@@ -148,9 +154,10 @@ class Mask2Former:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images, one after the other. `asked` holds for each image what to look for, or
-        None. An image has no values if its prompt asks for something that the detector does not
-        know, or if nothing is known about what the prompt asks for."""
+        """Judges RGB images one by one, and returns one result per image. `asked` holds for each
+        image what it must contain, or None if this is not known. TIAM's rule then takes it from the
+        prompt. The result has no values if the detector does not know a class that is asked for, or
+        if GenEval's rules are to be applied and `asked` states nothing to look for."""
         return [self._judge(*one) for one in zip(images, prompts, asked)]
 
     def _judge(self, image: Image.Image, prompt: str, asked: Asked | None) -> Judged:
@@ -183,17 +190,18 @@ class Mask2Former:
 
 
 def known(asked: Asked | None) -> bool:
-    """Returns whether a detector of COCO's classes can judge what is asked for: `asked` must
-    contain at least one clause (a requirement on one class), and the classes of all clauses must be
-    COCO's."""
+    """Returns True if a detector of COCO's classes can judge what is asked for. `asked` must then
+    have at least one clause (a requirement on one class, under "include" or "exclude"), and all its
+    clauses must be about classes of COCO. None returns False."""
     clauses = [*(asked or {}).get("include", ()), *(asked or {}).get("exclude", ())]
     return bool(clauses) and all(one["class"] in COCO for one in clauses)
 
 
 def names_of(prompt: str, asked: Asked | None) -> list[str]:
-    """Returns the classes of the objects that a prompt asks for: those of the clauses in `asked`
-    or, if there are none, one for each part of the prompt. Returns an empty list if one of them is
-    not a COCO class."""
+    """Returns the COCO classes of the objects that a prompt asks for. They are taken from the list
+    "include" of `asked` or, if it has none, from the prompt, one class for each part of the prompt
+    ("a cat and a dog" has two parts). Returns an empty list if one of the objects is not of a COCO
+    class."""
     if asked and "include" in asked:
         names = [one["class"] for one in asked["include"]]
     else:
@@ -204,9 +212,9 @@ def names_of(prompt: str, asked: Asked | None) -> list[str]:
 
 
 def load_network(path: Path) -> Any:
-    """Returns the Mask2Former network, frozen, with the weights at `path`. transformers loads the
-    file, because it renames tensors to the names of its own version. Raises ValueError, in one
-    line, if the file cannot be read or tensors are missing."""
+    """Loads the Mask2Former network in the folder of the file `path`, and returns it frozen.
+    transformers reads the files, because it translates tensor names between its versions. Raises
+    ValueError, with a message of one line, if the files cannot be read or a tensor is missing."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     try:
@@ -232,10 +240,10 @@ def build(
     dtype: torch.dtype,
     nms: float = 1.0,
 ) -> Mask2Former:
-    """Returns the judge called `identity["judge"]`, loaded from `files` (names of WEIGHTS ->
-    paths). `identity` holds the judge's name, weights, dtype and options, and is written into every
-    line of scores. If two boxes of one class overlap with an IoU of `nms` or more, the one with the
-    lower score is dropped; 1 drops none."""
+    """Loads the judge called `identity["judge"]`, "geneval-style" or "tiam-like". `files` maps keys
+    of WEIGHTS to the paths of its weights. `identity` is the dict with the judge's name, weights,
+    dtype and options that is written into every line of scores. "geneval-style" drops the box with
+    the lower score if two boxes of one class have an IoU of `nms` or more; 1 drops none."""
     model = load_network(files["mask2former"]).to(device=device, dtype=dtype)
     if "clip-l14" not in files:
         return Mask2Former(identity, model, None, nms)

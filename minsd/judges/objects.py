@@ -41,7 +41,8 @@ MARGIN = 0.1  # fraction of the two objects' sizes that their centres may differ
 
 
 class Detection(NamedTuple):
-    """One object that a detector found in an image."""
+    """One object that a detector found in an image. `name` is the object's class, `score` the
+    detector's confidence from 0 to 1."""
 
     name: str
     score: float
@@ -50,8 +51,7 @@ class Detection(NamedTuple):
     colour: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """Returns the detection as a dict in the form in which it is written to scores.jsonl,
-        without its mask."""
+        """Returns the detection, without its mask, as the dict that is written to scores.jsonl."""
         values = {"name": self.name, "score": round(self.score, 4), "box": [round(v, 1) for v in self.box]}
         return values | ({} if self.colour is None else {"colour": self.colour})
 
@@ -60,8 +60,8 @@ class Detection(NamedTuple):
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError, in one line, if what is asked for has another form than this module's
-    docstring states."""
+    """Raises ValueError, with a message of one line, if `asked` does not have the form that the
+    head of this file describes."""
     for key in ("include", "exclude"):
         clauses = asked.get(key, [])
         if not isinstance(clauses, list):
@@ -77,8 +77,9 @@ def check(asked: Asked) -> None:
 
 
 def _problem(clause: Any, number: int) -> str:
-    """Returns what is wrong with clause `number`, for the end of an error message; an empty string
-    if nothing is."""
+    """Returns what is wrong with a clause, as the second half of a sentence whose first half names
+    the clause. Returns an empty string if nothing is wrong. `number` is the clause's index in its
+    list."""
     if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
         return 'needs a "class", such as {"class": "cat", "count": 1}'
     if not _whole(clause.get("count"), 1, 1000):
@@ -94,8 +95,9 @@ def _problem(clause: Any, number: int) -> str:
 
 
 def _is_layout(layout: Any) -> bool:
-    """Returns True if `layout` has the form of a layout: a list of regions, each of which has a
-    caption. The box of a region may be missing, but must not be malformed or empty."""
+    """Returns True if `layout` has the form of a layout: a dict whose "regions" are a list of
+    dicts, each with a caption under "prompt". A region may have no box. If it has one, the box must
+    be four numbers [x0, y0, x1, y1] with x0 < x1 and y0 < y1."""
     regions = layout.get("regions") if isinstance(layout, Mapping) else None
     return isinstance(regions, list) and all(
         isinstance(region, Mapping)
@@ -120,8 +122,9 @@ def _whole(value: Any, least: int, most: int) -> bool:
 
 
 def iou(a: Box, b: Box, more: float = 0.0) -> float:
-    """Returns the intersection over union of two boxes (x0, y0, x1, y1). `more` is added to every
-    width and height: 1 for GenEval's rule, 0 for boxes whose ends are exclusive."""
+    """Returns the intersection over union of two boxes (x0, y0, x1, y1). `more` is added to the
+    width and height of each box and of their intersection. It is 0 if x1 and y1 are the first pixel
+    outside the box, and 1 for GenEval's rule, which takes them for the last pixel inside."""
 
     def area(x0: float, y0: float, x1: float, y1: float) -> float:
         return max(x1 - x0 + more, 0.0) * max(y1 - y0 + more, 0.0)
@@ -132,12 +135,12 @@ def iou(a: Box, b: Box, more: float = 0.0) -> float:
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """Returns where box `a` lies relative to box `b`: none, one or two of `RELATIONS`, such as
-    "left of".
+    """Returns how box `a` lies relative to box `b`, a set of none, one or two of `RELATIONS`, such
+    as "left of".
 
-    GenEval's rule: along each axis, the distance between the two centres is reduced by MARGIN times
-    the sum of the boxes' sizes. A relation holds if the rest exceeds half the straight distance
-    between the centres.
+    The rule is GenEval's. Along each axis, take the distance between the two centres, and subtract
+    MARGIN times the sum of the boxes' sizes along this axis. The relation along this axis holds if
+    the result is more than half of the distance between the centres in the plane.
     """
     boxes = np.array([a, b], float).reshape(2, 2, 2)  # (box, corner, axis)
     centres = boxes.mean(1)
@@ -152,11 +155,11 @@ def relations(a: Box, b: Box) -> set[str]:
 
 
 def kept(found: Iterable[Detection], sure: float, nms: float = 1.0) -> dict[str, list[Detection]]:
-    """Returns a dict class -> the detections of this class that GenEval counts: those with a score
-    above `sure`, at most MOST of them, from the best to the worst.
+    """Returns a dict class -> list of this class's detections that GenEval counts, best score
+    first. They have a score above `sure`, and are at most MOST per class.
 
-    A detection is dropped if its IoU with a better detection of its class is `nms` or more. The
-    default 1.0, which is that of GenEval's program, drops none.
+    A detection is also dropped if its IoU with a better detection of its class is `nms` or more.
+    The default 1.0 drops none, as GenEval's own program does.
     """
     out: dict[str, list[Detection]] = {}
     best_first = sorted(found, key=lambda detection: -detection.score)
@@ -182,14 +185,14 @@ def geneval(
     nms: float = 1.0,
     colour: Colour = lambda detection: detection.colour,
 ) -> list[str]:
-    """Returns the reasons why an image is wrong by GenEval's rules; an empty list if it is right.
-    `found` are the detections in the image, and `asked` is what the image must contain.
+    """Applies GenEval's rules to an image. Returns the reasons why the image is wrong; an empty
+    list means that it is right. `found` are the detections in the image, and `asked` states what
+    the image must contain.
 
-    A detection counts only if its score is above a threshold. `sure` holds two of them: one for
-    prompts with the tag `counting` (the second), and one for all others (the first). If two
-    detections of a class overlap with an IoU of `nms` or more, the one with the lower score is
-    dropped; 1 drops none. `colour` returns a detection's colour; it is called only for detections
-    whose colour matters.
+    `sure` holds two thresholds. A detection counts only if its score is above the first, or above
+    the second if `asked` has the tag "counting". If two detections of a class have an IoU of `nms`
+    or more, the one with the lower score is dropped; 1 drops none. `colour` is called to get a
+    detection's colour, only for detections whose colour matters.
     """
     objects = kept(found, sure[asked.get("tag") == "counting"], nms)
     wrong = []
@@ -222,9 +225,9 @@ def geneval(
 
 
 def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
-    """Returns a list with one bool for each class in `names`: whether an object of this class is in
-    the image, by TIAM's rule without colours. TIAM calls an image right if the whole list is
-    True."""
+    """Returns for each class in `names` whether the image shows an object of this class, that is,
+    whether `found` has a detection of this class with a score of at least TIAM_SURE. By TIAM's rule
+    without colours, the image is right if all are True."""
     there = {one.name for one in found if one.score >= TIAM_SURE}
     return [name in there for name in names]
 
@@ -233,18 +236,18 @@ def tiam(found: Iterable[Detection], names: Sequence[str]) -> list[bool]:
 
 
 def class_of(caption: str, names: Iterable[str]) -> str | None:
-    """Returns which of the classes `names` a caption is about, or None if the caption contains none
-    of the names. If it contains several, the name that ends closest to the end of the caption
-    decides. If two end at the same place ("bear", "teddy bear"), the longer one decides."""
+    """Returns the class that a caption is about, one of `names`, or None if the caption contains
+    none of them. If it contains several, the one that ends last is taken: "dog" for "a cat on a
+    dog". If two end at the same place, the longer one is taken: "teddy bear" before "bear"."""
     text = f" {caption.lower()} "
     places = {name: text.rfind(f" {name} ") + len(name) for name in names if f" {name} " in text}
     return max(places, key=lambda name: (places[name], len(name)), default=None)
 
 
 def boxes_of(layout: Mapping[str, Any], width: int, height: int) -> list[Box]:
-    """Returns the boxes (x0, y0, x1, y1) of a layout.json's regions in pixels. A box given in
-    fractions is scaled to the image's width and height. Returns an empty list if a region has a
-    mask in place of a box."""
+    """Returns the boxes of a layout's regions, (x0, y0, x1, y1) in pixels of an image of `width` x
+    `height`. In the layout, which has the form of layout.json, they may also be given as fractions
+    of the image. Returns an empty list if a region has no box, because it has a mask."""
     out = []
     for region in layout["regions"]:
         if "box" not in region:
@@ -259,15 +262,18 @@ def boxes_of(layout: Mapping[str, Any], width: int, height: int) -> list[Box]:
 def layout(
     found: Iterable[Detection], asked: Mapping[str, Any], size: tuple[int, int], names: Sequence[str]
 ) -> dict[str, float]:
-    """Returns, as a dict column -> value, how well the detections `found` fill the boxes of the
-    layout `asked` in an image of `size` (width, height). `names` are the detector's classes.
+    """Compares the detections `found` in an image with the boxes of the layout `asked`. `size` is
+    the (width, height) of the image, and `names` are the detector's classes. Returns a dict column
+    -> value, which is empty if a region of the layout has no box.
 
-    Each region is matched with at most one detection of its class, and each detection with at most
-    one region, so that the sum of IoUs is greatest. A region without a match has an IoU of 0.
-    `box_iou` is the mean IoU, `box_half` the fraction of regions with an IoU of at least 0.5,
-    `box_any` the fraction of regions whose class is found anywhere in the image, and `strays` the
-    number of detections of the regions' classes that match no region. A layout without boxes has no
-    values.
+    The class of a region is the one that its caption names. Each region gets at most one detection
+    of its class, and each detection belongs to at most one region, such that the sum of the IoUs of
+    region and detection is greatest. A region without a detection has an IoU of 0. The columns are
+
+        box_iou    mean IoU of the regions
+        box_half   fraction of regions with an IoU of at least 0.5
+        box_any    fraction of regions whose class is detected anywhere in the image
+        strays     number of detections of the regions' classes that belong to no region
     """
     boxes = boxes_of(asked, *size)
     if not boxes:
@@ -278,8 +284,9 @@ def layout(
 
     @cache
     def best(region: int, used: int) -> tuple[float, ...]:
-        """Returns the IoUs of the regions from number `region` on, in the best matching that does
-        not use the detections in `used`. `used` is a set, stored as one bit per detection."""
+        """Finds the best assignment of detections to the regions from index `region` to the last,
+        and returns the IoUs of these regions. `used` marks the detections that are taken already:
+        bit k is set if detection k is."""
         if region == len(boxes):
             return ()
         options = [(0.0, *best(region + 1, used))]

@@ -21,14 +21,14 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_pixels(images: Sequence[Image.Image]) -> list[Tensor]:
-    """Returns images as tensors (3,H,W) float32 in 0..1."""
+    """Returns each image as a tensor (3,H,W) of float32 in 0..1."""
     arrays = [np.array(image.convert("RGB")) for image in images]
     return [torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays]
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Subtracts CLIP's mean from pixels (B,3,H,W) in 0..1, and divides by CLIP's standard
-    deviation, per channel."""
+    """Normalises pixels (B,3,H,W) in 0..1 for CLIP: subtracts CLIP's mean of each channel, and
+    divides by CLIP's standard deviation of the channel."""
     mean, std = (
         torch.tensor(v, dtype=pixels.dtype, device=pixels.device)[:, None, None] for v in (MEAN, STD)
     )
@@ -36,16 +36,17 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def sides(width: int, height: int, size: int) -> tuple[int, int]:
-    """Returns the (width, height) of an image that is scaled so that its shorter side is `size`
-    pixels. The longer side is rounded down."""
+    """Returns the (width, height) that an image has after it is scaled so that its shorter side has
+    `size` pixels. The longer side is rounded down."""
     short, long = sorted((width, height))
     other = int(size * long / short)
     return (size, other) if width <= height else (other, size)
 
 
 def pil(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Preprocesses images of any sizes for CLIP: resizes the shorter side to `size` by Pillow in 8
-    bits, crops the middle square, and normalises. Returns (B,3,size,size) float32."""
+    """Prepares images for CLIP: resizes the shorter side to `size` pixels with Pillow, in 8 bits,
+    crops the middle square, and normalises. The images may have different sizes. Returns
+    (B,3,size,size) float32."""
     out = []
     for image in images:
         small = image.convert("RGB").resize(sides(*image.size, size), Image.Resampling.BICUBIC)
@@ -58,10 +59,14 @@ def pil(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 def tensor(pixels: Tensor, size: int, rounding: bool = True) -> Tensor:
-    """Preprocesses pixels (B,3,H,W) in 0..1 for CLIP, differentiably. Returns (B,3,size,size). With
-    `rounding`, the resized pixels are rounded to 8 bits, and the gradient is passed through the
-    rounding unchanged. On average the result differs from that of `pil` by a seventh of an 8-bit
-    step; without antialiasing it would be twelve steps."""
+    """Prepares pixels (B,3,H,W) in 0..1 for CLIP as `pil` does, but differentiably: resizes the
+    shorter side to `size` pixels, crops the middle square, and normalises. Returns (B,3,size,size).
+    If `rounding` is True, the resized pixels are rounded to 8 bits, and the gradient is passed
+    through the rounding unchanged.
+
+    The result differs from that of `pil` by a seventh of an 8-bit step on average, because it is
+    resized with antialiasing; without, it would be twelve steps.
+    """
     width, height = sides(pixels.shape[-1], pixels.shape[-2], size)
     small = interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
     small = small.clamp(0, 1)
@@ -72,9 +77,9 @@ def tensor(pixels: Tensor, size: int, rounding: bool = True) -> Tensor:
 
 
 def letterbox(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
-    """Preprocesses pixels (B,3,H,W) in 0..1 for HPSv2: resizes the longer side to `size` by bicubic
-    interpolation, with or without `antialias`, pads with black to a square, and normalises. Returns
-    (B,3,size,size)."""
+    """Prepares pixels (B,3,H,W) in 0..1 for HPSv2, differentiably: resizes the longer side to
+    `size` pixels by bicubic interpolation, pads the shorter side with black to a square, and
+    normalises. `antialias` is passed on to the interpolation. Returns (B,3,size,size)."""
     height, width = pixels.shape[-2:]
     long = max(height, width)
     new = round(height * size / long), round(width * size / long)

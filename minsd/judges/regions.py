@@ -21,8 +21,8 @@ SIDE = 512  # pixels of the square that a region is shown on
 
 
 def on_white(image: Image.Image, box: Box) -> Image.Image:
-    """Returns the part of an image inside a box, centred on a white square and resized to SIDE x
-    SIDE pixels."""
+    """Cuts a box, (x0, y0, x1, y1) in pixels, out of an image. Returns this part in the middle of a
+    white square, resized to SIDE x SIDE pixels."""
     part = image.convert("RGB").crop([round(v) for v in box])  # type: ignore[arg-type]
     side = max(part.size)
     square = Image.new("RGB", (side, side), "white")
@@ -31,7 +31,9 @@ def on_white(image: Image.Image, box: Box) -> Image.Image:
 
 
 class Regions:
-    """A judge of how well each region of a layout shows the region's caption, by CLIP."""
+    """A judge that compares each region of a layout with the region's caption by CLIP. Its columns
+    are region_clip, the mean cosine of a region and its caption, and nearest_own, the fraction of
+    regions to which their own caption is nearest of all captions."""
 
     def __init__(self, identity: dict[str, Any], clip: Clip):
         self.identity = identity
@@ -41,8 +43,9 @@ class Regions:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images. `asked[i]["layout"]` is the layout of image i. An image whose layout
-        is missing, or has a region without a box, gets no values. `prompts` are ignored."""
+        """Judges RGB images, and returns one result per image. `asked[i]["layout"]` is the layout
+        of image i. If an image has no layout, or a region of it has no box, the result has no
+        values. `prompts` are ignored."""
         return [self._judge(image, (item or {}).get("layout")) for image, item in zip(images, asked)]
 
     def _judge(self, image: Image.Image, layout: Mapping[str, Any] | None) -> Judged:
@@ -61,8 +64,8 @@ class Regions:
 def build(
     identity: dict[str, Any], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> Regions:
-    """Returns the judge of regions with the CLIP weights in `files` (names of WEIGHTS -> paths).
-    `identity` holds the judge's name, weights, dtype and options, and is written into every line of
-    scores."""
+    """Loads the judge "region_clip". `files` maps the key "clip-b32" to the path of CLIP's weights.
+    `identity` is the dict with the judge's name, weights, dtype and options that is written into
+    every line of scores."""
     path = files["clip-b32"]
     return Regions(identity, Clip(network(path, h14()), tokenizer(path.parent), device, dtype))

@@ -24,11 +24,12 @@ JOINT = re.compile(rf"\s*(, and|,|and|with|{'|'.join(objects.RELATIONS)})\s+")
 
 
 def read_caption(caption: str) -> dict[str, Any] | None:
-    """Returns what a caption in the training data's grammar asks for, as a dict (`objects.Asked`).
-    Returns None for any other caption.
+    """Returns what a caption asks for, as a dict (`objects.Asked`), if the caption has the form of
+    those in the training data. Otherwise returns None.
 
-    The grammar: an optional "a photo of", then phrases "a [colour] shape" joined by commas, "and",
-    "with", or by one relation such as "left of" between two.
+    Such a caption is a list of phrases "a SHAPE" or "a COLOUR SHAPE", joined by commas, "and" or
+    "with", or two phrases joined by a relation such as "left of". "a photo of", "a picture of" or
+    "an image of" may precede it.
     """
     text = PREFIX.sub("", caption.strip().lower(), count=1)
     phrases: list[tuple[str | None, str]] = []
@@ -54,15 +55,16 @@ def read_caption(caption: str) -> dict[str, Any] | None:
 
 
 def clause(colour: str | None, shape: str) -> dict[str, Any]:
-    """Returns the clause, in GenEval's form, that asks for one object of a shape and, unless
-    `colour` is None, of that colour."""
+    """Returns a clause of `objects.Asked`, in GenEval's form, that asks for one object of this
+    shape and colour. If `colour` is None, any colour will do."""
     return {"class": shape, "count": 1} | ({} if colour is None else {"color": colour})
 
 
 def detections(bodies: Sequence[detector.Found]) -> list[Detection]:
-    """Converts the detector's bodies (connected drawn objects) to Detections. The score is the
-    overlap of the body with the most similar template. A body that is badly drawn gets the class
-    "malformed", and one with two colours the class "hybrid"; no prompt asks for these classes."""
+    """Converts bodies (connected groups of pixels, which the embedded model's detector finds) to
+    detections. The class is the body's shape, "malformed" for a badly drawn body, or "hybrid" for a
+    body of two colours; no prompt asks for the last two. The score is the intersection over union
+    of the body and the outline of its shape."""
     out = []
     for body in bodies:
         name = body.shape if body.iou >= detector.IOU else "malformed"
@@ -72,7 +74,8 @@ def detections(bodies: Sequence[detector.Found]) -> list[Detection]:
 
 
 class Shapes:
-    """The judge of the embedded model's images, which show coloured shapes."""
+    """The judge of images that show coloured shapes, such as those of the embedded model. It needs
+    no weights. `identity` is the dict that is written into every line of scores."""
 
     def __init__(self, identity: dict[str, Any], **unused: Any) -> None:
         self.identity = identity
@@ -80,8 +83,9 @@ class Shapes:
     def pictures(
         self, images: Sequence[Image.Image], prompts: Sequence[str], asked: Sequence[Asked | None]
     ) -> list[Judged]:
-        """Judges RGB images. What an image must show comes from `asked` or, if that is None, from
-        the prompt. An image has no values if its prompt asks for no shapes."""
+        """Judges RGB images, and returns one result per image. What an image must show is taken
+        from the list "include" in the image's entry of `asked` or, if there is none, from the
+        prompt. The result has no values if neither asks for shapes."""
         return [self._judge(*one) for one in zip(images, prompts, asked)]
 
     def _judge(self, image: Image.Image, prompt: str, asked: Asked | None) -> Judged:
@@ -101,9 +105,10 @@ class Shapes:
 
     @staticmethod
     def rules(found: Sequence[Detection], asked: Asked, size: tuple[int, int]) -> dict[str, float]:
-        """Returns those values of an image of `size` (width, height) that follow from the
-        detections `found` alone: `right` and, if `asked` has a layout, the values of
-        `objects.layout`."""
+        """Returns those values of an image that follow from its detections `found` alone, as a dict
+        column -> value: `right`, which is 1 if the image is right by GenEval's rules, otherwise 0,
+        and, if `asked` has a layout, the columns of `objects.layout`. `size` is the (width, height)
+        of the image in pixels."""
         values = {"right": float(not objects.geneval(found, asked, sure=(0, 0)))}
         if asked.get("layout"):
             values |= objects.layout(found, asked["layout"], size, SHAPES)

@@ -44,9 +44,10 @@ TURNS = (-0.1, 0.0, 0.1)  # radians
 
 @cache
 def templates() -> Tensor:
-    """Returns the filled outlines of the 6 geometric shapes as images of 19 x 19 cells, with the
-    outline in the middle: (6, 18, 19, 19) float64. Each value is the fraction of the cell that is
-    inside the outline. The second dimension holds every combination of 6 sizes and 3 angles."""
+    """Returns a template for each of the 6 geometric shapes at 18 combinations of 6 sizes and 3
+    angles, (6,18,19,19) float64. A template is a grid of 19 x 19 cells of CELL x CELL pixels. Each
+    number is the fraction of the cell that is inside the shape's outline, which is in the middle of
+    the grid."""
     side = 2 * int(np.ceil(RADII[-1] * 1.1 / CELL)) + 1
     fine = 8  # supersampling
     out = []
@@ -61,8 +62,9 @@ def templates() -> Tensor:
 
 
 def colours(images: Tensor) -> Tensor:
-    """Returns how much of each pixel of images (B,3,H,W) in 0..1 belongs to each colour of the
-    palette, and last to the background: (B,9,H,W), with sums of 1."""
+    """Divides each pixel of images (B,3,H,W) in 0..1 among the 8 colours of the palette and the
+    background. Returns the fractions (B,9,H,W), the background last, which add up to 1 for each
+    pixel."""
     palette = torch.tensor(list(COLOURS.values())).to(images) / 255
     rim = torch.cat([images[..., :2, :].flatten(2), images[..., -2:, :].flatten(2)], dim=2).mean(2)
     every = torch.cat([palette.expand(len(images), -1, -1), rim[:, None]], dim=1)  # (B, 9, 3)
@@ -71,8 +73,11 @@ def colours(images: Tensor) -> Tensor:
 
 
 def fits(masks: Tensor, counts: Tensor) -> Tensor:
-    """Returns how well the best template of each shape fits masks (K,h,w), in 0..1: (K,6).
-    `counts` (K,) holds the number of bodies that each mask should hold."""
+    """Compares each of K masks (K,h,w), in 0..1, with the templates of each of the 6 shapes at all
+    places. Returns (K,6), the intersection over union of mask and template, as a softmax-weighted
+    mean in which the best sizes, angles and places count most. `counts` (K,) is the number of
+    objects that each mask should show; a mask's area is divided by it, since a template is one
+    object."""
     kernels = templates().to(masks)
     side = kernels.shape[-1]
     overlap = conv2d(masks[:, None], kernels.view(-1, 1, side, side), padding=side // 2)
@@ -83,9 +88,10 @@ def fits(masks: Tensor, counts: Tensor) -> Tensor:
 
 
 def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Returns the reward (B,) of images (B,3,H,W) in 0..1 for their prompts. It is greater if the
-    image shows the prompt's coloured shapes better, and at most log(1 + LEAST). Raises ValueError
-    unless every prompt is a caption of geometric shapes, such as "a red circle and a star"."""
+    """Returns a differentiable reward (B,) for images (B,3,H,W) in 0..1 and their prompts. A higher
+    reward means that the image shows the shapes of its prompt, in their colours, more clearly. The
+    maximum is log(1 + LEAST). Every prompt must be a caption of geometric shapes, such as "a red
+    circle and a star"; otherwise ValueError is raised."""
     parts = avg_pool2d(colours(images), CELL)
     drawn = 1 - parts[:, -1]
     out = []
@@ -105,10 +111,10 @@ def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def subjects(prompt: str) -> list[tuple[int | None, int]]:
-    """Returns the geometric shapes that a prompt names, as pairs (colour, shape) of indices: into
-    the palette's colours (None if the prompt gives the shape no colour), and into SHAPES. Raises
-    ValueError unless the prompt is a caption of such shapes, for example "a red circle and a
-    star"."""
+    """Returns the geometric shapes that a prompt names, as a list of (colour, shape). Both are
+    indices: `colour` into COLOURS, or None if the prompt gives the shape no colour, and `shape`
+    into SHAPES. The prompt must be a caption of geometric shapes, such as "a red circle and a
+    star"; otherwise ValueError is raised."""
     asked = read_caption(prompt)
     if asked is None:
         raise ValueError(f"the reward soft-shapes needs a prompt such as 'a red circle', not {prompt!r}")

@@ -26,11 +26,15 @@ P, L = 0.2, 1
 
 
 def terms(maps: Tensor, mask: Tensor, p: float = P, reach: int = L) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns BoxDiff's terms (inner, outer, corner_x + corner_y) for a subject's attention map
-    (h,w) and its region's mask (h,w) of 0 and 1. The head of this file defines the terms. `p` is
-    its P: the means of inner and outer are over this fraction of the cells inside and outside the
-    mask. `reach` is its L: the corner terms count the rows and columns within this many cells of
-    the box's edges."""
+    """Returns BoxDiff's three loss terms of a subject: (inner, outer, corner_x + corner_y), all
+    scalars. `maps` (h,w) is the subject's attention map, and `mask` (h,w), of 0 and 1, its region.
+
+    inner is 1 minus the mean of the largest values of the map inside the mask, and outer the mean
+    of the largest values outside. Each mean is over the fraction `p` of the cells there. The corner
+    terms compare the maximum of the map in each column and row with that of the mask, but only in
+    columns and rows within `reach` cells of the region's edges. The head of this file has the
+    formulas.
+    """
     k, rest = (max(1, int(p * float(part.sum()))) for part in (mask, 1 - mask))
     inner = 1 - (maps * mask).flatten().topk(k).values.mean()
     outer = (maps * (1 - mask)).flatten().topk(rest).values.mean()

@@ -28,9 +28,10 @@ SMALLEST_T = 1e-6  # far below it, 1 / T is beyond float32
 
 
 def contrastive(vectors: Tensor, labels: Tensor, t: float = 0.5, form: str = "ntxent") -> Tensor:
-    """Returns CONFORM's loss L, a scalar, of vectors (n,d), which are flattened attention maps.
-    `labels` (n,) holds the number of each vector's group, `t` is the temperature T, and `form` is
-    "ntxent" or "pairs" (the head of this file has both formulas)."""
+    """Returns CONFORM's loss L, a scalar, which is low if flattened attention maps of the same
+    group are alike and those of different groups are not. `vectors` (n,d) holds n such maps, and
+    `labels` (n,) the number of each map's group. `t` is the temperature T of the loss, and `form`
+    is "ntxent" or "pairs" (the head of this file has both formulas)."""
     unit = vectors / (vectors.norm(dim=1, keepdim=True) + 1e-12)
     s = unit @ unit.T
     same = labels[:, None] == labels

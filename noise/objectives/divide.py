@@ -21,8 +21,8 @@ from minsd.noise.objectives.common import need_subjects
 
 
 def variation(maps: Tensor) -> Tensor:
-    """Returns the total variation of maps (...,h,w), which is the sum of the absolute differences
-    of neighbouring cells, as (...)."""
+    """Returns the total variation of each map (...,h,w): the sum of the absolute differences of
+    neighbouring cells. The result has the leading shape (...)."""
     return maps.diff(dim=-2).abs().sum((-2, -1)) + maps.diff(dim=-1).abs().sum((-2, -1))
 
 

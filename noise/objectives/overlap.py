@@ -24,9 +24,9 @@ from minsd.noise.objectives.common import Regions, need_subjects
 
 
 def overlap(maps: Tensor, present: Tensor) -> Tensor:
-    """Returns the overlap (B,) of the subjects' attention maps (B,S,h,w): the mean of sum min(A, B)
-    / sum (A + B) over all pairs of subjects. `present` (B,S) is True for the subjects that an image
-    has."""
+    """Returns the overlap (B,) of the subjects' attention maps (B,S,h,w). For two subjects with the
+    maps M and M' it is sum min(M, M') / sum (M + M'), and this is averaged over all pairs of
+    subjects. `present` (B,S) is True for the subjects that an image has."""
     i, j = torch.triu_indices(maps.shape[1], maps.shape[1], offset=1, device=maps.device)
     a, b = maps[:, i], maps[:, j]
     both = present[:, i] & present[:, j]

@@ -33,9 +33,9 @@ SUMS = {"reno": "hpsv2.1+imagereward+clip-h14+pickscore"}
 
 
 def of(reward: str | Reward) -> type["Rewarded"]:
-    """Returns an objective (a class for noise/steer.py) that maximises a reward: a function, a name
-    of KNOWN, names joined by "+", or "reno" for ReNO's sum. Raises ValueError for an unknown name.
-    """
+    """Returns an objective (a class for noise/steer.py) that maximises a reward. `reward` is a
+    function, a name in KNOWN, several such names joined by "+", or "reno" for the weighted sum of
+    rewards that ReNO uses. Raises ValueError for an unknown name."""
     if not isinstance(reward, str):
         return type("Rewarded", (Rewarded,), {"parts": {getattr(reward, "__name__", "reward"): reward}})
     names = SUMS.get(reward, reward).split("+")

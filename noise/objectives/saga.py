@@ -34,13 +34,16 @@ class Saga(Overlap):
 
     def refine(self, sd: Model, lift: Lift, steps: int, record: list[Result], progress: Say | None) -> Refine:
         """Returns a function `refine(i, t, x) -> x` for a run of `steps` timesteps, which samplers
-        call before each noise prediction. The function replaces the latents x at step steps // 5 by
-        latents with a learned mean, and changes nothing at other steps.
+        call before each noise prediction. At step steps // 5 the function learns the mean of the
+        latents by gradient descent, and replaces the latents x by new ones with this mean. At other
+        steps it changes nothing.
 
-        In `record`, one Result per image, it stores the values of the first and the last iteration,
-        averaged over the 10 draws. If the values or the gradient of an image are not finite, its
+        Each iteration of the descent evaluates the loss for 10 random draws of latents and averages
+        it over them. The values of the first and the last iteration are stored in `record`, which
+        holds one Result per image. If the values or the gradient of an image are not finite, its
         latents stay unchanged, with a warning. `progress(b, message)` is called with the progress
-        of image b."""
+        of image b.
+        """
 
         def move(i: int, t: Timestep, x: Tensor) -> Tensor:
             if i != steps // 5:

@@ -35,9 +35,10 @@ def distances(maps: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def binding(maps: Tensor, group: Group, outside: Sequence[int]) -> Tensor:
-    """Returns one group's part of SynGen's loss, a scalar. `group` has the token positions of a
-    noun and its modifiers, `outside` those of the tokens outside the group, and `maps` (K,h,w) are
-    the attention maps of all K tokens."""
+    """Returns one group's part of SynGen's loss, a scalar. It is low if the attention maps of the
+    noun and its modifiers are alike, and unlike those of tokens outside the group. `group` has the
+    token positions of the noun and the modifiers, `outside` those of the tokens outside the group,
+    and `maps` (K,h,w) are the attention maps of all K tokens."""
 
     def dist(word: Sequence[int], others: Sequence[int]) -> Tensor:
         return distances(maps, word)[:, list(others)].max(dim=0).values

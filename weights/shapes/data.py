@@ -47,8 +47,9 @@ RADII = {1: (20, 34), 2: (17, 27), 3: (16, 23)}  # pixels, by number of objects
 
 
 def outline(shape: str, turn: float = 0.0) -> np.ndarray:
-    """Returns the outline of a shape as a polygon (n,2): n points (x, y), x to the right and y
-    down, with the centre at (0, 0) and a radius of about 1, rotated by `turn` radians."""
+    """Returns the outline of a shape ("circle", "square", ...) as a polygon (n,2) of n points (x,
+    y), where x points to the right and y down. The centre is (0, 0), the radius about 1. The
+    polygon is rotated by `turn` radians."""
     if shape == "circle":
         a = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         points = 0.92 * np.stack([np.cos(a), np.sin(a)], 1)
@@ -87,8 +88,8 @@ class Object:
     turn: float  # radians
 
     def mask(self) -> np.ndarray:
-        """Returns the fraction of each pixel that the object covers, (SIZE,SIZE) float32 in
-        0..1."""
+        """Returns the mask of the object, (SIZE,SIZE) float32: for each pixel, the fraction of it
+        that the object covers, from 0 to 1."""
         k = 4  # supersampling
         canvas = Image.new("L", (SIZE * k, SIZE * k))
         points = (outline(self.shape, self.turn) * self.radius + (self.x, self.y)) * k
@@ -98,11 +99,12 @@ class Object:
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its caption.
+    """One image of the training set with its caption.
 
-    `named` has one entry (colour_place, shape_place, index) per object in the caption: the index of
-    its colour word in `words` (None if the colour is omitted), the index of its shape word in
-    `words`, and the index of the object in `objects` (None if the object is not in the image).
+    `named` has one item for each object that the caption names: (colour_place, shape_place, index).
+    The first two are positions in `words`, that of the object's colour word (None if the caption
+    omits colours) and that of its shape word. `index` is the object's position in `objects`, or
+    None if the caption names an object that is not in the image.
     """
 
     objects: tuple[Object, ...]
@@ -115,9 +117,9 @@ class Example:
         return " ".join(self.words).replace(" ,", ",")
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
-        """Draws the image. Returns (picture, masks): the image (SIZE,SIZE,3) uint8, and the masks
-        (n,SIZE,SIZE) float32, which hold the fraction of each pixel that each of the n objects
-        covers."""
+        """Draws the image. Returns (picture, masks). `picture` is the image, (SIZE,SIZE,3) uint8.
+        `masks` (n,SIZE,SIZE) float32 has one mask for each of the n objects: the fraction of each
+        pixel that the object covers."""
         picture = np.empty((SIZE, SIZE, 3), np.float32)
         picture[:] = self.ground
         masks = np.stack([o.mask() for o in self.objects])
@@ -127,15 +129,15 @@ class Example:
 
 
 def _pairs_allowed(shapes: Iterable[str]) -> bool:
-    """Returns True if the shapes contain no pair of `HELD_OUT_PAIRS`, the pairs that never occur in
-    training images."""
+    """Returns True if `shapes`, the names of the shapes in one image, contain no pair of
+    `HELD_OUT_PAIRS`. These pairs of shapes never occur together in training images."""
     return not any(pair <= set(shapes) for pair in HELD_OUT_PAIRS)
 
 
 def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
-    """Chooses n (colour, shape) combinations at random, without repeated colours or shapes. What
-    training images never have is left out: the combinations in `HELD_OUT`, and the pairs of shapes
-    in `HELD_OUT_PAIRS`."""
+    """Chooses n (colour, shape) pairs at random. No two of them have the same colour or the same
+    shape. The choice leaves out what training images never have: the (colour, shape) pairs in
+    `HELD_OUT`, and the pairs of shapes in `HELD_OUT_PAIRS`."""
     while True:
         picks = [COMBINATIONS[i] for i in rng.choice(len(COMBINATIONS), n, replace=False)]
         colours, shapes = zip(*picks)
@@ -144,8 +146,8 @@ def draw_subjects(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
 
 
 def place(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]]:
-    """Chooses at random the places and sizes of n objects that lie inside the image and do not
-    touch. Returns a list of (x, y, radius) in pixels."""
+    """Chooses places and sizes at random for n objects (1 to 3) that lie inside the image and do
+    not touch. Returns a list of n tuples (x, y, radius) in pixels."""
     while True:
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
@@ -158,7 +160,8 @@ def place(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]]:
 
 
 def example(seed: int, index: int) -> Example:
-    """Returns image number `index` of the training set that belongs to `seed`, with its caption."""
+    """Makes one image of a training set, with its caption. `seed` determines the training set, and
+    `index` is the number of the image in it. The same two numbers always give the same image."""
     rng = np.random.default_rng((seed, index))
     n = 1 + int(rng.choice(3, p=COUNTS))
     absent = int(n < 3 and rng.random() < ABSENT)
@@ -175,9 +178,9 @@ def example(seed: int, index: int) -> Example:
 def _caption(
     rng: np.random.Generator, subjects: list[tuple[str, str]], n: int, objects: tuple[Object, ...]
 ) -> tuple[list[str], list[tuple[int | None, int, int | None]]]:
-    """Makes a caption at random that names `subjects`, which are (colour, shape) pairs. The first n
-    of them are the `objects` in the image; the others are not in the image. Returns (words, named)
-    as in `Example`."""
+    """Makes a caption at random that names all `subjects`, a list of (colour, shape) pairs. The
+    first n subjects are the `objects` in the image, in the same order; the other subjects are not
+    in the image. Returns (words, named), as in `Example`."""
     order = [int(i) for i in rng.permutation(len(subjects))]
     colours = rng.random() >= 0.1  # a tenth of the captions omit the colours
     style = rng.random()

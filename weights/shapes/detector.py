@@ -37,9 +37,10 @@ Subject = tuple[str | None, str]  # colour (None: any), shape
 
 @dataclass(frozen=True)
 class Found:
-    """One body (connected group of pixels) in an image. `shape` is the shape whose template
-    overlaps the body most, and `iou` is the intersection over union of the body and that template.
-    """
+    """One body that was found in an image. A body is a connected group of pixels that differ from
+    the background. It is compared with templates of all shapes. `shape` is the shape whose template
+    overlaps the body most, and `iou` is the intersection over union of that template and the
+    body."""
 
     colours: tuple[str, ...]  # one; two for a hybrid; none if all palette colours are far
     shape: str
@@ -57,16 +58,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of comparing an image with the objects asked for.
+    """The result of comparing an image with the objects that were asked for.
 
-    `found` holds all bodies (connected groups of pixels) of the image. `subjects_failed` is the
-    number of objects asked for that were not found. `failures` is a tuple of items of `KINDS`:
-    first one for each object that was not found, which states why, then one for each body that is
-    left over.
+    `found` are all bodies (connected groups of pixels) in the image. `subjects_failed` is the
+    number of objects that were asked for but not found. `failures` has one kind of failure, an item
+    of `KINDS`, for each object that was not found, and then one for each body that was not asked
+    for.
 
-    `strict` is True if the image has exactly the objects asked for and nothing else. `no_neglect`
-    is True if no object is missing, merged with another, or in a wrong colour; badly drawn shapes
-    and extra copies are accepted.
+    `strict` is True if the image has exactly the objects that were asked for. `no_neglect` is True
+    if no object is missing, merged with another object, or in a wrong colour; badly drawn shapes
+    and surplus objects are allowed.
     """
 
     found: tuple[Found, ...]
@@ -83,14 +84,15 @@ class Verdict:
 
     @property
     def kind(self) -> str:
-        """Returns the most serious failure, which is the one that comes first in `KINDS`, or
-        "right" if there is none."""
+        """Returns the most serious of the failures, an item of `KINDS`, or "right" if there is no
+        failure."""
         return min(self.failures, key=KINDS.index, default="right")
 
 
 def bodies(mask: np.ndarray) -> list[np.ndarray]:
-    """Returns the connected groups of pixels (4 neighbours) of a boolean mask (H,W), each as a mask
-    (H,W). The largest comes first; groups of fewer than SPECK pixels are left out."""
+    """Splits a boolean mask (H,W) into its connected groups of pixels, where a pixel touches its 4
+    neighbours. Returns one mask (H,W) for each group, the largest group first. Groups of fewer than
+    SPECK pixels are left out."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # every pixel takes the largest label beside it, until nothing changes
         padded = np.pad(labels, 1)
@@ -106,8 +108,9 @@ def bodies(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """Resamples the mask (H,W) of a body to (GRID,GRID). The body's centroid comes to the middle,
-    and the body is scaled so that its area is that of a circle with a radius of GRID/4 cells."""
+    """Moves and scales the mask (H,W) of a body into a grid (GRID,GRID), so that bodies of
+    different place and size can be compared. In the grid the body's centroid is in the middle, and
+    its area is that of a circle with a radius of GRID/4 cells."""
     rows, columns = np.nonzero(mask)
     scale = (len(rows) / np.pi) ** 0.5 / (GRID / 4)  # pixels per cell
     at = (np.arange(GRID) - (GRID - 1) / 2) * scale
@@ -118,9 +121,9 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 @cache
 def templates() -> np.ndarray:
-    """Returns the templates (shapes, turns, GRID, GRID): the masks of the outlines of all shapes at
-    five angles, centred and scaled as `_normalised` does it for bodies. The angles cover the range
-    of the training set."""
+    """Returns the templates that bodies are compared with: for every shape in `SHAPES` the mask of
+    its outline, rotated by five angles, in a grid as `_normalised` makes it. The result has the
+    shape (shapes,angles,GRID,GRID). The angles cover those of the training set."""
     out = []
     for shape in SHAPES:
         out.append([])
@@ -132,8 +135,8 @@ def templates() -> np.ndarray:
 
 
 def shape_of(mask: np.ndarray) -> tuple[str, float]:
-    """Returns (shape, iou) for the mask (H,W) of a body: the shape whose template overlaps the body
-    most, and the intersection over union of the body and that template."""
+    """Finds the shape of a body from its mask (H,W). Returns (shape, iou): the shape whose template
+    overlaps the body most, and the intersection over union of that template and the body."""
     body = _normalised(mask)
     overlap = (templates() & body).sum((2, 3)) / (templates() | body).sum((2, 3))  # (shapes, turns)
     best = overlap.max(1)
@@ -142,17 +145,17 @@ def shape_of(mask: np.ndarray) -> tuple[str, float]:
 
 def _inner(mask: np.ndarray) -> np.ndarray:
     """Returns the mask (H,W) of a body without its outermost pixels, whose colours mix with the
-    background. Returns the mask unchanged if too few pixels would remain."""
+    background. If too few pixels would remain, returns the mask unchanged."""
     padded = np.pad(mask, 1)
     inner = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inner if inner.sum() >= SPECK // 2 else mask
 
 
 def find(picture: np.ndarray | Image.Image) -> list[Found]:
-    """Finds every body (connected group of pixels) in an image (H,W,3), 8-bit RGB, on a light
-    background. Returns the bodies sorted by the number of pixels in the group, the largest first. A
-    group of two colours is returned as two bodies if both parts are well-drawn shapes, that is, if
-    two objects touch."""
+    """Finds the bodies in an image with a light background. A body is a connected group of pixels
+    that differ from the background. The image is a PIL image or an array (H,W,3) of 8-bit RGB.
+    Returns the bodies, the largest first. A group of pixels counts as two bodies if it consists of
+    two well-drawn shapes of different colours that touch."""
     array = np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
     pixels = array.astype(np.float32)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
@@ -182,9 +185,9 @@ def find(picture: np.ndarray | Image.Image) -> list[Found]:
 
 
 def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None) -> Found:
-    """Describes the body with the mask `mask` (H,W) in the image `pixels` (H,W,3). If `colours` is
-    None, the body gets the palette colour nearest to its median colour, or none if no palette
-    colour is near."""
+    """Describes one body in an image. `pixels` (H,W,3) is the image, and `mask` (H,W) states which
+    pixels belong to the body. `colours` are the body's colours. If this is None, the body gets the
+    palette colour nearest to its median colour, or no colour if none is near."""
     if colours is None:
         distance = np.linalg.norm(np.median(pixels[_inner(mask)], 0) - PALETTE, axis=-1)
         colours = (NAMES[int(distance.argmin())],) if distance.min() <= FAR else ()
@@ -195,8 +198,9 @@ def _found(pixels: np.ndarray, mask: np.ndarray, colours: tuple[str, ...] | None
 
 
 def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Verdict:
-    """Compares an image (H,W,3), 8-bit RGB, with `subjects`, the (colour, shape) pairs that its
-    caption names. The colour None accepts any colour."""
+    """Compares an image with the objects that it should show, and returns the verdict. The image is
+    a PIL image or an array (H,W,3) of 8-bit RGB. `subjects` are the objects as (colour, shape)
+    pairs; if the colour is None, any colour is right."""
     found = find(picture)
     left = list(found)
     missed = []
@@ -225,9 +229,10 @@ def judge(picture: np.ndarray | Image.Image, subjects: Sequence[Subject]) -> Ver
 
 
 def _explain(subject: Subject, left: list[Found], subjects: Sequence[Subject]) -> tuple[Found | None, str]:
-    """Explains why a subject was not found. Returns (body, kind): the body in `left` that was drawn
-    in the subject's place (None if there is none), and the kind of failure, an item of `KINDS`.
-    `left` holds the bodies that match no subject; `subjects` holds all subjects of the caption."""
+    """Explains why `subject`, a (colour, shape) pair, was not found in an image. `left` holds the
+    bodies of the image that match no subject, and `subjects` all subjects that were asked for.
+    Returns (body, kind): the body that was probably drawn in place of the subject, or None if there
+    is none, and the kind of failure, an item of `KINDS`."""
     colour, shape = subject
     others = [s for s in subjects if s != subject]
     for body in left:

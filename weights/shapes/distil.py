@@ -65,13 +65,13 @@ NOISED = (20, 980)  # timesteps at which the two predictions are compared: from,
 
 
 class LowRank(nn.Module):
-    """A low-rank change for every linear layer and convolution of a UNet, as parameters to be
-    trained."""
+    """Low-rank changes for every linear layer and convolution of a UNet. Their matrices are
+    parameters to be trained, and the UNet's weights stay as they are."""
 
     def __init__(self, unet: UNet, rank: int = RANK):
-        """Makes two matrices for every linear layer and convolution of `unet`, `down` (r,in) and
-        `up` (out,r), whose product is added to the weight. r is `rank`, or less for small layers.
-        `up` starts at zero, so that the UNet is not changed at first."""
+        """Makes the matrices `down` (r,in) and `up` (out,r) for every linear layer and convolution
+        of `unet`. Their product is what is added to the layer's weight. The rank r is `rank`, or
+        less if the layer is too small. `up` is zero at first, so that nothing is changed yet."""
         super().__init__()
         layers = {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
         self.names = list(layers)
@@ -81,8 +81,9 @@ class LowRank(nn.Module):
         self.up = nn.ParameterList(torch.zeros(m, r) for r, (m, _) in zip(ranks, shapes))
 
     def weights(self, unet: UNet) -> dict[str, Tensor]:
-        """Returns the weights of `unet` with the low-rank changes added, as a dict of parameter
-        name -> tensor. Gradients flow to the low-rank matrices."""
+        """Adds the low-rank changes to the weights of `unet`. Returns the sums, as a dict of
+        parameter name -> tensor that has the weights of the changed layers only. Gradients flow
+        from it to the low-rank matrices."""
         named = dict(unet.named_parameters())
         return {
             f"{name}.weight": named[f"{name}.weight"] + (up @ down).view_as(named[f"{name}.weight"])
@@ -91,8 +92,8 @@ class LowRank(nn.Module):
 
 
 def plain(subjects: list[tuple[str, str]]) -> list[str]:
-    """Returns the words of a plain list of objects, such as "a red circle , a blue square and a
-    green star", from (colour, shape) pairs."""
+    """Makes a prompt that lists objects, such as "a red circle , a blue square and a green star".
+    `subjects` are the objects' (colour, shape) pairs. Returns the prompt's words and commas."""
     words: list[str] = []
     for k, (colour, shape) in enumerate(subjects):
         if k:
@@ -102,9 +103,9 @@ def plain(subjects: list[tuple[str, str]]) -> list[str]:
 
 
 def benched() -> set[tuple[str, ...]]:
-    """Returns the prompts with two and three objects that bench/shapes.py uses, as tuples of words.
-    They are left out of training. Prompts with one object are not left out, because bench/shapes.py
-    uses all that exist."""
+    """Returns the prompts with two or three objects that bench/shapes.py uses, each as a tuple of
+    words. Training must leave them out. Prompts with one object are not left out, because
+    bench/shapes.py uses all that exist."""
     prompts = set()
     for count in (2, 3):
         rng = np.random.default_rng((7, count - 1))  # SEED and the group's index there
@@ -113,9 +114,9 @@ def benched() -> set[tuple[str, ...]]:
 
 
 def draw_prompt(rng: np.random.Generator, without: set[tuple[str, ...]]) -> list[str]:
-    """Chooses a prompt at random and returns its words. The prompt is a caption as in the embedded
-    model's training, or a plain list of one to three objects, but never one of the prompts in
-    `without`."""
+    """Chooses a prompt at random and returns its words. The prompt is either a caption as in the
+    training of the embedded model, or a plain list of one to three objects. Prompts in `without`
+    are never chosen."""
     while True:
         if rng.random() < CAPTIONS:
             words = list(data.example(SEED + 2, int(rng.integers(2**40))).words)
@@ -126,10 +127,10 @@ def draw_prompt(rng: np.random.Generator, without: set[tuple[str, ...]]) -> list
 
 
 class Distillation:
-    """The networks of the distillation (DMD2), and the losses of a training step. `teacher` is the
-    frozen UNet of the embedded model. The student is the teacher with the weight changes of
-    `adapter`, which is trained. `fake` is a copy of the teacher that is trained to denoise the
-    student's images."""
+    """The networks of a distillation by the method DMD2, and the losses of one training step.
+    `teacher` is the UNet of the embedded model and stays frozen. The student, which is to be
+    trained, is the teacher with the weight changes of `adapter`. `fake` is a copy of the teacher
+    that learns to denoise the student's images."""
 
     def __init__(self, workers: Workers):
         model = load_model("shapes", device=torch.device(workers.device), dtype=torch.float32)
@@ -150,36 +151,42 @@ class Distillation:
 
     @torch.no_grad()
     def encode(self, prompts: list[list[str]]) -> Tensor:
-        """Returns the text states (n,77,D) of n prompts, each given as a list of words."""
+        """Returns the text states (n,77,D) of n prompts. A prompt is a list of words."""
         ids = torch.tensor([token_ids(words) for words in prompts])
         return self.text(ids.to(self.workers.device)).last_hidden_state
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (signal, noise) for timesteps t (B,): sqrt(abar) and sqrt(1 - abar), each
-        (B,1,1,1)."""
+        """Returns (signal, noise), each (B,1,1,1), for timesteps t (B,). `signal` is sqrt(abar) and
+        `noise` is sqrt(1 - abar), where abar is the schedule's cumulative product of 1 - beta up to
+        t."""
         abar = self.schedule.alphas_cumprod[t].view(-1, 1, 1, 1).to(self.workers.device)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def clean(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Returns the clean latents (x - sqrt(1 - abar) eps) / sqrt(abar) that follow from latents
-        x and their predicted noise `eps`, both (B,4,h,w), at timesteps t (B,)."""
+        """Computes the clean latents from noisy latents x at timesteps t (B,) and the noise `eps`
+        predicted in them. Returns (x - sqrt(1 - abar) eps) / sqrt(abar), where abar is the
+        schedule's cumulative product of 1 - beta up to t. x, `eps` and the result are (B,4,h,w)."""
         signal, noise = self.levels(t)
         return (x - noise * eps) / signal
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, **weights: Tensor) -> Tensor:
-        """Predicts the noise in latents x (B,4,h,w) at timesteps t (B,) with text states `context`
-        (B,77,D). `weights` (parameter name -> tensor) replace some of the network's parameters."""
+        """Predicts the noise in latents x (B,4,h,w) at timesteps t (B,) with `network`, a UNet.
+        `context` (B,77,D) are the text states. `weights` (parameter name -> tensor) take the place
+        of the network's own parameters of these names."""
         with self.workers.autocast():
             return functional_call(network, weights, (x, t.to(x.device), context)).float()
 
     def draw(
         self, weights: dict[str, Tensor], noise: Tensor, context: Tensor, steps: int, last: int
     ) -> Tensor:
-        """Runs the student from unit `noise` (B,4,h,w) with Euler's rule. `weights` are the
-        student's (from `LowRank.weights`), `context` (B,77,D) the prompts' text states. The
-        timesteps are those of a run of `steps` steps, and the run stops at step number `last`,
-        counted from 0. Returns the clean latents (B,4,h,w) that are predicted in this last step.
-        Gradients flow through the last step alone."""
+        """Generates latents with the student by Euler's method. `noise` (B,4,h,w) has unit
+        variance, `weights` are the student's (from `LowRank.weights`), and `context` (B,77,D) are
+        the text states of the prompts.
+
+        The timesteps are those of a run with `steps` steps, but the run ends with step number
+        `last`, counted from 0. Returns the clean latents (B,4,h,w) that the student predicts in
+        step `last`. Gradients flow through this step only.
+        """
         grid = [int(t) for t in self.schedule.timesteps(steps)]
         x = euler.begin(None, noise, self.schedule, grid[0])
         frozen = {name: weight.detach() for name, weight in weights.items()}
@@ -195,8 +202,8 @@ class Distillation:
     def losses(
         self, batch: int, rng: np.random.Generator, generator: torch.Generator
     ) -> dict[str, tuple[Tensor, float]]:
-        """Returns the losses of one training step on `batch` images as name -> (loss, weight), the
-        form that `Run.train` needs. All random numbers come from `rng` and `generator`."""
+        """Computes the losses of one training step on `batch` images. All random numbers come from
+        `rng` and `generator`. Returns a dict of name -> (loss, weight), as `Run.train` needs it."""
         device = self.workers.device
         context = self.encode([draw_prompt(rng, self.without) for _ in range(batch)])
         size = ROW.unet.sample_size
@@ -229,8 +236,8 @@ class Distillation:
 
 
 def export(adapter: LowRank, unet: UNet, path: Path) -> None:
-    """Writes the adapter as a LoRA file in fp16, with PEFT's tensor names. `unet` is the UNet that
-    the adapter was made for."""
+    """Writes an adapter as a LoRA file in fp16 to `path`, with the tensor names of PEFT. `unet` is
+    a UNet with the layers that the adapter was made for."""
     tensors = {}
     for name, down, up in zip(adapter.names, adapter.down, adapter.up):
         shape = unet.get_submodule(name).weight.shape
@@ -245,8 +252,8 @@ def export(adapter: LowRank, unet: UNet, path: Path) -> None:
 
 
 def export_checkpoint(run: Path, out: Path) -> None:
-    """Writes the adapter from the newest checkpoint in the folder `run`, whose training may be
-    incomplete, to the file `out`."""
+    """Writes the adapter from the checkpoint in the folder `run` as a LoRA file to `out`. The
+    training may still be incomplete."""
     unet = UNet(ROW.unet)
     adapter = LowRank(unet)
     state = torch.load(run / "turbo.pt", map_location="cpu", weights_only=True)
@@ -256,8 +263,8 @@ def export_checkpoint(run: Path, out: Path) -> None:
 
 
 def work(rank: int, world: int, device: str, options: Options) -> None:
-    """Runs the whole distillation in process number `rank` of `world` processes, on `device` ("cpu"
-    or "cuda")."""
+    """Runs the whole distillation in one process: process number `rank` of `world`. `device` is
+    "cpu" or "cuda"."""
     workers = begin(rank, world, device, options)
     deadline = time.time() + 60 * options.minutes if options.minutes else math.inf
     distillation = Distillation(workers)

@@ -54,7 +54,8 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, indices of the im
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one training: what to train, for how long, and where to write it."""
+    """The options of one training: which addition to the embedded model to train, for how long, and
+    where to write it."""
 
     what: str  # "control" or "style"
     out: Path
@@ -66,8 +67,8 @@ class Options:
 
 
 def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Image:
-    """Draws a control image (128x128, RGB): the outlines of the objects in white, `width` pixels
-    wide, on black."""
+    """Draws a control image (128x128, RGB). It shows the outlines of the objects as white lines on
+    black, `width` pixels wide."""
     k = 4  # supersampling
     canvas = Image.new("L", (data.SIZE * k, data.SIZE * k))
     for o in objects:
@@ -77,13 +78,15 @@ def outlines(objects: tuple[data.Object, ...], width: float = 2.0) -> Image.Imag
 
 
 def plain(example: data.Example) -> np.ndarray:
-    """Returns the image (SIZE,SIZE,3) uint8 of an example, drawn without changes."""
+    """Draws an example's shapes without any change, as in the images that the embedded model (the
+    package's own small model of coloured shapes) was trained on. Returns the image, (SIZE,SIZE,3)
+    uint8."""
     return example.render()[0]
 
 
 def pierced(example: data.Example) -> np.ndarray:
-    """Returns the image (SIZE,SIZE,3) uint8 of an example, drawn with a round hole through the
-    middle of each object."""
+    """Draws the image of an example with a round hole in the middle of each object. Returns the
+    image, (SIZE,SIZE,3) uint8."""
     picture = plain(example).astype(np.float32)
     y, x = np.mgrid[: data.SIZE, : data.SIZE]
     for o in example.objects:
@@ -96,9 +99,10 @@ def pierced(example: data.Example) -> np.ndarray:
 def examples(
     sd: Model, count: int, draw: Callable[[data.Example], np.ndarray]
 ) -> tuple[Tensor, Tensor, list[data.Example]]:
-    """Makes `count` examples of the training data, draws an image of each with `draw`, and encodes
-    images and captions with the model `sd`. Returns (latents, texts, made): latents
-    (count,4,16,16), text states (count,77,D) of the captions, and the examples."""
+    """Makes `count` training examples, draws their images with the function `draw`, and encodes
+    images and captions with the model `sd`. Returns (latents, texts, made): the latents of the
+    images (count,4,16,16), the text states of the captions (count,77,D), and the list of
+    examples."""
     made = [data.example(SEED, i) for i in range(count)]
     parts = [made[i : i + 32] for i in range(0, count, 32)]
     latents = torch.cat([sd.encode([Image.fromarray(draw(e)) for e in part]) for part in parts])
@@ -109,13 +113,14 @@ def examples(
 def train(
     sd: Model, parameters: list[nn.Parameter], predict: Predict, latents: Tensor, options: Options, lr: float
 ) -> None:
-    """Trains `parameters` so that `predict` predicts noise. The loss is the squared error, weighted
-    as in the embedded model's own training (train.py). `latents` (n,4,16,16) are those of the
-    training images. predict(x, t, rows) returns the noise predicted in the noisy latents x at
-    timesteps t; `rows` are the indices of x's images in `latents`. `lr` is the highest learning
-    rate.
+    """Trains `parameters`, on which the results of `predict` depend, to predict noise. The loss is
+    the weighted squared error of `noise_loss`. predict(x, t, rows) returns the noise that is
+    predicted in noisy latents x at timesteps t. `rows` are indices into `latents` (n,4,16,16), the
+    latents of all training images, and state which images the rows of x are. `lr` is the highest
+    learning rate.
 
-    The state is saved every 50 steps, and the same command resumes from the saved state.
+    The state of the training is saved every 50 steps. A call with the same `options` resumes from
+    it.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
     state = options.out / f"{options.what}.state"
@@ -154,9 +159,10 @@ def train(
 
 
 def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: int) -> Tensor:
-    """Returns the weighted squared error of predicted noise. Chooses `batch` rows of `latents` and
-    as many timesteps at random, adds noise, and lets `predict` (as in `train`) predict the noise.
-    `step` is the number of the training step, which determines all random numbers."""
+    """Returns the loss of one training step. Chooses `batch` rows of `latents` and a timestep for
+    each at random, adds noise, and lets `predict` (see `train`) predict the noise. The loss is the
+    squared error of this prediction, averaged with a weight for each timestep: more for noisy ones,
+    as in train.py. `step` is the number of the training step and determines all random numbers."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     pick = torch.randint(len(latents), (batch,), generator=generator)
     t = torch.randint(1000, (batch,), generator=generator)
@@ -169,16 +175,16 @@ def noise_loss(sd: Model, predict: Predict, latents: Tensor, batch: int, step: i
 
 
 def drop(texts: Tensor, pick: Tensor, empty: Tensor) -> Tensor:
-    """Returns the text states (B,77,D) of a batch: the rows `pick` (B,) of `texts`, except that
-    every tenth row is replaced by `empty`, the text states of the empty prompt, as guidance
-    needs."""
+    """Returns the text states (B,77,D) of a batch: those rows of `texts` whose indices are in
+    `pick` (B,). Every tenth row is replaced by `empty`, the text states of the empty prompt,
+    because guidance needs a model that was also trained on it."""
     keep = torch.arange(len(pick)) % 10 > 0
     return torch.where(keep[:, None, None], texts[pick], empty)
 
 
 def train_control(sd: Model, options: Options) -> None:
-    """Trains the ControlNet for the embedded model `sd` and writes the ControlNet's folder,
-    outlines/."""
+    """Trains a ControlNet for the embedded model `sd`, and writes it into the folder outlines/ in
+    `options.out`."""
     torch.manual_seed(SEED)
     net = ControlNet(sd.config.unet, HIDDEN)
     theirs = sd.unet.state_dict()
@@ -209,7 +215,8 @@ def train_control(sd: Model, options: Options) -> None:
 
 
 def control_json(sd: Model) -> dict[str, Any]:
-    """Returns the content of the config.json of the ControlNet for the embedded model `sd`."""
+    """Returns what the config.json of the trained ControlNet has to contain. `sd` is the embedded
+    model."""
     c = sd.config.unet
     return {
         "_class_name": "ControlNetModel",
@@ -230,8 +237,8 @@ def control_json(sd: Model) -> dict[str, Any]:
 
 
 def train_style(sd: Model, options: Options) -> None:
-    """Trains the LoRA for the embedded model `sd` and writes the LoRA's file,
-    pierced.safetensors."""
+    """Trains a LoRA for the embedded model `sd`, and writes it to the file pierced.safetensors in
+    `options.out`."""
     torch.manual_seed(SEED)
     fused = lora.fused_layers(sd.unet)
     parts = []
@@ -264,8 +271,8 @@ def train_style(sd: Model, options: Options) -> None:
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes tensors in fp16 to the safetensors file `path`. An interruption leaves no partial file
-    there."""
+    """Writes tensors in fp16 to the safetensors file `path`. If the call is interrupted, an earlier
+    file at `path` stays whole."""
     temporary = path.with_suffix(".tmp")
     halves = {name: p.detach().half().contiguous() for name, p in tensors.items()}
     save_file(halves, temporary, {"format": "pt"})

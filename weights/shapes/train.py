@@ -68,8 +68,7 @@ Losses = Callable[[float, np.random.Generator, torch.Generator], dict[str, tuple
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one training: where to write, for how long to train, and on how many
-    images."""
+    """The options of one training: where to write, how long to train, and on how many images."""
 
     run: Path  # folder of the checkpoints
     out: Path  # folder of the finished model
@@ -81,16 +80,16 @@ class Options:
 
 
 def token_ids(words: Iterable[str]) -> list[int]:
-    """Returns the 77 token ids of a caption: the start token, one token per word, and the end
-    token, which is repeated as padding. Every caption word is one token, so no tokenizer is
-    needed."""
+    """Returns the 77 token ids of a caption, which is given as its words: the id of the start
+    token, one id for each word, and the id of the end token, repeated up to the length 77. Each
+    word of the captions is one token, so no tokenizer is needed."""
     ids = [ROW.text.vocab_size - 2] + [VOCABULARY[f"{w}</w>"] for w in words]
     return ids + [ROW.text.eos_token_id] * (ROW.text.max_length - len(ids))
 
 
 class Workers:
-    """One process of the training: its number `rank`, the number `world` of processes, and its
-    device."""
+    """This process as one of several that train together. `rank` is its number, `world` the number
+    of all processes, and `device` where it computes ("cpu" or "cuda")."""
 
     def __init__(self, rank: int, world: int, device: str):
         self.rank = rank
@@ -98,7 +97,8 @@ class Workers:
         self.device = device
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replaces the gradient of each parameter by its mean over all processes."""
+        """Replaces the gradient of each parameter by the mean of this gradient over all
+        processes."""
         if self.world == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -109,7 +109,8 @@ class Workers:
             grad.copy_(mean.view_as(grad))
 
     def log(self, *words: object) -> None:
-        """Prints the words after the time of day, but only in the process of rank 0."""
+        """Prints the time of day and then the words. Only the process of rank 0 prints; in the
+        others this does nothing."""
         if self.rank == 0:
             print(time.strftime("%H:%M:%S"), *words, flush=True)
 
@@ -118,9 +119,8 @@ class Workers:
 
 
 class Run:
-    """The training of some networks, with their optimiser, the moving average of their weights, and
-    their checkpoint. The VAE is trained by one Run, and the UNet with the text encoder by
-    another."""
+    """The training of one or several networks together: their optimiser, the moving average of
+    their weights, and their checkpoint file."""
 
     def __init__(
         self,
@@ -135,11 +135,15 @@ class Run:
         rates: Mapping[str, float] | None = None,
         momentum: float = 0.9,
     ):
-        """Sets up the training of the networks `modules`, or resumes it from the checkpoint
-        `out`/`name`.pt if that file exists. `samples` is the total number of training images,
-        repetitions counted, and `batch` the number per step, both over all processes. `lr` is the
-        highest learning rate, reached after `warmup` steps; for some of the networks, `rates` holds
-        a factor by which `lr` is multiplied. `momentum` is Adam's beta 1."""
+        """Prepares the training of the networks `modules` (name -> network). If the checkpoint file
+        `out`/`name`.pt exists, the training resumes from it.
+
+        `samples` is the number of training images, where a repeated image counts again, and `batch`
+        the number of images per step. Both are totals over all processes. `lr` is the highest
+        learning rate, which is reached after `warmup` steps. `rates` (name of a network -> factor)
+        gives some networks another learning rate, the factor times `lr`. `momentum` is Adam's beta
+        1.
+        """
         self.name = name
         self.modules = modules
         self.workers = workers
@@ -164,7 +168,8 @@ class Run:
             workers.log(f"{name}: resumes at step {self.step} of {self.steps}")
 
     def save(self) -> None:
-        """Writes the checkpoint, but only in the process of rank 0."""
+        """Writes the checkpoint file. Only the process of rank 0 writes; in the others this does
+        nothing."""
         if self.workers.rank:
             return
         state = {
@@ -177,9 +182,10 @@ class Run:
         os.replace(self.path.with_suffix(".tmp"), self.path)
 
     def train(self, losses: Losses, deadline: float) -> bool:
-        """Trains until the last step or until the `deadline`, a time in seconds as time.time()
-        returns it. `losses` computes the losses of one step. Saves a checkpoint about every two
-        minutes and at the end. Returns True if the last step was reached."""
+        """Trains until the last step, but no longer than until `deadline`, a time as time.time()
+        states it. The function `losses` computes the losses of one step. Saves a checkpoint about
+        every two minutes and at the end. Returns True after the last step, and False if the
+        deadline came first."""
         start = saved = time.time()
         first = self.step
         shown: dict[str, float] = {}
@@ -202,8 +208,9 @@ class Run:
         return True
 
     def _one_step(self, losses: Losses) -> dict[str, tuple[Tensor, float]]:
-        """Performs one optimiser step and updates the moving averages. Returns the result of
-        `losses`, a dict of name -> (loss, weight)."""
+        """Takes one step of the optimiser and updates the moving averages of the weights. The
+        function `losses` computes the losses of the step. Returns its result, a dict of name ->
+        (loss, weight)."""
         for group in self.optimizer.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
             rate = self.lr * group["rate"]
@@ -234,14 +241,16 @@ class Run:
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Converts n images (128,128,3) in 0..255 to a tensor (n,3,128,128) in -1..1."""
+    """Converts n images (128,128,3) with values from 0 to 255 to one tensor (n,3,128,128) with
+    values from -1 to 1."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tuple[bool, VAE]:
-    """Trains the VAE on `samples` images, with its checkpoint in the folder `out`, until the
-    `deadline`, a time in seconds as time.time() returns it. Returns (done, vae): whether the
-    training is complete, and a VAE with the moving average of the weights."""
+    """Trains the VAE on `samples` images, where a repeated image counts again. The checkpoint file
+    is in the folder `out`. Stops at `deadline`, a time as time.time() states it. Returns (done,
+    vae): whether the training is complete, and a VAE with the moving average of the trained
+    weights."""
     torch.manual_seed(SEED)
     vae = VAE(ROW.vae).to(workers.device)
     run = Run("vae", {"vae": vae}, workers, samples, VAE_BATCH, 1.5e-3, out)
@@ -267,9 +276,9 @@ def train_vae(workers: Workers, samples: int, out: Path, deadline: float) -> tup
 
 @torch.no_grad()
 def confused(vae: VAE, workers: Workers) -> list[str]:
-    """Returns the names of the colours that come out of the VAE, after encoding and decoding,
-    nearer to another colour of the palette. The check is needed because the training can end in a
-    state where green becomes black."""
+    """Tests whether the VAE keeps the colours of the palette apart. Returns the names of those
+    colours that, after encoding and decoding, are nearer to another colour of the palette. This can
+    happen: some trainings end in a state where green becomes black."""
     palette = torch.tensor(list(data.COLOURS.values())).float()
     lost = []
     for index, colour in enumerate(data.COLOURS):
@@ -284,14 +293,16 @@ def confused(vae: VAE, workers: Workers) -> list[str]:
 
 @torch.no_grad()
 def latents_of(vae: VAE, workers: Workers, out: Path, count: int) -> dict[str, Tensor]:
-    """Encodes this process's part of the first `count` training images with the VAE and stores the
-    result in a file in the folder `out`, or loads that file if it exists.
+    """Makes the training set of the UNet. Encodes this process's share of the first `count`
+    training images with the VAE, and stores the result in a file in the folder `out`. If the file
+    exists, loads it.
 
-    Returns a dict of tensors: `latents` (n,4,16,16), token ids `ids` (n,77), and, for up to three
-    objects that each caption names, `masks` (n,3,16,16) and `places` (n,3,2). `masks` holds the
-    fraction of each latent cell that the object covers, scaled to 0..255; it is zero if the object
-    is not in the image. `places` holds the token positions of the object's colour word and of its
-    shape word, and -1 if the caption lacks the word.
+    Returns a dict of four tensors for n images: `latents` (n,4,16,16), the token ids `ids` (n,77)
+    of the captions, `masks` (n,3,16,16) and `places` (n,3,2). The last two describe the objects, at
+    most 3, that a caption names. `masks` has the fraction of each latent cell that the object
+    covers, times 255. It is 0 everywhere for an object that is not in the image. `places` has the
+    positions of two tokens: of the object's colour word and of its shape word. A position is -1 if
+    the caption lacks that word.
     """
     path = out / f"latents-{workers.rank}-of-{workers.world}.pt"
     if path.exists():
@@ -333,13 +344,13 @@ def latents_of(vae: VAE, workers: Workers, out: Path, count: int) -> dict[str, T
 def attention_in_full(
     q: Tensor, k: Tensor, v: Tensor, *, probs: str | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes attention as minsd.kernels.attention does, but in autocast's bfloat16 and with all
-    probabilities kept for the backward pass. In this training, weights take gradients and latents
-    are small, so on a CPU this function is faster than any backend of minsd.kernels.
+    """Computes attention in full, without a fused kernel. It replaces minsd.kernels.attention in
+    this training, where it is faster on a CPU, because all probabilities are kept for the backward
+    pass and the latents are small.
 
-    q is (B,N,heads,d); k and v are (B,M,heads,d). Returns (out, probs): the output (B,N,heads,d),
-    and the probabilities averaged over heads (B,N,M), or None if the argument `probs` is None.
-    `backend` is ignored.
+    q is (B,N,heads,d); k and v are (B,M,heads,d). Returns (out, averages): the output
+    (B,N,heads,d), and the attention probabilities averaged over heads (B,N,M). `averages` is None
+    if `probs` is None. `backend` is ignored.
     """
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, N, d)
     p = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1)  # (B, heads, N, M)
@@ -347,7 +358,7 @@ def attention_in_full(
 
 
 def use_attention_in_full(network: nn.Module) -> None:
-    """Makes every attention layer of a network compute with `attention_in_full`."""
+    """Makes all attention layers of `network` compute with the function `attention_in_full`."""
     for module in network.modules():
         if isinstance(module, Attention):
             # This instance attribute replaces the class's static method, which pyright forbids.
@@ -355,7 +366,7 @@ def use_attention_in_full(network: nn.Module) -> None:
 
 
 def text_model() -> CLIPTextModel:
-    """Makes the text encoder of the embedded model, with random weights."""
+    """Builds the text encoder of the embedded model, with random weights."""
     c = ROW.text
     config = CLIPTextConfig(
         vocab_size=c.vocab_size,
@@ -375,16 +386,17 @@ def text_model() -> CLIPTextModel:
 
 
 def attention_loss(recorder: AttentionRecorder, masks: Tensor, places: Tensor) -> Tensor:
-    """Returns the attention loss of a batch: the squared error between the 16x16 attention maps of
-    the caption's words, which `recorder` holds, and their targets. The target for a word that names
-    an object is level x mask, where `LEVELS` has one level for colour words and one for shape
-    words. The target for the word of an absent object is a map of zeros.
+    """Returns the attention loss of a batch of B images: how far the attention maps of caption
+    words are from target maps. `recorder` holds the attention maps (16x16 cells) of all words.
 
-    masks (B,3,16,16) in 0..1 and places (B,3,2) are rows of the tensors that `latents_of` returns.
-    The expected error is least where the map is level x P(object in this cell | what is visible in
-    the noise), so the loss calibrates maps rather than sharpening them. The error is summed over
-    all cells, averaged over the words, and divided by the error that a map of zeros has for an
-    average object (16 cells), so that the loss starts near 1.
+    `masks` (B,3,16,16) states which fraction of a cell each of up to 3 objects covers, from 0 to 1.
+    `places` (B,3,2) states the token positions of the object's colour word and shape word, or -1
+    for no word. The target map of such a word is the object's mask times the number in `LEVELS` for
+    colour words or for shape words. It is zero for an object that is not in the image.
+
+    The loss is the squared difference of map and target, summed over the cells and averaged over
+    the words. It is divided by the value that a map of zeros would give for an object of 16 cells,
+    so that it starts near 1.
     """
     total = count = masks.new_zeros(())
     maps = recorder.cross.float()  # (B, 16, 16, 77)
@@ -402,13 +414,13 @@ def attention_loss(recorder: AttentionRecorder, masks: Tensor, places: Tensor) -
 def train_unet(
     workers: Workers, samples: int, out: Path, deadline: float, scale: float, store: dict[str, Tensor]
 ) -> tuple[bool, dict[str, nn.Module]]:
-    """Trains the UNet and the text encoder together on `samples` images, with their checkpoint in
-    the folder `out`, until the `deadline`, a time in seconds as time.time() returns it. Returns
-    (done, average): whether the training is complete, and the networks "unet" and "text" with the
-    moving averages of their weights.
+    """Trains the UNet and the text encoder together on `samples` images, where a repeated image
+    counts again. `store` is the training set that `latents_of` returns, and `scale` the factor that
+    brings its latents to unit variance. The checkpoint file is in the folder `out`. Stops at
+    `deadline`, a time as time.time() states it.
 
-    `store` is the training set that `latents_of` returns; `scale` is the factor that brings its
-    latents to unit variance.
+    Returns (done, average): whether the training is complete, and a dict of the two networks,
+    "unet" and "text", with the moving average of the trained weights.
     """
     torch.manual_seed(SEED + 1)
     device = workers.device
@@ -458,7 +470,7 @@ def train_unet(
 
 
 def unet_json() -> dict[str, Any]:
-    """Returns the content of the config.json of the embedded model's UNet."""
+    """Returns what the config.json of the embedded model's UNet has to contain."""
     u = ROW.unet
     kinds = ["CrossAttn" if cross else "" for cross in u.cross_attention]
     return {
@@ -486,8 +498,8 @@ def unet_json() -> dict[str, Any]:
 
 
 def vae_json(scale: float) -> dict[str, Any]:
-    """Returns the content of the VAE's config.json. `scale` is the factor that brings the VAE's
-    latents to unit variance."""
+    """Returns what the config.json of the embedded model's VAE has to contain. `scale` is the
+    factor that brings the VAE's latents to unit variance."""
     v = ROW.vae
     levels = len(v.block_out_channels)
     return {
@@ -507,7 +519,7 @@ def vae_json(scale: float) -> dict[str, Any]:
 
 
 def scheduler_json() -> dict[str, Any]:
-    """Returns the content of the embedded model's scheduler_config.json."""
+    """Returns what the embedded model's scheduler_config.json has to contain."""
     s = ROW.schedule
     return {
         "_class_name": "DDIMScheduler",
@@ -526,7 +538,7 @@ def scheduler_json() -> dict[str, Any]:
 
 
 def text_json() -> dict[str, Any]:
-    """Returns the content of the config.json of the embedded model's text encoder."""
+    """Returns what the config.json of the embedded model's text encoder has to contain."""
     t = ROW.text
     return {
         "architectures": ["CLIPTextModel"],
@@ -547,7 +559,7 @@ def text_json() -> dict[str, Any]:
 
 
 def index_json() -> dict[str, Any]:
-    """Returns the content of the embedded model's model_index.json."""
+    """Returns what the embedded model's model_index.json has to contain."""
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.30.0",
@@ -564,9 +576,10 @@ def index_json() -> dict[str, Any]:
 
 
 def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folder: Path) -> None:
-    """Writes the model to `folder` in the diffusers layout: fp16 safetensors, and JSON files that
-    describe the networks. If `folder` is not the embedded model's own, the tokenizer is copied into
-    it as well. `scale` is the factor that brings the VAE's latents to unit variance."""
+    """Writes the model into `folder` in the diffusers layout: the weights in fp16 as safetensors,
+    and JSON files about the networks. `scale` is the factor that brings the VAE's latents to unit
+    variance. The tokenizer, which lies beside this script, is copied too if `folder` is another
+    folder."""
     for name, content in {
         "model_index.json": index_json(),
         "unet/config.json": unet_json(),
@@ -596,8 +609,8 @@ def export(vae: nn.Module, unet: nn.Module, text: nn.Module, scale: float, folde
 
 
 def export_checkpoint(run: Path, out: Path) -> None:
-    """Writes the model from the newest checkpoints in the folder `run`, whose training may be
-    incomplete, to the folder `out` in the diffusers layout."""
+    """Writes the model from the checkpoints in the folder `run` into the folder `out`, in the
+    diffusers layout. The training may still be incomplete."""
     vae, unet, text = VAE(ROW.vae), UNet(ROW.unet), text_model()
     state = torch.load(run / "unet.pt", map_location="cpu", weights_only=True)
     unet.load_state_dict(state["average"]["unet"])
@@ -611,8 +624,8 @@ def export_checkpoint(run: Path, out: Path) -> None:
 
 
 def begin(rank: int, world: int, device: str, options: Options) -> Workers:
-    """Prepares this process, number `rank` of `world` processes, for training on `device` ("cpu" or
-    "cuda"), and connects it with the others. Returns its `Workers`."""
+    """Prepares this process for training: process number `rank` of `world`. `device` is "cpu" or
+    "cuda". Connects the process with the others, and returns its `Workers` object."""
     if device == "cpu":
         torch.set_num_threads(1)
         torch.backends.mkldnn.set_flags(True)
@@ -623,8 +636,9 @@ def begin(rank: int, world: int, device: str, options: Options) -> Workers:
 
 
 def start(work: Callable[[int, int, str, Options], None], workers: int | None, options: Options) -> None:
-    """Calls work(rank, world, device, options) in one process if there is a GPU, otherwise on the
-    CPU in `workers` processes at once (None: one per core)."""
+    """Calls work(rank, world, device, options), once in this process if there is a GPU. Without a
+    GPU, calls it on the CPU in several processes at the same time: `workers` of them, or one per
+    CPU core if `workers` is None."""
     if torch.cuda.is_available():
         work(0, 1, "cuda", options)
     else:
@@ -635,8 +649,8 @@ def start(work: Callable[[int, int, str, Options], None], workers: int | None, o
 
 
 def work(rank: int, world: int, device: str, options: Options) -> None:
-    """Runs the whole training in process number `rank` of `world` processes, on `device` ("cpu" or
-    "cuda")."""
+    """Runs the whole training in one process: process number `rank` of `world`. `device` is "cpu"
+    or "cuda"."""
     workers = begin(rank, world, device, options)
     began = time.time()
     deadline = began + 60 * options.minutes if options.minutes else math.inf
@@ -668,9 +682,9 @@ def work(rank: int, world: int, device: str, options: Options) -> None:
 
 
 def command_line(description: str, product: str, samples: str) -> argparse.ArgumentParser:
-    """Makes a parser with the options that all training scripts have in common. `description` is
-    the script's; `product` ("model", "adapter") names what the script writes; `samples` is the help
-    text of the option --samples."""
+    """Makes a parser with the options that all training scripts share. `description` tells what the
+    script does, `product` is a word for what it writes ("model" or "adapter"), and `samples` is the
+    help text of its option --samples."""
     parser = argparse.ArgumentParser(description=description)
     a = parser.add_argument
     a("--quick", action="store_true", help=f"a worse {product} in less time, for trying changes")
