@@ -24,8 +24,8 @@ Refine = Callable[[int, Timestep, Tensor], Tensor]  # (i, t, x) -> x, before ste
 Steps = Iterator[tuple[int, Timestep, Tensor]]  # (i, t, x) after every step
 Generators = Sequence[torch.Generator]  # one per image
 
-# abar of the last timestep of a schedule with zero terminal SNR, in place of 0, so that sigma is
-# finite there (4096). diffusers takes the same value.
+# abar at the last timestep of a schedule with zero terminal SNR (nothing of the image is left). It
+# would be 0, but sigma would be infinite then. diffusers uses this value too, at which sigma is 4096.
 ZERO_SNR = 2.0**-24
 ZERO_SNR_SAMPLERS = "ddim, euler, euler_a, dpmpp_2m, unipc or lcm"  # those that can begin there
 
@@ -81,15 +81,11 @@ class Schedule:
         log_sigma = [0.5 * math.log((1 - a) / a) for a in (self._abar[low], self._abar[high])]
         return 1 / (1 + math.exp(2 * ((1 - part) * log_sigma[0] + part * log_sigma[1])))
 
-    def begins_without_signal(self, visited: Sequence[Timestep]) -> bool:
-        """Returns whether a run over the timesteps `visited` begins at zero terminal SNR, where
-        nothing of the image is left."""
-        return self.has_zero_snr and self.abar(visited[0]) == ZERO_SNR
-
     def check_signal(self, visited: Sequence[Timestep], what: str, advice: str) -> None:
-        """Raises ValueError if a run over the timesteps `visited` begins at zero terminal SNR. The
-        message says that `what` is not possible, and ends with the advice."""
-        if self.begins_without_signal(visited):
+        """Raises ValueError if a run over the timesteps `visited` begins at zero terminal SNR, that
+        is, where nothing of the image is left. The message states that `what` is not possible
+        there, and ends with `advice`."""
+        if self.abar(visited[0]) == ZERO_SNR:
             raise ValueError(
                 f"{what} is not possible where the first timestep leaves nothing of the image, as this"
                 f" model's does (zero terminal SNR): {advice}"
@@ -213,18 +209,20 @@ class Schedule:
 
 
 def zero_snr_betas(betas: Tensor) -> Tensor:
-    """Returns betas (1000,) whose last one is 1, so that abar ends at 0: sqrt(abar) is shifted and
-    scaled, and keeps its first value (Lin et al. 2023, algorithm 1)."""
+    """Changes `betas` (1000,) so that abar ends at 0. Returns betas (1000,), the last of which is
+    1. sqrt(abar) is shifted, and then scaled so that its first value stays the same (Lin et al.
+    2023, algorithm 1)."""
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
 
 
 def clean(x: Tensor, eps: Tensor, abar: float) -> Tensor:
-    """Returns the clean latents (B,4,h,w) that belong to latents x (B,4,h,w) at level `abar` and
-    the noise `eps` predicted there, in x's dtype.
+    """Predicts the clean latents (B,4,h,w), in x's dtype, from latents x (B,4,h,w) at level `abar`
+    and the noise `eps` predicted for x.
 
-    At zero terminal SNR they are exactly -v, where eps = sqrt(abar) v + sqrt(1 - abar) x.
+    If x is at zero terminal SNR, the result is -v of a network that predicts v. This is what the
+    formula approaches as abar approaches 0, where eps is sqrt(abar) v + sqrt(1 - abar) x.
     """
     if abar == ZERO_SNR:
         return (((1 - abar) ** 0.5 * x.to(eps.dtype) - eps) / abar**0.5).to(x.dtype)

@@ -83,10 +83,12 @@ def _rename(name: str) -> list[str]:
 
 
 class ControlLora(RenamedTensors):
-    """The tensors of a ControlNet, computed from those of a control-lora and of a UNet."""
+    """A mapping of name -> tensor of a ControlNet. The tensors are computed from those of a
+    control-lora and of the UNet, when they are read."""
 
     def __init__(self, file: Tensors, unet: UNet):
-        """Finds the source of each tensor. Raises ValueError for a factor without a counterpart."""
+        """Finds the source of each tensor. Raises ValueError if a factor lacks its counterpart or
+        does not fit it."""
         skipped = ("up_blocks.", "conv_norm_out.", "conv_out.")  # the decoder half
         self.own = {name: weight for name, weight in unet.named_parameters() if not name.startswith(skipped)}
         self.layers: dict[str, str] = {}  # name of a weight -> name of its layer in the file

@@ -55,9 +55,9 @@ class Stated:
 
 
 def of_file(metadata: Mapping[str, str], names: Container[str] = ()) -> Stated:
-    """Extracts the settings from `metadata`, the metadata of a safetensors file, and from `names`,
-    the names of the file's tensors. ModelSpec's keys (`modelspec.*`) take precedence over kohya's
-    (`ss_*`), and these over names.
+    """Reads settings from the metadata of a safetensors file, and from `names`, the names of its
+    tensors. Where both are present, the keys of ModelSpec (`modelspec.*`) are used rather than
+    those of kohya's sd-scripts (`ss_*`), and both rather than the names.
 
     Files for ComfyUI and AUTOMATIC1111's web UI contain an empty tensor "v_pred" if the model
     predicts v, and an empty tensor "ztsnr" if it was trained with zero terminal SNR."""
