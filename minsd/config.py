@@ -117,6 +117,9 @@ class ScheduleConfig:
     timestep_spacing: str = "leading"  # or "linspace", "trailing"
     steps_offset: int = 1
     set_alpha_to_one: bool = False
+    # Zero terminal SNR (Lin et al. 2023): the levels are shifted and scaled so that nothing of the
+    # image is left at the last timestep. Needs v-prediction.
+    rescale_betas_zero_snr: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Model(Protocol):
     vae: Any
     text: Any
     schedule: Schedule
+    guidance_rescale: float
 
     @property
     def device(self) -> torch.device: ...
@@ -78,11 +79,38 @@ def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedul
     v is sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022), where abar is the cumulative
     product of 1 - beta at t. Since x is sqrt(abar) x0 + sqrt(1 - abar) eps, the noise is eps =
     sqrt(abar) v + sqrt(1 - abar) x.
+
+    Where nearly nothing of the image is left, eps is nearly x, and the small difference holds what
+    the network has predicted. So for schedules with zero terminal SNR the result is float64. A
+    device of the kind "mps" has no float64, so there it is float32, and v keeps about 3 digits.
     """
     if schedule.prediction_type == "epsilon":
         return output
+    if schedule.has_zero_snr:
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        output, x = output.to(wide), x.to(wide)
     abar = schedule.abar(t)
     return abar**0.5 * output + (1 - abar) ** 0.5 * x
+
+
+def rescaled(
+    guided: Tensor, cond: Tensor, x: Tensor, t: int | float, part: float, schedule: Schedule
+) -> Tensor:
+    """Rescales `guided`, noise (...,4,h,w) predicted with guidance for latents x (B,4,h,w) at
+    timestep t, against overexposed images (Lin et al. 2023, section 3.4). `cond` (...,4,h,w) is the
+    noise predicted for the prompt alone.
+
+    Each image's guided network output o gets the standard deviation of the output for the prompt
+    alone, o' = o std(cond) / std(o), and is mixed: part o' + (1 - part) o, with `part` from 0 (no
+    change) to 1. If the network predicts v, eps - sqrt(1 - abar) x is its output times sqrt(abar),
+    so this difference is rescaled.
+    """
+    if part == 0:
+        return guided
+    known = 0.0 if schedule.prediction_type == "epsilon" else (1 - schedule.abar(t)) ** 0.5 * x.to(cond.dtype)
+    output = guided - known
+    spread, wanted = (each.std(dim=(-3, -2, -1), keepdim=True) for each in (output, cond - known))
+    return (part * wanted / spread + 1 - part) * output + known
 
 
 def _texts(unet: Any, contexts: list[Tensor]) -> Callable[[int], Tensor | TextKV]:
@@ -153,7 +181,12 @@ def distilled(unet: Any, context: Tensor, guidance_scale: float, schedule: Sched
 
 
 def classifier_free(
-    unet: Any, cond: Tensor, uncond: Tensor, guidance_scale: float, schedule: Schedule
+    unet: Any,
+    cond: Tensor,
+    uncond: Tensor,
+    guidance_scale: float,
+    schedule: Schedule,
+    guidance_rescale: float = 0.0,
 ) -> Predictor:
     """Makes a predictor with classifier-free guidance (Ho & Salimans 2022). The predictor is a
     function predict(x, t) that returns the noise in latents x at timestep t: u + g (c - u), where u
@@ -162,7 +195,8 @@ def classifier_free(
     batch, (1,77n,D). `schedule` states whether the network predicts noise or v.
 
     u and c are computed in one batch. If g is 1, only c is computed. A distilled network, which
-    takes g as an input, also computes c only.
+    takes g as an input, also computes c only. `guidance_rescale` is the `part` of `rescaled`, which
+    is applied to guided predictions.
     """
     if getattr(getattr(unet, "config", None), "guidance_dim", 0):
         return distilled(unet, cond, guidance_scale, schedule)
@@ -173,6 +207,6 @@ def classifier_free(
     def predict(x: Tensor, t: int | float) -> Tensor:
         both = torch.cat([x, x])
         u, c = eps_from_output(unet(both, t, texts(len(x))), both, t, schedule).chunk(2)
-        return u + guidance_scale * (c - u)
+        return rescaled(u + guidance_scale * (c - u), c, x, t, guidance_rescale, schedule)
 
     return predict

@@ -97,6 +97,7 @@ class StableDiffusion:
         self.vae = vae
         self.text = text
         self.schedule = Schedule(config.schedule)
+        self.guidance_rescale = 0.0  # the `part` of `guidance.rescaled`, for every guided prediction
         self.name = config.name
         self.model_hash: str | None = None  # of a model in a single file
         self.model_revision: str | None = None  # of a model of the hub: the commit
@@ -174,6 +175,7 @@ class StableDiffusion:
         steps: int | None = None,
         sampler: str | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         init_image: Image.Image | None = None,
@@ -195,7 +197,8 @@ class StableDiffusion:
         and scaled to the size, and the images are made from it (image-to-image); `strength` (0 to
         1) is the fraction of the steps that run. `karras` turns Karras noise levels on, for the
         sampler dpmpp_2m. refine(i, t, x), if given, is called before the prediction of step i at
-        timestep t, and returns the latents that replace x.
+        timestep t, and returns the latents that replace x. `guidance_rescale` (0 to 1) keeps
+        guidance from overexposing images (`guidance.rescaled`).
 
         If `objective` is given, the images are made so that it rates them better. It is a function
         that rates latents by what one UNet evaluation shows (a `Look`, noise/look.py), or a name in
@@ -209,6 +212,7 @@ class StableDiffusion:
         Raises ValueError if sizes, shapes or numbers of items do not fit, or if the objective or
         one of its settings does not exist.
         """
+        sd = self.with_rescale(guidance_rescale)
         taken = noise is not None or refine is not None
         begin = asked(objective, driver, settings, subjects, pairs, taken)
         height = self.config.size if height is None else height
@@ -223,8 +227,8 @@ class StableDiffusion:
             start = noise[part]
             if begin is not None:
                 run = (steps, sampler, karras, negative_prompt, guidance_scale)
-                start, refine = begin(self, these, own, start, *run)
-            latents = self.sample(
+                start, refine = begin(sd, these, own, start, *run)
+            latents = sd.sample(
                 these,
                 start,
                 seeds=own,
@@ -240,6 +244,17 @@ class StableDiffusion:
             pictures += self.decode(latents)
         return pictures
 
+    def with_rescale(self, guidance_rescale: float | None) -> "StableDiffusion":
+        """Returns this model, with the same networks and another guidance rescale (None: the same).
+        Raises ValueError unless it is from 0 to 1."""
+        if guidance_rescale is None:
+            return self
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale}")
+        sd = copy.copy(self)
+        sd.guidance_rescale = guidance_rescale
+        return sd
+
     def sample(
         self,
         prompts: Sequence[str] | str,
@@ -247,13 +262,15 @@ class StableDiffusion:
         *,
         negative_prompt: str = "",
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
         **how: Any,
     ) -> Tensor:
         """Denoises unit noise (B,4,h,w) with classifier-free guidance, as one batch. Returns
         latents (B,4,h,w). `prompts` is one string for all images, or a list with one string per
-        image. If `guidance_scale` is None, it is the model's own. `how` are further arguments of
-        `denoise`, such as `steps` and `seeds`."""
-        return self.denoise(self.guided(prompts, negative_prompt, guidance_scale), noise, **how)
+        image. If `guidance_scale` is None, it is the model's own. `guidance_rescale` is as in a
+        call of the model. `how` are further arguments of `denoise`, such as `steps` and `seeds`."""
+        sd = self.with_rescale(guidance_rescale)
+        return self.denoise(sd.guided(prompts, negative_prompt, guidance_scale), noise, **how)
 
     def guided(
         self, prompts: Sequence[str] | str, negative_prompt: str = "", guidance_scale: float | None = None
@@ -333,7 +350,9 @@ class StableDiffusion:
             context, uncond = (
                 self.text.filled(one, other.shape[1]) for one, other in ((context, uncond), (uncond, context))
             )
-        return guidance.classifier_free(self.unet, context, uncond, guidance_scale, self.schedule)
+        return guidance.classifier_free(
+            self.unet, context, uncond, guidance_scale, self.schedule, self.guidance_rescale
+        )
 
     def encode_prompt(self, prompts: Sequence[str] | str, size: tuple[int, int] | None = None) -> Tensor:
         """Encodes prompts into text states (B,77n,D), in the model's dtype. A prompt is encoded in

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from minsd.adapters import Adapters
 from minsd.config import CELL
-from minsd.guidance import Model, Predictor, TextKV, eps_from_output
+from minsd.guidance import Model, Predictor, TextKV, eps_from_output, rescaled
 from minsd.noise.layout import CROP_MARGIN_MOST, Layout, SizedLayout, SizedRegion, coverage, ensure_sized
 
 OWN, WHOLE, EMPTY = 0, 1, 2  # the texts of a masked pass: the region's, the image's, the empty prompt
@@ -246,7 +246,7 @@ def masked_passes(
 
     def predict(x: Tensor, t: int | float) -> Tensor:
         eps = run(x, t, [] if cells is None else cells.at(t))  # (rows, B, 4, h, w)
-        eps = _guided(eps, len(captions), guidance_scale)  # (N + 1, B, 4, h, w)
+        eps = _guided(sd, eps, len(captions), guidance_scale, x, t)  # (N + 1, B, 4, h, w)
         return (merge.to(eps.dtype) * eps).sum(0)
 
     return predict
@@ -266,7 +266,7 @@ def attention_only_pass(sd: Model, layout: SizedLayout, ladder: str, guidance_sc
     negatives = [layout.negative_prompt, *(region.negative_prompt for region in layout.regions)]
     rows = [(captions, 0)] if guidance_scale == 1 else [(negatives, 0), (captions, 0)]
     run = _Rows(sd, rows, _size(layout), None)
-    return lambda x, t: _guided(run(x, t, cells), 1, guidance_scale)[0]
+    return lambda x, t: _guided(sd, run(x, t, cells), 1, guidance_scale, x, t)[0]
 
 
 def single_pass(
@@ -287,7 +287,7 @@ def single_pass(
         return sd.predictor(cond, uncond, guidance_scale)
     rows = [(texts[0], k)] if guidance_scale == 1 else [(texts[1], k), (texts[0], k)]
     run = _Rows(sd, rows, size, adapters)
-    return lambda x, t: _guided(run(x, t, []), 1, guidance_scale)[0]
+    return lambda x, t: _guided(sd, run(x, t, []), 1, guidance_scale, x, t)[0]
 
 
 @dataclass(frozen=True)
@@ -309,9 +309,10 @@ def cropped(inner: Predictor, crops: Sequence[Crop], until: float) -> Predictor:
     def predict(x: Tensor, t: int | float) -> Tensor:
         if t < until:
             return inner(x, t)
-        total = torch.zeros_like(x)
-        for crop in crops:
-            total[crop.place] += crop.weights.to(x.dtype) * crop.predict(x[crop.place], t)
+        parts = [crop.weights.to(x.dtype) * crop.predict(x[crop.place], t) for crop in crops]
+        total = torch.zeros_like(x, dtype=parts[0].dtype)
+        for crop, part in zip(crops, parts):
+            total[crop.place] += part
         return total
 
     return predict
@@ -357,13 +358,18 @@ def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
     return places
 
 
-def _guided(eps: Tensor, conditional: int, guidance_scale: float) -> Tensor:
-    """Applies guidance to the predicted noises eps (rows,B,4,h,w). The last `conditional` rows of
-    eps are the conditional predictions. The rows before them are the unconditional predictions: a
-    single row for all, or one per conditional row, or none if `guidance_scale` is 1. Returns the
-    guided predictions (conditional,B,4,h,w)."""
+def _guided(
+    sd: Model, eps: Tensor, conditional: int, guidance_scale: float, x: Tensor, t: int | float
+) -> Tensor:
+    """Applies guidance, with the rescaling that `sd.guidance_rescale` asks for, to noises eps
+    (rows,B,4,h,w) predicted for latents x (B,4,h,w) at timestep t. The last `conditional` rows are
+    the conditional predictions. The rows before them are the unconditional ones: a single row for
+    all, or one per conditional row; none are needed if the guidance scale is 1. Returns
+    (conditional,B,4,h,w)."""
     u, c = eps[:-conditional], eps[-conditional:]
-    return c if guidance_scale == 1 else u + guidance_scale * (c - u)
+    if guidance_scale == 1:
+        return c
+    return rescaled(u + guidance_scale * (c - u), c, x, t, sd.guidance_rescale, sd.schedule)
 
 
 def _fitting(inner: Predictor, size: Grid, seeds: list[int]) -> Predictor:

@@ -35,7 +35,7 @@ from minsd.noise.losses import Subjects
 from minsd.noise.pairs import Group, find_groups, read_groups
 from minsd.samplers import SAMPLERS
 from minsd.samplers.random import generators
-from minsd.samplers.schedule import Timestep
+from minsd.samplers.schedule import Timestep, clean
 
 Told = dict[str, Tensor]  # values to report, by name: name -> one value per image, (b,)
 Objective = Callable[["Look"], Tensor | tuple[Tensor, Told]]
@@ -263,8 +263,7 @@ class Look:
         else:
             e, u = self.read("eps", "uncond")
             e = u + guidance * (e - u)
-        a = self._lift.sd.schedule.abar(self.t)
-        return (self.x - (1 - a) ** 0.5 * e) / a**0.5
+        return clean(self.x, e, self._lift.sd.schedule.abar(self.t))
 
     @cached_property
     def picture(self) -> Tensor:

@@ -59,7 +59,8 @@ class Trip:
     recover every noise and so give all noises the same score.
 
     The constructor raises ValueError for a sampler that cannot be inverted, an `eta` other than 0,
-    a number of steps that the schedule does not allow, and guidance scales that are not finite.
+    a number of steps that the schedule does not allow, a schedule that begins at zero terminal SNR,
+    and guidance scales that are not finite.
     """
 
     def __init__(
@@ -85,7 +86,10 @@ class Trip:
         if not math.isfinite(guidance_scale) or not math.isfinite(guidance_invert):
             scales = f"{guidance_scale} and {guidance_invert}"
             raise ValueError(f"guidance_scale and guidance_invert must be numbers, not {scales}")
-        sd.schedule.timesteps(steps)  # raises for a wrong number of steps
+        visited = sd.schedule.timesteps(steps)  # raises for a wrong number of steps
+        sd.schedule.check_signal(
+            visited, "inversion", "take another model, or choose noise by attention (--score attention)"
+        )
         self.sd = sd
         self.steps = steps
         self.sampler = sampler

@@ -120,9 +120,9 @@ class Steer:
         kind = HOW[self.driver]
         how: Any = getattr(objective, "how", None)
         if not isinstance(how, kind):
-            # The size of a plain function's gradient is unknown, so it is scaled.
-            scaled = self.driver != "refine" or self.is_class
-            how = kind() if scaled else Refining(share=drivers.SHARE)
+            # The size of the gradient of a user's own objective is unknown, so it is scaled.
+            own = not (self.is_class and self.name in NAMES)
+            how = Refining(share=drivers.SHARE) if own and self.driver == "refine" else kind()
         given = {name: value for name, value in self.settings.items() if name in driver_options(self.driver)}
         if self.driver == "refine" and "lr" in given:
             given["scale"] = given.pop("lr")

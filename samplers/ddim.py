@@ -13,15 +13,18 @@ eta 0 adds no fresh noise z; eta 1 adds as much as DDPM.
 from torch import Tensor
 
 from .random import randn_like
-from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
+from .schedule import ZERO_SNR, Generators, Predictor, Refine, Schedule, Steps, Timestep, clean
 
 
 def step(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
     """Takes one deterministic DDIM step. x are the latents where abar is a, and `eps` is the noise
     predicted in them, both (B,4,h,w). Returns the latents where abar is b. A step with b > a
-    denoises, and a step with b < a inverts. abar is the schedule's cumulative product of 1 -
-    beta."""
-    return (b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps
+    denoises, and a step with b < a inverts. abar is the schedule's cumulative product of 1 - beta.
+    Latents x at zero terminal SNR are all noise, so a step from there mixes the clean latents with
+    x itself."""
+    if a == ZERO_SNR:
+        return b**0.5 * clean(x, eps, a) + (1 - b) ** 0.5 * x
+    return ((b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps).to(x.dtype)
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
@@ -63,9 +66,12 @@ def sample(
         if eta == 0:
             x = step(x, eps, a, b)
         else:
+            x0 = clean(x, eps, a)
+            if a == ZERO_SNR:
+                eps, a = x, 0.0
             sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
-            x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
-            x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + sigma * randn_like(generator, x)
+            kept = max(1 - b - sigma**2, 0.0) ** 0.5  # not below 0 by rounding
+            x = b**0.5 * x0 + kept * eps.to(x.dtype) + sigma * randn_like(generator, x)
         yield i, t, x
 
 
@@ -93,13 +99,16 @@ def invert(
     iterations the inversion becomes exact, if the image is later made with the same `predict`. The
     results are best if `predict` applies no guidance.
 
-    Raises ValueError for another `anchor` and for negative `iterations`.
+    Raises ValueError for another `anchor`, for negative `iterations`, and if the inversion would
+    end at zero terminal SNR, where the predicted noise equals the latents and so does not determine
+    them.
     """
     if anchor not in ("target", "source"):
         raise ValueError(f"anchor must be 'target' or 'source', not {anchor!r}")
     if iterations < 0:
         raise ValueError(f"iterations must be 0 or more, not {iterations}")
     visited = timesteps(schedule, steps)
+    schedule.check_signal(visited, "inversion", "take another model")
     stride = schedule.config.num_train_timesteps // steps
     for i, t in enumerate(reversed(visited)):
         a = schedule.abar_below(t, steps, final)

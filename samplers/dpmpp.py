@@ -59,6 +59,6 @@ def sample(
             # The length of the last step relative to this one, in lambda.
             r = math.log(sigmas[i - 1] / s) / math.log(s / s_next)
             d = clean + (clean - before) / (2 * r)
-        x = to_x(s_next / s * y + (1 - s_next / s) * d, s_next)
+        x = to_x(s_next / s * y + (1 - s_next / s) * d, s_next).to(x.dtype)
         before = clean
         yield i, t, x

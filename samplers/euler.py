@@ -53,7 +53,7 @@ def sample(
         if refine is not None:
             x = refine(i, t, x)
         y = to_y(x, sigmas[i]) + (sigmas[i + 1] - sigmas[i]) * predict(x, t)
-        x = to_x(y, sigmas[i + 1])
+        x = to_x(y, sigmas[i + 1]).to(x.dtype)
         yield i, t, x
 
 
@@ -90,5 +90,5 @@ def sample_ancestral(
         y = to_y(x, s) + (down - s) * predict(x, t)
         if up > 0:
             y = y + up * randn_like(generator, x)
-        x = to_x(y, s_next)
+        x = to_x(y, s_next).to(x.dtype)
         yield i, t, x

@@ -4,8 +4,20 @@ both ends. `samplers/__init__.py` explains the variables; `euler.begin` makes th
 
 from torch import Tensor
 
-from .euler import begin, timesteps
-from .schedule import Generators, Predictor, Refine, Schedule, Steps, to_x, to_y
+from . import euler
+from .schedule import ZERO_SNR_SAMPLERS, Generators, Predictor, Refine, Schedule, Steps, Timestep, to_x, to_y
+
+
+def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
+    """Lists the timesteps of a run as `euler.timesteps` does.
+
+    Raises ValueError for a run that begins at zero terminal SNR. There the mean of the two slopes
+    would multiply the difference between the clean latents predicted at the two ends of the first
+    step by about 2048 / sigma of the step's end, which is 40 in a run of 25 steps.
+    """
+    visited = euler.timesteps(schedule, steps, start)
+    schedule.check_signal(visited, "the sampler heun", f"take {ZERO_SNR_SAMPLERS}")
+    return visited
 
 
 def sample(
@@ -27,7 +39,7 @@ def sample(
     ignored."""
     visited = timesteps(schedule, steps, start)
     sigmas = schedule.sigmas(visited, final)
-    x = begin(init, x, schedule, visited[0])
+    x = euler.begin(init, x, schedule, visited[0])
     for i, t in enumerate(visited):
         s, s_next = sigmas[i], sigmas[i + 1]
         if refine is not None:
@@ -36,7 +48,7 @@ def sample(
         slope = predict(x, t)
         y_next = y + (s_next - s) * slope
         if i + 1 < len(visited):
-            slope_next = predict(to_x(y_next, s_next), visited[i + 1])
+            slope_next = predict(to_x(y_next, s_next).to(x.dtype), visited[i + 1])
             y_next = y + (s_next - s) * (slope + slope_next) / 2
-        x = to_x(y_next, s_next)
+        x = to_x(y_next, s_next).to(x.dtype)
         yield i, t, x

@@ -4,7 +4,7 @@ add noise, jump again."""
 from torch import Tensor
 
 from .random import randn_like
-from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
+from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep, clean
 
 TRAINED_STEPS = 50  # DDIM steps in the distillation of consistency models
 SIGMA_DATA = 0.5  # of the boundary condition, as distilled
@@ -51,13 +51,13 @@ def sample(
         a = schedule.abar(t)
         if refine is not None:
             x = refine(i, t, x)
-        clean = (x - (1 - a) ** 0.5 * predict(x, t)) / a**0.5
+        x0 = clean(x, predict(x, t), a)
         # The consistency function must return its input at t = 0. These weights ensure it.
         scaled = t * TIMESTEP_SCALING
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         out = scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
-        x = clean = skip * x + out * clean
+        x = x0 = skip * x + out * x0
         if i + 1 < len(visited):
             b = schedule.abar(visited[i + 1])
-            x = b**0.5 * clean + (1 - b) ** 0.5 * randn_like(generator, x)
+            x = b**0.5 * x0 + (1 - b) ** 0.5 * randn_like(generator, x)
         yield i, t, x

@@ -12,14 +12,18 @@ predictor the two runs differ by 88 % of their norm at 2 steps, 13 % at 10, and 
 from torch import Tensor
 
 from .ddim import step
-from .schedule import Generators, Predictor, Refine, Schedule, Steps, Timestep
+from .schedule import ZERO_SNR_SAMPLERS, Generators, Predictor, Refine, Schedule, Steps, Timestep
 
 
 def timesteps(schedule: Schedule, steps: int, start: int = 0) -> list[Timestep]:
     """Lists the timesteps that a run visits, most noise first. The run has `steps` steps, but skips
     the first `start` of them. The second timestep is listed twice, because PNDM visits it twice. If
-    only one step is left, its timestep is the only one."""
+    only one step is left, its timestep is the only one.
+
+    Raises ValueError for a run that begins at zero terminal SNR. The predicted noise equals the
+    latents there, and cannot be combined with the noise predicted at other levels."""
     grid = schedule.timesteps(steps)[start:]
+    schedule.check_signal(grid, "the sampler pndm", f"take {ZERO_SNR_SAMPLERS}")
     return grid[:1] + grid[1:2] + grid[1:]
 
 

@@ -24,13 +24,19 @@ Refine = Callable[[int, Timestep, Tensor], Tensor]  # (i, t, x) -> x, before ste
 Steps = Iterator[tuple[int, Timestep, Tensor]]  # (i, t, x) after every step
 Generators = Sequence[torch.Generator]  # one per image
 
+# abar of the last timestep of a schedule with zero terminal SNR, in place of 0, so that sigma is
+# finite there (4096). diffusers takes the same value.
+ZERO_SNR = 2.0**-24
+ZERO_SNR_SAMPLERS = "ddim, euler, euler_a, dpmpp_2m, unipc or lcm"  # those that can begin there
+
 
 class Schedule:
     """The noise levels of a model, computed from its scheduler config as in diffusers. A level is
     described by abar, the cumulative product of 1 - beta. `alphas_cumprod` (1000,) float32 holds
     abar for all training timesteps, and the method `abar(t)` returns abar for one timestep.
 
-    The constructor raises ValueError for an unknown beta schedule or prediction type.
+    The constructor raises ValueError for an unknown beta schedule or prediction type, and for zero
+    terminal SNR without v-prediction.
     """
 
     def __init__(self, config: ScheduleConfig):
@@ -45,10 +51,18 @@ class Schedule:
             raise ValueError(
                 f"unknown prediction_type {config.prediction_type!r}: use epsilon or v_prediction"
             )
+        if config.rescale_betas_zero_snr and config.prediction_type != "v_prediction":
+            raise ValueError(
+                "the model's schedule has zero terminal SNR (rescale_betas_zero_snr, ztsnr), which needs"
+                " a model that predicts v: give --prediction-type v_prediction if this one does"
+            )
         self.config = config
         self.prediction_type = config.prediction_type
-        self.betas = betas  # (1000,)
-        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)  # (1000,)
+        self.has_zero_snr = config.rescale_betas_zero_snr
+        self.betas = zero_snr_betas(betas) if self.has_zero_snr else betas  # (1000,)
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)  # (1000,)
+        if self.has_zero_snr:
+            self.alphas_cumprod[-1] = ZERO_SNR
         self._abar: list[float] = self.alphas_cumprod.double().tolist()
 
     def abar(self, t: Timestep) -> float:
@@ -66,6 +80,20 @@ class Schedule:
             return 1 / (1 + sigma**2)
         log_sigma = [0.5 * math.log((1 - a) / a) for a in (self._abar[low], self._abar[high])]
         return 1 / (1 + math.exp(2 * ((1 - part) * log_sigma[0] + part * log_sigma[1])))
+
+    def begins_without_signal(self, visited: Sequence[Timestep]) -> bool:
+        """Returns whether a run over the timesteps `visited` begins at zero terminal SNR, where
+        nothing of the image is left."""
+        return self.has_zero_snr and self.abar(visited[0]) == ZERO_SNR
+
+    def check_signal(self, visited: Sequence[Timestep], what: str, advice: str) -> None:
+        """Raises ValueError if a run over the timesteps `visited` begins at zero terminal SNR. The
+        message says that `what` is not possible, and ends with the advice."""
+        if self.begins_without_signal(visited):
+            raise ValueError(
+                f"{what} is not possible where the first timestep leaves nothing of the image, as this"
+                f" model's does (zero terminal SNR): {advice}"
+            )
 
     def final_abar(self, final: str | None = None) -> float:
         """Returns abar, the cumulative product of 1 - beta, at the end of a run. `final` is "abar0"
@@ -182,6 +210,25 @@ class Schedule:
         abar = self.alphas_cumprod.to(x0.device)[torch.as_tensor(t, device=x0.device).expand(len(x0))]
         abar = abar.to(x0.dtype).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def zero_snr_betas(betas: Tensor) -> Tensor:
+    """Returns betas (1000,) whose last one is 1, so that abar ends at 0: sqrt(abar) is shifted and
+    scaled, and keeps its first value (Lin et al. 2023, algorithm 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
+
+
+def clean(x: Tensor, eps: Tensor, abar: float) -> Tensor:
+    """Returns the clean latents (B,4,h,w) that belong to latents x (B,4,h,w) at level `abar` and
+    the noise `eps` predicted there, in x's dtype.
+
+    At zero terminal SNR they are exactly -v, where eps = sqrt(abar) v + sqrt(1 - abar) x.
+    """
+    if abar == ZERO_SNR:
+        return (((1 - abar) ** 0.5 * x.to(eps.dtype) - eps) / abar**0.5).to(x.dtype)
+    return ((x - (1 - abar) ** 0.5 * eps) / abar**0.5).to(x.dtype)
 
 
 def to_y(x: Tensor, sigma: float) -> Tensor:

@@ -65,7 +65,7 @@ def sample(
             r = math.log(sigmas[i - 1] / s) / -math.log(s / s_next)
             d = now + 0.5 * (clean - now) / r
         ratio = s_next / s
-        x = to_x(ratio * y + (1 - ratio) * d, s_next)
+        x = to_x(ratio * y + (1 - ratio) * d, s_next).to(x.dtype)
         y_last, before, clean = y, clean, now
         yield i, t, x
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from minsd import guidance
 from minsd.adapters import Adapters
 from minsd.config import MODELS
 from minsd.controlnet import Control, Controlled, ControlNet, read_control_image
+from minsd.unet import UNet
 from minsd.weights.controlnet import load_controlnet
 
 
@@ -259,6 +261,55 @@ def test_single_files_of_both_layouts(tmp_path, linear):
 
 
 @torch.no_grad()
+def test_a_control_lora_is_the_controlnet_of_the_sums(tmp_path):
+    """W = UNet's weight + up @ down by hand, for linear layers and convolutions; the rest is whole, or
+    the UNet's own."""
+    sizes = {"block_out_channels": (32, 64, 64, 64), "num_heads": (8, 8, 8, 8)}
+    config = dataclasses.replace(MODELS["sd15"].unet, **sizes)
+    unet = UNet(config).requires_grad_(False)
+    theirs = diffusers_controlnet(config)
+    own, state, file = dict(unet.named_parameters()), theirs.state_dict(), {}
+    kinds = Counter()
+    for number, (name, p) in enumerate(state.items()):
+        layer = original_name(name).removeprefix("control_model.")
+        if name not in own or p.ndim == 1 and number % 3:
+            file[layer] = p
+            kinds["whole"] += 1
+        elif p.ndim == 1 or number % 5 == 0:
+            state[name] = own[name]
+            kinds["own"] += 1
+        else:
+            up, down = torch.randn(len(p), 3) / 20, torch.randn(3, *p.shape[1:]) / 20
+            state[name] = own[name] + torch.tensordot(up, down, 1)
+            layer = layer.removesuffix(".weight")
+            file |= {f"{layer}.up": up if p.ndim == 2 else up[:, :, None, None], f"{layer}.down": down}
+            kinds[p.ndim] += 1
+    assert min(kinds[kind] for kind in ("whole", "own", 2, 4)) > 10
+    theirs.load_state_dict(state)
+    path = tmp_path / "control-lora.safetensors"
+    save_file(file | {"lora_controlnet": torch.zeros(0)}, path)
+    net = load_controlnet(path, device="cpu", dtype=torch.float32, unet=unet)
+    x, context, picture = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 768), torch.rand(1, 3, 64, 64)
+    skips, middle = net(x, 300, context, net.embed(picture))
+    expected, expected_middle = theirs(x, torch.tensor(300), context, picture, return_dict=False)
+    assert max(relative(a, b) for a, b in zip((*skips, middle), (*expected, expected_middle))) <= 1e-5
+    assert all(torch.equal(p, before) for p, before in zip(unet.parameters(), own.values()))
+    other = UNet(dataclasses.replace(config, context_dim=48))
+    for change, model, says in (
+        ({}, None, "is a control-lora, a difference from a UNet"),
+        ({}, other, "with this model's UNet, the control-lora .*mis-shaped"),
+        ({"time_embed.0.up": torch.zeros(128, 5)}, unet, "time_embed.0.up and .down do not fit"),
+        ({"strange.up": torch.zeros(2, 2)}, unet, "strange.up and .down do not fit"),
+        ({"middle_block_out.0.weight": None}, unet, "is not a ControlNet"),
+    ):
+        changed = {k: v for k, v in (file | change).items() if v is not None}
+        save_file(changed | {"lora_controlnet": torch.zeros(0)}, path)
+        with pytest.raises(ValueError, match=says) as error:
+            load_controlnet(path, device="cpu", dtype=torch.float32, unet=model)
+        assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
 def test_colours_in_bgr_order(small, net, net_folder, pictures, tmp_path):
     save_file(
         load_file(net_folder / "diffusion_pytorch_model.safetensors"),
@@ -284,10 +335,6 @@ def test_one_clear_line_for_what_does_not_fit(small, small_folder, net, net_fold
     refused(FileNotFoundError, "there is no ControlNet", load(tmp_path / "none"))
     refused(ValueError, "pickle", load(tmp_path / "control.pth"))
     refused(ValueError, "is not a ControlNet", load(small_folder / "unet"))
-    save_file(
-        {"lora_controlnet": torch.zeros(0), "input_blocks.0.0.up": torch.zeros(1)}, tmp_path / "c.safetensors"
-    )
-    refused(ValueError, "is a control-lora", load(tmp_path / "c.safetensors"))
     save_file({"adapter.body.0.in_conv.weight": torch.zeros(1)}, tmp_path / "t.safetensors")
     refused(ValueError, "looks like a T2I adapter", load(tmp_path / "t.safetensors"))
     tensors = load_file(net_folder / "diffusion_pytorch_model.safetensors")

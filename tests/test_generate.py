@@ -205,6 +205,27 @@ def test_list_tokens(capfd, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_guidance_rescale_is_recorded_and_repeated(tmp_path, capfd, shapes):
+    run = [PROMPT, "--seed", "0", "--steps", "2", "--out", str(tmp_path)]
+    assert main([*run, "--guidance-rescale", "0.7"]) == 0
+    assert main(run) == 0
+    first, second = lines(tmp_path)
+    assert (first["guidance_rescale"], second["guidance_rescale"]) == (0.7, None)
+    pictures = [np.asarray(Image.open(tmp_path / row["file"])) for row in (first, second)]
+    expected = [shapes(PROMPT, seeds=[0], steps=2, guidance_rescale=part)[0] for part in (0.7, None)]
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, expected))
+    assert not np.array_equal(*pictures)
+    assert main(["--like", str(tmp_path / first["file"]), "--out", str(tmp_path / "again")]) == 0
+    (again,) = lines(tmp_path / "again")
+    assert again["guidance_rescale"] == 0.7
+    assert (tmp_path / "again" / again["file"]).exists()
+    assert main([*run, "--guidance-rescale", "0.7", "--guidance-scale", "1", "--resume"]) == 0
+    assert "changes nothing here" in capfd.readouterr().err
+    assert main([*run, "--guidance-rescale", "0", "--resume"]) == 0 and len(lines(tmp_path)) == 3
+    assert main([*run, "--guidance-rescale", "1.5"]) == 2
+    assert "--guidance-rescale" in capfd.readouterr().err
+
+
 def test_weights_and_chunks_are_said_and_recorded(tmp_path, capfd):
     run = ["--seed", "0", "--steps", "1", "--out", str(tmp_path)]
     assert main(["a (red:1.3) circle and " * 20, *run]) == 0

@@ -767,7 +767,7 @@ def test_a_note_where_attention_meets_a_model_of_few_steps(given, noted, shapes)
     assert any("were made for models of many steps" in note for note in notes) == noted
 
 
-def test_the_example_of_the_contributors_page_works_as_written(own, shapes):
+def test_the_examples_of_the_pages_work_as_written(own, shapes):
     page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
     (own / "mine.py").write_text(re.search(r"works with every driver:\n\n```python\n(.*?)```", page, re.S)[1])
     one = "a red circle"
@@ -782,7 +782,15 @@ def test_the_example_of_the_contributors_page_works_as_written(own, shapes):
     a, b = Look(lift, x, rows, 981).maps[0].detach()
     assert told["shared"].tolist() == pytest.approx([a.minimum(b).sum().item(), 0], rel=1e-4)
     assert torch.allclose(told["loss"], told["seen"] + 2 * told["shared"])
+    how = steer.choose("mine.py:Apart").how(lift.objective)
+    assert how.share == 0.02 and steer.choose("mine.py:Apart", settings="lr=1").how(None).share is None
     assert len(shapes(one, seeds=[1], steps=1, objective="mine.py:Apart")) == 1
+    front = (Path(__file__).parents[1] / "README.md").read_text()
+    (own / "left.py").write_text(re.search(r"```python\n(def left\(look\):.*?)```", front, re.S)[1])
+    theirs, _ = steer.Run(shapes, steer.choose("left.py:left"), run.asks)._lift(run.asks)
+    assert torch.equal(
+        theirs.score(x, rows, 981)["loss"], Lift(shapes, run.asks, left).score(x, rows, 981)["loss"]
+    )
 
 
 def test_only_the_conflict_loss_warns_of_a_single_subject(shapes, recwarn):

@@ -39,6 +39,32 @@ def test_guided_ddim_trajectory_equals_diffusers(kind, shapes_folder, tmp_path):
         assert np.abs(np.asarray(ours) / 255 - picture).max() <= 1.01 / 255
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_guidance_rescale_and_zero_terminal_snr_equal_diffusers(kind, shapes_folder, tmp_path):
+    """The model that predicts v has zero terminal SNR and begins there. Two images, each with a scale of
+    its own."""
+    theirs = small_pipeline(shapes_folder / "tokenizer", kind, sd2=kind == "v_prediction")
+    if kind == "v_prediction":
+        changed = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        theirs.scheduler = theirs.scheduler.from_config(theirs.scheduler.config, **changed)
+    theirs.save_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    sd = minsd.load(str(tmp_path), "cpu")
+    start = noise([3, 4], (4, 16, 16))
+    options = {"guidance_scale": 7.5, "guidance_rescale": 0.7}
+    expected = theirs(
+        [PROMPT] * 2, output_type="latent", num_inference_steps=10, latents=start.clone(), **options
+    ).images
+    latents = sd.sample(PROMPT, start, steps=10, **options)
+    assert (latents - expected).norm() / expected.norm() <= 1e-4
+    plain = sd.sample(PROMPT, start, steps=10, guidance_scale=7.5)
+    assert (plain - expected).norm() / expected.norm() > 1e-2 and sd.guidance_rescale == 0
+    called = sd(PROMPT, noise=start, steps=10, height=128, width=128, **options)
+    assert [p.tobytes() for p in called] == [p.tobytes() for p in sd.decode(latents)]
+    with pytest.raises(ValueError, match="guidance_rescale must be from 0 to 1, not 2"):
+        sd(PROMPT, guidance_rescale=2)
+
+
 def test_same_seed_same_noise_and_the_same_picture_whatever_the_batch(small):
     assert torch.equal(noise([7], (4, 16, 16))[0], noise([5, 6, 7], (4, 16, 16))[2])
     three = small(PROMPT, seeds=[5, 6, 7], steps=3)

@@ -208,6 +208,35 @@ def test_controlnets(controlnet, key, value, named, name, number):
     assert net is None or not named
 
 
+FACTORS = st.dictionaries(
+    st.sampled_from(
+        [
+            f"{layer}.{part}"
+            for layer in ("time_embedding.linear_1", "conv_in", "x", "")
+            for part in ("up", "down")
+        ]
+    ),
+    st.lists(st.sampled_from([0, 1, 2, 3, 4, 64, 256]), max_size=5),
+)
+
+
+@fuzz(40)
+@given(FACTORS, st.booleans())
+def test_control_loras(place, shapes, factors, own):
+    """On top of the embedded model's ControlNet, whose other tensors are whole."""
+    (source,) = (load.SHAPES_FOLDER / "extras" / "outlines").glob("*.safetensors")
+    whole = load_file(source) | {"lora_controlnet": torch.zeros(0)}
+    if own:  # then the factors change the UNet's own weights
+        whole = {
+            k: v for k, v in whole.items() if not k.startswith(("conv_in.w", "time_embedding.linear_1.w"))
+        }
+    path = place / "control-lora.safetensors"
+    path.unlink(missing_ok=True)
+    save_file(whole | {name: torch.ones(shape) for name, shape in factors.items()}, path)
+    net = refused_or(partial(load_controlnet, path, device="cpu", dtype=torch.float32, unet=shapes.unet))
+    assert net is not None or factors
+
+
 REGION = st.fixed_dictionaries(
     {"prompt": TEXTS},
     optional={

@@ -220,6 +220,15 @@ def compare(images: dict[str, Image.Image]) -> None:
     assert not changed, f"{changed}: look at them, then run python -m bench.pictures"
 
 
+def test_chapters_start_in_a_fresh_python_of_the_checkout():
+    """`import minsd` takes the checkout off the import path, so that `bench` must come first."""
+    for document in CHAPTERS:
+        source = pictures.blocks((ROOT / document).read_text(), "python")
+        (first,) = re.findall(r"^(?:from|import) (?:bench|minsd)", "\n".join(source), re.MULTILINE)[:1]
+        assert first == "from bench", document
+        assert any(text in "".join(source) for text in ("makedirs", "copytree")), document  # of outputs/
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", pictures.CHAPTERS)
 def test_every_block_of_a_chapter_runs_and_its_figures_are_the_files(folder):

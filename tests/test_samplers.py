@@ -186,6 +186,118 @@ def test_runs_of_any_length_equal_diffusers(name, spacing, v, monkeypatch):
         compare_runs(name, spacing, v, (100, 700), (0, 0.5), monkeypatch)
 
 
+# --- zero terminal SNR ----------------------------------------------------------------------------
+
+
+class Wide:
+    """torch, in which float32 is float64: diffusers' Euler classes round latents of sigma 4096."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def zero_snr(spacing="trailing", **more):
+    more |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    return Schedule(ScheduleConfig(timestep_spacing=spacing, **more))
+
+
+def from_v(schedule, rounded=False):
+    """A predictor for a network whose output, v, is `predict`."""
+    return lambda x, t: eps_from_output(predict(x, round(t) if rounded else t), x, t, schedule)
+
+
+def zero_snr_run(theirs, start, monkeypatch, init=None, begin=0):
+    """diffusers' loop with `predict` as v. After `set_timesteps`, all is computed in float64."""
+    module = type(theirs).__module__
+    if "euler" in module:
+        monkeypatch.setattr(f"{module}.torch", Wide())
+        theirs.sigmas = theirs.sigmas.double()
+    x = start * theirs.init_noise_sigma
+    if begin:
+        x = theirs.add_noise(init, start, theirs.timesteps[begin : begin + 1])
+    if hasattr(theirs, "set_begin_index"):  # Karras timesteps are rounded, and 999 occurs repeatedly
+        theirs.set_begin_index(begin)
+    for t in theirs.timesteps[begin:]:
+        x = theirs.step(predict(theirs.scale_model_input(x, t), float(t)), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm", "heun"])
+def test_zero_terminal_snr_equals_diffusers(name, spacing, monkeypatch):
+    schedule = zero_snr(spacing)
+    more = {"prediction_type": "v_prediction", "timestep_spacing": spacing, "rescale_betas_zero_snr": True}
+    if name == "heun":  # that class has no such setting
+        if spacing != "leading":
+            return check_refused(name, schedule)
+        more.pop("rescale_betas_zero_snr")
+        more["trained_betas"] = schedule.betas.tolist()
+    start, clean = noise([0, 1], (4, 8, 8)).double(), noise([5, 6], (4, 8, 8)).double()
+    draws = []
+    for module in ("scheduling_euler_ancestral_discrete", "scheduling_lcm"):
+        monkeypatch.setattr(
+            f"diffusers.schedulers.{module}.randn_tensor", lambda shape, **k: randn_like(draws[-1], start)
+        )
+    for steps in (1, 2, 10, 25):
+        for begin in sorted({0, int(0.4 * steps)} if name != "heun" else {0}):
+            theirs = relatives(name, **more)
+            draws.append(generators([10, 11]))
+            theirs.set_timesteps(steps)
+            with monkeypatch.context() as patch:
+                expected = zero_snr_run(theirs, start, patch, clean, begin)
+            for dtype, limit in ((torch.float64, 3e-6), (torch.float32, 3e-6), (torch.float16, 1e-2)):
+                init = clean.to(dtype) if begin else None
+                how = {"init": init, "start": begin, "generator": generators([10, 11])}
+                *_, (_, _, x) = SAMPLERS[name](from_v(schedule), start.to(dtype), schedule, steps, **how)
+                assert x.dtype == dtype and relative(x.double(), expected) <= limit, (steps, begin, dtype)
+
+
+def check_refused(name, schedule):
+    start = noise([0], (4, 8, 8))
+    for call in (
+        lambda: timesteps(name, schedule, 5),
+        lambda: next(SAMPLERS[name](from_v(schedule), start, schedule, 5)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} .*zero terminal SNR.*: take ddim, euler, .* or lcm$"):
+            call()
+    *_, (i, _, x) = SAMPLERS[name](from_v(schedule), start, schedule, 5, init=start, start=2)
+    assert i >= 2 and x.isfinite().all()  # a run from an image begins lower
+
+
+def test_zero_terminal_snr_by_itself(monkeypatch):
+    schedule = zero_snr()
+    theirs = relatives("euler", "v_prediction", rescale_betas_zero_snr=True)
+    assert torch.equal(schedule.alphas_cumprod, theirs.alphas_cumprod) and schedule.abar(999) == 2**-24
+    check_refused("pndm", schedule)
+    start = noise([0, 1], (4, 8, 8)).double()
+    theirs = relatives("dpmpp_2m", "v_prediction", rescale_betas_zero_snr=True, use_karras_sigmas=True)
+    theirs.set_timesteps(10)
+    expected = zero_snr_run(theirs, start, monkeypatch)
+    *_, (_, _, x) = SAMPLERS["dpmpp_2m"](from_v(schedule, rounded=True), start, schedule, 10, karras=True)
+    assert relative(x, expected) <= 3e-6
+    theirs = relatives("ddim", "v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    theirs.set_timesteps(10)
+    expected, twins = start, generators([10, 11])
+    for t in theirs.timesteps:
+        drawn = randn_like(twins, start)
+        expected = theirs.step(
+            predict(expected, int(t)), t, expected, eta=1.0, variance_noise=drawn
+        ).prev_sample
+    *_, (_, _, x) = ddim.sample(
+        from_v(schedule), start, schedule, 10, eta=1.0, generator=generators([10, 11])
+    )
+    assert relative(x, expected) <= 3e-5  # theirs in float32
+    with pytest.raises(ValueError, match=r"^inversion is not possible .*zero terminal SNR"):
+        next(ddim.invert(from_v(schedule), start, schedule, 10))
+    next(ddim.invert(from_v(schedule), start, zero_snr("leading"), 10))
+    with pytest.raises(
+        ValueError, match="needs a model that predicts v: give --prediction-type v_prediction"
+    ):
+        Schedule(ScheduleConfig(rescale_betas_zero_snr=True))
+
+
 @pytest.mark.parametrize("steps", [2, 10, 50])
 def test_pndm_on_v_models_ends_where_ddim_does(steps):
     """With the exact v of one image, every right sampler ends at that image, noised to the last level

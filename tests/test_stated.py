@@ -45,7 +45,30 @@ from minsd.weights import stated
 )
 def test_metadata_of_single_files(metadata, prediction, size):
     found = stated.of_file(metadata)
-    assert (found.prediction_type, found.size) == (prediction, size)
+    assert (found.prediction_type, found.size, found.zero_snr) == (prediction, size, False)
+    marked = stated.of_file(metadata, ["v_pred", "ztsnr"])
+    assert (marked.prediction_type, marked.zero_snr) == (prediction or "v_prediction", True)
+    assert stated.of_file(metadata | {"ss_zero_terminal_snr": "True"}).zero_snr
+
+
+def test_marks_of_zero_terminal_snr(twins, tokenizer, tmp_path):  # noqa: F811
+    """As a folder with that scheduler config: the same schedule, which begins at timestep 999."""
+    folder, file, _, _ = twins
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(load_file(file) | marks, tmp_path / "z.safetensors")
+    sd = minsd.load(str(tmp_path / "z.safetensors"), "cpu", tokenizer=tokenizer)
+    shutil.copytree(folder, tmp_path / "folder")
+    values = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    change(tmp_path / "folder", "scheduler/scheduler_config.json", values | {"rescale_betas_zero_snr": True})
+    same = minsd.load(str(tmp_path / "folder"), "cpu")
+    assert sd.config.schedule == same.config.schedule and sd.notes == []
+    assert sd.schedule.timesteps(4)[0] == 999 and sd.schedule.abar(999) == 2**-24
+    how = {"seeds": [3], "steps": 2, "height": 64, "width": 64}
+    assert sd("a red circle", **how)[0].tobytes() == same("a red circle", **how)[0].tobytes()
+    del marks["v_pred"]
+    save_file(load_file(file) | marks, tmp_path / "z.safetensors")
+    said = refused(tmp_path / "z.safetensors", tokenizer=tokenizer, prediction_type="epsilon")
+    assert "needs a model that predicts v: give --prediction-type v_prediction if this one does" in said
 
 
 def test_single_files_are_loaded_as_they_state(twins, tokenizer, tmp_path):  # noqa: F811

@@ -629,12 +629,7 @@ def schedule_config(path: Path) -> ScheduleConfig:
     if "EDM" in str(c.get("_class_name")):
         raise ValueError(
             f"{path}: {c['_class_name']} is for models of the EDM kind (Playground 2.5): minsd draws with"
-            " those that predict noise"
-        )
-    if c.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            f"{path}: rescale_betas_zero_snr is not supported: minsd's samplers begin where some"
-            " signal is left"
+            " those that predict noise or v"
         )
     for key, known in {
         "prediction_type": ("epsilon", "v_prediction"),

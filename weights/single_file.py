@@ -26,12 +26,8 @@ _SD1 = MODELS["sd15"]
 _SD2 = MODELS["sd21"]
 _SDXL = MODELS["sdxl"]
 CHANNELS = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}
-# Tensors that mark SDXL models which do not predict noise -> the kind of model.
-_OTHER_XL = {
-    "v_pred": "predicts v",
-    "edm_mean": "is of the EDM kind (Playground 2.5)",
-    "edm_vpred.sigma_max": "is of the EDM kind",
-}
+# Tensors that mark SDXL models which predict neither noise nor v -> the kind of model.
+_OTHER_XL = {"edm_mean": "is of the EDM kind (Playground 2.5)", "edm_vpred.sigma_max": "is of the EDM kind"}
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,14 @@ def original(tensors: Tensors, prediction_type: str | None, metadata: Mapping[st
     is_xl = "add_embedding.linear_1.weight" in unet
     texts, prefixes = _xl_text_tensors(tensors) if is_xl else _text_tensors(tensors)
     notes = []
-    said = stated.of_file(metadata)
+    said = stated.of_file(metadata, tensors)
     if said.prediction_type is not None and prediction_type not in (None, said.prediction_type):
         notes.append(f"{path.name} states {said.prediction_type}; {prediction_type} is used, as asked for")
     prediction_type = prediction_type or said.prediction_type
     family, note = _family(path, prefixes, prediction_type)
     if note:
         notes.append(note)
-    known = (ldm_keys.UNET, ldm_keys.VAE, *prefixes)
+    known = (ldm_keys.UNET, ldm_keys.VAE, *prefixes, *stated.MARKS)
     unused = [name for name in tensors if not name.startswith(known) and not ldm_keys.left_behind(name)]
     if unused:
         names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
@@ -84,6 +80,9 @@ def original(tensors: Tensors, prediction_type: str | None, metadata: Mapping[st
     )
     if prediction_type is not None:
         config = replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
+    if said.zero_snr:  # so that sampling begins at the last timestep, where nothing is left
+        more = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        config = replace(config, schedule=replace(config.schedule, **more))
     if said.size is not None:
         config = replace(config, unet=replace(config.unet, sample_size=said.size // 8))
     check_widths(config, path)
@@ -183,7 +182,7 @@ def _xl_text_tensors(tensors: Tensors) -> tuple[list[RenamedTensors], tuple[str,
         if key in tensors:
             raise ValueError(
                 f"{path} is an SDXL model that {kind} (it holds {key!r}): minsd draws with those that"
-                " predict noise"
+                " predict noise or v"
             )
     both = (ldm_keys.XL_CLIP, ldm_keys.XL_OPEN_CLIP)
     missing = [prefix for prefix in both if not _inside(tensors, prefix)]

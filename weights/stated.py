@@ -7,7 +7,7 @@ scheduler_config.json) name diffusers' classes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
 }
+MARKS = ("v_pred", "ztsnr")  # tensors that only state something, explained in `of_file`
 LCM_STEPS = 4  # the number of steps that latent consistency models are made for
 NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 XL_NETWORKS = NETWORKS | {"text_encoder_2": "CLIPTextModelWithProjection"}
@@ -48,13 +49,18 @@ class Stated:
     does not state it."""
 
     prediction_type: str | None = None  # "epsilon" or "v_prediction"
+    zero_snr: bool = False  # whether the model was trained with zero terminal SNR
     size: int | None = None  # default side of images, pixels
     architecture: str | None = None
 
 
-def of_file(metadata: Mapping[str, str]) -> Stated:
-    """Reads settings from the metadata of a safetensors file. Where both are present, the keys of
-    ModelSpec (`modelspec.*`) are used rather than those of kohya's sd-scripts (`ss_*`)."""
+def of_file(metadata: Mapping[str, str], names: Container[str] = ()) -> Stated:
+    """Extracts the settings from `metadata`, the metadata of a safetensors file, and from `names`,
+    the names of the file's tensors. ModelSpec's keys (`modelspec.*`) take precedence over kohya's
+    (`ss_*`), and these over names.
+
+    Files for ComfyUI and AUTOMATIC1111's web UI contain an empty tensor "v_pred" if the model
+    predicts v, and an empty tensor "ztsnr" if it was trained with zero terminal SNR."""
     architecture = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     words = {"v": "v_prediction", "vprediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
     prediction = words.get(re.sub(r"[^a-z]", "", metadata.get("modelspec.prediction_type", "").lower()))
@@ -63,7 +69,10 @@ def of_file(metadata: Mapping[str, str]) -> Stated:
     if prediction is None and architecture is not None:
         prediction = _of_architecture(architecture.lower())
     resolution = metadata.get("modelspec.resolution") or metadata.get("ss_resolution") or ""
-    return Stated(prediction, _side(resolution), architecture)
+    if prediction is None and MARKS[0] in names:
+        prediction = "v_prediction"
+    zero_snr = MARKS[1] in names or metadata.get("ss_zero_terminal_snr", "").lower() == "true"
+    return Stated(prediction, zero_snr, _side(resolution), architecture)
 
 
 def _of_architecture(name: str) -> str | None:

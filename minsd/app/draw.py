@@ -56,6 +56,7 @@ def draw(session: Session, jobs: Sequence[Job], show: Show) -> Drawn:
     """Draws one batch of jobs (one per image). For a job with --invert, instead finds the noise
     from which the model generates the image of --invert, and draws the image from that noise.
     `session` holds the loaded model, and `show` receives the progress."""
+    session.sd.guidance_rescale = jobs[0].sampling.guidance_rescale or 0.0
     with controlled(session, jobs[0]):
         return (
             invert(session.sd, jobs[0], show) if jobs[0].invert is not None else sample(session, jobs, show)

@@ -86,6 +86,7 @@ class Sampling:
     guidance_scale: float
     height: int  # pixels
     width: int
+    guidance_rescale: float | None = None  # None: 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +343,8 @@ def _template(
         )
     if request.guidance_scale == 0 and sampling.guidance_scale:
         notes.append("guidance scale 0 means no guidance for this model: the prompt alone is used (scale 1)")
+    if sampling.guidance_rescale and (sampling.guidance_scale == 1 or sd.config.unet.guidance_dim):
+        notes.append(f"{request.where}--guidance-rescale changes nothing here: no second text guides")
     subjects = _subjects(sd, request, notes) if request.wants_subjects else None
     layout = None
     if request.layout is not None:
@@ -498,6 +501,7 @@ def _sampling(sd: StableDiffusion, request: Request) -> Sampling:
         guidance_scale,
         request.height or sd.config.size,
         request.width or sd.config.size,
+        request.guidance_rescale,
     )
 
 

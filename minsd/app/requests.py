@@ -117,6 +117,7 @@ class Request:
     seeds: Seeds
     steps: int | None
     guidance_scale: float | None
+    guidance_rescale: float | None
     sampler: str | None
     karras: bool
     height: int | None  # pixels
@@ -282,6 +283,7 @@ def request(given: Given, where: str, chance: int) -> Request:
         _seeds(given, 0 if given["invert"] is not None else chance),
         steps=given["steps"],
         guidance_scale=given["guidance_scale"],
+        guidance_rescale=given["guidance_rescale"] or None,
         sampler=given["sampler"],
         karras=bool(given["karras"]),
         height=given["height"],

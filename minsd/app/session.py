@@ -68,7 +68,9 @@ def open_session(command: Command, requests: Sequence[Request], quiet: bool) -> 
         words += embedding.bundled(path, sd)
     sd.notes += [embedding.add(word, sd) for word in words]
     if command.controlnet is not None:
-        session.controlnet = load_controlnet(command.controlnet, device=sd.device, dtype=sd.dtype)
+        session.controlnet = load_controlnet(
+            command.controlnet, device=sd.device, dtype=sd.dtype, unet=sd.unet
+        )
     sd.set_attention(command.attention, *([] if session.controlnet is None else [session.controlnet]))
     if command.compile:
         sd.compile()
