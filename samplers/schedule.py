@@ -24,8 +24,9 @@ Refine = Callable[[int, Timestep, Tensor], Tensor]  # (i, t, x) -> x, before ste
 Steps = Iterator[tuple[int, Timestep, Tensor]]  # (i, t, x) after every step
 Generators = Sequence[torch.Generator]  # one per image
 
-# abar at the last timestep of a schedule with zero terminal SNR (nothing of the image is left). It
-# would be 0, but sigma would be infinite then. diffusers uses this value too, at which sigma is 4096.
+# abar at the last timestep of a schedule with zero terminal SNR (nothing of the image is left). The
+# exact value is 0, at which sigma would be infinite. With this value, also used by diffusers, sigma
+# is 4096.
 ZERO_SNR = 2.0**-24
 ZERO_SNR_SAMPLERS = "ddim, euler, euler_a, dpmpp_2m, unipc or lcm"  # those that can begin there
 
