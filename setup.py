@@ -19,6 +19,7 @@ setup(
     include_package_data=False,  # the list below says what is shipped
     package_data={
         "": ["README.md", "py.typed"],
+        "minsd.app": ["web.html"],
         "minsd.weights.shapes": [
             "model_index.json",
             *(f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),

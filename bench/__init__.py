@@ -97,6 +97,8 @@ def environment(device: Device = "cpu") -> dict[str, str]:
 def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
     """Appends rows to bench/results/NAME.csv, where NAME is `name`, and returns the path of that
     file. All rows must have the same columns. The columns of `environment` are added to each row.
+    If the file has other columns, it gets the columns of both, and the values that a row does not
+    have are empty.
     """
     path = RESULTS / f"{name}.csv"
     conditions = environment(device)
@@ -104,13 +106,17 @@ def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
     for row in rows:
         values = {k: shown(v) if isinstance(v, str) else v for k, v in row.items()}
         complete.append(values | conditions)
-    new = not path.exists()
     RESULTS.mkdir(exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(complete[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
+    if path.exists():
+        with path.open(newline="") as file:
+            complete = [*csv.DictReader(file), *complete]
+    names = dict.fromkeys(name for row in reversed(complete) for name in row)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(names), restval="", lineterminator="\n")
+        writer.writeheader()
         writer.writerows(complete)
+    part.replace(path)
     return path
 
 

@@ -24,9 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line with the arguments `argv`, or with those of the process if `argv` is
     None. Returns the exit code: 0 if all images are done, 2 if the user made a mistake, 130 if the
     user interrupted the run, and 1 after any other error."""
-    # OpenMP's threads spin while they wait, which takes the processor from other work. torch reads
-    # this variable when it is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     argv = sys.argv[1:] if argv is None else argv
     tally = Tally()
     try:
@@ -192,9 +189,18 @@ def script() -> int:
     SIGTERM, which torchrun, Slurm and timeout send, stops the run like Ctrl-C.
 
     If there are several arguments and the first one is `judge` or `compare`, another program runs:
-    minsd/judge.py or minsd/app/study.py. If either word is the only argument, it is a prompt.
+    minsd/judge.py or minsd/app/study.py. If either word is the only argument, it is a prompt. If
+    the first argument is `web`, the page of minsd/app/web.py is served.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # OpenMP's threads spin while they wait, which takes the processor from other work. torch reads
+    # this variable when it is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if len(sys.argv) > 1 and sys.argv[1] == "web":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the package is imported
+        from minsd.app import web
+
+        return web.main(sys.argv[2:])
     if len(sys.argv) > 2 and sys.argv[1] == "judge":
         from minsd import judge
 

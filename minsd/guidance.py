@@ -80,9 +80,9 @@ def eps_from_output(output: Tensor, x: Tensor, t: int | float, schedule: Schedul
     product of 1 - beta at t. Since x is sqrt(abar) x0 + sqrt(1 - abar) eps, the noise is eps =
     sqrt(abar) v + sqrt(1 - abar) x.
 
-    For a schedule with zero terminal SNR the result is float64. There eps is nearly x while little
-    of the image is left, and float32 would round off most of the difference, which contains v.
-    Devices of type "mps" have no float64; on these the result is float32, with v to about 3 digits.
+    Where nearly nothing of the image is left, eps is nearly x, and the small difference holds what
+    the network has predicted. So for schedules with zero terminal SNR the result is float64. A
+    device of the kind "mps" has no float64, so there it is float32, and v keeps about 3 digits.
     """
     if schedule.prediction_type == "epsilon":
         return output
@@ -195,8 +195,8 @@ def classifier_free(
     batch, (1,77n,D). `schedule` states whether the network predicts noise or v.
 
     u and c are computed in one batch. If g is 1, only c is computed. A distilled network, which
-    takes g as an input, also computes c only. `guidance_rescale` is the `part` with which guided
-    predictions are rescaled (`rescaled`).
+    takes g as an input, also computes c only. `guidance_rescale` is the `part` of `rescaled`, which
+    is applied to guided predictions.
     """
     if getattr(getattr(unet, "config", None), "guidance_dim", 0):
         return distilled(unet, cond, guidance_scale, schedule)

@@ -267,8 +267,8 @@ class StableDiffusion:
     ) -> Tensor:
         """Denoises unit noise (B,4,h,w) with classifier-free guidance, as one batch. Returns
         latents (B,4,h,w). `prompts` is one string for all images, or a list with one string per
-        image. If `guidance_scale` or `guidance_rescale` is None, it is the model's own. `how` are
-        further arguments of `denoise`, such as `steps` and `seeds`."""
+        image. If `guidance_scale` is None, it is the model's own. `guidance_rescale` is as in a
+        call of the model. `how` are further arguments of `denoise`, such as `steps` and `seeds`."""
         sd = self.with_rescale(guidance_rescale)
         return self.denoise(sd.guided(prompts, negative_prompt, guidance_scale), noise, **how)
 

@@ -361,11 +361,11 @@ def crop_places(layout: SizedLayout, margin: float) -> list[Place]:
 def _guided(
     sd: Model, eps: Tensor, conditional: int, guidance_scale: float, x: Tensor, t: int | float
 ) -> Tensor:
-    """Applies guidance to the noises eps (rows,B,4,h,w) predicted for latents x (B,4,h,w) at
-    timestep t, and rescales the result as `sd.guidance_rescale` states. The last `conditional` rows
-    of eps are the conditional predictions. The rows before them are the unconditional predictions: a
-    single row for all, or one per conditional row, or none if `guidance_scale` is 1. Returns the
-    guided predictions (conditional,B,4,h,w)."""
+    """Applies guidance, with the rescaling that `sd.guidance_rescale` asks for, to noises eps
+    (rows,B,4,h,w) predicted for latents x (B,4,h,w) at timestep t. The last `conditional` rows are
+    the conditional predictions. The rows before them are the unconditional ones: a single row for
+    all, or one per conditional row; none are needed if the guidance scale is 1. Returns
+    (conditional,B,4,h,w)."""
     u, c = eps[:-conditional], eps[-conditional:]
     if guidance_scale == 1:
         return c

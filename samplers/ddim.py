@@ -19,9 +19,9 @@ from .schedule import ZERO_SNR, Generators, Predictor, Refine, Schedule, Steps, 
 def step(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
     """Takes one deterministic DDIM step. x are the latents where abar is a, and `eps` is the noise
     predicted in them, both (B,4,h,w). Returns the latents where abar is b. A step with b > a
-    denoises, and a step with b < a inverts. abar is the schedule's cumulative product of 1 -
-    beta. At zero terminal SNR the latents are all noise, so a step from there mixes the predicted
-    clean latents with x itself."""
+    denoises, and a step with b < a inverts. abar is the schedule's cumulative product of 1 - beta.
+    Latents x at zero terminal SNR are all noise, so a step from there mixes the clean latents with
+    x itself."""
     if a == ZERO_SNR:
         return b**0.5 * clean(x, eps, a) + (1 - b) ** 0.5 * x
     return ((b / a) ** 0.5 * x + ((1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5) * eps).to(x.dtype)
@@ -99,9 +99,9 @@ def invert(
     iterations the inversion becomes exact, if the image is later made with the same `predict`. The
     results are best if `predict` applies no guidance.
 
-    Raises ValueError for another `anchor`, for negative `iterations`, and for an inversion that
-    would end at zero terminal SNR, where the predicted noise equals the latents and so does not
-    determine them.
+    Raises ValueError for another `anchor`, for negative `iterations`, and if the inversion would
+    end at zero terminal SNR, where the predicted noise equals the latents and so does not determine
+    them.
     """
     if anchor not in ("target", "source"):
         raise ValueError(f"anchor must be 'target' or 'source', not {anchor!r}")

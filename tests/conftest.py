@@ -29,6 +29,7 @@ EXPLAINED = {
     "needs two GPUs": "the machine has fewer",
     "has CUDA": "tests the error on a machine without a GPU",
     "needs Ray": "70 MB and daemons for one test: CONTRIBUTING says how to run it by hand",
+    "needs Chromium": "not every machine can install a browser; .ci/run installs it where it can",
     "needs no kernel": "repeated in Triton's interpreter, and has nothing to interpret",
 }
 unexplained: list[str] = []

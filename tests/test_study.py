@@ -443,9 +443,13 @@ def test_tables_without_scores_or_methods_are_one_line(drawn, tmp_path, capsys):
 def test_compare_draws_judges_and_tables(tmp_path, capsys, monkeypatch):
     """One prompt, also of a model whose judges have no weights here: the page comes all the same."""
     monkeypatch.setattr(judge.judges, "_fetched", lambda *args: None)  # as offline
-    options = ["--options", "--steps 2", "--seeds", "0-1", "--quiet", "--out", str(tmp_path / "c")]
+    options = ["--steps", "2", "--karras", "--sampler=dpmpp_2m", "--seeds", "0-1"]
+    options += ["--quiet", "--out", str(tmp_path / "c")]
     assert study.main(["compare", "a red circle", "--methods", "plain", "x: --steps 1", *options]) == 0
     assert (tmp_path / "c" / "index.html").read_text().count("<img") == 4
+    assert {"table.tex", "sheet.png"} <= {path.name for path in (tmp_path / "c").iterdir()}
+    asked = json.loads((tmp_path / "c" / "study.json").read_text())["options"]
+    assert asked == "--steps 2 --karras --sampler=dpmpp_2m"
     elsewhere = [*options[:-1], str(tmp_path / "d")]
     assert study.main(["compare", "a red circle", "--judges", "clip", *elsewhere]) == 2
     assert "judge clip needs openai/clip" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def meta_model(batch=4):
 
     with torch.device("meta"):
         unet = UNet(CONFIG).requires_grad_(False)
-    sd = SimpleNamespace(unet=unet, device=torch.device("meta"), dtype=torch.float32)
+    sd = SimpleNamespace(unet=unet, device=torch.device("meta"), dtype=torch.float32, guidance_rescale=0.0)
     sd.config = SimpleNamespace(size=128, unet=unet.config)
     sd.schedule = Schedule(ScheduleConfig())
     sd.encode_prompt, sd.batch_size = encode_prompt, lambda height, width: batch

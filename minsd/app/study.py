@@ -39,6 +39,7 @@ PLAIN: dict[str, list[str]] = {  # methods without arguments -> options of minsd
     "excite": ["--excite"],
 }
 NOT_IN_STUDIES = ("prompt", "prompts", "like", "invert", "layout_preview", "list_tokens", "engine")
+OWN = ("prompt", "prompts", "seeds", "model", "out", "quiet")  # options of studies and of minsd.generate
 FORMS = (*PLAIN, "select:SCORE:K", "optimize:STEPS", "collage[:MARGIN]", '"NAME: --options"')
 
 
@@ -349,8 +350,26 @@ def parser(prog: str) -> Parser:
     _draw_options(c)
     c.add_argument("--out", dest="study", type=Path, default=Path("comparison"), metavar="DIR", help="folder")
     c.add_argument("--judges", nargs="+", metavar="NAME", help="as minsd.judge takes them")
-    c.set_defaults(unjudged=True, baseline=None, out=None, latex=False, page=True, rows=200, sheet=None)
+    c.set_defaults(unjudged=True, baseline=None, out=None, latex=True, page=True, rows=200, sheet=16)
     return p
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a command line. Returns (the words of the studies' own parser, the other options of
+    minsd.generate with their values)."""
+    own = []
+    others = []
+    words = iter(argv)
+    for word in words:
+        flag = word.partition("=")[0]
+        name = options.named(flag[2:].removeprefix("no-")) if flag.startswith("--") else None
+        if name is None or name in OWN:
+            own.append(word)
+            continue
+        others.append(word)
+        if "=" not in word and OPTIONS[name].kind is not bool:
+            others += [value for value in [next(words, None)] if value is not None]
+    return own, others
 
 
 def _draw_options(p: argparse.ArgumentParser) -> None:
@@ -364,7 +383,7 @@ def _draw_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--methods", nargs="+", metavar="METHOD", help=", ".join(FORMS) + ", or an objective")
     p.add_argument("--model", help="as minsd.generate takes it (default: shapes)")
-    p.add_argument("--options", help='options of minsd.generate for all methods, such as "--steps 20"')
+    p.add_argument("--options", help="options of minsd.generate for all methods; or give them as they are")
     p.add_argument("--preset", choices=tuple(PRESETS), help="a paper's protocol; options override it")
     p.add_argument("--quiet", action="store_true", help="errors only")
 
@@ -373,11 +392,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench.study")
     """Runs the command line `argv` (default: that of the process). Returns 0 if all is done, 1 if
     images failed or another error occurred, 2 for a mistake of the user, and 130 if the user
     stopped the run."""
-    return ended(lambda: _run(parser(prog).parse_args(argv)))
+
+    def work() -> int:
+        own, others = split_options(sys.argv[1:] if argv is None else argv)
+        args = parser(prog).parse_args(own)
+        if others and args.action == "table":
+            raise ValueError(f"{others[0]} is for drawing: leave it out")
+        return _run(args, others)
+
+    return ended(work)
 
 
-def _run(args: argparse.Namespace) -> int:
-    """Runs the command that the options name. Returns the exit code."""
+def _run(args: argparse.Namespace, others: Sequence[str]) -> int:
+    """Runs the command that the options name. `others` are options of minsd.generate for all
+    methods. Returns the exit code."""
     if args.action == "table":
         return table(args)
     if args.prompt is not None and (args.prompts or args.count):
@@ -387,6 +415,7 @@ def _run(args: argparse.Namespace) -> int:
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    args.options = " ".join(filter(None, (args.options, shlex.join(others))))
     if args.action == "draw":
         code = draw(args)
         if not args.quiet and Share.from_environment().rank == 0:
