@@ -53,7 +53,7 @@ _NAMES = re.compile(
 )
 _PEFT_HALVES = {"A": "down", "B": "up"}
 _OTHER_KINDS = {  # a pattern of tensor names -> the kind of file with such names
-    r"^lora_controlnet$": "a control-lora",
+    r"^lora_controlnet$": "a control-lora, for --controlnet",
     r"(^|\.)oft_(blocks|diag)": "an OFT adapter",
     r"^emb_params$|^string_to_param|^clip_[lg]$": "a textual-inversion embedding, for --embedding",
 }
