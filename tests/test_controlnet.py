@@ -295,10 +295,7 @@ def test_a_control_lora_is_the_controlnet_of_the_sums(tmp_path):
     x, context, picture = torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768), torch.rand(1, 3, 256, 256)
     skips, middle = net(x, 300, context, net.embed(picture))
     expected, expected_middle = theirs(x, torch.tensor(300), context, picture, return_dict=False)
-    for name, p in net.named_parameters():
-        assert torch.allclose(p, state[name].view_as(p), rtol=1e-6, atol=1e-7), name
-    # The last layers of this random network amplify the rounding of the weights.
-    assert max(relative(a, b) for a, b in zip((*skips, middle), (*expected, expected_middle))) <= 1e-2
+    assert max(relative(a, b) for a, b in zip((*skips, middle), (*expected, expected_middle))) <= 1e-5
     assert all(torch.equal(p, before) for p, before in zip(unet.parameters(), own.values()))
     other = UNet(dataclasses.replace(config, context_dim=48))
     for change, model, says in (
