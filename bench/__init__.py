@@ -110,7 +110,7 @@ def write_csv(name: str, rows: Sequence[Row], device: Device = "cpu") -> Path:
     if path.exists():
         with path.open(newline="") as file:
             complete = [*csv.DictReader(file), *complete]
-    names = dict.fromkeys(name for row in reversed(complete) for name in row)
+    names = {name: "" for row in complete for name in row}
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(names), restval="", lineterminator="\n")

@@ -52,6 +52,21 @@ class Batch:
         """The shape (4, h, w) of one image's latents."""
         return 4, self.height // 8, self.width // 8
 
+    @property
+    def size(self) -> dict[str, Any]:
+        """The keyword arguments for the images' size, as the noise methods take them."""
+        return {"height": self.height, "width": self.width}
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The keyword arguments for guidance, as the noise methods take them."""
+        return {"negative_prompt": self.negative_prompt, "guidance_scale": self.guidance_scale}
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The keyword arguments for the steps of the run, as the noise methods take them."""
+        return {"steps": self.steps, "sampler": self.sampler, "karras": self.karras}
+
 
 class Found(NamedTuple):
     """The noise that a method found for a batch, and what to record and save for each image."""
@@ -85,19 +100,17 @@ def select(sd: Model, batch: Batch, say: Say) -> Found:
     if batch.score == "attention":
         seeds, notes = _best_by_attention(sd, batch, batch.layout, say)
         return Found(unit_noise(seeds, batch.shape), notes, _each(batch))
-    size = {"height": batch.height, "width": batch.width}
-    guided = {"negative_prompt": batch.negative_prompt, "guidance_scale": batch.guidance_scale}
-    run = {"steps": batch.steps, "sampler": batch.sampler, "karras": batch.karras}
+    asked = batch.size | batch.guidance
     seeds = []
     notes = []
     extras: list[dict[str, Image.Image | Tensor]] = []
     for k, (prompt, candidates) in enumerate(zip(batch.prompts, _candidates(batch))):
         told = drivers.part_of(say, k, len(batch.seeds))
-        chosen = stability.select(sd, prompt, candidates, progress=told, **size, **guided)
+        chosen = stability.select(sd, prompt, candidates, progress=told, **asked)
         seeds.append(chosen.seed)
         scores = chosen.scores
         notes.append(_selection(candidates[0], chosen.seed, scores.keys(), scores.values(), chosen.better))
-        extras.append({"candidates": stability.sheet(sd, prompt, chosen, **size, **guided, **run)})
+        extras.append({"candidates": stability.sheet(sd, prompt, chosen, **asked, **batch.run)})
     return Found(unit_noise(seeds, batch.shape), notes, extras)
 
 
@@ -116,11 +129,9 @@ def optimize(sd: Model, batch: Batch, say: Say) -> Found:
         batch.seeds,
         mode=batch.optimize_mode,
         optimize_steps=batch.optimize_steps,
-        negative_prompt=batch.negative_prompt,
-        guidance_scale=batch.guidance_scale,
-        height=batch.height,
-        width=batch.width,
         progress=_of_seeds(say, batch.seeds),
+        **batch.size,
+        **batch.guidance,
     )
     notes = [{"stability": {"before": result.before, "after": result.score}} for result in results]
     return _optimised(results, notes, batch)
@@ -135,16 +146,7 @@ def initno_method(sd: Model, batch: Batch, say: Say) -> Found:
     if batch.score == "attention":
         seeds, notes = _best_by_attention(sd, batch, None, say)
     results = initno.optimize_batch(
-        sd,
-        batch.prompts,
-        batch.subjects,
-        seeds,
-        steps=batch.steps,
-        sampler=batch.sampler,
-        karras=batch.karras,
-        height=batch.height,
-        width=batch.width,
-        progress=_of_seeds(say, seeds),
+        sd, batch.prompts, batch.subjects, seeds, progress=_of_seeds(say, seeds), **batch.run, **batch.size
     )
     for note, result in zip(notes, results):
         note["initno"] = {
@@ -244,17 +246,7 @@ def _best_by_attention(
             better = "high"
         else:
             with drivers.looks(sd, len(candidates), told):
-                scores = initno.attention_scores(
-                    sd,
-                    prompt,
-                    subjects,
-                    candidates,
-                    steps=batch.steps,
-                    sampler=batch.sampler,
-                    karras=batch.karras,
-                    height=batch.height,
-                    width=batch.width,
-                )
+                scores = initno.attention_scores(sd, prompt, subjects, candidates, **batch.run, **batch.size)
             better = "low"
         best = max(scores) if better == "high" else min(scores)
         chosen.append(candidates[scores.index(best)])

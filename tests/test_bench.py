@@ -50,6 +50,23 @@ def test_every_tracked_row_names_a_bench_and_no_folder_of_a_machine():
                 assert not any(value.startswith("/") for value in row.values() if value), file
 
 
+def test_rows_with_a_new_column_keep_the_rows_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    bench.write_csv("x", [{"a": 1, "b": "p, q"}])
+    bench.write_csv("x", [{"a": 2, "c": 3}, {"a": 4, "c": ""}])
+    bench.write_csv("x", [{"c": 5, "a": 6}])
+    with bench.write_csv("x", [{"a": 7, "b": 8}]).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["a"], row["b"], row["c"]) for row in rows] == [
+        ("1", "p, q", ""),
+        ("2", "", "3"),
+        ("4", "", ""),
+        ("6", "", "5"),
+        ("7", "8", ""),
+    ]
+    assert all(row["command"].startswith("python -m ") for row in rows)
+
+
 def test_rates_have_wilsons_interval():
     from scipy.stats import binomtest
 

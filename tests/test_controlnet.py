@@ -312,6 +312,47 @@ def test_a_control_lora_is_the_controlnet_of_the_sums(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_control_lora_draws_from_the_command_line(tmp_path):
+    """The embedded model's ControlNet as a control-lora: its wide layers as exact factors of the
+    difference from the UNet, the rest whole. The image is that of the ControlNet itself."""
+    from minsd.generate import main
+    from minsd.weights.load import SHAPES_FOLDER
+
+    folder = SHAPES_FOLDER / "extras" / "outlines"
+    own = dict(minsd.load("shapes", "cpu").unet.named_parameters())
+    file = {"lora_controlnet": torch.zeros(0)}
+    for name, weight in load_file(folder / "diffusion_pytorch_model.safetensors").items():
+        layer = original_name(name).removeprefix("control_model.")
+        if name not in own or weight.ndim != 2:
+            file[layer] = weight.float()
+            continue
+        layer = layer.removesuffix(".weight")
+        file[f"{layer}.up"] = weight.float() - own[name]
+        file[f"{layer}.down"] = torch.eye(weight.shape[1])
+    assert sum(name.endswith(".up") for name in file) > 20
+    save_file(file, tmp_path / "control-lora.safetensors")
+    images = []
+    for number, net in enumerate((folder, tmp_path / "control-lora.safetensors", None)):
+        out = tmp_path / str(number)
+        words = [
+            "a red circle and a blue square",
+            "--seed",
+            "1",
+            "--steps",
+            "4",
+            "--out",
+            str(out),
+            "--quiet",
+        ]
+        if net is not None:
+            words += ["--controlnet", str(net), "--control-image", str(folder / "example.png")]
+        assert main(words) == 0
+        images.append(np.asarray(Image.open(out / "00000-1.png")).astype(int))
+    plain, lora, without = images
+    assert abs(lora - plain).max() <= 1
+    assert abs(lora - without).max() > 50
+
+
 @torch.no_grad()
 def test_colours_in_bgr_order(small, net, net_folder, pictures, tmp_path):
     save_file(

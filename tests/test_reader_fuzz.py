@@ -220,7 +220,7 @@ FACTORS = st.dictionaries(
 )
 
 
-@fuzz(12)
+@fuzz(40)
 @given(FACTORS, st.booleans())
 def test_control_loras(place, shapes, factors, own):
     """On top of the embedded model's ControlNet, whose other tensors are whole."""

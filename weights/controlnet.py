@@ -38,8 +38,8 @@ def load_controlnet(
     with; only control-loras need it.
 
     Raises FileNotFoundError if a file is missing. Raises ValueError if the file is a pickle, is
-    malformed, or holds no complete ControlNet (a control-lora, for example). The error message is
-    one line.
+    malformed, or holds no complete ControlNet, and for a control-lora without a `unet`. The error
+    message is one line.
     """
     path = Path(path)
     refuse_pickle(path, "ControlNet")
